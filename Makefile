@@ -1,0 +1,48 @@
+# `make demo` and `make test` install what they need into .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= demo
+
+.PHONY: help demo test test-fast lint format wheel clean
+
+help:  ## What can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.installed  ## Train a tiny GQA model on the Python standard library, and let it write
+	$(BIN)/fiddlehead pretrain --factory tiny log.name=$(RUN) --yes
+	$(BIN)/fiddlehead generate $(RUN) --prompt "def "
+
+test: $(VENV)/.installed-dev  ## The whole test suite
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.installed-dev  ## Without the tests that take more than ten seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.installed-dev  ## Format, lint, types and the direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev  ## Rewrite the code as `make lint` wants it
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+wheel: $(VENV)/.installed-dev  ## Build dist/*.whl and the source archive
+	$(BIN)/python -m build
+
+clean:  ## Remove what make made, but no runs
+	rm -rf $(VENV) dist
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"Python 3.11 or 3.12 is needed, not {v[0]}.{v[1]}: make PYTHON=python3.12" if v not in ((3, 11), (3, 12)) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@ $(VENV)/.installed

@@ -1,0 +1,96 @@
+"""What the benchmarks share: alternating timings, their spread, a Markdown table and a file of results."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The least, the median and the greatest of repeated measurements."""
+
+    min: float
+    median: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """The spread of at least one value."""
+        values = sorted(values)
+        return cls(values[0], statistics.median(values), values[-1])
+
+    def __format__(self, spec: str) -> str:
+        """The median, with the extremes behind it."""
+        return f"{self.median:{spec}} ({self.min:{spec}} to {self.max:{spec}})"
+
+
+def alternate(arms: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Calls every arm once a round and returns the wall seconds of each call.
+
+    Each round starts with another arm: none of them always runs behind the same neighbour. Whatever slows the machine
+    down for longer than a round slows all of them, and their ratio within a round is hardly touched.
+    """
+    names = list(arms)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        turn = i % len(names)
+        for name in names[turn:] + names[:turn]:
+            start = time.perf_counter()
+            arms[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+    """The spread of the ratios within each round."""
+    return Spread.of(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose first column holds names and whose others hold figures."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def save(name: str, figures: Mapping[str, Any], packages: Sequence[str]) -> None:
+    """Writes `results/NAME.json`: the figures, and what they were measured on."""
+    where = {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+    }
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{name}.json"
+    file.write_text(json.dumps({"figures": _plain(figures), "where": where}, indent=1) + "\n")
+    print(f"\nwrote {file}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Spread):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()

@@ -1,0 +1,231 @@
+"""One training step of fiddlehead's Transformer against litgpt's GPT and Hugging Face's Llama, on a CPU.
+
+The three have the same shape and start from the same weights, and it is checked that their losses agree; each has the
+same loss and the same fused AdamW. They take turns step by step.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from measure import Spread, alternate, ratio, save, table
+from torch import nn
+
+from fiddlehead.models import Transformer, TransformerConfig
+
+SHAPES = {
+    # Shape, sequences a step, tokens a sequence.
+    "small": (
+        TransformerConfig(
+            num_layers=5,
+            hidden_size=384,
+            ffn_hidden_size=1024,
+            num_attention_heads=6,
+            num_query_groups=2,
+            vocab_size=4096,
+            share_embeddings_and_output_weights=True,
+        ),
+        4,
+        256,
+    ),
+    # That of the demo recipe.
+    "tiny": (
+        TransformerConfig(
+            num_layers=4,
+            hidden_size=128,
+            ffn_hidden_size=352,
+            num_attention_heads=4,
+            num_query_groups=2,
+            vocab_size=1024,
+            share_embeddings_and_output_weights=True,
+        ),
+        16,
+        128,
+    ),
+}
+
+Logits = Callable[[torch.Tensor], torch.Tensor]
+
+
+def main() -> None:
+    """Prints the table, and with --profile where each model's time goes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--rounds", type=int, default=20, help="steps of each model")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--profile", action="store_true", help="list each model's slowest operations instead")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+
+    config, batch_size, seq_length = SHAPES[arguments.shape]
+    tokens = torch.randint(config.vocab_size or 0, (batch_size, seq_length + 1))
+    ours = Transformer(config)
+    models: dict[str, tuple[nn.Module, Logits]] = {
+        "fiddlehead": (ours, ours),
+        "litgpt": litgpt_twin(ours, seq_length),
+        "transformers": hugging_face_twin(ours, seq_length),
+    }
+    check_same_loss(models, tokens)
+    steps = {name: training_step(model, logits, tokens) for name, (model, logits) in models.items()}
+    for step in steps.values():
+        step()  # the first step allocates gradients and moments
+        step()
+    if arguments.profile:
+        for name, step in steps.items():
+            print(f"\n{name}\n{profile(step)}")
+        return
+
+    seconds = alternate(steps, arguments.rounds)
+    spreads = {name: Spread.of(values) for name, values in seconds.items()}
+    ratios = {name: ratio(seconds["fiddlehead"], values) for name, values in seconds.items()}
+    tokens_per_step = batch_size * seq_length
+    parameters = sum(parameter.numel() for parameter in ours.parameters())
+    print(f"{parameters / 1e6:.1f} M parameters, {batch_size} x {seq_length} tokens, {arguments.rounds} steps each\n")
+    rows = [
+        [name, f"{spread:.4f}", f"{tokens_per_step / spread.median:,.0f}", f"{ratios[name]:.3f}"]
+        for name, spread in spreads.items()
+    ]
+    print(table(["", "seconds a step", "tokens/s", "fiddlehead's time / this one's"], rows))
+    figures = {
+        "parameters": parameters,
+        "tokens_per_step": tokens_per_step,
+        "threads": arguments.threads,
+        "rounds": arguments.rounds,
+        "seconds_per_step": spreads,
+        "fiddlehead_over": ratios,
+    }
+    save(f"step_{arguments.shape}", figures, ["torch", "litgpt", "transformers"])
+
+
+def training_step(model: nn.Module, logits: Logits, tokens: torch.Tensor) -> Callable[[], None]:
+    """A function that trains `model` for a step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def step() -> None:
+        loss = F.cross_entropy(logits(inputs).flatten(0, 1), labels.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def litgpt_twin(ours: Transformer, seq_length: int) -> tuple[nn.Module, Logits]:
+    """litgpt's GPT with the same weights."""
+    from litgpt.config import Config
+    from litgpt.model import GPT
+
+    c = ours.config
+    gpt = GPT(
+        Config(
+            name="twin",
+            block_size=seq_length,
+            padded_vocab_size=c.vocab_size,
+            n_layer=c.num_layers,
+            n_head=c.num_attention_heads,
+            n_query_groups=c.groups,
+            n_embd=c.hidden_size,
+            intermediate_size=c.ffn_size,
+            rotary_percentage=1.0,
+            rope_base=int(c.rotary_base),
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            norm_eps=c.layernorm_epsilon,
+            mlp_class_name="LLaMAMLP",
+        )
+    )
+    weights = {
+        "lm_head.weight": ours.embedding.weight,
+        "transformer.wte.weight": ours.embedding.weight,
+        "transformer.ln_f.weight": ours.final_layernorm.weight,
+    }
+    for i, layer in enumerate(ours.layers):
+        gate, up = layer.mlp.linear_fc1.weight.chunk(2)
+        names = {
+            "norm_1": layer.input_layernorm.weight,
+            "attn.qkv": layer.self_attention.linear_qkv.weight,
+            "attn.proj": layer.self_attention.linear_proj.weight,
+            "norm_2": layer.pre_mlp_layernorm.weight,
+            "mlp.fc_1": gate,
+            "mlp.fc_2": up,
+            "mlp.proj": layer.mlp.linear_fc2.weight,
+        }
+        weights |= {f"transformer.h.{i}.{name}.weight": weight for name, weight in names.items()}
+    gpt.load_state_dict(weights)
+    gpt.lm_head.weight = gpt.transformer.wte.weight
+    return gpt, gpt
+
+
+def hugging_face_twin(ours: Transformer, seq_length: int) -> tuple[nn.Module, Logits]:
+    """Hugging Face's Llama, with its SDPA attention, and the same weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = ours.config
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.hidden_size,
+            intermediate_size=c.ffn_size,
+            num_hidden_layers=c.num_layers,
+            num_attention_heads=c.num_attention_heads,
+            num_key_value_heads=c.groups,
+            max_position_embeddings=seq_length,
+            rms_norm_eps=c.layernorm_epsilon,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rotary_base},
+            tie_word_embeddings=True,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+    )
+    weights = {
+        "lm_head.weight": ours.embedding.weight,
+        "model.embed_tokens.weight": ours.embedding.weight,
+        "model.norm.weight": ours.final_layernorm.weight,
+    }
+    rows = [c.num_attention_heads * c.head_dim, c.groups * c.head_dim, c.groups * c.head_dim]
+    for i, layer in enumerate(ours.layers):
+        q, k, v = layer.self_attention.linear_qkv.weight.split(rows)
+        gate, up = layer.mlp.linear_fc1.weight.chunk(2)
+        names = {
+            "input_layernorm": layer.input_layernorm.weight,
+            "self_attn.q_proj": q,
+            "self_attn.k_proj": k,
+            "self_attn.v_proj": v,
+            "self_attn.o_proj": layer.self_attention.linear_proj.weight,
+            "post_attention_layernorm": layer.pre_mlp_layernorm.weight,
+            "mlp.gate_proj": gate,
+            "mlp.up_proj": up,
+            "mlp.down_proj": layer.mlp.linear_fc2.weight,
+        }
+        weights |= {f"model.layers.{i}.{name}.weight": weight for name, weight in names.items()}
+    llama.load_state_dict(weights)
+    return llama, lambda tokens: llama(tokens).logits
+
+
+def check_same_loss(models: dict[str, tuple[nn.Module, Logits]], tokens: torch.Tensor) -> None:
+    """Ends the benchmark unless the models compute the same: timings of different work compare nothing."""
+    with torch.no_grad():
+        losses = {
+            name: float(F.cross_entropy(logits(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()))
+            for name, (_, logits) in models.items()
+        }
+    if max(losses.values()) - min(losses.values()) > 1e-4:
+        raise SystemExit(f"the models differ: {losses}")
+
+
+def profile(step: Callable[[], None], steps: int = 5) -> str:
+    """The slowest operations of a few steps."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(steps):
+            step()
+    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=18, max_name_column_width=44)
+
+
+if __name__ == "__main__":
+    main()

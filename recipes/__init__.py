@@ -1,0 +1,1 @@
+"""The named runs: each file is a family, each public function returns a `Recipe`."""

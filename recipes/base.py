@@ -1,0 +1,64 @@
+"""The skeleton that every recipe starts from: call it, then change lines."""
+
+from __future__ import annotations
+
+import fiddle as fdl
+from lightning.pytorch import Trainer
+
+from fiddlehead import tasks
+from fiddlehead.data import PreTrainingDataModule
+from fiddlehead.models import TransformerConfig
+from fiddlehead.recipe import Recipe
+from fiddlehead.training import AdamW, Checkpoint, CosineAnnealing, LanguageModel, Log
+
+
+def pretrain(
+    model: fdl.Config[TransformerConfig],
+    *,
+    seq_length: int,
+    global_batch_size: int,
+    micro_batch_size: int = 1,
+    max_steps: int,
+    lr: float,
+    warmup_steps: int = 2000,
+    devices: int | str = "auto",
+    num_nodes: int = 1,
+    accelerator: str = "gpu",
+    precision: str = "bf16-mixed",
+) -> Recipe:
+    """A pretraining run of `model` on the default corpus, with the settings that most runs share."""
+    return Recipe(
+        tasks.pretrain,
+        model=fdl.Config(LanguageModel, config=model),
+        data=fdl.Config(
+            PreTrainingDataModule,
+            seq_length=seq_length,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+        ),
+        trainer=fdl.Config(
+            Trainer,
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            precision=precision,
+            max_steps=max_steps,
+            gradient_clip_val=1.0,
+            log_every_n_steps=10,
+            val_check_interval=1000,
+            # A run ends by steps; its data has no end. What Lightning would print, save and sample is done here.
+            max_epochs=-1,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ),
+        optim=fdl.Config(
+            AdamW, lr=lr, lr_scheduler=fdl.Config(CosineAnnealing, warmup_steps=warmup_steps, min_lr=lr / 10)
+        ),
+        log=fdl.Config(Log),
+        checkpoint=fdl.Config(Checkpoint),
+    )

@@ -1,0 +1,11 @@
+"""fiddlehead trains transformer language models from Python recipes and launches them anywhere.
+
+Importing this package imports nothing heavy; take what you need from its modules:
+
+- `fiddlehead.recipe`: `Recipe`, the complete configuration of a run
+- `fiddlehead.recipes`: the named runs
+- `fiddlehead.launch`: where a run can go
+- `fiddlehead.tasks`: what a recipe configures
+"""
+
+__version__ = "0.1.0"

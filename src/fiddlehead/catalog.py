@@ -1,0 +1,161 @@
+"""Recipes and executors by name: found by reading files, imported only when called.
+
+The functions of `recipes/*.py` (or `launch/*.py`) in the working directory come first, then the built-in ones;
+`package.module:function` names anything importable.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fiddlehead.errors import ConfigError, unknown
+
+_BUILT_IN = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A function that can be named on the command line."""
+
+    name: str
+    module: str
+    file: Path
+    line: int
+    summary: str
+    task: str
+    """For a recipe: the skeleton it starts from, directly or through another recipe."""
+
+    def load(self) -> Callable:
+        """Imports the module and returns the function."""
+        return getattr(_import(self.module), self.name)
+
+
+def recipes() -> list[Entry]:
+    """Every recipe: a public function that says it returns a `Recipe` and takes no argument it cannot do without."""
+    return _scan("recipes", "Recipe")
+
+
+def executors() -> list[Entry]:
+    """Every executor: a public function that says it returns an `Executor`, or one of NeMo-Run's kinds of it."""
+    return _scan("launch", "Executor")
+
+
+def find_recipe(name: str) -> Callable:
+    """The recipe function called `name`.
+
+    Raises:
+        ConfigError: there is none, or the working directory has two.
+    """
+    return _find(name, recipes(), "recipe")
+
+
+def find_executor(name: str) -> Callable:
+    """The executor function called `name`.
+
+    Raises:
+        ConfigError: there is none, or the working directory has two.
+    """
+    return _find(name, executors(), "executor")
+
+
+def import_by_path(path: str) -> Callable:
+    """The function that `package.module:function` names.
+
+    Raises:
+        ConfigError: there is no such module, or no such function in it.
+    """
+    module, _, function = path.partition(":")
+    try:
+        found = _import(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{path!r}: there is no module {error.name!r}") from error
+    if not callable(getattr(found, function, None)):
+        public = [name for name in vars(found) if not name.startswith("_")]
+        raise ConfigError(f"{path!r}: {unknown('function', function, public)}")
+    return getattr(found, function)
+
+
+def _find(name: str, entries: list[Entry], what: str) -> Callable:
+    if ":" in name:
+        return import_by_path(name)
+    found = [entry for entry in entries if entry.name == name]
+    if not found:
+        raise ConfigError(unknown(what, name, sorted({entry.name for entry in entries})))
+    first = [entry for entry in found if entry.module.split(".")[0] == found[0].module.split(".")[0]]
+    if len(first) > 1:
+        places = ", ".join(f"{entry.file}:{entry.line}" for entry in first)
+        raise ConfigError(f"{what} {name!r} is ambiguous: {places}; name one as package.module:function")
+    return first[0].load()
+
+
+def _import(module: str):
+    if str(Path.cwd()) not in sys.path:  # where `python -m` would look, and a user's own modules are
+        sys.path.insert(0, str(Path.cwd()))
+    return importlib.import_module(module)
+
+
+def _scan(folder: str, returns: str) -> list[Entry]:
+    entries = []
+    own = Path.cwd() / folder
+    if own.is_dir() and own.resolve() != (_BUILT_IN / folder).resolve():
+        entries += _scan_folder(own, folder, returns)
+    return entries + _scan_folder(_BUILT_IN / folder, f"fiddlehead.{folder}", returns)
+
+
+def _scan_folder(folder: Path, package: str, returns: str) -> list[Entry]:
+    functions: dict[str, list[tuple[Path, ast.FunctionDef]]] = {}
+    for file in sorted(folder.glob("*.py")):
+        for function in _public_functions(file):
+            functions.setdefault(function.name, []).append((file, function))
+    bodies = {name: found[0][1] for name, found in functions.items()}
+    return [
+        Entry(
+            name=name,
+            module=f"{package}.{file.stem}",
+            file=file.resolve(),
+            line=function.lineno,
+            summary=(ast.get_docstring(function) or "").split("\n")[0],
+            task=_task(name, bodies),
+        )
+        for name, found in functions.items()
+        for file, function in found
+        if function.returns is not None and ast.unparse(function.returns).strip("'\"").endswith(returns)
+        if returns != "Recipe" or not _needs_arguments(function)
+    ]
+
+
+def _public_functions(file: Path) -> Iterator[ast.FunctionDef]:
+    try:
+        tree = ast.parse(file.read_text())
+    except SyntaxError as error:
+        raise ConfigError(f"{file}:{error.lineno}: {error.msg}") from error
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield node
+
+
+def _needs_arguments(function: ast.FunctionDef) -> bool:
+    arguments = function.args
+    positional = len(arguments.posonlyargs) + len(arguments.args) - len(arguments.defaults)
+    return positional > 0 or any(default is None for default in arguments.kw_defaults)
+
+
+def _task(name: str, bodies: dict[str, ast.FunctionDef]) -> str:
+    """The skeleton that a recipe calls, through other recipes if need be; "" if it cannot be told."""
+    seen: list[str] = []
+    waiting = [name]
+    while waiting:
+        current = waiting.pop()
+        if current in ("pretrain", "finetune"):
+            return current
+        if current in seen or current not in bodies:
+            continue
+        seen.append(current)
+        calls = (node for node in ast.walk(bodies[current]) if isinstance(node, ast.Call))
+        waiting += [ast.unparse(call.func).split(".")[-1] for call in calls]
+    return ""

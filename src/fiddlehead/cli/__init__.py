@@ -1,0 +1,55 @@
+"""The `fiddlehead` command. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from fiddlehead import __version__
+from fiddlehead.cli import corpus, recipes, runs, train
+from fiddlehead.errors import ConfigError
+
+app = typer.Typer(
+    name="fiddlehead",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # their locals could show secrets
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with:  fiddlehead recipes  ·  fiddlehead show tiny  ·  fiddlehead pretrain --factory tiny",
+)
+
+
+@app.callback()
+def fiddlehead(
+    version: bool = typer.Option(False, "--version", help="Print the version and leave.", is_eager=True),
+) -> None:
+    """Train transformer language models from Python recipes, and launch them anywhere."""
+    if version:
+        print(__version__)  # noqa: T201
+        raise typer.Exit
+
+
+# The first line of each docstring is what `fiddlehead --help` shows, so it must not be cut.
+app.command("recipes", rich_help_panel="Recipes")(recipes.recipes)
+app.command("show", rich_help_panel="Recipes")(recipes.show)
+app.command("diff", rich_help_panel="Recipes")(recipes.diff)
+app.command("pretrain", rich_help_panel="Train")(train.pretrain)
+app.command("tokenize", rich_help_panel="Train")(corpus.tokenize)
+app.command("generate", rich_help_panel="Use")(runs.generate)
+app.add_typer(runs.app, name="runs", rich_help_panel="Use")
+
+
+def main() -> None:
+    """Runs the command; a user's mistake is a few lines and exit code 2, a failed job has its own exit code."""
+    try:
+        app()
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `fiddlehead ... | head`
+        sys.stderr.close()
+        sys.exit(141)

@@ -1,0 +1,125 @@
+"""What several commands share: finding a recipe, applying what was typed, and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from fiddlehead import catalog
+from fiddlehead.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fiddlehead.recipe import Recipe
+
+EXECUTOR_PREFIXES = ("executor", "run.executor")
+
+
+def complete_recipe(incomplete: str) -> list[tuple[str, str]]:
+    """Names of recipes, for shell completion."""
+    return [(entry.name, entry.summary) for entry in catalog.recipes() if entry.name.startswith(incomplete)]
+
+
+OverridesArgument = typer.Argument(None, metavar="[KEY=VALUE]...", show_default=False, help="Edits, in this order.")
+AllowOption = typer.Option(None, "--allow", metavar="MODULE", help="A module of yours that a YAML recipe may import.")
+
+
+def load_recipe(name: str, overrides: Sequence[str] = (), allow: Sequence[str] = ()) -> tuple[Recipe, str]:
+    """The recipe that `name` says, edited, and a name for its runs.
+
+    `name` is a recipe function, `package.module:function`, `@file.yaml`, a YAML file, or a run.
+    """
+    from fiddlehead.overrides import apply_overrides
+    from fiddlehead.recipe import Recipe
+    from fiddlehead.runs import find_run
+
+    file = Path(name.removeprefix("@"))
+    if name.startswith("@") or file.suffix in (".yaml", ".yml"):
+        if not file.is_file():
+            raise ConfigError(f"{name}: there is no file {file}")
+        recipe, title = Recipe.load(file, allow=tuple(allow)), file.stem
+        if title == "recipe":  # runs/NAME/recipe.yaml
+            title = file.absolute().parent.name
+    elif ":" not in name and not any(entry.name == name for entry in catalog.recipes()) and _is_run(name):
+        run = find_run(name)
+        recipe, title = Recipe.load(run.recipe, allow=tuple(allow)), run.name
+    else:
+        function = catalog.find_recipe(name)
+        recipe, title = function(), function.__name__
+        if not isinstance(recipe, Recipe):
+            raise ConfigError(f"{name}: returned a {type(recipe).__name__}, not a Recipe")
+    return apply_overrides(recipe, list(overrides), find=catalog.find_recipe, allow=tuple(allow)), title
+
+
+def split_executor(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separates `executor=...` and `executor.x=...` from the edits of the recipe; checks that each is an edit."""
+    recipe, executor = [], []
+    for argument in arguments:
+        if "=" not in argument:
+            raise ConfigError(f"{argument!r} is not an edit: expected KEY=VALUE, such as trainer.max_steps=100")
+        key = argument.split("=", 1)[0].rstrip("+-*/")
+        ours = any(key == prefix or key.startswith(prefix + ".") for prefix in EXECUTOR_PREFIXES)
+        (executor if ours else recipe).append(argument)
+    return recipe, executor
+
+
+def build_executor(arguments: Sequence[str], default: str = "local") -> tuple[Callable[[], Any], str]:
+    """The executor that `executor=NAME executor.x=1` says: a function that makes it, and its name.
+
+    Its arguments are checked now; it is made, which imports NeMo-Run, when the function is called.
+    """
+    import fiddle as fdl
+
+    from fiddlehead.overrides import apply_overrides
+    from fiddlehead.recipe import Recipe
+
+    name, edits = default, []
+    for argument in arguments:
+        key, value = argument.split("=", 1)
+        if key in EXECUTOR_PREFIXES:
+            name = value
+        else:
+            edits.append(argument.removeprefix("run.").removeprefix("executor."))
+    try:
+        config = apply_overrides(Recipe(catalog.find_executor(name)), edits)
+    except ConfigError as error:
+        raise error.under("executor") if edits else error from None
+    return lambda: fdl.build(config)(), name
+
+
+def table(*columns: str) -> Table:
+    """An empty table in the one style that every command uses."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    made = Table(box=SIMPLE, show_edge=False, pad_edge=False, header_style="bold")
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    return made
+
+
+def show(*things: Any) -> None:
+    """Prints tables and text, in colour where the terminal has any, and whole where it is a pipe."""
+    import shutil
+    import sys
+
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else max(shutil.get_terminal_size().columns, 200)
+    console = Console(width=width, highlight=False)
+    for thing in things:
+        console.print(thing)
+
+
+def _is_run(name: str) -> bool:
+    from fiddlehead.runs import find_run
+
+    try:
+        find_run(name)
+    except ConfigError:
+        return False
+    return True

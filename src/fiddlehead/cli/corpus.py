@@ -1,0 +1,38 @@
+"""`fiddlehead tokenize`: text into token files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def tokenize(
+    paths: list[Path] = typer.Argument(help="Text, JSONL or Parquet files, or folders of them."),
+    tokenizer: str = typer.Option(
+        ..., "--tokenizer", "-t", help="bytes, bpe:SIZE (trained on the text), or a tokenizer.json."
+    ),
+    out: Path = typer.Option(
+        ..., "--out", "-o", metavar="DIR", help="The folder to make; data.paths=DIR trains on it."
+    ),
+    val_fraction: float = typer.Option(0.01, min=0.0, max=0.5, help="Share of the documents kept for validation."),
+    workers: int = typer.Option(None, min=1, help="Processes; all cores if not given."),
+    text_field: str = typer.Option("text", help="The field of JSONL and Parquet rows that holds the text."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace DIR if it is there."),
+) -> None:
+    """Turn text, JSONL and Parquet into memory-mapped token files.
+
+    Example:  fiddlehead tokenize docs/ notes.jsonl --tokenizer bpe:4096 --out tokens
+    """
+    from fiddlehead.data.tokenize import parse_tokenizer, tokenize
+
+    info = tokenize(
+        paths,
+        parse_tokenizer(tokenizer),
+        out,
+        val_fraction=val_fraction,
+        workers=workers,
+        text_field=text_field,
+        overwrite=overwrite,
+    )
+    print(info)  # noqa: T201

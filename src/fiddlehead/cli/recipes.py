@@ -1,0 +1,100 @@
+"""`fiddlehead recipes`, `show` and `diff`: looking at recipes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import typer
+
+from fiddlehead import catalog
+from fiddlehead.cli.common import (
+    AllowOption,
+    OverridesArgument,
+    complete_recipe,
+    load_recipe,
+    table,
+)
+from fiddlehead.cli.common import (
+    show as show_things,
+)
+
+
+def recipes(
+    long: bool = typer.Option(False, "--long", help="Also build each one: parameters and devices (takes seconds)."),
+) -> None:
+    """List the recipes: yours in ./recipes first, then the built-in ones."""
+    columns = ["name", "task", "where", "what"]
+    made = table(*columns[:3], *(["parameters", "devices"] if long else []), columns[3])
+    for entry in catalog.recipes():
+        extra = _measure(entry) if long else []
+        made.add_row(
+            f"[bold]{entry.name}[/bold]", entry.task, f"{_short(entry.file)}:{entry.line}", *extra, entry.summary
+        )
+    show_things(made)
+
+
+def show(
+    recipe: str = typer.Argument(help="A recipe, @file.yaml or a run.", autocompletion=complete_recipe),
+    overrides: list[str] = OverridesArgument,
+    defaults: bool = typer.Option(False, "--defaults", help="Also the values that are left at their default."),
+    yaml: bool = typer.Option(False, "--yaml", help="As the YAML that --factory @file.yaml takes."),
+    allow: list[str] = AllowOption,
+) -> None:
+    """Print a resolved recipe: every value, and where it was set.
+
+    Example:  fiddlehead show tiny optim.lr=1e-3
+    """
+    from fiddlehead.leaves import leaves
+    from fiddlehead.leaves import show as show_value
+
+    loaded, _ = load_recipe(recipe, overrides or (), allow or ())
+    if yaml:
+        print(loaded.to_yaml(), end="")  # noqa: T201
+        return
+    made = table("path", "value", "set at")
+    sources = loaded.sources()
+    for leaf in leaves(loaded, defaults=defaults):
+        if leaf.path:
+            made.add_row(leaf.path, show_value(leaf.value), sources[leaf.path])
+    show_things(made)
+
+
+def diff(
+    left: str = typer.Argument(help="A recipe, @file.yaml or a run.", autocompletion=complete_recipe),
+    right: str = typer.Argument(help="Another.", autocompletion=complete_recipe),
+    allow: list[str] = AllowOption,
+) -> None:
+    """Print what differs between two recipes, YAML files or runs."""
+    from fiddlehead.leaves import show as show_value
+
+    one, _ = load_recipe(left, (), allow or ())
+    other, _ = load_recipe(right, (), allow or ())
+    differences = one.diff(other)
+    if not differences:
+        print(f"{left} and {right} are the same")  # noqa: T201
+        return
+    made = table("path", left, right)
+    for difference in differences:
+        made.add_row(difference.path or "(task)", show_value(difference.left), show_value(difference.right))
+    show_things(made)
+
+
+def _measure(entry: catalog.Entry) -> list[str]:
+    """Parameters and devices of a recipe; the first problem where it cannot be built here."""
+    from fiddlehead.errors import ConfigError
+    from fiddlehead.launch import check
+
+    try:
+        recipe = entry.load()()
+        plan = check(recipe)
+    except ConfigError as error:
+        return [f"[red]{error.problems[0]}[/red]", ""]
+    devices = recipe.trainer.devices
+    return [f"{plan.parameters / 1e6:,.1f} M", f"{recipe.trainer.num_nodes} x {devices} {recipe.trainer.accelerator}"]
+
+
+def _short(file: Path) -> str:
+    """The path as one would type it from here, if that is shorter."""
+    relative = os.path.relpath(file)
+    return min(relative, str(file), key=len)

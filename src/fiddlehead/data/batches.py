@@ -1,0 +1,89 @@
+"""From windows of a token file to what Lightning iterates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fiddlehead.data.sampler import GlobalBatchSampler
+from fiddlehead.data.token_file import TokenFile
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """Sample i is the seq_length + 1 tokens from i * seq_length on: the inputs, and the labels one token later."""
+
+    def __init__(self, tokens: TokenFile, seq_length: int) -> None:
+        self.tokens = tokens
+        self.seq_length = seq_length
+
+    def __len__(self) -> int:
+        return max(0, len(self.tokens) - 1) // self.seq_length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: values[0] for name, values in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """A whole batch at once, which the data loader's collation then has only to pass on."""
+        windows = torch.from_numpy(self.tokens.windows([i * self.seq_length for i in indices], self.seq_length + 1))
+        return {
+            "input_ids": windows[:, :-1].contiguous(),
+            "labels": windows[:, 1:].contiguous(),
+            "index": torch.tensor(indices),
+        }
+
+
+class Batches:
+    """A data loader that Lightning takes as it is.
+
+    Lightning rebuilds the samplers of what it knows as a `DataLoader`, and warns when it has no worker processes; these
+    batches are slices of mapped memory and want none. The position is the trainer's step, so the state is empty; having
+    one tells Lightning that a run may continue in the middle.
+    """
+
+    def __init__(self, windows: Windows, batch_sampler: Any, *, num_workers: int = 0, pin_memory: bool = False) -> None:
+        self._loader = DataLoader(
+            windows,
+            batch_sampler=batch_sampler,
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=pin_memory,
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(self._loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+class FromGlobalStep:
+    """A batch sampler that starts where the trainer is when it is iterated.
+
+    Its length counts from step 0 all the same: a trainer that continues adds the batches of the steps before to those
+    it fetches, and compares the sum with the length.
+    """
+
+    def __init__(self, sampler: GlobalBatchSampler, global_step: Callable[[], int]) -> None:
+        self._sampler = sampler
+        self._global_step = global_step
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._sampler.batches(self._global_step())
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

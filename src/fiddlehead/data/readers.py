@@ -1,0 +1,191 @@
+"""Documents in files: which files, in which order, read in blocks that can be parsed in any process."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fiddlehead.errors import ConfigError, nearest
+
+TEXT_SUFFIXES = frozenset(
+    {".txt", ".md", ".rst", ".tex", ".html", ".css", ".csv", ".toml", ".yaml", ".yml", ".xml", ".sql", ".sh"}
+    | {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".rs", ".go", ".java", ".kt", ".js", ".ts"}
+    | {".jsx", ".tsx", ".rb", ".php", ".pl", ".lua", ".r", ".jl", ".scala", ".swift", ".hs", ".ml"}
+)
+"""A file is one document."""
+LINES_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz"})
+"""A line is a JSON object with a document."""
+PARQUET_SUFFIX = ".parquet"
+"""A row is a document."""
+
+_BLOCK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Block:
+    """Documents of one file as they were read: a whole text, lines of JSON, or values of a column."""
+
+    path: str
+    items: bytes | list[bytes] | list[Any]
+    first: int
+    """The number of the first line or row, from 1."""
+    size: int
+    """Bytes of the file that this block stands for."""
+
+
+def find_files(paths: Sequence[str | Path]) -> list[Path]:
+    """The files of `paths`, folders searched for all that can be read, in the order given and sorted within a folder.
+
+    Hidden files and `__pycache__` are left out; files of other kinds in a folder are left out with one warning. Raises
+    one `ConfigError` for everything that is missing, of an unknown kind or given twice.
+    """
+    files: dict[Path, Path] = {}
+    problems: list[str] = []
+    skipped: Counter[str] = Counter()
+    for path in map(Path, paths):
+        found: list[Path] = []
+        if path.is_dir():
+            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and not _hidden(p.relative_to(path))]
+            found = [p for p in inside if _suffix(p)]
+            skipped.update(p.suffix or p.name for p in inside if not _suffix(p))
+            if not found:
+                problems.append(f"paths: {path} holds no file that can be read; {_kinds()}")
+        elif not path.exists():
+            problems.append(f"paths: there is no file or folder {path}")
+        elif not _suffix(path):
+            problems.append(f"paths: {path} is of an unknown kind; {_kinds()}")
+        else:
+            found = [path]
+        for file in found:
+            if file.resolve() in files:
+                problems.append(f"paths: {file} is given twice")
+            files[file.resolve()] = file
+    if not paths:
+        problems.append("paths is empty; give files or folders")
+    if problems:
+        raise ConfigError(*problems)
+    if skipped:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common(10))
+        warnings.warn(f"skipped {skipped.total()} files of other kinds: {counts}", stacklevel=3)
+    return list(files.values())
+
+
+def read_blocks(file: Path, text_field: str) -> Iterator[Block]:
+    """The blocks of `file` in order; raises `ConfigError` when it cannot be read."""
+    suffix = _suffix(file)
+    try:
+        if suffix == PARQUET_SUFFIX:
+            yield from _read_parquet(file, text_field)
+        elif suffix in LINES_SUFFIXES:
+            yield from _read_lines(file)
+        else:
+            content = file.read_bytes()
+            yield Block(str(file), content, 1, len(content))
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from error
+
+
+def parse(block: Block, text_field: str) -> tuple[list[str], list[str]]:
+    """The documents of `block` that are not empty, and its problems, each with file and line."""
+    texts: list[str] = []
+    problems: list[str] = []
+    items: list[Any] = [block.items] if isinstance(block.items, bytes) else block.items
+    is_lines = _suffix(Path(block.path)) in LINES_SUFFIXES
+    for number, item in enumerate(items, block.first):
+        try:
+            text = _line_text(item, text_field) if is_lines else _text(item)
+        except ValueError as error:
+            place = block.path if isinstance(block.items, bytes) else f"{block.path}:{number}"
+            problems.append(f"{place}: {error}")
+        else:
+            if text:
+                texts.append(text)
+    return texts, problems
+
+
+def _line_text(line: bytes, text_field: str) -> str:
+    if not line.strip():
+        return ""
+    try:
+        record = json.loads(_text(line.rstrip()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not a JSON object on one line: {error.msg} at column {error.colno}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"not a JSON object but {type(record).__name__}")
+    if text_field not in record:
+        raise ValueError(_no_field(text_field, list(record)))
+    return _text(record[text_field])
+
+
+def _text(value: Any) -> str:
+    """The text of bytes or of a string; raises `ValueError`, with the reason, for what is none."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8: byte {error.object[error.start]:#04x} at {error.start}") from None
+    if not isinstance(value, str):
+        raise ValueError(f"the text is not a string but {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair
+        raise ValueError(f"not Unicode: half a surrogate pair at {error.start}") from None
+    return value
+
+
+def _read_lines(file: Path) -> Iterator[Block]:
+    with file.open("rb") as raw:
+        lines = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
+        first, position = 1, 0
+        while items := lines.readlines(_BLOCK_BYTES):
+            here = raw.tell()
+            yield Block(str(file), items, first, here - position)
+            first, position = first + len(items), here
+
+
+def _read_parquet(file: Path, text_field: str) -> Iterator[Block]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(file) as table:
+            if text_field not in table.schema_arrow.names:
+                raise ConfigError(f"{file}: {_no_field(text_field, table.schema_arrow.names)}")
+            rows, size, first = table.metadata.num_rows, file.stat().st_size, 1
+            for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
+                items = batch.column(0).to_pylist()
+                last = first + len(items)
+                # Whole-number shares of the file's size that add up to it.
+                yield Block(str(file), items, first, size * (last - 1) // rows - size * (first - 1) // rows)
+                first = last
+    except pa.ArrowException as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from error
+
+
+def _no_field(name: str, names: Sequence[str]) -> str:
+    match = nearest(name, names)
+    return f"no field {name!r}; " + (f"did you mean {match!r}?" if match else f"fields: {', '.join(names) or 'none'}")
+
+
+def _suffix(path: Path) -> str:
+    """The known suffix of `path`, or nothing."""
+    double = "".join(path.suffixes[-2:]).lower()
+    single = path.suffix.lower()
+    known = TEXT_SUFFIXES | LINES_SUFFIXES | {PARQUET_SUFFIX}
+    return double if double in known else single if single in known else ""
+
+
+def _hidden(relative: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
+
+
+def _kinds() -> str:
+    lines = ", ".join(sorted(LINES_SUFFIXES))
+    return f"allowed: {PARQUET_SUFFIX}; {lines} (a JSON object a line); text such as .txt, .md, .py"

@@ -1,0 +1,145 @@
+"""Token datasets: folders of memory-mapped token ids that are complete or do not exist.
+
+A dataset is `train.bin` and `val.bin` (little-endian uint16, or uint32 for a vocabulary of more than 65536; every
+document ends in the end-of-document token), `tokenizer.json`, and `meta.json`, which says what the others must be.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fiddlehead.data.tokenizers import TokenizerFile
+from fiddlehead.errors import ConfigError
+
+FORMAT = "fiddlehead token dataset"
+FORMAT_VERSION = 1
+
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """What one split holds; `bytes` is the UTF-8 length of its text, `sha256` the hash of its token file."""
+
+    tokens: int
+    documents: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TokenDatasetInfo:
+    """What `meta.json` says of a token dataset."""
+
+    dtype: str
+    vocab_size: int
+    eos_id: int
+    tokenizer: str
+    """The tokenizer's fingerprint."""
+    sources: tuple[str, ...]
+    train: SplitInfo
+    val: SplitInfo
+
+    @classmethod
+    def read(cls, directory: str | Path) -> TokenDatasetInfo:
+        """The description of the dataset in `directory`; raises `ConfigError` when that is none."""
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise ConfigError(f"{directory} is no token dataset: there is no such folder; `tokenize` makes one")
+        try:
+            meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{directory} is no token dataset: it has no meta.json; `tokenize` makes one") from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{directory / 'meta.json'} cannot be read: {error}") from error
+        if not isinstance(meta, dict) or meta.pop("format", None) != FORMAT:
+            raise ConfigError(f"{directory} is no token dataset: its meta.json was written by another program")
+        version = meta.pop("version", None)
+        if version != FORMAT_VERSION:
+            raise ConfigError(
+                f"{directory} has format version {version}; this fiddlehead reads version {FORMAT_VERSION}: "
+                "tokenize again, or use the fiddlehead that wrote it"
+            )
+        try:
+            splits = {split: SplitInfo(**meta.pop(split)) for split in SPLITS}
+            return cls(sources=tuple(meta.pop("sources")), **splits, **meta)
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{directory / 'meta.json'} is damaged: {error}") from error
+
+    def text(self) -> str:
+        """The text of `meta.json`."""
+        return json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n"
+
+    def open_tokenizer(self, directory: str | Path) -> TokenizerFile:
+        """The tokenizer that made the dataset in `directory`."""
+        return TokenizerFile(Path(directory) / "tokenizer.json", eos=self.eos_id)
+
+
+class TokenFile:
+    """The tokens of one split of a dataset, memory-mapped read-only.
+
+    Raises `ConfigError`, with the reason, for a folder that is no dataset, a file that is truncated, and a tokenizer or
+    vocabulary that is not the expected one.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        split: Split = "train",
+        *,
+        expect_fingerprint: str | None = None,
+        expect_vocab_size: int | None = None,
+    ) -> None:
+        self.directory = Path(directory)
+        self.split: Split = split
+        self.info = info = TokenDatasetInfo.read(self.directory)
+        if expect_fingerprint is not None and expect_fingerprint != info.tokenizer:
+            raise ConfigError(
+                f"{directory} was made with tokenizer {info.tokenizer} ({info.vocab_size} tokens), "
+                f"not with {expect_fingerprint}"
+            )
+        if expect_vocab_size is not None and expect_vocab_size != info.vocab_size:
+            raise ConfigError(f"{directory} has a vocabulary of {info.vocab_size} tokens, not of {expect_vocab_size}")
+        self._tokens = _map(self.directory / f"{split}.bin", info.dtype, getattr(info, split).tokens)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def window(self, start: int, length: int) -> np.ndarray:
+        """The tokens [start, start + length), (length,) int64."""
+        return self.windows([start], length)[0]
+
+    def windows(self, starts: Sequence[int], length: int) -> np.ndarray:
+        """The tokens [start, start + length) for each of `starts`, (len(starts), length) int64."""
+        if min(starts) < 0 or max(starts) + length > len(self):
+            raise IndexError(
+                f"windows of {length} from {min(starts)} to {max(starts)} are not within {len(self)} tokens"
+            )
+        windows = np.empty((len(starts), length), dtype=np.int64)
+        for row, start in zip(windows, starts, strict=True):
+            row[:] = self._tokens[start : start + length]
+        return windows
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenFile, (self.directory, self.split)  # a worker maps the file itself: pickling a map would copy it
+
+
+def _map(path: Path, dtype: str, tokens: int) -> np.ndarray:
+    expected = tokens * np.dtype(dtype).itemsize
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing, though its meta.json tells of {tokens} tokens") from None
+    if size != expected:
+        raise ConfigError(f"{path} has {size} bytes, but {tokens} {dtype} tokens are {expected}: tokenize again")
+    if not tokens:
+        return np.empty(0, dtype=dtype)  # an empty file cannot be mapped
+    # A plain array on the map: slices of np.memmap itself are several times slower to make.
+    return np.asarray(np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r"))

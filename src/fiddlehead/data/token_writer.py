@@ -1,0 +1,177 @@
+"""Writes token datasets so that what can be opened is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from fiddlehead.data.token_file import SPLITS, Split, SplitInfo, TokenDatasetInfo
+from fiddlehead.data.tokenizers import Tokenizer
+from fiddlehead.errors import ConfigError
+
+
+class MadeMeanwhileError(ConfigError):
+    """Another process has made the dataset while this one was at work on it."""
+
+
+class TokenDatasetWriter:
+    """Writes a token dataset beside its final place `out` and moves it there when it is complete.
+
+    A context manager: leaving it without `finish` removes what was written. A killed process leaves a temporary folder
+    `.NAME.*.tmp`, which the next writer of the same `out` removes. Raises `ConfigError` when `out` exists, unless
+    `overwrite` is set and it is a token dataset, and when the disk is full.
+    """
+
+    def __init__(
+        self, out: str | Path, tokenizer: Tokenizer, sources: Sequence[str], *, overwrite: bool = False
+    ) -> None:
+        self.out = Path(out)
+        check_destination(self.out, overwrite)
+        self._tokenizer = tokenizer
+        self._sources = tuple(sources)
+        self._overwrite = overwrite
+        self._totals = {split: [0, 0, 0] for split in SPLITS}  # tokens, documents, bytes
+        self._hashes = {split: hashlib.sha256() for split in SPLITS}
+        with self._disk_errors():
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            remove_stale(self.out)
+            self._temporary, train = _create_temporary(self.out)
+            self._files: dict[Split, IO[bytes]] = {"train": train, "val": (self._temporary / "val.bin").open("wb")}
+
+    def add(self, split: Split, tokens: np.ndarray, documents: int, num_bytes: int) -> None:
+        """Appends `documents` encoded documents, which were `num_bytes` of UTF-8 text."""
+        data = tokens.tobytes()
+        with self._disk_errors():
+            self._files[split].write(data)
+        self._hashes[split].update(data)
+        self._totals[split] = [
+            a + b for a, b in zip(self._totals[split], (len(tokens), documents, num_bytes), strict=True)
+        ]
+
+    def finish(self) -> TokenDatasetInfo:
+        """Makes the dataset durable and moves it to `out`. Raises `MadeMeanwhileError` if another came first."""
+        splits = {s: SplitInfo(*self._totals[s], sha256=self._hashes[s].hexdigest()) for s in SPLITS}
+        info = TokenDatasetInfo(
+            dtype=_token_dtype(self._tokenizer.vocab_size),
+            vocab_size=self._tokenizer.vocab_size,
+            eos_id=self._tokenizer.eos_id,
+            tokenizer=self._tokenizer.fingerprint,
+            sources=self._sources,
+            train=splits["train"],
+            val=splits["val"],
+        )
+        with self._disk_errors():
+            self._tokenizer.save(self._temporary / "tokenizer.json")
+            (self._temporary / "meta.json").write_text(info.text(), encoding="utf-8")
+            for file in self._files.values():
+                file.flush()
+            for path in (*self._temporary.iterdir(), self._temporary):
+                _fsync(path)
+            self._move_into_place()
+        return info
+
+    def _move_into_place(self) -> None:
+        replaced = self._temporary.with_name(self._temporary.name.removesuffix(".tmp") + ".old.tmp")
+        if self._overwrite and self.out.exists():
+            self.out.rename(replaced)
+        try:
+            self._temporary.rename(self.out)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise MadeMeanwhileError(f"out={str(self.out)!r} was made by another process meanwhile") from None
+            raise
+        _fsync(self.out.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def __enter__(self) -> TokenDatasetWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # The lock goes with the open file, so what is unfinished is removed first.
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        for file in self._files.values():
+            with contextlib.suppress(OSError):  # a full disk again: what could not be written is gone anyway
+                file.close()
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                tokens = sum(total[0] for total in self._totals.values())
+                raise ConfigError(
+                    f"out={str(self.out)!r}: the disk is full after {tokens} tokens; the unfinished dataset was removed"
+                ) from error
+            raise ConfigError(f"out={str(self.out)!r} cannot be written: {error}") from error
+
+
+def check_destination(out: Path, overwrite: bool) -> None:
+    """Raises `ConfigError` if a dataset may not be written to `out`."""
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise ConfigError(f"out={str(out)!r} exists; choose another folder, or overwrite it")
+    try:
+        TokenDatasetInfo.read(out)
+    except ConfigError as error:
+        raise ConfigError(f"out={str(out)!r} is not overwritten, because only token datasets are: {error}") from None
+
+
+def remove_stale(out: Path) -> None:
+    """Removes the temporary folders that killed writers of `out` left behind; a live writer's is locked and stays."""
+    for folder in out.parent.glob(f".{out.name}.*.tmp"):
+        try:
+            with (folder / "train.bin").open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except FileNotFoundError:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # killed before its first file; fails, as it should, if a writer just made one
+        except BlockingIOError:
+            pass
+
+
+def _create_temporary(out: Path) -> tuple[Path, IO[bytes]]:
+    """A new folder beside `out` and its open `train.bin`, whose lock says for as long as it is open: in use."""
+    while True:
+        folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
+        folder.mkdir()
+        try:
+            file = (folder / "train.bin").open("xb")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (folder / "train.bin").exists():
+                return folder, file
+        except (FileNotFoundError, BlockingIOError):
+            pass  # another writer took the folder for stale before it was locked: make another
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
+    """The tokens of all `texts`, each followed by the end-of-document token; (tokens,) of uint16 or uint32."""
+    eos = [tokenizer.eos_id]
+    dtype = np.dtype(_token_dtype(tokenizer.vocab_size)).newbyteorder("<")
+    documents = [np.array(ids + eos, dtype=dtype) for ids in tokenizer.encode_batch(texts)]
+    return np.concatenate(documents) if documents else np.empty(0, dtype=dtype)
+
+
+def _token_dtype(vocab_size: int) -> str:
+    """The narrowest type that holds the token ids."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"

@@ -1,0 +1,228 @@
+"""Text files to a token dataset, in several processes whose number makes no difference to the result."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fiddlehead.data.progress import ByteProgress
+from fiddlehead.data.readers import Block, find_files, parse, read_blocks
+from fiddlehead.data.token_file import SPLITS, Split, TokenDatasetInfo
+from fiddlehead.data.token_writer import TokenDatasetWriter, check_destination, encode_documents
+from fiddlehead.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, TokenizerFile
+from fiddlehead.errors import ConfigError
+
+_MAX_PROBLEMS = 20
+
+
+def tokenize(
+    paths: Sequence[str | Path],
+    tokenizer: Tokenizer | BPETokenizer,
+    out: str | Path,
+    *,
+    val_fraction: float = 0.01,
+    workers: int | None = None,
+    text_field: str = "text",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> TokenDatasetInfo:
+    """Writes the documents of `paths` as a token dataset to the folder `out`.
+
+    `paths` are files or folders: text files (a document each), `.jsonl`, `.jsonl.gz` and `.json` (a line each, its
+    `text_field`) and `.parquet` (a row each). Empty documents are left out. A document belongs to the validation split
+    if its hash falls into `val_fraction`, so copies of a document never end up in both. An untrained tokenizer learns
+    from the training split first. `workers` processes, by default one for each core, encode; the files written are the
+    same to the byte for any number of them.
+
+    Either `out` is complete afterwards or there is none: a run that fails or is interrupted removes what it wrote, and
+    what a killed one left is removed by the next. Raises `ConfigError` for bad input, with file and line of the first
+    20 problems and the number of the others.
+    """
+    if not 0 <= val_fraction < 1:
+        raise ConfigError(f"val_fraction={val_fraction}; allowed: from 0 to below 1")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers={workers}; allowed: 1 or more")
+    out = Path(out)
+    files = find_files(paths)
+    check_destination(out, overwrite)
+    if isinstance(tokenizer, BPETokenizer):
+        with ByteProgress(f"training {tokenizer.vocab_size} tokens", _total_bytes(files), progress) as bar:
+            trained = tokenizer.train(_training_texts(files, text_field, val_fraction, bar))
+    else:
+        trained = tokenizer
+    encoder = _Encoder(trained, text_field, val_fraction)
+    with (
+        TokenDatasetWriter(out, trained, [str(path) for path in paths], overwrite=overwrite) as writer,
+        ByteProgress("tokenizing", _total_bytes(files), progress) as bar,
+    ):
+        _write_all(files, encoder, workers or len(os.sched_getaffinity(0)), writer, bar)
+        return writer.finish()
+
+
+def parse_tokenizer(text: str) -> Tokenizer | BPETokenizer:
+    """The tokenizer that a command line names: `bytes`, `bpe:4096` (to be trained), or a path for `TokenizerFile`."""
+    kind, colon, size = text.partition(":")
+    if text == "bytes":
+        return ByteTokenizer()
+    if kind == "bpe":
+        if not colon or not size.isdecimal():
+            raise ConfigError(f"tokenizer={text!r}; allowed: bpe:SIZE, such as bpe:4096")
+        return BPETokenizer(int(size))
+    if not Path(text).expanduser().exists():
+        raise ConfigError(
+            f"tokenizer={text!r}; allowed: bytes, bpe:SIZE, or the path of a tokenizer.json, and there is none"
+        )
+    return TokenizerFile(text)
+
+
+class _Encoded(NamedTuple):
+    """What became of a block: for each split its tokens and how many documents and bytes they were."""
+
+    splits: dict[Split, tuple[np.ndarray, int, int]]
+    problems: list[str]
+    size: int
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    tokenizer: Tokenizer
+    text_field: str
+    val_fraction: float
+
+    def __call__(self, block: Block, check_only: bool) -> _Encoded:
+        texts, problems = parse(block, self.text_field)
+        if check_only or problems:
+            return _Encoded({}, problems, block.size)
+        by_split: dict[Split, list[str]] = {split: [] for split in SPLITS}
+        for text in texts:
+            by_split[_split_of(text, self.val_fraction)].append(text)
+        splits: dict[Split, tuple[np.ndarray, int, int]] = {
+            split: (encode_documents(self.tokenizer, chosen), len(chosen), sum(len(text.encode()) for text in chosen))
+            for split, chosen in by_split.items()
+            if chosen
+        }
+        return _Encoded(splits, [], block.size)
+
+
+class _Problems:
+    """Collects what is wrong with the input."""
+
+    def __init__(self) -> None:
+        self._first: list[str] = []
+        self._count = 0
+
+    def __bool__(self) -> bool:
+        return self._count > 0
+
+    def add(self, problems: Sequence[str]) -> None:
+        self._first += problems[: _MAX_PROBLEMS - len(self._first)]
+        self._count += len(problems)
+
+    def check(self) -> None:
+        """Raises one `ConfigError` if there are any."""
+        if self:
+            rest = self._count - len(self._first)
+            raise ConfigError(*self._first, *([f"and {rest} more"] if rest else []))
+
+
+def _write_all(
+    files: Sequence[Path], encoder: _Encoder, workers: int, writer: TokenDatasetWriter, bar: ByteProgress
+) -> None:
+    problems = _Problems()
+    documents = 0
+    for encoded in _encode_all(_all_blocks(files, encoder.text_field, problems), encoder, workers, problems):
+        problems.add(encoded.problems)
+        bar.advance(encoded.size)
+        if not problems:
+            for split, (tokens, count, num_bytes) in encoded.splits.items():
+                writer.add(split, tokens, count, num_bytes)
+                documents += count
+    problems.check()
+    if not documents:
+        raise ConfigError("paths: all documents are empty")
+
+
+def _all_blocks(files: Sequence[Path], text_field: str, problems: _Problems) -> Iterator[Block]:
+    for file in files:
+        try:
+            yield from read_blocks(file, text_field)
+        except ConfigError as error:
+            problems.add(error.problems)
+
+
+def _encode_all(blocks: Iterator[Block], encoder: _Encoder, workers: int, problems: _Problems) -> Iterator[_Encoded]:
+    """The blocks encoded, in their order; once there are problems the rest is only checked for more."""
+    if workers == 1:
+        yield from (encoder(block, bool(problems)) for block in blocks)
+        return
+    # Spawned: a fork would copy the threads' locks of whoever calls, and the tokenizers library's among them.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encoder,))
+    try:
+        waiting: deque[Future[_Encoded]] = deque()
+        for block in blocks:
+            waiting.append(pool.submit(_encode_in_worker, block, bool(problems)))
+            if len(waiting) > 2 * workers:  # enough to keep all busy, and no more in memory
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise ConfigError(f"workers={workers}: one was killed, probably for want of memory; try fewer") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker_encoder: _Encoder
+
+
+def _start_worker(encoder: _Encoder) -> None:
+    global _worker_encoder
+    _worker_encoder = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends a worker whose parent was killed: it would wait for work forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _encode_in_worker(block: Block, check_only: bool) -> _Encoded:
+    return _worker_encoder(block, check_only)
+
+
+def _training_texts(files: Sequence[Path], text_field: str, val_fraction: float, bar: ByteProgress) -> Iterator[str]:
+    """The documents of the training split; raises `ConfigError` at the end if any are bad."""
+    problems = _Problems()
+    for block in _all_blocks(files, text_field, problems):
+        texts, bad = parse(block, text_field)
+        problems.add(bad)
+        yield from (text for text in texts if _split_of(text, val_fraction) == "train")
+        bar.advance(block.size)
+    problems.check()
+
+
+def _split_of(text: str, val_fraction: float) -> Split:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
+
+
+def _total_bytes(files: Sequence[Path]) -> int:
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,315 @@
+"""Text to token ids and back. All tokenizers save to one format, the `tokenizer.json` that Hugging Face tools read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from fiddlehead.errors import ConfigError, unknown
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END_OF_TEXT = "<|endoftext|>"
+
+# Tokens that end a document, the most specific first: a chat model's file has several of them, and the end of a turn
+# (<|im_end|>) is the end of a document only where nothing better exists.
+_EOS_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "<|im_end|>", "<|eot_id|>")
+
+
+class Tokenizer(Protocol):
+    """What the rest of the package asks of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token id."""
+        ...
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends every document."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of what the tokenizer does: equal fingerprints mean equal tokens for every text."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of `text`, without special tokens; the name of a special token in the text is plain text."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        ...
+
+    def token_bytes(self) -> np.ndarray | None:
+        """UTF-8 bytes that each token stands for, (vocab_size,) int32, 0 for special tokens; None where unknown."""
+        ...
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file `path` in the format of `tokenizer.json`."""
+        ...
+
+
+class ByteTokenizer:
+    """The 256 bytes of UTF-8, each its own id, and 256 for the end of a document."""
+
+    vocab_size = 257
+    eos_id = 256
+
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint(_byte_level_spec(), self.eos_id)
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(int(i) for i in ids if i < self.eos_id).decode(errors="replace")
+
+    def token_bytes(self) -> np.ndarray:
+        lengths = np.ones(self.vocab_size, dtype=np.int32)
+        lengths[self.eos_id] = 0
+        return lengths
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(_byte_level_spec(), ensure_ascii=False), encoding="utf-8")
+
+
+class BPETokenizer:
+    """A byte-level BPE tokenizer still to be trained, on the corpus that it is used with.
+
+    Of its `vocab_size` tokens 256 are the bytes and one ends a document; the rest are learned.
+    """
+
+    def __init__(self, vocab_size: int = 1024) -> None:
+        if vocab_size < 257:
+            raise ConfigError(f"vocab_size={vocab_size} is too small; allowed: 257 (256 bytes and one special) or more")
+        self.vocab_size = vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of how it would be trained."""
+        return hashlib.sha256(f"byte-level bpe {self.vocab_size}".encode()).hexdigest()[:16]
+
+    def train(self, texts: Iterable[str]) -> JSONTokenizer:
+        """The tokenizer learned from `texts`.
+
+        Raises `ConfigError` when the texts have too few different pairs for `vocab_size` tokens.
+        """
+        import tokenizers
+
+        model = tokenizers.Tokenizer(tokenizers.models.BPE())
+        model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=self.vocab_size,
+            show_progress=False,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=_byte_characters(),
+        )
+        model.train_from_iterator(texts, trainer)
+        if model.get_vocab_size() < self.vocab_size:
+            raise ConfigError(
+                f"vocab_size={self.vocab_size} needs more text to learn from; these documents give at most "
+                f"{model.get_vocab_size()} tokens"
+            )
+        return JSONTokenizer(model.to_str(), eos=END_OF_TEXT)
+
+
+class JSONTokenizer:
+    """A tokenizer given as the text of a `tokenizer.json`.
+
+    `eos` is the token that ends a document, or its id; None takes the first of the usual names that the tokenizer has.
+    Raises `ConfigError` for text that is no tokenizer, and, with the candidates, when it has none of these tokens.
+    """
+
+    def __init__(self, text: str, *, eos: str | int | None = None, source: str = "tokenizer.json") -> None:
+        self._text = text
+        self._source = source
+        self._spec, self._ids = _parse(text, source)
+        self.vocab_size: int = max(self._ids.values()) + 1
+        self.eos_id: int = _find_eos(self._ids, self._special_tokens(), eos, source)
+
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint(self._spec, self.eos_id)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def token_bytes(self) -> np.ndarray | None:
+        measure = _token_measure(self._spec)
+        if measure is None:
+            return None
+        lengths = np.zeros(self.vocab_size, dtype=np.int32)
+        for token, i in self._ids.items():
+            lengths[i] = measure(token)
+        for token in self._spec.get("added_tokens") or []:  # added tokens are plain text in every kind of vocabulary
+            lengths[token["id"]] = 0 if token.get("special") else len(token["content"].encode())
+        lengths[self.eos_id] = 0
+        return lengths
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self._text, encoding="utf-8")
+
+    @cached_property
+    def _tokenizer(self) -> tokenizers.Tokenizer:
+        from tokenizers import Tokenizer
+
+        try:
+            tokenizer = Tokenizer.from_str(self._text)
+        except Exception as error:  # the library raises plain Exception
+            raise ConfigError(f"{self._source} is no tokenizer: {error}") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a document is text, not the end of it
+        return tokenizer
+
+    def _special_tokens(self) -> list[str]:
+        return [token["content"] for token in self._spec.get("added_tokens") or []]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The library's object is rebuilt where it is needed.
+        return {name: value for name, value in self.__dict__.items() if name != "_tokenizer"}
+
+
+class TokenizerFile(JSONTokenizer):
+    """The tokenizer in a `tokenizer.json`, or in a folder that holds one.
+
+    `eos` is the token that ends a document; None takes the first of the usual names that the tokenizer has. Raises
+    `ConfigError` for a file that is missing or broken, and when no end-of-document token is found.
+    """
+
+    def __init__(self, path: str | Path, eos: str | int | None = None) -> None:
+        self.path = Path(path).expanduser()
+        file = self.path / "tokenizer.json" if self.path.is_dir() else self.path
+        try:
+            text = file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ConfigError(f"path={str(path)!r} is no tokenizer: there is no file {file}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"path={str(path)!r} cannot be read: {error}") from error
+        super().__init__(text, eos=eos, source=str(file))
+
+
+def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The parsed file, and the id of each token."""
+    try:
+        spec = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{source} is broken JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
+    try:
+        vocab = spec["model"]["vocab"]
+        # Unigram models list [token, score] pairs, all others map a token to its id.
+        ids = {pair[0]: i for i, pair in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
+        ids.update((token["content"], token["id"]) for token in spec.get("added_tokens") or [])
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ConfigError(f"{source} is no tokenizer.json: it has no model with a vocabulary") from error
+    if not ids or not all(isinstance(i, int) for i in ids.values()):
+        raise ConfigError(f"{source} is no tokenizer.json: its vocabulary is empty or has ids that are no integers")
+    return spec, ids
+
+
+def _find_eos(ids: dict[str, int], special: list[str], eos: str | int | None, source: str) -> int:
+    if isinstance(eos, int):
+        if eos not in ids.values():
+            raise ConfigError(f"eos={eos} is no token of {source}; allowed: 0 to {max(ids.values())}")
+        return eos
+    if eos is not None:
+        if eos not in ids:
+            raise ConfigError(f"eos={eos!r}: {unknown('token', eos, special)} ({source})")
+        return ids[eos]
+    for name in _EOS_NAMES:
+        if name in ids:
+            return ids[name]
+    candidates = ", ".join(map(repr, special[:20])) or "none, it has no special tokens"
+    raise ConfigError(
+        f"eos=None: {source} has none of the usual end-of-document tokens; name one with eos=...; "
+        f"candidates: {candidates}"
+    )
+
+
+def _fingerprint(spec: dict[str, Any], eos_id: int) -> str:
+    # Truncation and padding are switched off when encoding, so they make no difference.
+    does = {name: value for name, value in spec.items() if name not in ("version", "truncation", "padding")}
+    return hashlib.sha256(json.dumps([does, eos_id], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that stands for each of the 256 bytes in a byte-level vocabulary, as in GPT-2's."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    substitutes = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(substitutes)) for byte in range(256)]
+
+
+def _byte_level_spec() -> dict[str, Any]:
+    """A `tokenizer.json` of the bytes alone: byte-level BPE without a merge."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": ByteTokenizer.eos_id, "content": END_OF_TEXT, **plain, "special": True}],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {character: byte for byte, character in enumerate(_byte_characters())},
+            "merges": [],
+        },
+    }
+
+
+def _token_measure(spec: dict[str, Any]) -> Any:
+    """A function that gives the UTF-8 bytes a vocabulary entry stands for, or None for a kind that does not say."""
+    kinds = _component_types(spec.get("decoder")) | _component_types(spec.get("pre_tokenizer"))
+    if "ByteLevel" in kinds:
+        return len  # a character for each byte
+    if "Metaspace" in kinds or "ByteFallback" in kinds:
+        return _sentencepiece_bytes
+    return None
+
+
+def _sentencepiece_bytes(token: str) -> int:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return 1
+    return len(token.replace("\u2581", " ").encode())
+
+
+def _component_types(component: Any) -> set[str]:
+    """The types of a decoder or pre-tokenizer and of those in its sequence."""
+    if not isinstance(component, dict):
+        return set()
+    parts = [*component.get("decoders", []), *component.get("pretokenizers", [])]
+    return {component.get("type", ""), *(kind for part in parts for kind in _component_types(part))}

@@ -1,0 +1,50 @@
+"""What a run was made with: code, packages, hardware. Environment variables are not recorded, as they hold secrets."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+MAX_PATCH_BYTES = 2_000_000
+
+
+def describe_environment(directory: Path) -> dict[str, Any]:
+    """The environment of this process, as JSON values; `directory` is where the user's code is."""
+    return {
+        "git": _git(directory),
+        "python": sys.version.split()[0],
+        "executable": sys.executable,
+        "packages": dict(sorted((d.name, d.version) for d in importlib.metadata.distributions())),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": _lines("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"),
+    }
+
+
+def _git(directory: Path) -> dict[str, Any] | None:
+    """Revision, untracked files and uncommitted changes; None outside a repository."""
+    revision = _lines("git", "-C", str(directory), "rev-parse", "HEAD")
+    if not revision:
+        return None
+    patch = "\n".join(_lines("git", "-C", str(directory), "diff", "HEAD", "--binary"))
+    if len(patch) > MAX_PATCH_BYTES:
+        patch = f"not kept: {len(patch)} bytes"
+    untracked = _lines("git", "-C", str(directory), "ls-files", "--others", "--exclude-standard")
+    return {"revision": revision[0], "patch": patch, "untracked": untracked}
+
+
+def _lines(*command: str) -> list[str]:
+    """The lines that a command prints; none if there is no such command or it fails."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return result.stdout.splitlines()

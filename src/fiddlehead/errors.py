@@ -1,0 +1,46 @@
+"""Errors that are written for the person who typed the command."""
+
+from __future__ import annotations
+
+import difflib
+import signal
+from collections.abc import Iterable, Sequence
+
+
+class ConfigError(ValueError):
+    """What a user asked for cannot be done; the command prints it without a traceback and exits with 2.
+
+    Each problem is a line that starts with the name of the field at fault and says what was given and what is
+    allowed, for example ``num_query_groups=3 does not divide num_attention_heads=8; allowed: 1, 2, 4, 8``. Whoever
+    knows where the field sits puts the path in front with `under`.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+    def under(self, path: str) -> ConfigError:
+        """The same problems, each with `path` and a dot in front."""
+        return ConfigError(*(f"{path}.{problem}" if path else problem for problem in self.problems))
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that `name` was most likely meant to be, or None if none is close."""
+    matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def unknown(what: str, name: str, allowed: Sequence[str]) -> str:
+    """A sentence for a name that is not among `allowed`: the nearest one, or else the allowed ones."""
+    match = nearest(name, allowed)
+    if match:
+        return f"unknown {what} {name!r}; did you mean {match!r}?"
+    return f"unknown {what} {name!r}; allowed: {', '.join(allowed) if allowed else 'none'}"
+
+
+class StopRequested(BaseException):
+    """Someone asked the run to stop; not an Exception, so that no library takes it for a failure of its own."""
+
+    def __init__(self, signum: int, detail: str = "before the first step") -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} {detail}")
+        self.signum = signum

@@ -1,0 +1,210 @@
+"""Run directories: where a run keeps everything about itself, and what its state is.
+
+A run is a folder, `runs/NAME` by default. The recipe, the command and the environment are written before anything
+starts; the job adds its status, log, metrics and checkpoints. Nothing else remembers a run, so a folder that is copied
+or moved is still the whole run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+
+from fiddlehead.errors import ConfigError, unknown
+
+
+class State(StrEnum):
+    """What has become of a run."""
+
+    SUBMITTED = "SUBMITTED"
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    DIED = "DIED"
+    """The process is gone and said nothing: killed, out of memory, or the machine went down."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen without a new attempt."""
+        return self not in (State.SUBMITTED, State.RUNNING)
+
+
+@dataclass(frozen=True)
+class Status:
+    """The content of a run's `status` file, written by whoever is responsible for the run at the moment."""
+
+    state: State
+    host: str = ""
+    pid: int = 0
+    process_started: int = 0
+    """Clock ticks since boot when the process began: a pid alone may since belong to another process."""
+    attempt: int = 1
+    started: float = 0.0
+    ended: float | None = None
+    exit_code: int | None = None
+    reason: str = ""
+    executor: str = "direct"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of one run."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name, which is its folder's."""
+        return self.path.name
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def log(self) -> Path:
+        """Everything that the job printed, all attempts."""
+        return self.path / "log.txt"
+
+    @property
+    def metrics(self) -> Path:
+        """One row a logged step."""
+        return self.path / "metrics.csv"
+
+    @property
+    def checkpoints(self) -> Path:
+        """A folder for each checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer that the run's tokens came from."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def environment(self) -> Path:
+        """Code revision and patch, packages and hardware."""
+        return self.path / "environment.json"
+
+    @property
+    def command(self) -> Path:
+        """What was typed to start the run, a line for each attempt."""
+        return self.path / "command"
+
+    @property
+    def wandb_id(self) -> str:
+        """The W&B id of this run, the same for all its attempts."""
+        file = self.path / "wandb_id"
+        if not file.exists():
+            write_atomically(file, secrets.token_hex(4))
+        return file.read_text()
+
+    def status(self) -> Status | None:
+        """What the status file says, corrected by a look at the process; None before the run was submitted."""
+        status = self.written_status()
+        if status and not status.state.ended and not _alive(status):
+            return replace(status, state=State.DIED, reason=status.reason or f"process {status.pid} is gone")
+        return status
+
+    def written_status(self) -> Status | None:
+        """What the status file says."""
+        try:
+            fields = json.loads((self.path / "status").read_text())
+        except FileNotFoundError:
+            return None
+        return Status(**{**fields, "state": State(fields["state"])})
+
+    def write_status(self, status: Status) -> None:
+        """Replaces the status file."""
+        write_atomically(self.path / "status", json.dumps(asdict(status), indent=2) + "\n")
+
+    def last_metrics(self) -> dict[str, str]:
+        """The newest value of each metric, as text; empty before the first."""
+        import csv
+
+        latest: dict[str, str] = {}
+        if self.metrics.exists():
+            with self.metrics.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    latest.update({name: value for name, value in row.items() if value})
+        return latest
+
+
+def this_process(attempt: int, executor: str) -> Status:
+    """The status of a run for which this process is responsible from now on."""
+    return Status(
+        State.RUNNING,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        process_started=_process_started(os.getpid()) or 0,
+        attempt=attempt,
+        started=time.time(),
+        executor=executor,
+    )
+
+
+def find_run(name: str, directory: str | Path = "runs") -> RunDirectory:
+    """The run called `name` in `directory`, or in the folder that `name` is the path of.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    for path in (Path(directory) / name, Path(name)):
+        if (path / "recipe.yaml").is_file():
+            return RunDirectory(path.resolve())
+    names = [run.name for run in list_runs(directory)]
+    raise ConfigError(f"{unknown('run', name, names)} (looked in {directory}/)")
+
+
+def list_runs(directory: str | Path = "runs") -> list[RunDirectory]:
+    """Every run in `directory`, the oldest first."""
+    folders = Path(directory).glob("*/recipe.yaml")
+    return [RunDirectory(file.parent.resolve()) for file in sorted(folders, key=lambda file: file.stat().st_mtime)]
+
+
+def new_name(recipe: str, directory: str | Path = "runs") -> str:
+    """A name that no run in `directory` has: the recipe's, the date and the time."""
+    name = f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+    taken = [number for number in range(2, 1000) if (Path(directory) / f"{name}-{number}").exists()]
+    if not (Path(directory) / name).exists():
+        return name
+    return f"{name}-{(taken[-1] if taken else 1) + 1}"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that a reader, or a crash, sees the old content or the new and never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _alive(status: Status) -> bool:
+    """Whether the process that wrote `status` runs; another machine's process is taken at its word."""
+    if status.host != socket.gethostname():
+        return True
+    return _process_started(status.pid) == status.process_started
+
+
+def _process_started(pid: int) -> int | None:
+    """When process `pid` began, in clock ticks since boot; None if there is none, or only a zombie."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text.rpartition(")")[2].split()  # the name in parentheses may hold anything
+    return None if fields[0] == "Z" else int(fields[19])

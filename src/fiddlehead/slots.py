@@ -1,0 +1,197 @@
+"""The place in a configuration that a path leads to."""
+
+from __future__ import annotations
+
+import collections.abc
+import inspect
+import re
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+import fiddle as fdl
+
+from fiddlehead.coercion import CALL, describe
+from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.hints import Unevaluated, parameter_hint
+from fiddlehead.leaves import show
+from fiddlehead.literals import typed
+
+_STEP = re.compile(r"\.?(?P<name>\w+)|\[(?P<item>[^\]]*)\]")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """An argument of `owner`, or with `inside` a member of the list, tuple or dict that the argument is.
+
+    `value` is what is there, the default if nothing is set, or NO_VALUE; `hint` is the type it should have.
+    """
+
+    path: str
+    owner: fdl.Buildable
+    key: str | int
+    inside: tuple[Any, ...]
+    value: Any
+    hint: Any
+
+    def set(self, value: Any) -> None:
+        """Puts `value` there, in a new container if there is one: a default or another's list must not change."""
+        for depth in reversed(range(len(self.inside))):
+            container = _argument(self.owner, self.key)
+            for key in self.inside[:depth]:
+                container = container[key]
+            value = _replaced(container, self.inside[depth], value)
+        if isinstance(self.key, str):
+            setattr(self.owner, self.key, value)
+        else:
+            self.owner[self.key] = value
+
+    def holds(self, other: Slot) -> bool:
+        """Whether `other` is the same place, or inside of it."""
+        same = self.owner is other.owner and self.key == other.key
+        return same and other.inside[: len(self.inside)] == self.inside
+
+    def check_class(self, value: Any) -> None:
+        """Raises ConfigError if `value` configures a class that is not what the annotation asks for."""
+        if not isinstance(value, fdl.Config) or not inspect.isclass(made := fdl.get_callable(value)):
+            return
+        wanted = [typing.get_origin(member) or member for member in _members(self.hint)]
+        if wanted and all(inspect.isclass(kind) for kind in wanted) and not _is_one_of(made, wanted):
+            raise ConfigError(f"expects {describe(self.hint)}, not a configuration of {made.__qualname__}")
+
+    def wants_name(self, text: str) -> bool:
+        """Whether `text`, for a place that holds a configuration, is first of all the name of another one."""
+        match = CALL.fullmatch(text)
+        callables = any(
+            (typing.get_origin(member) or member) in (collections.abc.Callable, type) for member in _members(self.hint)
+        )
+        return bool(match) and text not in ("None", "null") and not (callables and match["arguments"] is None)
+
+    @property
+    def hint_for_file(self) -> Any:
+        """The type for a value that was read from a file and needs no interpretation where the annotation is none."""
+        return Any if isinstance(self.hint, Unevaluated) else self.hint
+
+    @property
+    def list_hint(self) -> Any:
+        """The type of the members of a list or tuple."""
+        return _item_hint(self.hint, self.value, 0)
+
+
+def find_slot(root: fdl.Buildable, path: str) -> Slot:
+    """The place at `path`; only its last step may lead to something that is not there yet.
+
+    Raises ConfigError with the nearest name, or with why there is no such place.
+    """
+    slot: Slot | None = None
+    value: Any = root
+    for match in _STEP.finditer(path):
+        at = path[: match.start()]
+        slot = _step(value, slot, at, match["name"], match["item"], path[: match.end()])
+        value = slot.value
+    assert slot is not None, "an override has a path"
+    return slot
+
+
+def _step(value: Any, slot: Slot | None, at: str, name: str | None, item: str | None, path: str) -> Slot:
+    if isinstance(value, fdl.Buildable):
+        key = _argument_key(value, name, item)
+        return Slot(path, value, key, (), _argument(value, key), _argument_hint(value, key))
+    assert slot is not None, "the root is a Buildable"
+    if isinstance(value, dict):
+        key = _dict_key(value, name if item is None else item)
+        present = value.get(key, fdl.NO_VALUE)
+    elif isinstance(value, (list, tuple)) and item is not None:
+        key = _index(value, item, at)
+        present = value[key]
+    elif value is fdl.NO_VALUE:
+        raise ConfigError(f"{at} is not set; set it whole first: {at}=...")
+    else:
+        kind = show(value) if value is None else f"{show(value)} ({type(value).__name__})"
+        advice = f"write {at}[0]" if isinstance(value, (list, tuple)) else f"set it whole first: {at}=..."
+        raise ConfigError(f"{at} is {kind} and has no field {name or item!r}; {advice}")
+    return Slot(path, slot.owner, slot.key, (*slot.inside, key), present, _item_hint(slot.hint, value, key))
+
+
+def _argument_key(config: fdl.Buildable, name: str | None, item: str | None) -> str | int:
+    info = config.__signature_info__
+    function = getattr(fdl.get_callable(config), "__qualname__", repr(fdl.get_callable(config)))
+    if name is None:
+        arguments = config[:]
+        if not str(item).isdecimal() or int(str(item)) >= len(arguments):
+            raise ConfigError(f"{function} has {len(arguments)} positional arguments, none is [{item}]")
+        return info.index_to_key(int(str(item)), config.__arguments__)
+    if name in info.valid_param_names or (info.has_var_keyword and name not in info.parameters):
+        return name
+    raise ConfigError(unknown(f"parameter of {function}", name, info.valid_param_names))
+
+
+def _argument(config: fdl.Buildable, key: str | int) -> Any:
+    arguments = fdl.ordered_arguments(config, include_defaults=True, include_unset=True)
+    value = arguments.get(key, fdl.NO_VALUE)
+    return fdl.NO_VALUE if repr(value) == "<factory>" else value  # what a dataclass makes its default with
+
+
+def _argument_hint(config: fdl.Buildable, key: str | int) -> Any:
+    parameters = list(config.__signature_info__.parameters.values())
+    if isinstance(key, int):
+        start = config.__signature_info__.var_positional_start
+        name = parameters[key if start is None else min(key, start)].name
+    elif key in config.__signature_info__.parameters:
+        name = key
+    else:
+        name = config.__signature_info__.var_keyword_name
+    return parameter_hint(fdl.get_callable(config), name) if name else Any
+
+
+def _dict_key(container: dict[Any, Any], text: str | None) -> Any:
+    text = str(typed(text or ""))
+    return next((key for key in container if str(key) == text), text)
+
+
+def _index(container: list[Any] | tuple[Any, ...], text: str, at: str) -> int:
+    if re.fullmatch(r"-?\d+", text) and -len(container) <= int(text) < len(container):
+        return int(text) % len(container)
+    raise ConfigError(f"{at} has {len(container)} members, none is [{text}]; {at}+=... adds one")
+
+
+def _replaced(container: Any, key: Any, value: Any) -> Any:
+    if isinstance(container, dict):
+        return {**container, key: value}
+    return type(container)([*container[:key], value, *container[key + 1 :]])
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, without None; of another type only itself, of none nothing."""
+    if hint is Any or isinstance(hint, Unevaluated):
+        return ()
+    if typing.get_origin(hint) is typing.Annotated:
+        return _members(typing.get_args(hint)[0])
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return tuple(kind for member in typing.get_args(hint) if member is not type(None) for kind in _members(member))
+    return (hint,)
+
+
+def _is_one_of(made: type, wanted: list[Any]) -> bool:
+    for kind in wanted:
+        try:
+            if issubclass(made, kind) or issubclass(kind, fdl.Buildable):
+                return True
+        except TypeError:  # a protocol that is for type checkers only
+            return True
+    return False
+
+
+def _item_hint(hint: Any, container: Any, key: Any) -> Any:
+    """The type of the member `key` of a `container` whose own type is `hint`."""
+    for member in _members(hint):
+        origin, arguments = typing.get_origin(member), typing.get_args(member)
+        if not inspect.isclass(origin) or not isinstance(container, origin) or not arguments:
+            continue
+        if isinstance(container, dict):
+            return arguments[1]
+        if origin is tuple and arguments[-1] is not Ellipsis:
+            return arguments[key] if key < len(arguments) else Any
+        return arguments[0]
+    return Any

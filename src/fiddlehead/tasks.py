@@ -1,0 +1,280 @@
+"""What a recipe configures: a task and its parts, checked against each other and run in a run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+
+from fiddlehead.attention import AttentionSpec, Choice, Target, explain
+from fiddlehead.data import PreTrainingDataModule, TokenizerFile
+from fiddlehead.errors import ConfigError
+from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models.generation import sample
+from fiddlehead.runs import RunDirectory, find_run, new_name
+from fiddlehead.training import AdamW, Checkpoint, LanguageModel, Log
+from fiddlehead.training.checkpoint import (
+    SafetensorsIO,
+    load_transformer_state,
+    newest_good,
+    read_state,
+    restore_progress,
+    verify,
+)
+from fiddlehead.training.console import say
+from fiddlehead.training.metrics import Metrics
+from fiddlehead.training.stop import StopOnSignal
+
+
+def pretrain(
+    model: LanguageModel,
+    data: PreTrainingDataModule,
+    trainer: Trainer,
+    optim: AdamW,
+    log: Log,
+    checkpoint: Checkpoint,
+    resume: str | Path = "auto",
+    seed: int = 1234,
+) -> RunDirectory:
+    """Trains a language model from scratch, or goes on with a run that was interrupted.
+
+    Args:
+        resume: "auto" goes on from this run's newest good checkpoint, "never" refuses to touch a run that has one, and
+            a path (of a checkpoint, or of a run) starts from there.
+        seed: of the initialization and dropout; `data.seed` is that of the order of the data.
+
+    Returns:
+        The run's directory.
+
+    Raises:
+        ConfigError: the parts do not fit together; nothing was started then.
+    """
+    plan = plan_pretrain(model, data, trainer, optim)
+    run = RunDirectory(Path(log.dir) / (log.name or new_name("pretrain", log.dir)))
+    start = resume_point(run, resume)
+    step = 0 if start is None else int(read_state(start)["step"])
+    if step >= plan.max_steps:
+        say(f"{run.path} has reached step {step} of {plan.max_steps}: nothing is left to train")
+        return run
+    say(f"run {run.path}: {'starts anew' if start is None else f'continues from {start}'}")
+
+    run.path.mkdir(parents=True, exist_ok=True)
+    seed_everything(seed, workers=True, verbose=False)
+    model.optim, model.seed = optim, seed
+    checkpoint.directory = run.checkpoints
+    trainer.strategy.checkpoint_io = SafetensorsIO()
+    trainer.loggers = log.loggers(run, step)
+    every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    metrics = Metrics(plan.tokens_per_step, data.seq_length, every_n_steps)
+    # The order matters: a step is measured, then saved, and only then may the run stop.
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it dynamically
+    callbacks += [metrics, checkpoint, StopOnSignal(checkpoint)]
+    if start is not None:
+        restore_progress(trainer, step)
+    trainer.fit(model, datamodule=data, ckpt_path=start, weights_only=True)
+    if start is None or trainer.global_step > step:
+        _report(trainer)
+    return run
+
+
+def generate(
+    run: RunDirectory,
+    prompt: str,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+) -> Iterator[str]:
+    """Yields the prompt and then, piece by piece, the text that a run's model goes on with.
+
+    Args:
+        checkpoint: None is the run's newest good one.
+
+    Raises:
+        ConfigError: the run has no checkpoint or tokenizer, or the prompt cannot be used.
+    """
+    path = checkpoint or newest_good(run.checkpoints)
+    if path is None or not path.is_dir():
+        raise ConfigError(f"checkpoint={str(path)!r}: run {run.name!r} has no such checkpoint")
+    tokenizer = TokenizerFile(run.tokenizer)
+    config, state = load_transformer_state(path)
+    with torch.device("meta"):
+        model = Transformer(TransformerConfig(**config))
+    model.load_state_dict(state, assign=True)
+    model.eval()
+    ids = tokenizer.encode(prompt) or [tokenizer.eos_id]  # without a prompt, a document begins
+    written = ""
+    yield prompt
+    for token in sample(model, ids, max_new_tokens, temperature, top_k, seed):
+        if token == tokenizer.eos_id:
+            return
+        ids.append(token)
+        text = tokenizer.decode(ids).removeprefix(prompt)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may need several tokens
+            yield text[len(written) :]
+            written = text
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pretraining run amounts to, worked out without starting it."""
+
+    config: TransformerConfig
+    parameters: int
+    max_steps: int
+    world_size: int
+    micro_batch_size: int
+    accumulate_grad_batches: int
+    tokens_per_step: int
+    attention: Choice
+    state_gib: float
+    """Parameters, gradients and optimizer state of one full copy, without activations."""
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Name and value of each line of a summary."""
+        config = self.config
+        flops = config.train_flops_per_token(config.seq_length or 0) * self.tokens_per_step * self.max_steps
+        heads = f"{config.num_attention_heads} heads in {config.groups} groups of {config.head_dim} channels"
+        return [
+            ("model", f"{self.parameters / 1e6:,.2f} M parameters, {config.num_layers} layers, {heads}"),
+            ("vocabulary, sequence", f"{config.vocab_size:,} tokens, {config.seq_length:,} long"),
+            (
+                "a step",
+                f"{self.tokens_per_step:,} tokens: {self.world_size} devices x {self.micro_batch_size} sequences "
+                f"x {self.accumulate_grad_batches} accumulated",
+            ),
+            (
+                "the run",
+                f"{self.max_steps:,} steps, {self.tokens_per_step * self.max_steps:,} tokens, {flops:.2e} FLOPs",
+            ),
+            ("memory", f"{self.state_gib:.2f} GiB for parameters, gradients and optimizer, plus activations"),
+            ("attention", f"{self.attention.backend} on {self.attention.target.device_type}"),
+        ]
+
+
+def plan_pretrain(
+    model: LanguageModel, data: PreTrainingDataModule, trainer: Trainer, optim: AdamW, **others: Any
+) -> Plan:
+    """Completes the parts with what follows from each other, and works out what the run amounts to.
+
+    The model takes its vocabulary and sequence length from the data, the trainer its accumulation from the batch sizes;
+    `val_check_interval` is turned from steps, which users count in, to micro-batches, which Lightning counts in.
+
+    Raises:
+        ConfigError: the parts do not fit together; it lists every problem.
+    """
+    world_size = trainer.num_devices * trainer.num_nodes
+    problems: list[str] = []
+    accumulate = 1
+    try:
+        accumulate = data.accumulate_grad_batches(world_size)
+    except ConfigError as error:
+        problems += error.under("data").problems
+    problems += _trainer_problems(trainer, accumulate)
+    problems += [f"optim.lr_scheduler.{line}" for line in optim.lr_scheduler.problems(trainer.max_steps)]
+    problems += _model_problems(model.config, data)
+    if problems:
+        raise ConfigError(*problems)
+
+    model.config = replace(model.config, vocab_size=model.config.vocab_size or data.vocab_size)
+    model.config = replace(model.config, seq_length=model.config.seq_length or data.seq_length)
+    trainer.accumulate_grad_batches = accumulate
+    if isinstance(trainer.val_check_interval, int):
+        trainer.val_check_interval *= accumulate
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in Transformer(model.config).parameters())
+    config = model.config
+    precision = str(trainer.precision)
+    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    spec = AttentionSpec(dtype, config.head_dim, config.num_attention_heads, config.groups)
+    target = Target(trainer.strategy.root_device.type)
+    # Parameters, gradients and two moments, all in the parameters' dtype.
+    return Plan(
+        config=config,
+        parameters=parameters,
+        max_steps=int(trainer.max_steps),
+        world_size=world_size,
+        micro_batch_size=data.micro_batch_size,
+        accumulate_grad_batches=accumulate,
+        tokens_per_step=data.global_batch_size * data.seq_length,
+        attention=explain(spec, target, config.attention_backend),
+        state_gib=parameters * (8 if precision == "bf16-true" else 16) / 2**30,
+    )
+
+
+def resume_point(run: RunDirectory, resume: str | Path) -> Path | None:
+    """The checkpoint that a run starts from; None for a fresh start.
+
+    Raises:
+        ConfigError: `resume` names nothing that can be resumed, or is "never" and the run has a checkpoint.
+        DamagedCheckpointError: `resume` is the path of a checkpoint that is not whole.
+    """
+    own = newest_good(run.checkpoints)
+    if resume == "auto":
+        status = run.written_status()
+        if own is None and status is not None and status.attempt > 1:
+            say(f"WARNING: {run.path} was started before but has no good checkpoint: it starts again from step 0")
+        return own
+    if resume == "never":
+        if own is not None:
+            raise ConfigError(
+                f"resume='never', but {run.path} has {own.name}, which would be lost; "
+                "choose another log.name, or delete the run"
+            )
+        return None
+    if own is not None:  # a run that began elsewhere and was interrupted goes on with its own progress
+        return own
+    path = Path(resume)
+    if path.name.startswith("step-") or path.name == "best":
+        if not path.is_dir():
+            raise ConfigError(f"resume={str(resume)!r}: there is no such checkpoint")
+        verify(path)
+        return path
+    checkpoint = newest_good(find_run(str(resume), run.path.parent).checkpoints)
+    if checkpoint is None:
+        raise ConfigError(f"resume={str(resume)!r}: the run has no good checkpoint")
+    return checkpoint
+
+
+def _trainer_problems(trainer: Trainer, accumulate: int) -> list[str]:
+    problems = []
+    if trainer.max_steps < 1:
+        problems.append(f"trainer.max_steps={trainer.max_steps}: must be 1 or more; a run ends by steps, not by epochs")
+    if trainer.accumulate_grad_batches not in (1, accumulate):
+        problems.append(
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: leave it out; the data's batch sizes "
+            f"on {trainer.num_devices * trainer.num_nodes} devices make it {accumulate}"
+        )
+    interval = trainer.val_check_interval
+    if not isinstance(interval, int) and interval != 1.0:
+        problems.append(f"trainer.val_check_interval={interval!r}: must be a whole number of steps")
+    if trainer.gradient_clip_algorithm not in (None, "norm"):
+        problems.append(f"trainer.gradient_clip_algorithm={str(trainer.gradient_clip_algorithm)!r}: allowed: 'norm'")
+    return problems
+
+
+def _model_problems(config: TransformerConfig, data: PreTrainingDataModule) -> list[str]:
+    problems = []
+    if config.vocab_size is not None and config.vocab_size < data.vocab_size:
+        problems.append(
+            f"model.config.vocab_size={config.vocab_size}: the tokenizer has {data.vocab_size} tokens; "
+            "leave it out, or give at least that many"
+        )
+    if config.seq_length is not None and config.seq_length < data.seq_length:
+        problems.append(
+            f"model.config.seq_length={config.seq_length}: shorter than data.seq_length={data.seq_length}; leave it out"
+        )
+    return problems
+
+
+def _report(trainer: Trainer) -> None:
+    metrics = trainer.callback_metrics
+    if "val_nats_per_byte" in metrics:
+        say(f"validation: {float(metrics['val_nats_per_byte']):.4f} nats/byte")
+    elif "val_loss" in metrics:
+        say(f"validation: {float(metrics['val_loss']):.4f} nats/token")

@@ -1,0 +1,16 @@
+"""Training with Lightning: the module, the optimizer, checkpoints, metrics and loggers."""
+
+from fiddlehead.training.checkpoint import Checkpoint
+from fiddlehead.training.language_model import LanguageModel, NonFiniteError
+from fiddlehead.training.loggers import Log
+from fiddlehead.training.optim import AdamW, CosineAnnealing, WarmupStableDecay
+
+__all__ = [
+    "AdamW",
+    "Checkpoint",
+    "CosineAnnealing",
+    "LanguageModel",
+    "Log",
+    "NonFiniteError",
+    "WarmupStableDecay",
+]

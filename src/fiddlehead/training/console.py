@@ -1,0 +1,20 @@
+"""What a run says, in its log and in the terminal."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+from lightning.pytorch.utilities import rank_zero_only
+
+# Lightning's remarks at start-up (devices it could use, tips) would drown what a run has to say; warnings stay.
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+# Of Lightning's own use of torch; nothing that a user could mend.
+warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.* is deprecated", module="lightning")
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    """Prints a line, on the first rank only, at once."""
+    print(message, flush=True)  # noqa: T201

@@ -1,0 +1,131 @@
+"""The LightningModule: loss, optimizer, clipping, and what is measured on the way."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+
+from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.training.optim import AdamW
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient of a step is infinite or not a number."""
+
+
+class LanguageModel(LightningModule):
+    """A transformer that learns to predict the next token.
+
+    The parameters are made in `configure_model`, when the strategy and precision are known; until then the module
+    costs nothing, and `config` may still be completed with what follows from the data.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.optim: AdamW | None = None
+        self.seed = 0
+        self.transformer: Transformer | None = None
+        self.lr = 0.0
+        self.grad_norm = torch.zeros(())
+        self.token_bytes: torch.Tensor | None = None
+        self._loss_sum = torch.zeros(())
+        self._losses = 0
+        self._first_bad_step: torch.Tensor | None = None
+
+    def configure_model(self) -> None:
+        """Makes the parameters, once."""
+        if self.transformer is None:
+            self.transformer = Transformer(self.config)
+
+    def on_fit_start(self) -> None:
+        """Takes from the data how many bytes a token stands for."""
+        self.token_bytes = self.trainer.datamodule.token_bytes  # type: ignore[attr-defined]
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, T) to logits (B, T, V)."""
+        assert self.transformer is not None
+        return self.transformer(input_ids)
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """The mean cross-entropy, in nats a token."""
+        loss = F.cross_entropy(self(batch["input_ids"]).flatten(0, 1).float(), batch["labels"].flatten())
+        self._loss_sum = self._loss_sum.to(loss.device) + loss.detach()
+        self._losses += 1
+        return loss
+
+    def take_loss(self) -> torch.Tensor:
+        """The mean loss of the micro-batches since it was last taken, on this rank."""
+        loss = self._loss_sum / max(self._losses, 1)
+        self._loss_sum, self._losses = torch.zeros_like(self._loss_sum), 0
+        return loss
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Makes dropout a pure function of seed, step and rank, so that a resumed run drops what it would have."""
+        if self.config.hidden_dropout or self.config.attention_dropout:
+            torch.manual_seed(hash((self.seed, self.trainer.global_step, batch_idx, self.global_rank)) % 2**63)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and its schedule, over the trainer's `max_steps`."""
+        assert self.optim is not None
+        return self.optim.build(self.named_parameters(), self.trainer.max_steps)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clips the global norm, also in mixed precision with a fused optimizer, where Lightning itself refuses to."""
+        limit = math.inf if gradient_clip_val is None else float(gradient_clip_val)
+        self.lr = optimizer.param_groups[0]["lr"]  # noted here, as the schedule moves on before the step is logged
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        self._note_non_finite()
+
+    def _note_non_finite(self) -> None:
+        """Stops before the optimizer's step on a CPU; on a GPU only remembers the step, as looking would stall it."""
+        bad = ~(self.grad_norm.isfinite() & self._loss_sum.isfinite())
+        step = self.trainer.global_step + 1
+        if self._first_bad_step is None:
+            self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=bad.device)
+        self._first_bad_step = torch.where(bad & (self._first_bad_step < 0), step, self._first_bad_step)
+        if bad.device.type == "cpu":
+            self.raise_if_non_finite()
+
+    def raise_if_non_finite(self) -> None:
+        """Raises NonFiniteError if any step so far was not finite; waits for the device."""
+        step = -1 if self._first_bad_step is None else int(self._first_bad_step)
+        if step >= 0:
+            indices = self.trainer.datamodule.batch_indices(step - 1)  # type: ignore[attr-defined]
+            raise NonFiniteError(
+                f"step {step}: the loss or the gradient is not finite (gradient norm {float(self.grad_norm)}). "
+                f"The batch held the samples {indices}"
+            )
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts the sums of a validation: nats, tokens, bytes."""
+        self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        """Adds one batch to the sums."""
+        labels = batch["labels"].flatten()
+        nats = F.cross_entropy(self(batch["input_ids"]).flatten(0, 1).float(), labels, reduction="sum")
+        self._validation[0] += nats
+        self._validation[1] += labels.numel()
+        if self.token_bytes is not None:
+            self._validation[2] += self.token_bytes.to(labels.device)[labels].sum()
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs `val_loss` in nats a token and, where the tokenizer knows its bytes, `val_nats_per_byte`."""
+        total = self.trainer.strategy.reduce(self._validation, reduce_op="sum")
+        nats, tokens, text_bytes = total.tolist()  # type: ignore[union-attr]
+        metrics = {"val_loss": nats / tokens}
+        if text_bytes:
+            metrics["val_nats_per_byte"] = nats / text_bytes
+        self.log_dict(metrics, logger=False)  # for callbacks that watch a metric, such as EarlyStopping
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, self.trainer.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the model's configuration, so that a checkpoint can be loaded without its recipe."""
+        checkpoint["config"] = asdict(self.config)

@@ -1,0 +1,142 @@
+"""Where a run's metrics go: a CSV file always, TensorBoard and W&B on request."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from fiddlehead.runs import RunDirectory, write_atomically
+from fiddlehead.training.console import say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """What a run is called, where it lives, and what records it beside `metrics.csv`.
+
+    Running the same recipe again under the same `name` continues the run; without a name every run gets a new one.
+    """
+
+    name: str | None = None
+    dir: str = "runs"
+    tensorboard: bool = False
+    wandb: bool = False
+    """Online with an API key (or WANDB_MODE), offline and without a question if there is none."""
+    wandb_project: str = "fiddlehead"
+
+    def loggers(self, run: RunDirectory, resumed_step: int) -> list[Logger]:
+        """The loggers of a run that starts after `resumed_step`, which is 0 for a new one."""
+        loggers: list[Logger] = [MetricsCSV(run.metrics, resumed_step)]
+        if self.tensorboard:
+            from lightning.pytorch.loggers import TensorBoardLogger
+
+            # purge_step hides what a killed attempt logged after the step that is resumed from.
+            loggers.append(TensorBoardLogger(run.path, name="", version="tensorboard", purge_step=resumed_step + 1))
+        if self.wandb:
+            loggers.append(self._wandb_logger(run))
+        return loggers
+
+    def _wandb_logger(self, run: RunDirectory) -> Logger:
+        import wandb
+        from lightning.pytorch.loggers import WandbLogger
+
+        offline = os.environ.get("WANDB_MODE") == "offline"
+        if "WANDB_MODE" not in os.environ and wandb.api.api_key is None:
+            offline = True
+        if offline:
+            say(f"W&B has no API key here: recording offline. Later: wandb sync {run.path}/wandb/offline-run-*")
+        return WandbLogger(
+            project=self.wandb_project,
+            name=run.name,
+            id=run.wandb_id,
+            save_dir=run.path,
+            offline=offline,
+            resume="allow",
+            config=plain_recipe(run.recipe),
+        )
+
+
+class MetricsCSV(Logger):
+    """One row for each logged step; a new metric gets a new column.
+
+    Rows after `resumed_step`, which a killed attempt may have left, are dropped: the file always reads like that of a
+    run that was never interrupted. Floats are written so that they read back as the same float.
+    """
+
+    FIRST_COLUMNS = ("step", "loss", "val_loss", "val_nats_per_byte", "lr", "grad_norm", "tokens", "tokens_per_s")
+
+    def __init__(self, path: Path, resumed_step: int = 0) -> None:
+        super().__init__()
+        self.path = path
+        self._columns = list(self.FIRST_COLUMNS)
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            self._rewrite(resumed_step)
+
+    @property
+    def name(self) -> str:
+        """The file's folder, as Lightning asks for."""
+        return self.path.parent.name
+
+    @property
+    def version(self) -> str:
+        """There is one for each run."""
+        return ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: the recipe stands beside the file."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Appends a row, in one write."""
+        row = {"step": step} | {key: value for key, value in metrics.items() if key != "epoch"}
+        new = [key for key in row if key not in self._columns]
+        if new:
+            self._columns += new
+            self._rewrite(None)
+        text = io.StringIO()
+        csv.DictWriter(text, self._columns, lineterminator="\n").writerow(row)
+        with self.path.open("a") as file:
+            file.write(text.getvalue())
+
+    def _rewrite(self, last_step: int | None) -> None:
+        """Writes the file anew with the present columns, and the rows up to `last_step` (None: all)."""
+        rows: list[dict[str, str]] = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                rows = [row for row in reader if last_step is None or _is_up_to(row, last_step)]
+                self._columns += [name for name in reader.fieldnames or () if name not in self._columns]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._columns, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.path, text.getvalue())
+
+
+def _is_up_to(row: dict[str, str], last_step: int) -> bool:
+    """Whether a row belongs to the steps that are kept; a line cut short by a crash does not."""
+    return (row.get("step") or "").isdigit() and int(row["step"]) <= last_step and None not in row
+
+
+def plain_recipe(file: Path) -> dict[str, Any]:
+    """A saved recipe as plain nested values, for a logger to show; tagged values become their text."""
+
+    class Plain(yaml.SafeLoader):
+        pass
+
+    def construct(loader: Any, suffix: str, node: yaml.Node) -> Any:
+        if isinstance(node, yaml.ScalarNode):
+            return node.value
+        if isinstance(node, yaml.SequenceNode):
+            return loader.construct_sequence(node, deep=True)
+        return loader.construct_mapping(node, deep=True)
+
+    Plain.add_multi_constructor("!", construct)
+    return yaml.load(file.read_text(), Plain) if file.exists() else {}

@@ -1,0 +1,126 @@
+"""What a training run measures, and the lines it prints."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from fiddlehead.training.checkpoint import at_step_end
+from fiddlehead.training.console import say
+
+PEAK_FLOPS = {
+    # Dense bfloat16 with float32 accumulation, from NVIDIA's data sheets, by a part of the device's name.
+    "A100": 312e12,
+    "L40S": 362e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}
+
+
+class Metrics(Callback):
+    """Logs every `every_n_steps`, at the first and at the last step, and prints a line for each.
+
+    Columns: `loss` (mean over the global batch, nats a token), `lr`, `grad_norm` (before clipping), `tokens` (since the
+    run began), `tokens_per_s`, `tflops_per_s` (model FLOPs on one device), `mfu` (where the peak is known) and
+    `memory_gib` (the device's peak; the process's on a CPU). Rates leave out validation and checkpoints.
+    """
+
+    def __init__(self, tokens_per_step: int, seq_length: int, every_n_steps: int) -> None:
+        self.tokens_per_step, self.seq_length, self.every_n_steps = tokens_per_step, seq_length, every_n_steps
+        self._window_start = 0.0
+        self._window_step = 0
+        self._paused = 0.0
+        self._seconds_per_step = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._restart_window(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops the clock."""
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the validation and goes on with the clock."""
+        self._window_start += time.perf_counter() - self._paused
+        per_byte = trainer.callback_metrics.get("val_nats_per_byte")
+        per_byte = "" if per_byte is None else f"  ({float(per_byte):.4f} nats/byte)"
+        say(f"step {trainer.global_step:>6}  validation loss {trainer.callback_metrics['val_loss']:.4f}{per_byte}")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measures a step that is due."""
+        if not at_step_end(trainer):
+            return
+        step = trainer.global_step
+        loss = pl_module.take_loss()  # type: ignore[operator]
+        if not (step == 1 or step % self.every_n_steps == 0 or step == trainer.max_steps):
+            return
+        loss = trainer.strategy.reduce(loss, reduce_op="mean")
+        pl_module.raise_if_non_finite()  # type: ignore[operator]
+        metrics = self._measure(trainer, pl_module, float(loss))  # reading the loss waits for the device
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step)
+        say(_progress_line(metrics, step, int(trainer.max_steps), self._seconds_per_step))
+        self._restart_window(trainer)
+
+    def _restart_window(self, trainer: Trainer) -> None:
+        self._window_start, self._window_step = time.perf_counter(), trainer.global_step
+
+    def _measure(self, trainer: Trainer, module: LightningModule, loss: float) -> dict[str, float]:
+        seconds = time.perf_counter() - self._window_start
+        self._seconds_per_step = seconds / (trainer.global_step - self._window_step)
+        tokens_per_s = self.tokens_per_step / self._seconds_per_step
+        config: Any = module.config
+        flops_per_s = tokens_per_s * config.train_flops_per_token(self.seq_length) / trainer.world_size
+        metrics = {
+            "loss": loss,
+            "lr": float(module.lr),  # type: ignore[arg-type]
+            "grad_norm": float(module.grad_norm),  # type: ignore[arg-type]
+            "tokens": trainer.global_step * self.tokens_per_step,
+            "tokens_per_s": tokens_per_s,
+            "tflops_per_s": flops_per_s / 1e12,
+            "memory_gib": _peak_memory(module.device),
+        }
+        peak = peak_flops(module.device)
+        if peak:
+            metrics["mfu"] = flops_per_s / peak
+        return metrics
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's peak bfloat16 FLOP/s, or None if it is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB: allocated on a GPU, resident on a CPU, at most so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _progress_line(metrics: dict[str, float], step: int, max_steps: int, seconds_per_step: float) -> str:
+    """One line of progress, with a bar, for a terminal and a log file alike."""
+    filled = round(20 * step / max_steps)
+    left = round((max_steps - step) * seconds_per_step)
+    left_text = (
+        f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}" if left >= 3600 else f"{left // 60}:{left % 60:02}"
+    )
+    mfu = f"  MFU {metrics['mfu']:.1%}" if "mfu" in metrics else ""
+    return (
+        f"step {step:>6}/{max_steps} [{'#' * filled}{'-' * (20 - filled)}]  loss {metrics['loss']:.4f}  "
+        f"lr {metrics['lr']:.2e}  |g| {metrics['grad_norm']:.2f}  {metrics['tokens_per_s']:,.0f} tok/s{mfu}  "
+        f"left {left_text}"
+    )

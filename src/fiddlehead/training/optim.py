@@ -1,0 +1,118 @@
+"""Optimizers and learning-rate schedules, as plain values that build what PyTorch needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from fiddlehead.errors import ConfigError
+
+
+class Schedule(Protocol):
+    """The learning rate over a run, as a factor of its peak."""
+
+    @property
+    def min_lr(self) -> float:
+        """The rate at the end."""
+        ...
+
+    def problems(self, max_steps: int) -> list[str]:
+        """What does not fit a run of `max_steps`, a line for each field."""
+        ...
+
+    def __call__(self, step: int, max_steps: int, lr: float) -> float:
+        """The factor on `lr` for the step after `step` finished ones."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineAnnealing:
+    """Linear warm-up, then half a cosine down to `min_lr` at the last step (Loshchilov & Hutter 2017)."""
+
+    warmup_steps: int = 0
+    min_lr: float = 0.0
+
+    def problems(self, max_steps: int) -> list[str]:
+        """What does not fit a run of `max_steps`, a line for each field."""
+        return _range_problems(warmup_steps=self.warmup_steps, min_lr=self.min_lr)
+
+    def __call__(self, step: int, max_steps: int, lr: float) -> float:
+        """The factor on `lr` for the step after `step` finished ones."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps)
+        floor = self.min_lr / lr
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupStableDecay:
+    """Linear warm-up, a constant rate, then a linear decay to `min_lr` over the last steps (Hu et al. 2024)."""
+
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    min_lr: float = 0.0
+
+    def problems(self, max_steps: int) -> list[str]:
+        """What does not fit a run of `max_steps`, a line for each field."""
+        problems = _range_problems(warmup_steps=self.warmup_steps, decay_steps=self.decay_steps, min_lr=self.min_lr)
+        if not problems and self.warmup_steps + self.decay_steps > max_steps:
+            problems.append(
+                f"decay_steps={self.decay_steps} and warmup_steps={self.warmup_steps} exceed max_steps={max_steps}"
+            )
+        return problems
+
+    def __call__(self, step: int, max_steps: int, lr: float) -> float:
+        """The factor on `lr` for the step after `step` finished ones."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        left = max_steps - step
+        if left > self.decay_steps:
+            return 1.0
+        floor = self.min_lr / lr
+        return floor + (1 - floor) * max(left, 0) / max(self.decay_steps, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """AdamW (Loshchilov & Hutter 2019); weight decay applies to matrices and not to gains, biases and other vectors."""
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    lr_scheduler: Schedule = field(default_factory=CosineAnnealing)
+
+    def __post_init__(self) -> None:
+        problems = _range_problems(weight_decay=self.weight_decay)
+        if not self.lr > 0:
+            problems.append(f"lr={self.lr!r}: must be above 0")
+        if not self.eps > 0:
+            problems.append(f"eps={self.eps!r}: must be above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            problems.append(f"betas={self.betas!r}: each must be at least 0 and below 1")
+        if self.lr > 0 and self.lr_scheduler.min_lr > self.lr:
+            problems.append(f"lr_scheduler.min_lr={self.lr_scheduler.min_lr!r}: is above lr={self.lr!r}")
+        if problems:
+            raise ConfigError(*problems)
+
+    def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]], max_steps: int):
+        """The optimizer, fused where PyTorch has a kernel, and its schedule, in Lightning's form."""
+        parameters = [p for _, p in named_parameters if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        schedule = LambdaLR(optimizer, lambda step: self.lr_scheduler(step, max_steps, self.lr))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _range_problems(**values: float) -> list[str]:
+    return [f"{name}={value!r}: must not be negative" for name, value in values.items() if value < 0]

@@ -1,0 +1,35 @@
+"""What all tests share: one thread, and no trace of the user's own settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# One thread: sums are then taken in the same order in every run, and test processes do not fight for cores.
+torch.set_num_threads(1)
+
+# No deadline: the first example of a property pays for what torch sets up lazily.
+settings.register_profile("fiddlehead", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("fiddlehead")
+
+
+@pytest.fixture(autouse=True)
+def environment_restored() -> Iterator[None]:
+    """Seeding and launching write environment variables; the next test must not see them."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+@pytest.fixture
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as LibraryTokenizer
+
+from fiddlehead.data.tokenizers import BPETokenizer, ByteTokenizer, JSONTokenizer, Tokenizer, TokenizerFile
+from fiddlehead.errors import ConfigError
+
+TEXTS = [f"def f_{i}(x): return x * {i} + len('straße') " * 5 for i in range(50)]
+BPE = BPETokenizer(300).train(TEXTS)
+
+unicode_text = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@pytest.fixture
+def byte_file(tmp_path: Path) -> Path:
+    ByteTokenizer().save(tmp_path / "tokenizer.json")
+    return tmp_path / "tokenizer.json"
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
+@given(text=unicode_text)
+def test_text_survives_and_its_bytes_are_counted(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    lengths = tokenizer.token_bytes()
+    assert lengths is not None and lengths.shape == (tokenizer.vocab_size,) and lengths.dtype == np.int32
+    assert lengths[ids].sum() == len(text.encode())
+    assert tokenizer.encode_batch([text, "a"]) == [ids, tokenizer.encode("a")]
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
+def test_special_tokens_in_text_are_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a<|endoftext|>b")
+    assert tokenizer.eos_id not in ids
+    assert tokenizer.decode([*ids, tokenizer.eos_id]) == "a<|endoftext|>b"
+    lengths = tokenizer.token_bytes()
+    assert lengths is not None and lengths[tokenizer.eos_id] == 0
+
+
+def test_the_byte_tokenizer_is_a_tokenizer_json(byte_file: Path) -> None:
+    text = "héllo\n\t\x00 <|endoftext|>"
+    library = LibraryTokenizer.from_file(str(byte_file))
+    assert library.encode("héllo").ids == list("héllo".encode())
+    loaded = TokenizerFile(byte_file)
+    assert loaded.encode(text) == ByteTokenizer().encode(text)
+    assert (loaded.vocab_size, loaded.eos_id) == (257, 256)
+    assert loaded.fingerprint == ByteTokenizer().fingerprint
+    assert np.array_equal(loaded.token_bytes(), ByteTokenizer().token_bytes())  # type: ignore[arg-type]
+
+
+def test_training_gives_the_size_asked_for_and_is_repeatable() -> None:
+    assert BPE.vocab_size == 300 and BPE.eos_id == 0
+    assert len(BPE.encode(TEXTS[0])) < len(TEXTS[0].encode()) / 2
+    assert BPETokenizer(300).train(TEXTS).fingerprint == BPE.fingerprint
+    assert BPETokenizer(301).fingerprint != BPETokenizer(300).fingerprint
+
+
+def test_too_little_text_or_too_small_a_vocabulary() -> None:
+    with pytest.raises(ConfigError, match=r"vocab_size=5000 needs more text .* at most \d+ tokens"):
+        BPETokenizer(5000).train(TEXTS)
+    with pytest.raises(ConfigError, match="vocab_size=256 is too small; allowed: 257"):
+        BPETokenizer(256)
+
+
+def test_saved_loaded_and_pickled_it_is_the_same(tmp_path: Path) -> None:
+    BPE.save(tmp_path / "tokenizer.json")
+    loaded = TokenizerFile(tmp_path)
+    for copy in (loaded, pickle.loads(pickle.dumps(loaded))):
+        assert copy.fingerprint == BPE.fingerprint
+        assert copy.encode(TEXTS[3]) == BPE.encode(TEXTS[3])
+
+
+def changed(path: Path, **changes: Any) -> str:
+    return json.dumps(json.loads(path.read_text()) | changes)
+
+
+def test_the_fingerprint_follows_what_the_tokenizer_does(byte_file: Path) -> None:
+    original = TokenizerFile(byte_file).fingerprint
+    padded = changed(
+        byte_file, truncation={"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    )
+    assert JSONTokenizer(padded).fingerprint == original
+    assert JSONTokenizer(padded).encode("abcdef") == list(b"abcdef")
+    assert JSONTokenizer(changed(byte_file, normalizer={"type": "NFC"})).fingerprint != original
+    assert JSONTokenizer(byte_file.read_text(), eos=0).fingerprint != original
+
+
+def test_the_end_of_document_can_be_named(byte_file: Path) -> None:
+    tokens = [{"id": 256, "content": "<end>", "special": True}, {"id": 257, "content": "<pad>", "special": True}]
+    text = changed(byte_file, added_tokens=tokens)
+    assert JSONTokenizer(text, eos="<end>").eos_id == 256
+    assert JSONTokenizer(text, eos=257).eos_id == 257
+    with pytest.raises(ConfigError, match=r"eos=None.*candidates: '<end>', '<pad>'"):
+        JSONTokenizer(text)
+    with pytest.raises(ConfigError, match=r"unknown token '<edn>'; did you mean '<end>'"):
+        JSONTokenizer(text, eos="<edn>")
+    with pytest.raises(ConfigError, match="eos=999 is no token"):
+        JSONTokenizer(text, eos=999)
+
+
+def test_the_end_of_a_turn_is_the_last_choice(byte_file: Path) -> None:
+    tokens = [{"id": 256, "content": "<|im_end|>", "special": True}, {"id": 257, "content": "</s>", "special": True}]
+    assert JSONTokenizer(changed(byte_file, added_tokens=tokens)).eos_id == 257
+    assert JSONTokenizer(changed(byte_file, added_tokens=tokens[:1])).eos_id == 256
+
+
+def sentencepiece_like(decoder: dict[str, Any] | None) -> str:
+    vocab = {"</s>": 0, "<0x0A>": 1, "\u2581the": 2, "é": 3}
+    return json.dumps({"model": {"type": "BPE", "vocab": vocab, "merges": []}, "added_tokens": [], "decoder": decoder})
+
+
+def test_bytes_of_other_vocabularies() -> None:
+    decoder = {"type": "Sequence", "decoders": [{"type": "Replace"}, {"type": "ByteFallback"}]}
+    lengths = JSONTokenizer(sentencepiece_like(decoder)).token_bytes()
+    assert lengths is not None and lengths.tolist() == [0, 1, 4, 2]
+    assert JSONTokenizer(sentencepiece_like({"type": "WordPiece"})).token_bytes() is None
+    assert JSONTokenizer(sentencepiece_like(None)).token_bytes() is None
+
+
+def test_a_unigram_vocabulary() -> None:
+    text = json.dumps({"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["</s>", 0.0], ["a", -1.0]]}})
+    tokenizer = JSONTokenizer(text)
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "broken JSON: line 1, column 2"),
+        ("[]", "no tokenizer.json"),
+        ("{}", "no tokenizer.json"),
+        ('{"model": {"vocab": {}}}', "vocabulary is empty"),
+        ('{"model": {"vocab": {"a": "b"}}}', "ids that are no integers"),
+    ],
+)
+def test_broken_files(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=f"broken.json.*{message}"):
+        TokenizerFile(path)
+
+
+def test_what_only_the_library_can_refuse(tmp_path: Path) -> None:
+    path = tmp_path / "odd.json"
+    path.write_text('{"model": {"type": "Odd", "vocab": {"</s>": 0}}}')
+    with pytest.raises(ConfigError, match=r"odd\.json is no tokenizer"):
+        TokenizerFile(path).encode("a")
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no file .*tokenizer\.json"):
+        TokenizerFile(tmp_path)
+    with pytest.raises(ConfigError, match="there is no file"):
+        TokenizerFile(tmp_path / "none.json")
+    (tmp_path / "latin.json").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        TokenizerFile(tmp_path / "latin.json")

@@ -1,0 +1,162 @@
+"""What a TransformerConfig refuses, and what it counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fiddlehead.errors import ConfigError
+from fiddlehead.models import Transformer, TransformerConfig
+
+SMALL: dict[str, Any] = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 6, "num_query_groups": 2}
+LLAMA3_8B = TransformerConfig(
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+    vocab_size=128256,
+)
+
+
+def problems(**changes: Any) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as error:
+        TransformerConfig(**(SMALL | changes))
+    return error.value.problems
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "ffn_hidden_size",
+        "kv_channels",
+        "vocab_size",
+        "seq_length",
+    ],
+)
+@pytest.mark.parametrize("value", [0, -3, 2.0, True, "4"])
+def test_a_size_is_a_whole_number(name: str, value: Any) -> None:
+    (problem,) = problems(**{name: value})
+    assert problem.startswith(f"{name}={value!r}: must be a whole number of 1 or more")
+
+
+@pytest.mark.parametrize("name", ["num_layers", "hidden_size", "num_attention_heads"])
+def test_a_size_that_has_no_default_is_not_none(name: str) -> None:
+    (problem,) = problems(**{name: None})
+    assert problem == f"{name}=None: must be a whole number of 1 or more"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("normalization", "RMSnorm", "did you mean 'RMSNorm'"),
+        ("activation", "silu", "'swiglu'"),
+        ("position_embedding_type", "alibi", "allowed: rope, learned_absolute, none"),
+        ("position_embedding_type", None, "did you mean 'none'"),
+        ("attention_dropout", 1.0, "at least 0 and below 1"),
+        ("hidden_dropout", -0.1, "at least 0 and below 1"),
+        ("hidden_dropout", "0.1", "at least 0 and below 1"),
+        ("layernorm_epsilon", 0.0, "above 0"),
+        ("rotary_base", -1.0, "above 0"),
+        ("rotary_base", None, "above 0"),
+        ("init_method_std", float("nan"), "above 0"),
+        ("attention_backend", "flash3", "unknown backend"),
+        ("num_query_groups", 4, "does not divide num_attention_heads=6; allowed: 1, 2, 3, 6 or None"),
+        ("num_query_groups", 12, "does not divide num_attention_heads=6"),
+        ("hidden_size", 27, "not a multiple of num_attention_heads=6; the nearest: 24 or 30; or set kv_channels"),
+        ("hidden_size", 5, "the nearest: 6;"),
+        ("kv_channels", 7, "is odd: rotary positions turn pairs of channels"),
+        ("hidden_size", 18, "is odd: rotary positions turn pairs of channels"),
+    ],
+)
+def test_an_impossible_value_is_named(name: str, value: Any, said: str) -> None:
+    (problem,) = problems(**{name: value})
+    assert name in problem and repr(value).strip("'") in problem.replace("=3 ", "=18 ") and said in problem
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    found = problems(
+        num_layers=0,
+        hidden_size=25,
+        num_query_groups=4,
+        activation="relu",
+        hidden_dropout=2,
+        rotary_base=0,
+        vocab_size=-1,
+    )
+    names = [problem.split("=")[0] for problem in found]
+    assert sorted(names) == sorted(
+        ["num_layers", "vocab_size", "activation", "hidden_dropout", "rotary_base", "num_query_groups", "hidden_size"]
+    )
+
+
+def test_what_is_possible_is_let_through() -> None:
+    TransformerConfig(**SMALL)
+    TransformerConfig(**(SMALL | {"hidden_size": 25, "kv_channels": 8}))
+    TransformerConfig(**(SMALL | {"kv_channels": 5, "position_embedding_type": "none"}))
+    TransformerConfig(**(SMALL | {"attention_backend": "reference"}))
+
+
+def test_what_is_left_out_follows() -> None:
+    config = TransformerConfig(num_layers=1, hidden_size=24, num_attention_heads=6)
+    assert (config.head_dim, config.groups, config.ffn_size) == (4, 6, 96)
+    config = TransformerConfig(**SMALL, kv_channels=10, ffn_hidden_size=7)
+    assert (config.head_dim, config.groups, config.ffn_size) == (10, 2, 7)
+
+
+def test_llama_3_8b_has_the_published_parameters() -> None:
+    with torch.device("meta"):
+        model = Transformer(LLAMA3_8B)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 8_030_261_248
+
+
+def test_matmul_parameters_by_hand() -> None:
+    # A layer: q and output 4096 x 4096, k and v 4096 x 1024, gate, up and down 4096 x 14336. The head: 4096 x 128256.
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    assert LLAMA3_8B.num_matmul_parameters() == 32 * layer + 4096 * 128256
+
+
+variants = pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"kv_channels": 6, "num_query_groups": None},
+        {"activation": "gelu", "add_bias_linear": True, "normalization": "LayerNorm"},
+        {"share_embeddings_and_output_weights": True, "position_embedding_type": "learned_absolute", "seq_length": 9},
+    ],
+    ids=["llama", "wide-heads", "gelu", "tied"],
+)
+
+
+@variants
+def test_matmul_parameters_are_the_model_s_matrices(changes: dict[str, Any]) -> None:
+    config = TransformerConfig(**(SMALL | {"vocab_size": 31} | changes))
+    with torch.device("meta"):
+        model = Transformer(config)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embedding" not in name)
+    head = 31 * 24 if config.share_embeddings_and_output_weights else 0
+    assert config.num_matmul_parameters() == matrices + head
+
+
+@variants
+def test_train_flops_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
+    """Torch counts all of attention's products; of a causal mask half is needed."""
+    B, T = 3, 9
+    config = TransformerConfig(**(SMALL | {"vocab_size": 31, "attention_backend": "reference"} | changes))
+    model = Transformer(config)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(B, T, dtype=torch.int64)).sum().backward()
+    attention = config.train_flops_per_token(T) - config.train_flops_per_token(0)
+    assert counter.get_total_flops() == B * T * (config.train_flops_per_token(0) + 2 * attention)
+
+
+def test_train_flops_by_hand() -> None:
+    # 7,504,658,432 matmul parameters; 32 layers x 8192 keys x 4096 channels, scores and sums, half of them masked.
+    assert LLAMA3_8B.train_flops_per_token(8192) == 6 * 7_504_658_432 + 6 * 32 * 8192 * 4096
