@@ -140,25 +140,26 @@ def litgpt_twin(ours: Transformer, seq_length: int) -> tuple[nn.Module, Logits]:
             mlp_class_name="LLaMAMLP",
         )
     )
+    state = ours.state_dict()
     weights = {
-        "lm_head.weight": ours.embedding.weight,
-        "transformer.wte.weight": ours.embedding.weight,
-        "transformer.ln_f.weight": ours.final_layernorm.weight,
+        "lm_head.weight": state["embedding.weight"],
+        "transformer.wte.weight": state["embedding.weight"],
+        "transformer.ln_f.weight": state["final_layernorm.weight"],
     }
-    for i, layer in enumerate(ours.layers):
-        gate, up = layer.mlp.linear_fc1.weight.chunk(2)
+    for i in range(c.num_layers):
+        gate, up = state[f"layers.{i}.mlp.linear_fc1.weight"].chunk(2)
         names = {
-            "norm_1": layer.input_layernorm.weight,
-            "attn.qkv": layer.self_attention.linear_qkv.weight,
-            "attn.proj": layer.self_attention.linear_proj.weight,
-            "norm_2": layer.pre_mlp_layernorm.weight,
+            "norm_1": state[f"layers.{i}.input_layernorm.weight"],
+            "attn.qkv": state[f"layers.{i}.self_attention.linear_qkv.weight"],
+            "attn.proj": state[f"layers.{i}.self_attention.linear_proj.weight"],
+            "norm_2": state[f"layers.{i}.pre_mlp_layernorm.weight"],
             "mlp.fc_1": gate,
             "mlp.fc_2": up,
-            "mlp.proj": layer.mlp.linear_fc2.weight,
+            "mlp.proj": state[f"layers.{i}.mlp.linear_fc2.weight"],
         }
         weights |= {f"transformer.h.{i}.{name}.weight": weight for name, weight in names.items()}
     gpt.load_state_dict(weights)
-    gpt.lm_head.weight = gpt.transformer.wte.weight
+    gpt.lm_head.weight = gpt.get_parameter("transformer.wte.weight")
     return gpt, gpt
 
 
@@ -167,6 +168,7 @@ def hugging_face_twin(ours: Transformer, seq_length: int) -> tuple[nn.Module, Lo
     from transformers import LlamaConfig, LlamaForCausalLM
 
     c = ours.config
+    assert c.vocab_size is not None
     llama = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=c.vocab_size,
@@ -180,28 +182,29 @@ def hugging_face_twin(ours: Transformer, seq_length: int) -> tuple[nn.Module, Lo
             rope_parameters={"rope_type": "default", "rope_theta": c.rotary_base},
             tie_word_embeddings=True,
             use_cache=False,
-            attn_implementation="sdpa",
         )
     )
+    llama.set_attn_implementation("sdpa")
+    state = ours.state_dict()
     weights = {
-        "lm_head.weight": ours.embedding.weight,
-        "model.embed_tokens.weight": ours.embedding.weight,
-        "model.norm.weight": ours.final_layernorm.weight,
+        "lm_head.weight": state["embedding.weight"],
+        "model.embed_tokens.weight": state["embedding.weight"],
+        "model.norm.weight": state["final_layernorm.weight"],
     }
     rows = [c.num_attention_heads * c.head_dim, c.groups * c.head_dim, c.groups * c.head_dim]
-    for i, layer in enumerate(ours.layers):
-        q, k, v = layer.self_attention.linear_qkv.weight.split(rows)
-        gate, up = layer.mlp.linear_fc1.weight.chunk(2)
+    for i in range(c.num_layers):
+        q, k, v = state[f"layers.{i}.self_attention.linear_qkv.weight"].split(rows)
+        gate, up = state[f"layers.{i}.mlp.linear_fc1.weight"].chunk(2)
         names = {
-            "input_layernorm": layer.input_layernorm.weight,
+            "input_layernorm": state[f"layers.{i}.input_layernorm.weight"],
             "self_attn.q_proj": q,
             "self_attn.k_proj": k,
             "self_attn.v_proj": v,
-            "self_attn.o_proj": layer.self_attention.linear_proj.weight,
-            "post_attention_layernorm": layer.pre_mlp_layernorm.weight,
+            "self_attn.o_proj": state[f"layers.{i}.self_attention.linear_proj.weight"],
+            "post_attention_layernorm": state[f"layers.{i}.pre_mlp_layernorm.weight"],
             "mlp.gate_proj": gate,
             "mlp.up_proj": up,
-            "mlp.down_proj": layer.mlp.linear_fc2.weight,
+            "mlp.down_proj": state[f"layers.{i}.mlp.linear_fc2.weight"],
         }
         weights |= {f"model.layers.{i}.{name}.weight": weight for name, weight in names.items()}
     llama.load_state_dict(weights)

@@ -85,16 +85,16 @@ def prepare(
     directory = Path(recipe.log.dir)
     recipe.log.name = recipe.log.name or new_name(name or recipe.__fn_or_cls__.__name__, directory)
     run = RunDirectory((directory / recipe.log.name).absolute())
-    before = run.status()
-    if before is not None and not before.state.ended:
-        raise ConfigError(
-            f"log.name={run.name!r} is running ({before.state}, process {before.pid} on {before.host}); "
-            f"cancel it with `fiddlehead runs cancel {run.name}`, or choose another name"
-        )
-    if run.recipe.exists():
-        _refuse_another_recipe(run, recipe)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
+        before = run.status()
+        if before is not None and not before.state.ended:
+            raise ConfigError(
+                f"log.name={run.name!r} is running ({before.state}, process {before.pid} on {before.host}); "
+                f"cancel it with `fiddlehead runs cancel {run.name}`, or choose another name"
+            )
+        if run.recipe.exists():
+            _refuse_another_recipe(run, recipe)
         recipe.save(run.recipe)
         with run.command.open("a") as file:
             file.write((command or shlex.join(sys.argv)) + "\n")
@@ -126,8 +126,10 @@ def check(recipe: Recipe) -> Any:
     return planner(**arguments)
 
 
-def fit_to_executor(recipe: Recipe, executor: Executor | None) -> Recipe:
+def fit_to_executor(recipe: Recipe, executor: Executor | Recipe | None) -> Recipe:
     """A copy of the recipe whose trainer uses the executor's nodes and processes.
+
+    `executor` may also be the configured call of an executor function, which has the same arguments.
 
     Raises:
         ConfigError: the recipe says otherwise.
@@ -140,9 +142,7 @@ def fit_to_executor(recipe: Recipe, executor: Executor | None) -> Recipe:
     if processes == local.FOLLOW_RECIPE:
         processes = trainer.devices if isinstance(trainer.devices, int) else 1
     elif trainer.devices not in ("auto", processes):
-        where = (
-            "without an executor there is one process" if executor is None else f"executor.ntasks_per_node={processes}"
-        )
+        where = "one process without an executor" if executor is None else f"executor.ntasks_per_node={processes}"
         problems.append(f"trainer.devices={trainer.devices!r}: {where}; set one of them, or both alike")
     if trainer.num_nodes not in (1, nodes):
         problems.append(

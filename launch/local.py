@@ -70,7 +70,7 @@ def submit(run: RunDirectory, executor: Executor, processes: int, modules: Seque
         previous = signal.signal(signal.SIGTERM, _interrupt)
         output = _follow(run.log, log_start)
         try:
-            while not is_terminal(experiment._runner.status(handle).state):
+            while (status := experiment._runner.status(handle)) and not is_terminal(status.state):
                 _show(output)
                 time.sleep(0.1)
         except KeyboardInterrupt:

@@ -32,7 +32,7 @@ def tiny() -> Recipe:
         precision="32-true",
     )
     recipe.data.tokenizer = fdl.Config(BPETokenizer, vocab_size=1024)
-    recipe.optim.lr_scheduler = fdl.Config(WarmupStableDecay, warmup_steps=20, decay_steps=150)
+    recipe.optim.lr_scheduler = fdl.Config(WarmupStableDecay, warmup_steps=20, decay_fraction=0.3)
     recipe.trainer.val_check_interval = 100
     recipe.checkpoint.every_n_steps = 100
     return recipe
@@ -57,6 +57,6 @@ def tiny_test() -> Recipe:
     recipe.trainer.max_steps = 30
     recipe.trainer.log_every_n_steps = 1
     recipe.trainer.val_check_interval = 10
-    recipe.optim.lr_scheduler.warmup_steps, recipe.optim.lr_scheduler.decay_steps = 5, 10
+    recipe.optim.lr_scheduler.warmup_steps = 5
     recipe.checkpoint.every_n_steps = 10
     return recipe

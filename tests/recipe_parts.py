@@ -101,12 +101,12 @@ class Odd:
         wait: timedelta | None = None,
         positive: Annotated[int, Field(gt=0)] = 1,
         level: Literal["low", "high", 3] = "low",
-        amount: Decimal = None,  # type: ignore[assignment]  # the name is for type checkers only
+        amount: Decimal = None,  # type: ignore[assignment]  # noqa: RUF013 | the name is for type checkers only
         path: Path = Path("runs"),
         strategy: Strategy | str = "auto",
         parts: list[Optim] | None = None,
         either: bool | int | None = None,
-        implicit: int = None,  # type: ignore[assignment]  # as older code spells an optional
+        implicit: int = None,  # type: ignore[assignment]  # noqa: RUF013 | as older code spells an optional
         anything: Any = None,
     ):
         pass

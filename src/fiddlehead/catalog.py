@@ -31,8 +31,19 @@ class Entry:
     """For a recipe: the skeleton it starts from, directly or through another recipe."""
 
     def load(self) -> Callable:
-        """Imports the module and returns the function."""
-        return getattr(_import(self.module), self.name)
+        """Imports the module and returns the function.
+
+        Raises:
+            ConfigError: Python finds another package of that name first.
+        """
+        try:
+            return getattr(_import(self.module), self.name)
+        except ModuleNotFoundError as error:
+            if error.name != self.module:
+                raise
+            other = getattr(sys.modules[self.module.split(".")[0]], "__file__", "elsewhere")
+            hint = f"{other} comes first; an empty {self.file.parent}/__init__.py helps"
+            raise ConfigError(f"{self.file} cannot be imported as {self.module}: {hint}") from error
 
 
 def recipes() -> list[Entry]:
@@ -70,6 +81,8 @@ def import_by_path(path: str) -> Callable:
         ConfigError: there is no such module, or no such function in it.
     """
     module, _, function = path.partition(":")
+    if not module or module.startswith("."):
+        raise ConfigError(f"{path!r}: there is no module {module!r}")
     try:
         found = _import(module)
     except ModuleNotFoundError as error:
@@ -131,9 +144,11 @@ def _scan_folder(folder: Path, package: str, returns: str) -> list[Entry]:
 
 def _public_functions(file: Path) -> Iterator[ast.FunctionDef]:
     try:
-        tree = ast.parse(file.read_text())
+        tree = ast.parse(file.read_bytes())  # bytes: Python itself knows their encoding
     except SyntaxError as error:
-        raise ConfigError(f"{file}:{error.lineno}: {error.msg}") from error
+        raise ConfigError(f"{file}:{error.lineno or 1}: {error.msg}") from error
+    except ValueError as error:  # a null byte
+        raise ConfigError(f"{file}: {error}") from error
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             yield node

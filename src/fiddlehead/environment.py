@@ -20,7 +20,7 @@ def describe_environment(directory: Path) -> dict[str, Any]:
         "git": _git(directory),
         "python": sys.version.split()[0],
         "executable": sys.executable,
-        "packages": dict(sorted((d.name, d.version) for d in importlib.metadata.distributions())),
+        "packages": _packages(),
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
@@ -29,12 +29,17 @@ def describe_environment(directory: Path) -> dict[str, Any]:
     }
 
 
+def _packages() -> dict[str, str]:
+    """Version by name; a folder that an interrupted installation left has neither."""
+    return dict(sorted((d.name, d.version) for d in importlib.metadata.distributions() if d.name))
+
+
 def _git(directory: Path) -> dict[str, Any] | None:
     """Revision, untracked files and uncommitted changes; None outside a repository."""
     revision = _lines("git", "-C", str(directory), "rev-parse", "HEAD")
     if not revision:
         return None
-    patch = "\n".join(_lines("git", "-C", str(directory), "diff", "HEAD", "--binary"))
+    patch = _output("git", "-C", str(directory), "diff", "HEAD", "--binary", "--no-ext-diff", "--no-color")
     if len(patch) > MAX_PATCH_BYTES:
         patch = f"not kept: {len(patch)} bytes"
     untracked = _lines("git", "-C", str(directory), "ls-files", "--others", "--exclude-standard")
@@ -43,8 +48,13 @@ def _git(directory: Path) -> dict[str, Any] | None:
 
 def _lines(*command: str) -> list[str]:
     """The lines that a command prints; none if there is no such command or it fails."""
+    return _output(*command).splitlines()
+
+
+def _output(*command: str) -> str:
+    """What a command prints, unchanged to the byte (as surrogates where it is no UTF-8), so that a patch applies."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=20, check=True)
+        result = subprocess.run(command, capture_output=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
-        return []
-    return result.stdout.splitlines()
+        return ""
+    return result.stdout.decode(errors="surrogateescape")

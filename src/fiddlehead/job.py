@@ -92,7 +92,7 @@ class WorkersFailedError(RuntimeError):
 
 def _start_workers(run: RunDirectory, processes: int, allow: Sequence[str]) -> None:
     """Runs `processes` copies of this job on this node and waits for them."""
-    from torch.distributed.elastic.agent.server.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 

@@ -14,15 +14,15 @@ from typing import Any
 import fiddle as fdl
 from fiddle import history
 
-from fiddlehead import recipe_yaml
-from fiddlehead.coercion import CALL, MismatchError, coerce
+from fiddlehead.configuration import reader
+from fiddlehead.configuration.coercion import CALL, MismatchError, coerce
+from fiddlehead.configuration.hints import Unevaluated, parameter_hint
+from fiddlehead.configuration.leaves import leaves, show
+from fiddlehead.configuration.literals import Bare, literal, split_arguments, typed
+from fiddlehead.configuration.references import locate
+from fiddlehead.configuration.slots import Slot, find_slot
 from fiddlehead.errors import ConfigError, unknown
-from fiddlehead.hints import Unevaluated, parameter_hint
-from fiddlehead.leaves import leaves, show
-from fiddlehead.literals import Bare, literal, split_arguments, typed
 from fiddlehead.recipe import Recipe
-from fiddlehead.references import locate
-from fiddlehead.slots import Slot, find_slot
 
 Find = Callable[[str], Callable[..., Any]]
 
@@ -141,7 +141,7 @@ class _Editor:
             raise ConfigError(
                 f"{name!r} cannot be read: {reason}; for a text that starts with @ put it in quotes"
             ) from None
-        return recipe_yaml.load(text, allow=self._allow, source=name)
+        return reader.load(text, allow=self._allow, source=name)
 
     def _maker(self, slot: Slot, here: history.Location) -> Callable[[str], fdl.Buildable]:
         def make(text: str) -> fdl.Buildable:

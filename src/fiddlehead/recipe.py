@@ -13,12 +13,14 @@ from typing import Any, Self
 
 import fiddle as fdl
 import yaml
-from fiddle import daglish
+from fiddle import daglish, history
 
-from fiddlehead import recipe_yaml
+from fiddlehead.configuration import reader, writer
+from fiddlehead.configuration.leaves import Leaf, items, join, leaves, same, show
 from fiddlehead.errors import ConfigError, unknown
-from fiddlehead.leaves import Leaf, items, join, leaves, same, show
 from fiddlehead.runs import write_atomically
+
+history.add_exclude_location("nemo_run/config.py")  # run.Config(...) is set where it was written
 
 
 class Recipe(fdl.Partial):
@@ -50,7 +52,7 @@ class Recipe(fdl.Partial):
 
         Raises ConfigError that lists every value that cannot be written: lambdas, live objects, tensors.
         """
-        return recipe_yaml.dump(self)
+        return writer.dump(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the YAML form to `path`, all or nothing."""
@@ -65,7 +67,7 @@ class Recipe(fdl.Partial):
         Names may be of fiddlehead, of the trusted parts of torch and lightning, and of packages in `allow`. `source`
         stands for the text in errors and in `sources`. Raises ConfigError with line and column.
         """
-        loaded = recipe_yaml.load(text, allow=allow, source=source)
+        loaded = reader.load(text, allow=allow, source=source)
         if not isinstance(loaded, fdl.Partial):
             raise ConfigError(f"{source}: not a recipe; its first keys must be _target_ and _partial_: true")
         return cls.__unflatten__(*loaded.__flatten__())
@@ -81,7 +83,7 @@ class Recipe(fdl.Partial):
 
     def modules(self) -> set[str]:
         """The top-level modules that must be allowed when the recipe is loaded, beyond those trusted anyway."""
-        return recipe_yaml.untrusted(self)
+        return writer.untrusted(self)
 
     def diff(self, other: fdl.Buildable) -> Differences:
         """Where `other` has another value, a nested configuration more or less, or shares one elsewhere."""

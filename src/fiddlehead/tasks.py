@@ -67,6 +67,8 @@ def pretrain(
     model.optim, model.seed = optim, seed
     checkpoint.directory = run.checkpoints
     trainer.strategy.checkpoint_io = SafetensorsIO()
+    if isinstance(trainer.val_check_interval, int):  # users count in steps, Lightning in micro-batches
+        trainer.val_check_interval *= plan.accumulate_grad_batches
     trainer.loggers = log.loggers(run, step)
     every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     metrics = Metrics(plan.tokens_per_step, data.seq_length, every_n_steps)
@@ -134,11 +136,15 @@ class Plan:
     attention: Choice
     state_gib: float
     """Parameters, gradients and optimizer state of one full copy, without activations."""
+    warmup_steps: int
 
     def rows(self) -> list[tuple[str, str]]:
         """Name and value of each line of a summary."""
         config = self.config
         flops = config.train_flops_per_token(config.seq_length or 0) * self.tokens_per_step * self.max_steps
+        warmup = f"{self.warmup_steps:,} of them warm-up"
+        if self.warmup_steps >= self.max_steps:
+            warmup = f"which end before the warm-up does ({self.warmup_steps:,} steps)"
         heads = f"{config.num_attention_heads} heads in {config.groups} groups of {config.head_dim} channels"
         return [
             ("model", f"{self.parameters / 1e6:,.2f} M parameters, {config.num_layers} layers, {heads}"),
@@ -148,10 +154,8 @@ class Plan:
                 f"{self.tokens_per_step:,} tokens: {self.world_size} devices x {self.micro_batch_size} sequences "
                 f"x {self.accumulate_grad_batches} accumulated",
             ),
-            (
-                "the run",
-                f"{self.max_steps:,} steps, {self.tokens_per_step * self.max_steps:,} tokens, {flops:.2e} FLOPs",
-            ),
+            ("the run", f"{self.max_steps:,} steps, {warmup}"),
+            ("", f"{self.tokens_per_step * self.max_steps:,} tokens, {flops:.2e} FLOPs"),
             ("memory", f"{self.state_gib:.2f} GiB for parameters, gradients and optimizer, plus activations"),
             ("attention", f"{self.attention.backend} on {self.attention.target.device_type}"),
         ]
@@ -162,8 +166,7 @@ def plan_pretrain(
 ) -> Plan:
     """Completes the parts with what follows from each other, and works out what the run amounts to.
 
-    The model takes its vocabulary and sequence length from the data, the trainer its accumulation from the batch sizes;
-    `val_check_interval` is turned from steps, which users count in, to micro-batches, which Lightning counts in.
+    The model takes its vocabulary and sequence length from the data, the trainer its accumulation from the batch sizes.
 
     Raises:
         ConfigError: the parts do not fit together; it lists every problem.
@@ -176,7 +179,6 @@ def plan_pretrain(
     except ConfigError as error:
         problems += error.under("data").problems
     problems += _trainer_problems(trainer, accumulate)
-    problems += [f"optim.lr_scheduler.{line}" for line in optim.lr_scheduler.problems(trainer.max_steps)]
     problems += _model_problems(model.config, data)
     if problems:
         raise ConfigError(*problems)
@@ -184,8 +186,6 @@ def plan_pretrain(
     model.config = replace(model.config, vocab_size=model.config.vocab_size or data.vocab_size)
     model.config = replace(model.config, seq_length=model.config.seq_length or data.seq_length)
     trainer.accumulate_grad_batches = accumulate
-    if isinstance(trainer.val_check_interval, int):
-        trainer.val_check_interval *= accumulate
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in Transformer(model.config).parameters())
     config = model.config
@@ -204,6 +204,7 @@ def plan_pretrain(
         tokens_per_step=data.global_batch_size * data.seq_length,
         attention=explain(spec, target, config.attention_backend),
         state_gib=parameters * (8 if precision == "bf16-true" else 16) / 2**30,
+        warmup_steps=optim.lr_scheduler.warmup_steps,
     )
 
 
@@ -253,6 +254,8 @@ def _trainer_problems(trainer: Trainer, accumulate: int) -> list[str]:
     interval = trainer.val_check_interval
     if not isinstance(interval, int) and interval != 1.0:
         problems.append(f"trainer.val_check_interval={interval!r}: must be a whole number of steps")
+    if trainer.gradient_clip_val is not None and not trainer.gradient_clip_val >= 0:
+        problems.append(f"trainer.gradient_clip_val={trainer.gradient_clip_val!r}: must not be negative")
     if trainer.gradient_clip_algorithm not in (None, "norm"):
         problems.append(f"trainer.gradient_clip_algorithm={str(trainer.gradient_clip_algorithm)!r}: allowed: 'norm'")
     return problems

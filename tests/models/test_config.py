@@ -22,9 +22,13 @@ LLAMA3_8B = TransformerConfig(
 )
 
 
+def small(**changes: Any) -> TransformerConfig:
+    return TransformerConfig(**(SMALL | changes))
+
+
 def problems(**changes: Any) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as error:
-        TransformerConfig(**(SMALL | changes))
+        small(**changes)
     return error.value.problems
 
 
@@ -97,17 +101,24 @@ def test_all_problems_are_listed_at_once() -> None:
     )
 
 
-def test_what_is_possible_is_let_through() -> None:
-    TransformerConfig(**SMALL)
-    TransformerConfig(**(SMALL | {"hidden_size": 25, "kv_channels": 8}))
-    TransformerConfig(**(SMALL | {"kv_channels": 5, "position_embedding_type": "none"}))
-    TransformerConfig(**(SMALL | {"attention_backend": "reference"}))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"hidden_size": 25, "kv_channels": 8},
+        {"kv_channels": 5, "position_embedding_type": "none"},
+        {"attention_backend": "reference"},
+    ],
+    ids=str,
+)
+def test_what_is_possible_is_let_through(changes: dict[str, Any]) -> None:
+    small(**changes)
 
 
 def test_what_is_left_out_follows() -> None:
-    config = TransformerConfig(num_layers=1, hidden_size=24, num_attention_heads=6)
+    config = small(num_query_groups=None)
     assert (config.head_dim, config.groups, config.ffn_size) == (4, 6, 96)
-    config = TransformerConfig(**SMALL, kv_channels=10, ffn_hidden_size=7)
+    config = small(kv_channels=10, ffn_hidden_size=7)
     assert (config.head_dim, config.groups, config.ffn_size) == (10, 2, 7)
 
 
@@ -137,7 +148,7 @@ variants = pytest.mark.parametrize(
 
 @variants
 def test_matmul_parameters_are_the_model_s_matrices(changes: dict[str, Any]) -> None:
-    config = TransformerConfig(**(SMALL | {"vocab_size": 31} | changes))
+    config = small(vocab_size=31, **changes)
     with torch.device("meta"):
         model = Transformer(config)
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embedding" not in name)
@@ -149,7 +160,7 @@ def test_matmul_parameters_are_the_model_s_matrices(changes: dict[str, Any]) -> 
 def test_train_flops_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
     """Torch counts all of attention's products; of a causal mask half is needed."""
     B, T = 3, 9
-    config = TransformerConfig(**(SMALL | {"vocab_size": 31, "attention_backend": "reference"} | changes))
+    config = small(vocab_size=31, attention_backend="reference", **changes)
     model = Transformer(config)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(B, T, dtype=torch.int64)).sum().backward()

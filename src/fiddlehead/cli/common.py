@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,8 +49,8 @@ def load_recipe(name: str, overrides: Sequence[str] = (), allow: Sequence[str] =
         run = find_run(name)
         recipe, title = Recipe.load(run.recipe, allow=tuple(allow)), run.name
     else:
-        function = catalog.find_recipe(name)
-        recipe, title = function(), function.__name__
+        function = _call(lambda: catalog.find_recipe(name))
+        recipe, title = _call(function), function.__name__
         if not isinstance(recipe, Recipe):
             raise ConfigError(f"{name}: returned a {type(recipe).__name__}, not a Recipe")
     return apply_overrides(recipe, list(overrides), find=catalog.find_recipe, allow=tuple(allow)), title
@@ -67,13 +68,11 @@ def split_executor(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return recipe, executor
 
 
-def build_executor(arguments: Sequence[str], default: str = "local") -> tuple[Callable[[], Any], str]:
-    """The executor that `executor=NAME executor.x=1` says: a function that makes it, and its name.
+def configure_executor(arguments: Sequence[str], default: str = "local") -> tuple[Recipe, str]:
+    """The configured call of the executor function that `executor=NAME executor.x=1` says, and its name.
 
-    Its arguments are checked now; it is made, which imports NeMo-Run, when the function is called.
+    Its arguments are checked; calling it, which imports NeMo-Run, is left for when the run starts.
     """
-    import fiddle as fdl
-
     from fiddlehead.overrides import apply_overrides
     from fiddlehead.recipe import Recipe
 
@@ -88,7 +87,7 @@ def build_executor(arguments: Sequence[str], default: str = "local") -> tuple[Ca
         config = apply_overrides(Recipe(catalog.find_executor(name)), edits)
     except ConfigError as error:
         raise error.under("executor") if edits else error from None
-    return lambda: fdl.build(config)(), name
+    return config, name
 
 
 def table(*columns: str) -> Table:
@@ -113,6 +112,20 @@ def show(*things: Any) -> None:
     console = Console(width=width, highlight=False)
     for thing in things:
         console.print(thing)
+
+
+def _call(function: Callable[[], Any]) -> Any:
+    """What `function` returns; a mistake in the user's code is reported where it is, without the way there."""
+    try:
+        return function()
+    except ConfigError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        theirs = [frame for frame in frames if Path(frame.filename).is_relative_to(Path.cwd())]
+        if not theirs:
+            raise
+        raise ConfigError(f"{theirs[-1].filename}:{theirs[-1].lineno}: {type(error).__name__}: {error}") from error
 
 
 def _is_run(name: str) -> bool:

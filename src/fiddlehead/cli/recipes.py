@@ -45,8 +45,8 @@ def show(
 
     Example:  fiddlehead show tiny optim.lr=1e-3
     """
-    from fiddlehead.leaves import leaves
-    from fiddlehead.leaves import show as show_value
+    from fiddlehead.configuration.leaves import leaves
+    from fiddlehead.configuration.leaves import show as show_value
 
     loaded, _ = load_recipe(recipe, overrides or (), allow or ())
     if yaml:
@@ -66,7 +66,7 @@ def diff(
     allow: list[str] = AllowOption,
 ) -> None:
     """Print what differs between two recipes, YAML files or runs."""
-    from fiddlehead.leaves import show as show_value
+    from fiddlehead.configuration.leaves import show as show_value
 
     one, _ = load_recipe(left, (), allow or ())
     other, _ = load_recipe(right, (), allow or ())

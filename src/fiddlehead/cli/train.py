@@ -11,8 +11,8 @@ import typer
 from fiddlehead.cli.common import (
     AllowOption,
     OverridesArgument,
-    build_executor,
     complete_recipe,
+    configure_executor,
     load_recipe,
     show,
     split_executor,
@@ -60,11 +60,13 @@ def pretrain(
     recipe, name = load_recipe(factory, edits, allow or ())
     if recipe.__fn_or_cls__.__name__ != "pretrain":
         raise ConfigError(f"--factory {factory}: configures {recipe.__fn_or_cls__.__name__}, not pretrain")
-    make_executor, executor_name = build_executor(executor_edits)
+    executor, executor_name = configure_executor(executor_edits)
+
+    import fiddle as fdl
 
     from fiddlehead import launch
 
-    plan = launch.check(recipe)
+    plan = launch.check(launch.fit_to_executor(recipe, None if direct else executor))
     if to_yaml is not None:
         recipe.save(to_yaml)
         print(f"wrote {to_yaml}; run it with --factory @{to_yaml}")  # noqa: T201
@@ -78,7 +80,7 @@ def pretrain(
     try:
         run = launch.launch(
             recipe,
-            None if direct else make_executor(),
+            None if direct else fdl.build(executor)(),
             name=name,
             detach=detach,
             allow=allow or (),

@@ -4,7 +4,7 @@ A checkpoint is `checkpoints/step-00000100/` with
 
 - `model.safetensors`: the parameters, by name
 - `optimizer.safetensors`: the optimizer's tensors
-- `state.json`: everything that is not a tensor, and each file's size and CRC-32
+- `state.json`: everything that is not a tensor, each file's size and CRC-32, and its own
 
 It is written under another name, synced to disk and renamed. What is resumed from it is exact, because all the rest of
 a run's state follows from the step: the sampler, the schedule and dropout are functions of it.
@@ -68,9 +68,7 @@ class Checkpoint(Callback):
             self.directory.mkdir(parents=True, exist_ok=True)
             for leftover in self.directory.glob(f"{_TEMPORARY}*"):
                 shutil.rmtree(leftover)
-            best = self.directory / "best"
-            if best.exists():
-                self.best_loss = read_state(best)["val_loss"]
+            self.best_loss = self._recall_best_loss()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the tokenizer beside the checkpoints: without it the model is of no use."""
@@ -132,12 +130,24 @@ class Checkpoint(Callback):
         if trainer.is_global_zero:
             self._delete_old()
 
+    def _recall_best_loss(self) -> float | None:
+        best = self.directory / "best"
+        if not best.exists():
+            return None
+        try:
+            return verify(best)["val_loss"]
+        except DamagedCheckpointError as error:
+            say(f"WARNING: the best checkpoint is damaged, so the next one validated is the best: {error}")
+            return None
+
     def _delete_old(self) -> None:
-        kept = {path.name for path in newest_first(self.directory)[: self.keep_last]}
+        # One of a later step was passed over as damaged when the run was resumed: it is not among the newest to keep.
+        written = [path for path in newest_first(self.directory) if path.name <= step_folder(self._saved_step)]
+        kept = {path.name for path in written[: self.keep_last]}
         best = self.directory / "best"
         if self.keep_best and best.is_symlink():
             kept.add(best.readlink().name)
-        for path in newest_first(self.directory):
+        for path in written:
             if path.name not in kept:
                 # Renamed first: a checkpoint that is half deleted must not look like a damaged one.
                 doomed = path.rename(path.with_name(f"{_TEMPORARY}deleted-{path.name}"))
@@ -163,7 +173,8 @@ class SafetensorsIO(CheckpointIO):
             save_file(optimizer_tensors, temporary / "optimizer.safetensors")
             files = {file.name: {"bytes": file.stat().st_size, "crc32": _crc32(file)} for file in temporary.iterdir()}
             state |= {"format_version": FORMAT_VERSION, "step": checkpoint["global_step"], "saved": time.time()}
-            (temporary / "state.json").write_text(json.dumps(state | {"files": files}, indent=1) + "\n")
+            state["files"] = files
+            (temporary / "state.json").write_text(json.dumps(state | {"crc32": _state_crc32(state)}, indent=1) + "\n")
             for file in (*temporary.iterdir(), temporary):
                 _sync(file)
             replaced = path.with_name(f"{_TEMPORARY}replaced-{path.name}")
@@ -246,15 +257,17 @@ def read_state(path: Path) -> dict[str, Any]:
     """The content of a checkpoint's `state.json`.
 
     Raises:
-        DamagedCheckpointError: it is missing, is not JSON, or belongs to a newer format.
+        DamagedCheckpointError: it is missing, is not what was written, or belongs to a newer format.
     """
     try:
         state = json.loads((path / "state.json").read_text())
-        version = state["format_version"]
+        version, written = int(state["format_version"]), state.pop("crc32", None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{path}/state.json cannot be read: {error!r}") from error
     if version > FORMAT_VERSION:
         raise DamagedCheckpointError(f"{path} has format {version}, newer than this version's {FORMAT_VERSION}")
+    if written != _state_crc32(state):
+        raise DamagedCheckpointError(f"{path}/state.json is not what was written: its CRC-32 differs")
     return state
 
 
@@ -324,6 +337,11 @@ def _chunks(file: Path) -> Iterator[bytes]:
     with file.open("rb") as stream:
         while chunk := stream.read(1 << 22):
             yield chunk
+
+
+def _state_crc32(state: dict[str, Any]) -> int:
+    """Of the values, so that a reader need not know how they were laid out."""
+    return zlib.crc32(json.dumps(state).encode())
 
 
 def _crc32(file: Path) -> int:

@@ -68,7 +68,8 @@ class LanguageModel(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Makes dropout a pure function of seed, step and rank, so that a resumed run drops what it would have."""
         if self.config.hidden_dropout or self.config.attention_dropout:
-            torch.manual_seed(hash((self.seed, self.trainer.global_step, batch_idx, self.global_rank)) % 2**63)
+            micro_batch = batch_idx % self.trainer.accumulate_grad_batches  # a resumed run counts batches from 0
+            torch.manual_seed(hash((self.seed, self.trainer.global_step, micro_batch, self.global_rank)) % 2**63)
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule, over the trainer's `max_steps`."""
@@ -76,8 +77,11 @@ class LanguageModel(LightningModule):
         return self.optim.build(self.named_parameters(), self.trainer.max_steps)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clips the global norm, also in mixed precision with a fused optimizer, where Lightning itself refuses to."""
-        limit = math.inf if gradient_clip_val is None else float(gradient_clip_val)
+        """Clips the global norm, also in mixed precision with a fused optimizer, where Lightning itself refuses to.
+
+        As with Lightning, None and 0 clip nothing.
+        """
+        limit = float(gradient_clip_val or math.inf)
         self.lr = optimizer.param_groups[0]["lr"]  # noted here, as the schedule moves on before the step is logged
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
         self._note_non_finite()

@@ -47,17 +47,15 @@ class Log:
         import wandb
         from lightning.pytorch.loggers import WandbLogger
 
-        offline = os.environ.get("WANDB_MODE") == "offline"
-        if "WANDB_MODE" not in os.environ and wandb.api.api_key is None:
-            offline = True
-        if offline:
+        mode = os.environ.get("WANDB_MODE") or ("offline" if wandb.api.api_key is None else "online")
+        if mode == "offline":
             say(f"W&B has no API key here: recording offline. Later: wandb sync {run.path}/wandb/offline-run-*")
         return WandbLogger(
             project=self.wandb_project,
             name=run.name,
             id=run.wandb_id,
             save_dir=run.path,
-            offline=offline,
+            mode=mode,  # and not Lightning's `offline`, which sets WANDB_MODE when W&B has read it already
             resume="allow",
             config=plain_recipe(run.recipe),
         )
@@ -109,20 +107,20 @@ class MetricsCSV(Logger):
         """Writes the file anew with the present columns, and the rows up to `last_step` (None: all)."""
         rows: list[dict[str, str]] = []
         if self.path.exists():
-            with self.path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                rows = [row for row in reader if last_step is None or _is_up_to(row, last_step)]
-                self._columns += [name for name in reader.fieldnames or () if name not in self._columns]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self._columns, lineterminator="\n", extrasaction="ignore")
+            text, _, _cut_short = self.path.read_text().rpartition("\n")  # by a crash in the middle of a write
+            reader = csv.DictReader(io.StringIO(text))
+            rows = [row for row in reader if last_step is None or _is_up_to(row, last_step)]
+            self._columns += [name for name in reader.fieldnames or () if name not in self._columns]
+        table = io.StringIO()
+        writer = csv.DictWriter(table, self._columns, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-        write_atomically(self.path, text.getvalue())
+        write_atomically(self.path, table.getvalue())
 
 
 def _is_up_to(row: dict[str, str], last_step: int) -> bool:
-    """Whether a row belongs to the steps that are kept; a line cut short by a crash does not."""
-    return (row.get("step") or "").isdigit() and int(row["step"]) <= last_step and None not in row
+    """Whether a row belongs to the steps that are kept."""
+    return (row.get("step") or "").isdigit() and int(row["step"]) <= last_step
 
 
 def plain_recipe(file: Path) -> dict[str, Any]:

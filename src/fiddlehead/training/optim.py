@@ -18,12 +18,13 @@ class Schedule(Protocol):
     """The learning rate over a run, as a factor of its peak."""
 
     @property
-    def min_lr(self) -> float:
-        """The rate at the end."""
+    def warmup_steps(self) -> int:
+        """How many steps the rate rises."""
         ...
 
-    def problems(self, max_steps: int) -> list[str]:
-        """What does not fit a run of `max_steps`, a line for each field."""
+    @property
+    def min_lr(self) -> float:
+        """The rate at the end."""
         ...
 
     def __call__(self, step: int, max_steps: int, lr: float) -> float:
@@ -38,9 +39,8 @@ class CosineAnnealing:
     warmup_steps: int = 0
     min_lr: float = 0.0
 
-    def problems(self, max_steps: int) -> list[str]:
-        """What does not fit a run of `max_steps`, a line for each field."""
-        return _range_problems(warmup_steps=self.warmup_steps, min_lr=self.min_lr)
+    def __post_init__(self) -> None:
+        _refuse_negative(warmup_steps=self.warmup_steps, min_lr=self.min_lr)
 
     def __call__(self, step: int, max_steps: int, lr: float) -> float:
         """The factor on `lr` for the step after `step` finished ones."""
@@ -53,30 +53,27 @@ class CosineAnnealing:
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupStableDecay:
-    """Linear warm-up, a constant rate, then a linear decay to `min_lr` over the last steps (Hu et al. 2024)."""
+    """Linear warm-up, a constant rate, then a linear decay to `min_lr` (Hu et al. 2024).
+
+    The decay takes the last `decay_fraction` of the run, so that a shorter run still ends in one.
+    """
 
     warmup_steps: int = 0
-    decay_steps: int = 0
+    decay_fraction: float = 0.2
     min_lr: float = 0.0
 
-    def problems(self, max_steps: int) -> list[str]:
-        """What does not fit a run of `max_steps`, a line for each field."""
-        problems = _range_problems(warmup_steps=self.warmup_steps, decay_steps=self.decay_steps, min_lr=self.min_lr)
-        if not problems and self.warmup_steps + self.decay_steps > max_steps:
-            problems.append(
-                f"decay_steps={self.decay_steps} and warmup_steps={self.warmup_steps} exceed max_steps={max_steps}"
-            )
-        return problems
+    def __post_init__(self) -> None:
+        _refuse_negative(warmup_steps=self.warmup_steps, min_lr=self.min_lr)
+        if not 0 <= self.decay_fraction <= 1:
+            raise ConfigError(f"decay_fraction={self.decay_fraction!r}: must be from 0 to 1")
 
     def __call__(self, step: int, max_steps: int, lr: float) -> float:
         """The factor on `lr` for the step after `step` finished ones."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        left = max_steps - step
-        if left > self.decay_steps:
-            return 1.0
+        rising = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        decay_steps = self.decay_fraction * max_steps
         floor = self.min_lr / lr
-        return floor + (1 - floor) * max(left, 0) / max(self.decay_steps, 1)
+        falling = floor + (1 - floor) * max(0, max_steps - step) / decay_steps if decay_steps else 1.0
+        return min(rising, falling)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +87,9 @@ class AdamW:
     lr_scheduler: Schedule = field(default_factory=CosineAnnealing)
 
     def __post_init__(self) -> None:
-        problems = _range_problems(weight_decay=self.weight_decay)
+        problems = []
+        if self.weight_decay < 0:
+            problems.append(f"weight_decay={self.weight_decay!r}: must not be negative")
         if not self.lr > 0:
             problems.append(f"lr={self.lr!r}: must be above 0")
         if not self.eps > 0:
@@ -114,5 +113,7 @@ class AdamW:
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def _range_problems(**values: float) -> list[str]:
-    return [f"{name}={value!r}: must not be negative" for name, value in values.items() if value < 0]
+def _refuse_negative(**values: float) -> None:
+    problems = [f"{name}={value!r}: must not be negative" for name, value in values.items() if value < 0]
+    if problems:
+        raise ConfigError(*problems)

@@ -55,7 +55,7 @@ def is_bracketed(text: str) -> bool:
 
 def parse_list(text: str) -> list[Any]:
     """The members of ``[a, b]``, ``(a, b)``, ``{a, b}`` or ``a,b``: `Bare`, str where quoted, or nested."""
-    parsed = parse(text) if is_bracketed(text) else _Parser(text + "]").members("]")
+    parsed = parse(text) if text.strip()[:1] in _OPEN else _Parser(text, "]").members("]")
     return [parsed] if isinstance(parsed, (dict, str)) else list(parsed)
 
 
@@ -69,7 +69,7 @@ def parse(text: str) -> Any:
 
 def split_arguments(text: str) -> list[str]:
     """The arguments of a call, as they were typed: ``a=1, b=[2, 3]`` gives two."""
-    parser = _Parser(text + "]")
+    parser = _Parser(text, "]")
     arguments = []
     while parser.peek() != "]" or parser.position < len(text):
         start = parser.position
@@ -82,10 +82,11 @@ def split_arguments(text: str) -> list[str]:
 
 
 class _Parser:
-    """Recursive descent over one text."""
+    """Recursive descent over one text, to which a closing bracket that was not typed may be added."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, typed: str, added: str = "") -> None:
+        self.typed = typed
+        self.text = typed + added
         self.position = 0
 
     def peek(self) -> str:
@@ -103,7 +104,7 @@ class _Parser:
             raise self.error(f"{self.text[self.position :]!r} is too much")
 
     def error(self, problem: str) -> ConfigError:
-        return ConfigError(f"{self.text!r} is not well formed: {problem}")
+        return ConfigError(f"{self.typed!r} is not well formed: {problem}")
 
     def value(self, stop: str) -> Any:
         character = self.peek()

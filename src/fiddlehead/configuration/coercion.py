@@ -15,11 +15,11 @@ from typing import Any
 
 import fiddle as fdl
 
+from fiddlehead.configuration.hints import Unevaluated
+from fiddlehead.configuration.leaves import show
+from fiddlehead.configuration.literals import Bare, is_bracketed, literal, parse, parse_list
+from fiddlehead.configuration.references import locate
 from fiddlehead.errors import ConfigError, nearest, unknown
-from fiddlehead.hints import Unevaluated
-from fiddlehead.leaves import show
-from fiddlehead.literals import Bare, is_bracketed, literal, parse, parse_list
-from fiddlehead.references import locate
 
 Make = Callable[[str], Any]
 
@@ -41,6 +41,8 @@ class MismatchError(ConfigError):
     """The value is not of the type; the message says which."""
 
     def __init__(self, given: Any, hint: Any, advice: str = "") -> None:
+        self.given = given
+        self.advice = advice
         shown = "nothing" if given == "" and isinstance(given, Bare) else show_given(given)
         super().__init__(f"expects {describe(hint)}, not {shown}{advice and '; ' + advice}")
 
@@ -181,19 +183,21 @@ def _union(given: Any, hint: Any, make: Make) -> Any:
     if isinstance(given, Bare) and given in _NONE and type(None) in members:
         return None
     telling: ConfigError | None = None
+    advice = ""
     for member in sorted(members, key=_breadth):
         if isinstance(given, Bare) and not _could_mean(given, member, members):
             continue
         try:
             return coerce(given, member, make)
         except MismatchError as error:
-            if "; " in str(error) and len(members) == 2 and type(None) in members and member is not type(None):
-                telling = error
+            if error.given is not given:
+                telling = error  # about a part of what was given
+            advice = error.advice or advice
         except ConfigError as error:
             telling = error
-    names = [str(value) for member in members for value in _choices(member)]
-    match = nearest(str(given), names)
-    raise telling or MismatchError(given, hint, f"did you mean {match!r}?" if match else "")
+    match = nearest(str(given), [str(value) for member in members for value in _choices(member)])
+    optional = len(set(members) - {type(None)}) == 1
+    raise telling or MismatchError(given, hint, f"did you mean {match!r}?" if match else advice if optional else "")
 
 
 def _choices(hint: Any) -> list[Any]:

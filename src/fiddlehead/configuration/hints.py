@@ -61,7 +61,7 @@ def _evaluate(source: Any, name: str) -> Any:
     """The one annotation `name`, evaluated where it was written; `Unevaluated` if it cannot be; None if missing."""
     owners = source.__mro__ if isinstance(source, type) else [source]
     for owner in owners:
-        annotation = vars(owner).get("__annotations__", {}).get(name)
+        annotation = inspect.get_annotations(owner).get(name)
         if annotation is None:
             continue
         namespace = getattr(owner, "__globals__", None) or vars(sys.modules[owner.__module__])

@@ -12,11 +12,11 @@ from typing import Any
 
 import fiddle as fdl
 
-from fiddlehead.coercion import CALL, describe
+from fiddlehead.configuration.coercion import CALL, describe
+from fiddlehead.configuration.hints import Unevaluated, parameter_hint
+from fiddlehead.configuration.leaves import show
+from fiddlehead.configuration.literals import typed
 from fiddlehead.errors import ConfigError, unknown
-from fiddlehead.hints import Unevaluated, parameter_hint
-from fiddlehead.leaves import show
-from fiddlehead.literals import typed
 
 _STEP = re.compile(r"\.?(?P<name>\w+)|\[(?P<item>[^\]]*)\]")
 

@@ -62,7 +62,6 @@ REFUSED = {
     "torch.utils.data.datapipes": _FETCHES,
     "torch.utils.cpp_extension": "it compiles and runs code",
     "torch.utils.benchmark": "it runs source text",
-    "torch.utils.bottleneck": "it runs source text",
     "torch.utils.collect_env": _STARTS,
     "torch.testing": _STARTS,
     "torch.distributed.run": _STARTS,
@@ -82,10 +81,8 @@ REFUSED = {
     "fiddlehead.launch": _STARTS,
     "fiddlehead.job": _STARTS,
     "fiddlehead.recipe": _OPENS,
-    "fiddlehead.recipe_yaml": _OPENS,
-    "fiddlehead.references": _OPENS,
+    "fiddlehead.configuration": _OPENS,
     "fiddlehead.overrides": _OPENS,
-    "fiddlehead.coercion": _OPENS,
     "builtins": "only these builtins may be named: " + ", ".join(SAFE_BUILTINS),
 }
 
@@ -221,15 +218,14 @@ def _split(reference: str, may_import: Callable[[str], None]) -> tuple[str, str]
     parts = reference.split(".")
     if len(parts) == 1:
         raise ConfigError(f"{reference!r} is not of the form package.module:name")
-    for end in range(1, len(parts)):
-        module = _import(".".join(parts[:end]), reference, may_import)
-        name = parts[end]
-        is_last = end == len(parts) - 1
-        if is_last and hasattr(module, name) and not isinstance(getattr(module, name), ModuleType):
+    end = 1
+    module = _import(parts[0], reference, may_import)
+    while end < len(parts) - 1:
+        if not hasattr(module, "__path__") or importlib.util.find_spec(f"{module.__name__}.{parts[end]}") is None:
             break
-        if not hasattr(module, "__path__") or importlib.util.find_spec(f"{module.__name__}.{name}") is None or is_last:
-            break
-    return ".".join(parts[:end]), ".".join(parts[end:])
+        module = _import(f"{module.__name__}.{parts[end]}", reference, may_import)
+        end += 1
+    return module.__name__, ".".join(parts[end:])
 
 
 def _import(module: str, reference: str, may_import: Callable[[str], None]) -> ModuleType:

@@ -1,0 +1,229 @@
+"""The command line as it is typed, right and wrong."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from fiddlehead.cli import main
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nemo_run() -> None:
+    """NeMo-Run's dependencies warn of each other when they are imported; that is theirs to mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("nemo_run")
+
+
+@pytest.fixture
+def fiddlehead(tmp_path, monkeypatch, capsys):
+    """Types a command in an empty directory, and returns what it prints, both streams.
+
+    In this process, because importing torch and Lightning again for each command would take minutes. It asserts the
+    exit code, and that no traceback is shown; a job that a command starts is a process of its own all the same.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    # Without the root of this repository, which pytest puts there and whose `recipes` would come first.
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not Path(path, "pyproject.toml").exists()])
+    before = set(sys.modules)
+
+    def command(*arguments: str, rc: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["fiddlehead", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        out, err = capsys.readouterr()
+        assert (exit.value.code or 0) == rc, out + err
+        assert "Traceback" not in out + err
+        return out + err
+
+    yield command
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] in ("recipes", "evil"):
+            del sys.modules[name]
+
+
+def modules_after(code: str) -> set[str]:
+    probe = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\nprint('MODULES', *sys.modules)"
+    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
+    line = next(line for line in result.stdout.splitlines() if line.startswith("MODULES"))
+    return set(line.split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["recipes"], ["runs"], ["pretrain", "--help"], ["--version"]])
+def test_what_needs_no_torch_imports_none(arguments):
+    code = f"sys.argv = ['fiddlehead', *{arguments!r}]; from fiddlehead.cli import main; main()"
+    loaded = modules_after(code)
+    assert "typer" in loaded
+    assert not loaded & {"torch", "lightning", "nemo_run", "wandb", "transformers", "numpy"}
+
+
+def test_recipes_are_listed_without_being_imported(fiddlehead, tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.py").write_text(
+        'raise RuntimeError(\'imported\')\n\ndef my_run() -> Recipe:\n    """What I do."""\n    return pretrain()\n'
+    )
+    output = fiddlehead("recipes")
+    assert "my_run" in output and "What I do." in output and "recipes/mine.py:3" in output
+    assert "tiny_mqa" in output
+
+
+def test_show_says_where_each_value_was_set(fiddlehead):
+    output = fiddlehead("show", "tiny", "optim.lr=1e-3")
+    line = next(line for line in output.splitlines() if line.startswith("optim.lr "))
+    assert "0.001" in line and "command line: optim.lr=1e-3" in line
+    line = next(line for line in output.splitlines() if line.startswith("trainer.val_check_interval"))
+    assert "recipes/tiny.py:" in line
+
+
+def test_diff_of_recipes_and_files(fiddlehead, tmp_path):
+    output = fiddlehead("diff", "tiny", "tiny_mqa")
+    assert "model.config.num_query_groups" in output and len(output.strip().splitlines()) == 3
+    fiddlehead("pretrain", "-f", "tiny", "optim.lr=0.5", "--to-yaml", str(tmp_path / "t.yaml"))
+    assert "optim.lr" in fiddlehead("diff", "tiny", str(tmp_path / "t.yaml"))
+    assert "are the same" in fiddlehead("diff", "tiny", "tiny")
+
+
+def test_dryrun_starts_nothing(fiddlehead, tmp_path):
+    output = fiddlehead("pretrain", "-f", "tiny", "model.config.num_query_groups=1", "--dryrun")
+    assert "4 heads in 1 groups" in output and "2,048 tokens" in output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_saved_recipe_runs_like_the_function(fiddlehead, tmp_path):
+    fiddlehead("pretrain", "-f", "tiny", "trainer.max_steps=77", "--to-yaml", "t.yaml")
+    assert "77 steps" in fiddlehead("pretrain", "--factory", "@t.yaml", "--dryrun")
+
+
+def test_all_mistakes_of_a_recipe_at_once(fiddlehead):
+    edits = ["model.config.num_query_groups=3", "optim.lr=-1", "data.micro_batch_size=7"]
+    output = fiddlehead("pretrain", "-f", "tiny", *edits, "--dryrun", rc=2)
+    assert "model.config.num_query_groups=3 does not divide num_attention_heads=4; allowed: 1, 2, 4 or None" in output
+    assert "optim.lr=-1.0: must be above 0" in output
+    assert "data.global_batch_size=16" in output
+    assert len(output.strip().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["pretrain", "-f", "tiny", "--dryrn"], "--dryrun"),
+        (["pretrain", "-f", "tinny"], "did you mean 'tiny'?"),
+        (["pretrain", "-f", "tiny", "trainer.max_step=5"], "did you mean 'max_steps'?"),
+        (["pretrain", "-f", "tiny", "trainer.max_steps=many"], "trainer.max_steps"),
+        (["pretrain", "-f", "tiny", "trainer.max_steps=1.5"], "trainer.max_steps"),
+        (["pretrain", "-f", "tiny", "trainer.max_steps"], "expected KEY=VALUE"),
+        (["pretrain", "-f", "tiny", "model.config.num_query_groups=3", "--dryrun"], "allowed: 1, 2, 4 or None"),
+        (["pretrain", "-f", "tiny", "executor=slrm"], "unknown executor 'slrm'"),
+        (["pretrain", "-f", "tiny", "executor=local", "executor.ntasks=2"], "ntasks_per_node"),
+        (["pretrain", "-f", "tiny", "--direct", "executor=local"], "--direct"),
+        (["pretrain", "-f", "tiny", "--direct", "--detach"], "exclude each other"),
+        (
+            ["pretrain", "-f", "tiny", "trainer.devices=2", "data.micro_batch_size=8", "--direct", "--yes"],
+            "without an executor",
+        ),
+        (["pretrain", "-f", "@missing.yaml"], "there is no file missing.yaml"),
+        (["pretrain", "-f", "no.such.module:recipe"], "there is no module"),
+        (["pretrain", "-f", "fiddlehead.recipes.tiny:tinny"], "did you mean 'tiny'?"),
+        (["pretrain", "-f", "tiny", "data.paths=/nowhere", "data.tokenizer=None", "--dryrun"], "/nowhere"),
+        (["pretrain"], "--factory"),
+        (["show", "tinny"], "did you mean 'tiny'?"),
+        (["generate", "nothing", "--prompt", "x"], "unknown run 'nothing'"),
+        (["runs", "cancel", "nothing"], "unknown run 'nothing'"),
+        (["runs", "shw"], "shw"),
+        (["tokenize", "/nowhere", "--tokenizer", "bytes", "--out", "tokens"], "/nowhere"),
+        (["trian"], "trian"),
+    ],
+)
+def test_mistakes_are_a_few_lines_and_exit_code_2(fiddlehead, arguments, expected, tmp_path):
+    output = fiddlehead(*arguments, rc=2)
+    assert expected in output
+    assert len(output.strip().splitlines()) <= 8
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_yaml_recipe_imports_nothing_unasked(fiddlehead, tmp_path):
+    (tmp_path / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\ndef pretrain(): pass\n")
+    (tmp_path / "r.yaml").write_text("_target_: evil:pretrain\n_partial_: true\n")
+    output = fiddlehead("pretrain", "-f", "@r.yaml", rc=2)
+    assert "evil" in output and "allow" in output
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_directory_that_cannot_be_written(fiddlehead, tmp_path):
+    (tmp_path / "file").write_text("")
+    output = fiddlehead("pretrain", "-f", "tiny_test", "log.dir=file", "log.name=x", "--yes", rc=2)
+    assert "log.dir" in output
+
+
+def test_two_functions_of_one_name_are_refused(fiddlehead, tmp_path):
+    (tmp_path / "recipes").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "recipes" / f"{name}.py").write_text(
+            "from fiddlehead.recipe import Recipe\nfrom fiddlehead.recipes.tiny import tiny\n"
+            "def same() -> Recipe:\n    return tiny()\n"
+        )
+    assert "ambiguous" in fiddlehead("show", "same", rc=2)
+
+
+def test_a_users_recipe_comes_first_and_edits_apply_to_it(fiddlehead, tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.py").write_text(
+        "from fiddlehead.recipe import Recipe\nfrom fiddlehead.recipes.tiny import tiny as base\n"
+        "def tiny() -> Recipe:\n    recipe = base()\n    recipe.trainer.max_steps = 7\n    return recipe\n"
+    )
+    assert "7 steps" in fiddlehead("pretrain", "-f", "tiny", "--dryrun")
+    assert "70 steps" in fiddlehead("pretrain", "-f", "tiny", "trainer.max_steps*=10", "--dryrun")
+
+
+def test_an_error_in_a_users_recipe_is_named_by_file_and_line(fiddlehead, tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.py").write_text(
+        "from fiddlehead.recipe import Recipe\nfrom fiddlehead.recipes.tiny import tiny\n"
+        "def slip() -> Recipe:\n    recipe = tiny()\n    recipe.trainr.max_steps = 7\n    return recipe\n"
+    )
+    output = fiddlehead("pretrain", "-f", "slip", rc=2)
+    assert "recipes/mine.py:5" in output and "'trainer'" in output
+    (tmp_path / "recipes" / "mine.py").write_text("def slip() -> Recipe:\n    return (\n")
+    assert "mine.py:2" in fiddlehead("recipes", rc=2)
+
+
+def test_completion_knows_the_recipes():
+    env = {"_FIDDLEHEAD_COMPLETE": "complete_bash", "COMP_WORDS": "fiddlehead pretrain --factory ti", "COMP_CWORD": "3"}
+    code = "import sys; sys.argv[0] = 'fiddlehead'; from fiddlehead.cli import app; app(prog_name='fiddlehead')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | env)
+    assert {"tiny", "tiny_mqa"} <= set(result.stdout.split())
+
+
+@pytest.mark.slow
+def test_from_text_to_a_sample(fiddlehead, tmp_path):
+    """tokenize, pretrain on it, generate, and every `runs` command."""
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"def f{number}(x):\n    return x + {number}\n" * 30)
+    texts = [str(tmp_path / f"{number}.txt") for number in range(40)]
+    output = fiddlehead("tokenize", *texts, "-t", "bpe:300", "-o", "tokens", "--val-fraction", "0.2")
+    assert "300" in output
+    edits = ["data.paths=tokens", "data.tokenizer=None", "log.name=t", "log.tensorboard=true"]
+    output = fiddlehead("pretrain", "-f", "tiny_test", *edits, "--yes")
+    assert "validation: " in output
+    assert list((tmp_path / "runs" / "t" / "tensorboard").iterdir())
+    first = fiddlehead("generate", "t", "--prompt", "def ", "--max-new-tokens", "20")
+    assert first.startswith("def ")
+    assert fiddlehead("generate", "t", "--prompt", "def ", "--max-new-tokens", "20") == first
+    assert "SUCCEEDED" in fiddlehead("runs")
+    shown = fiddlehead("runs", "show", "t")
+    assert "step-00000030" in shown and "val_loss" in shown
+    assert "step     30/30" in fiddlehead("runs", "logs", "t")
+    assert "not running" in fiddlehead("runs", "cancel", "t", rc=2)
+    assert "nothing is left to train" in fiddlehead("runs", "rerun", "t")
+    other = fiddlehead("pretrain", "-f", "tiny_test", *edits, "optim.lr=0.1", "--yes", rc=2)
+    assert "another recipe's run" in other and "optim.lr" in other
+    longer = fiddlehead("pretrain", "-f", "tiny_test", *edits, "trainer.max_steps=35", "--yes")
+    assert "continues from" in longer and "35/35" in longer

@@ -1,0 +1,186 @@
+"""Run directories: what state a run is in, and how it is found."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fiddlehead import runs
+from fiddlehead.errors import ConfigError
+from fiddlehead.runs import RunDirectory, State, Status, find_run, list_runs, new_name, this_process, write_atomically
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path)
+
+
+def make(directory: Path, name: str, age: int = 0) -> RunDirectory:
+    run = RunDirectory(directory / name)
+    run.path.mkdir(parents=True)
+    run.recipe.touch()
+    os.utime(run.recipe, (1e9 - age, 1e9 - age))
+    return run
+
+
+# -- status
+
+
+def test_a_run_that_was_never_submitted_has_no_status(run: RunDirectory) -> None:
+    assert run.status() is None
+
+
+def test_a_status_comes_back_as_it_was_written(run: RunDirectory) -> None:
+    status = replace(this_process(3, "slurm"), state=State.FAILED, ended=2.5, exit_code=9, reason='said "no"\nand left')
+    run.write_status(status)
+    assert run.written_status() == run.status() == status
+    assert run.written_status().state is State.FAILED  # type: ignore[union-attr]
+
+
+def test_this_process_is_alive(run: RunDirectory) -> None:
+    status = this_process(1, "direct")
+    run.write_status(status)
+    assert run.status() == status and status.state is State.RUNNING and status.pid == os.getpid()
+
+
+@pytest.mark.parametrize("state", [State.SUBMITTED, State.RUNNING])
+def test_a_run_whose_process_is_gone_has_died(run: RunDirectory, state: State) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = runs._process_started(child.pid)
+    assert started is not None
+    run.write_status(replace(this_process(1, "local"), state=state, pid=child.pid, process_started=started))
+    assert run.status().state is state  # type: ignore[union-attr]
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, but a zombie until it is waited for
+    died = run.status()
+    assert died is not None and died.state is State.DIED and died.reason == f"process {child.pid} is gone"
+    child.communicate()
+    assert run.status() == died
+    assert run.written_status().state is state, "looking changes nothing"  # type: ignore[union-attr]
+
+
+def test_a_pid_that_another_process_has_since_is_not_the_run(run: RunDirectory) -> None:
+    status = this_process(1, "local")
+    run.write_status(replace(status, process_started=status.process_started - 1))
+    assert run.status().state is State.DIED  # type: ignore[union-attr]
+
+
+def test_a_process_on_another_host_is_taken_at_its_word(run: RunDirectory) -> None:
+    run.write_status(replace(this_process(1, "slurm"), host="elsewhere", pid=2**30))
+    assert run.status().state is State.RUNNING  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("state", [State.SUCCEEDED, State.FAILED, State.CANCELLED])
+def test_what_has_ended_stays_as_it_ended(run: RunDirectory, state: State) -> None:
+    run.write_status(replace(this_process(1, "local"), state=state, pid=2**30))
+    assert run.status().state is state  # type: ignore[union-attr]
+
+
+def test_all_but_two_states_are_ends() -> None:
+    assert {state for state in State if not state.ended} == {State.SUBMITTED, State.RUNNING}
+
+
+def test_a_process_may_have_any_name(tmp_path: Path) -> None:
+    """/proc/PID/stat has the name in parentheses, and the fields are counted after it."""
+    program = tmp_path / "a) Z 1 (b"
+    program.symlink_to("/bin/sleep")
+    child = subprocess.Popen([program, "60"])
+    try:
+        here, there = runs._process_started(os.getpid()), runs._process_started(child.pid)
+        assert here is not None and there is not None and here <= there < here + 10**7
+    finally:
+        child.kill()
+        child.wait()
+
+
+# -- files
+
+
+def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:
+    file = tmp_path / "status"
+    texts = [character * 20_000 for character in "ab"]
+    write_atomically(file, texts[0])
+    done = threading.Event()
+
+    def write() -> None:
+        for i in range(100):
+            write_atomically(file, texts[i % 2])
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while not done.is_set():
+        assert file.read_text() in texts
+    writer.join()
+    assert os.listdir(tmp_path) == ["status"]
+
+
+def test_a_failed_write_leaves_the_old_content_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_atomically(tmp_path / "status", "old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(tmp_path / "status", "new")
+    assert os.listdir(tmp_path) == ["status"] and (tmp_path / "status").read_text() == "old"
+
+
+def test_the_newest_value_of_each_metric_is_shown(run: RunDirectory) -> None:
+    assert run.last_metrics() == {}
+    run.metrics.write_text("step,loss,val_loss\n1,3.0,\n2,2.0,\n2,,2.5\n3,1.0,\n")
+    assert run.last_metrics() == {"step": "3", "loss": "1.0", "val_loss": "2.5"}
+
+
+# -- names
+
+
+def test_a_run_is_found_by_name_or_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make(tmp_path / "runs", "gpt2-long")
+    monkeypatch.chdir(tmp_path)
+    assert find_run("gpt2-long") == find_run("runs/gpt2-long") == find_run(str(run.path), "other") == run
+    monkeypatch.chdir(run.path)
+    assert find_run(".") == run and find_run(".").name == "gpt2-long"
+
+
+def test_a_name_that_no_run_has_is_refused_with_the_nearest(working_directory: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown run 'x'; allowed: none \(looked in runs/\)"):
+        find_run("x")
+    make(working_directory / "runs", "gpt2-long")
+    (working_directory / "runs" / "gpt2-lang").mkdir()  # no run: it has no recipe
+    with pytest.raises(ConfigError, match=r"unknown run 'gpt2-lang'; did you mean 'gpt2-long'\? \(looked in runs/\)"):
+        find_run("gpt2-lang")
+
+
+def test_runs_are_listed_from_the_oldest(tmp_path: Path) -> None:
+    assert list_runs(tmp_path / "none") == []
+    made = [make(tmp_path, name, age) for name, age in (("b", 30), ("c", 20), ("a", 10))]
+    assert list_runs(tmp_path) == made
+
+
+def test_a_new_name_is_no_run_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=lambda: datetime(2025, 1, 2, 3, 4, 5))
+    monkeypatch.setattr(runs, "datetime", clock)
+    names = []
+    for _ in range(4):
+        names.append(new_name("tiny", tmp_path))
+        (tmp_path / names[-1]).mkdir()
+    first = "tiny-20250102-030405"
+    assert names == [first, f"{first}-2", f"{first}-3", f"{first}-4"]
+
+
+def test_the_status_file_is_plain_json(run: RunDirectory) -> None:
+    run.write_status(Status(State.SUBMITTED))
+    assert json.loads((run.path / "status").read_text())["state"] == "SUBMITTED"

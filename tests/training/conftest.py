@@ -1,0 +1,108 @@
+"""A tiny dataset, and runs small enough to repeat in a test."""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from fiddlehead import tasks
+from fiddlehead.data import ByteTokenizer, PreTrainingDataModule
+from fiddlehead.data.tokenize import tokenize
+from fiddlehead.models import TransformerConfig
+from fiddlehead.runs import RunDirectory
+from fiddlehead.training import AdamW, Checkpoint, CosineAnnealing, LanguageModel, Log
+from fiddlehead.training.checkpoint import load_transformer_state
+
+Parts = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenized folder: 200 short documents of bytes."""
+    folder = tmp_path_factory.mktemp("text")
+    words = random.Random(0).choices(["fern", "frond", "spore", "moss", "leaf"], k=4000)
+    for i in range(200):
+        (folder / f"{i:03}.txt").write_text(" ".join(words[20 * i : 20 * i + 20]))
+    out = tmp_path_factory.mktemp("tokens") / "bytes"
+    tokenize([folder], ByteTokenizer(), out, val_fraction=0.1, workers=1, progress=False)
+    return out
+
+
+@pytest.fixture
+def parts(dataset: Path, tmp_path: Path) -> Parts:
+    """Makes the arguments of `tasks.pretrain`; the names of all parts' fields are taken together."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        def take(**defaults: Any) -> dict[str, Any]:
+            return {name: changes.pop(name, value) for name, value in defaults.items()}
+
+        config = take(hidden_dropout=0.0, attention_dropout=0.0, vocab_size=None, attention_backend="auto")
+        made = {
+            "model": LanguageModel(
+                TransformerConfig(num_layers=2, hidden_size=16, num_attention_heads=4, num_query_groups=2, **config)
+            ),
+            "data": PreTrainingDataModule(
+                **take(paths=dataset, seq_length=16, micro_batch_size=4, global_batch_size=4, val_samples=8)
+            ),
+            "optim": AdamW(**take(lr=1e-2, lr_scheduler=CosineAnnealing(warmup_steps=2))),
+            "log": Log(**take(name="run", dir=str(tmp_path / "runs"), tensorboard=False, wandb=False)),
+            "checkpoint": Checkpoint(**take(every_n_steps=4, keep_last=9, keep_best=True)),
+            "resume": changes.pop("resume", "auto"),
+        }
+        settings = take(
+            max_steps=12, val_check_interval=4, gradient_clip_val=1.0, log_every_n_steps=1, precision="32-true"
+        )
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        made["trainer"] = Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=-1,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            **settings,
+            **quiet,
+            **changes,
+        )
+        return made
+
+    return make
+
+
+@pytest.fixture
+def pretrain(parts: Parts) -> Callable[..., RunDirectory]:
+    """Runs `tasks.pretrain` on `parts(...)`."""
+    return lambda **changes: tasks.pretrain(**parts(**changes))
+
+
+class Killed(BaseException):
+    """What stands for a process that ends without a word."""
+
+
+class KillAfter(Callback):
+    """Ends the run before the first micro-batch after `step`."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            raise Killed
+
+
+def rows(run: RunDirectory, *names: str) -> list[tuple[str, ...]]:
+    """The text of these columns of metrics.csv, a tuple for each row."""
+    with run.metrics.open(newline="") as file:
+        return [tuple(row[name] for name in names) for row in csv.DictReader(file)]
+
+
+def parameters(run: RunDirectory, step: int) -> dict[str, torch.Tensor]:
+    """The parameters in a run's checkpoint."""
+    return load_transformer_state(run.checkpoints / f"step-{step:08d}")[1]

@@ -1,0 +1,199 @@
+"""What is logged can be read back by the tools that will read it."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import math
+import os
+import struct
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fiddlehead.runs import RunDirectory
+from fiddlehead.training import Log
+from fiddlehead.training.loggers import MetricsCSV, plain_recipe
+from tests.training.conftest import KillAfter, Killed, rows
+
+Pretrain = Callable[..., RunDirectory]
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+# -- metrics.csv
+
+
+@given(st.lists(st.floats(), min_size=1, max_size=5))
+def test_floats_read_back_as_the_same_floats(tmp_path_factory: pytest.TempPathFactory, values: list[float]) -> None:
+    path = tmp_path_factory.mktemp("csv") / "metrics.csv"
+    logger = MetricsCSV(path)
+    for step, value in enumerate(values, 1):
+        logger.log_metrics({"loss": value}, step)
+    for value, row in zip(values, table(path), strict=True):
+        assert float(row["loss"]) == value or math.isnan(value)
+
+
+def test_a_new_metric_gets_a_column_and_the_epoch_none(tmp_path: Path) -> None:
+    logger = MetricsCSV(tmp_path / "metrics.csv")
+    logger.log_metrics({"loss": 2.0, "epoch": 0}, 1)
+    logger.log_metrics({"loss": 1.5, "mfu": 0.5}, 2)
+    logger.log_metrics({"val_loss": 1.0}, 2)
+    assert table(logger.path) == [
+        {"step": "1", "loss": "2.0"},
+        {"step": "2", "loss": "1.5", "mfu": "0.5"},
+        {"step": "2", "val_loss": "1.0"},
+    ]
+    assert logger.path.read_text().splitlines()[0].endswith(",mfu")
+    logger.log_metrics({"mfu": 0.6}, 3)
+    assert MetricsCSV(logger.path, 2).path.read_text().splitlines()[0].endswith(",mfu")
+
+
+def test_rows_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
+    logger = MetricsCSV(tmp_path / "metrics.csv")
+    for step in range(1, 12):
+        logger.log_metrics({"loss": float(step)}, step)
+    kept = logger.path.read_text().splitlines()[:10]
+    MetricsCSV(logger.path, 9)
+    assert logger.path.read_text().splitlines() == kept
+    MetricsCSV(logger.path)  # a run that starts again
+    assert table(logger.path) == []
+
+
+def test_a_row_that_a_crash_cut_short_is_dropped_wherever_it_was_cut(tmp_path: Path) -> None:
+    logger = MetricsCSV(tmp_path / "metrics.csv")
+    for step in (11, 12):
+        logger.log_metrics({"loss": 0.125, "tokens_per_s": 1234.5}, step)
+    whole = logger.path.read_text()
+    start = whole.rindex("12,")
+    for end in range(start, len(whole)):
+        logger.path.write_text(whole[:end])
+        MetricsCSV(logger.path, 12)
+        assert [row["step"] for row in table(logger.path)] == ["11"], whole[start:end]
+    logger.path.write_text(whole)
+    MetricsCSV(logger.path, 12)
+    assert [row["step"] for row in table(logger.path)] == ["11", "12"]
+
+
+def test_every_logged_step_has_its_row(pretrain: Pretrain) -> None:
+    run = pretrain(log_every_n_steps=5, val_check_interval=6)
+    assert rows(run, "step") == [("1",), ("5",), ("6",), ("10",), ("12",), ("12",)]
+    assert [row for row in rows(run, "tokens") if row[0]] == [(str(64 * step),) for step in (1, 5, 10, 12)]
+    assert run.last_metrics()["step"] == "12" and run.last_metrics()["val_loss"]
+    assert all(float(value) > 0 for value, *_ in rows(run, "tokens_per_s") if value)
+
+
+# -- TensorBoard
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+def test_tensorboard_reads_what_the_csv_file_has(pretrain: Pretrain) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with pytest.raises(Killed):
+        pretrain(tensorboard=True, callbacks=[KillAfter(10)])
+    run = pretrain(tensorboard=True)
+    events = accumulator.EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "val_loss", "grad_norm"):
+        expected = [(int(step), float(value)) for step, value in rows(run, "step", name) if value]
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert [step for step, _ in found] == [step for step, _ in expected], name
+        assert [value for _, value in found] == pytest.approx([value for _, value in expected])  # stored as float32
+
+
+# -- W&B
+
+RECIPE = """\
+!Partial:fiddlehead.tasks.pretrain
+model: !Config:fiddlehead.training.LanguageModel
+  hidden_size: 64
+resume: auto
+sizes: !tuple [1, 2]
+"""
+PLAIN = {"model": {"hidden_size": 64}, "resume": "auto", "sizes": [1, 2]}
+
+
+def test_a_recipe_is_shown_as_plain_values(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    assert plain_recipe(file) == {}
+    file.write_text(RECIPE)
+    assert plain_recipe(file) == PLAIN
+
+
+@pytest.fixture
+def no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user who has never heard of W&B."""
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
+    (tmp_path / "home").mkdir()
+
+
+def wandb_records(folder: Path) -> list[Any]:
+    """The records of an offline run: protocol buffers in LevelDB's log format, after seven bytes of W&B's own."""
+    Record = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
+    (file,) = folder.glob("*.wandb")
+    content, at, records, parts = file.read_bytes(), 7, [], b""
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:  # no header fits before the end of the block
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        parts += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            records.append(Record.FromString(parts))
+            parts = b""
+    return records
+
+
+def test_wandb_without_a_key_records_offline_and_asks_nothing(
+    pretrain: Pretrain, no_key: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    run = RunDirectory(tmp_path / "runs" / "run")
+    run.path.mkdir(parents=True)
+    run.recipe.write_text(RECIPE)
+    ids = []
+    folder = run.path
+    for attempt in (1, 2):
+        with pytest.raises(Killed) if attempt == 1 else nullcontext():
+            pretrain(wandb=True, callbacks=[KillAfter(6)] if attempt == 1 else [])
+        wandb.finish()
+        said = [line for line in capsys.readouterr().out.splitlines() if "wandb sync" in line]
+        assert said == [f"W&B has no API key here: recording offline. Later: wandb sync {run.path}/wandb/offline-run-*"]
+        folder = max((run.path / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
+        ids.append(folder.name.rpartition("-")[2])
+    assert ids[0] == ids[1] == run.wandb_id
+
+    logged: dict[str, list[float]] = {}
+    config: dict[str, Any] = {}
+    for record in wandb_records(folder):
+        if record.HasField("run"):
+            config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        for item in record.history.item:
+            logged.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
+    assert {name: config.get(name) for name in PLAIN} == PLAIN
+    expected = [float(value) for step, value in rows(run, "step", "loss") if value and int(step) > 4]
+    assert logged["loss"] == pytest.approx(expected)
+
+
+def test_the_wandb_id_is_the_run_s(tmp_path: Path) -> None:
+    first, second = RunDirectory(tmp_path / "a"), RunDirectory(tmp_path / "b")
+    for run in (first, second):
+        run.path.mkdir()
+    assert first.wandb_id == first.wandb_id != second.wandb_id
+
+
+def test_only_what_is_asked_for_is_logged(tmp_path: Path) -> None:
+    assert [type(logger) for logger in Log().loggers(RunDirectory(tmp_path), 0)] == [MetricsCSV]
