@@ -24,6 +24,10 @@ class ConfigError(ValueError):
         return ConfigError(*(f"{path}.{problem}" if path else problem for problem in self.problems))
 
 
+class RunError(RuntimeError):
+    """A run cannot go on, for a reason that its message says better than a traceback; exit code 1."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The one of `names` that `name` was most likely meant to be, or None if none is close."""
     matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from fiddlehead.errors import ConfigError, StopRequested
+from fiddlehead.errors import ConfigError, RunError, StopRequested
 from fiddlehead.recipe import Recipe
 from fiddlehead.runs import RunDirectory, State, this_process
 
@@ -65,24 +65,25 @@ def _report(work: Callable[[], None]) -> tuple[int, State, str]:
     """Does `work`, prints what went wrong, and returns exit code, state and reason."""
     try:
         work()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
-        return 2, State.FAILED, str(error)
     except StopRequested as stop:
         print(str(stop), flush=True)  # noqa: T201
         return 128 + stop.signum, State.CANCELLED, str(stop)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT, State.CANCELLED, "interrupted at once; the checkpoints before it are whole"
-    except WorkersFailedError as error:  # they have printed their own tracebacks
+    except WorkersFailedError as error:  # they have said so themselves
         return error.exit_code, State.FAILED, str(error)
+    except (ConfigError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        _tell_launcher(str(error))
+        return 2 if isinstance(error, ConfigError) else 1, State.FAILED, str(error)
     except Exception as error:
         traceback.print_exc()
-        _tell_launcher(error)
+        _tell_launcher(f"{type(error).__name__}: {error}")
         return 1, State.FAILED, f"{type(error).__name__}: {error}"
     return 0, State.SUCCEEDED, ""
 
 
-class WorkersFailedError(RuntimeError):
+class WorkersFailedError(RunError):
     """One of a node's processes ended with an error, and the others were stopped."""
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -119,11 +120,11 @@ def _start_workers(run: RunDirectory, processes: int, allow: Sequence[str]) -> N
         raise StopRequested(stop.sigval, "with all its processes") from stop
 
 
-def _tell_launcher(error: Exception) -> None:
-    """Leaves the error where torchrun looks for it, if this process is one of its workers."""
+def _tell_launcher(message: str) -> None:
+    """Leaves an error where torchrun looks for it, if this process is one of its workers."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file and "TORCHELASTIC_RUN_ID" in os.environ:
-        Path(file).write_text(json.dumps({"message": f"{type(error).__name__}: {error}"}))
+        Path(file).write_text(json.dumps({"message": message}))
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.generation import sample
 from fiddlehead.runs import RunDirectory, find_run, new_name
-from fiddlehead.training import AdamW, Checkpoint, LanguageModel, Log
+from fiddlehead.training import AdamW, Checkpoint, LanguageModel, Log, NonFiniteError
 from fiddlehead.training.checkpoint import (
     SafetensorsIO,
     load_transformer_state,
@@ -52,11 +52,16 @@ def pretrain(
 
     Raises:
         ConfigError: the parts do not fit together; nothing was started then.
+        NonFiniteError: the loss or the gradient became infinite or NaN; the checkpoints are from before.
     """
     plan = plan_pretrain(model, data, trainer, optim)
     run = RunDirectory(Path(log.dir) / (log.name or new_name("pretrain", log.dir)))
     start = resume_point(run, resume)
-    step = 0 if start is None else int(read_state(start)["step"])
+    step = 0
+    if start is not None:
+        state = read_state(start)
+        step = int(state["step"])
+        _refuse_another_model(start, state["config"], plan.config)
     if step >= plan.max_steps:
         say(f"{run.path} has reached step {step} of {plan.max_steps}: nothing is left to train")
         return run
@@ -77,7 +82,10 @@ def pretrain(
     callbacks += [metrics, checkpoint, StopOnSignal(checkpoint)]
     if start is not None:
         restore_progress(trainer, step)
-    trainer.fit(model, datamodule=data, ckpt_path=start, weights_only=True)
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=start, weights_only=True)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error}. The last good checkpoint is {newest_good(run.checkpoints)}") from error
     if start is None or trainer.global_step > step:
         _report(trainer)
     return run
@@ -192,7 +200,10 @@ def plan_pretrain(
     precision = str(trainer.precision)
     dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
     spec = AttentionSpec(dtype, config.head_dim, config.num_attention_heads, config.groups)
-    target = Target(trainer.strategy.root_device.type)
+    attention = explain(spec, Target(trainer.strategy.root_device.type), config.attention_backend)
+    if attention.backend is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in attention.reasons.items())
+        raise ConfigError(f"model.config.attention_backend={config.attention_backend!r} cannot be used: {reasons}")
     # Parameters, gradients and two moments, all in the parameters' dtype.
     return Plan(
         config=config,
@@ -202,7 +213,7 @@ def plan_pretrain(
         micro_batch_size=data.micro_batch_size,
         accumulate_grad_batches=accumulate,
         tokens_per_step=data.global_batch_size * data.seq_length,
-        attention=explain(spec, target, config.attention_backend),
+        attention=attention,
         state_gib=parameters * (8 if precision == "bf16-true" else 16) / 2**30,
         warmup_steps=optim.lr_scheduler.warmup_steps,
     )
@@ -240,6 +251,17 @@ def resume_point(run: RunDirectory, resume: str | Path) -> Path | None:
     if checkpoint is None:
         raise ConfigError(f"resume={str(resume)!r}: the run has no good checkpoint")
     return checkpoint
+
+
+def _refuse_another_model(checkpoint: Path, saved: dict[str, Any], config: TransformerConfig) -> None:
+    """Raises ConfigError if the checkpoint's model is not the one that would be trained."""
+    problems = [
+        f"model.config.{name}={value!r}, but it is {saved.get(name)!r} in {checkpoint}"
+        for name, value in asdict(config).items()
+        if name not in ("attention_backend", "seq_length") and saved.get(name) != value
+    ]
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _trainer_problems(trainer: Trainer, accumulate: int) -> list[str]:

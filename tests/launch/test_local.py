@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from fiddlehead.runs import RunDirectory, State
+from fiddlehead.training.checkpoint import newest_first, newest_good
 
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "val_loss")
 
@@ -108,9 +109,8 @@ def test_killed_ten_times_it_ends_equal(undisturbed, tmp_path):
         else:
             before = killed.metrics.stat().st_size if killed.metrics.exists() else 0
             goal = before + chance.randrange(1, 300)
-            wait_until(
-                lambda: process.poll() is not None or (killed.metrics.exists() and killed.metrics.stat().st_size > goal)
-            )
+            while process.poll() is None and not (killed.metrics.exists() and killed.metrics.stat().st_size > goal):
+                time.sleep(0.02)
         if process.poll() is not None:  # it was faster than the killer
             break
         process.send_signal(signal.SIGKILL)
@@ -216,8 +216,6 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
         assert "No space left" in result.stdout + result.stderr
         full = RunDirectory(mount / "full")
         assert not list(full.checkpoints.glob(".writing-*"))
-        from fiddlehead.training.checkpoint import newest_good, newest_first
-
         assert newest_good(full.checkpoints) == newest_first(full.checkpoints)[0]
     finally:
         subprocess.run(["umount", str(mount)], check=True)

@@ -27,8 +27,10 @@ def sample(
         seed: the same seed yields the same tokens.
 
     Raises:
-        ConfigError: the prompt is empty, or a token is not in the vocabulary.
+        ConfigError: the prompt is empty, a token is not in the vocabulary, or a number is negative.
     """
+    if temperature < 0 or top_k < 0:
+        raise ConfigError(f"temperature={temperature}, top_k={top_k}: must not be negative")
     vocab_size = model.config.vocab_size or 0
     if not prompt or not all(0 <= token < vocab_size for token in prompt):
         raise ConfigError(f"prompt={list(prompt)}: needs at least one token, each below vocab_size={vocab_size}")

@@ -27,7 +27,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, RunError
 from fiddlehead.training.console import say
 
 FORMAT_VERSION = 1
@@ -35,7 +35,7 @@ _STEP, _TEMPORARY = "step-", ".writing-"
 _TENSOR, _PAIRS = "__tensor__", "__pairs__"
 
 
-class DamagedCheckpointError(ValueError):
+class DamagedCheckpointError(RunError):
     """A checkpoint's files are not what was written."""
 
 
@@ -60,6 +60,7 @@ class Checkpoint(Callback):
         self.directory = Path("checkpoints")
         self.best_loss: float | None = None
         self._saved_step = -1
+        self._validated_step = -1
         self._val_loss: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -68,7 +69,7 @@ class Checkpoint(Callback):
             self.directory.mkdir(parents=True, exist_ok=True)
             for leftover in self.directory.glob(f"{_TEMPORARY}*"):
                 shutil.rmtree(leftover)
-            self.best_loss = self._recall_best_loss()
+        self.best_loss = self._recall_best_loss()  # on every rank: all must agree on what to save
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the tokenizer beside the checkpoints: without it the model is of no use."""
@@ -76,8 +77,12 @@ class Checkpoint(Callback):
             trainer.datamodule.tokenizer.save(self.directory.parent / "tokenizer.json")  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed step is already saved."""
+        """A resumed step is already saved; if it was stopped before its validation, that is made up for first."""
         self._saved_step = trainer.global_step
+        if self._validated_step == -1 and trainer.global_step and validates_now(trainer):
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -94,12 +99,14 @@ class Checkpoint(Callback):
         """Saves a step that was to be saved or that is the best so far."""
         if trainer.sanity_checking:
             return
-        loss = float(trainer.callback_metrics.get("val_loss", float("nan")))
-        better = self.keep_best and loss < (float("inf") if self.best_loss is None else self.best_loss)
+        self._val_loss = float(trainer.callback_metrics.get("val_loss", float("nan")))
+        self._validated_step = trainer.global_step
+        better = self.keep_best and self._val_loss < (float("inf") if self.best_loss is None else self.best_loss)
         if better or trainer.global_step % self.every_n_steps == 0:
-            self.save(trainer, loss)
+            self._saved_step = -1  # also if it was saved before, without its validation loss
+            self.save(trainer)
         if better:
-            self.best_loss = loss
+            self.best_loss = self._val_loss
             if trainer.is_global_zero:
                 link = self.directory / ".best.tmp"
                 link.unlink(missing_ok=True)
@@ -112,10 +119,15 @@ class Checkpoint(Callback):
         self.save(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the validation loss, by which the best is known."""
-        checkpoint["val_loss"] = self._val_loss
+        """Adds the step's validation loss, by which the best is known; None if it was not validated."""
+        checkpoint["val_loss"] = self._val_loss if self._validated_step == trainer.global_step else None
 
-    def save(self, trainer: Trainer, val_loss: float | None = None) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Recalls whether the step that is resumed was validated."""
+        self._val_loss = checkpoint["val_loss"]
+        self._validated_step = -1 if self._val_loss is None else checkpoint["global_step"]
+
+    def save(self, trainer: Trainer) -> None:
         """Saves the current step, once; does nothing before the first.
 
         Raises:
@@ -124,7 +136,6 @@ class Checkpoint(Callback):
         if trainer.global_step == self._saved_step:
             return
         trainer.lightning_module.raise_if_non_finite()  # type: ignore[operator]
-        self._val_loss = val_loss
         trainer.save_checkpoint(self.directory / step_folder(trainer.global_step))
         self._saved_step = trainer.global_step
         if trainer.is_global_zero:
@@ -212,7 +223,7 @@ class SafetensorsIO(CheckpointIO):
         shutil.rmtree(path)
 
 
-class CheckpointNotWrittenError(RuntimeError):
+class CheckpointNotWrittenError(RunError):
     """The disk did not take a checkpoint."""
 
 

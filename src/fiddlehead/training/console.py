@@ -14,6 +14,11 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.* is deprecated", module="lightning")
 
 
+def is_rank_zero() -> bool:
+    """Whether this process is the first of its run."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 @rank_zero_only
 def say(message: str) -> None:
     """Prints a line, on the first rank only, at once."""

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 
+from fiddlehead.errors import RunError
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.training.optim import AdamW
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """The loss or the gradient of a step is infinite or not a number."""
 
 
@@ -121,6 +122,8 @@ class LanguageModel(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs `val_loss` in nats a token and, where the tokenizer knows its bytes, `val_nats_per_byte`."""
+        if self.trainer.sanity_checking:
+            return
         total = self.trainer.strategy.reduce(self._validation, reduce_op="sum")
         nats, tokens, text_bytes = total.tolist()  # type: ignore[union-attr]
         metrics = {"val_loss": nats / tokens}

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
+import netrc
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from fiddlehead.runs import RunDirectory, write_atomically
-from fiddlehead.training.console import say
+from fiddlehead.training.console import is_rank_zero, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,21 +46,34 @@ class Log:
         return loggers
 
     def _wandb_logger(self, run: RunDirectory) -> Logger:
-        import wandb
         from lightning.pytorch.loggers import WandbLogger
 
-        mode = os.environ.get("WANDB_MODE") or ("offline" if wandb.api.api_key is None else "online")
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         if mode == "offline":
             say(f"W&B has no API key here: recording offline. Later: wandb sync {run.path}/wandb/offline-run-*")
         return WandbLogger(
             project=self.wandb_project,
             name=run.name,
-            id=run.wandb_id,
+            id=run.wandb_id if is_rank_zero() else None,  # only the first rank records
             save_dir=run.path,
             mode=mode,  # and not Lightning's `offline`, which sets WANDB_MODE when W&B has read it already
             resume="allow",
             config=plain_recipe(run.recipe),
         )
+
+
+def _has_wandb_key() -> bool:
+    """Whether W&B would find an API key: in the environment, or where `wandb login` puts it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        logins = netrc.netrc(os.environ.get("NETRC"))
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return (
+        logins.authenticators(urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or "")
+        is not None
+    )
 
 
 class MetricsCSV(Logger):
@@ -74,7 +89,7 @@ class MetricsCSV(Logger):
         super().__init__()
         self.path = path
         self._columns = list(self.FIRST_COLUMNS)
-        if getattr(rank_zero_only, "rank", 0) == 0:
+        if is_rank_zero():
             self._rewrite(resumed_step)
 
     @property

@@ -34,7 +34,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class CosineAnnealing:
-    """Linear warm-up, then half a cosine down to `min_lr` at the last step (Loshchilov & Hutter 2017)."""
+    """Linear warm-up, then half a cosine down towards `min_lr` at the end (Loshchilov & Hutter 2017)."""
 
     warmup_steps: int = 0
     min_lr: float = 0.0

@@ -29,7 +29,7 @@ class StopOnSignal(Callback):
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.received:
-            raise KeyboardInterrupt
+            raise StopRequested(signum, "at once, on a second signal; the checkpoints before it are whole")
         self.received = signum
 
     def on_train_batch_end(

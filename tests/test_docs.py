@@ -1,0 +1,183 @@
+"""The documentation works: its commands and its code run as they are written."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fiddlehead.errors import ConfigError
+from fiddlehead.runs import RunDirectory
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN = ("bash", "sh", "python")
+SHOWN = ("text", "yaml", "toml", "json")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    line: int
+    """Of its opening fence, counted from 1."""
+    language: str
+    code: str
+    not_run: str = ""
+    """Why it is not run; empty if it is."""
+
+
+def blocks(page: str) -> Iterator[Block]:
+    """Yields the fenced blocks of a Markdown text, changed as the comments right above them say.
+
+    `<!-- not run: reason -->` keeps a block from running, `<!-- changes: s/old/new/ -->` replaces a text of it (any sign
+    may stand for the slash). Raises ValueError for a fence without an end, an unknown language, or a change of a text
+    that the block does not have.
+    """
+    lines = iter(enumerate(page.splitlines(), start=1))
+    comments: list[tuple[str, str]] = []
+    for number, line in lines:
+        if comment := re.fullmatch(r"\s*<!-- (not run|changes): (.+) -->\s*", line):
+            comments.append((comment[1], comment[2]))
+        elif fence := re.fullmatch(r"\s*(```+)\s*(\w*).*", line):
+            yield _block(number, fence[2], _until(fence[1], lines, number), comments)
+            comments = []
+        elif line.strip():
+            comments = []
+
+
+def _until(fence: str, lines: Iterator[tuple[int, str]], start: int) -> str:
+    code = []
+    for _, line in lines:
+        if line.strip() == fence:
+            return textwrap.dedent("\n".join(code)) + "\n"
+        code.append(line)
+    raise ValueError(f"line {start}: the block has no end")
+
+
+def _block(line: int, language: str, code: str, comments: list[tuple[str, str]]) -> Block:
+    if language not in RUN + SHOWN:  # or a block would escape by a spelling such as `console`
+        raise ValueError(f"line {line}: ```{language}: allowed: {', '.join(RUN + SHOWN)}")
+    reason = ""
+    for kind, text in comments:
+        if kind == "not run":
+            reason = text
+            continue
+        change = re.fullmatch(r"s(\W)(.+)\1(.*)\1", text)
+        if change is None or change[2] not in code:
+            raise ValueError(f"line {line}: nothing to change by {text}")
+        code = code.replace(change[2], change[3])
+    return Block(line, language, code, reason)
+
+
+def run(block: Block, cwd: Path, output: Path) -> int:
+    """Runs a block in a process of its own, its output in a file, and returns the exit code."""
+    if block.language == "python":
+        command = [sys.executable, "-"]
+        script = "\n" * block.line + block.code  # so that a traceback has the page's own line numbers
+    else:
+        command = ["bash", "-euo", "pipefail", "-c", block.code]  # not from stdin, which a command in it would read
+        script = ""
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    with output.open("w") as file:  # not a pipe, which a detached job would hold open
+        return subprocess.run(
+            command, cwd=cwd, env=environment, input=script, text=True, stdout=file, stderr=subprocess.STDOUT
+        ).returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_of_a_page_runs(page, working_directory, tmp_path_factory, capsys):
+    output = tmp_path_factory.mktemp("output") / "output.txt"
+    for block in blocks(page.read_text()):
+        place = f"{page.relative_to(ROOT)}:{block.line}"
+        if block.not_run:
+            with capsys.disabled():
+                print(f"\n{place}: not run: {block.not_run}")
+        elif block.language in RUN and (code := run(block, working_directory, output)):
+            pytest.fail(f"{place}: exit code {code}\n{block.code}\n{output.read_text(errors='replace')}", pytrace=False)
+
+
+SAMPLE = """\
+<!-- not run: CI does it -->
+```bash
+make demo
+```
+
+<!-- changes: s/max_steps=500/max_steps=5/ -->
+<!-- changes: s,a/b,c, -->
+
+```sh
+run max_steps=500 a/b
+```
+<!-- not run: forgotten, because a paragraph follows -->
+- An item:
+  ````python title="here"
+  if True:
+      print("```")
+  ````
+```text
+$ output
+```
+"""
+
+
+def test_blocks_are_found_and_changed():
+    assert list(blocks(SAMPLE)) == [
+        Block(2, "bash", "make demo\n", "CI does it"),
+        Block(9, "sh", "run max_steps=5 c\n"),
+        Block(14, "python", 'if True:\n    print("```")\n'),
+        Block(18, "text", "$ output\n"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("text\n```bash\nls\n", "line 2: the block has no end"),
+        ("```console\n$ ls\n```\n", "line 1: ```console: allowed: bash"),
+        ("```\nls\n```\n", "line 1: ```: allowed: bash"),
+        ("<!-- changes: s/500/5/ -->\n```bash\nls\n```\n", "line 2: nothing to change by s/500/5/"),
+        ("<!-- changes: 500 to 5 -->\n```bash\n500\n```\n", "line 2: nothing to change by 500 to 5"),
+    ],
+)
+def test_a_page_that_would_not_be_tested_is_refused(page, message):
+    with pytest.raises(ValueError) as error:
+        list(blocks(page))
+    assert message in str(error.value)
+
+
+def test_a_block_runs_as_it_would_for_a_reader(tmp_path):
+    output = tmp_path / "output.txt"
+    assert run(Block(1, "bash", "command -v fiddlehead python; cat\n"), tmp_path, output) == 0
+    bin_directory = Path(sys.executable).parent
+    assert output.read_text() == f"{bin_directory}/fiddlehead\n{bin_directory}/python\n"
+    assert run(Block(1, "sh", "false | cat\necho not reached\n"), tmp_path, output) == 1
+    assert output.read_text() == ""
+    assert run(Block(41, "python", "print(__name__)\nraise ValueError\n"), tmp_path, output) == 1
+    assert "__main__" in output.read_text() and "line 43" in output.read_text()
+
+
+def test_the_loss_curve_shows_what_was_logged(tmp_path):
+    draw = runpy.run_path(str(ROOT / "docs" / "loss_curve.py"))["draw"]
+    demo = RunDirectory(tmp_path)
+    with pytest.raises(ConfigError, match="has no loss"):
+        draw(demo)
+    rows = "1,7.0,, 10,5.0,, 10,,6.0,2.0 20,4.0,, 20,,3.0,1.0"
+    demo.metrics.write_text("\n".join(["step,loss,val_loss,val_nats_per_byte", *rows.split(), ""]))
+    (axes,) = (figure := draw(demo)).axes
+    training, validation = (line.get_xydata().tolist() for line in axes.lines)
+    assert training == [[1, 7], [10, 5], [20, 4]]
+    assert validation == [[10, 6], [20, 3]]
+    figure.savefig(tmp_path / "loss.png")
+    (right,) = axes.child_axes
+    assert right.get_ylabel() == "nats per byte"
+    assert right.get_ylim() == pytest.approx([limit / 3 for limit in axes.get_ylim()])
