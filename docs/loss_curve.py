@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import csv
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.runs import RunDirectory, find_run
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     # A solid background of its own, so that the picture reads on light and dark pages alike.
     "figure.facecolor": "#ffffff",
     "axes.facecolor": "#ffffff",
@@ -63,9 +66,8 @@ def draw(run: RunDirectory) -> Figure:
         if per_byte:
             # The validation data are the same each time, so one factor serves all steps.
             bytes_per_token = validation[-1][1] / per_byte[-1][1]
-            right = axes.secondary_yaxis(
-                "right", functions=(lambda loss: loss / bytes_per_token, lambda loss: loss * bytes_per_token)
-            )
+            scales = partial(np.multiply, 1 / bytes_per_token), partial(np.multiply, bytes_per_token)
+            right = axes.secondary_yaxis("right", functions=scales)
             right.set_ylabel("nats per byte")
         else:
             axes.spines["right"].set_visible(False)

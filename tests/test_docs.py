@@ -38,9 +38,9 @@ class Block:
 def blocks(page: str) -> Iterator[Block]:
     """Yields the fenced blocks of a Markdown text, changed as the comments right above them say.
 
-    `<!-- not run: reason -->` keeps a block from running, `<!-- changes: s/old/new/ -->` replaces a text of it (any sign
-    may stand for the slash). Raises ValueError for a fence without an end, an unknown language, or a change of a text
-    that the block does not have.
+    `<!-- not run: reason -->` keeps a block from running, `<!-- changes: s/old/new/ -->` replaces a text in it (any
+    sign may stand for the slash). Raises ValueError for a fence without an end, an unknown language, or a change of a
+    text that the block does not have.
     """
     lines = iter(enumerate(page.splitlines(), start=1))
     comments: list[tuple[str, str]] = []
@@ -94,6 +94,7 @@ def run(block: Block, cwd: Path, output: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a page has many blocks, and most import torch anew
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_of_a_page_runs(page, working_directory, tmp_path_factory, capsys):
     output = tmp_path_factory.mktemp("output") / "output.txt"

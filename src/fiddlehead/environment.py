@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -30,8 +31,14 @@ def describe_environment(directory: Path) -> dict[str, Any]:
 
 
 def _packages() -> dict[str, str]:
-    """Version by name; a folder that an interrupted installation left has neither."""
-    return dict(sorted((d.name, d.version) for d in importlib.metadata.distributions() if d.name))
+    """Version by name, without what an interrupted installation left half-written."""
+    found = {}
+    for distribution in importlib.metadata.distributions():
+        # No name, or with the importlib_metadata package, which other packages load, an error.
+        with contextlib.suppress(FileNotFoundError):
+            if distribution.name:
+                found[distribution.name] = distribution.version
+    return dict(sorted(found.items()))
 
 
 def _git(directory: Path) -> dict[str, Any] | None:

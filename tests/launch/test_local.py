@@ -172,7 +172,7 @@ def test_a_failing_job_is_a_failing_command(tmp_path):
         "from fiddlehead.recipe import Recipe\n"
         "from fiddlehead.recipes.tiny import tiny_test\n"
         "import fiddle as fdl\n"
-        "from fiddlehead.training import AdamW\n\n"
+        "\n"
         "def broken() -> Recipe:\n"
         '    """Fails at the fifth step."""\n'
         "    recipe = tiny_test()\n"
@@ -180,8 +180,7 @@ def test_a_failing_job_is_a_failing_command(tmp_path):
         "    return recipe\n\n"
         "class Explodes:\n"
         "    min_lr = 0.0\n"
-        "    def problems(self, max_steps):\n"
-        "        return []\n"
+        "    warmup_steps = 0\n"
         "    def __call__(self, step, max_steps, lr):\n"
         "        if step == 5:\n"
         "            raise RuntimeError('the fifth step')\n"

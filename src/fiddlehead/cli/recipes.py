@@ -91,7 +91,7 @@ def _measure(entry: catalog.Entry) -> list[str]:
     except ConfigError as error:
         return [f"[red]{error.problems[0]}[/red]", ""]
     devices = recipe.trainer.devices
-    return [f"{plan.parameters / 1e6:,.1f} M", f"{recipe.trainer.num_nodes} x {devices} {recipe.trainer.accelerator}"]
+    return [f"{plan.parameters / 1e6:,.2f} M", f"{recipe.trainer.num_nodes} x {devices} {recipe.trainer.accelerator}"]
 
 
 def _short(file: Path) -> str:

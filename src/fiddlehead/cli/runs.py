@@ -63,7 +63,7 @@ def show(run: str = RunArgument, directory: str = DirOption) -> None:
         made.add_row("where", f"{status.executor} on {status.host}, process {status.pid}")
         made.add_row("elapsed", _elapsed(status.started, status.ended))
     for name, value in found.last_metrics().items():
-        made.add_row(name, value)
+        made.add_row(name, f"{float(value):.6g}")
     made.add_row("checkpoints", ", ".join(path.name for path in sorted(found.checkpoints.glob("step-*"))))
     made.add_row("directory", str(found.path))
     made.add_row("command", found.command.read_text().strip() if found.command.exists() else "")
