@@ -26,7 +26,7 @@ def tiny() -> Recipe:
         seq_length=128,
         micro_batch_size=16,
         global_batch_size=16,
-        max_steps=500,
+        max_steps=400,
         lr=4e-3,
         accelerator="cpu",
         precision="32-true",

@@ -66,7 +66,8 @@ def _report(work: Callable[[], None]) -> tuple[int, State, str]:
     try:
         work()
     except StopRequested as stop:
-        print(str(stop), flush=True)  # noqa: T201
+        if os.environ.get("RANK", "0") == "0":
+            print(str(stop), flush=True)  # noqa: T201
         return 128 + stop.signum, State.CANCELLED, str(stop)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT, State.CANCELLED, "interrupted at once; the checkpoints before it are whole"

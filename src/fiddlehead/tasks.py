@@ -117,14 +117,16 @@ def generate(
         model = Transformer(TransformerConfig(**config))
     model.load_state_dict(state, assign=True)
     model.eval()
-    ids = tokenizer.encode(prompt) or [tokenizer.eos_id]  # without a prompt, a document begins
+    # In most vocabularies a space belongs to the token after it: "def " and then " f" would be text that never was.
+    stem = prompt.rstrip(" ")
+    ids = tokenizer.encode(stem) or [tokenizer.eos_id]  # without a prompt, a document begins
     written = ""
     yield prompt
     for token in sample(model, ids, max_new_tokens, temperature, top_k, seed):
         if token == tokenizer.eos_id:
             return
         ids.append(token)
-        text = tokenizer.decode(ids).removeprefix(prompt)
+        text = tokenizer.decode(ids).removeprefix(stem).removeprefix(prompt[len(stem) :])
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may need several tokens
             yield text[len(written) :]
             written = text
