@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -9,12 +10,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fiddlehead.runs import RunDirectory, Status
+from fiddlehead.runs import RunDirectory, State, Status, alive
 
 if TYPE_CHECKING:
-    from nemo_run import Executor, LocalExecutor
+    from nemo_run import Executor, Experiment, LocalExecutor
 
 FOLLOW_RECIPE = 0
 """`ntasks_per_node` of an executor that starts as many processes as the recipe's trainer has devices."""
@@ -32,22 +33,21 @@ def local(ntasks_per_node: int = FOLLOW_RECIPE, env_vars: dict[str, str] | None 
     return nemo_run.LocalExecutor(ntasks_per_node=ntasks_per_node, env_vars=env_vars or {})
 
 
-def job_script(run: RunDirectory, processes: int, modules: Sequence[str]) -> str:
+def job_script(run: RunDirectory, modules: Sequence[str]) -> str:
     """The shell script that runs a job under this interpreter, its output in the run's log."""
-    command = [sys.executable, "-u", "-m", "fiddlehead.job", str(run.recipe), "--nproc-per-node", str(processes)]
+    command = [sys.executable, "-u", "-m", "fiddlehead.job", str(run.recipe)]
     command += [option for module in modules for option in ("--allow", module)]
     return f"exec {shlex.join(command)} >> {shlex.quote(str(run.log))} 2>&1\n"
 
 
-def submit(run: RunDirectory, executor: Executor, processes: int, modules: Sequence[str], *, detach: bool) -> None:
+def submit(run: RunDirectory, executor: Executor, modules: Sequence[str], *, detach: bool) -> None:
     """Starts the job of a prepared run, and unless detached shows its output until it ends.
 
     Ctrl-C, or SIGTERM to this process, cancels the job: it saves its last step and ends.
     """
     import nemo_run
-    from torchx.specs import is_terminal
 
-    script = nemo_run.Script(inline=job_script(run, processes, modules))
+    script = nemo_run.Script(inline=job_script(run, modules))
     experiment = nemo_run.Experiment(
         run.name,
         executor=executor,
@@ -65,12 +65,15 @@ def submit(run: RunDirectory, executor: Executor, processes: int, modules: Seque
         handle = experiment.jobs[0].handle
         experiment.detach = True  # only that leaving this block does not wait: it is done below, or not at all
         if detach:
+            # Until the job has taken the run over, its status names this process, which is about to end.
+            while (status := run.written_status()) and status.state is State.SUBMITTED and _running(experiment, handle):
+                time.sleep(0.1)
             _outlive(experiment)
             return
         previous = signal.signal(signal.SIGTERM, _interrupt)
         output = _follow(run.log, log_start)
         try:
-            while (status := experiment._runner.status(handle)) and not is_terminal(status.state):
+            while _running(experiment, handle):
                 _show(output)
                 time.sleep(0.1)
         except KeyboardInterrupt:
@@ -87,19 +90,29 @@ def cancel(status: Status, patience: float = 10.0) -> bool:
 
     Returns whether it ended by itself.
     """
-    os.kill(status.pid, signal.SIGTERM)
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        if not Path(f"/proc/{status.pid}").exists():
-            return True
-        time.sleep(0.1)
-    os.killpg(os.getpgid(status.pid), signal.SIGKILL)
-    return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(status.pid, signal.SIGTERM)
+        deadline = time.monotonic() + patience
+        while alive(status):
+            if time.monotonic() > deadline:
+                # Its own group if it leads one: a direct run shares that of the shell or notebook it was started from.
+                kill = os.killpg if os.getpgid(status.pid) == status.pid else os.kill
+                kill(status.pid, signal.SIGKILL)
+                return False
+            time.sleep(0.1)
+    return True
 
 
-def _outlive(experiment) -> None:
+def _running(experiment: Experiment, handle: str) -> bool:
+    from torchx.specs import is_terminal
+
+    status = experiment._runner.status(handle)
+    return status is not None and not is_terminal(status.state)
+
+
+def _outlive(experiment: Experiment) -> None:
     """Keeps NeMo-Run, whose local scheduler ends its jobs with itself, from ending this one."""
-    scheduler = experiment._runner._scheduler("local_persistent")
+    scheduler: Any = experiment._runner._scheduler("local_persistent")
     for app in scheduler._apps.values():
         for replicas in app.role_replicas.values():
             for replica in replicas:

@@ -2,9 +2,11 @@
 
 import collections
 import functools
+import importlib
 import importlib.util
 import io
 import math
+import pkgutil
 import string
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import fiddlehead
 from fiddlehead.configuration import reader, writer
 from fiddlehead.configuration.leaves import same
 from fiddlehead.configuration.references import REFUSED, TRUSTED
@@ -393,11 +396,36 @@ def test_allowing_matches_whole_names_and_never_opens_the_refused():
         "torch.utils.data:DataLoader",
         "torch.distributed.fsdp:MixedPrecisionPolicy",
         "builtins:dict",
-        "fiddlehead.errors:nearest",
+        "fiddlehead.models:TransformerConfig",
+        "fiddlehead.data.tokenizers:ByteTokenizer",
+        "fiddlehead.tasks:pretrain",
     ],
 )
 def test_trusted_names_load(name):
     assert callable(reader.load(f"x: !ref {name}")["x"])
+
+
+def test_of_this_package_only_the_parts_of_a_run_load():
+    """Whatever else it has could start, write or import something, now or when someone adds to it."""
+    parts = {"fiddlehead.tasks:pretrain"}
+    for package in ("models", "data", "training"):
+        exported = importlib.import_module(f"fiddlehead.{package}")
+        for name in exported.__all__:
+            value = getattr(exported, name)
+            parts.add(f"{value.__module__}:{value.__qualname__}")
+    seen = 0
+    for module in pkgutil.walk_packages(fiddlehead.__path__, "fiddlehead."):
+        if module.name.startswith(("fiddlehead.recipes", "fiddlehead.launch")):
+            continue
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if callable(value) and getattr(value, "__module__", "") == module.name and hasattr(value, "__qualname__"):
+                reference = f"{module.name}:{name}"
+                if reference in parts:
+                    continue
+                seen += 1
+                with pytest.raises(ConfigError):
+                    reader.load(f"x: !ref {reference}")
+    assert seen > 200
 
 
 def test_static_and_class_methods_of_allowed_classes_load():

@@ -16,7 +16,16 @@ import pytest
 
 from fiddlehead import runs
 from fiddlehead.errors import ConfigError
-from fiddlehead.runs import RunDirectory, State, Status, find_run, list_runs, new_name, this_process, write_atomically
+from fiddlehead.runs import (
+    RunDirectory,
+    State,
+    Status,
+    find_run,
+    list_runs,
+    reserve_name,
+    this_process,
+    write_atomically,
+)
 
 
 @pytest.fixture
@@ -46,7 +55,7 @@ def test_a_status_comes_back_as_it_was_written(run: RunDirectory) -> None:
     assert run.written_status().state is State.FAILED  # type: ignore[union-attr]
 
 
-def test_this_process_is_alive(run: RunDirectory) -> None:
+def test_this_process_isalive(run: RunDirectory) -> None:
     status = this_process(1, "direct")
     run.write_status(status)
     assert run.status() == status and status.state is State.RUNNING and status.pid == os.getpid()
@@ -173,10 +182,8 @@ def test_runs_are_listed_from_the_oldest(tmp_path: Path) -> None:
 def test_a_new_name_is_no_run_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=lambda: datetime(2025, 1, 2, 3, 4, 5))
     monkeypatch.setattr(runs, "datetime", clock)
-    names = []
-    for _ in range(4):
-        names.append(new_name("tiny", tmp_path))
-        (tmp_path / names[-1]).mkdir()
+    names = [reserve_name("tiny", tmp_path) for _ in range(4)]
+    assert all((tmp_path / name).is_dir() for name in names)
     first = "tiny-20250102-030405"
     assert names == [first, f"{first}-2", f"{first}-3", f"{first}-4"]
 
@@ -184,3 +191,19 @@ def test_a_new_name_is_no_run_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_status_file_is_plain_json(run: RunDirectory) -> None:
     run.write_status(Status(State.SUBMITTED))
     assert json.loads((run.path / "status").read_text())["state"] == "SUBMITTED"
+
+
+def test_a_run_belongs_to_one_process_at_a_time(run: RunDirectory) -> None:
+    with runs.exclusive(run), pytest.raises(ConfigError, match="is running"), runs.exclusive(run):
+        pass
+    with runs.exclusive(run):
+        pass
+
+
+def test_a_status_that_cannot_be_read_is_said(run: RunDirectory) -> None:
+    (run.path / "status").write_text("{")
+    with pytest.raises(ConfigError, match="status cannot be read"):
+        run.status()
+    (run.path / "status").write_text('{"state": "SUCCEEDED", "of_a_newer_version": 1}')
+    status = run.status()
+    assert status and status.state is State.SUCCEEDED

@@ -37,7 +37,7 @@ class Entry:
             ConfigError: Python finds another package of that name first.
         """
         try:
-            return getattr(_import(self.module), self.name)
+            return getattr(importlib.import_module(self.module), self.name)
         except ModuleNotFoundError as error:
             if error.name != self.module:
                 raise
@@ -74,6 +74,27 @@ def find_executor(name: str) -> Callable:
     return _find(name, executors(), "executor")
 
 
+def find_part(name: str) -> Callable:
+    """What `name` can put in place of a part of a recipe: a class for one, or a function that returns its Config.
+
+    The functions are those of `recipes/*.py` that say they return a `Config`; the classes are what the packages of
+    models, data and training export.
+
+    Raises:
+        ConfigError: there is no such part.
+    """
+    entries = _scan("recipes", "Config")
+    if ":" in name or any(entry.name == name for entry in entries):
+        return _find(name, entries, "part of a recipe")
+    exported = {}
+    for package in ("training", "data", "models"):
+        module = importlib.import_module(f"fiddlehead.{package}")
+        exported.update(dict.fromkeys(module.__all__, module))
+    if name not in exported:
+        raise ConfigError(unknown("part of a recipe", name, sorted([*exported, *(entry.name for entry in entries)])))
+    return getattr(exported[name], name)
+
+
 def import_by_path(path: str) -> Callable:
     """The function that `package.module:function` names.
 
@@ -84,7 +105,7 @@ def import_by_path(path: str) -> Callable:
     if not module or module.startswith("."):
         raise ConfigError(f"{path!r}: there is no module {module!r}")
     try:
-        found = _import(module)
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ConfigError(f"{path!r}: there is no module {error.name!r}") from error
     if not callable(getattr(found, function, None)):
@@ -104,12 +125,6 @@ def _find(name: str, entries: list[Entry], what: str) -> Callable:
         places = ", ".join(f"{entry.file}:{entry.line}" for entry in first)
         raise ConfigError(f"{what} {name!r} is ambiguous: {places}; name one as package.module:function")
     return first[0].load()
-
-
-def _import(module: str):
-    if str(Path.cwd()) not in sys.path:  # where `python -m` would look, and a user's own modules are
-        sys.path.insert(0, str(Path.cwd()))
-    return importlib.import_module(module)
 
 
 def _scan(folder: str, returns: str) -> list[Entry]:
@@ -137,7 +152,7 @@ def _scan_folder(folder: Path, package: str, returns: str) -> list[Entry]:
         )
         for name, found in functions.items()
         for file, function in found
-        if function.returns is not None and ast.unparse(function.returns).strip("'\"").endswith(returns)
+        if function.returns is not None and ast.unparse(function.returns).strip("'\"").split("[")[0].endswith(returns)
         if returns != "Recipe" or not _needs_arguments(function)
     ]
 

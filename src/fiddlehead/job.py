@@ -7,6 +7,7 @@ with several processes on a node it starts them, as torchrun does, and they only
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -20,23 +21,28 @@ from types import FrameType
 
 from fiddlehead.errors import ConfigError, RunError, StopRequested
 from fiddlehead.recipe import Recipe
-from fiddlehead.runs import RunDirectory, State, this_process
+from fiddlehead.runs import RunDirectory, State, exclusive, plain_recipe, this_process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a saved recipe in its run directory and returns the exit code."""
-    signal.signal(signal.SIGTERM, _stop)
+    """Runs a saved recipe in its run directory, with as many processes as it says, and returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m fiddlehead.job", description=main.__doc__)
     parser.add_argument("recipe", type=Path, help="RUN/recipe.yaml")
-    parser.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="processes on this node")
     parser.add_argument("--allow", action="append", default=[], metavar="MODULE", help="a module the recipe may import")
     arguments = parser.parse_args(argv)
     run = RunDirectory(arguments.recipe.resolve().parent)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return _report(lambda: run_recipe(arguments.recipe, arguments.allow))[0]
-    if arguments.nproc_per_node > 1:
-        return execute(run, lambda: _start_workers(run, arguments.nproc_per_node, arguments.allow))
-    return execute(run, lambda: run_recipe(arguments.recipe, arguments.allow))
+
+    def work() -> None:
+        devices = plain_recipe(run.recipe).get("trainer", {}).get("devices", 1)
+        if isinstance(devices, int) and devices > 1 and not _is_worker():
+            _start_workers(run, devices, arguments.allow)
+        else:
+            run_recipe(run.recipe, arguments.allow)
+
+    if _is_worker():
+        return _report(work)[0]
+    signal.signal(signal.SIGTERM, _stop)
+    return execute(run, work)
 
 
 def run_recipe(file: Path, allow: Sequence[str] = ()) -> None:
@@ -48,17 +54,27 @@ def run_recipe(file: Path, allow: Sequence[str] = ()) -> None:
 
 def execute(run: RunDirectory, work: Callable[[], None]) -> int:
     """Does `work` as the run's process: its status follows, from RUNNING to how it ended. Returns the exit code."""
-    before = run.written_status()
-    attempt = 1
-    executor = "direct"
-    if before is not None:
-        attempt = before.attempt if before.state is State.SUBMITTED else before.attempt + 1
-        executor = before.executor
-    status = this_process(attempt, executor)
-    run.write_status(status)
-    exit_code, state, reason = _report(work)
-    run.write_status(replace(status, state=state, ended=time.time(), exit_code=exit_code, reason=reason))
-    return exit_code
+    status = this_process(1, "direct")
+
+    def take_over_and_work() -> None:
+        nonlocal status
+        before = run.written_status()
+        if before is not None:
+            attempt = before.attempt if before.state is State.SUBMITTED else before.attempt + 1
+            status = this_process(attempt, before.executor)
+        run.write_status(status)
+        work()
+
+    try:
+        with exclusive(run):
+            exit_code, state, reason = _report(take_over_and_work)
+            ended = replace(status, state=state, ended=time.time(), exit_code=exit_code, reason=reason)
+            with contextlib.suppress(OSError):  # a full disk; the reason was printed
+                run.write_status(ended)
+            return exit_code
+    except ConfigError as error:  # someone else's run: its status is not touched
+        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        return 2
 
 
 def _report(work: Callable[[], None]) -> tuple[int, State, str]:
@@ -121,10 +137,15 @@ def _start_workers(run: RunDirectory, processes: int, allow: Sequence[str]) -> N
         raise StopRequested(stop.sigval, "with all its processes") from stop
 
 
+def _is_worker() -> bool:
+    """Whether torchrun started this process, and so another one is responsible for the run."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def _tell_launcher(message: str) -> None:
     """Leaves an error where torchrun looks for it, if this process is one of its workers."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file and "TORCHELASTIC_RUN_ID" in os.environ:
+    if file and _is_worker():
         Path(file).write_text(json.dumps({"message": message}))
 
 

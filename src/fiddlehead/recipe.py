@@ -238,7 +238,10 @@ class _Builder:
             return value.__build__(*positional, **named)
         except ConfigError as error:
             self._note(error, error.under(path).problems)
-        except (ValueError, TypeError) as error:
+        except Exception as error:
+            # Lightning has a kind of its own for a wrong value; any other is a bug, and passes through.
+            if not isinstance(error, (ValueError, TypeError)) and type(error).__name__ != "MisconfigurationException":
+                raise
             self._note(error, [f"{path}: {_name(value)}: {error}"])
         return _Failed
 

@@ -7,15 +7,19 @@ or moved is still the whole run.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import secrets
 import socket
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from fiddlehead.errors import ConfigError, unknown
 
@@ -111,17 +115,24 @@ class RunDirectory:
     def status(self) -> Status | None:
         """What the status file says, corrected by a look at the process; None before the run was submitted."""
         status = self.written_status()
-        if status and not status.state.ended and not _alive(status):
+        if status and not status.state.ended and not alive(status):
             return replace(status, state=State.DIED, reason=status.reason or f"process {status.pid} is gone")
         return status
 
     def written_status(self) -> Status | None:
-        """What the status file says."""
+        """What the status file says.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
         try:
-            fields = json.loads((self.path / "status").read_text())
-        except FileNotFoundError:
+            written = json.loads((self.path / "status").read_text())
+            known = {field.name: written[field.name] for field in fields(Status) if field.name in written}
+            return Status(**{**known, "state": State(written["state"])})
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        return Status(**{**fields, "state": State(fields["state"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{self.path}/status cannot be read: {error!r}") from error
 
     def write_status(self, status: Status) -> None:
         """Replaces the status file."""
@@ -137,6 +148,21 @@ class RunDirectory:
                 for row in csv.DictReader(file):
                     latest.update({name: value for name, value in row.items() if value})
         return latest
+
+
+@contextlib.contextmanager
+def exclusive(run: RunDirectory) -> Iterator[None]:
+    """Keeps every other process from writing to a run; the lock ends with this block or with the process.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    with (run.path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"log.name={run.name!r} is running: another process holds {file.name}") from None
+        yield
 
 
 def this_process(attempt: int, executor: str) -> Status:
@@ -171,13 +197,33 @@ def list_runs(directory: str | Path = "runs") -> list[RunDirectory]:
     return [RunDirectory(file.parent.resolve()) for file in sorted(folders, key=lambda file: file.stat().st_mtime)]
 
 
-def new_name(recipe: str, directory: str | Path = "runs") -> str:
-    """A name that no run in `directory` has: the recipe's, the date and the time."""
+def reserve_name(recipe: str, directory: str | Path = "runs") -> str:
+    """Makes the folder of a new run and returns its name: the recipe's, the date and the time."""
     name = f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
-    taken = [number for number in range(2, 1000) if (Path(directory) / f"{name}-{number}").exists()]
-    if not (Path(directory) / name).exists():
-        return name
-    return f"{name}-{(taken[-1] if taken else 1) + 1}"
+    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+        with contextlib.suppress(FileExistsError):  # another run began in the same second
+            (Path(directory) / (name + suffix)).mkdir(parents=True)
+            return name + suffix
+    raise ConfigError(f"log.name: a thousand runs called {name} began in one second; give this one a name")
+
+
+def plain_recipe(file: Path) -> dict[str, Any]:
+    """A saved recipe as plain nested values, for a logger to show; tagged values become their text."""
+
+    import yaml
+
+    class Plain(yaml.SafeLoader):
+        pass
+
+    def construct(loader: Any, suffix: str, node: yaml.Node) -> Any:
+        if isinstance(node, yaml.ScalarNode):
+            return node.value
+        if isinstance(node, yaml.SequenceNode):
+            return loader.construct_sequence(node, deep=True)
+        return loader.construct_mapping(node, deep=True)
+
+    Plain.add_multi_constructor("!", construct)
+    return yaml.load(file.read_text(), Plain) if file.exists() else {}
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -193,7 +239,7 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _alive(status: Status) -> bool:
+def alive(status: Status) -> bool:
     """Whether the process that wrote `status` runs; another machine's process is taken at its word."""
     if status.host != socket.gethostname():
         return True

@@ -15,7 +15,7 @@ from fiddlehead.data import PreTrainingDataModule, TokenizerFile
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.generation import sample
-from fiddlehead.runs import RunDirectory, find_run, new_name
+from fiddlehead.runs import RunDirectory, find_run, reserve_name, write_atomically
 from fiddlehead.training import AdamW, Checkpoint, LanguageModel, Log, NonFiniteError
 from fiddlehead.training.checkpoint import (
     SafetensorsIO,
@@ -28,6 +28,9 @@ from fiddlehead.training.checkpoint import (
 from fiddlehead.training.console import say
 from fiddlehead.training.metrics import Metrics
 from fiddlehead.training.stop import StopOnSignal
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+"""float16 is left out: its loss scaling hides an infinite gradient, and spoils the clipping of a fused optimizer."""
 
 
 def pretrain(
@@ -55,19 +58,22 @@ def pretrain(
         NonFiniteError: the loss or the gradient became infinite or NaN; the checkpoints are from before.
     """
     plan = plan_pretrain(model, data, trainer, optim)
-    run = RunDirectory(Path(log.dir) / (log.name or new_name("pretrain", log.dir)))
+    run = RunDirectory(Path(log.dir) / (log.name or reserve_name("pretrain", log.dir)))
     start = resume_point(run, resume)
     step = 0
     if start is not None:
         state = read_state(start)
         step = int(state["step"])
         _refuse_another_model(start, state["config"], plan.config)
+        _warn_of_another_rate(state, optim, plan.max_steps)
     if step >= plan.max_steps:
         say(f"{run.path} has reached step {step} of {plan.max_steps}: nothing is left to train")
         return run
     say(f"run {run.path}: {'starts anew' if start is None else f'continues from {start}'}")
 
     run.path.mkdir(parents=True, exist_ok=True)
+    if resume not in ("auto", "never"):
+        write_atomically(run.path / "resumed_from", str(resume))
     seed_everything(seed, workers=True, verbose=False)
     model.optim, model.seed = optim, seed
     checkpoint.directory = run.checkpoints
@@ -85,7 +91,9 @@ def pretrain(
     try:
         trainer.fit(model, datamodule=data, ckpt_path=start, weights_only=True)
     except NonFiniteError as error:
-        raise NonFiniteError(f"{error}. The last good checkpoint is {newest_good(run.checkpoints)}") from error
+        good = newest_good(run.checkpoints)
+        last = f"The last good checkpoint is {good}" if good else "There is no checkpoint yet"
+        raise NonFiniteError(f"{error}. {last}") from error
     if start is None or trainer.global_step > step:
         _report(trainer)
     return run
@@ -189,11 +197,15 @@ def plan_pretrain(
     except ConfigError as error:
         problems += error.under("data").problems
     problems += _trainer_problems(trainer, accumulate)
-    problems += _model_problems(model.config, data)
+    try:
+        vocab_size = data.vocab_size
+    except ConfigError as error:  # the dataset cannot be read
+        raise ConfigError(*problems, *error.under("data").problems) from error
+    problems += _model_problems(model.config, data, vocab_size)
     if problems:
         raise ConfigError(*problems)
 
-    model.config = replace(model.config, vocab_size=model.config.vocab_size or data.vocab_size)
+    model.config = replace(model.config, vocab_size=model.config.vocab_size or vocab_size)
     model.config = replace(model.config, seq_length=model.config.seq_length or data.seq_length)
     trainer.accumulate_grad_batches = accumulate
     with torch.device("meta"):
@@ -201,7 +213,9 @@ def plan_pretrain(
     config = model.config
     precision = str(trainer.precision)
     dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
-    spec = AttentionSpec(dtype, config.head_dim, config.num_attention_heads, config.groups)
+    spec = AttentionSpec(
+        dtype, config.head_dim, config.num_attention_heads, config.groups, dropout=config.attention_dropout
+    )
     attention = explain(spec, Target(trainer.strategy.root_device.type), config.attention_backend)
     if attention.backend is None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in attention.reasons.items())
@@ -241,15 +255,27 @@ def resume_point(run: RunDirectory, resume: str | Path) -> Path | None:
                 "choose another log.name, or delete the run"
             )
         return None
-    if own is not None:  # a run that began elsewhere and was interrupted goes on with its own progress
+    elsewhere = _checkpoint_at(resume, run.path.parent)
+    if own is None:
+        return elsewhere
+    origin = run.path / "resumed_from"
+    if origin.exists() and origin.read_text() == str(resume):  # it began there, and has its own progress since
         return own
+    raise ConfigError(
+        f"resume={str(resume)!r}, but {run.path} has {own.name} of its own; leave resume out to go on from there, or "
+        "choose another log.name"
+    )
+
+
+def _checkpoint_at(resume: str | Path, runs: Path) -> Path:
+    """The checkpoint that a path, or a run's name in the folder `runs`, stands for."""
     path = Path(resume)
     if path.name.startswith("step-") or path.name == "best":
         if not path.is_dir():
             raise ConfigError(f"resume={str(resume)!r}: there is no such checkpoint")
         verify(path)
         return path
-    checkpoint = newest_good(find_run(str(resume), run.path.parent).checkpoints)
+    checkpoint = newest_good(find_run(str(resume), runs).checkpoints)
     if checkpoint is None:
         raise ConfigError(f"resume={str(resume)!r}: the run has no good checkpoint")
     return checkpoint
@@ -266,6 +292,17 @@ def _refuse_another_model(checkpoint: Path, saved: dict[str, Any], config: Trans
         raise ConfigError(*problems)
 
 
+def _warn_of_another_rate(state: dict[str, Any], optim: AdamW, max_steps: int) -> None:
+    """Says so if the schedule goes on elsewhere than it left off, as it does when `max_steps` was changed."""
+    left_off = state["lr_schedulers"][0]["_last_lr"][0]
+    goes_on = optim.lr * optim.lr_scheduler(int(state["step"]), max_steps, optim.lr)
+    if abs(goes_on - left_off) > 0.01 * optim.lr:
+        say(
+            f"WARNING: with max_steps={max_steps} the learning rate goes on at {goes_on:.2e}, not at {left_off:.2e}, "
+            "where it left off"
+        )
+
+
 def _trainer_problems(trainer: Trainer, accumulate: int) -> list[str]:
     problems = []
     if trainer.max_steps < 1:
@@ -276,8 +313,22 @@ def _trainer_problems(trainer: Trainer, accumulate: int) -> list[str]:
             f"on {trainer.num_devices * trainer.num_nodes} devices make it {accumulate}"
         )
     interval = trainer.val_check_interval
-    if not isinstance(interval, int) and interval != 1.0:
-        problems.append(f"trainer.val_check_interval={interval!r}: must be a whole number of steps")
+    if interval != 1.0 and (not isinstance(interval, int) or interval < 1):
+        problems.append(f"trainer.val_check_interval={interval!r}: must be a whole number of steps, 1 or more")
+    if str(trainer.precision) not in PRECISIONS:
+        problems.append(f"trainer.precision={str(trainer.precision)!r}: allowed: {', '.join(PRECISIONS)}")
+    if trainer.limit_train_batches not in (None, 1.0):
+        problems.append("trainer.limit_train_batches: would cut the steps short; trainer.max_steps ends a run")
+    if getattr(trainer, "overfit_batches", 0):
+        problems.append("trainer.overfit_batches: the order of the data is a function of the step; leave it out")
+    if getattr(trainer, "fast_dev_run", False):
+        problems.append("trainer.fast_dev_run: use trainer.max_steps=1, or --dryrun")
+    if trainer.max_epochs not in (None, -1):
+        problems.append(f"trainer.max_epochs={trainer.max_epochs}: a run ends by trainer.max_steps; leave it at -1")
+    if trainer.checkpoint_callback is not None:
+        problems.append("trainer.enable_checkpointing=True: checkpoints are written as `checkpoint` says")
+    if trainer.loggers:
+        problems.append("trainer.logger: metrics are logged as `log` says")
     if trainer.gradient_clip_val is not None and not trainer.gradient_clip_val >= 0:
         problems.append(f"trainer.gradient_clip_val={trainer.gradient_clip_val!r}: must not be negative")
     if trainer.gradient_clip_algorithm not in (None, "norm"):
@@ -285,11 +336,11 @@ def _trainer_problems(trainer: Trainer, accumulate: int) -> list[str]:
     return problems
 
 
-def _model_problems(config: TransformerConfig, data: PreTrainingDataModule) -> list[str]:
+def _model_problems(config: TransformerConfig, data: PreTrainingDataModule, vocab_size: int) -> list[str]:
     problems = []
-    if config.vocab_size is not None and config.vocab_size < data.vocab_size:
+    if config.vocab_size is not None and config.vocab_size < vocab_size:
         problems.append(
-            f"model.config.vocab_size={config.vocab_size}: the tokenizer has {data.vocab_size} tokens; "
+            f"model.config.vocab_size={config.vocab_size}: the tokenizer has {vocab_size} tokens; "
             "leave it out, or give at least that many"
         )
     if config.seq_length is not None and config.seq_length < data.seq_length:

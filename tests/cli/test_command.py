@@ -97,6 +97,16 @@ def test_dryrun_starts_nothing(fiddlehead, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_parts_and_executors_are_configured_by_name(fiddlehead):
+    edits = ["optim.lr_scheduler=CosineAnnealing(warmup_steps=3)", "data.tokenizer=ByteTokenizer"]
+    output = fiddlehead("pretrain", "-f", "tiny_test", *edits, "executor=local(ntasks_per_node=2)", "--dryrun")
+    assert "3 of them warm-up" in output and "257 tokens" in output and "2 devices" in output
+
+
+def test_what_users_write_is_no_markup(fiddlehead):
+    assert "[bold]x" in fiddlehead("show", "tiny_test", "data.cache_dir=[bold]x")
+
+
 def test_a_saved_recipe_runs_like_the_function(fiddlehead, tmp_path):
     fiddlehead("pretrain", "-f", "tiny", "trainer.max_steps=77", "--to-yaml", "t.yaml")
     assert "77 steps" in fiddlehead("pretrain", "--factory", "@t.yaml", "--dryrun")
@@ -133,6 +143,22 @@ def test_all_mistakes_of_a_recipe_at_once(fiddlehead):
         (["pretrain", "-f", "no.such.module:recipe"], "there is no module"),
         (["pretrain", "-f", "fiddlehead.recipes.tiny:tinny"], "did you mean 'tiny'?"),
         (["pretrain", "-f", "tiny", "data.paths=/nowhere", "data.tokenizer=None", "--dryrun"], "/nowhere"),
+        (["pretrain", "-f", "tiny_test", "data.paths=missing", "--dryrun"], "data.paths='missing'"),
+        (["pretrain", "-f", "tiny", "resume=nosuch", "log.name=x", "--dryrun"], "unknown run 'nosuch'"),
+        (["pretrain", "-f", "tiny", "log.name=a/b", "--dryrun"], "log.name='a/b'"),
+        (["pretrain", "-f", "tiny", "log.name=[/x]", "--dryrun"], "log.name='[/x]'"),
+        (["pretrain", "-f", "tiny", "trainer.val_check_interval=0", "--dryrun"], "trainer.val_check_interval=0"),
+        (["pretrain", "-f", "tiny", "trainer.devices=[0,1]", "--dryrun"], "trainer.devices=[0, 1]"),
+        (["pretrain", "-f", "tiny", "trainer.devices=0", "--dryrun"], "trainer.devices=0"),
+        (["pretrain", "-f", "tiny", "trainer.limit_train_batches=5", "--dryrun"], "trainer.limit_train_batches"),
+        (["pretrain", "-f", "tiny", "trainer.enable_checkpointing=true", "--dryrun"], "trainer.enable_checkpointing"),
+        (["pretrain", "-f", "tiny", "optim.lr=inf", "--dryrun"], "optim.lr=inf"),
+        (
+            ["pretrain", "-f", "tiny", "optim.lr_scheduler=CosineAnealing", "--dryrun"],
+            "did you mean 'CosineAnnealing'?",
+        ),
+        (["pretrain", "-f", "tiny", "executor=local", "executor=slurm", "--dryrun"], "discards the earlier"),
+        (["runs", "--dir", "elsewhere", "show", "x"], "--dir elsewhere"),
         (["pretrain"], "--factory"),
         (["show", "tinny"], "did you mean 'tiny'?"),
         (["generate", "nothing", "--prompt", "x"], "unknown run 'nothing'"),
@@ -200,6 +226,23 @@ def test_completion_knows_the_recipes():
     code = "import sys; sys.argv[0] = 'fiddlehead'; from fiddlehead.cli import app; app(prog_name='fiddlehead')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | env)
     assert {"tiny", "tiny_mqa"} <= set(result.stdout.split())
+
+
+@pytest.mark.slow
+def test_continuing_says_what_it_means(fiddlehead, tmp_path):
+    """An explicit resume is never dropped, a changed length says what becomes of the rate, secrets are not kept."""
+    env = "executor.env_vars={SECRET_KEY: s3cr3tvalue}"
+    fiddlehead("pretrain", "-f", "tiny_test", "log.name=a", "trainer.max_steps=10", env, "--yes")
+    kept = [path.read_text(errors="replace") for path in (tmp_path / "runs" / "a").iterdir() if path.is_file()]
+    assert "env_vars" in "".join(kept) and "s3cr3tvalue" not in "".join(kept)
+    longer = ["pretrain", "-f", "tiny_test", "log.name=a", "trainer.max_steps=20", "--yes"]
+    checkpoint = "resume=runs/a/checkpoints/step-00000010"
+    assert "of its own" in fiddlehead(*longer, checkpoint, rc=2)
+    assert "the learning rate goes on at 4.00e-03" in fiddlehead(*longer)
+    output = fiddlehead("pretrain", "-f", "tiny_test", "log.name=b", checkpoint, "--yes")
+    assert "continues from" in output and "30/30" in output
+    first = next(line for line in output.splitlines() if "    11/30" in line)
+    assert "lr 4.00e-03" in first  # and not the rate at which the shorter run ended
 
 
 @pytest.mark.slow

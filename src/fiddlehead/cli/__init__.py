@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import typer
 
@@ -42,6 +43,8 @@ app.add_typer(runs.app, name="runs", rich_help_panel="Use")
 
 def main() -> None:
     """Runs the command; a user's mistake is a few lines and exit code 2, a failed job has its own exit code."""
+    if str(Path.cwd()) not in sys.path:  # where a user's own modules are, and `python -m` would look for them
+        sys.path.insert(0, str(Path.cwd()))
     try:
         app()
     except ConfigError as error:

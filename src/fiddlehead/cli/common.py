@@ -53,7 +53,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), allow: Sequence[str] =
         recipe, title = _call(function), function.__name__
         if not isinstance(recipe, Recipe):
             raise ConfigError(f"{name}: returned a {type(recipe).__name__}, not a Recipe")
-    return apply_overrides(recipe, list(overrides), find=catalog.find_recipe, allow=tuple(allow)), title
+    return apply_overrides(recipe, list(overrides), find=catalog.find_part, allow=tuple(allow)), title
 
 
 def split_executor(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -73,21 +73,27 @@ def configure_executor(arguments: Sequence[str], default: str = "local") -> tupl
 
     Its arguments are checked; calling it, which imports NeMo-Run, is left for when the run starts.
     """
+    from fiddlehead.configuration.literals import split_arguments
     from fiddlehead.overrides import apply_overrides
     from fiddlehead.recipe import Recipe
 
-    name, edits = default, []
+    named, edits = [], []
     for argument in arguments:
         key, value = argument.split("=", 1)
         if key in EXECUTOR_PREFIXES:
-            name = value
+            named.append(value)
         else:
             edits.append(argument.removeprefix("run.").removeprefix("executor."))
+    if len(named) > 1:
+        raise ConfigError(f"executor={named[1]}: discards the earlier executor={named[0]}; give only one of them")
+    name, call, rest = (named[0] if named else default).partition("(")  # executor=local(ntasks_per_node=2) works too
+    if call:
+        edits = split_arguments(rest.removesuffix(")")) + edits
+    function = catalog.find_executor(name)
     try:
-        config = apply_overrides(Recipe(catalog.find_executor(name)), edits)
+        return apply_overrides(Recipe(function), edits), name
     except ConfigError as error:
-        raise error.under("executor") if edits else error from None
-    return config, name
+        raise error.under("executor") from None
 
 
 def table(*columns: str) -> Table:
@@ -99,6 +105,13 @@ def table(*columns: str) -> Table:
     for column in columns:
         made.add_column(column, overflow="fold")
     return made
+
+
+def add_row(table: Table, *cells: Any) -> None:
+    """Adds a row of texts as they are: what a user named something must not be taken for markup."""
+    from rich.text import Text
+
+    table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
 
 
 def show(*things: Any) -> None:

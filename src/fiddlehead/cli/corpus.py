@@ -35,4 +35,9 @@ def tokenize(
         text_field=text_field,
         overwrite=overwrite,
     )
-    print(info)  # noqa: T201
+    documents, tokens = info.train.documents + info.val.documents, info.train.tokens + info.val.tokens
+    print(  # noqa: T201
+        f"{out}: {tokens:,} tokens of {documents:,} documents ({info.val.documents:,} of them for validation), "
+        f"{info.vocab_size:,} kinds of token\n"
+        f"train on it with data.paths={out} data.tokenizer=None"
+    )

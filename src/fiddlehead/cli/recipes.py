@@ -11,6 +11,7 @@ from fiddlehead import catalog
 from fiddlehead.cli.common import (
     AllowOption,
     OverridesArgument,
+    add_row,
     complete_recipe,
     load_recipe,
     table,
@@ -24,13 +25,14 @@ def recipes(
     long: bool = typer.Option(False, "--long", help="Also build each one: parameters and devices (takes seconds)."),
 ) -> None:
     """List the recipes: yours in ./recipes first, then the built-in ones."""
+    from rich.text import Text
+
     columns = ["name", "task", "where", "what"]
     made = table(*columns[:3], *(["parameters", "devices"] if long else []), columns[3])
     for entry in catalog.recipes():
         extra = _measure(entry) if long else []
-        made.add_row(
-            f"[bold]{entry.name}[/bold]", entry.task, f"{_short(entry.file)}:{entry.line}", *extra, entry.summary
-        )
+        where = f"{_short(entry.file)}:{entry.line}"
+        add_row(made, Text(entry.name, style="bold"), entry.task, where, *extra, entry.summary)
     show_things(made)
 
 
@@ -56,7 +58,7 @@ def show(
     sources = loaded.sources()
     for leaf in leaves(loaded, defaults=defaults):
         if leaf.path:
-            made.add_row(leaf.path, show_value(leaf.value), sources[leaf.path])
+            add_row(made, leaf.path, show_value(leaf.value), sources[leaf.path])
     show_things(made)
 
 
@@ -76,7 +78,7 @@ def diff(
         return
     made = table("path", left, right)
     for difference in differences:
-        made.add_row(difference.path or "(task)", show_value(difference.left), show_value(difference.right))
+        add_row(made, difference.path or "(task)", show_value(difference.left), show_value(difference.right))
     show_things(made)
 
 
@@ -87,9 +89,11 @@ def _measure(entry: catalog.Entry) -> list[str]:
 
     try:
         recipe = entry.load()()
-        plan = check(recipe)
+        plan = check(recipe, here=False)
     except ConfigError as error:
-        return [f"[red]{error.problems[0]}[/red]", ""]
+        return [error.problems[0], ""]
+    except Exception as error:  # a user's recipe; the others are still worth showing
+        return [f"{type(error).__name__}: {error}", ""]
     devices = recipe.trainer.devices
     return [f"{plan.parameters / 1e6:,.2f} M", f"{recipe.trainer.num_nodes} x {devices} {recipe.trainer.accelerator}"]
 

@@ -6,13 +6,17 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from fiddlehead.cli.common import add_row, table
 from fiddlehead.cli.common import show as show_things
-from fiddlehead.cli.common import table
 from fiddlehead.errors import ConfigError
 from fiddlehead.runs import RunDirectory, State, find_run, list_runs
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 app = typer.Typer(invoke_without_command=True, help="List runs, and look into, cancel or repeat one.")
 
@@ -39,10 +43,12 @@ RunArgument = typer.Argument(metavar="RUN", help="A run's name or directory.", a
 def runs(context: typer.Context, directory: str = DirOption) -> None:
     """List runs, and look into, cancel or repeat one."""
     if context.invoked_subcommand is not None:
+        if directory != "runs":
+            raise ConfigError(f"--dir {directory}: goes after {context.invoked_subcommand}, to which it belongs")
         return
     made = table("name", "state", "step", "loss", "tokens/s", "elapsed", "attempt", "where")
     for run in list_runs(directory):
-        made.add_row(*_row(run))
+        add_row(made, *_row(run))
     if not made.row_count:
         print(f"no runs in {directory}/")  # noqa: T201
         return
@@ -56,17 +62,17 @@ def show(run: str = RunArgument, directory: str = DirOption) -> None:
     status = found.status()
     made = table("run", found.name)
     if status is not None:
-        made.add_row("state", _coloured(status.state))
-        made.add_row("reason", status.reason)
-        made.add_row("exit code", str(status.exit_code if status.exit_code is not None else ""))
-        made.add_row("attempt", str(status.attempt))
-        made.add_row("where", f"{status.executor} on {status.host}, process {status.pid}")
-        made.add_row("elapsed", _elapsed(status.started, status.ended))
+        add_row(made, "state", _coloured(status.state))
+        add_row(made, "reason", status.reason)
+        add_row(made, "exit code", str(status.exit_code if status.exit_code is not None else ""))
+        add_row(made, "attempt", str(status.attempt))
+        add_row(made, "where", f"{status.executor} on {status.host}, process {status.pid}")
+        add_row(made, "elapsed", _elapsed(status.started, status.ended))
     for name, value in found.last_metrics().items():
-        made.add_row(name, f"{float(value):.6g}")
-    made.add_row("checkpoints", ", ".join(path.name for path in sorted(found.checkpoints.glob("step-*"))))
-    made.add_row("directory", str(found.path))
-    made.add_row("command", found.command.read_text().strip() if found.command.exists() else "")
+        add_row(made, name, f"{float(value):.6g}")
+    add_row(made, "checkpoints", ", ".join(path.name for path in sorted(found.checkpoints.glob("step-*"))))
+    add_row(made, "directory", str(found.path))
+    add_row(made, "command", found.command.read_text().strip() if found.command.exists() else "")
     show_things(made)
     if status is not None and status.state in (State.FAILED, State.DIED) and found.log.exists():
         print("the last lines of its log:")  # noqa: T201
@@ -85,6 +91,9 @@ def logs(
         print(f"{found.path} has no log yet", file=sys.stderr)  # noqa: T201
         return
     while not found.log.exists():
+        status = found.status()
+        if status is None or status.state.ended:
+            return
         time.sleep(0.2)
     with found.log.open(errors="replace") as stream:
         while True:
@@ -163,23 +172,28 @@ def generate(
     print()  # noqa: T201
 
 
-def _row(run: RunDirectory) -> list[str]:
-    status, metrics = run.status(), run.last_metrics()
+def _row(run: RunDirectory) -> list[Any]:
+    metrics = run.last_metrics()
     rate = metrics.get("tokens_per_s")
-    return [
-        run.name,
-        _coloured(status.state) if status else "",
+    row = [
         metrics.get("step", ""),
         f"{float(metrics['loss']):.4f}" if "loss" in metrics else "",
         f"{float(rate):,.0f}" if rate else "",
-        _elapsed(status.started, status.ended) if status else "",
-        str(status.attempt) if status else "",
-        f"{status.executor} on {status.host}" if status else "",
     ]
+    try:
+        status = run.status()
+    except ConfigError as error:
+        return [run.name, str(error), *row, "", "", ""]
+    if status is None:
+        return [run.name, "", *row, "", "", ""]
+    where = f"{status.executor} on {status.host}"
+    return [run.name, _coloured(status.state), *row, _elapsed(status.started, status.ended), str(status.attempt), where]
 
 
-def _coloured(state: State) -> str:
-    return f"[{COLOURS[state]}]{state}[/{COLOURS[state]}]"
+def _coloured(state: State) -> Text:
+    from rich.text import Text
+
+    return Text(str(state), style=COLOURS[state])
 
 
 def _elapsed(start: float, end: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 from fiddlehead.cli.common import (
     AllowOption,
     OverridesArgument,
+    add_row,
     complete_recipe,
     configure_executor,
     load_recipe,
@@ -58,14 +60,15 @@ def pretrain(
     if direct and executor_edits:
         raise ConfigError(f"--direct runs without an executor; leave out {' '.join(executor_edits)}")
     recipe, name = load_recipe(factory, edits, allow or ())
-    if recipe.__fn_or_cls__.__name__ != "pretrain":
-        raise ConfigError(f"--factory {factory}: configures {recipe.__fn_or_cls__.__name__}, not pretrain")
     executor, executor_name = configure_executor(executor_edits)
 
     import fiddle as fdl
 
-    from fiddlehead import launch
+    from fiddlehead import launch, tasks
 
+    if recipe.__fn_or_cls__ is not tasks.pretrain:
+        task = recipe.__fn_or_cls__
+        raise ConfigError(f"--factory {factory}: configures {task.__module__}:{task.__qualname__}, not a pretraining")
     plan = launch.check(launch.fit_to_executor(recipe, None if direct else executor))
     if to_yaml is not None:
         recipe.save(to_yaml)
@@ -84,7 +87,7 @@ def pretrain(
             name=name,
             detach=detach,
             allow=allow or (),
-            command=shlex.join(["fiddlehead", *sys.argv[1:]]),
+            command=_typed(),
         )
     except launch.RunFailedError as failure:
         print(f"error: {failure}", file=sys.stderr)  # noqa: T201
@@ -93,8 +96,14 @@ def pretrain(
         print(f"started {run.path}; watch it with `fiddlehead runs logs {run.name} -f`")  # noqa: T201
 
 
+def _typed() -> str:
+    """The command line, without the values of environment variables: they may be secrets."""
+    words = [re.sub(r"(env_vars\b[^=]*=).*", r"\1***", word, flags=re.DOTALL) for word in sys.argv[1:]]
+    return shlex.join(["fiddlehead", *words])
+
+
 def _show_plan(name: str, where: str, plan) -> None:
     made = table(name, where)
     for row in plan.rows():
-        made.add_row(*row)
+        add_row(made, *row)
     show(made)

@@ -17,9 +17,14 @@ from typing import Any
 
 from fiddlehead.errors import ConfigError, nearest
 
-# What a recipe may name unasked. Of torch only the areas that a run is made of: too much of the rest runs code.
+# Of this package a recipe may name what these export: the parts of a run, which start and write nothing when built.
+PARTS = ("fiddlehead.models", "fiddlehead.data", "fiddlehead.training")
+
+# And the tasks: a recipe says which one it is for, and the command that is typed must agree.
+TASKS = ("fiddlehead.tasks:pretrain",)
+
+# What else a recipe may name unasked. Of torch only the areas that a run is made of: too much of the rest runs code.
 TRUSTED = (
-    "fiddlehead",
     "lightning.pytorch",
     "lightning.fabric",
     "torch.nn",
@@ -95,7 +100,7 @@ def trusted(reference: str, allow: Sequence[str] = ()) -> Any:
     """
 
     def may_import(module: str) -> None:
-        if module != "builtins" and module not in FRONTS:
+        if module != "builtins" and module not in FRONTS and not _under(module, ("fiddlehead",)):
             _check(module, reference, allow)
 
     if any(part.startswith("__") for part in reference.replace(":", ".").split(".")):
@@ -116,6 +121,9 @@ def check_trusted(value: Any, reference: str, allow: Sequence[str] = ()) -> None
     if name == "load_from_checkpoint":
         raise ConfigError(f"{reference} may not be used in a recipe file: {_RUNS_FILES}")
     _check_refused(f"{module}.{name}", reference)
+    if module.partition(".")[0] == "fiddlehead" and not _under(module, allow):
+        _check_exported(value, reference)
+        return
     if module == "torch" and inspect.isbuiltin(value) and not name.startswith("_"):
         return  # plain mathematics: torch.tanh and its like
     _check(module, reference, allow)
@@ -126,6 +134,20 @@ def check_trusted(value: Any, reference: str, allow: Sequence[str] = ()) -> None
     package = module.partition(".")[0]
     if package == "lightning" or (package == "torch" and (name.startswith("_") or "." in value.__qualname__)):
         raise ConfigError(f"{reference}: of {package} a recipe file may name classes, but not this function")
+
+
+def _check_exported(value: Any, reference: str) -> None:
+    """Raises ConfigError unless `value` is a task, or a part of a run that its package exports."""
+    if f"{value.__module__}:{value.__qualname__}" in TASKS:
+        return
+    for package in PARTS:
+        if value.__module__.startswith(f"{package}."):
+            exported = importlib.import_module(package)
+            if value.__name__ in exported.__all__ and getattr(exported, value.__name__) is value:
+                return
+    raise ConfigError(
+        f"{reference} may not be used in a recipe file: of fiddlehead only {', '.join(PARTS)} export to it"
+    )
 
 
 def _is_method(function: Any) -> bool:

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from fiddlehead.data.batches import Batches, FromGlobalStep, Windows
@@ -91,9 +90,17 @@ class PreTrainingDataModule(pl.LightningDataModule):
     @property
     def vocab_size(self) -> int:
         """The number of different tokens; known before anything is built."""
-        if self._given_tokenizer is not None:
-            return self._given_tokenizer.vocab_size
-        return TokenDatasetInfo.read(self._directory()).vocab_size
+        if self.paths is not None:
+            return self.info().vocab_size
+        assert self._given_tokenizer is not None
+        return self._given_tokenizer.vocab_size
+
+    def info(self) -> TokenDatasetInfo:
+        """What the dataset says of itself; raises `ConfigError` that names `paths` if it is none."""
+        try:
+            return TokenDatasetInfo.read(self._directory())
+        except ConfigError as error:
+            raise ConfigError(*(f"paths={str(self.paths)!r}: {problem}" for problem in error.problems)) from error
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -119,11 +126,13 @@ class PreTrainingDataModule(pl.LightningDataModule):
             return
         assert self._given_tokenizer is not None
         start = time.perf_counter()
+        print(f"tokenizing {self._corpus.name}, once", flush=True)  # noqa: T201  Lightning calls this on one rank only
         tokenize_corpus(self._corpus, self._given_tokenizer, out)
         info = TokenDatasetInfo.read(out)
-        rank_zero_info(
-            f"Tokenized {self._corpus.name}: {info.train.tokens + info.val.tokens:,} tokens of {info.vocab_size} kinds "
-            f"in {time.perf_counter() - start:.1f} s, kept in {out}"
+        print(  # noqa: T201
+            f"tokenized {self._corpus.name}: {info.train.tokens + info.val.tokens:,} tokens of {info.vocab_size} kinds "
+            f"in {time.perf_counter() - start:.1f} s, kept in {out}",
+            flush=True,
         )
 
     def setup(self, stage: str | None = None) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 # Of Lightning's own use of torch; nothing that a user could mend.
+warnings.filterwarnings("ignore", message=r"The number of training batches .* is smaller than the logging interval")
 warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.* is deprecated", module="lightning")
 
 

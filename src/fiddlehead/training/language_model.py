@@ -77,6 +77,15 @@ class LanguageModel(LightningModule):
         assert self.optim is not None
         return self.optim.build(self.named_parameters(), self.trainer.max_steps)
 
+    def on_train_start(self) -> None:
+        """Puts the schedule in force at once where a resumed run has another length than before."""
+        for config in self.trainer.lr_scheduler_configs:
+            schedule: Any = config.scheduler
+            for group, base, factor in zip(
+                schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+            ):
+                group["lr"] = base * factor(schedule.last_epoch)
+
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clips the global norm, also in mixed precision with a fused optimizer, where Lightning itself refuses to.
 
@@ -129,7 +138,7 @@ class LanguageModel(LightningModule):
         metrics = {"val_loss": nats / tokens}
         if text_bytes:
             metrics["val_nats_per_byte"] = nats / text_bytes
-        self.log_dict(metrics, logger=False)  # for callbacks that watch a metric, such as EarlyStopping
+        self.log_dict(metrics, logger=False, sync_dist=True)  # for callbacks that watch a metric, such as EarlyStopping
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, self.trainer.global_step)
 

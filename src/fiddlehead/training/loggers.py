@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from fiddlehead.runs import RunDirectory, write_atomically
+from fiddlehead.errors import ConfigError
+from fiddlehead.runs import RunDirectory, plain_recipe, write_atomically
 from fiddlehead.training.console import is_rank_zero, say
 
 
@@ -32,6 +32,15 @@ class Log:
     wandb: bool = False
     """Online with an API key (or WANDB_MODE), offline and without a question if there is none."""
     wandb_project: str = "fiddlehead"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.name is not None and (self.name in ("", ".", "..") or Path(self.name).name != self.name):
+            problems.append(f"name={self.name!r}: must be the name of one folder; log.dir says where")
+        if not self.dir:
+            problems.append("dir='': must name a folder; '.' is the working directory")
+        if problems:
+            raise ConfigError(*problems)
 
     def loggers(self, run: RunDirectory, resumed_step: int) -> list[Logger]:
         """The loggers of a run that starts after `resumed_step`, which is 0 for a new one."""
@@ -136,20 +145,3 @@ class MetricsCSV(Logger):
 def _is_up_to(row: dict[str, str], last_step: int) -> bool:
     """Whether a row belongs to the steps that are kept."""
     return (row.get("step") or "").isdigit() and int(row["step"]) <= last_step
-
-
-def plain_recipe(file: Path) -> dict[str, Any]:
-    """A saved recipe as plain nested values, for a logger to show; tagged values become their text."""
-
-    class Plain(yaml.SafeLoader):
-        pass
-
-    def construct(loader: Any, suffix: str, node: yaml.Node) -> Any:
-        if isinstance(node, yaml.ScalarNode):
-            return node.value
-        if isinstance(node, yaml.SequenceNode):
-            return loader.construct_sequence(node, deep=True)
-        return loader.construct_mapping(node, deep=True)
-
-    Plain.add_multi_constructor("!", construct)
-    return yaml.load(file.read_text(), Plain) if file.exists() else {}

@@ -90,8 +90,8 @@ class AdamW:
         problems = []
         if self.weight_decay < 0:
             problems.append(f"weight_decay={self.weight_decay!r}: must not be negative")
-        if not self.lr > 0:
-            problems.append(f"lr={self.lr!r}: must be above 0")
+        if not 0 < self.lr < math.inf:
+            problems.append(f"lr={self.lr!r}: must be above 0 and finite")
         if not self.eps > 0:
             problems.append(f"eps={self.eps!r}: must be above 0")
         if not all(0 <= beta < 1 for beta in self.betas):
