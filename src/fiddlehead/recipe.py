@@ -100,7 +100,7 @@ class Recipe(fdl.Partial):
 
     def __eq__(self, other: object) -> bool:
         """Whether both configure the same call; subclasses of Fiddle's classes and the history do not count."""
-        return not self.diff(other) if isinstance(other, fdl.Buildable) else NotImplemented
+        return isinstance(other, fdl.Buildable) and not self.diff(other)
 
     def sources(self) -> dict[str, str]:
         """Where each value was set: ``recipes/llama.py:12``, ``command line: optim.lr=1e-3`` or ``default``."""
@@ -122,7 +122,7 @@ class Recipe(fdl.Partial):
         """Runs the recipe where `executor` says; see `fiddlehead.launch.launch`."""
         from fiddlehead import launch
 
-        return launch.launch(self, executor, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return launch.launch(self, executor, **kwargs)
 
     def clone(self) -> Self:
         """A deep copy."""
