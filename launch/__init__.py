@@ -47,7 +47,7 @@ def launch(
     Args:
         recipe: what to run; it is checked first, and not changed.
         executor: where; None is this process.
-        name: the run's name, if `recipe.log.name` does not say; else one is made from the recipe's function.
+        name: what the run is called, with date and time behind it, if `recipe.log.name` does not say; else its task.
         detach: return as soon as the job has started.
         allow: modules, besides those of the recipe's own classes and functions, that the job may import.
         command: what to record as having started the run.
