@@ -124,9 +124,10 @@ def check(recipe: Recipe, *, here: bool = True) -> Any:
         known = ", ".join(f"{task.__module__}:{task.__name__}" for task in planners)
         raise ConfigError(f"the recipe configures {recipe.__fn_or_cls__.__qualname__}; what can be launched: {known}")
     recipe = recipe.clone()
-    if recipe.trainer.accelerator == "gpu" and not torch.cuda.is_available() and not here:
+    elsewhere = recipe.trainer.accelerator == "gpu" and not torch.cuda.is_available() and not here
+    if elsewhere:
         recipe.trainer.accelerator, recipe.trainer.devices = "cpu", 1
-    plan = planners[recipe.__fn_or_cls__](**recipe.build_arguments())
+    plan = planners[recipe.__fn_or_cls__](**recipe.build_arguments(), elsewhere=elsewhere)
     if recipe.log.name is not None:
         run = RunDirectory((Path(recipe.log.dir) / recipe.log.name).absolute())
         refuse_taken(run, recipe)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import fiddle as fdl
 from lightning.pytorch import Trainer
 
@@ -29,7 +31,7 @@ def pretrain(
     """A pretraining run of `model` on the default corpus, with the settings that most runs share."""
     return Recipe(
         tasks.pretrain,
-        model=fdl.Config(LanguageModel, config=model),
+        model=fdl.Config(LanguageModel, config=deepcopy(model)),  # many recipes may start from one model
         data=fdl.Config(
             PreTrainingDataModule,
             seq_length=seq_length,

@@ -182,3 +182,11 @@ def test_the_loss_curve_shows_what_was_logged(tmp_path):
     (right,) = axes.child_axes
     assert right.get_ylabel() == "nats per byte"
     assert right.get_ylim() == pytest.approx([limit / 3 for limit in axes.get_ylim()])
+
+
+def test_the_tables_of_the_attention_page_say_what_the_backends_say():
+    script = runpy.run_path(str(ROOT / "docs" / "attention_tables.py"))
+    page = (ROOT / "docs" / "attention.md").read_text()
+    assert script["filled"](page) == page, "run: python docs/attention_tables.py"
+    with pytest.raises(ValueError, match="has 0 places for the table features"):
+        script["filled"](page.replace("<!-- end features -->", ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,13 +11,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
-from fiddlehead.attention import AttentionSpec, Choice, Target, explain
+from fiddlehead.attention import Target
 from fiddlehead.data import PreTrainingDataModule, TokenizerFile
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.generation import sample
 from fiddlehead.runs import RunDirectory, find_run, reserve_name, write_atomically
-from fiddlehead.training import AdamW, Checkpoint, LanguageModel, Log, NonFiniteError
+from fiddlehead.training import AdamW, Checkpoint, LanguageModel, Log, NonFiniteError, attention
 from fiddlehead.training.checkpoint import (
     SafetensorsIO,
     load_transformer_state,
@@ -25,7 +26,7 @@ from fiddlehead.training.checkpoint import (
     restore_progress,
     verify,
 )
-from fiddlehead.training.console import say
+from fiddlehead.training.console import is_rank_zero, say
 from fiddlehead.training.metrics import Metrics
 from fiddlehead.training.stop import StopOnSignal
 
@@ -72,6 +73,7 @@ def pretrain(
     say(f"run {run.path}: {'starts anew' if start is None else f'continues from {start}'}")
 
     run.path.mkdir(parents=True, exist_ok=True)
+    _record_attention(run, plan)
     if resume not in ("auto", "never"):
         write_atomically(run.path / "resumed_from", str(resume))
     seed_everything(seed, workers=True, verbose=False)
@@ -122,7 +124,7 @@ def generate(
     tokenizer = TokenizerFile(run.tokenizer)
     config, state = load_transformer_state(path)
     with torch.device("meta"):
-        model = Transformer(TransformerConfig(**config))
+        model = Transformer(TransformerConfig.from_dict(config))
     model.load_state_dict(state, assign=True)
     model.eval()
     # In most vocabularies a space belongs to the token after it: "def " and then " f" would be text that never was.
@@ -151,7 +153,8 @@ class Plan:
     micro_batch_size: int
     accumulate_grad_batches: int
     tokens_per_step: int
-    attention: Choice
+    attention: attention.LayerChoices
+    """Empty where the device that trains is not known."""
     state_gib: float
     """Parameters, gradients and optimizer state of one full copy, without activations."""
     warmup_steps: int
@@ -175,16 +178,29 @@ class Plan:
             ("the run", f"{self.max_steps:,} steps, {warmup}"),
             ("", f"{self.tokens_per_step * self.max_steps:,} tokens, {flops:.2e} FLOPs"),
             ("memory", f"{self.state_gib:.2f} GiB for parameters, gradients and optimizer, plus activations"),
-            ("attention", f"{self.attention.backend} on {self.attention.target.device_type}"),
+            *zip(["attention"] + [""] * self.config.num_layers, self._attention_rows(), strict=False),
         ]
+
+    def _attention_rows(self) -> list[str]:
+        return attention.rows(self.attention) or [f"{self.config.attention_backend}, on the GPU that trains"]
 
 
 def plan_pretrain(
-    model: LanguageModel, data: PreTrainingDataModule, trainer: Trainer, optim: AdamW, **others: Any
+    model: LanguageModel,
+    data: PreTrainingDataModule,
+    trainer: Trainer,
+    optim: AdamW,
+    *,
+    elsewhere: bool = False,
+    **others: Any,
 ) -> Plan:
     """Completes the parts with what follows from each other, and works out what the run amounts to.
 
     The model takes its vocabulary and sequence length from the data, the trainer its accumulation from the batch sizes.
+
+    Args:
+        elsewhere: the run is for another machine than this one, whose device need not be `trainer`'s.
+        others: what else the task takes; it changes nothing.
 
     Raises:
         ConfigError: the parts do not fit together; it lists every problem.
@@ -210,16 +226,16 @@ def plan_pretrain(
     trainer.accumulate_grad_batches = accumulate
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in Transformer(model.config).parameters())
-    config = model.config
-    precision = str(trainer.precision)
-    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
-    spec = AttentionSpec(
-        dtype, config.head_dim, config.num_attention_heads, config.groups, dropout=config.attention_dropout
-    )
-    attention = explain(spec, Target(trainer.strategy.root_device.type), config.attention_backend)
-    if attention.backend is None:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in attention.reasons.items())
-        raise ConfigError(f"model.config.attention_backend={config.attention_backend!r} cannot be used: {reasons}")
+    config, precision = model.config, str(trainer.precision)
+    dtype, packed = attention.compute_dtype(precision), data.separate_documents
+    choices: attention.LayerChoices = ()
+    try:
+        if elsewhere:
+            attention.refuse_impossible(config, dtype, packed=packed)
+        else:
+            choices = attention.choose(config, dtype, Target.of(trainer.strategy.root_device), packed=packed)
+    except ConfigError as error:
+        raise error.under("model.config") from error
     # Parameters, gradients and two moments, all in the parameters' dtype.
     return Plan(
         config=config,
@@ -229,7 +245,7 @@ def plan_pretrain(
         micro_batch_size=data.micro_batch_size,
         accumulate_grad_batches=accumulate,
         tokens_per_step=data.global_batch_size * data.seq_length,
-        attention=attention,
+        attention=choices,
         state_gib=parameters * (8 if precision == "bf16-true" else 16) / 2**30,
         warmup_steps=optim.lr_scheduler.warmup_steps,
     )
@@ -281,12 +297,22 @@ def _checkpoint_at(resume: str | Path, runs: Path) -> Path:
     return checkpoint
 
 
+def _record_attention(run: RunDirectory, plan: Plan) -> None:
+    """Says and writes down which kernel serves which layers, on the machine that trains."""
+    if is_rank_zero():
+        for line in attention.rows(plan.attention):
+            say(f"attention: {line}")
+        text = json.dumps(attention.record(plan.attention), indent=1) + "\n"
+        write_atomically(run.path / "attention.json", text)
+
+
 def _refuse_another_model(checkpoint: Path, saved: dict[str, Any], config: TransformerConfig) -> None:
     """Raises ConfigError if the checkpoint's model is not the one that would be trained."""
+    before = asdict(TransformerConfig.from_dict(saved))
     problems = [
-        f"model.config.{name}={value!r}, but it is {saved.get(name)!r} in {checkpoint}"
+        f"model.config.{name}={value!r}, but it is {before[name]!r} in {checkpoint}"
         for name, value in asdict(config).items()
-        if name not in ("attention_backend", "seq_length") and saved.get(name) != value
+        if name not in ("attention_backend", "seq_length") and before[name] != value
     ]
     if problems:
         raise ConfigError(*problems)

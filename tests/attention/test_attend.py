@@ -1,153 +1,141 @@
-"""What `attend` computes, whichever backend runs it.
+"""What `attend` computes, whichever backend runs it, and what it refuses.
 
-Shapes: B batch, T queries, S keys, H query heads, G key/value heads, D head dim.
+FlexAttention has tests of its own, as it is compiled for each shape.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fiddlehead.attention import BACKENDS, AttentionSpec, attend
-from fiddlehead.attention.selection import select
+from fiddlehead.attention import attend
+from fiddlehead.attention.selection import BACKENDS
 from fiddlehead.errors import ConfigError
+from tests.attention.definition import Call, calls, windows
+from tests.attention.graphs import Graphs
 
 TOLERANCES = {
     # Largest error beside the float64 reference of the same (rounded) inputs, outputs being of order 1.
     torch.float64: 1e-12,
-    torch.float32: 2e-6,
-    torch.bfloat16: 2e-2,
+    torch.float32: 3e-6,
+    torch.bfloat16: 3e-2,
+    torch.float16: 4e-3,
 }
 GRADIENT_FACTOR = 8
 """Gradients sum over more terms than outputs, and their own size is up to a few times larger."""
 
-
-@dataclass(frozen=True)
-class Shape:
-    B: int
-    T: int
-    S: int
-    G: int
-    R: int
-    """Query heads to a key/value head: H = G x R."""
-    D: int
-    causal: bool
-
-    def inputs(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[torch.Tensor, ...]:
-        generator = torch.Generator().manual_seed(seed)
-        B, T, S, G, D = self.B, self.T, self.S, self.G, self.D
-        shapes = ((B, T, G * self.R, D), (B, S, G, D), (B, S, G, D))
-        return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+everywhere = pytest.mark.parametrize("backend", ["sdpa_flash", "reference"])
 
 
-shapes = st.builds(
-    lambda extra, T, **rest: Shape(T=T, S=T + extra, **rest),
-    B=st.integers(1, 3),
-    T=st.integers(1, 9),
-    extra=st.sampled_from([0, 0, 1, 5]),
-    G=st.integers(1, 3),
-    R=st.integers(1, 4),
-    D=st.sampled_from([1, 2, 5, 8, 16]),
-    causal=st.booleans(),
-)
-everywhere = pytest.mark.parametrize("backend", list(BACKENDS))
-
-
-def numpy_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, causal: bool, scale: float) -> np.ndarray:
-    """The definition, a query at a time, with nothing in common with the code under test."""
-    (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
-    out = np.zeros_like(q)
-    for b, t, h in np.ndindex(B, T, H):
-        g = h // (H // G)
-        seen = S - T + t + 1 if causal else S
-        weights = np.array([math.exp(scale * float(q[b, t, h] @ k[b, s, g])) for s in range(seen)])
-        out[b, t, h] = sum(weight * v[b, s, g] for s, weight in enumerate(weights / weights.sum()))
-    return out
+def served(backend: str) -> st.SearchStrategy[Call]:
+    """Calls that the backend serves on a CPU."""
+    return calls() if backend == "reference" else calls(softcap=0.0, sinks=False)
 
 
 def outputs_and_gradients(
-    inputs: tuple[torch.Tensor, ...], causal: bool, backend: str, out_gradient: torch.Tensor
+    inputs: list[torch.Tensor], out_gradient: torch.Tensor, run: Callable[..., torch.Tensor] = attend, **arguments: Any
 ) -> list[torch.Tensor]:
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    out = attend(*leaves, causal=causal, backend=backend)
+    out = run(*leaves[:3], **arguments, **({"sinks": leaves[3]} if len(leaves) > 3 else {}))
     return [out, *torch.autograd.grad(out, leaves, out_gradient.to(out.dtype))]
 
 
-@given(shapes)
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_reference_is_the_definition(scale: float | None, shape: Shape) -> None:
-    q, k, v = shape.inputs()
-    expected = numpy_attention(
-        q.numpy(), k.numpy(), v.numpy(), shape.causal, 1 / math.sqrt(shape.D) if scale is None else scale
-    )
-    found = attend(q, k, v, causal=shape.causal, scale=scale, backend="reference")
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-12)
+def assert_agree(found: list[torch.Tensor], expected: list[torch.Tensor], dtype: torch.dtype) -> None:
+    for name, x, y in zip(("out", "dq", "dk", "dv", "dsinks"), found, expected, strict=False):
+        tolerance = TOLERANCES[dtype] * (1 if name == "out" else GRADIENT_FACTOR)
+        torch.testing.assert_close(
+            x.double(), y.double(), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
-@pytest.mark.parametrize("shape", [Shape(2, 3, 3, 2, 2, 4, True), Shape(1, 2, 4, 1, 3, 2, True)], ids=str)
-def test_reference_has_the_gradients_of_its_outputs(shape: Shape) -> None:
-    inputs = tuple(x.requires_grad_() for x in shape.inputs())
-    assert torch.autograd.gradcheck(
-        lambda q, k, v: attend(q, k, v, causal=shape.causal, backend="reference"), inputs, fast_mode=True
-    )
-
-
-def test_reference_computes_in_float32_also_under_autocast() -> None:
-    q, k, v = Shape(1, 8, 8, 2, 2, 16, True).inputs(torch.float32)
-    expected = attend(q, k, v, backend="reference")
-    with torch.autocast("cpu", torch.bfloat16):
-        found = attend(q, k, v, backend="reference")
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-@given(shape=shapes)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @everywhere
-def test_backend_agrees_with_the_reference(backend: str, dtype: torch.dtype, shape: Shape) -> None:
-    inputs = shape.inputs(dtype)
-    out_gradient = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    exact = tuple(x.double() for x in inputs)
-    expected = outputs_and_gradients(exact, shape.causal, "reference", out_gradient.to(dtype).double())
-    found = outputs_and_gradients(inputs, shape.causal, backend, out_gradient)
+@given(data=st.data())
+def test_it_agrees_with_the_float64_reference(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    call = data.draw(served(backend))
+    inputs, arguments = call.inputs(dtype), call.arguments()
+    out_gradient = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact = [x.double() for x in inputs]
+    expected = outputs_and_gradients(exact, out_gradient, **arguments, backend="reference")
+    found = outputs_and_gradients(inputs, out_gradient, **arguments, backend=backend)
     assert found[0].dtype == dtype and found[0].shape == inputs[0].shape
-    for name, x, y in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
-        tolerance = TOLERANCES[dtype] * (1 if name == "out" else GRADIENT_FACTOR)
-        torch.testing.assert_close(x.double(), y, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+    assert_agree(found, expected, dtype)
 
 
-@given(shape=shapes)
 @everywhere
-def test_grouped_heads_equal_repeated_ones(backend: str, shape: Shape) -> None:
-    q, k, v = shape.inputs()
-    grouped = attend(q, k, v, causal=shape.causal, backend=backend)
-    repeated = (x.repeat_interleave(shape.R, dim=2) for x in (k, v))
-    torch.testing.assert_close(grouped, attend(q, *repeated, causal=shape.causal, backend=backend))
+def test_a_query_that_sees_no_key_yields_zeros_and_zero_gradients(backend: str) -> None:
+    q, k, v = Call(B=2, T=5, S=5).inputs(torch.float32)
+    mask = torch.tensor([[False, False, True, True, True], [False] * 5])  # padded on the left, and altogether
+    found = outputs_and_gradients([q, k, v], torch.ones_like(q), padding_mask=mask, backend=backend)
+    for x in found[:2]:  # the output, and the gradient of q
+        assert not x[0, :2].any() and not x[1].any()
+    assert found[0][0, 2:].all()
+    for x in found[2:]:
+        assert not x[0, :2].any() and not x[1].any()
+        assert x.isfinite().all()
 
 
-@given(shape=shapes, data=st.data())
 @everywhere
-def test_a_later_token_never_changes_an_earlier_output(backend: str, shape: Shape, data: st.DataObject) -> None:
-    shape = replace(shape, causal=True)
-    q, k, v = shape.inputs()
-    changed = data.draw(st.integers(0, shape.S - 1))
-    before = attend(q, k, v, backend=backend)
+@given(data=st.data())
+def test_grouped_heads_equal_repeated_ones(backend: str, data: st.DataObject) -> None:
+    call = data.draw(served(backend))
+    q, k, v, *sinks = call.inputs()
+    arguments = {**call.arguments(), "sinks": sinks[0] if sinks else None, "backend": backend}
+    repeated = (x.repeat_interleave(call.R, dim=2) for x in (k, v))
+    torch.testing.assert_close(attend(q, k, v, **arguments), attend(q, *repeated, **arguments))
+
+
+@everywhere
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    causal=st.booleans(),
+    window_size=windows,
+    alibi=st.booleans(),
+)
+def test_packed_sequences_equal_separate_ones(
+    backend: str, lengths: list[int], causal: bool, window_size: tuple[int, int], alibi: bool
+) -> None:
+    q, k, v = (x[0] for x in Call(B=1, T=sum(lengths), S=sum(lengths)).inputs())
+    arguments = {
+        "causal": causal,
+        "window_size": window_size,
+        "alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0]) if alibi else None,
+        "backend": backend,
+    }
+    borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    gradient = torch.randn(q.shape, generator=torch.Generator().manual_seed(1), dtype=q.dtype)
+    packed = outputs_and_gradients([q, k, v], gradient, cu_seqlens_q=borders, max_seqlen_q=max(lengths), **arguments)
+    parts = zip(*(x.split(lengths) for x in (q, k, v, gradient)), strict=True)
+    separate = [outputs_and_gradients([x[None] for x in qkv], part[None], **arguments) for *qkv, part in parts]
+    for x, pieces in zip(packed, zip(*separate, strict=True), strict=True):
+        torch.testing.assert_close(x, torch.cat([piece[0] for piece in pieces]))
+
+
+@everywhere
+@given(data=st.data())
+def test_a_later_token_never_changes_an_earlier_output(backend: str, data: st.DataObject) -> None:
+    fixed = {"causal": True, "padding": False, "window_size": (-1, -1)}
+    call = data.draw(calls(**fixed) if backend == "reference" else calls(**fixed, softcap=0.0, sinks=False))
+    q, k, v, *sinks = call.inputs()
+    arguments = {**call.arguments(), "sinks": sinks[0] if sinks else None, "backend": backend}
+    changed = data.draw(st.integers(0, call.S - 1))
+    before = attend(q, k, v, **arguments)
     k[:, changed] += 3
     v[:, changed] -= 5
-    after = attend(q, k, v, backend=backend)
-    first = max(0, changed - (shape.S - shape.T))  # the first query that sees the key; the last one sees every key
+    after = attend(q, k, v, **arguments)
+    first = max(0, changed - (call.S - call.T))  # the first query that sees the key; the last one sees every key
     assert torch.equal(after[:, :first], before[:, :first])
     assert (after[:, first:] != before[:, first:]).any(dim=-1).all()
 
 
 @everywhere
 def test_fewer_queries_than_keys_are_the_last_ones(backend: str) -> None:
-    q, k, v = Shape(2, 7, 7, 2, 3, 8, True).inputs()
+    q, k, v = Call(T=7, S=7).inputs()
     whole = attend(q, k, v, backend=backend)
     for T in range(1, 8):
         torch.testing.assert_close(attend(q[:, -T:], k, v, backend=backend), whole[:, -T:])
@@ -162,46 +150,99 @@ def test_views_of_one_projection_are_taken_as_they_are(backend: str) -> None:
     torch.testing.assert_close(attend(q, k, v, backend=backend), copies)
 
 
-@everywhere
-def test_dropout_of_zero_changes_nothing(backend: str) -> None:
-    q, k, v = Shape(2, 5, 5, 2, 2, 8, True).inputs(torch.float32)
-    first, second = (attend(q, k, v, dropout=0.0, backend=backend) for _ in range(2))
-    assert torch.equal(first, second)
-
-
-@everywhere
-def test_dropout_keeps_the_mean(backend: str) -> None:
-    one = Shape(1, 4, 4, 1, 2, 3, True).inputs(torch.float32)
-    q, k, v = (x.expand(20_000, *x.shape[1:]).contiguous() for x in one)
-    torch.manual_seed(0)
-    dropped = attend(q, k, v, dropout=0.25, backend=backend)
-    assert not torch.equal(dropped[0], dropped[1])
-    # A standard error of at most 0.01, the values being of order 1.
-    torch.testing.assert_close(dropped.mean(0, keepdim=True), attend(*one, backend="reference"), atol=0.05, rtol=0)
+FORWARD = {
+    "sdpa_flash": "aten._scaled_dot_product_flash_attention_for_cpu.default",
+    "reference": "fiddlehead.reference_forward.default",
+}
+COMPILED = [
+    Call(T=6, S=6),
+    Call(causal=False, alibi=True),
+    Call(window_size=(2, 0), padding=True),
+    Call(softcap=1.5, sinks=True, alibi=True, padding=True),
+]
 
 
 @pytest.mark.parametrize(
-    ("q", "k", "v"),
-    [
-        ((2, 3, 4, 8), (2, 3, 3, 8), (2, 3, 3, 8)),  # G does not divide H
-        ((2, 3, 4, 8), (1, 3, 4, 8), (1, 3, 4, 8)),  # another batch
-        ((2, 3, 4, 8), (2, 3, 4, 6), (2, 3, 4, 6)),  # another head dim
-        ((2, 3, 4, 8), (2, 3, 4, 8), (2, 5, 4, 8)),  # keys without values
-        ((3, 4, 8), (3, 4, 8), (3, 4, 8)),  # no batch
-    ],
+    ("backend", "call"),
+    [("reference", call) for call in COMPILED] + [("sdpa_flash", call) for call in COMPILED if not call.softcap],
+    ids=str,
 )
-def test_shapes_that_do_not_fit_are_named(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError) as error:
-        attend(torch.zeros(q), torch.zeros(k), torch.zeros(v))
-    for name, shape in (("q", q), ("k", k), ("v", v)):
-        assert f"{name}{shape}" in str(error.value)
+def test_compiled_each_pass_is_one_node_and_computes_the_same(backend: str, call: Call) -> None:
+    graphs = Graphs()
+    compiled = torch.compile(attend, fullgraph=True, backend=graphs.backend, dynamic=False)
+    inputs, arguments = call.inputs(), {**call.arguments(), "backend": backend}
+    gradient = torch.ones_like(inputs[0])
+    found = outputs_and_gradients(inputs, gradient, run=compiled, **arguments)
+    assert_agree(found, outputs_and_gradients(inputs, gradient, **arguments), torch.float64)
+    forward, backward = graphs.attention()
+    assert forward == [FORWARD[backend]]
+    assert len(backward) == 1 and "backward" in backward[0]
 
 
-def test_causal_queries_without_a_key_are_refused() -> None:
-    q, k, v = torch.zeros(1, 3, 1, 4), torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4)
-    with pytest.raises(ConfigError, match="q has 3 positions and k only 2"):
-        attend(q, k, v)
-    assert attend(q, k, v, causal=False).shape == q.shape
+@everywhere
+def test_compiled_packed_sequences_are_one_node_too(backend: str) -> None:
+    graphs = Graphs()
+    compiled = torch.compile(attend, fullgraph=True, backend=graphs.backend, dynamic=False)
+    inputs = [x[0] for x in Call(B=1, T=7, S=7).inputs()]
+    packed = {
+        "cu_seqlens_q": torch.tensor([0, 3, 7], dtype=torch.int32),
+        "max_seqlen_q": 4,
+        "backend": backend,
+    }
+    gradient = torch.ones_like(inputs[0])
+    found = outputs_and_gradients(inputs, gradient, run=compiled, **packed)
+    assert_agree(found, outputs_and_gradients(inputs, gradient, **packed), torch.float64)
+    assert [len(names) for names in graphs.attention()] == [1, 1]
+
+
+def test_compiled_dropout_has_the_gradients_of_the_weights_it_left() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=False)
+    q, k, v = (x.requires_grad_() for x in Call(T=6, S=6).inputs())
+    out = compiled(q, k, v, dropout=0.5, backend="reference")
+    assert not torch.equal(out, compiled(q, k, v, dropout=0.5, backend="reference"))
+    # The output is linear in v: were other weights dropped on the way back, this sum would not be the same.
+    (dv,) = torch.autograd.grad(out, v, out.detach())
+    torch.testing.assert_close((dv * v).sum(), (out * out).sum())
+
+
+@everywhere
+def test_compiled_lengths_become_symbolic_instead_of_a_graph_each(backend: str) -> None:
+    graphs = Graphs()
+    compiled = torch.compile(attend, fullgraph=True, backend=graphs.backend)
+    for T in (5, 6, 9, 12):
+        q, k, v = Call(T=T, S=T).inputs()
+        torch.testing.assert_close(compiled(q, k, v, backend=backend), attend(q, k, v, backend="reference"))
+    assert len(graphs.names) == 2  # the first length as it was, and one for all others
+
+
+q4, k4 = torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 2, 8)
+q3, k3 = torch.zeros(6, 4, 8), torch.zeros(6, 2, 8)
+borders = torch.tensor([0, 2, 6], dtype=torch.int32)
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("G dividing H", {"k": torch.zeros(2, 3, 3, 8), "v": torch.zeros(2, 3, 3, 8)}),
+    (r"k\(1, 3, 2, 8\)", {"k": k4[:1], "v": k4[:1]}),
+    ("do not fit", {"k": k4[..., :6], "v": k4[..., :6]}),
+    (r"v\(2, 5, 2, 8\)", {"v": torch.zeros(2, 5, 2, 8)}),
+    ("do not fit", {"q": q3, "k": k3, "v": k3}),
+    ("q is torch.float32, k torch.bfloat16", {"k": k4.bfloat16(), "v": k4.bfloat16()}),
+    ("q has 3 positions and k only 2", {"k": k4[:, :2], "v": k4[:, :2]}),
+    (r"window_size=\(-2, 0\)", {"window_size": (-2, 0)}),
+    ("softcap=-1", {"softcap": -1.0}),
+    (r"dropout=1\.0", {"dropout": 1.0}),
+    ("max_seqlen_q=None", {"q": q3, "k": k3, "v": k3, "cu_seqlens_q": borders}),
+    (r"expected \(tokens, H, D\)", {"cu_seqlens_q": borders, "max_seqlen_q": 4}),
+    ("unknown backend 'flash5'", {"backend": "flash5"}),
+    ("cudnn: needs an NVIDIA GPU", {"backend": "cudnn"}),
+    ("sdpa_flash: softcap", {"softcap": 2.0, "backend": "sdpa_flash"}),
+    ("sdpa_flash: dropout", {"dropout": 0.5, "backend": "sdpa_flash"}),
+]
+
+
+@pytest.mark.parametrize(("message", "changed"), REFUSED, ids=[message for message, _ in REFUSED])
+def test_what_does_not_fit_is_refused_with_the_reason(message: str, changed: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=message):
+        attend(**{"q": q4, "k": k4, "v": k4, **changed})
 
 
 def test_whole_numbers_are_refused_with_every_reason() -> None:
@@ -209,13 +250,3 @@ def test_whole_numbers_are_refused_with_every_reason() -> None:
     with pytest.raises(ConfigError) as error:
         attend(q, q, q)
     assert all(f"{name}: " in str(error.value) for name in BACKENDS)
-
-
-def test_auto_runs_the_backend_that_is_selected(monkeypatch: pytest.MonkeyPatch) -> None:
-    select.cache_clear()
-    q, k, v = Shape(1, 2, 2, 1, 1, 4, True).inputs()
-    taken = next(iter(BACKENDS))
-    calls = []
-    monkeypatch.setattr(BACKENDS[taken], "run", lambda q, k, v, *rest: calls.append(rest))
-    attend(q, k, v, dropout=0.5)
-    assert calls == [(AttentionSpec(q.dtype, 4, 1, 1, True, 0.5), 0.5)]

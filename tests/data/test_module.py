@@ -97,6 +97,21 @@ def test_a_batch_is_windows_and_the_tokens_that_follow(dataset: Path) -> None:
     assert all(values.dtype == torch.int64 and values.is_contiguous() for values in batch.values())
 
 
+def test_documents_are_kept_apart_when_asked_for(dataset: Path, tmp_path: Path) -> None:
+    with TokenDatasetWriter(tmp_path / "bytes", ByteTokenizer(), []) as writer:
+        eos = ByteTokenizer().eos_id
+        tokens = np.arange(100, dtype=np.uint16)
+        tokens[[3, 8, 9]] = eos
+        writer.add("train", tokens, 3, 97)
+        writer.finish()
+    batch = module(tmp_path / "bytes", separate_documents=True, val_samples=0)._train.__getitems__([0, 5])  # type: ignore[union-attr]
+    assert batch["input_ids"].shape == (2, 10)
+    assert batch["labels"][0].tolist() == [1, 2, eos, -100, 5, 6, 7, eos, -100, -100]
+    assert batch["labels"][1].tolist() == list(range(51, 61))
+    assert batch["cu_seqlens"].tolist() == [0, 4, 9, 10, 20] and batch["max_seqlen"] == 10
+    assert set(module(dataset)._train.__getitems__([0])) == {"input_ids", "labels", "index"}  # type: ignore[union-attr]
+
+
 def test_every_token_but_the_rest_is_in_a_window(dataset: Path) -> None:
     assert len(module(dataset)._train) == 100  # type: ignore[arg-type]
     assert len(module(dataset, seq_length=TOKENS - 1)._train) == 1  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fiddlehead.errors import ConfigError
-from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models import RopeScaling, Transformer, TransformerConfig
 
 SMALL: dict[str, Any] = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 6, "num_query_groups": 2}
 LLAMA3_8B = TransformerConfig(
@@ -71,7 +73,12 @@ def test_a_size_that_has_no_default_is_not_none(name: str) -> None:
         ("rotary_base", -1.0, "above 0"),
         ("rotary_base", None, "above 0"),
         ("init_method_std", float("nan"), "above 0"),
-        ("attention_backend", "flash3", "unknown backend"),
+        ("attention_backend", "flash5", "unknown backend"),
+        ("attn_logit_softcapping", 0.0, "above 0 or None"),
+        ("window_size", 1024, "two whole numbers of -1 or more"),
+        ("window_size", (1023,), "two whole numbers of -1 or more"),
+        ("window_size", (-2, 0), "two whole numbers of -1 or more"),
+        ("window_attn_skip_freq", 2, "there is no window"),
         ("num_query_groups", 4, "does not divide num_attention_heads=6; allowed: 1, 2, 3, 6 or None"),
         ("num_query_groups", 12, "does not divide num_attention_heads=6"),
         ("hidden_size", 27, "not a multiple of num_attention_heads=6; the nearest: 24 or 30; or set kv_channels"),
@@ -171,3 +178,74 @@ def test_train_flops_are_those_that_torch_counts(changes: dict[str, Any]) -> Non
 def test_train_flops_by_hand() -> None:
     # 7,504,658,432 matmul parameters; 32 layers x 8192 keys x 4096 channels, scores and sums, half of them masked.
     assert LLAMA3_8B.train_flops_per_token(8192) == 6 * 7_504_658_432 + 6 * 32 * 8192 * 4096
+
+
+@pytest.mark.parametrize(
+    ("skip", "windowed"),
+    [
+        (None, [0, 1, 2, 3, 4, 5]),
+        (1, []),
+        (2, [0, 2, 4]),
+        (6, [0, 1, 2, 3, 4]),
+        (7, [0, 1, 2, 3, 4, 5]),
+        ((1, 0, 0, 1, 1, 0), [0, 3, 4]),
+    ],
+)
+def test_every_nth_layer_sees_everything(skip: Any, windowed: list[int]) -> None:
+    config = small(num_layers=6, window_size=(3, 0), window_attn_skip_freq=skip)
+    assert [layer for layer in range(6) if config.window(layer) == (3, 0)] == windowed
+    assert all(config.window(layer) == (-1, -1) for layer in range(6) if layer not in windowed)
+
+
+@pytest.mark.parametrize(
+    ("skip", "said"),
+    [
+        (0, "whole number of 1 or more"),
+        (True, "whole number of 1 or more"),
+        ((1, 0, 1), "has 3 numbers; num_layers=2 needs as many"),
+        ((1, 2), "each must be 1, with the window, or 0, without"),
+    ],
+)
+def test_impossible_windowed_layers_are_named(skip: Any, said: str) -> None:
+    (problem,) = problems(window_size=(3, 0), window_attn_skip_freq=skip)
+    assert problem.startswith("window_attn_skip_freq") and said in problem
+
+
+def test_layers_that_ask_the_same_of_attention_are_together() -> None:
+    config = small(num_layers=5, window_size=(3, 0), window_attn_skip_freq=2, seq_length=64, attention_dropout=0.1)
+    (windowed, first), (full, second) = config.attention_specs(torch.bfloat16, packed=True).items()
+    assert (first, second) == ([0, 2, 4], [1, 3])
+    assert (windowed.window_size, full.window_size) == ((3, 0), (-1, -1))
+    assert windowed.packed and windowed.training and (windowed.dtype, windowed.dropout) == (torch.bfloat16, 0.1)
+    inference = config.attention_spec(0, torch.bfloat16, training=False)
+    assert (inference.training, inference.dropout, inference.packed) == (False, 0.0, False)
+
+
+def test_a_window_as_long_as_the_sequence_is_none() -> None:
+    assert len(small(window_size=(7, 0), window_attn_skip_freq=2, seq_length=8).attention_specs(torch.float32)) == 1
+    assert len(small(window_size=(6, 0), window_attn_skip_freq=2, seq_length=8).attention_specs(torch.float32)) == 2
+
+
+def test_train_flops_of_a_window_are_those_of_the_keys_it_leaves() -> None:
+    T, left = 2000, 299
+    keys = sum(min(t + 0.5, left + 1) for t in range(T)) / T  # half of a token's own key is masked, as without a window
+    config = small(window_size=(left, 0))
+    attention = config.train_flops_per_token(T) - config.train_flops_per_token(0)
+    assert attention == pytest.approx(2 * 12 * keys * 6 * 4, rel=1e-3)
+    assert small(window_size=(T, 0)).train_flops_per_token(T) == small().train_flops_per_token(T)
+
+
+def test_a_configuration_comes_back_from_json() -> None:
+    config = small(window_size=(3, 0), window_attn_skip_freq=(1, 0), rope_scaling=RopeScaling(scale_factor=32.0))
+    assert TransformerConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
+    assert TransformerConfig.from_dict(asdict(small())) == small()
+    with pytest.raises(ConfigError, match="did you mean 'num_layers'"):
+        TransformerConfig.from_dict(SMALL | {"n_layers": 2})
+
+
+def test_impossible_rope_scaling_is_named() -> None:
+    with pytest.raises(ConfigError) as error:
+        RopeScaling(scale_factor=0, old_context_len="8k")  # type: ignore[arg-type]
+    assert [problem.split("=")[0] for problem in error.value.problems] == ["scale_factor", "old_context_len"]
+    with pytest.raises(ConfigError, match=r"low_freq_factor=4\.0: must be below high_freq_factor=4\.0"):
+        RopeScaling(low_freq_factor=4.0)

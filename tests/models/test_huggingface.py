@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models import RopeScaling, Transformer, TransformerConfig
 
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("HF_HUB_OFFLINE", "1")
@@ -89,6 +89,23 @@ def llama() -> tuple[Any, TransformerConfig]:
     return transformers.LlamaForCausalLM(theirs), ours
 
 
+def llama31() -> tuple[Any, TransformerConfig]:
+    """Its three channel pairs turn 10, 1.3 and 0.2 times in 64 positions: kept, in between, and slowed down."""
+    model, ours = llama()
+    scaling = {"factor": 5.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, **scaling}
+    theirs = transformers.LlamaConfig(**(model.config.to_dict() | {"rope_parameters": rope}))
+    return transformers.LlamaForCausalLM(theirs), replace(
+        ours, rope_scaling=RopeScaling(scale_factor=5.0, low_freq_factor=1.0, high_freq_factor=4.0, old_context_len=64)
+    )
+
+
+def mistral() -> tuple[Any, TransformerConfig]:
+    model, ours = llama()
+    theirs = transformers.MistralConfig(**(model.config.to_dict() | {"model_type": "mistral", "sliding_window": 5}))
+    return transformers.MistralForCausalLM(theirs), replace(ours, window_size=(4, 0))
+
+
 def gpt2() -> tuple[Any, TransformerConfig]:
     theirs = transformers.GPT2Config(
         vocab_size=VOCABULARY,
@@ -128,8 +145,12 @@ def randomize(model: torch.nn.Module) -> None:
         parameter.data = spread + (1 if parameter.dim() == 1 else 0)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-@pytest.mark.parametrize(("family", "mapped"), [(llama, llama_weights), (gpt2, gpt2_weights)], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("backend", ["sdpa_flash", "reference"])
+@pytest.mark.parametrize(
+    ("family", "mapped"),
+    [(llama, llama_weights), (llama31, llama_weights), (mistral, llama_weights), (gpt2, gpt2_weights)],
+    ids=["llama", "llama31", "mistral", "gpt2"],
+)
 def test_logits_and_gradients_are_equal(
     family: Callable[[], tuple[Any, TransformerConfig]], mapped: Callable[[Weights], Weights], backend: str
 ) -> None:

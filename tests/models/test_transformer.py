@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fiddlehead.attention import AttentionSpec, sdpa_flash
 from fiddlehead.errors import ConfigError
-from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models import RopeScaling, Transformer, TransformerConfig
 from fiddlehead.models.transformer import rotary_tables, rotate
 
 SMALL: dict[str, Any] = {
@@ -34,7 +36,7 @@ def tokens(B: int, T: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("positions", ["rope", "learned_absolute", "none"])
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", ["sdpa_flash", "reference"])
 def test_a_later_token_never_changes_an_earlier_logit(backend: str, positions: str) -> None:
     model = transformer(attention_backend=backend, position_embedding_type=positions, seq_length=9)
     ids = tokens(2, 9)
@@ -58,7 +60,8 @@ def test_samples_of_a_batch_do_not_mix() -> None:
 def test_rotary_scores_depend_on_the_distance_only(base: float, shift: int, data: st.DataObject) -> None:
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     q, k = torch.randn(2, 1, 1, 1, 8, generator=generator)
-    cos, sin = rotary_tables(40, 8, base, torch.device("cpu"))
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, rotary_base=base)
+    cos, sin = rotary_tables(torch.arange(40), config)
 
     def score(query: int, key: int) -> torch.Tensor:
         turned = [rotate(x, (cos[at : at + 1], sin[at : at + 1])) for x, at in ((q, query), (k, key))]
@@ -152,3 +155,98 @@ def test_dropout_is_for_training_only(name: str) -> None:
     assert not torch.equal(model(ids), model(ids))
     model.eval()
     torch.testing.assert_close(model(ids), transformer()(ids), rtol=0, atol=0)
+
+
+# -- documents in one batch that do not see each other
+
+LENGTHS = [[3, 1, 5], [9], [2, 7]]
+"""Of the documents in each window of 9 tokens."""
+
+
+def borders(lengths: list[list[int]], padding: int = 0) -> torch.Tensor:
+    flat = [0, *(length for window in lengths for length in window), *[0] * padding]
+    return torch.tensor(flat).cumsum(0).int()
+
+
+def windows_of(documents: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(documents).view(len(LENGTHS), 9)
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes"),
+    [
+        ("sdpa_flash", {}),
+        ("sdpa_flash", {"position_embedding_type": "learned_absolute", "seq_length": 9}),
+        ("sdpa_flash", {"window_size": (2, 0), "window_attn_skip_freq": 2}),
+        ("reference", {}),
+        ("reference", {"position_embedding_type": "none"}),
+        ("reference", {"window_size": (2, 0), "attn_logit_softcapping": 2.0}),
+        ("reference", {"rope_scaling": RopeScaling(old_context_len=16)}),
+    ],
+    ids=str,
+)
+def test_documents_kept_apart_are_each_document_alone(backend: str, changes: dict[str, Any]) -> None:
+    """Logits, loss and gradients."""
+    model = transformer(attention_backend=backend, **changes).double()
+    generator = torch.Generator().manual_seed(2)
+    ids = [torch.randint(31, (length,), generator=generator) for window in LENGTHS for length in window]
+    labels = [torch.randint(31, (len(document),), generator=generator) for document in ids]
+
+    together = model(windows_of(ids), borders(LENGTHS, padding=2), 16).flatten(0, 1)
+    alone = torch.cat([model(document[None])[0] for document in ids])
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(model(windows_of(ids)).flatten(0, 1), alone, atol=1e-2), "documents would see each other"
+
+    losses = [F.cross_entropy(logits, torch.cat(labels)) for logits in (together, alone)]
+    torch.testing.assert_close(*losses)
+    for found, expected in zip(*(torch.autograd.grad(loss, list(model.parameters())) for loss in losses), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_one_document_a_window_is_the_plain_batch() -> None:
+    model, ids = transformer(), tokens(3, 9)
+    torch.testing.assert_close(model(ids, borders([[9]] * 3), 9), model(ids))
+
+
+def test_documents_need_the_longest_one_s_length() -> None:
+    with pytest.raises(ConfigError, match="max_seqlen"):
+        transformer()(tokens(3, 9), borders(LENGTHS))
+
+
+def test_other_documents_in_the_same_shapes_compile_nothing_anew() -> None:
+    model = transformer()
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    for lengths in (LENGTHS, [[4, 1, 1, 3], [8, 1], [9]], [[9], [9], [9]]):
+        cu_seqlens = borders(lengths, padding=8 - sum(map(len, lengths)))
+        torch.testing.assert_close(compiled(tokens(3, 9), cu_seqlens, 9), model(tokens(3, 9), cu_seqlens, 9))
+    assert graphs == 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("window", [None, (3, 0), (8, 0)])
+def test_attention_is_asked_what_the_configuration_says(
+    monkeypatch: pytest.MonkeyPatch, window: tuple[int, int] | None, training: bool, packed: bool
+) -> None:
+    model = transformer(window_size=window, window_attn_skip_freq=None if window is None else 2, seq_length=9)
+    asked: list[AttentionSpec] = []
+    run = sdpa_flash.run
+
+    def spy(q: Any, k: Any, v: Any, spec: AttentionSpec, *rest: Any) -> torch.Tensor:
+        asked.append(spec)
+        return run(q, k, v, spec, *rest)
+
+    monkeypatch.setattr(sdpa_flash, "run", spy)
+    # A setting that nothing had before: whatever was chosen for such calls is chosen again, and found to be the spy.
+    monkeypatch.setenv("NVTE_FLASH_ATTN_V2", f"asked {window} {training} {packed}")
+    with torch.set_grad_enabled(training):
+        model(tokens(3, 9), *((borders(LENGTHS), 9) if packed else ()))
+    said = [model.config.attention_spec(i, torch.float32, packed=packed, training=training) for i in range(2)]
+    assert asked == said

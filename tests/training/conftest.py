@@ -43,13 +43,28 @@ def parts(dataset: Path, tmp_path: Path) -> Parts:
         def take(**defaults: Any) -> dict[str, Any]:
             return {name: changes.pop(name, value) for name, value in defaults.items()}
 
-        config = take(hidden_dropout=0.0, attention_dropout=0.0, vocab_size=None, attention_backend="auto")
+        config = take(
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            vocab_size=None,
+            attention_backend="auto",
+            window_size=None,
+            window_attn_skip_freq=None,
+            rope_scaling=None,
+        )
         made = {
             "model": LanguageModel(
                 TransformerConfig(num_layers=2, hidden_size=16, num_attention_heads=4, num_query_groups=2, **config)
             ),
             "data": PreTrainingDataModule(
-                **take(paths=dataset, seq_length=16, micro_batch_size=4, global_batch_size=4, val_samples=8)
+                **take(
+                    paths=dataset,
+                    seq_length=16,
+                    micro_batch_size=4,
+                    global_batch_size=4,
+                    val_samples=8,
+                    separate_documents=False,
+                )
             ),
             "optim": AdamW(**take(lr=1e-2, lr_scheduler=CosineAnnealing(warmup_steps=2))),
             "log": Log(**take(name="run", dir=str(tmp_path / "runs"), tensorboard=False, wandb=False)),

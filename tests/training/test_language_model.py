@@ -81,10 +81,14 @@ def test_accumulating_micro_batches_is_one_larger_batch(pretrain: Pretrain) -> N
         torch.testing.assert_close(parameters(small, 4)[name], tensor, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_gradients_are_clipped_to_the_norm_and_logged_as_they_were(pretrain: Pretrain, precision: str) -> None:
+def test_gradients_are_clipped_to_the_norm_and_logged_as_they_were(
+    pretrain: Pretrain, precision: str, apart: bool
+) -> None:
     probe = Probe()
-    run = pretrain(max_steps=3, gradient_clip_val=0.25, precision=precision, callbacks=[probe])
+    settings = {"precision": precision, "separate_documents": apart, "callbacks": [probe]}
+    run = pretrain(max_steps=3, gradient_clip_val=0.25, **settings)
     before = [float(row[0]) for row in rows(run, "grad_norm") if row[0]]
     after = [gradients.norm().item() for gradients in probe.gradients]
     assert len(after) >= 2 and all(norm > 0.5 for norm in before)
@@ -117,10 +121,13 @@ class Poison(Callback):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_that_is_not_finite_is_not_taken(parts: Parts, accumulate: int, precision: str, value: float) -> None:
+@pytest.mark.parametrize(("accumulate", "apart"), [(1, False), (2, False), (2, True)])
+def test_a_step_that_is_not_finite_is_not_taken(
+    parts: Parts, accumulate: int, apart: bool, precision: str, value: float
+) -> None:
     poison = Poison(6, value)
-    made = parts(callbacks=[poison], precision=precision, micro_batch_size=4 // accumulate, global_batch_size=4)
+    sizes = {"micro_batch_size": 4 // accumulate, "global_batch_size": 4}
+    made = parts(callbacks=[poison], precision=precision, separate_documents=apart, **sizes)
     with pytest.raises(NonFiniteError) as error:
         tasks.pretrain(**made)
     data, model = made["data"], made["model"]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fiddlehead import tasks
 from fiddlehead.data import ByteTokenizer
 from fiddlehead.errors import ConfigError
+from fiddlehead.training.attention import ranges
 from fiddlehead.training.checkpoint import load_transformer_state
 from tests.training.conftest import Parts
 
@@ -27,7 +30,7 @@ def test_the_parts_complete_each_other(parts: Parts) -> None:
     assert made["model"].config == found.config
     assert (found.accumulate_grad_batches, made["trainer"].accumulate_grad_batches) == (3, 3)
     assert (found.tokens_per_step, found.max_steps, found.world_size) == (6 * 16, 12, 1)
-    assert found.attention.backend == "sdpa"
+    assert [(layers, choice.backend) for layers, choice in found.attention] == [((0, 1), "sdpa_flash")]
     assert found.state_gib * 2**30 == 16 * found.parameters
 
 
@@ -103,4 +106,58 @@ def test_rows_are_for_people(parts: Parts) -> None:
     assert "4 heads in 2 groups of 4 channels" in text["model"]
     assert text["a step"] == "64 tokens: 1 devices x 2 sequences x 2 accumulated"
     assert text["the run"].startswith("12 steps, ")
-    assert text["attention"] == "sdpa on cpu"
+    assert text["attention"] == "sdpa_flash on cpu"
+
+
+def test_layers_with_another_window_are_told_apart(parts: Parts) -> None:
+    made = parts(window_size=(3, 0), window_attn_skip_freq=2, separate_documents=True)
+    found = plan(made)
+    (windowed, first), (full, second) = found.attention
+    assert (windowed, full) == ((0,), (1,))
+    assert first.spec.window_size == (3, 0) and second.spec.window_size == (-1, -1)
+    assert first.spec.packed and second.spec.packed
+    assert dict(found.rows())["attention"] == "sdpa_flash on cpu"  # said once, as it serves both
+
+
+def test_different_kernels_are_said_with_their_layers(parts: Parts) -> None:
+    found = plan(parts(window_size=(3, 0), window_attn_skip_freq=2))
+    (first, windowed), (second, full) = found.attention
+    mixed = ((first, windowed), (second, replace(full, candidates=("reference",))))
+    rows = replace(found, attention=mixed).rows()
+    assert rows[-2:] == [("attention", "sdpa_flash on cpu: layers 0"), ("", "reference on cpu: layers 1")]
+    measured = replace(found, attention=((first, replace(windowed, asked="measured", candidates=("flex", "cudnn"))),))
+    assert measured.rows()[-1] == ("attention", "the fastest of flex, cudnn on cpu")
+
+
+def test_the_layers_are_listed_as_ranges() -> None:
+    assert ranges([0, 1, 2, 3, 5, 7, 8]) == "0-3, 5, 7-8"
+
+
+def test_a_backend_that_cannot_serve_is_refused_with_its_reason(parts: Parts) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^model\.config\.attention_backend='flash2' .* on cpu: flash2: needs an NVIDIA"
+    ):
+        plan(parts(attention_backend="flash2"))
+
+
+def test_on_another_machine_only_what_no_gpu_can_do_is_refused(parts: Parts) -> None:
+    made = parts(attention_backend="flash2", precision="bf16-mixed")
+    made["model"].config = replace(made["model"].config, kv_channels=64)
+    found = tasks.plan_pretrain(made["model"], made["data"], made["trainer"], made["optim"], elsewhere=True)
+    assert found.attention == () and found.rows()[-1] == ("attention", "flash2, on the GPU that trains")
+    made = parts(attention_backend="flash2")
+    with pytest.raises(ConfigError, match=r"^model\.config\.attention_backend='flash2' .* on any GPU: .*float32"):
+        tasks.plan_pretrain(made["model"], made["data"], made["trainer"], made["optim"], elsewhere=True)
+
+
+def test_a_run_writes_down_which_kernel_served_it(parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tasks.pretrain(**parts(max_steps=1))
+    assert "attention: sdpa_flash on cpu\n" in capsys.readouterr().out
+    (entry,) = json.loads((run.path / "attention.json").read_text())
+    assert (entry["layers"], entry["asked"], entry["backend"]) == ([0, 1], "auto", "sdpa_flash")
+    assert (entry["spec"]["dtype"], entry["spec"]["num_query_groups"]) == ("float32", 2)
+    assert entry["reasons"]["cudnn"] and entry["packages"]["torch"] == torch.__version__
+    assert entry["target"] == {"device_type": "cpu", "name": "cpu", "capability": [0, 0]}
+    run = tasks.pretrain(**parts(max_steps=1, name="measured", attention_backend="measured"))
+    (entry,) = json.loads((run.path / "attention.json").read_text())
+    assert entry["backend"] is None and set(entry["candidates"]) >= {"sdpa_flash", "reference"}

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 
 from fiddlehead import tasks
 from fiddlehead.errors import ConfigError, StopRequested
+from fiddlehead.models import RopeScaling
 from fiddlehead.runs import RunDirectory, State, Status
 from fiddlehead.training import WarmupStableDecay
 from fiddlehead.training.checkpoint import DamagedCheckpointError
@@ -43,8 +44,16 @@ def assert_same_parameters(found: dict[str, torch.Tensor], expected: dict[str, t
         {"precision": "bf16-mixed"},
         {"val_check_interval": 3, "lr_scheduler": WarmupStableDecay(warmup_steps=5, decay_fraction=0.5)},
         {"val_samples": 0},
+        {
+            "separate_documents": True,
+            "seq_length": 48,
+            "micro_batch_size": 2,
+            "window_size": (7, 0),
+            "window_attn_skip_freq": (1, 0),
+            "rope_scaling": RopeScaling(),
+        },
     ],
-    ids=["plain", "dropout", "accumulation", "bf16", "validation-elsewhere", "no-validation"],
+    ids=["plain", "dropout", "accumulation", "bf16", "validation-elsewhere", "no-validation", "documents-and-windows"],
 )
 @pytest.mark.parametrize("killed_after", [6, 8])
 def test_a_killed_run_goes_on_exactly(

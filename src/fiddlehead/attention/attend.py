@@ -1,14 +1,25 @@
-"""The one attention function that models call."""
+"""The one attention function that models call.
+
+Shapes: B batch, T queries, S keys, H query heads, G key/value heads, D head dim, N sequences of a packed call.
+"""
 
 from __future__ import annotations
 
 import math
+import operator
+from typing import Any
 
 import torch
 
-from fiddlehead.attention.selection import BACKENDS, select
-from fiddlehead.attention.spec import AttentionSpec, Target
+from fiddlehead.attention.backend import Backend, Extras
+from fiddlehead.attention.kv_cache import KVCache
+from fiddlehead.attention.measure import Shape, fastest
+from fiddlehead.attention.selection import BACKENDS, explain, select
+from fiddlehead.attention.spec import AttentionSpec, Target, length_class
+from fiddlehead.attention.switches import Setting, must_be_deterministic, setting
 from fiddlehead.errors import ConfigError
+
+NO_LIMIT = (-1, -1)
 
 
 def attend(
@@ -17,39 +28,270 @@ def attend(
     v: torch.Tensor,
     *,
     causal: bool = True,
+    window_size: tuple[int, int] = NO_LIMIT,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    padding_mask: torch.Tensor | None = None,
     dropout: float = 0.0,
     scale: float | None = None,
+    deterministic: bool = False,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    kv_cache: KVCache | None = None,
+    new_lengths: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Scaled dot-product attention in flash-attn's layout, with grouped key/value heads.
 
     Query head h reads key/value head h // (H / G), so K and V keep their G heads and are not repeated in memory
-    where the kernel reads groups itself.
+    where the kernel reads groups itself. A query that sees no key yields zeros.
 
     Args:
-        q: queries, (B, T, H, D).
-        k: keys, (B, S, G, D), where G divides H.
-        v: values, (B, S, G, D).
+        q: queries, (B, T, H, D); packed (tokens, H, D).
+        k: keys, (B, S, G, D), where G divides H; packed (tokens, G, D).
+        v: values, as k.
         causal: query t sees keys up to t + S - T, that is, the last query sees every key (flash-attn's alignment).
+        window_size: how many keys to the left and to the right of its own position a query sees; -1 is no limit.
+            Under `causal` the right one counts for nothing.
+        softcap: scores become softcap x tanh(score / softcap) (Gemma 2); 0 leaves them.
+        alibi_slopes: (H,) or (B, H) float32; the score of query t and key s loses slope x |t + S - T - s|.
+        sinks: (H,), a logit in each softmax that has no value (gpt-oss); it gets a gradient.
+        padding_mask: (B, S) bool, true where the key is real.
         dropout: probability with which an attention weight is zeroed.
         scale: factor on the scores; 1 / sqrt(D) if None.
-        backend: "auto", or the name of a backend.
+        deterministic: ask for gradients that are the same each time, as PyTorch's
+            `use_deterministic_algorithms` and `NVTE_ALLOW_NONDETERMINISTIC_ALGO=0` do for every call.
+        cu_seqlens_q: packed: where each sequence begins, and the end of the last, (N + 1,) int32 on q's device.
+        cu_seqlens_k: the same of k and v; as `cu_seqlens_q` if None.
+        max_seqlen_q: packed: at least the longest sequence's length, which would cost a wait to read from the device.
+        max_seqlen_k: the same of k and v; as `max_seqlen_q` if None.
+        kv_cache: k and v are appended to it first, and q attends to all that it holds. A call that is refused
+            leaves it as it was. There are no gradients through it.
+        new_lengths: with a cache: how many of the T new positions each sequence has, (B,) integers on q's device; the
+            others are padding on the right, whose queries yield values without a meaning. All of them if None.
+        backend: "auto", "measured", or the name of a backend.
 
     Returns:
-        (B, T, H, D), in q's dtype.
+        The shape and dtype of q.
 
     Raises:
         ConfigError: the shapes do not fit together, or no backend can serve the call.
     """
-    B, T, H, D = q.shape if q.dim() == 4 else (0, 0, 0, 0)
-    S, G = k.shape[1:3] if k.dim() == 4 else (0, 0)
-    if not G or k.shape != (B, S, G, D) or v.shape != k.shape or H % G:
+    cache_lengths = page_table = None
+    page_size = new_positions = 0
+    if kv_cache is not None or new_lengths is not None:
+        _check_new(q, k, causal, kv_cache, new_lengths)
+    if kv_cache is not None:
+        new_positions = k.shape[1]
+        k, v, cache_lengths, page_table, page_size = kv_cache.write(k, v)
+    if cu_seqlens_q is not None:
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+    training = torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
+    )
+    call = (
+        q.shape,
+        k.shape,
+        v.shape,
+        max_seqlen_q,
+        max_seqlen_k,
+        q.dtype,
+        k.dtype,
+        v.dtype,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes is not None,
+        sinks is not None,
+        padding_mask is not None,
+        dropout,
+        deterministic,
+        training,
+        cu_seqlens_q is not None,
+        cache_lengths is not None,
+        page_size,
+    )
+    if torch.compiler.is_compiling():
+        spec, chosen, has_extras = _choose_while_tracing(call, q.device, backend)
+    else:
+        key = (call, q.device, backend, setting())
+        found = _chosen.get(key)
+        if found is None:
+            if len(_chosen) >= 4096:  # a decoder's keys grow with each token
+                _chosen.clear()
+            found = _chosen[key] = _choose(call, q.device, backend)
+        spec, chosen, has_extras = found
+    if kv_cache is not None:
+        kv_cache.advance(new_positions, new_lengths)
+    factor = 1 / math.sqrt(spec.head_dim) if scale is None else scale
+    if not has_extras:
+        return chosen.run(q, k, v, spec, factor, NOTHING)
+    extras = Extras(
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q or 0,
+        max_seqlen_k or 0,
+        padding_mask,
+        alibi_slopes,
+        sinks,
+        cache_lengths,
+        page_table,
+    )
+    return chosen.run(q, k, v, spec, factor, extras)
+
+
+def _check_new(
+    q: torch.Tensor, k: torch.Tensor, causal: bool, kv_cache: KVCache | None, new_lengths: torch.Tensor | None
+) -> None:
+    """Raises ConfigError if queries and new keys do not fit together, which a cache's own shape does not show."""
+    if kv_cache is None:
+        raise ConfigError("new_lengths is for calls with a kv_cache; without one, pack the sequences (cu_seqlens_q)")
+    if q.shape[0] != k.shape[0]:
+        raise ConfigError(f"q{tuple(q.shape)}, k{tuple(k.shape)} do not fit: expected as many sequences of both")
+    if new_lengths is not None and not (causal and q.shape[1] == k.shape[1]):
         raise ConfigError(
-            f"q{tuple(q.shape)}, k{tuple(k.shape)}, v{tuple(v.shape)} do not fit: "
-            "expected (B, T, H, D), (B, S, G, D), (B, S, G, D) with G dividing H"
+            f"new_lengths with causal={causal}, {q.shape[1]} queries and {k.shape[1]} new keys: needs the causal mask, "
+            "which keeps the padding out of sight, and as many queries as new keys"
         )
-    if causal and T > S:
-        raise ConfigError(f"q has {T} positions and k only {S}: under a causal mask the first queries would see no key")
-    spec = AttentionSpec(q.dtype, D, H, G, causal, dropout)
-    name = select(spec, Target.of(q), backend)
-    return BACKENDS[name].run(q, k, v, spec, 1 / math.sqrt(D) if scale is None else scale)
+
+
+NOTHING = Extras()
+_chosen: dict[Any, tuple[AttentionSpec, Backend, bool]] = {}
+"""How each kind of call is served: asking again would take longer than a small kernel runs."""
+
+
+def _choose(call: tuple[Any, ...], device: torch.device, backend: str) -> tuple[AttentionSpec, Backend, bool]:
+    """The spec of a call, the backend that serves it, and whether it has extras."""
+    spec = AttentionSpec(**_fields(*call))
+    return spec, BACKENDS[_serving(spec, device, backend, _shape(call, spec))], spec.has_extras
+
+
+def _choose_while_tracing(
+    call: tuple[Any, ...], device: torch.device, backend: str
+) -> tuple[AttentionSpec, Backend, bool]:
+    """The same under torch.compile, which traces the call again whenever the setting or the spec changes."""
+    fields = _fields(*call)
+    spec = AttentionSpec(**fields)
+    # Lengths may be symbolic and stay so, unless the choice depends on them.
+    shape = _shape(call, spec) if backend == "measured" else ()
+    name = _serving_while_tracing(tuple(fields.items()), device, backend, tuple(shape), setting())
+    return spec, BACKENDS[name], spec.has_extras
+
+
+@torch.compiler.assume_constant_result
+def _serving_while_tracing(
+    fields: tuple[tuple[str, Any], ...],
+    device: torch.device,
+    backend: str,
+    shape: tuple[int, ...],
+    _setting: Setting,
+) -> str:
+    """A constant of the graph, from nothing but constants."""
+    return _serving(AttentionSpec(**dict(fields)), device, backend, Shape(*shape) if shape else None)
+
+
+def _serving(spec: AttentionSpec, device: torch.device, backend: str, shape: Shape | None) -> str:
+    """The backend that serves the spec; raises ConfigError if none does."""
+    target = Target.of(device)
+    if backend != "measured":
+        return select(spec, target, backend)
+    choice = explain(spec, target, backend)
+    choice.required()
+    assert shape is not None
+    return fastest({name: BACKENDS[name] for name in choice.candidates}, spec, target, device, shape)
+
+
+def _shape(call: tuple[Any, ...], spec: AttentionSpec) -> Shape:
+    """The sizes that a measurement takes for this call."""
+    q, k, _, max_seqlen_q, max_seqlen_k = call[:5]
+    if spec.packed:
+        return Shape(max(1, q[0] // max_seqlen_q), max_seqlen_q, max_seqlen_k)
+    return Shape(q[0], q[1], k[0] * k[1] // q[0] if spec.page_size else k[1])
+
+
+def _fields(
+    q: torch.Size,
+    k: torch.Size,
+    v: torch.Size,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    dtype: torch.dtype,
+    dtype_k: torch.dtype,
+    dtype_v: torch.dtype,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi: bool,
+    sinks: bool,
+    padding_mask: bool,
+    dropout: float,
+    deterministic: bool,
+    training: bool,
+    packed: bool,
+    cached: bool,
+    page_size: int,
+) -> dict[str, Any]:
+    """The fields of the call's spec; raises ConfigError if its parts do not fit together."""
+    if packed:
+        if len(q) != 3 or len(k) != 3 or k[1] == 0 or k != v or q[2] != k[2] or q[1] % k[1]:
+            raise ConfigError(
+                f"q{tuple(q)}, k{tuple(k)}, v{tuple(v)} do not fit: "
+                "expected (tokens, H, D), (tokens, G, D), (tokens, G, D) with G dividing H"
+            )
+        if max_seqlen_q is None or max_seqlen_k is None:
+            raise ConfigError("max_seqlen_q=None: packed sequences need it, as reading it from the device would stall")
+        if padding_mask:
+            raise ConfigError("padding_mask is for sequences with padding; packed ones (cu_seqlens_q) have none")
+        T, S = max_seqlen_q, max_seqlen_k
+    else:
+        expected = len(q) == len(k) == 4 and k[2] > 0 and k == v and q[3] == k[3] and q[2] % k[2] == 0
+        if not expected or (q[0] != k[0] and not page_size):
+            raise ConfigError(
+                f"q{tuple(q)}, k{tuple(k)}, v{tuple(v)} do not fit: "
+                "expected (B, T, H, D), (B, S, G, D), (B, S, G, D) with G dividing H"
+            )
+        T, S = q[1], k[1]
+        if causal and T > S and not page_size:
+            raise ConfigError(
+                f"q has {T} positions and k only {S}: under a causal mask the first queries would see no key"
+            )
+    if dtype != dtype_k or dtype != dtype_v:
+        raise ConfigError(f"q is {dtype}, k {dtype_k} and v {dtype_v}: they must be of one dtype")
+    if min(window_size) < -1 or softcap < 0 or not 0 <= dropout < 1:
+        raise ConfigError(
+            f"window_size={window_size}, softcap={softcap}, dropout={dropout}: allowed: -1 or more, 0 or more, "
+            "and from 0 to below 1"
+        )
+    left, right = window_size
+    if not (page_size or cached):  # a window that leaves nothing out is none, and more backends do without
+        left = -1 if left >= S - 1 else left
+        right = -1 if right >= T - 1 else right
+        if causal and T == 1 and not packed:  # the only query sees every key anyway
+            causal, right = False, -1
+    if causal:
+        right = 0 if left >= 0 else -1
+    return {
+        "dtype": dtype,
+        # Symbolic under torch.compile(dynamic=True), which an index cannot be; the lengths may stay so.
+        "head_dim": operator.index(q[-1]),
+        "num_attention_heads": operator.index(q[-2]),
+        "num_query_groups": operator.index(k[-2]),
+        "causal": causal,
+        "window_size": (left, right),
+        "softcap": softcap,
+        "alibi": alibi,
+        "sinks": sinks,
+        "dropout": dropout,
+        "padding_mask": padding_mask,
+        "packed": packed,
+        "cached": cached,
+        "page_size": page_size,
+        "same_length": not cached if T == S else False,  # decided here: lengths may be symbolic under torch.compile
+        "length": 0 if page_size else length_class(S),
+        "training": training,
+        "deterministic": deterministic or must_be_deterministic(),
+    }

@@ -1,34 +1,42 @@
-"""PyTorch's scaled_dot_product_attention, which picks a kernel of its own."""
+"""What the backends that call PyTorch's own kernels share.
+
+They call the operator of one kernel directly: `scaled_dot_product_attention` would choose among the kernels itself, and
+its context manager for choosing costs more time than a small kernel takes and changes the state of the whole process.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-import torch.nn.functional as F
 
 from fiddlehead.attention.spec import AttentionSpec, Target
 
-
-def why_not(spec: AttentionSpec, target: Target) -> str | None:
-    """It serves every floating-point call."""
-    if not spec.dtype.is_floating_point:
-        return f"needs a floating-point dtype, not {spec.dtype}"
-    return None
+HALF = (torch.float16, torch.bfloat16)
 
 
-def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, scale: float) -> torch.Tensor:
-    """Attend: q (B, T, H, D), k and v (B, S, G, D); returns (B, T, H, D)."""
-    T, S = q.shape[1], k.shape[1]
-    mask = None
-    if spec.causal and 1 < T < S:  # is_causal would align the mask top-left; a single query sees every key anyway
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        dropout_p=spec.dropout,
-        is_causal=spec.causal and T == S,
-        scale=scale,
-        enable_gqa=spec.num_query_groups != spec.num_attention_heads,
-    )
-    return out.transpose(1, 2)
+def first(rules: Iterable[tuple[object, str]]) -> str | None:
+    """The reason of the first rule whose condition holds; None if none does."""
+    return next((reason for holds, reason in rules if holds), None)
+
+
+def outside(target: Target, lowest: int, highest: int) -> tuple[bool, str]:
+    """The rule on the GPU: its compute capability, written as in "sm90", from `lowest` to `highest`."""
+    if target.device_type != "cuda":
+        return True, f"needs an NVIDIA GPU, not {target.device_type}"
+    return not lowest <= target.sm <= highest, f"sm{target.sm}: made for sm{lowest} to sm{highest}"
+
+
+def dtype_name(spec: AttentionSpec) -> str:
+    """The dtype without "torch."."""
+    return str(spec.dtype).removeprefix("torch.")
+
+
+def hiding(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What added to the scores hides the keys where `mask` is false.
+
+    It is finite, so that a query that sees no key gets finite weights, whose output `seen` then takes away: infinity
+    less infinity would be NaN. A quarter of the lowest number leaves room for the kernels' factor of log2(e).
+    """
+    lowest = torch.finfo(dtype).min / 4
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)

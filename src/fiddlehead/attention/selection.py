@@ -2,32 +2,86 @@
 
 from __future__ import annotations
 
+import html
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import Any
 
-import torch
-
-from fiddlehead.attention import reference, sdpa
+from fiddlehead.attention import (
+    cudnn,
+    flash2,
+    flash3,
+    flash4,
+    flex,
+    reference,
+    sdpa_efficient,
+    sdpa_flash,
+    switches,
+)
+from fiddlehead.attention.backend import Backend
+from fiddlehead.attention.packages import Package
 from fiddlehead.attention.spec import AttentionSpec, Target
 from fiddlehead.errors import ConfigError, unknown
 
+logger = logging.getLogger(__name__)
 
-class Backend(Protocol):
-    """One kernel: a module of this package with these two functions."""
+BACKENDS: dict[str, Backend] = {
+    "flash2": flash2,
+    "flash3": flash3,
+    "flash4": flash4,
+    "cudnn": cudnn,
+    "sdpa_flash": sdpa_flash,
+    "sdpa_efficient": sdpa_efficient,
+    "flex": flex,
+    "reference": reference,
+}
+"""Every backend by name."""
 
-    def why_not(self, spec: AttentionSpec, target: Target) -> str | None:
-        """Why this backend cannot serve `spec` on `target`, or None if it can."""
-        ...
+CHOICES = ("auto", "measured", *BACKENDS)
+"""What may be asked for."""
 
-    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, scale: float) -> torch.Tensor:
-        """Attend: q (B, T, H, D), k and v (B, S, G, D); returns (B, T, H, D)."""
-        ...
+CPU = ("sdpa_flash", "flex", "reference")
+OLDER = ("sdpa_efficient", "flex", "reference")
+AMPERE = ("flash2", "sdpa_flash", "cudnn", "flash4", "flex", "sdpa_efficient", "reference")
+HOPPER = ("flash3", "flash4", "cudnn", "flash2", "sdpa_flash", "flex", "sdpa_efficient", "reference")
+DECODING = ("flash3", "flash2", "sdpa_flash", "flash4", "cudnn", "flex", "sdpa_efficient", "reference")
+"""On Hopper for few queries and many keys, which flash-attn 4 cannot split among the GPU's multiprocessors there."""
+BLACKWELL = ("flash4", "cudnn", "flash2", "sdpa_flash", "flex", "sdpa_efficient", "reference")
 
 
-BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "reference": reference}
-"""Every backend by name, the preferred one first."""
+def preference(spec: AttentionSpec, target: Target) -> Sequence[str]:
+    """The backends worth trying for `spec` on `target`, the best first.
+
+    With flash-attn 2 and cuDNN alone this is the order of NeMo and Transformer Engine: cuDNN first on Hopper and later,
+    flash-attn first on Ampere. Where flash-attn 3 or 4 is there, the order on Hopper is what an H100 measured.
+    """
+    if target.device_type != "cuda":
+        return CPU
+    if target.sm < 80:
+        return OLDER
+    if target.sm < 90:
+        return AMPERE
+    return _hopper(spec) if target.sm < 100 else BLACKWELL
+
+
+def _hopper(spec: AttentionSpec) -> Sequence[str]:
+    """flash-attn 3 is ahead once sequences are long; on short ones flash-attn 4, and where it starts slower cuDNN."""
+    narrow, shortest = spec.head_dim <= 64, 0 < spec.length <= 1024
+    if not spec.training:
+        if spec.cached or not (spec.causal or spec.same_length):
+            return DECODING
+        if narrow:
+            return _first("cudnn" if shortest else "flash4", HOPPER)
+        return HOPPER
+    if shortest and not narrow and 1 < spec.num_query_groups < spec.num_attention_heads:
+        return _first("cudnn", HOPPER)
+    return _first("flash4", HOPPER) if 0 < spec.length <= 2048 or (narrow and spec.packed) else HOPPER
+
+
+def _first(name: str, order: Sequence[str]) -> Sequence[str]:
+    return (name, *(other for other in order if other != name))
 
 
 @dataclass(frozen=True)
@@ -36,37 +90,124 @@ class Choice:
 
     spec: AttentionSpec
     target: Target
-    backend: str | None
+    asked: str
+    candidates: tuple[str, ...]
+    """The backends that can serve the spec, the preferred one first."""
     reasons: dict[str, str]
+    """Why each of the others cannot."""
+
+    @property
+    def backend(self) -> str | None:
+        """The backend taken; None if none can."""
+        return self.candidates[0] if self.candidates else None
+
+    def required(self) -> str:
+        """The backend taken.
+
+        Raises:
+            ConfigError: there is none; it lists every backend with its reason.
+        """
+        if self.backend is None:
+            raise ConfigError(
+                f"attention_backend={self.asked!r} cannot serve {self.spec} on {self.target.name}: "
+                + "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items())
+            )
+        return self.backend
+
+    @property
+    def measured(self) -> bool:
+        """Which of the candidates serves is decided by timing them when a call runs."""
+        return self.asked == "measured" and len(self.candidates) > 1
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Each backend in order of preference: name, "chosen", "kept", "dropped" or "not asked for", and the reason.
+
+        One that is not dropped has none, but may have a note on its package's version there.
+        """
+        rows = []
+        for name in _order(self.spec, self.target):
+            if name in self.reasons:
+                rows.append((name, "dropped", self.reasons[name]))
+            elif name in self.candidates:
+                package = getattr(self.target.packages, name, None)
+                verdict = "chosen" if name == self.backend and not self.measured else "kept"
+                rows.append((name, verdict, (package.note if isinstance(package, Package) else None) or ""))
+            else:
+                rows.append((name, "not asked for", ""))
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """The choice as JSON values; `backend` is None if none serves, or if that is still to be measured."""
+        target = asdict(self.target)
+        return {
+            "spec": {**asdict(self.spec), "dtype": str(self.spec.dtype).removeprefix("torch.")},
+            "asked": self.asked,
+            "backend": None if self.measured else self.backend,
+            "candidates": list(self.candidates),
+            "reasons": self.reasons,
+            "packages": target.pop("packages"),
+            "target": target,
+        }
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        width = max(len(name) for name, _, _ in rows)
+        lines = [f"  {name:{width}}  {verdict}{': ' if why else ''}{why}" for name, verdict, why in rows]
+        return "\n".join([f"{self.spec} on {self.target.name}", *lines])
+
+    def _repr_html_(self) -> str:
+        cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self.rows())
+        body = "".join(f"<tr>{row}</tr>" for row in cells)
+        caption = html.escape(f"{self.spec} on {self.target.name}")
+        head = "<tr><th>backend</th><th>verdict</th><th>reason</th></tr>"
+        return f"<table><caption>{caption}</caption><thead>{head}</thead><tbody>{body}</tbody></table>"
 
 
 def explain(spec: AttentionSpec, target: Target, backend: str = "auto") -> Choice:
-    """Says which backend serves `spec` on `target`: the first that can, or the one named.
+    """Says which backend serves `spec` on `target`, and why the others do not.
+
+    Args:
+        backend: "auto" takes the first in the order of `preference`; a name allows only that one; "measured" is "auto"
+            here, as the times are taken when a call runs.
 
     Raises:
-        ConfigError: `backend` is neither "auto" nor the name of a backend.
+        ConfigError: `backend` is none of these.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        raise ConfigError(f"attention_backend={backend!r}: {unknown('backend', backend, ['auto', *BACKENDS])}")
-    asked: Sequence[str] = list(BACKENDS) if backend == "auto" else [backend]
+    if backend not in CHOICES:
+        raise ConfigError(f"attention_backend={backend!r}: {unknown('backend', backend, CHOICES)}")
+    if switches.must_be_deterministic():
+        spec = replace(spec, deterministic=True)
+    off = switches.turned_off()
+    candidates: list[str] = []
     reasons: dict[str, str] = {}
-    for name in asked:
-        reason = BACKENDS[name].why_not(spec, target)
+    for name in _order(spec, target):
+        if backend in BACKENDS and name != backend:
+            continue
+        reason = f"turned off by {off[name]}=0" if name in off else BACKENDS[name].why_not(spec, target)
         if reason is None:
-            return Choice(spec, target, name, reasons)
-        reasons[name] = reason
-    return Choice(spec, target, None, reasons)
+            candidates.append(name)
+        else:
+            reasons[name] = reason
+    return Choice(spec, target, backend, tuple(candidates), reasons)
 
 
-@lru_cache(maxsize=256)
+def _order(spec: AttentionSpec, target: Target) -> list[str]:
+    """Every backend, those that are not worth trying last."""
+    order = preference(spec, target)
+    return [*order, *(name for name in BACKENDS if name not in order)]
+
+
 def select(spec: AttentionSpec, target: Target, backend: str = "auto") -> str:
-    """The name of the backend that serves `spec` on `target`.
+    """The name of the backend that serves `spec` on `target`, logged the first time.
 
     Raises:
         ConfigError: no backend can, or the one named cannot; it lists every reason.
     """
-    choice = explain(spec, target, backend)
-    if choice.backend is None:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.reasons.items())
-        raise ConfigError(f"attention_backend={backend!r} cannot serve this call: {reasons}")
-    return choice.backend
+    return _select(spec, target, backend, switches.setting())
+
+
+@lru_cache(maxsize=1024)
+def _select(spec: AttentionSpec, target: Target, backend: str, _setting: switches.Setting) -> str:
+    name = explain(spec, target, backend).required()
+    logger.info("attention: %s on %s for %s", name, target.name, spec)
+    return name

@@ -1,13 +1,37 @@
-"""What an attention call needs, apart from its numbers."""
+"""What an attention call needs apart from its numbers, and where it would run."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
+from fiddlehead.attention.packages import Packages, installed
+from fiddlehead.errors import ConfigError, unknown
 
-@dataclass(frozen=True)
+GPUS: dict[str, tuple[int, int]] = {
+    "v100": (7, 0),
+    "t4": (7, 5),
+    "a100": (8, 0),
+    "a10g": (8, 6),
+    "l4": (8, 9),
+    "l40s": (8, 9),
+    "rtx4090": (8, 9),
+    "h100": (9, 0),
+    "h200": (9, 0),
+    "b200": (10, 0),
+    "b300": (10, 3),
+    "rtx5090": (12, 0),
+}
+"""CUDA compute capability of the GPUs that `Target.gpu` knows by name."""
+
+
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+"""Up to which number of keys a call counts as how long; kernels differ in how they do on short sequences."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
     """What one attention call asks of a kernel; two calls with equal specs are served by the same backend.
 
@@ -20,7 +44,57 @@ class AttentionSpec:
     num_attention_heads: int
     num_query_groups: int
     causal: bool = True
+    window_size: tuple[int, int] = (-1, -1)
+    """Keys seen to the left and to the right of a query's own position; -1 is no limit."""
+    softcap: float = 0.0
+    """Scores become softcap x tanh(score / softcap); 0 leaves them."""
+    alibi: bool = False
+    sinks: bool = False
     dropout: float = 0.0
+    padding_mask: bool = False
+    packed: bool = False
+    """Sequences of different lengths lie one after another, without padding, borders in `cu_seqlens`."""
+    cached: bool = False
+    """Keys and values are a cache of which each sequence has filled another length."""
+    page_size: int = 0
+    """Positions in one page of a paged cache; 0: the cache is not paged."""
+    same_length: bool = True
+    """There are as many queries as keys."""
+    length: int = 0
+    """The least of `LENGTHS` that holds the longest sequence's keys; 0: longer, or not known."""
+    training: bool = True
+    """Gradients will be asked for."""
+    deterministic: bool = False
+    """Gradients must be the same, bit for bit, each time."""
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether a call has tensors beside q, k and v."""
+        return self.packed or self.cached or self.alibi or self.sinks or self.padding_mask
+
+    def __str__(self) -> str:
+        heads = f"{self.num_attention_heads}/{self.num_query_groups} heads of {self.head_dim}"
+        parts = [str(self.dtype).removeprefix("torch."), heads, "causal" if self.causal else "full"]
+        if self.window_size != (-1, -1):
+            parts.append(f"window {self.window_size}")
+        parts += [f"softcap {self.softcap:g}"] if self.softcap else []
+        parts += [name for name in ("alibi", "sinks") if getattr(self, name)]
+        parts += [f"dropout {self.dropout:g}"] if self.dropout else []
+        parts += ["padding mask"] if self.padding_mask else []
+        parts += ["packed"] if self.packed else []
+        if self.cached:
+            parts.append(f"cache in pages of {self.page_size}" if self.page_size else "cache")
+        elif not self.same_length:
+            parts.append("other query than key length")
+        parts += [f"up to {self.length} keys"] if self.length else []
+        parts.append("training" if self.training else "inference")
+        parts += ["deterministic"] if self.deterministic else []
+        return ", ".join(parts)
+
+
+def length_class(keys: int) -> int:
+    """What `AttentionSpec.length` is for this many keys."""
+    return next((length for length in LENGTHS if keys <= length), 0)
 
 
 @dataclass(frozen=True)
@@ -28,8 +102,47 @@ class Target:
     """Where a call would run; it need not be this machine."""
 
     device_type: str
+    name: str
+    capability: tuple[int, int] = (0, 0)
+    """CUDA compute capability; (0, 0) on a CPU."""
+    packages: Packages = field(default_factory=lambda: installed(probe=False))
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Target:
-        """The device that holds `tensor`."""
-        return cls(tensor.device.type)
+    def of(cls, device: torch.device) -> Target:
+        """A device of this machine, with the packages that are found to work on it.
+
+        Raises:
+            ConfigError: PyTorch finds no such device.
+        """
+        return _target_of(device.type, device.index)
+
+    @classmethod
+    def gpu(cls, name: str, packages: Packages | None = None) -> Target:
+        """A GPU by the name of its model, such as "h100", which need not be here.
+
+        Args:
+            packages: what is assumed to be installed beside it; None is what this environment says it has, which is
+                then not tried out.
+
+        Raises:
+            ConfigError: no such GPU is known.
+        """
+        key = name.lower()
+        if key not in GPUS:
+            raise ConfigError(f"gpu={name!r}: {unknown('GPU', key, list(GPUS))}")
+        return cls("cuda", key, GPUS[key], packages or installed(probe=False))
+
+    @property
+    def sm(self) -> int:
+        """The capability as NVIDIA's compiler writes it: 90 for (9, 0)."""
+        return self.capability[0] * 10 + self.capability[1]
+
+
+@lru_cache(maxsize=64)
+def _target_of(device_type: str, index: int | None) -> Target:
+    if device_type != "cuda":
+        return Target(device_type, device_type)
+    if not torch.cuda.is_available():
+        raise ConfigError("device cuda: PyTorch finds no CUDA GPU on this machine")
+    properties = torch.cuda.get_device_properties(index if index is not None else torch.cuda.current_device())
+    return Target("cuda", properties.name, (properties.major, properties.minor), installed(probe=True))

@@ -6,34 +6,38 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fiddlehead.data.documents import separate
 from fiddlehead.data.sampler import GlobalBatchSampler
 from fiddlehead.data.token_file import TokenFile
 
+Batch = dict[str, Any]
+"""Tensors by name, and `max_seqlen`, a number."""
 
-class Windows(Dataset[dict[str, Tensor]]):
+
+class Windows(Dataset[Batch]):
     """Sample i is the seq_length + 1 tokens from i * seq_length on: the inputs, and the labels one token later."""
 
-    def __init__(self, tokens: TokenFile, seq_length: int) -> None:
+    def __init__(self, tokens: TokenFile, seq_length: int, *, separate_documents: bool = False) -> None:
         self.tokens = tokens
         self.seq_length = seq_length
+        self.separate_documents = separate_documents
 
     def __len__(self) -> int:
         return max(0, len(self.tokens) - 1) // self.seq_length
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: values[0] for name, values in self.__getitems__([index]).items()}
-
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
         """A whole batch at once, which the data loader's collation then has only to pass on."""
         windows = torch.from_numpy(self.tokens.windows([i * self.seq_length for i in indices], self.seq_length + 1))
-        return {
+        batch: Batch = {
             "input_ids": windows[:, :-1].contiguous(),
             "labels": windows[:, 1:].contiguous(),
             "index": torch.tensor(indices),
         }
+        if self.separate_documents:
+            batch |= separate(batch["input_ids"], batch["labels"], self.tokens.info.eos_id)
+        return batch
 
 
 class Batches:
@@ -57,7 +61,7 @@ class Batches:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         return iter(self._loader)
 
     def state_dict(self) -> dict[str, Any]:

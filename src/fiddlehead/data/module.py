@@ -36,6 +36,13 @@ class PreTrainingDataModule(pl.LightningDataModule):
     continues needs no state of its data. Validation sees at most `val_samples` windows, always the same, spread evenly
     over the validation split, and as many on every rank; 0 is no validation.
 
+    `separate_documents` keeps the documents of a window apart, in training and validation: a token sees its own
+    document only, positions start anew with each, and what follows a document's end is not to be predicted, so that
+    each is as if it were alone. (No token is then predicted from the end before it: a model that is to write without a
+    prompt learns how documents begin only without this option.) It is what NeMo's `reset_attention_mask`,
+    `reset_position_ids` and `eod_mask_loss` are together, without a mask in memory: a batch then also has `cu_seqlens`,
+    int32, and `max_seqlen`, for attention on packed sequences, and -100 for labels that do not count.
+
     Raises one `ConfigError` for all sizes that make no sense.
     """
 
@@ -47,6 +54,7 @@ class PreTrainingDataModule(pl.LightningDataModule):
         micro_batch_size: int = 4,
         global_batch_size: int = 8,
         val_samples: int = 256,
+        separate_documents: bool = False,
         num_workers: int = 0,
         seed: int = 1234,
         cache_dir: str | Path | None = None,
@@ -74,6 +82,7 @@ class PreTrainingDataModule(pl.LightningDataModule):
         self.micro_batch_size = micro_batch_size
         self.global_batch_size = global_batch_size
         self.val_samples = val_samples
+        self.separate_documents = separate_documents
         self.num_workers = num_workers
         self.seed = seed
         self.cache_dir = cache_dir
@@ -146,7 +155,9 @@ class PreTrainingDataModule(pl.LightningDataModule):
         vocab_size = None if given is None else given.vocab_size
         train, val = (
             Windows(
-                TokenFile(directory, s, expect_fingerprint=fingerprint, expect_vocab_size=vocab_size), self.seq_length
+                TokenFile(directory, s, expect_fingerprint=fingerprint, expect_vocab_size=vocab_size),
+                self.seq_length,
+                separate_documents=self.separate_documents,
             )
             for s in SPLITS
         )

@@ -3,15 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeGuard, get_args
 
-from fiddlehead.attention import BACKENDS
+import torch
+
+from fiddlehead.attention import CHOICES, AttentionSpec
+from fiddlehead.attention.spec import length_class
 from fiddlehead.errors import ConfigError, unknown
 
 Normalization = Literal["RMSNorm", "LayerNorm"]
 Activation = Literal["swiglu", "gelu"]
 PositionEmbedding = Literal["rope", "learned_absolute", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Slower rotary positions for longer sequences than a model first learned, as in Llama 3.1; NeMo's names.
+
+    A channel pair that turns at least `high_freq_factor` times within `old_context_len` positions stays as it is, one
+    that turns at most `low_freq_factor` times is slowed down by `scale_factor`, and between them it is interpolated.
+    """
+
+    scale_factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    old_context_len: int = 8192
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}={value!r}: must be a number above 0"
+            for name, value in vars(self).items()
+            if not _is_number(value) or not value > 0
+        ]
+        if not problems and self.low_freq_factor >= self.high_freq_factor:
+            problems = [
+                f"low_freq_factor={self.low_freq_factor!r}: must be below high_freq_factor={self.high_freq_factor!r}"
+            ]
+        if problems:
+            raise ConfigError(*problems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +69,23 @@ class TransformerConfig:
     activation: Activation = "swiglu"
     position_embedding_type: PositionEmbedding = "rope"
     rotary_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
     share_embeddings_and_output_weights: bool = False
+    window_size: tuple[int, int] | None = None
+    """Sliding window: how many tokens to the left and to the right of its own a token sees, -1 for all; None is all.
+    As attention is causal, there is nothing to the right: (1023, 0) is Mistral's and Gemma's window of 1024."""
+    window_attn_skip_freq: int | tuple[int, ...] | None = None
+    """Which layers have the window: None is all, N all but every N-th, and a list of num_layers numbers says 1 for a
+    layer that has it and 0 for one that sees everything."""
+    attn_logit_softcapping: float | None = None
+    """Scores become cap x tanh(score / cap) (Gemma 2); None leaves them."""
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     init_method_std: float = 0.02
     attention_backend: str = "auto"
-    """"auto", or the name of an attention backend."""
+    """"auto", "measured", or the name of an attention backend."""
 
     def __post_init__(self) -> None:
         problems = list(self._problems())
@@ -68,6 +107,59 @@ class TransformerConfig:
         """Width inside the feed-forward layer."""
         return self.ffn_hidden_size or 4 * self.hidden_size
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TransformerConfig:
+        """The configuration of which `values` is the `asdict`, also after it was written as JSON and read again.
+
+        Raises:
+            ConfigError: it has a field that is unknown here, or a value that makes no model.
+        """
+        names = [field.name for field in fields(cls)]
+        if strange := [f"{name}: {unknown('field', name, names)}" for name in values if name not in names]:
+            raise ConfigError(*strange)
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        if isinstance(scaling := values.get("rope_scaling"), dict):
+            values["rope_scaling"] = RopeScaling(**scaling)
+        return cls(**values)
+
+    def window(self, layer: int) -> tuple[int, int]:
+        """How far to the left and right the layer of this index, from 0, sees; -1 is all."""
+        skip = self.window_attn_skip_freq
+        full = (layer + 1) % skip == 0 if isinstance(skip, int) else skip is not None and not skip[layer]
+        return (-1, -1) if self.window_size is None or full else self.window_size
+
+    def attention_spec(
+        self, layer: int, dtype: torch.dtype, *, packed: bool = False, training: bool = True
+    ) -> AttentionSpec:
+        """What the layer of this index, from 0, asks of an attention kernel on sequences of `seq_length`.
+
+        It is the spec that `attend` finds in the layer's call; in a packed one if the longest document is as long.
+        """
+        left, _ = self.window(layer)
+        if self.seq_length is not None and left >= self.seq_length - 1:
+            left = -1
+        return AttentionSpec(
+            dtype=dtype,
+            head_dim=self.head_dim,
+            num_attention_heads=self.num_attention_heads,
+            num_query_groups=self.groups,
+            window_size=(left, 0 if left >= 0 else -1),
+            softcap=self.attn_logit_softcapping or 0.0,
+            dropout=self.attention_dropout if training else 0.0,
+            packed=packed,
+            length=length_class(self.seq_length) if self.seq_length else 0,
+            training=training,
+        )
+
+    def attention_specs(
+        self, dtype: torch.dtype, *, packed: bool = False, training: bool = True
+    ) -> dict[AttentionSpec, list[int]]:
+        """The different specs of the layers, each with the indices of the layers that have it."""
+        specs: dict[AttentionSpec, list[int]] = {}
+        for layer in range(self.num_layers):
+            specs.setdefault(self.attention_spec(layer, dtype, packed=packed, training=training), []).append(layer)
+        return specs
+
     def num_matmul_parameters(self) -> int:
         """Parameters that every token is multiplied with: all but norms, biases and the embedding lookup."""
         H, G, D = self.num_attention_heads, self.groups, self.head_dim
@@ -78,11 +170,16 @@ class TransformerConfig:
     def train_flops_per_token(self, seq_length: int) -> float:
         """Model FLOPs that one token costs in training, forward and backward, recomputation not counted.
 
-        6 per matmul parameter (Kaplan et al. 2020) plus attention's two products, of which a causal mask needs half:
-        6 x layers x seq_length x heads x head_dim.
+        6 per matmul parameter (Kaplan et al. 2020) plus attention's two products, 12 x heads x head_dim for each key
+        that a token sees. Under a causal mask that is half of seq_length on average, and less in a layer with a
+        window; documents that are kept apart are counted as if they were not.
         """
-        attention = 6 * self.num_layers * seq_length * self.num_attention_heads * self.head_dim
-        return 6.0 * self.num_matmul_parameters() + attention
+        keys = 0.0
+        for layer in range(self.num_layers):
+            left, _ = self.window(layer)
+            seen = seq_length if left < 0 else min(left + 1, seq_length)
+            keys += seen * (1 - seen / (2 * max(1, seq_length)))
+        return 6.0 * self.num_matmul_parameters() + 12 * keys * self.num_attention_heads * self.head_dim
 
     def _problems(self) -> Iterator[str]:
         """Yields a line for each impossible value; the comparisons between fields only look at sound ones."""
@@ -93,7 +190,7 @@ class TransformerConfig:
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not (_is_whole(value) and value >= 1):
                 bad.add(name)
                 yield f"{name}={value!r}: must be a whole number of 1 or more{' or None' if name in optional else ''}"
         choices = {
@@ -113,8 +210,12 @@ class TransformerConfig:
             value = getattr(self, name)
             if not _is_number(value) or not value > 0:
                 yield f"{name}={value!r}: must be a number above 0"
-        if self.attention_backend not in ("auto", *BACKENDS):
-            said = unknown("backend", str(self.attention_backend), ["auto", *BACKENDS])
+        yield from self._window_problems(bad)
+        cap = self.attn_logit_softcapping
+        if cap is not None and (not _is_number(cap) or not cap > 0):
+            yield f"attn_logit_softcapping={cap!r}: must be a number above 0 or None"
+        if self.attention_backend not in CHOICES:
+            said = unknown("backend", str(self.attention_backend), CHOICES)
             yield f"attention_backend={self.attention_backend!r}: {said}"
         heads, groups = self.num_attention_heads, self.num_query_groups
         if not bad & {"num_attention_heads", "num_query_groups"} and groups and heads % groups:
@@ -132,6 +233,30 @@ class TransformerConfig:
         elif self.position_embedding_type == "rope" and self.head_dim % 2:
             name = "kv_channels" if self.kv_channels else "hidden_size / num_attention_heads"
             yield f"{name}={self.head_dim} is odd: rotary positions turn pairs of channels"
+
+    def _window_problems(self, bad: set[str]) -> Iterator[str]:
+        window, skip = self.window_size, self.window_attn_skip_freq
+        if window is not None and (
+            not isinstance(window, tuple)
+            or len(window) != 2
+            or not all(_is_whole(side) and side >= -1 for side in window)
+        ):
+            yield f"window_size={window!r}: must be two whole numbers of -1 or more, (left, right), or None"
+        if skip is None:
+            return
+        if window is None:
+            yield f"window_attn_skip_freq={skip!r}: there is no window; set window_size, or leave it None"
+        if isinstance(skip, tuple):
+            if any(mark not in (0, 1) for mark in skip):
+                yield f"window_attn_skip_freq={list(skip)!r}: each must be 1, with the window, or 0, without"
+            elif "num_layers" not in bad and len(skip) != self.num_layers:
+                yield f"window_attn_skip_freq has {len(skip)} numbers; num_layers={self.num_layers} needs as many"
+        elif not _is_whole(skip) or skip < 1:
+            yield f"window_attn_skip_freq={skip!r}: must be a whole number of 1 or more, a list of 0 and 1, or None"
+
+
+def _is_whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:

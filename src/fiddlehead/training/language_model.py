@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 
+from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.errors import RunError
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.training.optim import AdamW
@@ -37,6 +38,8 @@ class LanguageModel(LightningModule):
         self.token_bytes: torch.Tensor | None = None
         self._loss_sum = torch.zeros(())
         self._losses = 0
+        self._labelled: list[torch.Tensor] = []
+        self._share: torch.Tensor | float = 1.0
         self._first_bad_step: torch.Tensor | None = None
 
     def configure_model(self) -> None:
@@ -48,21 +51,36 @@ class LanguageModel(LightningModule):
         """Takes from the data how many bytes a token stands for."""
         self.token_bytes = self.trainer.datamodule.token_bytes  # type: ignore[attr-defined]
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids (B, T) to logits (B, T, V)."""
+    def forward(
+        self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor | None = None, max_seqlen: int | None = None
+    ) -> torch.Tensor:
+        """Token ids (B, T) to logits (B, T, V); the others keep documents apart, as in `Transformer.forward`."""
         assert self.transformer is not None
-        return self.transformer(input_ids)
+        return self.transformer(input_ids, cu_seqlens, max_seqlen)
 
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        """The mean cross-entropy, in nats a token."""
-        loss = F.cross_entropy(self(batch["input_ids"]).flatten(0, 1).float(), batch["labels"].flatten())
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        """The cross-entropy, in nats a token: the mean over the tokens that have a label.
+
+        Where some have none, the sum is divided by the number of all tokens. That number is the same in every
+        micro-batch and on every rank, so each label weighs the same in the step; `_scale_and_clip` does the rest.
+        """
+        nats, labels = self._nats(batch)
+        loss = nats / labels.numel()
+        if "cu_seqlens" in batch:
+            self._labelled.append((labels != NO_LABEL).float().mean())
         self._loss_sum = self._loss_sum.to(loss.device) + loss.detach()
         self._losses += 1
         return loss
 
+    def _nats(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of the cross-entropy over a batch, and its labels, (B x T,)."""
+        logits = self(batch["input_ids"], batch.get("cu_seqlens"), batch.get("max_seqlen"))
+        labels = batch["labels"].flatten()
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum", ignore_index=NO_LABEL), labels
+
     def take_loss(self) -> torch.Tensor:
-        """The mean loss of the micro-batches since it was last taken, on this rank."""
-        loss = self._loss_sum / max(self._losses, 1)
+        """The mean loss since it was last taken, of which the mean over the ranks is that of the step."""
+        loss = self._loss_sum / max(self._losses, 1) / self._share
         self._loss_sum, self._losses = torch.zeros_like(self._loss_sum), 0
         return loss
 
@@ -93,8 +111,25 @@ class LanguageModel(LightningModule):
         """
         limit = float(gradient_clip_val or math.inf)
         self.lr = optimizer.param_groups[0]["lr"]  # noted here, as the schedule moves on before the step is logged
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        if self._labelled:
+            self.grad_norm = self._scale_and_clip(limit)
+        else:
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
         self._note_non_finite()
+
+    def _scale_and_clip(self, limit: float) -> torch.Tensor:
+        """Makes the gradients those of the mean over the labels of the whole step, and clips them to the norm `limit`.
+
+        One factor does both, as another pass over all gradients would take time. Returns the norm before clipping.
+        """
+        share = torch.stack(self._labelled).mean()
+        self._share = torch.as_tensor(self.trainer.strategy.reduce(share, reduce_op="mean"))
+        self._labelled = []
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) / self._share
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0) / self._share
+        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+        return norm
 
     def _note_non_finite(self) -> None:
         """Stops before the optimizer's step on a CPU; on a GPU only remembers the step, as looking would stall it."""
@@ -120,14 +155,14 @@ class LanguageModel(LightningModule):
         """Starts the sums of a validation: nats, tokens, bytes."""
         self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
 
-    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Adds one batch to the sums."""
-        labels = batch["labels"].flatten()
-        nats = F.cross_entropy(self(batch["input_ids"]).flatten(0, 1).float(), labels, reduction="sum")
+        nats, labels = self._nats(batch)
+        counted = labels != NO_LABEL
         self._validation[0] += nats
-        self._validation[1] += labels.numel()
+        self._validation[1] += counted.sum()
         if self.token_bytes is not None:
-            self._validation[2] += self.token_bytes.to(labels.device)[labels].sum()
+            self._validation[2] += (self.token_bytes.to(labels.device)[labels * counted] * counted).sum()
 
     def on_validation_epoch_end(self) -> None:
         """Logs `val_loss` in nats a token and, where the tokenizer knows its bytes, `val_nats_per_byte`."""

@@ -1,0 +1,58 @@
+"""What each backend is: a module of this package that says what it cannot do and runs the rest.
+
+Shapes: B batch, T queries, S keys, H query heads, G key/value heads, D head dim, N sequences of a packed call.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+
+from fiddlehead.attention.spec import AttentionSpec, Target
+
+
+class Extras(NamedTuple):
+    """What only some calls have beside q, k and v."""
+
+    cu_seqlens_q: torch.Tensor | None = None
+    """Packed: where each sequence of q begins, and the end of the last, (N + 1,) int32; q is then (tokens, H, D)."""
+    cu_seqlens_k: torch.Tensor | None = None
+    """The same of k and v, (tokens, G, D)."""
+    max_seqlen_q: int = 0
+    """Packed: at least the longest sequence's length."""
+    max_seqlen_k: int = 0
+    padding_mask: torch.Tensor | None = None
+    """(B, S) bool, true where the key is real."""
+    alibi_slopes: torch.Tensor | None = None
+    """(H,) or (B, H) float32; the scores lose slope x distance (Press et al. 2022)."""
+    sinks: torch.Tensor | None = None
+    """(H,): a logit that every query's softmax counts beside its keys, and that has no value."""
+    cache_lengths: torch.Tensor | None = None
+    """Cached: how many positions of k and v each sequence has filled, (B,) int32."""
+    page_table: torch.Tensor | None = None
+    """Paged: the page of each sequence's n-th piece, (B, pages) int32; k and v are then (pages, page size, G, D)."""
+
+
+class Run(Protocol):
+    """Attends: q (B, T, H, D), k and v (B, S, G, D), or packed as `extras` says; returns q's shape and dtype.
+
+    It can be differentiated by q, k, v and sinks.
+    """
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, scale: float, extras: Extras
+    ) -> torch.Tensor: ...
+
+
+class Backend(Protocol):
+    """One kernel: a module of this package with these two functions."""
+
+    @property
+    def run(self) -> Run:
+        """Runs a call whose spec `why_not` accepts."""
+        ...
+
+    def why_not(self, spec: AttentionSpec, target: Target) -> str | None:
+        """Why this backend cannot serve `spec` on `target`, or None if it can."""
+        ...

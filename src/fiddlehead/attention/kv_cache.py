@@ -1,0 +1,193 @@
+"""Keys and values kept for the next token.
+
+Shapes: B sequences, T new positions of each, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fiddlehead.errors import ConfigError
+
+
+class Written(NamedTuple):
+    """What attention reads once the new positions are written; the names are those of `Extras`."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    cache_lengths: torch.Tensor | None
+    page_table: torch.Tensor | None
+    page_size: int
+
+
+class KVCache:
+    """The keys and values of one layer for B sequences, which `attend(..., kv_cache=cache)` appends to and reads.
+
+    As long as all sequences are equally long and the cache is not paged, attention reads plain views of what is filled,
+    and any backend serves. Otherwise each sequence's length is kept on the device, attention reads the whole storage,
+    whose shape never changes, and only backends that know lengths of caches serve. The host never waits for the device.
+
+    There are no gradients: decode under `torch.no_grad()`.
+    """
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, page_table: torch.Tensor | None = None) -> None:
+        """Takes storage that is there; `allocate` makes it.
+
+        Args:
+            k: (B, max_length, G, D); paged (pages, page size, G, D), of which some may belong to other caches. Kernels
+                multiply what is not filled by zero, so it must hold neither NaN nor infinity.
+            v: as k.
+            page_table: paged: the pages of each sequence in order, (B, pages of a sequence) int32.
+
+        Raises:
+            ConfigError: the shapes, dtypes or devices do not fit together.
+        """
+        if k.dim() != 4 or k.shape != v.shape or (k.dtype, k.device) != (v.dtype, v.device):
+            raise ConfigError(
+                f"k{tuple(k.shape)} {k.dtype} on {k.device} and v{tuple(v.shape)} {v.dtype} on {v.device}: "
+                "expected two alike of four dimensions"
+            )
+        if page_table is not None and (page_table.dim() != 2 or page_table.dtype != torch.int32):
+            raise ConfigError(
+                f"page_table{tuple(page_table.shape)} {page_table.dtype}: expected (B, pages of a sequence) int32"
+            )
+        self.k = k
+        self.v = v
+        self.page_table = page_table
+        self.page_size = 0 if page_table is None else k.shape[1]
+        self.batch, self.max_length = k.shape[:2] if page_table is None else page_table.shape
+        self.max_length *= self.page_size or 1
+        self._rows = torch.arange(self.batch, device=k.device)[:, None]
+        # Changed in place alone, so that a captured CUDA graph finds it and moves on with each replay.
+        self._lengths = torch.zeros(self.batch, dtype=torch.int32, device=k.device)
+        self.reset()
+
+    @classmethod
+    def allocate(
+        cls,
+        batch: int,
+        max_length: int,
+        num_query_groups: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        page_size: int = 0,
+    ) -> KVCache:
+        """An empty cache.
+
+        Args:
+            max_length: positions of each sequence, rounded up to whole pages.
+            num_query_groups: key/value heads.
+            page_size: positions in a page; 0: not paged. flash-attn 2 takes multiples of 256.
+
+        Raises:
+            ConfigError: a size is below 1, or `page_size` below 0.
+        """
+        sizes = {"batch": batch, "max_length": max_length, "num_query_groups": num_query_groups, "head_dim": head_dim}
+        problems = [f"{name}={size}: at least 1" for name, size in sizes.items() if size < 1]
+        if page_size < 0:
+            problems.append(f"page_size={page_size}: at least 1, or 0 for a cache that is not paged")
+        if problems:
+            raise ConfigError(*problems)
+        page_table, blocks, positions = None, batch, max_length
+        if page_size:
+            pages = -(-max_length // page_size)
+            blocks, positions = batch * pages, page_size
+            page_table = torch.arange(blocks, dtype=torch.int32, device=device).view(batch, pages)
+        k, v = (
+            torch.zeros(blocks, positions, num_query_groups, head_dim, dtype=dtype, device=device) for _ in range(2)
+        )
+        return cls(k, v, page_table)
+
+    @property
+    def length(self) -> int:
+        """The positions taken of each sequence, padding counted: what none is longer than."""
+        return self._taken
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """How many positions each sequence holds, a new (B,) int32 tensor."""
+        return self._lengths.clone() if self._on_device else torch.full_like(self._lengths, self._taken)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage of keys and values, filled or not."""
+        return self.k.nbytes + self.v.nbytes
+
+    def reset(self) -> None:
+        """Empties the cache; its storage stays."""
+        self._taken = 0
+        self._on_device = self.page_table is not None
+        """Whether `_lengths` counts, and not `_taken` alone."""
+        self._lengths.zero_()
+
+    def write(self, k: torch.Tensor, v: torch.Tensor) -> Written:
+        """Writes new positions behind those that are held, among which they count only after `advance`.
+
+        Args:
+            k: (B, T, G, D) in the cache's dtype.
+            v: as k.
+
+        Returns:
+            What attention reads: keys and values with the new positions at each sequence's end.
+
+        Raises:
+            ConfigError: they do not fit to the cache, there is no room for them, or they ask for gradients.
+        """
+        T = self._checked(k, v)
+        if not self._on_device:
+            end = self._taken + T
+            self.k[:, self._taken : end] = k
+            self.v[:, self._taken : end] = v
+            return Written(self.k[:, :end], self.v[:, :end], None, None, 0)
+        position = self._lengths[:, None] + torch.arange(T, device=k.device)
+        block = self._rows
+        if self.page_table is not None:
+            block = self.page_table.gather(1, position // self.page_size)
+            position = position % self.page_size
+        self.k[block, position] = k
+        self.v[block, position] = v
+        return Written(self.k, self.v, self._lengths + T, self.page_table, self.page_size)
+
+    def advance(self, T: int, new_lengths: torch.Tensor | None = None) -> None:
+        """Counts T positions that `write` has written.
+
+        Args:
+            new_lengths: how many of the T each sequence keeps, (B,) integers from 0 to T; all if None. The next write
+                goes over the others, which were padding on the right. From here on the lengths are on the device.
+
+        Raises:
+            ConfigError: `new_lengths` is not (B,).
+        """
+        if new_lengths is not None:
+            if new_lengths.shape != (self.batch,):
+                raise ConfigError(f"new_lengths{tuple(new_lengths.shape)}: expected ({self.batch},), one a sequence")
+            if not self._on_device:
+                self._lengths.fill_(self._taken)
+                self._on_device = True
+        if self._on_device:
+            self._lengths += T if new_lengths is None else new_lengths
+        self._taken += T
+
+    def _checked(self, k: torch.Tensor, v: torch.Tensor) -> int:
+        """T, the number of new positions of each sequence."""
+        G, D = self.k.shape[2:]
+        if k.dim() != 4 or (k.shape[0], *k.shape[2:]) != (self.batch, G, D) or k.shape != v.shape:
+            raise ConfigError(
+                f"k{tuple(k.shape)}, v{tuple(v.shape)} do not fit the cache: expected ({self.batch}, T, {G}, {D}) twice"
+            )
+        if k.dtype != self.k.dtype or v.dtype != self.k.dtype or k.device != self.k.device or v.device != self.k.device:
+            raise ConfigError(
+                f"k is {k.dtype} on {k.device} and v {v.dtype} on {v.device}: "
+                f"the cache is {self.k.dtype} on {self.k.device}"
+            )
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            raise ConfigError("kv_cache: it has no gradients; decode under torch.no_grad()")
+        if self._taken + k.shape[1] > self.max_length:
+            raise ConfigError(
+                f"max_length={self.max_length}: {self._taken} positions are taken, padding counted, "
+                f"and {k.shape[1]} more do not fit"
+            )
+        return k.shape[1]

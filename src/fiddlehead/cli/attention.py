@@ -1,0 +1,280 @@
+"""`fiddlehead attention explain` and `fiddlehead doctor`: which kernel serves a model, and which ones work here."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from fiddlehead.cli.common import (
+    AllowOption,
+    OverridesArgument,
+    add_row,
+    complete_recipe,
+    load_recipe,
+    show,
+    table,
+)
+from fiddlehead.errors import ConfigError, unknown
+
+if TYPE_CHECKING:
+    from fiddlehead.attention import Choice, Packages, Target
+    from fiddlehead.recipe import Recipe
+
+app = typer.Typer(no_args_is_help=True, help="See which attention kernel serves a model, and why.")
+
+DEFAULT_GPU = "h100"
+"""What a recipe for a GPU is explained for on a machine that has none, if nothing is said."""
+
+DISTRIBUTIONS = {"flash2": "flash-attn", "flash3": "flash-attn-3", "flash4": "flash-attn-4"}
+"""How the package of each backend is called where it is installed from."""
+
+
+@app.command("explain")
+def explain(
+    overrides: list[str] = OverridesArgument,
+    factory: str = typer.Option(
+        ...,
+        "--factory",
+        "-f",
+        metavar="RECIPE",
+        help="A recipe's name, module:function, @file.yaml or a run.",
+        autocompletion=complete_recipe,
+    ),
+    gpu: str = typer.Option(None, "--gpu", metavar="NAME", help="A GPU that need not be here, such as a100 or b200."),
+    assume: list[str] = typer.Option(
+        None, "--assume", metavar="NAME=VERSION", help="Take this version, or none, for torch, cudnn or a flash-attn."
+    ),
+    as_json: bool = typer.Option(False, "--json", help="The same, for programs."),
+    allow: list[str] = AllowOption,
+) -> None:
+    """Show which attention kernel serves each layer of a recipe's model, and why not the others.
+
+    Without --gpu it is this machine's GPU, if it has one and the recipe wants one. For a GPU that is not here nothing
+    is tried out: the versions installed here are assumed, or those given with --assume.
+
+    Example:  fiddlehead attention explain -f llama3_8b --gpu h100 --assume flash-attn-4=4.0.0b36
+    """
+    recipe, name = load_recipe(factory, overrides or (), allow or ())
+    explained = _Explained(recipe, name, gpu, assume or ())
+    if as_json:
+        print(json.dumps(explained.to_dict(), indent=1))  # noqa: T201
+    else:
+        explained.show()
+    if not all(choice.candidates for _, choice in explained.choices):
+        raise typer.Exit(1)
+
+
+def doctor(as_json: bool = typer.Option(False, "--json", help="The same, for programs.")) -> None:
+    """Try every attention kernel on this machine, and say what to install.
+
+    Each runs forward and backward and is compared with the reference. The exit code is 1 if a package is installed but
+    broken, or if nothing works.
+    """
+    try:
+        from fiddlehead.attention.doctor import examine
+    except (ImportError, OSError) as error:
+        print(f"error: PyTorch cannot be imported: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        raise typer.Exit(1) from None
+    report = examine()
+    if as_json:
+        print(json.dumps({**asdict(report), "healthy": report.healthy}, indent=1))  # noqa: T201
+    else:
+        facts, backends = table("", ""), table("backend", "version", "state", "relative error")
+        facts.show_header = False
+        for fact in report.facts.items():
+            add_row(facts, *fact)
+        for finding in report.findings:
+            state = f"{finding.state}: {finding.detail}" if finding.detail else finding.state
+            error = "" if finding.error is None else f"{finding.error:.1e}"
+            add_row(backends, finding.backend, finding.version or "none", state, error)
+        show(facts, "", backends, *(f"\n[bold]{_escaped(line)}[/bold]" for line in report.advice))
+    if not report.healthy:
+        raise typer.Exit(1)
+
+
+class _Explained:
+    """The choices for a recipe's layers, and what they rest on."""
+
+    def __init__(self, recipe: Recipe, name: str, gpu: str | None, assume: Sequence[str]) -> None:
+        from fiddlehead.attention import explain
+        from fiddlehead.attention.spec import length_class
+        from fiddlehead.tasks import PRECISIONS
+        from fiddlehead.training.attention import compute_dtype
+
+        config = _model_config(recipe)
+        precision = str(recipe.trainer.precision or "32-true")  # Lightning's default
+        if precision not in PRECISIONS:
+            raise ConfigError(f"trainer.precision={precision!r}: allowed: {', '.join(PRECISIONS)}")
+        self.name = name
+        self.micro_batch_size: int = recipe.data.micro_batch_size
+        self.seq_length: int = recipe.data.seq_length
+        target, self.note, here = _target(str(recipe.trainer.accelerator), gpu)
+        self.target = replace(target, packages=_assumed(target.packages, assume))
+        installed_here = "installed here" if here else "installed here, assumed there"
+        self.versions = (
+            f"{_versions(self.target.packages)} ({'as --assume says, the rest ' * bool(assume)}{installed_here})"
+        )
+        specs = config.attention_specs(compute_dtype(precision), packed=recipe.data.separate_documents)
+        length = length_class(self.seq_length)  # packed: at most; a batch of short documents counts as shorter
+        self.choices: list[tuple[list[int], Choice]] = [
+            (layers, explain(replace(spec, length=length), self.target, config.attention_backend))
+            for spec, layers in specs.items()
+        ]
+
+    def memory(self, choice: Choice, backend: str) -> int:
+        """Bytes that a layer takes beside q, k and v."""
+        from fiddlehead.attention.memory import extra_bytes
+
+        device = self.target.device_type
+        return extra_bytes(backend, choice.spec, self.micro_batch_size, self.seq_length, device_type=device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `show` prints: each of `layers` has a choice's `to_dict`, and its `backends` in order of preference."""
+        return {
+            "recipe": self.name,
+            "note": self.note,
+            "micro_batch_size": self.micro_batch_size,
+            "seq_length": self.seq_length,
+            "variables": dict(_variables()),
+            "layers": [
+                {
+                    "layers": layers,
+                    **choice.to_dict(),
+                    "backends": [
+                        {"name": name, "verdict": verdict, "reason": reason, "extra_bytes": self.memory(choice, name)}
+                        for name, verdict, reason in choice.rows()
+                    ],
+                }
+                for layers, choice in self.choices
+            ],
+        }
+
+    def show(self) -> None:
+        """Prints the facts, and a table for each different spec."""
+        from fiddlehead.training.attention import ranges
+
+        facts = table(self.name, f"{self.target.name}{f', sm{self.target.sm}' if self.target.sm else ''}: {self.note}")
+        add_row(facts, "versions", self.versions)
+        sequences = f"{self.micro_batch_size} sequence{'s' if self.micro_batch_size > 1 else ''}"
+        add_row(
+            facts,
+            "memory",
+            f"of one layer in a training step, beside q, k and v: {sequences} of {self.seq_length:,} tokens",
+        )
+        for variable, effect in _variables():
+            add_row(facts, variable, effect)
+        show(facts)
+        for layers, choice in self.choices:
+            show("", f"[bold]layers {ranges(layers)}[/bold]: {_escaped(str(choice.spec))}")
+            self._show_choice(choice)
+
+    def _show_choice(self, choice: Choice) -> None:
+        from rich.text import Text
+
+        made = table("", "backend", "", "memory", "reason")
+        made.columns[3].justify = "right"
+        for name, verdict, reason in choice.rows():
+            memory = (
+                "" if verdict in ("dropped", "not asked for") and name != "reference" else self.memory(choice, name)
+            )
+            style = {"chosen": "bold green", "kept": ""}.get(verdict, "dim")
+            mark = "->" if verdict == "chosen" else ""
+            size = _size(memory) if isinstance(memory, int) else memory
+            add_row(made, mark, Text(name, style), Text(verdict, style), Text(size, style), Text(reason, style))
+        show(made)
+        if not choice.candidates:
+            show(f"nothing serves attention_backend={choice.asked!r}: the run would be refused")
+        elif choice.measured:
+            show("attention_backend='measured': the kept ones are timed when the run starts, all but the reference")
+
+
+def _model_config(recipe: Recipe) -> Any:
+    """The recipe's model as it would be trained, apart from its vocabulary, which attention does not see."""
+    import fiddle as fdl
+
+    from fiddlehead.models import TransformerConfig
+
+    missing = [name for name in ("model", "data", "trainer") if name not in recipe.__arguments__]
+    if missing:
+        raise ConfigError(f"the recipe has no {' and no '.join(missing)}: it is no training")
+    try:
+        config = fdl.build(recipe.model.config)
+    except ConfigError as error:
+        raise error.under("model.config") from None
+    if not isinstance(config, TransformerConfig):
+        raise ConfigError(f"model.config: is a {type(config).__name__}, not a TransformerConfig")
+    return replace(config, seq_length=config.seq_length or recipe.data.seq_length)
+
+
+def _target(accelerator: str, gpu: str | None) -> tuple[Target, str, bool]:
+    """Where the recipe would run, in words how that is known, and whether that is a device of this machine."""
+    import torch
+
+    from fiddlehead.attention import Target
+
+    if gpu is not None:
+        return Target.gpu(gpu), "as --gpu says, not tried out", False
+    if accelerator == "cpu":
+        return Target.of(torch.device("cpu")), "the recipe's trainer.accelerator", True
+    if torch.cuda.is_available():
+        return Target.of(torch.device("cuda")), "this machine's GPU", True
+    if accelerator == "auto":
+        return Target.of(torch.device("cpu")), "trainer.accelerator='auto', and there is no GPU here", True
+    return Target.gpu(DEFAULT_GPU), "assumed, as there is no GPU here; --gpu NAME takes another", False
+
+
+def _assumed(packages: Packages, assume: Sequence[str]) -> Packages:
+    """The packages with the versions of `--assume` in their place."""
+    from fiddlehead.attention import Package
+
+    backends = {**{name: name for name in DISTRIBUTIONS}, **{label: name for name, label in DISTRIBUTIONS.items()}}
+    for assumption in assume:
+        name, equals, version = assumption.partition("=")
+        known = ["torch", "cudnn", *DISTRIBUTIONS.values()]
+        if not equals or not (version == "none" or re.match(r"\d+(\.\d+)*", version)):
+            raise ConfigError(f"--assume {assumption}: expected NAME=VERSION or NAME=none, such as flash-attn=2.8.3")
+        if name in backends:
+            packages = replace(packages, **{backends[name]: Package(None if version == "none" else version)})
+        elif name == "cudnn" or (name == "torch" and version != "none"):
+            packages = replace(packages, **{name: None if version == "none" else version})
+        elif name == "torch":
+            raise ConfigError("--assume torch=none: nothing runs without it")
+        else:
+            raise ConfigError(f"--assume {assumption}: {unknown('package', name, known)}")
+    return packages
+
+
+def _versions(packages: Packages) -> str:
+    found = {"torch": packages.torch, "cuDNN": packages.cudnn}
+    found |= {label: getattr(packages, name).version for name, label in DISTRIBUTIONS.items()}
+    return ", ".join(f"{name} {version or 'none'}" for name, version in found.items())
+
+
+def _variables() -> Iterator[tuple[str, str]]:
+    """Each environment variable that changes the choice, and how."""
+    import os
+
+    from fiddlehead.attention import switches
+
+    for variable, backends in switches.SWITCHES.items():
+        if os.environ.get(variable) == "0":
+            yield f"{variable}=0", f"turns off {', '.join(backends)}"
+    if os.environ.get(switches.DETERMINISM) == "0":
+        yield f"{switches.DETERMINISM}=0", "asks for gradients that are the same each time"
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def _escaped(text: str) -> str:
+    """`text` as it is, for what takes markup."""
+    from rich.markup import escape
+
+    return escape(text)

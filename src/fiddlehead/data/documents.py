@@ -1,0 +1,37 @@
+"""Documents that share a batch without seeing each other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NO_LABEL = -100
+"""The label that no loss counts; PyTorch's own choice."""
+
+
+def separate(input_ids: Tensor, labels: Tensor, eos_id: int) -> dict[str, Tensor | int]:
+    """What a batch of windows, (B, T) int64 each, has besides when its documents are to be kept apart.
+
+    A document ends with its end-of-document token, and at the end of its window. There, and only there, the label is
+    the first token of another document, which nothing in this one tells; so it is taken out of the loss.
+
+    Returns:
+        `labels`: those given, with `NO_LABEL` where the input is `eos_id`.
+        `cu_seqlens`: where each document begins among the B x T tokens, and the end of the last, int32. As many empty
+            documents follow as make their number a power of two: another shape may mean to compile anew.
+        `max_seqlen`: the longest document's length, rounded up to a power of two or to T for the same reason.
+    """
+    ends = input_ids == eos_id
+    masked = labels.masked_fill(ends, NO_LABEL)
+    ends[:, -1] = True
+    after = ends.flatten().nonzero().flatten() + 1
+    longest = int(after.diff(prepend=after.new_zeros(1)).max())
+    cu_seqlens = torch.full((power_of_two(len(after)) + 1,), input_ids.numel(), dtype=torch.int32)
+    cu_seqlens[0] = 0
+    cu_seqlens[1 : len(after) + 1] = after
+    return {"labels": masked, "cu_seqlens": cu_seqlens, "max_seqlen": min(power_of_two(longest), input_ids.shape[1])}
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below `n`, 1 or more."""
+    return 1 << (n - 1).bit_length()

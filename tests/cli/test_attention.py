@@ -1,0 +1,181 @@
+"""`fiddlehead attention explain` and `fiddlehead doctor`, as they are typed."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from fiddlehead.attention import BACKENDS, doctor, switches
+from fiddlehead.attention.doctor import Finding, Report
+from fiddlehead.cli import main
+
+NEMO = ("--assume", "cudnn=9.19.0", "--assume", "flash-attn=2.8.3", "--assume", "flash-attn-4=none")
+
+
+@pytest.fixture
+def typed(tmp_path, monkeypatch, capsys):
+    """Types a command in an empty directory; returns what it prints on stdout, and on stderr if it fails."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in (*switches.SWITCHES, switches.DETERMINISM):
+        monkeypatch.delenv(name, raising=False)
+
+    def command(*arguments: str, rc: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["fiddlehead", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        out, err = capsys.readouterr()
+        assert (exit.value.code or 0) == rc, out + err
+        return out if rc in (0, 1) else err
+
+    return command
+
+
+@pytest.fixture
+def explained(typed):
+    """What `attention explain --json` says."""
+
+    def explain(*arguments: str, rc: int = 0) -> dict:
+        return json.loads(typed("attention", "explain", "--json", "-f", *arguments, rc=rc))
+
+    return explain
+
+
+def verdicts(layer: dict) -> dict[str, str]:
+    return {backend["name"]: backend["verdict"] for backend in layer["backends"]}
+
+
+@pytest.mark.parametrize(("gpu", "backend"), [("a100", "flash2"), ("h100", "cudnn"), ("b200", "cudnn")])
+def test_a_gpu_that_is_not_here_is_explained(explained, gpu, backend):
+    answer = explained("llama3_8b", "--gpu", gpu, *NEMO)
+    (layer,) = answer["layers"]
+    assert layer["layers"] == list(range(32)) and layer["backend"] == backend
+    assert verdicts(layer).keys() == BACKENDS.keys()
+    assert [name for name, verdict in verdicts(layer).items() if verdict == "chosen"] == [backend]
+    assert all(entry["reason"] for entry in layer["backends"] if entry["verdict"] == "dropped")
+    assert (layer["spec"]["dtype"], layer["spec"]["length"]) == ("bfloat16", 8192)
+    assert layer["packages"]["flash2"]["version"] == "2.8.3" and layer["packages"]["flash4"]["version"] is None
+    sizes = {entry["name"]: entry["extra_bytes"] for entry in layer["backends"]}
+    assert 50 * sizes[backend] < sizes["reference"]
+    assert (answer["seq_length"], answer["micro_batch_size"]) == (8192, 1)
+
+
+def test_the_table_says_what_was_assumed_and_marks_the_choice(typed):
+    output = typed("attention", "explain", "-f", "llama3_8b", "--gpu", "H100", *NEMO)
+    assert "h100, sm90: as --gpu says" in output
+    assert "cuDNN 9.19.0, flash-attn 2.8.3, flash-attn-3 none, flash-attn-4 none (as --assume says" in output
+    assert "layers 0-31: bfloat16, 32/8 heads of 128" in output
+    lines = {line.removeprefix("->").split()[0]: line for line in output.splitlines() if line.strip()}
+    assert lines["cudnn"].startswith("-> ") and "chosen" in lines["cudnn"] and "418.0 MiB" in lines["cudnn"]
+    assert "flash-attn-4 is not installed" in lines["flash4"]
+    assert "GiB" in lines["reference"]
+
+
+def test_edits_change_the_layers(explained):
+    edits = ("model.config.num_layers=4", "model.config.window_size=(1023,0)", "model.config.window_attn_skip_freq=2")
+    answer = explained("llama3_8b", *edits, "data.separate_documents=true", "--gpu", "h100", *NEMO)
+    windowed, full = answer["layers"]
+    assert (windowed["layers"], full["layers"]) == ([0, 2], [1, 3])
+    assert windowed["spec"]["window_size"] == [1023, 0] and windowed["spec"]["packed"]
+    assert windowed["backend"] == full["backend"] == "flash2"
+    assert "window" in windowed["reasons"]["cudnn"] and "packed" in full["reasons"]["cudnn"]
+
+
+def test_without_a_gpu_one_is_assumed_for_a_recipe_that_wants_one(explained, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert explained("tiny")["layers"][0]["target"]["name"] == "cpu"
+    answer = explained("llama32_1b", *NEMO)
+    assert answer["layers"][0]["target"]["name"] == "h100" and "no GPU here" in answer["note"]
+    assert explained("llama32_1b", "trainer.accelerator=auto")["layers"][0]["target"]["name"] == "cpu"
+
+
+def test_variables_in_effect_are_named(explained, typed, monkeypatch):
+    arguments = ("llama3_8b", "--gpu", "h100", *NEMO)
+    assert explained(*arguments)["variables"] == {}
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
+    answer = explained(*arguments)
+    assert answer["variables"] == {"NVTE_FUSED_ATTN=0": "turns off cudnn"}
+    assert answer["layers"][0]["backend"] == "flash2"
+    assert answer["layers"][0]["reasons"]["cudnn"] == "turned off by NVTE_FUSED_ATTN=0"
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "1")  # changes nothing
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    output = typed("attention", "explain", "-f", *arguments)
+    assert "gradients that are the same each time" in output and "NVTE_FLASH_ATTN=" not in output
+    assert "training, deterministic" in output
+
+
+def test_a_backend_asked_for_by_name(explained, typed):
+    asked = "model.config.attention_backend="
+    answer = explained("llama3_8b", asked + "flash2", "--gpu", "h100", *NEMO)
+    assert verdicts(answer["layers"][0])["cudnn"] == "not asked for" and answer["layers"][0]["backend"] == "flash2"
+    answer = explained("llama3_8b", asked + "flash4", "--gpu", "h100", *NEMO, rc=1)
+    assert answer["layers"][0]["backend"] is None
+    output = typed("attention", "explain", "-f", "llama3_8b", asked + "flash4", "--gpu", "h100", *NEMO, rc=1)
+    assert "nothing serves attention_backend='flash4': the run would be refused" in output
+    answer = explained("llama3_8b", asked + "measured", "--gpu", "h100", *NEMO)
+    assert answer["layers"][0]["backend"] is None and verdicts(answer["layers"][0])["cudnn"] == "kept"
+
+
+def test_a_version_newer_than_what_was_tried_is_used_with_a_note(explained):
+    answer = explained("llama3_8b", "--gpu", "a100", "--assume", "flash-attn=2.99.0")
+    entry = next(entry for entry in answer["layers"][0]["backends"] if entry["name"] == "flash2")
+    assert entry["verdict"] == "chosen" and entry["reason"].startswith("newer than 2.")
+
+
+def test_a_recipe_file_is_explained_as_its_recipe(explained, typed):
+    typed("pretrain", "-f", "tiny_test", "--to-yaml", "saved.yaml")
+    assert explained("@saved.yaml")["layers"] == explained("tiny_test")["layers"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "h10"], "error: gpu='h10': unknown GPU 'h10'; did you mean 'h100'?"),
+        (["--assume", "flash-attn"], "error: --assume flash-attn: expected NAME=VERSION or NAME=none"),
+        (["--assume", "flash-attn=new"], "error: --assume flash-attn=new: expected NAME=VERSION"),
+        (["--assume", "flash-atn=2.8"], "error: --assume flash-atn=2.8: unknown package 'flash-atn'; did you mean"),
+        (["--assume", "torch=none"], "error: --assume torch=none: nothing runs without it"),
+        (["model.config.num_query_groups=3"], "error: model.config.num_query_groups=3 does not divide"),
+        (["model.config.attention_backend=cudn"], "error: model.config.attention_backend='cudn': unknown backend"),
+        (["trainer.precision=16-mixed"], "error: trainer.precision='16-mixed': allowed: 32-true"),
+    ],
+)
+def test_a_mistake_is_one_line(typed, arguments, message):
+    error = typed("attention", "explain", "-f", "llama32_1b", *arguments, rc=2)
+    assert error.startswith(message) and error.count("\n") == 1
+
+
+REPORT = Report(
+    {"PyTorch": "2.11.0"},
+    (
+        Finding("cudnn", "9.19.0", "works", error=2.5e-3),
+        Finding("flash2", "2.8.3", "broken", "its import fails: undefined [symbol]"),
+        Finding("flash4", None, "unavailable", "flash-attn-4 is not installed"),
+    ),
+    ('pip install "fiddlehead[flash]"',),
+)
+
+
+def test_the_doctor_prints_what_it_found(typed, monkeypatch):
+    monkeypatch.setattr(doctor, "examine", lambda: REPORT)
+    output = typed("doctor", rc=1)
+    for text in (
+        "PyTorch",
+        "2.5e-03",
+        "broken: its import fails: undefined [symbol]",
+        "unavailable: flash-attn-4 is not",
+        'pip install "fiddlehead[flash]"',
+    ):
+        assert text in output
+    answer = json.loads(typed("doctor", "--json", rc=1))
+    assert answer["findings"][1]["state"] == "broken" and answer["healthy"] is False
+    monkeypatch.setattr(doctor, "examine", lambda: Report({}, REPORT.findings[:1], ()))
+    assert json.loads(typed("doctor", "--json"))["healthy"] is True
+
+
+def test_the_doctor_says_so_if_pytorch_itself_is_broken(typed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fiddlehead.attention.doctor", None)
+    monkeypatch.delattr("fiddlehead.attention.doctor")
+    assert typed("doctor", rc=1) == ""
