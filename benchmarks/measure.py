@@ -63,8 +63,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def save(name: str, figures: Mapping[str, Any], packages: Sequence[str]) -> None:
-    """Writes `results/NAME.json`: the figures, and what they were measured on."""
+def save(
+    name: str,
+    figures: Mapping[str, Any],
+    packages: Sequence[str],
+    more: Mapping[str, Any] | None = None,
+    folder: Path = RESULTS,
+) -> None:
+    """Writes `FOLDER/NAME.json`: the figures, what they were measured on, and `more` of that."""
     where = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "cpu": _cpu_model(),
@@ -72,9 +78,10 @@ def save(name: str, figures: Mapping[str, Any], packages: Sequence[str]) -> None
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": {package: importlib.metadata.version(package) for package in packages},
+        **(more or {}),
     }
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{name}.json"
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{name}.json"
     file.write_text(json.dumps({"figures": _plain(figures), "where": where}, indent=1) + "\n")
     print(f"\nwrote {file}")
 
