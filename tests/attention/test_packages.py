@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fiddlehead.attention import packages
-from fiddlehead.attention.packages import NEWEST_KNOWN, SOURCES, Package, installed, interface
+from fiddlehead.attention.packages import CUDNN_OF_CUDA_BUILDS, NEWEST_KNOWN, SOURCES, Package, installed, interface
 
 FUNCTIONS = """
 def flash_attn_func(): ...
@@ -206,4 +206,9 @@ def test_versions_are_compared_as_versions(version: str, oldest: str, refused: b
 )
 def test_reads_the_version_of_cudnn(monkeypatch: pytest.MonkeyPatch, number: int | None, text: str | None) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: number)
+    assert installed(probe=True).cudnn == text
+    # A PyTorch without CUDA says nothing of what a GPU machine has.
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert installed(probe=False).cudnn == (text or CUDNN_OF_CUDA_BUILDS)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert installed(probe=False).cudnn == text

@@ -18,6 +18,8 @@ from torch.torch_version import TorchVersion
 
 logger = logging.getLogger(__name__)
 
+CUDNN_OF_CUDA_BUILDS = "9.19.0"
+"""What PyTorch 2.11 for CUDA 13 brings; assumed of a GPU machine where the PyTorch here is one without CUDA."""
 NEWEST_KNOWN = {"flash2": "2.8.3.post2", "flash3": "3.0.0", "flash4": "4.0.0b36"}
 """The newest version tried of each package, named after its major version; newer ones are used, with a note."""
 
@@ -99,11 +101,15 @@ def installed(*, probe: bool) -> Packages:
 
     Args:
         probe: also import each one's attention function, which is the only proof that it works; without it only the
-            installed versions are looked up, as for a GPU that is not here.
+            installed versions are looked up, as for a GPU that is not here, and a PyTorch without CUDA stands for one
+            that has it.
     """
-    cudnn = torch.backends.cudnn.version()
+    number = torch.backends.cudnn.version()
+    cudnn = _cudnn_version(number) if number else None
+    if cudnn is None and not probe and torch.version.cuda is None:
+        cudnn = CUDNN_OF_CUDA_BUILDS
     found = {name: _probed(name) if probe else _listed(name) for name in SOURCES}
-    return Packages(torch.__version__, _cudnn_version(cudnn) if cudnn else None, **found)
+    return Packages(torch.__version__, cudnn, **found)
 
 
 def interface(name: str) -> ModuleType:

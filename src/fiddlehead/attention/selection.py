@@ -42,8 +42,9 @@ BACKENDS: dict[str, Backend] = {
 CHOICES = ("auto", "measured", *BACKENDS)
 """What may be asked for."""
 
-CPU = ("sdpa_flash", "flex", "reference")
-OLDER = ("sdpa_efficient", "flex", "reference")
+CPU = ("sdpa_flash", "reference", "flex")
+WITHOUT_FLASH = ("sdpa_efficient", "flex", "reference")
+"""On GPUs before Ampere, and for float32, for which none of the others is made."""
 AMPERE = ("flash2", "sdpa_flash", "cudnn", "flash4", "flex", "sdpa_efficient", "reference")
 HOPPER = ("flash3", "flash4", "cudnn", "flash2", "sdpa_flash", "flex", "sdpa_efficient", "reference")
 DECODING = ("flash3", "flash2", "sdpa_flash", "flash4", "cudnn", "flex", "sdpa_efficient", "reference")
@@ -59,8 +60,8 @@ def preference(spec: AttentionSpec, target: Target) -> Sequence[str]:
     """
     if target.device_type != "cuda":
         return CPU
-    if target.sm < 80:
-        return OLDER
+    if target.sm < 80 or spec.dtype.itemsize > 2:
+        return WITHOUT_FLASH
     if target.sm < 90:
         return AMPERE
     return _hopper(spec) if target.sm < 100 else BLACKWELL

@@ -141,7 +141,7 @@ class Target:
 @lru_cache(maxsize=64)
 def _target_of(device_type: str, index: int | None) -> Target:
     if device_type != "cuda":
-        return Target(device_type, device_type)
+        return Target(device_type, device_type, packages=Packages(torch.__version__, None))
     if not torch.cuda.is_available():
         raise ConfigError("device cuda: PyTorch finds no CUDA GPU on this machine")
     properties = torch.cuda.get_device_properties(index if index is not None else torch.cuda.current_device())

@@ -102,6 +102,8 @@ class _Explained:
     """The choices for a recipe's layers, and what they rest on."""
 
     def __init__(self, recipe: Recipe, name: str, gpu: str | None, assume: Sequence[str]) -> None:
+        import torch
+
         from fiddlehead.attention import explain
         from fiddlehead.attention.spec import length_class
         from fiddlehead.tasks import PRECISIONS
@@ -117,6 +119,8 @@ class _Explained:
         target, self.note, here = _target(str(recipe.trainer.accelerator), gpu)
         self.target = replace(target, packages=_assumed(target.packages, assume))
         installed_here = "installed here" if here else "installed here, assumed there"
+        if torch.version.cuda is None and target.device_type == "cuda":
+            installed_here += "; cuDNN as PyTorch for CUDA brings it"
         self.versions = (
             f"{_versions(self.target.packages)} ({'as --assume says, the rest ' * bool(assume)}{installed_here})"
         )

@@ -7,12 +7,9 @@ from typing import Any
 import torch
 
 from fiddlehead.attention import BACKENDS, GPUS, Choice, Package, Packages, Target, explain
-from fiddlehead.attention.packages import NEWEST_KNOWN
+from fiddlehead.attention.packages import CUDNN_OF_CUDA_BUILDS, NEWEST_KNOWN
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import TransformerConfig
-
-NEWEST_CUDNN = "9.19.0"
-"""Assumed, with the newest packages known, of a machine that is not here."""
 
 LayerChoices = tuple[tuple[tuple[int, ...], Choice], ...]
 """For each different spec of a model's layers the indices of the layers that have it, and the choice."""
@@ -53,7 +50,7 @@ def refuse_impossible(config: TransformerConfig, dtype: torch.dtype, *, packed: 
     if name not in BACKENDS:
         return
     newest = {package: Package(version) for package, version in NEWEST_KNOWN.items()}
-    packages = Packages(torch.__version__, NEWEST_CUDNN, **newest)
+    packages = Packages(torch.__version__, CUDNN_OF_CUDA_BUILDS, **newest)
     for spec in config.attention_specs(dtype, packed=packed):
         choices = [explain(spec, Target.gpu(gpu, packages), name) for gpu in GPUS]
         if not any(choice.backend for choice in choices):
