@@ -234,3 +234,11 @@ def test_what_a_cpu_backend_says_of_itself_is_true(name: str, dropout: float, dt
     assert "dropout" in reason or str(dtype).removeprefix("torch.") in reason
     with pytest.raises(ConfigError):
         attend(q, k, v, dropout=dropout, backend=name)
+
+
+@pytest.mark.parametrize("variable", [*switches.SWITCHES, switches.DETERMINISM])
+def test_every_variable_is_part_of_the_setting(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(variable, raising=False)
+    before = switches.setting()
+    monkeypatch.setenv(variable, "0")
+    assert switches.setting() != before
