@@ -250,3 +250,13 @@ def test_attention_is_asked_what_the_configuration_says(
         model(tokens(3, 9), *((borders(LENGTHS), 9) if packed else ()))
     said = [model.config.attention_spec(i, torch.float32, packed=packed, training=training) for i in range(2)]
     assert asked == said
+
+
+def test_compiled_with_dynamic_shapes_it_serves_every_length() -> None:
+    model = Transformer(
+        TransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=4, num_query_groups=2, vocab_size=64)
+    )
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    for T in (5, 9, 17):
+        input_ids = torch.randint(0, 64, (2, T))
+        torch.testing.assert_close(compiled(input_ids), model(input_ids))

@@ -276,16 +276,16 @@ def _fields(
         right = 0 if left >= 0 else -1
     return {
         "dtype": dtype,
-        # Symbolic under torch.compile(dynamic=True), which an index cannot be; the lengths may stay so.
+        # Under torch.compile(dynamic=True) numbers are symbolic; an index cannot be, nor what is none. Lengths may stay.
         "head_dim": operator.index(q[-1]),
         "num_attention_heads": operator.index(q[-2]),
         "num_query_groups": operator.index(k[-2]),
         "causal": causal,
         "window_size": (left, right),
-        "softcap": softcap,
+        "softcap": softcap or 0.0,
         "alibi": alibi,
         "sinks": sinks,
-        "dropout": dropout,
+        "dropout": dropout or 0.0,
         "padding_mask": padding_mask,
         "packed": packed,
         "cached": cached,
