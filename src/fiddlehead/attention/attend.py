@@ -276,7 +276,7 @@ def _fields(
         right = 0 if left >= 0 else -1
     return {
         "dtype": dtype,
-        # Under torch.compile(dynamic=True) numbers are symbolic; an index cannot be, nor what is none. Lengths may stay.
+        # Under torch.compile(dynamic=True) numbers are symbolic; an index cannot be, nor a zero. Lengths may stay so.
         "head_dim": operator.index(q[-1]),
         "num_attention_heads": operator.index(q[-2]),
         "num_query_groups": operator.index(k[-2]),
