@@ -290,7 +290,7 @@ def draw(figures: dict[str, Any], png: Path) -> None:
     kinds = list(HEADS)
     width = 0.8 / len(batches)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    panels = (("tokens/s", "tokens_per_s", 1, "{:,.0f}"), ("cache, MiB", "bytes", 2**20, "{:,.3g}"))
+    panels = (("tokens/s", "tokens_per_s", 1, "{:,.0f}"), ("cache, MiB", "bytes", 2**20, "{:,.0f}"))
     for axis, (label, field, unit, text) in zip(axes, panels, strict=True):
         for i, batch in enumerate(batches):
             rows = [row for row in chosen if row["batch"] == batch]
