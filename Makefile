@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= demo
+# Which of the tests on Slurm or Docker: `make test-slurm ONLY='and not slow'` runs the quick ones.
+ONLY ?=
 
-.PHONY: help demo test test-fast lint format wheel clean
+.PHONY: help demo test test-fast test-slurm test-docker lint format wheel clean
 
 help:  ## What can be made
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.installed  ## Train a tiny GQA model on the Python standard library, and let it write
 	$(BIN)/fiddlehead pretrain --factory tiny log.name=$(RUN) --yes
@@ -18,6 +20,21 @@ test: $(VENV)/.installed-dev  ## The whole test suite
 
 test-fast: $(VENV)/.installed-dev  ## Without the tests that take more than ten seconds
 	$(BIN)/python -m pytest -m "not slow"
+
+# The sandboxes are removed at the end, however it ends; the exit code is that of pytest.
+test-slurm test-docker: SHELL := /bin/bash
+test-slurm: $(VENV)/.installed-dev  ## The tests on a real Slurm cluster, which it starts: with accounting, then without
+	@trap 'tests/sandbox/slurm.sh purge' EXIT; \
+	settings="$$(tests/sandbox/slurm.sh start)" && eval "$$settings" && \
+	$(BIN)/python -m pytest -m "slurm $(ONLY)"
+	@trap 'tests/sandbox/slurm.sh purge' EXIT; export SLURM_SANDBOX_ACCOUNTING=0; \
+	settings="$$(tests/sandbox/slurm.sh start)" && eval "$$settings" && \
+	$(BIN)/python -m pytest -m "slurm $(ONLY)" -k "accounting or states"
+
+test-docker: $(VENV)/.installed-dev  ## The tests on a real Docker engine, which it starts
+	@trap 'tests/sandbox/docker.sh purge' EXIT; \
+	settings="$$(tests/sandbox/docker.sh start)" && eval "$$settings" && \
+	$(BIN)/python -m pytest -m "docker $(ONLY)"
 
 lint: $(VENV)/.installed-dev  ## Format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .

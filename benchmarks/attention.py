@@ -151,7 +151,7 @@ def _case(case: Case, rounds: int, training: bool) -> dict[str, Any]:
             if not isinstance(error, _NoneSuchError):
                 print(f"{case.name}: {name}: {type(error).__name__}: {str(error)[:160]}", flush=True)
     kernels = {name: arm for name, arm in arms.items() if name in KERNELS}
-    first = {name: statistics.median(values) for name, values in _take_turns(kernels, rounds // 3).items()}
+    first = {name: statistics.median(values) for name, values in _take_turns(kernels, max(3, rounds // 3)).items()}
     # The comparison that counts, among those that are nearly as fast: a slow one would only let the GPU cool down.
     ahead = sorted(first, key=lambda name: first[name])[:2]
     nemo = "cudnn" if "cudnn" in arms else "flash2" if "flash2" in arms else "sdpa_flash"
@@ -330,47 +330,39 @@ def _causal_pairs(length: int, window: int) -> int:
 def overhead(rounds: int) -> dict[str, Any]:
     """Microseconds that a call takes on the CPU, bare and through `attend`, for a shape whose kernel is shorter."""
     case = Case(64, 8, 2, 1024)
-    q, k, v = (x[:1, :128].detach().contiguous() for x in _inputs(case, False))
+    plain = tuple(x[:1, :128].detach().contiguous() for x in _inputs(case, False))
+    leaves = tuple(x.clone().requires_grad_() for x in plain)
+    gradient = torch.randn_like(plain[0])
+    kinds = ("", ", training", ", with backward")
+    order = random.Random(0)
     results, rows = {}, []
     for name in ("flash2", "flash3", "flash4", "cudnn", "sdpa_flash"):
         try:
-            arms = {"bare": _bare(name, case, (q, k, v)), "attend": _attended(name, case, (q, k, v))}
-            arms |= {f"{arm}, training": _recorded(step, (q, k, v)) for arm, step in arms.items()}
+            arms: dict[str, Step] = {}
+            for arm, made in (("bare", _bare), ("attend", _attended)):
+                call = made(name, case, leaves)
+                arms[arm] = made(name, case, plain)
+                arms[f"{arm}, training"] = call
+                arms[f"{arm}, with backward"] = _step(call, leaves, gradient, True)
             microseconds: dict[str, list[float]] = {arm: [] for arm in arms}
-            for _ in range(2 * rounds):
-                for arm, step in arms.items():
-                    microseconds[arm].append(_cpu_microseconds(step))
+            for _ in range(16 * rounds):  # short ones: a processor's pace changes from one moment to the next
+                for arm in order.sample(list(arms), len(arms)):
+                    microseconds[arm].append(_cpu_microseconds(arms[arm]))
         except (ImportError, ConfigError, RuntimeError) as error:
             print(f"{name}: {type(error).__name__}: {str(error)[:160]}", flush=True)
             continue
         medians = {arm: statistics.median(values) for arm, values in microseconds.items()}
         results[name] = medians
+        extra = {kind: medians[f"attend{kind}"] - medians[f"bare{kind}"] for kind in kinds}
         rows.append(
-            [
-                name,
-                f"{medians['bare']:.1f}",
-                f"{medians['attend'] - medians['bare']:+.1f}",
-                f"{medians['bare, training']:.1f}",
-                f"{medians['attend, training'] - medians['bare, training']:+.1f}",
-            ]
+            [name, *(text for kind in kinds for text in (f"{medians[f'bare{kind}']:.1f}", f"{extra[kind]:+.1f}"))]
         )
-    print("\nmicroseconds a call on the CPU, forward\n")
-    print(table(["kernel", "bare", "attend", "bare, training", "attend, training"], rows))
+    print("\nmicroseconds a call on the CPU\n")
+    print(table(["kernel", *(f"{arm}{kind}" for kind in kinds for arm in ("bare", "attend"))], rows))
     return results
 
 
-def _recorded(step: Step, inputs: tuple[torch.Tensor, ...]) -> Step:
-    """The same call while gradients are recorded."""
-
-    def call() -> Any:
-        for x in inputs:
-            x.requires_grad_(True)
-        return step()
-
-    return call
-
-
-def _cpu_microseconds(step: Step, calls: int = 200) -> float:
+def _cpu_microseconds(step: Step, calls: int = 20) -> float:
     for _ in range(5):
         step()
     torch.cuda.synchronize()

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
-import json
-import os
-import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TextIO
 
 from fiddlehead import job
-from fiddlehead.environment import describe_environment
 from fiddlehead.errors import ConfigError
-from fiddlehead.launch import local
+from fiddlehead.launch import secrets, watch
+from fiddlehead.launch.executor import Executor
+from fiddlehead.launch.prepare import check, fit_to_executor, prepare, rehearse
 from fiddlehead.recipe import Recipe
-from fiddlehead.runs import RunDirectory, State, Status, exclusive, reserve_name, this_process, write_atomically
+from fiddlehead.runs import RunDirectory, State, Status, write_atomically
 
-if TYPE_CHECKING:
-    from nemo_run import Executor
+__all__ = ["Executor", "RunFailedError", "check", "fit_to_executor", "launch", "prepare", "rehearse", "start"]
 
 
 class RunFailedError(RuntimeError):
@@ -41,6 +39,8 @@ def launch(
     detach: bool = False,
     allow: Sequence[str] = (),
     command: str | None = None,
+    after: Sequence[RunDirectory] = (),
+    after_any: Sequence[RunDirectory] = (),
 ) -> RunDirectory:
     """Starts a recipe, and waits for it unless told to detach.
 
@@ -48,136 +48,89 @@ def launch(
         recipe: what to run; it is checked first, and not changed.
         executor: where; None is this process.
         name: what the run is called, with date and time behind it, if `recipe.log.name` does not say; else its task.
-        detach: return as soon as the job has started.
+        detach: return as soon as the job is handed over.
         allow: modules, besides those of the recipe's own classes and functions, that the job may import.
         command: what to record as having started the run.
+        after: runs of the same executor, one that queues jobs, that must have succeeded first.
+        after_any: such runs that must have ended first, however.
 
     Raises:
-        ConfigError: the recipe is wrong, or its run is running; nothing was started.
+        ConfigError: the recipe is wrong, or its run is running, or the executor cannot do it; nothing was started.
         RunFailedError: the run ended, but not well.
     """
-    run, recipe = prepare(recipe, executor, name=name, command=command)
-    modules = sorted({*recipe.modules(), *allow})
     if executor is None:
+        if after or after_any:
+            raise ConfigError("a run in this process starts at once; name an executor for one that waits")
+        modules = sorted({*recipe.modules(), *allow})
+        run, recipe = prepare(recipe, None, name=name, command=command)
         with copied_to(run.log):
             job.execute(run, lambda: job.run_recipe(run.recipe, modules))
+        status = run.status()
     else:
-        local.submit(run, executor, modules, detach=detach)
-        if detach:
-            return run
-    status = run.status()
+        with contextlib.ExitStack() as held:
+            lifetime = None if detach else held
+            run, log_start = start(
+                recipe, executor, lifetime,
+                name=name, allow=allow, command=command, after=after, after_any=after_any,
+            )  # fmt: skip
+            if detach:
+                return run
+            status = watch.follow(run, start=log_start)
     if status is None or status.state is not State.SUCCEEDED:
         raise RunFailedError(run, status or Status(State.DIED, reason="it left no status"))
     return run
 
 
-def prepare(
-    recipe: Recipe, executor: Executor | None, *, name: str | None = None, command: str | None = None
-) -> tuple[RunDirectory, Recipe]:
-    """Checks a recipe and writes its run directory: everything that is known before the job starts.
+def start(
+    recipe: Recipe,
+    executor: Executor,
+    lifetime: contextlib.ExitStack | None,
+    *,
+    name: str | None = None,
+    allow: Sequence[str] = (),
+    command: str | None = None,
+    after: Sequence[RunDirectory] = (),
+    after_any: Sequence[RunDirectory] = (),
+) -> tuple[RunDirectory, int]:
+    """Hands a recipe over to an executor, as `launch` does, and returns the run and how long its log was before.
 
-    Returns the directory and the recipe as it will run.
-
-    Raises:
-        ConfigError: the recipe is wrong, does not fit the executor, or its run is running or was another recipe's.
+    Args:
+        lifetime: the job ends when this does, where the executor's jobs end with their launcher; None: it does not.
     """
-    recipe = fit_to_executor(recipe, executor)
-    check(recipe)
-    directory = Path(recipe.log.dir)
+    run, _ = prepare(
+        recipe, executor, sorted({*recipe.modules(), *allow}),
+        name=name, command=command, detach=lifetime is None, waits=bool(after or after_any),
+    )  # fmt: skip
+    executor = watch.load_executor(run) or executor  # as it was fitted to the recipe
+    if lifetime is not None:
+        lifetime.enter_context(alive(run))
+    log_start = run.log.stat().st_size if run.log.exists() else 0
     try:
-        if recipe.log.name is None:
-            recipe.log.name = reserve_name(name or recipe.__fn_or_cls__.__name__, directory)
-        run = RunDirectory((directory / recipe.log.name).absolute())
-        run.path.mkdir(parents=True, exist_ok=True)
-        with exclusive(run):
-            refuse_taken(run, recipe)
-            before = run.written_status()
-            recipe.save(run.recipe)
-            with run.command.open("a") as file:
-                file.write((command or shlex.join(sys.argv)) + "\n")
-            write_atomically(run.environment, json.dumps(describe_environment(Path.cwd()), indent=1) + "\n")
-            attempt = 1 if before is None else before.attempt + 1
-            kind = "direct" if executor is None else type(executor).__name__.removesuffix("Executor").lower()
-            status = this_process(attempt, kind)
-            run.write_status(replace(status, state=State.SUBMITTED, started=time.time()))
-    except OSError as error:
-        raise ConfigError(
-            f"log.dir={str(directory)!r}: cannot write there: {error.strerror} ({error.filename})"
-        ) from error
-    return run, recipe
-
-
-def check(recipe: Recipe, *, here: bool = True) -> Any:
-    """Builds everything that a recipe configures, the model without its memory, and returns the task's plan.
-
-    It writes nothing. Without `here`, the recipe need not be able to run on this machine.
-
-    Raises:
-        ConfigError: with every problem, each under its path.
-    """
-    import torch
-
-    from fiddlehead import tasks
-
-    planners: dict[Any, Callable] = {tasks.pretrain: tasks.plan_pretrain}
-    if recipe.__fn_or_cls__ not in planners:
-        known = ", ".join(f"{task.__module__}:{task.__name__}" for task in planners)
-        raise ConfigError(f"the recipe configures {recipe.__fn_or_cls__.__qualname__}; what can be launched: {known}")
-    recipe = recipe.clone()
-    elsewhere = recipe.trainer.accelerator == "gpu" and not torch.cuda.is_available() and not here
-    if elsewhere:
-        recipe.trainer.accelerator, recipe.trainer.devices = "cpu", 1
-    plan = planners[recipe.__fn_or_cls__](**recipe.build_arguments(), elsewhere=elsewhere)
-    if recipe.log.name is not None:
-        run = RunDirectory((Path(recipe.log.dir) / recipe.log.name).absolute())
-        refuse_taken(run, recipe)
-        tasks.resume_point(run, recipe.resume)
-    existing = next(path for path in Path(recipe.log.dir).absolute().parents if path.exists())
-    if not os.access(existing, os.W_OK) or not existing.is_dir():
-        raise ConfigError(f"log.dir={recipe.log.dir!r}: {existing} cannot be written")
-    return plan
-
-
-def fit_to_executor(recipe: Recipe, executor: Executor | Recipe | None) -> Recipe:
-    """A copy of the recipe whose trainer uses the executor's nodes and processes.
-
-    `executor` may also be the configured call of an executor function, which has the same arguments.
-
-    Raises:
-        ConfigError: the recipe says otherwise, or in a way that is not understood.
-    """
-    recipe = recipe.clone()
-    if "trainer" not in recipe.__arguments__:
-        return recipe
-    trainer = recipe.trainer
-    processes = getattr(executor, "ntasks_per_node", 1)
-    nodes = getattr(executor, "nodes", 1)
-    problems = []
-    devices = trainer.devices
-    if devices in ("auto", -1):
-        devices = "auto"
-    elif not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
-        problems.append(f"trainer.devices={devices!r}: must be how many there are on a node (1 or more), or 'auto'")
-    if processes == local.FOLLOW_RECIPE:
-        processes = _devices_here(trainer.accelerator) if devices == "auto" else devices
-    elif devices not in ("auto", processes) and not problems:
-        where = "one process without an executor" if executor is None else f"executor.ntasks_per_node={processes}"
-        problems.append(f"trainer.devices={devices!r}: {where}; set one of them, or both alike")
-    if trainer.num_nodes not in (1, nodes):
-        problems.append(
-            f"trainer.num_nodes={trainer.num_nodes}: executor.nodes={nodes}; set one of them, or both alike"
+        job_id = executor.submit(
+            run, after=[before.job_id for before in after], after_any=[before.job_id for before in after_any]
         )
-    if problems:
-        raise ConfigError(*problems)
-    trainer.devices, trainer.num_nodes = processes, nodes
-    return recipe
+    except BaseException as error:
+        give_up(run, error)
+        raise
+    write_atomically(run.path / "job_id", job_id + "\n")
+    return run, log_start
 
 
-def _devices_here(accelerator: str) -> int:
-    """What "auto" means on this machine: all GPUs, or one process on a CPU."""
-    import torch
+@contextlib.contextmanager
+def alive(run: RunDirectory) -> Iterator[None]:
+    """Holds the lock by which a job that dies with its launcher knows that this one is there; the kernel lets go."""
+    with run.launcher_lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
-    return max(1, torch.cuda.device_count()) if accelerator in ("gpu", "cuda", "auto") else 1
+
+def give_up(run: RunDirectory, error: BaseException) -> None:
+    """Notes that a run was never handed over."""
+    before = run.written_status()
+    if before is not None and before.state is State.PENDING:
+        reason = f"was not submitted: {error or type(error).__name__}"
+        run.write_status(replace(before, state=State.FAILED, ended=time.time(), exit_code=1, reason=reason))
+    secrets.remove(run)
 
 
 @contextlib.contextmanager
@@ -204,42 +157,3 @@ def copied_to(file: Path) -> Iterator[None]:
         contextlib.redirect_stderr(Copy(sys.stderr)),
     ):
         yield
-
-
-FREE_TO_CHANGE = (
-    # How long, how often and how loud a run is, and what it runs on: none of it makes it another run.
-    "trainer.max_steps",
-    "trainer.log_every_n_steps",
-    "trainer.val_check_interval",
-    "trainer.limit_val_batches",
-    "trainer.accelerator",
-    "trainer.strategy",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "data.micro_batch_size",
-    "data.num_workers",
-    "data.cache_dir",
-    "model.config.attention_backend",
-    "resume",
-)
-
-
-def refuse_taken(run: RunDirectory, recipe: Recipe) -> None:
-    """Raises ConfigError if the run is running, or was another recipe's."""
-    before = run.status()
-    if before is not None and not before.state.ended:
-        raise ConfigError(
-            f"log.name={run.name!r} is running ({before.state}, process {before.pid} on {before.host}); "
-            f"cancel it with `fiddlehead runs cancel {run.name}`, or choose another name"
-        )
-    if not run.recipe.exists():
-        return
-    earlier = Recipe.load(run.recipe, allow=sorted(recipe.modules()))
-    differences = [
-        difference
-        for difference in recipe.diff(earlier)
-        if difference.path not in FREE_TO_CHANGE and difference.path.split(".")[0] not in ("log", "checkpoint")
-    ]
-    if differences:
-        lines = "\n".join(f"  {d.path}: {d.right!r} before, {d.left!r} now" for d in differences)
-        raise ConfigError(f"log.name={run.name!r} is another recipe's run; choose another name, or undo:\n{lines}")

@@ -1,140 +1,165 @@
-"""This machine: NeMo-Run's LocalExecutor starts the job, and this file lets it outlive the launcher or die with it."""
+"""This machine: NeMo-Run's LocalExecutor starts the job, which then no longer needs NeMo-Run."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shlex
+import shutil
 import signal
-import sys
+import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from fiddlehead.errors import ConfigError
+from fiddlehead.launch.executor import Executor
 from fiddlehead.runs import RunDirectory, State, Status, alive
 
 if TYPE_CHECKING:
-    from nemo_run import Executor, Experiment, LocalExecutor
-
-FOLLOW_RECIPE = 0
-"""`ntasks_per_node` of an executor that starts as many processes as the recipe's trainer has devices."""
+    from nemo_run import Experiment
 
 
-def local(ntasks_per_node: int = FOLLOW_RECIPE, env_vars: dict[str, str] | None = None) -> LocalExecutor:
-    """Processes on this machine.
+def local(
+    ntasks_per_node: int = 0,
+    env_vars: dict[str, str] | None = None,
+    *,
+    secrets: Sequence[str] = (),
+    setup_lines: str = "",
+    python: str = "",
+) -> LocalExecutor:
+    """Processes on this machine, which have the environment of this one.
 
     Args:
         ntasks_per_node: how many, each with a device of its own; 0 follows `trainer.devices`.
         env_vars: environment variables for the job, beside those of this process.
+        secrets: names of environment variables that must be set.
+        setup_lines: shell lines that the job's script runs first.
+        python: the interpreter; "" is this process's.
     """
-    import nemo_run
-
-    return nemo_run.LocalExecutor(ntasks_per_node=ntasks_per_node, env_vars=env_vars or {})
-
-
-def job_script(run: RunDirectory, modules: Sequence[str]) -> str:
-    """The shell script that runs a job under this interpreter, its output in the run's log."""
-    command = [sys.executable, "-u", "-m", "fiddlehead.job", str(run.recipe)]
-    command += [option for module in modules for option in ("--allow", module)]
-    return f"exec {shlex.join(command)} >> {shlex.quote(str(run.log))} 2>&1\n"
-
-
-def submit(run: RunDirectory, executor: Executor, modules: Sequence[str], *, detach: bool) -> None:
-    """Starts the job of a prepared run, and unless detached shows its output until it ends.
-
-    Ctrl-C, or SIGTERM to this process, cancels the job: it saves its last step and ends.
-    """
-    import nemo_run
-
-    script = nemo_run.Script(inline=job_script(run, modules))
-    experiment = nemo_run.Experiment(
-        run.name,
-        executor=executor,
-        base_dir=str(run.path / "nemo_run"),
-        log_level="ERROR",
-        clean_mode=True,
-        enable_goodbye_message=False,
-        skip_status_at_exit=True,
-        serialize_metadata_for_scripts=False,  # they would hold the environment variables
+    return LocalExecutor(
+        ntasks_per_node=ntasks_per_node,
+        env_vars=env_vars or {},
+        secrets=secrets,
+        setup_lines=setup_lines,
+        python=python,
     )
-    log_start = run.log.stat().st_size if run.log.exists() else 0
-    with experiment:
-        experiment.add(script, name="job")
-        experiment.run()
-        handle = experiment.jobs[0].handle
-        experiment.detach = True  # only that leaving this block does not wait: it is done below, or not at all
-        if detach:
-            # Until the job has taken the run over, its status names this process, which is about to end.
-            while (status := run.written_status()) and status.state is State.SUBMITTED and _running(experiment, handle):
-                time.sleep(0.1)
-            _outlive(experiment)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalExecutor(Executor):
+    """Processes on this machine; `local` says what the settings mean. A job's id is its process's."""
+
+    kind: ClassVar[str] = "local"
+    ships_code: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nodes != 1:
+            raise ConfigError(f"nodes={self.nodes}: there is one machine here; allowed: 1")
+
+    def deliver_secrets(self, run: RunDirectory, values: Mapping[str, str]) -> str:
+        """Nothing has to be delivered: the job inherits them."""
+        return ""
+
+    def check(self, run: RunDirectory) -> None:
+        """Looks for the interpreter, if `setup_lines` cannot be what provides it.
+
+        Raises:
+            ConfigError: it is not there.
+        """
+        if self.python and not self.setup_lines and not shutil.which(self.python):
+            raise ConfigError(f"executor.python={self.python!r}: there is no such program on {socket.gethostname()}")
+
+    def submit(self, run: RunDirectory, *, after: Sequence[str] = (), after_any: Sequence[str] = ()) -> str:
+        """Starts `run.script` and returns its process id; the process leads a session of its own.
+
+        Raises:
+            ConfigError: it is to wait for another job, and nobody is here who would.
+        """
+        if after or after_any:
+            raise ConfigError("executor=local: starts a job at once; to wait for another run is the launcher's part")
+        import nemo_run
+
+        experiment = nemo_run.Experiment(
+            run.name,
+            executor=nemo_run.LocalExecutor(),
+            base_dir=str(run.path / "nemo_run"),
+            log_level="ERROR",
+            clean_mode=True,
+            enable_goodbye_message=False,
+            skip_status_at_exit=True,
+            serialize_metadata_for_scripts=False,
+        )
+        with experiment:
+            experiment.add(nemo_run.Script(inline=f"exec bash {shlex.quote(str(run.script))}"), name="job")
+            experiment.run()
+            experiment.detach = True  # only that leaving this block does not wait
+            return str(_release(experiment))
+
+    def states(self, runs: Sequence[RunDirectory]) -> list[Status | None]:
+        """What each run's status file says, corrected by a look at its process."""
+        return [_state(run) for run in runs]
+
+    def kill(self, run: RunDirectory) -> None:
+        """Kills a run's processes; nothing is saved, and the last checkpoint is whole.
+
+        Raises:
+            ConfigError: they are another machine's.
+        """
+        status = run.written_status()
+        if status is None or status.state.ended:
             return
-        previous = signal.signal(signal.SIGTERM, _interrupt)
-        output = _follow(run.log, log_start)
-        try:
-            while _running(experiment, handle):
-                _show(output)
-                time.sleep(0.1)
-        except KeyboardInterrupt:
-            _show(output)
-            print("cancelling: the last step is being saved", flush=True)  # noqa: T201
-            experiment._runner.cancel(handle)  # SIGTERM, and SIGKILL if that is not enough in 10 s
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-        _show(output)
+        if status.host != socket.gethostname():
+            raise ConfigError(f"run {run.name!r} is on {status.host}, and can be killed there only")
+        if status.state is State.PENDING:
+            pid = int(run.job_id) if _is_job(run) else 0
+        else:
+            pid = status.pid if alive(status) else 0
+        if pid:
+            with contextlib.suppress(ProcessLookupError):
+                # With its workers, unless it was started by hand, in the group of a shell's script.
+                kill = os.killpg if os.getpgid(pid) == pid else os.kill
+                kill(pid, signal.SIGKILL)
 
 
-def cancel(status: Status, patience: float = 10.0) -> bool:
-    """Asks a local run's process to save its last step and end; kills it if it has not after `patience` seconds.
-
-    Returns whether it ended by itself.
-    """
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(status.pid, signal.SIGTERM)
-        deadline = time.monotonic() + patience
-        while alive(status):
-            if time.monotonic() > deadline:
-                # Its own group if it leads one: a direct run shares that of the shell or notebook it was started from.
-                kill = os.killpg if os.getpgid(status.pid) == status.pid else os.kill
-                kill(status.pid, signal.SIGKILL)
-                return False
-            time.sleep(0.1)
-    return True
-
-
-def _running(experiment: Experiment, handle: str) -> bool:
-    from torchx.specs import is_terminal
-
-    status = experiment._runner.status(handle)
-    return status is not None and not is_terminal(status.state)
+def _state(run: RunDirectory) -> Status | None:
+    """Like `RunDirectory.status`, which knows nothing of a job between its submission and its first word."""
+    status = run.written_status()
+    if status is None or status.state is not State.PENDING or status.host != socket.gethostname():
+        return run.status()
+    if _is_job(run):
+        return status
+    file = run.path / "job_id"
+    submitted = file.exists() and file.stat().st_mtime >= status.started  # and not for an earlier attempt
+    after = run.written_status()  # it may have begun, and even ended, since it was read
+    if not submitted or after != status:
+        return run.status()
+    if run.stop_requested_since_submission():
+        return replace(status, state=State.CANCELLED, ended=time.time(), reason="cancelled before it began")
+    last = run.log.read_text(errors="replace").rstrip().rpartition("\n")[2] if run.log.exists() else ""
+    if last.startswith("error: "):  # the script's own, which found no interpreter
+        return replace(status, state=State.FAILED, ended=time.time(), exit_code=2, reason=last.removeprefix("error: "))
+    return replace(status, state=State.DIED, ended=time.time(), reason="its process is gone, before the job began")
 
 
-def _outlive(experiment: Experiment) -> None:
-    """Keeps NeMo-Run, whose local scheduler ends its jobs with itself, from ending this one."""
+def _is_job(run: RunDirectory) -> bool:
+    """Whether the process that was started for a run is there: the number alone may since be another's."""
+    try:
+        return os.fsencode(run.path) in Path(f"/proc/{run.job_id}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _release(experiment: Experiment) -> int:
+    """Keeps NeMo-Run, whose local scheduler ends its jobs with itself, from ending this one; returns its process id."""
     scheduler: Any = experiment._runner._scheduler("local_persistent")
-    for app in scheduler._apps.values():
-        for replicas in app.role_replicas.values():
-            for replica in replicas:
-                if replica.combined:
-                    replica.combined.close()  # threads that copy the output would keep this process from leaving
+    (job,) = [replica for app in scheduler._apps.values() for group in app.role_replicas.values() for replica in group]
+    for stream in (job.stdout, job.stderr, job.combined):  # the job's own log has its output
+        if stream:
+            stream.close()  # the last is a thread that copies, and would keep this process from leaving
     scheduler.close = lambda: None
-
-
-def _follow(file: Path, position: int) -> Iterator[str]:
-    """Yields what is appended to `file` after `position`, "" when there is nothing new."""
-    while not file.exists():
-        yield ""
-    with file.open(errors="replace") as stream:
-        stream.seek(position)
-        while True:
-            yield stream.read()
-
-
-def _show(output: Iterator[str]) -> None:
-    sys.stdout.write(next(output))
-    sys.stdout.flush()
-
-
-def _interrupt(signum, frame) -> None:
-    raise KeyboardInterrupt
+    job.proc.returncode = 0  # else subprocess warns of a process that was left running
+    return job.proc.pid

@@ -82,6 +82,20 @@ def test_executors_may_need_arguments() -> None:
     assert [entry.name for entry in own(catalog.executors())] == ["cluster"]
 
 
+def test_an_executor_need_not_say_what_it_returns() -> None:
+    write(
+        "launch/mine.py",
+        """
+from fiddlehead.launch.slurm import slurm
+def mycluster():
+    return slurm(account="a", partition="b")
+def helper():
+    return 7
+""",
+    )
+    assert [entry.name for entry in own(catalog.executors())] == ["mycluster"]
+
+
 def test_the_task_is_seen_through_other_recipes() -> None:
     write(
         "recipes/family.py",

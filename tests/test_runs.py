@@ -20,6 +20,7 @@ from fiddlehead.runs import (
     RunDirectory,
     State,
     Status,
+    StopRequest,
     find_run,
     list_runs,
     reserve_name,
@@ -61,7 +62,7 @@ def test_this_process_isalive(run: RunDirectory) -> None:
     assert run.status() == status and status.state is State.RUNNING and status.pid == os.getpid()
 
 
-@pytest.mark.parametrize("state", [State.SUBMITTED, State.RUNNING])
+@pytest.mark.parametrize("state", [State.PENDING, State.RUNNING, State.INTERRUPTED])
 def test_a_run_whose_process_is_gone_has_died(run: RunDirectory, state: State) -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     started = runs._process_started(child.pid)
@@ -94,8 +95,8 @@ def test_what_has_ended_stays_as_it_ended(run: RunDirectory, state: State) -> No
     assert run.status().state is state  # type: ignore[union-attr]
 
 
-def test_all_but_two_states_are_ends() -> None:
-    assert {state for state in State if not state.ended} == {State.SUBMITTED, State.RUNNING}
+def test_three_states_are_not_ends() -> None:
+    assert {state for state in State if not state.ended} == {State.PENDING, State.RUNNING, State.INTERRUPTED}
 
 
 def test_a_process_may_have_any_name(tmp_path: Path) -> None:
@@ -153,6 +154,56 @@ def test_the_newest_value_of_each_metric_is_shown(run: RunDirectory) -> None:
     assert run.last_metrics() == {"step": "3", "loss": "1.0", "val_loss": "2.5"}
 
 
+def test_of_a_large_table_the_end_is_read(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "MAX_METRICS_READ", 1000)
+    rows = "".join(f"{step},{step / 7},\n" for step in range(2, 1000))
+    run.metrics.write_text(f"step,loss,val_loss\n1,3.0,2.5\n{rows}1000,0.")  # the last row is being written
+    assert run.last_metrics() == {"step": "999", "loss": str(999 / 7)}
+    assert run.last_step() == 999
+
+
+@pytest.mark.parametrize("text", ["", "step,loss\n", "step,loss\n1,2"])
+def test_a_table_without_a_whole_row_is_before_the_first_step(run: RunDirectory, text: str) -> None:
+    run.metrics.write_text(text)
+    assert run.last_metrics() == {} and run.last_step() == 0
+
+
+# -- stop requests
+
+
+def test_a_cancellation_replaces_a_requeue_and_nothing_else(run: RunDirectory) -> None:
+    assert run.stop_request() is None
+    for reason, requeue, kept in (
+        ("SIGUSR1", True, "SIGUSR1"),
+        ("SIGTERM", True, "SIGUSR1"),
+        ("cancelled", False, "cancelled"),
+        ("again", False, "cancelled"),
+        ("SIGUSR1", True, "cancelled"),
+    ):
+        run.request_stop(StopRequest(reason, requeue))
+        request = run.stop_request()
+        assert request and request.reason == kept
+    run.clear_stop_request()
+    run.clear_stop_request()
+    assert run.stop_request() is None
+
+
+def test_an_empty_stop_file_is_a_cancellation(run: RunDirectory) -> None:
+    (run.path / "stop").touch()
+    request = run.stop_request()
+    assert request and not request.requeue
+
+
+def test_a_request_is_of_the_newest_submission_or_before(run: RunDirectory) -> None:
+    run.request_stop(StopRequest("cancelled"))
+    assert not run.stop_requested_since_submission()  # it was never submitted
+    run.command.write_text("fiddlehead pretrain\n")
+    os.utime(run.command, (1, 1))
+    assert run.stop_requested_since_submission()
+    os.utime(run.command, (2e9, 2e9))
+    assert not run.stop_requested_since_submission()
+
+
 # -- names
 
 
@@ -189,14 +240,22 @@ def test_a_new_name_is_no_run_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_status_file_is_plain_json(run: RunDirectory) -> None:
-    run.write_status(Status(State.SUBMITTED))
-    assert json.loads((run.path / "status").read_text())["state"] == "SUBMITTED"
+    run.write_status(Status(State.PENDING))
+    assert json.loads((run.path / "status").read_text())["state"] == "PENDING"
 
 
 def test_a_run_belongs_to_one_process_at_a_time(run: RunDirectory) -> None:
     with runs.exclusive(run), pytest.raises(ConfigError, match="is running"), runs.exclusive(run):
         pass
     with runs.exclusive(run):
+        pass
+
+
+def test_a_lock_that_a_lost_machine_has_left_is_waited_for(run: RunDirectory) -> None:
+    lock = runs.exclusive(run)
+    lock.__enter__()
+    threading.Timer(0.2, lock.__exit__, (None, None, None)).start()
+    with runs.exclusive(run, patience=20):
         pass
 
 

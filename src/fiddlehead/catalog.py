@@ -52,7 +52,7 @@ def recipes() -> list[Entry]:
 
 
 def executors() -> list[Entry]:
-    """Every executor: a public function that says it returns an `Executor`, or one of NeMo-Run's kinds of it."""
+    """Every executor: a public function that says it returns an `Executor`, or a kind of it, or calls one that does."""
     return _scan("launch", "Executor")
 
 
@@ -152,9 +152,18 @@ def _scan_folder(folder: Path, package: str, returns: str) -> list[Entry]:
         )
         for name, found in functions.items()
         for file, function in found
-        if function.returns is not None and ast.unparse(function.returns).strip("'\"").split("[")[0].endswith(returns)
+        if _returns(function, returns)
         if returns != "Recipe" or not _needs_arguments(function)
     ]
+
+
+def _returns(function: ast.FunctionDef, kind: str) -> bool:
+    """Whether a function says it returns a `kind`, or says nothing and returns what an executor function does."""
+    if function.returns is not None:
+        return ast.unparse(function.returns).strip("'\"").split("[")[0].endswith(kind)
+    ends = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
+    calls = [ast.unparse(end.func).split(".")[-1] for end in ends if isinstance(end, ast.Call)]
+    return kind == "Executor" and bool(calls) and all(call in ("local", "slurm", "docker") for call in calls)
 
 
 def _public_functions(file: Path) -> Iterator[ast.FunctionDef]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import signal
 from collections.abc import Iterable, Sequence
 
 
@@ -43,8 +42,18 @@ def unknown(what: str, name: str, allowed: Sequence[str]) -> str:
 
 
 class StopRequested(BaseException):
-    """Someone asked the run to stop; not an Exception, so that no library takes it for a failure of its own."""
+    """Someone asked the run to stop; not an Exception, so that no library takes it for a failure of its own.
 
-    def __init__(self, signum: int, detail: str = "before the first step") -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} {detail}")
-        self.signum = signum
+    Args:
+        message: when it stopped, and why.
+        requeue: whether it is to go on later, or is cancelled.
+    """
+
+    def __init__(self, message: str, *, requeue: bool = False) -> None:
+        super().__init__(message)
+        self.requeue = requeue
+
+    @property
+    def exit_code(self) -> int:
+        """The job's: 75 asks to be started again (EX_TEMPFAIL of sysexits.h), 130 is what a shell calls interrupted."""
+        return 75 if self.requeue else 130

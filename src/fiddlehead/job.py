@@ -1,31 +1,44 @@
 """What runs inside a job: `python -m fiddlehead.job RUN/recipe.yaml`.
 
-It needs no launcher: a run can be repeated by hand with that line. The process that is started writes the run's status;
-with several processes on a node it starts them, as torchrun does, and they only train.
+It needs no launcher: a run can be repeated by hand with that line. The first process of a job writes the run's status;
+on each node one process starts those that train, as torchrun does, unless they were started already or there is one.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import fcntl
 import os
-import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 
+if sys.version_info < (3, 11):  # noqa: UP036  # the imports below would fail, and nobody would know why
+    sys.exit(f"error: {sys.executable} is Python {sys.version.split()[0]}, and fiddlehead needs 3.11 or later")
+
+from fiddlehead import outcomes, preflight, signals, workers
 from fiddlehead.errors import ConfigError, RunError, StopRequested
-from fiddlehead.recipe import Recipe
-from fiddlehead.runs import RunDirectory, State, exclusive, plain_recipe, this_process
+from fiddlehead.runs import RunDirectory, State, Status, StopRequest, exclusive, this_process
+
+MAX_FAILURES = 3
+"""How often in a row a job that is started again may fail at the same step."""
+TRY_AGAIN = 75
+"""The exit code that asks for it."""
+LAUNCHER_LOCK = "FIDDLEHEAD_LAUNCHER_LOCK"
+"""The environment variable that names the file which an attached launcher keeps locked."""
+LOCK_PATIENCE = 120.0
+"""Seconds: a network file system may keep the locks of a lost node for as long as this."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a saved recipe in its run directory, with as many processes as it says, and returns the exit code."""
+    signals.stop_at_once()
+    argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="python -m fiddlehead.job", description=main.__doc__)
     parser.add_argument("recipe", type=Path, help="RUN/recipe.yaml")
     parser.add_argument("--allow", action="append", default=[], metavar="MODULE", help="a module the recipe may import")
@@ -33,20 +46,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = RunDirectory(arguments.recipe.resolve().parent)
 
     def work() -> None:
-        devices = plain_recipe(run.recipe).get("trainer", {}).get("devices", 1)
-        if isinstance(devices, int) and devices > 1 and not _is_worker():
-            _start_workers(run, devices, arguments.allow)
+        if workers.is_first() and LAUNCHER_LOCK in os.environ:
+            threading.Thread(target=_outlive, args=(run, Path(os.environ[LAUNCHER_LOCK])), daemon=True).start()
+        preflight.check(run, arguments.allow)
+        nodes, devices = workers.size(run)
+        rank = workers.this_rank(nodes, devices)
+        if rank is None:
+            workers.run_workers(run, nodes, devices, argv)
         else:
+            workers.join(run, rank)
             run_recipe(run.recipe, arguments.allow)
 
-    if _is_worker():
-        return _report(work)[0]
-    signal.signal(signal.SIGTERM, _stop)
-    return execute(run, work)
+    try:
+        if workers.started_by_job():
+            workers.become_worker(run)
+            return _report(run, lambda: run_recipe(run.recipe, arguments.allow)).exit_code
+        if workers.is_first():
+            return execute(run, work)
+        code = _report(run, work).exit_code
+        return 0 if code in outcomes.STOPPED else code  # a job has the highest code, which is for the first to choose
+    except StopRequested as stop:  # before anything had begun
+        print(stop, flush=True)  # noqa: T201
+        return stop.exit_code
+    finally:
+        signals.ignore()  # the interpreter would let them kill it while it shuts down
 
 
 def run_recipe(file: Path, allow: Sequence[str] = ()) -> None:
     """Loads a recipe, builds its parts and calls its task, in the folder where the recipe is."""
+    from fiddlehead.recipe import Recipe
+
     recipe = Recipe.load(file, allow=tuple(allow))
     recipe.log.dir, recipe.log.name = str(file.resolve().parent.parent), file.resolve().parent.name
     recipe.__fn_or_cls__(**recipe.build_arguments())
@@ -54,103 +83,126 @@ def run_recipe(file: Path, allow: Sequence[str] = ()) -> None:
 
 def execute(run: RunDirectory, work: Callable[[], None]) -> int:
     """Does `work` as the run's process: its status follows, from RUNNING to how it ended. Returns the exit code."""
-    status = this_process(1, "direct")
-
-    def take_over_and_work() -> None:
-        nonlocal status
-        before = run.written_status()
-        if before is not None:
-            attempt = before.attempt if before.state is State.SUBMITTED else before.attempt + 1
-            status = this_process(attempt, before.executor)
-        run.write_status(status)
-        work()
-
     try:
-        with exclusive(run):
-            exit_code, state, reason = _report(take_over_and_work)
-            ended = replace(status, state=state, ended=time.time(), exit_code=exit_code, reason=reason)
+        with signals.restored(), exclusive(run, LOCK_PATIENCE if signals.may_requeue() else 0.0):
+            signals.stop_at_once(run)
+            before = run.written_status()
+            status = _next_attempt(run, before)
+            died = before is not None and before.state is State.RUNNING
+            ending = _report(run, lambda: _begin(run, status, work, died=died))
+            signals.ignore()  # how it ended is settled
+            status = _ended(run, status, ending)
             with contextlib.suppress(OSError):  # a full disk; the reason was printed
-                run.write_status(ended)
-            return exit_code
+                run.write_status(status)
+            return status.exit_code or 0
     except ConfigError as error:  # someone else's run: its status is not touched
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
         return 2
 
 
-def _report(work: Callable[[], None]) -> tuple[int, State, str]:
-    """Does `work`, prints what went wrong, and returns exit code, state and reason."""
+# -- attempts
+
+
+def _next_attempt(run: RunDirectory, before: Status | None) -> Status:
+    """The status of the attempt that begins, where `before` is what the last one has left."""
+    if before is None:
+        return this_process(1, "direct")
+    attempt = before.attempt if before.state is State.PENDING else before.attempt + 1
+    status = replace(this_process(attempt, before.executor), failures=before.failures, failed_step=before.failed_step)
+    return _with_failure(status, run) if before.state is State.RUNNING else status
+
+
+def _begin(run: RunDirectory, status: Status, work: Callable[[], None], *, died: bool) -> None:
+    """Does `work` as a new attempt, unless the run was cancelled meanwhile or dies again and again."""
+    run.write_status(status)
+    request = run.stop_request()
+    if request and not request.requeue and run.stop_requested_since_submission():
+        raise StopRequested(f"stopped before it began: {request.reason}")
+    if died:
+        words = f"attempt {status.attempt - 1} ended without a word at step {status.failed_step}"
+        if signals.may_requeue() and status.failures >= MAX_FAILURES:
+            raise RunError(f"{words}, as {MAX_FAILURES} in a row did: killed, out of memory, or its machine was lost")
+        print(f"WARNING: {words}: killed, out of memory, or its machine was lost", flush=True)  # noqa: T201
+    run.clear_stop_request()
+    outcomes.forget(run)
+    work()
+
+
+def _with_failure(status: Status, run: RunDirectory) -> Status:
+    """The status with one more failure, at the newest step."""
+    step = run.last_step()
+    return replace(status, failures=status.failures + 1 if step == status.failed_step else 1, failed_step=step)
+
+
+def _ended(run: RunDirectory, status: Status, ending: Ending) -> Status:
+    """The status of an attempt that has come to `ending`, which may be to try again."""
+    if not ending.final:
+        cause = outcomes.conclusion(run)  # of several processes, all but the first to fail have lost a partner
+        if isinstance(cause, outcomes.WorkersFailedError):
+            ending = replace(ending, reason=str(cause), final=cause.final)
+    if not ending.final:
+        status = _with_failure(status, run)
+        if signals.may_requeue():
+            failures = f"failure {status.failures} of {MAX_FAILURES} at step {status.failed_step}"
+            again = status.failures < MAX_FAILURES
+            reason = f"{ending.reason}; {failures}{', to be tried again' if again else ''}"
+            ending = Ending(State.INTERRUPTED, TRY_AGAIN, reason) if again else replace(ending, reason=reason)
+            print(failures + (": trying again" if again else ": giving up"), flush=True)  # noqa: T201
+    return replace(status, state=ending.state, ended=time.time(), exit_code=ending.exit_code, reason=ending.reason)
+
+
+# -- endings
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended."""
+
+    state: State
+    exit_code: int
+    reason: str = ""
+    final: bool = True
+    """Whether another attempt would end in the same way, or there is nothing left to try."""
+
+
+def _report(run: RunDirectory, work: Callable[[], None]) -> Ending:
+    """Does `work`, and says what went wrong: in the log, and to the run's other processes."""
+    ending = _ending_of(work)
+    if ending.state is not State.SUCCEEDED and not outcomes.alone():
+        outcomes.leave(run, outcomes.own_name(), ending.exit_code, ending.reason, final=ending.final)
+    return ending
+
+
+def _ending_of(work: Callable[[], None]) -> Ending:
+    """Does `work`, and prints what went wrong."""
     try:
         work()
     except StopRequested as stop:
-        if os.environ.get("RANK", "0") == "0":
-            print(str(stop), flush=True)  # noqa: T201
-        return 128 + stop.signum, State.CANCELLED, str(stop)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT, State.CANCELLED, "interrupted at once; the checkpoints before it are whole"
-    except WorkersFailedError as error:  # they have said so themselves
-        return error.exit_code, State.FAILED, str(error)
+        if not workers.started_by_job():  # the process that started it says so
+            print(stop, flush=True)  # noqa: T201
+        state = State.INTERRUPTED if stop.requeue else State.CANCELLED
+        return Ending(state, stop.exit_code, str(stop))
+    except KeyboardInterrupt:  # in a thread or a library that has taken SIGINT back
+        return Ending(State.CANCELLED, 130, "interrupted at once; the checkpoints before it are whole")
     except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
-        _tell_launcher(str(error))
-        return 2 if isinstance(error, ConfigError) else 1, State.FAILED, str(error)
-    except Exception as error:
+        if isinstance(error, outcomes.WorkersFailedError):
+            return Ending(State.FAILED, error.exit_code, str(error), final=error.final)
+        return Ending(State.FAILED, 2 if isinstance(error, ConfigError) else 1, str(error))
+    except (Exception, SystemExit) as error:  # SystemExit: of a library, which cannot know better
         traceback.print_exc()
-        _tell_launcher(f"{type(error).__name__}: {error}")
-        return 1, State.FAILED, f"{type(error).__name__}: {error}"
-    return 0, State.SUCCEEDED, ""
+        return Ending(State.FAILED, 1, f"{type(error).__name__}: {error}", final=False)
+    return Ending(State.SUCCEEDED, 0)
 
 
-class WorkersFailedError(RunError):
-    """One of a node's processes ended with an error, and the others were stopped."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-def _start_workers(run: RunDirectory, processes: int, allow: Sequence[str]) -> None:
-    """Runs `processes` copies of this job on this node and waits for them."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=run.name,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # any free port: two jobs on a node must not collide
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    options = [option for module in allow for option in ("--allow", module)]
-    try:
-        elastic_launch(config, sys.executable)("-u", "-m", "fiddlehead.job", str(run.recipe), *options)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        message = failure.message if isinstance(failure.message, str) else json.dumps(failure.message)
-        code = failure.exitcode if failure.exitcode > 0 else 1
-        raise WorkersFailedError(f"rank {rank}: {message}", code) from error
-    except SignalException as stop:
-        raise StopRequested(stop.sigval, "with all its processes") from stop
-
-
-def _is_worker() -> bool:
-    """Whether torchrun started this process, and so another one is responsible for the run."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def _tell_launcher(message: str) -> None:
-    """Leaves an error where torchrun looks for it, if this process is one of its workers."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file and _is_worker():
-        Path(file).write_text(json.dumps({"message": message}))
-
-
-def _stop(signum: int, frame: FrameType | None) -> None:
-    raise StopRequested(signum)
+def _outlive(run: RunDirectory, lock: Path) -> None:
+    """Waits until the launcher, which holds the lock for as long as it lives, is gone; then stops the run."""
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    status = run.written_status()
+    if status is not None and status.state.ended:  # so the launcher may go, while this process shuts down
+        return
+    signals.ask(run, StopRequest("its launcher is gone"))
 
 
 if __name__ == "__main__":

@@ -23,12 +23,18 @@ from typing import Any
 
 from fiddlehead.errors import ConfigError, unknown
 
+MAX_METRICS_READ = 2**20
+"""How much of the end of `metrics.csv` is read for its newest values, in bytes: some eight thousand rows."""
+
 
 class State(StrEnum):
     """What has become of a run."""
 
-    SUBMITTED = "SUBMITTED"
+    PENDING = "PENDING"
+    """Handed over, or requeued, and has not begun."""
     RUNNING = "RUNNING"
+    INTERRUPTED = "INTERRUPTED"
+    """The job has saved its last step and left before its end, to be requeued."""
     SUCCEEDED = "SUCCEEDED"
     FAILED = "FAILED"
     CANCELLED = "CANCELLED"
@@ -38,7 +44,7 @@ class State(StrEnum):
     @property
     def ended(self) -> bool:
         """Whether nothing more will happen without a new attempt."""
-        return self not in (State.SUBMITTED, State.RUNNING)
+        return self not in (State.PENDING, State.RUNNING, State.INTERRUPTED)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,18 @@ class Status:
     exit_code: int | None = None
     reason: str = ""
     executor: str = "direct"
+    failures: int = 0
+    """How often in a row the run has failed at `failed_step`."""
+    failed_step: int = -1
+
+
+@dataclass(frozen=True)
+class StopRequest:
+    """That a run shall save the step in hand and leave; the content of its `stop` file."""
+
+    reason: str
+    requeue: bool = False
+    """Whether it is to go on later, or is cancelled."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +123,42 @@ class RunDirectory:
         return self.path / "command"
 
     @property
+    def executor(self) -> Path:
+        """Where the run was sent, and how."""
+        return self.path / "executor.json"
+
+    @property
+    def job_id(self) -> str:
+        """The executor's id of the newest job: Slurm's number, a container's name; "" before it was submitted."""
+        file = self.path / "job_id"
+        return file.read_text().strip() if file.exists() else ""
+
+    @property
+    def script(self) -> Path:
+        """The shell script that runs the job on each node, whatever the executor."""
+        return self.path / "job.sh"
+
+    @property
+    def code(self) -> Path:
+        """The copy of the working tree that the job imports; missing where it imports the tree itself."""
+        return self.path / "code"
+
+    @property
+    def logs(self) -> Path:
+        """What the ranks other than the first printed, a file for each."""
+        return self.path / "logs"
+
+    @property
+    def launcher_lock(self) -> Path:
+        """Locked by the launcher of an attached job for as long as it lives."""
+        return self.path / ".launcher"
+
+    @property
+    def scheduler_log(self) -> Path:
+        """What the scheduler and its script printed, outside the job."""
+        return self.path / "scheduler.txt"
+
+    @property
     def wandb_id(self) -> str:
         """The W&B id of this run, the same for all its attempts."""
         file = self.path / "wandb_id"
@@ -138,30 +192,97 @@ class RunDirectory:
         """Replaces the status file."""
         write_atomically(self.path / "status", json.dumps(asdict(status), indent=2) + "\n")
 
+    def request_stop(self, request: StopRequest) -> None:
+        """Asks the job, wherever it runs, to save the step in hand and leave.
+
+        An earlier request stands, unless that was to go on later and this one is not.
+        """
+        earlier = self.stop_request()
+        if earlier is None or (earlier.requeue and not request.requeue):
+            write_atomically(self._stop, json.dumps(asdict(request)) + "\n")
+
+    def stop_request(self) -> StopRequest | None:
+        """What was asked of the present attempt; None is to go on."""
+        try:
+            return StopRequest(**json.loads(self._stop.read_text()))
+        except OSError:  # it is not there; or a shared file system stumbles, and will be asked again
+            return None
+        except (ValueError, TypeError):
+            return StopRequest("someone wrote its stop file by hand")
+
+    def stop_requested_since_submission(self) -> bool:
+        """Whether there is a request and it is younger than the newest line of `command`."""
+        try:
+            return self._stop.stat().st_mtime_ns >= self.command.stat().st_mtime_ns
+        except OSError:
+            return False
+
+    def clear_stop_request(self) -> None:
+        """Forgets what was asked of an earlier attempt."""
+        self._stop.unlink(missing_ok=True)
+
+    @property
+    def _stop(self) -> Path:
+        return self.path / "stop"
+
     def last_metrics(self) -> dict[str, str]:
-        """The newest value of each metric, as text; empty before the first."""
+        """The newest value of each metric, as text; empty before the first.
+
+        Of a large file the end is read, so a metric that was not logged for thousands of steps is left out.
+        """
+        latest: dict[str, str] = {}
+        header, rows = self._newest_rows()
+        for row in rows:
+            for name, value in zip(header, row, strict=False):
+                if value:
+                    latest.setdefault(name, value)
+            if len(latest) == len(header):
+                break
+        return {name: latest[name] for name in header if name in latest}
+
+    def last_step(self) -> int:
+        """The newest step in `metrics.csv`; 0 before the first."""
+        _, rows = self._newest_rows()
+        return next((int(row[0]) for row in rows if row and row[0].isdigit()), 0)
+
+    def _newest_rows(self) -> tuple[list[str], Iterator[list[str]]]:
+        """The columns of `metrics.csv` and its rows, the newest first, without a last one that is cut short."""
         import csv
 
-        latest: dict[str, str] = {}
-        if self.metrics.exists():
-            with self.metrics.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    latest.update({name: value for name, value in row.items() if value})
-        return latest
+        try:
+            with self.metrics.open("rb") as file:
+                first = file.readline()
+                start = max(file.tell(), file.seek(0, os.SEEK_END) - MAX_METRICS_READ)
+                file.seek(start)
+                lines = file.read().decode(errors="replace").split("\n")
+        except FileNotFoundError:
+            return [], iter(())
+        if start > len(first):
+            del lines[0]  # its beginning was not read
+        columns = next(csv.reader([first.decode()]), [])
+        return columns, csv.reader(lines[-2::-1])
 
 
 @contextlib.contextmanager
-def exclusive(run: RunDirectory) -> Iterator[None]:
+def exclusive(run: RunDirectory, patience: float = 0.0) -> Iterator[None]:
     """Keeps every other process from writing to a run; the lock ends with this block or with the process.
+
+    Args:
+        patience: for how many seconds to wait for another process to leave.
 
     Raises:
         ConfigError: another process has it.
     """
+    deadline = time.monotonic() + patience
     with (run.path / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"log.name={run.name!r} is running: another process holds {file.name}") from None
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise ConfigError(f"log.name={run.name!r} is running: another process holds {file.name}") from None
+                time.sleep(0.5)
         yield
 
 
@@ -226,11 +347,14 @@ def plain_recipe(file: Path) -> dict[str, Any]:
     return yaml.load(file.read_text(), Plain) if file.exists() else {}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new and never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_atomically(path: Path, text: str, *, mode: int = 0o666) -> None:
+    """Writes a file so that a reader, or a crash, sees the old content or the new and never a part.
+
+    `mode` is what `open(2)` takes: the process's umask applies.
+    """
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w") as file:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -28,7 +28,7 @@ from fiddlehead.training.checkpoint import (
 )
 from fiddlehead.training.console import is_rank_zero, say
 from fiddlehead.training.metrics import Metrics
-from fiddlehead.training.stop import StopOnSignal
+from fiddlehead.training.stop import StopOnRequest
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 """float16 is left out: its loss scaling hides an infinite gradient, and spoils the clipping of a fused optimizer."""
@@ -87,7 +87,7 @@ def pretrain(
     metrics = Metrics(plan.tokens_per_step, data.seq_length, every_n_steps)
     # The order matters: a step is measured, then saved, and only then may the run stop.
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it dynamically
-    callbacks += [metrics, checkpoint, StopOnSignal(checkpoint)]
+    callbacks += [metrics, checkpoint, StopOnRequest(checkpoint, run)]
     if start is not None:
         restore_progress(trainer, step)
     try:
@@ -159,10 +159,14 @@ class Plan:
     """Parameters, gradients and optimizer state of one full copy, without activations."""
     warmup_steps: int
 
+    @property
+    def flops(self) -> float:
+        """What the whole run computes, without recomputation."""
+        return self.config.train_flops_per_token(self.config.seq_length or 0) * self.tokens_per_step * self.max_steps
+
     def rows(self) -> list[tuple[str, str]]:
         """Name and value of each line of a summary."""
         config = self.config
-        flops = config.train_flops_per_token(config.seq_length or 0) * self.tokens_per_step * self.max_steps
         warmup = f"{self.warmup_steps:,} of them warm-up"
         if self.warmup_steps >= self.max_steps:
             warmup = f"which end before the warm-up does ({self.warmup_steps:,} steps)"
@@ -176,7 +180,7 @@ class Plan:
                 f"x {self.accumulate_grad_batches} accumulated",
             ),
             ("the run", f"{self.max_steps:,} steps, {warmup}"),
-            ("", f"{self.tokens_per_step * self.max_steps:,} tokens, {flops:.2e} FLOPs"),
+            ("", f"{self.tokens_per_step * self.max_steps:,} tokens, {self.flops:.2e} FLOPs"),
             ("memory", f"{self.state_gib:.2f} GiB for parameters, gradients and optimizer, plus activations"),
             *zip(["attention"] + [""] * self.config.num_layers, self._attention_rows(), strict=False),
         ]

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 import random
 import re
+import secrets as random_secrets
+import shlex
 import signal
 import subprocess
 import sys
 import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fiddlehead.runs import RunDirectory, State
+from fiddlehead.errors import ConfigError
+from fiddlehead.launch import watch
+from fiddlehead.launch.local import LocalExecutor, local
+from fiddlehead.runs import RunDirectory, State, StopRequest, this_process
 from fiddlehead.training.checkpoint import newest_first, newest_good
 
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "val_loss")
@@ -56,7 +64,8 @@ def undisturbed(tmp_path_factory) -> RunDirectory:
 def test_a_run_directory_has_everything(undisturbed):
     names = {path.name for path in undisturbed.path.iterdir()}
     expected = {"recipe.yaml", "command", "environment.json", "status", "log.txt", "metrics.csv", "checkpoints"}
-    assert expected | {"tokenizer.json"} <= names
+    assert expected | {"tokenizer.json", "executor.json", "job.sh", "job_id"} <= names
+    assert "code" not in names  # here the job imports the tree itself
     status = undisturbed.status()
     assert status and (status.state, status.exit_code, status.executor) == (State.SUCCEEDED, 0, "local")
     rows = losses(undisturbed)
@@ -135,7 +144,7 @@ def test_ctrl_c_saves_the_last_step(tmp_path):
     began = time.time()
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, output
+    assert process.returncode == 130, output
     status = stopped.status()
     assert status and status.state is State.CANCELLED
     assert status.ended and status.ended - began < 5
@@ -146,23 +155,74 @@ def test_ctrl_c_saves_the_last_step(tmp_path):
 
 
 @pytest.mark.slow
+def test_killed_the_launcher_takes_its_job_along(tmp_path):
+    process = subprocess.Popen(
+        pretrain("orphan", "trainer.max_steps=100000"),
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    orphan = RunDirectory(tmp_path / "runs" / "orphan")
+    wait_until(lambda: len(orphan.last_metrics()) > 0)
+    process.kill()
+    process.wait()
+    wait_until(lambda: (status := orphan.status()) and status.state.ended, seconds=10)
+    status = orphan.status()
+    assert status and status.state is State.CANCELLED and "its launcher is gone" in status.reason
+    assert newest_good(orphan.checkpoints) == orphan.checkpoints / f"step-{orphan.last_step():08d}"
+
+
+@pytest.mark.slow
 def test_detached_it_outlives_the_shell_and_can_be_cancelled(tmp_path):
-    began = time.monotonic()
     shell = run(
         ["bash", "-c", 'exec "$@"', "bash", *pretrain("away", "--detach", "trainer.max_steps=100000")], tmp_path
     )
     assert shell.returncode == 0, shell.stderr
     away = RunDirectory(tmp_path / "runs" / "away")
-    assert time.monotonic() - began < 60
+    (at_once,) = watch.states([away])
+    assert at_once and at_once.state in (State.PENDING, State.RUNNING)  # though who wrote PENDING is gone
     wait_until(lambda: len(away.last_metrics()) > 0)
     status = away.status()
-    assert status and status.state is State.RUNNING
+    assert status and status.state is State.RUNNING and str(status.pid) == away.job_id
     refused = run(pretrain("away"), tmp_path)
     assert refused.returncode == 2 and "is running" in refused.stderr
     cancelled = run(command("runs", "cancel", "away"), tmp_path)
     assert cancelled.returncode == 0, cancelled.stderr
     status = away.status()
     assert status and status.state is State.CANCELLED
+
+
+@pytest.mark.slow
+def test_by_hand_a_run_is_repeated_to_the_same_end(undisturbed, tmp_path):
+    copy = RunDirectory(tmp_path / "runs" / "again")
+    result = run(pretrain("again", "trainer.max_steps=5"), tmp_path)
+    assert result.returncode == 0, result.stderr
+    by_hand = run(["bash", "runs/again/job.sh"], tmp_path)
+    assert (by_hand.returncode, by_hand.stdout) == (0, ""), copy.log.read_text()
+    status = copy.status()
+    assert status and (status.state, status.attempt) == (State.SUCCEEDED, 2)
+
+
+@pytest.mark.slow
+def test_a_secret_is_in_the_job_and_in_no_file(tmp_path, monkeypatch):
+    """Nor is it printed, also where bash is told to print what it does."""
+    names = ("WANDB_API_KEY", "HF_TOKEN", "MINE")
+    values = {name: random_secrets.token_hex(16) for name in names}
+    for name, value in {**values, "NEMORUN_HOME": str(tmp_path / "home")}.items():
+        monkeypatch.setenv(name, value)
+    probe = "for name in WANDB_API_KEY HF_TOKEN MINE; do printf %s ${!name} | sha256sum; done"
+    arguments = [
+        "trainer.max_steps=2", "executor=local", "executor.secrets=['MINE']", f"executor.setup_lines={probe!r}",
+        "executor.env_vars={'NOTE': 'one two; $(id)'}",
+    ]  # fmt: skip
+    result = run(pretrain("quiet", *arguments), tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    traced = run(["bash", "-xv", "runs/quiet/job.sh"], tmp_path)
+    assert traced.returncode == 0
+    for value in values.values():
+        assert hashlib.sha256(value.encode()).hexdigest() in result.stdout  # it was there
+        for text in (result.stdout, result.stderr, traced.stdout, traced.stderr):
+            assert value not in text
+        for file in tmp_path.rglob("*"):
+            assert file.is_dir() or value.encode() not in file.read_bytes(), file
 
 
 @pytest.mark.slow
@@ -218,6 +278,88 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
         assert newest_good(full.checkpoints) == newest_first(full.checkpoints)[0]
     finally:
         subprocess.run(["umount", str(mount)], check=True)
+
+
+# -- the executor alone, with a script in place of the job's
+
+
+@pytest.fixture
+def pending(working_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
+    """A run that is about to be submitted, by a launcher that is gone since."""
+    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "home"))
+    run = RunDirectory(tmp_path / "runs" / "a b")
+    run.path.mkdir(parents=True)
+    run.command.write_text("fiddlehead pretrain\n")
+    gone = replace(this_process(1, "local"), state=State.PENDING, pid=2**22 + 1)
+    run.write_status(gone)
+    return run
+
+
+def submitted(run: RunDirectory, script: str) -> State:
+    """Submits a script and returns the state that the run has then."""
+    run.script.write_text(script)
+    with warnings.catch_warnings(action="ignore"):  # what NeMo-Run imports warns of itself
+        (run.path / "job_id").write_text(LocalExecutor().submit(run))
+    return state(run)
+
+
+def state(run: RunDirectory) -> State:
+    (status,) = LocalExecutor().states([run])
+    assert status
+    return status.state
+
+
+def test_a_job_that_has_not_begun_is_pending_and_can_be_killed(pending):
+    began = time.monotonic()
+    assert state(pending) is State.DIED
+    assert submitted(pending, "sleep 1000 & echo $! > worker; wait") is State.PENDING
+    assert time.monotonic() - began < 30  # most of it is NeMo-Run's import
+    wait_until(lambda: Path("worker").exists() and Path("worker").read_text())
+    worker = Path("/proc") / Path("worker").read_text().strip()
+    assert worker.exists()
+    LocalExecutor().kill(pending)
+    wait_until(lambda: state(pending) is State.DIED, seconds=5)
+    wait_until(lambda: not worker.exists() or " Z " in (worker / "stat").read_text(), seconds=5)
+    LocalExecutor().kill(pending)  # again is no error
+
+
+def test_a_script_that_finds_no_interpreter_has_failed(pending):
+    submitted(pending, f"echo 'error: executor.python: none' >> {shlex.quote(str(pending.log))}; exit 2")
+    wait_until(lambda: state(pending).ended, seconds=5)
+    (status,) = LocalExecutor().states([pending])
+    assert status and (status.state, status.exit_code) == (State.FAILED, 2)
+    assert status.reason == "executor.python: none"
+
+
+def test_cancelled_before_it_began(pending):
+    submitted(pending, "exit 130")
+    pending.request_stop(StopRequest("runs cancel"))
+    wait_until(lambda: state(pending) is State.CANCELLED, seconds=5)
+
+
+def test_an_earlier_attempts_process_is_not_this_ones(pending):
+    submitted(pending, "exit 0")
+    wait_until(lambda: state(pending) is State.DIED, seconds=5)
+    pending.write_status(replace(this_process(2, "local"), state=State.PENDING))  # this launcher is about to submit
+    assert state(pending) is State.PENDING
+
+
+def test_a_run_of_another_machine_is_not_killed(pending):
+    pending.write_status(replace(this_process(1, "local"), host="elsewhere"))
+    assert state(pending) is State.RUNNING
+    with pytest.raises(ConfigError, match="is on elsewhere"):
+        LocalExecutor().kill(pending)
+
+
+def test_what_cannot_be_is_refused(pending):
+    with pytest.raises(ConfigError, match="nodes=2"):
+        LocalExecutor(nodes=2)
+    with pytest.raises(ConfigError, match="starts a job at once"):
+        LocalExecutor().submit(pending, after=["1"])
+    with pytest.raises(ConfigError, match=r"executor\.python='/no/python': there is no such program"):
+        local(python="/no/python").check(pending)
+    local(python="/no/python", setup_lines="module load python").check(pending)  # which may bring it
+    local().check(pending)
 
 
 def test_what_nemo_run_still_needs_help_with():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from lightning.pytorch import Callback, Trainer
 from fiddlehead import tasks
 from fiddlehead.errors import ConfigError, StopRequested
 from fiddlehead.models import RopeScaling
-from fiddlehead.runs import RunDirectory, State, Status
+from fiddlehead.runs import RunDirectory, State, Status, StopRequest
+from fiddlehead.signals import SIGNALS
 from fiddlehead.training import WarmupStableDecay
 from fiddlehead.training.checkpoint import DamagedCheckpointError
 from tests.training.conftest import KillAfter, Killed, Parts, parameters, rows
@@ -83,16 +85,44 @@ class Signal(Callback):
             os.kill(os.getpid(), self.signum)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", SIGNALS)
 @pytest.mark.parametrize("step", [7, 11], ids=["odd", "before-the-last"])
-def test_a_stopped_run_saves_its_step_and_goes_on_exactly(pretrain: Pretrain, step: int, signum: int) -> None:
+def test_a_stopped_run_saves_its_step_and_goes_on_exactly(
+    pretrain: Pretrain, step: int, signum: signal.Signals
+) -> None:
     whole = pretrain(name="whole")
-    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    with pytest.raises(StopRequested, match=f"after step {step}, which is saved") as stop:
+    handlers = [signal.getsignal(s) for s in SIGNALS]
+    with pytest.raises(StopRequested, match=f"after step {step}, which is saved: {signum.name}") as stop:
         pretrain(callbacks=[Signal(step, signum)])
-    assert stop.value.signum == signum
-    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert stop.value.exit_code == 130
+    assert [signal.getsignal(s) for s in SIGNALS] == handlers
     assert_same(pretrain(), whole)
+
+
+@pytest.mark.parametrize("slurm", [False, True], ids=["elsewhere", "under-slurm"])
+def test_a_stop_is_asked_for_again_later_where_jobs_are_requeued(
+    pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch, slurm: bool
+) -> None:
+    monkeypatch.setenv("FIDDLEHEAD_REQUEUES", "3")
+    if slurm:  # where Lightning would save a checkpoint of its own, and requeue by itself
+        for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"):
+            monkeypatch.setenv(name, "1" if name == "SLURM_NTASKS" else "0")
+        monkeypatch.setattr(subprocess, "call", lambda command: pytest.fail(f"Lightning ran {command}"))
+    for step, signum, exit_code in ((3, signal.SIGUSR1, 75), (5, signal.SIGTERM, 75), (8, signal.SIGINT, 130)):
+        with pytest.raises(StopRequested, match=f"after step {step}, which is saved") as stop:
+            pretrain(callbacks=[Signal(step, signum)])
+        assert stop.value.exit_code == exit_code
+    pretrain()
+
+
+def test_a_stop_file_is_a_stop(pretrain: Pretrain, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "runs" / "run")
+    run.path.mkdir(parents=True)
+    run.request_stop(StopRequest("cancelled by me"))
+    with pytest.raises(StopRequested, match="stopped before the first step: cancelled by me"):
+        pretrain()
+    assert run.stop_request() is None and not run.checkpoints.joinpath("step-00000000").exists()
+    assert pretrain().last_step() == 12
 
 
 def test_a_stop_does_not_wait_for_a_validation(pretrain: Pretrain) -> None:

@@ -107,7 +107,7 @@ def register(name: str, forward: Forward, backward: Backward, from_cache: Run, *
 
     forward_op.register_autograd(gradients, setup_context=save)
 
-    class Attention(torch.autograd.Function):
+    class Attention(torch.autograd.Function):  # whose errors no context manager explains: one takes microseconds
         @staticmethod
         def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, _sinks: Tensor | None, *call: Any) -> Tensor:
             out, lse, rng_state = forward(q, k, v, *call)
@@ -118,15 +118,18 @@ def register(name: str, forward: Forward, backward: Backward, from_cache: Run, *
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-            with _errors_explained(name):
+            try:
                 dq, dk, dv, dsinks = backward(*grad_outputs, *ctx.saved_tensors, *ctx.call)
+            except RuntimeError as error:
+                _raise_if_built_without(error, name)
+                raise
             return dq, dk, dv, dsinks, None, None, None
 
     def run(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, scale: float, extras: Extras) -> Tensor:
         if torch.compiler.is_compiling():
             call = _flattened(spec, scale, extras)
             return forward_op(q, k, v, *call)[0] if spec.training else inference_op(q, k, v, *call)
-        try:  # a context manager would take as long as the rest of this call
+        try:
             if spec.training:
                 return Attention.apply(q, k, v, extras.sinks, spec, scale, extras)
             if spec.cached:
@@ -141,7 +144,7 @@ def register(name: str, forward: Forward, backward: Backward, from_cache: Run, *
 
 def contiguous_like(*tensors: Tensor) -> list[Tensor]:
     """New contiguous tensors, whatever the strides of those given, such as views of a fused projection."""
-    return [x.new_empty(x.shape) for x in tensors]
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
 
 
 @contextmanager

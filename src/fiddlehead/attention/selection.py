@@ -73,9 +73,12 @@ def _hopper(spec: AttentionSpec) -> Sequence[str]:
     if not spec.training:
         if spec.cached or not (spec.causal or spec.same_length):
             return DECODING
-        if narrow:
-            return _first("cudnn" if shortest else "flash4", HOPPER)
-        return HOPPER
+        if narrow and shortest:
+            return _first("cudnn", HOPPER)
+        multi_head = spec.num_query_groups == spec.num_attention_heads
+        if multi_head and not spec.packed and 0 < spec.length <= 4096:
+            return HOPPER
+        return _first("flash4", HOPPER) if narrow else HOPPER
     if shortest and not narrow and 1 < spec.num_query_groups < spec.num_attention_heads:
         return _first("cudnn", HOPPER)
     return _first("flash4", HOPPER) if 0 < spec.length <= 2048 or (narrow and spec.packed) else HOPPER

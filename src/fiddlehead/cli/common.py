@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,7 @@ from fiddlehead.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from fiddlehead.launch.executor import Executor
     from fiddlehead.recipe import Recipe
 
 EXECUTOR_PREFIXES = ("executor", "run.executor")
@@ -68,12 +72,16 @@ def split_executor(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return recipe, executor
 
 
-def configure_executor(arguments: Sequence[str], default: str = "local") -> tuple[Recipe, str]:
-    """The configured call of the executor function that `executor=NAME executor.x=1` says, and its name.
+def configure_executor(arguments: Sequence[str], default: str = "local") -> tuple[Executor, str]:
+    """The executor that `executor=NAME executor.x=1` says, and its name; nothing of it is started or asked.
 
-    Its arguments are checked; calling it, which imports NeMo-Run, is left for when the run starts.
+    An edit is an argument of the executor function if it has one of that name, else a setting of what it returns; where
+    the function only passes settings on, it is always the latter.
     """
+    import fiddle as fdl
+
     from fiddlehead.configuration.literals import split_arguments
+    from fiddlehead.launch.executor import Executor
     from fiddlehead.overrides import apply_overrides
     from fiddlehead.recipe import Recipe
 
@@ -89,11 +97,36 @@ def configure_executor(arguments: Sequence[str], default: str = "local") -> tupl
     name, call, rest = (named[0] if named else default).partition("(")  # executor=local(ntasks_per_node=2) works too
     if call:
         edits = split_arguments(rest.removesuffix(")")) + edits
-    function = catalog.find_executor(name)
+    function = _call(lambda: catalog.find_executor(name))
+    parameters = inspect.signature(function).parameters
+    # A function that takes **settings passes them on as they are; then they are checked together, and not one by one.
+    passes_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    required = _required(parameters)
+    taken = required if passes_on else parameters
+    keys = {edit: re.split(r"[-+*/]?=|[.\[]", edit)[0] for edit in edits}
+    own = [edit for edit, key in keys.items() if key in taken]
+    missing = [parameter for parameter in required if parameter not in keys.values()]
+    if missing:
+        raise ConfigError(*(f"executor.{parameter}: {name} needs it" for parameter in missing))
     try:
-        return apply_overrides(Recipe(function), edits), name
+        executor = _call(fdl.build(apply_overrides(Recipe(function), own)))
+        if not isinstance(executor, Executor):
+            raise ConfigError(f"{name} returned a {type(executor).__name__}; use one of fiddlehead.launch's executors")
+        settings = Recipe(type(executor), **{field.name: getattr(executor, field.name) for field in fields(executor)})
+        settings = apply_overrides(settings, [edit for edit in edits if edit not in own])
+        return fdl.build(settings)(), name
     except ConfigError as error:
         raise error.under("executor") from None
+
+
+def _required(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """The parameters that a call must give."""
+    various = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty and parameter.kind not in various
+    ]
 
 
 def table(*columns: str) -> Table:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 import sys
 import time
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +17,7 @@ import typer
 from fiddlehead.cli.common import add_row, table
 from fiddlehead.cli.common import show as show_things
 from fiddlehead.errors import ConfigError
-from fiddlehead.runs import RunDirectory, State, find_run, list_runs
+from fiddlehead.runs import RunDirectory, State, Status, find_run, list_runs
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -21,13 +25,15 @@ if TYPE_CHECKING:
 app = typer.Typer(invoke_without_command=True, help="List runs, and look into, cancel or repeat one.")
 
 COLOURS = {
+    State.PENDING: "cyan",
     State.RUNNING: "cyan",
-    State.SUBMITTED: "cyan",
+    State.INTERRUPTED: "cyan",
     State.SUCCEEDED: "green",
     State.CANCELLED: "yellow",
     State.FAILED: "red",
     State.DIED: "red",
 }
+UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def complete_run(incomplete: str) -> list[str]:
@@ -37,18 +43,30 @@ def complete_run(incomplete: str) -> list[str]:
 
 DirOption = typer.Option("runs", "--dir", metavar="DIR", help="Where runs are kept (log.dir).")
 RunArgument = typer.Argument(metavar="RUN", help="A run's name or directory.", autocompletion=complete_run)
+RunsArgument = typer.Argument(metavar="RUN...", help="Names or directories of runs.", autocompletion=complete_run)
 
 
 @app.callback()
-def runs(context: typer.Context, directory: str = DirOption) -> None:
+def runs(
+    context: typer.Context,
+    directory: str = DirOption,
+    as_json: bool = typer.Option(False, "--json", help="Everything that is known, as JSON."),
+) -> None:
     """List runs, and look into, cancel or repeat one."""
+    from fiddlehead.launch import watch
+
     if context.invoked_subcommand is not None:
         if directory != "runs":
             raise ConfigError(f"--dir {directory}: goes after {context.invoked_subcommand}, to which it belongs")
         return
-    made = table("name", "state", "step", "loss", "tokens/s", "elapsed", "attempt", "where")
-    for run in list_runs(directory):
-        add_row(made, *_row(run))
+    found = list_runs(directory)
+    statuses = watch.states(found)
+    if as_json:
+        print(json.dumps([_facts(run, status) for run, status in zip(found, statuses, strict=True)], indent=1))  # noqa: T201
+        return
+    made = table("name", "state", "step", "loss", "tokens/s", "elapsed", "attempt", "where", "")
+    for run, status in zip(found, statuses, strict=True):
+        add_row(made, *_row(run, status))
     if not made.row_count:
         print(f"no runs in {directory}/")  # noqa: T201
         return
@@ -58,96 +76,217 @@ def runs(context: typer.Context, directory: str = DirOption) -> None:
 @app.command("show")
 def show(run: str = RunArgument, directory: str = DirOption) -> None:
     """Show a run: its state and why, its newest metrics, its files."""
+    from fiddlehead.launch import code, watch
+
     found = find_run(run, directory)
-    status = found.status()
+    (status,) = watch.states([found])
     made = table("run", found.name)
     if status is not None:
         add_row(made, "state", _coloured(status.state))
         add_row(made, "reason", status.reason)
         add_row(made, "exit code", str(status.exit_code if status.exit_code is not None else ""))
         add_row(made, "attempt", str(status.attempt))
-        add_row(made, "where", f"{status.executor} on {status.host}, process {status.pid}")
+        add_row(made, "where", _where(found, status))
         add_row(made, "elapsed", _elapsed(status.started, status.ended))
     for name, value in found.last_metrics().items():
         add_row(made, name, f"{float(value):.6g}")
     add_row(made, "checkpoints", ", ".join(path.name for path in sorted(found.checkpoints.glob("step-*"))))
     add_row(made, "directory", str(found.path))
     add_row(made, "command", found.command.read_text().strip() if found.command.exists() else "")
+    shipped = code.shipped(found)
+    if shipped is not None:
+        add_row(made, "code", shipped.describe())
     show_things(made)
-    if status is not None and status.state in (State.FAILED, State.DIED) and found.log.exists():
-        print("the last lines of its log:")  # noqa: T201
-        print("\n".join(found.log.read_text(errors="replace").splitlines()[-10:]))  # noqa: T201
+    if status is not None and status.state in (State.FAILED, State.DIED):
+        for file, what in ((found.log, "its log"), (found.scheduler_log, "what its scheduler printed")):
+            if file.exists():
+                print(f"the last lines of {what}, {file}:")  # noqa: T201
+                print("\n".join(file.read_text(errors="replace").splitlines()[-10:]))  # noqa: T201
 
 
 @app.command("logs")
 def logs(
     run: str = RunArgument,
     follow: bool = typer.Option(False, "--follow", "-f", help="Go on until the run ends."),
+    rank: str = typer.Option("0", "--rank", metavar="N|all", help="Another process's, or those of all."),
+    attempt: str = typer.Option("", "--attempt", metavar="N|all", help="An earlier one's; the newest if left out."),
     directory: str = DirOption,
 ) -> None:
-    """Print a run's log."""
+    """Print a run's log: its newest attempt.
+
+    Example:  fiddlehead runs logs demo -f --rank all
+    """
+    from fiddlehead.launch import watch
+
     found = find_run(run, directory)
-    if not found.log.exists() and not follow:
-        print(f"{found.path} has no log yet", file=sys.stderr)  # noqa: T201
+    if rank != "all" and not rank.isdigit():
+        raise ConfigError(f"--rank {rank}: must be a number or all")
+    if attempt not in ("", "all") and not attempt.isdigit():
+        raise ConfigError(f"--attempt {attempt}: must be a number or all")
+    if follow:
+        if attempt:
+            raise ConfigError("--attempt: an attempt that is over cannot be followed; leave out -f")
+        watch.print_logs(found, rank)
         return
-    while not found.log.exists():
-        status = found.status()
-        if status is None or status.state.ended:
-            return
-        time.sleep(0.2)
-    with found.log.open(errors="replace") as stream:
-        while True:
-            status = found.status()  # asked before reading, so that the last lines are not missed
-            text = stream.read()
-            sys.stdout.write(text)
-            sys.stdout.flush()
-            if not follow or ((status is None or status.state.ended) and not text):
-                return
-            time.sleep(0.2)
+    files = watch.log_files(found, rank)
+    text = watch.attempt_of(files, attempt)
+    if text.strip():
+        sys.stdout.write(text)
+    elif found.scheduler_log.exists():
+        print(f"the job has printed nothing yet; the end of {found.scheduler_log}:")  # noqa: T201
+        print("\n".join(found.scheduler_log.read_text(errors="replace").splitlines()[-20:]))  # noqa: T201
+    else:
+        print(f"{found.path} has no log yet", file=sys.stderr)  # noqa: T201
 
 
 @app.command("cancel")
-def cancel(run: str = RunArgument, directory: str = DirOption) -> None:
-    """Stop a run: it saves its last step and ends."""
-    import socket
+def cancel(names: list[str] = RunsArgument, directory: str = DirOption) -> None:
+    """Stop runs: each saves its last step and ends."""
+    from fiddlehead.launch import watch
 
-    from fiddlehead.launch import local
-
-    found = find_run(run, directory)
-    status = found.status()
-    if status is None or status.state.ended:
-        raise ConfigError(f"run {found.name!r} is not running: {status.state if status else 'never started'}")
-    if status.host != socket.gethostname():
-        raise ConfigError(f"run {found.name!r} runs on {status.host}: cancel it there")
-    print(f"cancelling {found.name}: the last step is being saved")  # noqa: T201
-    if not local.cancel(status):
-        print("it did not end by itself and was killed; its earlier checkpoints are whole")  # noqa: T201
-    status = found.status()
-    print(f"{found.name}: {status.state if status else ''} {status.reason if status else ''}")  # noqa: T201
+    found = [find_run(name, directory) for name in names]
+    for run, status in zip(found, watch.states(found), strict=True):
+        if status is None or status.state.ended:
+            raise ConfigError(f"run {run.name!r} is not running: {status.state if status else 'never started'}")
+    for run in found:
+        print(f"cancelling {run.name}: the last step is being saved")  # noqa: T201
+        watch.ask_to_stop(run)
+    for run in found:
+        status = watch.cancel(run)
+        print(f"{run.name}: {status.state if status else ''} {status.reason if status else ''}")  # noqa: T201
 
 
 @app.command("rerun")
 def rerun(
     run: str = RunArgument,
-    detach: bool = typer.Option(False, "--detach", help="Return as soon as the job has started."),
+    detach: bool = typer.Option(False, "--detach", help="Return as soon as the job is handed over."),
     allow: list[str] = typer.Option(None, "--allow", metavar="MODULE", help="A module of yours that it may import."),
     directory: str = DirOption,
 ) -> None:
-    """Start a run again from its saved recipe: it continues from its newest checkpoint."""
+    """Start a run again where it ran before, from its saved recipe: it continues from its newest checkpoint."""
     from fiddlehead import launch
-    from fiddlehead.launch.local import local
+    from fiddlehead.launch import watch
     from fiddlehead.recipe import Recipe
 
     found = find_run(run, directory)
     recipe = Recipe.load(found.recipe, allow=tuple(allow or ()))
     recipe.log.dir, recipe.log.name = str(found.path.parent), found.name
-    status = found.written_status()
-    executor = None if status is not None and status.executor == "direct" else local()
+    executor = watch.load_executor(found)
     try:
         launch.launch(recipe, executor, detach=detach, allow=allow or (), command=f"fiddlehead runs rerun {run}")
     except launch.RunFailedError as failure:
         print(f"error: {failure}", file=sys.stderr)  # noqa: T201
         raise typer.Exit(failure.status.exit_code or 1) from None
+    if detach:
+        print(f"started {found.path}; watch it with `fiddlehead runs logs {found.name} -f`")  # noqa: T201
+
+
+@app.command("clean")
+def clean(
+    names: list[str] = typer.Argument(None, metavar="[RUN]...", help="Which; all that the options say if left out."),
+    older_than: str = typer.Option("", "--older-than", metavar="AGE", help="That ended so long ago: 12h, 7d, 2w."),
+    state: str = typer.Option(
+        "", "--state", metavar="STATE", help="That ended so: FAILED, CANCELLED, DIED, SUCCEEDED."
+    ),
+    yes: bool = typer.Option(False, "--yes", "-y", help="Do not ask."),
+    directory: str = DirOption,
+) -> None:
+    """Delete runs that have ended, with their checkpoints.
+
+    Example:  fiddlehead runs clean --state FAILED --older-than 7d
+    """
+    from fiddlehead.launch import secrets, watch
+
+    if not (names or older_than or state):
+        raise ConfigError("nothing says which runs: give names, --older-than or --state")
+    age = re.fullmatch(r"(\d+)([mhdw])", older_than)
+    if older_than and not age:
+        raise ConfigError(f"--older-than {older_than}: must be a number and a unit: 30m, 12h, 7d or 2w")
+    if state and state not in [kind for kind in State if kind.ended]:
+        raise ConfigError(f"--state {state}: allowed: {', '.join(kind for kind in State if kind.ended)}")
+    before = time.time() - int(age[1]) * UNITS[age[2]] if age else float("inf")
+    found = [find_run(name, directory) for name in names] if names else list_runs(directory)
+    chosen = []
+    for run, status in zip(found, watch.states(found), strict=True):
+        if status is not None and not status.state.ended:
+            if names:
+                raise ConfigError(f"run {run.name!r} is going on ({status.state}); cancel it first")
+        elif (not state or (status is not None and status.state == state)) and (
+            status is None or (status.ended or status.started) < before
+        ):
+            chosen.append((run, status))
+    if not chosen:
+        print("no such runs")  # noqa: T201
+        return
+    made = table("name", "state", "step", "size")
+    for run, status in chosen:
+        size = sum(file.lstat().st_size for file in run.path.rglob("*") if not file.is_dir())
+        add_row(made, run.name, status.state if status else "", str(run.last_step()), f"{size / 1e6:,.1f} MB")
+    show_things(made)
+    if not yes and not typer.confirm(f"Delete {'this' if len(chosen) == 1 else 'these'} for good?", default=False):
+        raise typer.Exit(0)
+    for run, _ in chosen:
+        secrets.remove(run)
+        shutil.rmtree(run.path)
+
+
+@app.command("sync")
+def sync(
+    names: list[str] = typer.Argument(None, metavar="[RUN]...", help="Which; all that recorded offline if left out."),
+    directory: str = DirOption,
+) -> None:
+    """Send what runs recorded offline to W&B: each is one run there, whatever its number of attempts."""
+    import os
+    import subprocess
+
+    from fiddlehead.training.loggers import has_wandb_key
+
+    found = [find_run(name, directory) for name in names] if names else list_runs(directory)
+    offline = {run: sorted((run.path / "wandb").glob("offline-run-*")) for run in found}
+    offline = {run: folders for run, folders in offline.items() if folders}
+    if not offline:
+        print("nothing was recorded offline")  # noqa: T201
+        return
+    if not has_wandb_key():
+        raise ConfigError("W&B has no API key here: `wandb login`, or set WANDB_API_KEY")
+    failed = []
+    for run, folders in offline.items():
+        print(f"{run.name}: {len(folders)} attempt{'s' * (len(folders) > 1)}", flush=True)  # noqa: T201
+        for number, folder in enumerate(folders):
+            # --append: the attempts after the first go on in the run that the first one made.
+            append = ["--append"] if number else []
+            command = [sys.executable, "-m", "wandb", "sync", *append, "--id", run.wandb_id, str(folder)]
+            if subprocess.run(command, env={**os.environ, "WANDB_MODE": "online"}).returncode:
+                failed.append(run.name)
+                break
+    if failed:
+        print(f"error: not sent: {', '.join(failed)}", file=sys.stderr)  # noqa: T201
+        raise typer.Exit(1)
+
+
+@app.command("sweep")
+def sweep(
+    name: str = typer.Argument(metavar="SWEEP", help="A sweep's name."),
+    metric: str = typer.Option("", "--metric", help="What to sort by; val_loss, or else loss."),
+    directory: str = DirOption,
+) -> None:
+    """Show what came out of a sweep, the best first."""
+    from fiddlehead.launch import sweep as sweeps
+
+    show_results(sweeps.load(name, directory), metric)
+
+
+def show_results(found: Any, metric: str) -> None:
+    """Prints a sweep's runs as a table, the lowest value of `metric` first."""
+    from fiddlehead.launch import sweep as sweeps
+
+    metric = metric or sweeps.default_metric(found)
+    paths = list(found.variants[0].values)
+    made = table(*paths, metric, "state", "run")
+    for variant, status, value in sweeps.results(found, metric):
+        shown = "" if value is None else f"{value:.4f}"
+        add_row(made, *variant.values.values(), shown, _coloured(status.state) if status else "", variant.name)
+    show_things(made)
 
 
 def generate(
@@ -172,7 +311,7 @@ def generate(
     print()  # noqa: T201
 
 
-def _row(run: RunDirectory) -> list[Any]:
+def _row(run: RunDirectory, status: Status | None) -> list[Any]:
     metrics = run.last_metrics()
     rate = metrics.get("tokens_per_s")
     row = [
@@ -180,14 +319,32 @@ def _row(run: RunDirectory) -> list[Any]:
         f"{float(metrics['loss']):.4f}" if "loss" in metrics else "",
         f"{float(rate):,.0f}" if rate else "",
     ]
-    try:
-        status = run.status()
-    except ConfigError as error:
-        return [run.name, str(error), *row, "", "", ""]
     if status is None:
-        return [run.name, "", *row, "", "", ""]
-    where = f"{status.executor} on {status.host}"
-    return [run.name, _coloured(status.state), *row, _elapsed(status.started, status.ended), str(status.attempt), where]
+        return [run.name, "", *row, "", "", "", ""]
+    reason = status.reason.split("\n")[0] if status.state is not State.SUCCEEDED else ""
+    return [
+        run.name,
+        _coloured(status.state),
+        *row,
+        _elapsed(status.started, status.ended),
+        str(status.attempt),
+        _where(run, status),
+        reason if len(reason) <= 60 else reason[:59] + "…",
+    ]
+
+
+def _facts(run: RunDirectory, status: Status | None) -> dict[str, Any]:
+    """A run as JSON values."""
+    said = {} if status is None else asdict(status)
+    return {"name": run.name, **said, "job": run.job_id, "metrics": run.last_metrics(), "directory": str(run.path)}
+
+
+def _where(run: RunDirectory, status: Status) -> str:
+    """Where a run is, or was."""
+    if status.executor in ("slurm", "docker"):
+        on = f" on {status.host}" if status.state is not State.PENDING else ""
+        return f"{status.executor} {'job ' if status.executor == 'slurm' else ''}{run.job_id}{on}"
+    return f"{status.executor} on {status.host}, process {status.pid}"
 
 
 def _coloured(state: State) -> Text:

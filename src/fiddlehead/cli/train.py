@@ -1,11 +1,14 @@
-"""`fiddlehead pretrain`: from a recipe and edits to a run."""
+"""`fiddlehead pretrain`: from a recipe and edits to a run, or to many."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import sys
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -20,7 +23,14 @@ from fiddlehead.cli.common import (
     split_executor,
     table,
 )
+from fiddlehead.cli.runs import complete_run
 from fiddlehead.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fiddlehead.launch.executor import Executor
+    from fiddlehead.launch.sweep import Sweep
+    from fiddlehead.recipe import Recipe
+    from fiddlehead.runs import RunDirectory, Status
 
 
 def pretrain(
@@ -35,9 +45,16 @@ def pretrain(
     ),
     dryrun: bool = typer.Option(False, "--dryrun", help="Check everything and show the plan; start nothing."),
     direct: bool = typer.Option(False, "--direct", help="Run in this process, without an executor."),
-    detach: bool = typer.Option(False, "--detach", help="Return as soon as the job has started."),
+    detach: bool = typer.Option(False, "--detach", help="Return as soon as the job is handed over."),
     yes: bool = typer.Option(False, "--yes", "-y", help="Do not ask before starting."),
     to_yaml: Path = typer.Option(None, "--to-yaml", metavar="FILE", help="Write the resolved recipe and stop."),
+    after: list[str] = typer.Option(
+        None, "--after", metavar="RUN", help="Start when this run has succeeded.", autocompletion=complete_run
+    ),
+    sweep: bool = typer.Option(False, "--sweep", help="A run for every combination of values: optim.lr=1e-3,3e-4"),
+    zipped: bool = typer.Option(False, "--zip", help="With --sweep: the first values, the second ones, and so on."),
+    max_running: int = typer.Option(None, "--max-running", min=1, help="With --sweep: at most so many at a time."),
+    metric: str = typer.Option("", "--metric", help="With --sweep: what the results are sorted by; val_loss, or loss."),
     allow: list[str] = AllowOption,
 ) -> None:
     """Train a language model from scratch, or continue an interrupted run.
@@ -48,46 +65,64 @@ def pretrain(
 
     [bold]executor=NAME[/bold] says where it runs, executor.KEY=VALUE how:
 
-      executor=local executor.ntasks_per_node=2
+      executor=local executor.ntasks_per_node=2   executor=slurm executor.nodes=2   executor=docker executor.image=IMAGE
 
     The same log.name again continues that run from its newest checkpoint.
 
     Example:  fiddlehead pretrain --factory tiny trainer.max_steps=50 log.name=first
+
+    Example:  fiddlehead pretrain -f tiny_test optim.lr=1e-3,4e-3 model.config.num_query_groups=1,2 --sweep
     """
-    if direct and detach:
-        raise ConfigError("--direct and --detach exclude each other: one stays in this process, the other leaves it")
+    if direct and (detach or after or sweep):
+        other = "--detach" if detach else "--after" if after else "--sweep"
+        raise ConfigError(f"--direct and {other} exclude each other: one stays in this process, the other leaves it")
+    for option, given in (("--zip", zipped), ("--max-running", max_running), ("--metric", metric)):
+        if given and not sweep:
+            raise ConfigError(f"{option} goes with --sweep")
     edits, executor_edits = split_executor(overrides or ())
     if direct and executor_edits:
         raise ConfigError(f"--direct runs without an executor; leave out {' '.join(executor_edits)}")
-    recipe, name = load_recipe(factory, edits, allow or ())
     executor, executor_name = configure_executor(executor_edits)
+    where = f"executor {executor_name}"
+    if sweep:
+        if to_yaml or after:
+            raise ConfigError(f"--sweep and {'--to-yaml' if to_yaml else '--after'} exclude each other")
+        _sweep(factory, edits, executor, where, zipped, max_running, metric, dryrun, detach, yes, allow or ())
+        return
+    recipe, name = load_recipe(factory, edits, allow or ())
+    _refuse_other_tasks(recipe, factory)
 
-    import fiddle as fdl
+    from fiddlehead import launch
 
-    from fiddlehead import launch, tasks
-
-    if recipe.__fn_or_cls__ is not tasks.pretrain:
-        task = recipe.__fn_or_cls__
-        raise ConfigError(f"--factory {factory}: configures {task.__module__}:{task.__qualname__}, not a pretraining")
-    plan = launch.check(launch.fit_to_executor(recipe, None if direct else executor))
+    before = _successes(after or (), recipe.log.dir)
+    fitted = launch.fit_to_executor(recipe, None if direct else executor)
+    plan = launch.check(fitted, here=direct or not executor.ships_code, waits=bool(before))
     if to_yaml is not None:
         recipe.save(to_yaml)
         print(f"wrote {to_yaml}; run it with --factory @{to_yaml}")  # noqa: T201
         return
-    where = "in this process" if direct else f"executor {executor_name}"
-    _show_plan(name, where, plan)
+    _show_plan(name, "in this process" if direct else where, plan.rows())
     if dryrun:
+        shipped = "" if direct else launch.rehearse(recipe, executor)
+        if shipped:
+            print(shipped.replace("shipped", "would ship"))  # noqa: T201
         return
     if not yes and sys.stdin.isatty() and not typer.confirm("Start?", default=True):
         raise typer.Exit(0)
+    if before and not executor.queues:
+        if detach:
+            raise ConfigError(f"--after --detach: {where} queues nothing, so this command has to stay and wait")
+        _wait_for(before)
+        before = []
     try:
         run = launch.launch(
             recipe,
-            None if direct else fdl.build(executor)(),
+            None if direct else executor,
             name=name,
             detach=detach,
             allow=allow or (),
             command=_typed(),
+            after=before,
         )
     except launch.RunFailedError as failure:
         print(f"error: {failure}", file=sys.stderr)  # noqa: T201
@@ -96,14 +131,163 @@ def pretrain(
         print(f"started {run.path}; watch it with `fiddlehead runs logs {run.name} -f`")  # noqa: T201
 
 
+def _sweep(
+    factory: str,
+    edits: Sequence[str],
+    executor: Executor,
+    where: str,
+    zipped: bool,
+    max_running: int | None,
+    metric: str,
+    dryrun: bool,
+    detach: bool,
+    yes: bool,
+    allow: Sequence[str],
+) -> None:
+    """Checks every run of a sweep, shows what they amount to, and runs them."""
+    from fiddlehead import launch
+    from fiddlehead.launch import sweep as sweeps
+
+    if detach and not executor.queues:
+        raise ConfigError(f"--sweep --detach: {where} queues nothing, so this command has to stay and start the runs")
+    base, variants = sweeps.expand(edits, "", zipped=zipped)
+    first, title = load_recipe(factory, base, allow)
+    _refuse_other_tasks(first, factory)
+    name = first.log.name or f"{title}-{datetime.now():%Y%m%d-%H%M%S}"
+    _, variants = sweeps.expand(edits, name, zipped=zipped)
+    recipes, plans, problems = [], [], []
+    for variant in variants:
+        try:
+            recipe, _ = load_recipe(factory, [*edits_without(edits, variant.values), *variant.edits], allow)
+            recipe.log.name = variant.name
+            fitted = launch.fit_to_executor(recipe, executor)
+            plans.append((fitted, launch.check(fitted, here=not executor.ships_code)))
+            recipes.append(recipe)
+        except ConfigError as error:
+            problems += [f"{variant.name}: {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigError(*problems)
+    if not executor.queues and max_running is None:
+        max_running = 1
+    made = table("run", *variants[0].values)
+    for variant in variants:
+        add_row(made, variant.name, *variant.values.values())
+    show(made)
+    at_once = "all at once" if max_running is None else f"{max_running} at a time"
+    _show_plan(f"{len(variants)} runs, {at_once}", where, _totals(plans, executor))
+    if dryrun:
+        shipped = launch.rehearse(recipes[0], executor)
+        if shipped:
+            print(shipped.replace("shipped", "each would ship"))  # noqa: T201
+        return
+    if not yes and sys.stdin.isatty() and not typer.confirm("Start?", default=True):
+        raise typer.Exit(0)
+    made = sweeps.Sweep(name, str(first.log.dir), variants)
+    report = None if detach else _Report(made)
+    try:
+        statuses = sweeps.run_all(
+            made, recipes, executor, max_running=max_running, allow=allow, command=_typed(), report=report
+        )
+    except KeyboardInterrupt:
+        print("cancelled; the runs have saved their last steps", file=sys.stderr)  # noqa: T201
+        raise typer.Exit(130) from None
+    if detach:
+        print(f"started {len(variants)} runs; `fiddlehead runs sweep {name}` shows what came out")  # noqa: T201
+        return
+    from fiddlehead.cli.runs import show_results
+
+    show_results(made, metric)
+    if sweeps.failed(statuses):
+        print(f"error: {sweeps.failed(statuses)} of {len(statuses)} runs did not succeed", file=sys.stderr)  # noqa: T201
+        raise typer.Exit(1)
+
+
+class _Report:
+    """Says what changes in a sweep, a line for each run that begins or ends."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.runs = sweep.runs()
+        self.said: dict[str, str] = {}
+
+    def __call__(self, statuses: list[Status | None]) -> None:
+        for run, status in zip(self.runs, statuses, strict=True):
+            if status is not None and self.said.get(run.name) != status.state:
+                self.said[run.name] = status.state
+                done = sum(1 for other in statuses if other is not None and other.state.ended)
+                reason = f": {status.reason}" if status.reason else ""
+                print(f"[{done}/{len(self.runs)} ended] {run.name} {status.state}{reason}", flush=True)  # noqa: T201
+
+
+def edits_without(edits: Sequence[str], swept: dict[str, str]) -> list[str]:
+    """The edits that all runs of a sweep share."""
+    return [edit for edit in edits if edit.partition("=")[0] not in swept]
+
+
+def _totals(plans: Sequence[tuple[Recipe, Any]], executor: Executor) -> list[tuple[str, str]]:
+    """What the runs of a sweep amount to together."""
+    tokens = sum(plan.tokens_per_step * plan.max_steps for _, plan in plans)
+    rows = [("together", f"{tokens:,} tokens, {sum(plan.flops for _, plan in plans):.2e} FLOPs")]
+    if any(recipe.trainer.accelerator in ("gpu", "cuda") for recipe, _ in plans):
+        hours = sum(plan.flops for _, plan in plans) / (0.4 * 989e12) / 3600
+        rows.append(("GPU hours", f"about {hours:,.1f} on H100s at 40 % MFU"))
+        limit = getattr(executor, "time_limit", None)
+        if limit:
+            most = sum(plan.world_size for _, plan in plans) * limit / 3600
+            rows.append(("", f"at most {most:,.1f} for an attempt of each, by executor.time"))
+    return rows
+
+
+def _successes(names: Sequence[str], directory: str) -> list[RunDirectory]:
+    """The runs to wait for, without those that have succeeded already.
+
+    Raises:
+        ConfigError: one has ended otherwise.
+    """
+    from fiddlehead.launch import watch
+    from fiddlehead.runs import State, find_run
+
+    waiting = []
+    for run in [find_run(name, directory) for name in names]:
+        (status,) = watch.states([run])
+        if status is None or (status.state.ended and status.state is not State.SUCCEEDED):
+            raise ConfigError(f"--after {run.name}: it is {status.state if status else 'no run that began'}")
+        if not status.state.ended:
+            waiting.append(run)
+    return waiting
+
+
+def _wait_for(runs: Sequence[RunDirectory]) -> None:
+    """Waits until all have succeeded.
+
+    Raises:
+        ConfigError: one has not.
+    """
+    from fiddlehead.launch import watch
+    from fiddlehead.runs import State
+
+    for run in runs:
+        print(f"waiting for {run.name}", flush=True)  # noqa: T201
+        status = watch.wait(run)
+        if status is None or status.state is not State.SUCCEEDED:
+            raise ConfigError(f"--after {run.name}: it ended {status.state if status else ''}, so this run never began")
+
+
+def _refuse_other_tasks(recipe: Recipe, factory: str) -> None:
+    from fiddlehead import tasks
+
+    if recipe.__fn_or_cls__ is not tasks.pretrain:
+        task = recipe.__fn_or_cls__
+        raise ConfigError(f"--factory {factory}: configures {task.__module__}:{task.__qualname__}, not a pretraining")
+
+
 def _typed() -> str:
     """The command line, without the values of environment variables: they may be secrets."""
     words = [re.sub(r"(env_vars\b[^=]*=).*", r"\1***", word, flags=re.DOTALL) for word in sys.argv[1:]]
     return shlex.join(["fiddlehead", *words])
 
 
-def _show_plan(name: str, where: str, plan) -> None:
+def _show_plan(name: str, where: str, rows: Sequence[tuple[str, str]]) -> None:
     made = table(name, where)
-    for row in plan.rows():
+    for row in rows:
         add_row(made, *row)
     show(made)

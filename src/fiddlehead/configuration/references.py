@@ -85,6 +85,7 @@ REFUSED = {
     "fiddlehead.cli": _STARTS,
     "fiddlehead.launch": _STARTS,
     "fiddlehead.job": _STARTS,
+    "fiddlehead.workers": _STARTS,
     "fiddlehead.recipe": _OPENS,
     "fiddlehead.configuration": _OPENS,
     "fiddlehead.overrides": _OPENS,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fiddlehead import signals
 from fiddlehead.data.documents import separate
 from fiddlehead.data.sampler import GlobalBatchSampler
 from fiddlehead.data.token_file import TokenFile
@@ -56,6 +57,7 @@ class Batches:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
+            worker_init_fn=signals.heed_parent_only,  # a scheduler signals these processes too
         )
 
     def __len__(self) -> int:

@@ -13,6 +13,8 @@ logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 # Of Lightning's own use of torch; nothing that a user could mend.
 warnings.filterwarnings("ignore", message=r"The number of training batches .* is smaller than the logging interval")
 warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.* is deprecated", module="lightning")
+# On a login node, where Slurm's programs are; the launcher knows about them.
+warnings.filterwarnings("ignore", message=r".*The `srun` command is available on your system but is not used")
 
 
 def is_rank_zero() -> bool:

@@ -57,7 +57,7 @@ class Log:
     def _wandb_logger(self, run: RunDirectory) -> Logger:
         from lightning.pytorch.loggers import WandbLogger
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
         if mode == "offline":
             say(f"W&B has no API key here: recording offline. Later: wandb sync {run.path}/wandb/offline-run-*")
         return WandbLogger(
@@ -71,7 +71,7 @@ class Log:
         )
 
 
-def _has_wandb_key() -> bool:
+def has_wandb_key() -> bool:
     """Whether W&B would find an API key: in the environment, or where `wandb login` puts it."""
     if os.environ.get("WANDB_API_KEY"):
         return True

@@ -1,0 +1,244 @@
+"""Docker: NeMo-Run starts one container with the run's script, and the engine is asked what has become of it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+
+from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.launch import docker_engine as engine
+from fiddlehead.launch import secrets
+from fiddlehead.launch.executor import Executor
+from fiddlehead.runs import RunDirectory, Status
+
+if TYPE_CHECKING:
+    from docker import DockerClient
+
+
+def docker(image: str, gpus: int = 0, mounts: Sequence[str] = (), **settings: Any) -> DockerExecutor:
+    """A container on this machine.
+
+    It sees the working directory and the folder of runs, both read-only, and writes to the run directory and to the
+    cache folder (`$FIDDLEHEAD_CACHE` or `~/.cache/fiddlehead`), all at their own paths.
+
+    Args:
+        image: what the container is made of: Python, PyTorch and this package; see the Dockerfile.
+        gpus: how many GPUs; 0 is as many as the recipe's devices, if they are GPUs.
+        mounts: more of this machine's files, "SOURCE[:TARGET][:ro]"; the target is the source's path unless given.
+        settings: more of `DockerExecutor`'s.
+
+    Raises:
+        ConfigError: a setting is unknown, or has a value that it cannot have.
+    """
+    known = [field.name for field in fields(DockerExecutor)]
+    wrong = [unknown("setting of docker", name, known) for name in settings if name not in known]
+    if wrong:
+        raise ConfigError(*wrong)
+    return DockerExecutor(image=image, gpus=gpus, mounts=tuple(mounts), **settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DockerExecutor(Executor):
+    """A container on this machine, gone when its job has ended."""
+
+    image: str
+    gpus: int = 0
+    mounts: Sequence[str] = ()
+    shm_size: str = "16g"
+    """The most that `/dev/shm` may hold, through which data loaders and NCCL pass tensors: "512m", "16g"."""
+    memory: str = ""
+    """The most memory that the job may have; "" is no limit of its own."""
+    network: str = "nemo_run"
+    """"host" for the machine's own, or the name of a bridge network, which is made if it is missing."""
+    python: str = "python"
+    """The image's interpreter."""
+
+    kind: ClassVar[str] = "docker"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.image:
+            problems.append(
+                "image='': name the image to run, for example one built with `docker build -t fiddlehead .`"
+            )
+        if self.nodes != 1:
+            problems.append(f"nodes={self.nodes!r}: a container is on one machine; executor=slurm has more")
+        if isinstance(self.gpus, bool) or not isinstance(self.gpus, int) or self.gpus < 0:
+            problems.append(f"gpus={self.gpus!r}: must be 0 or more")
+        for name, size in (("shm_size", self.shm_size), ("memory", self.memory or "0")):
+            if not re.fullmatch(r"\d+[bkmg]?", size, re.IGNORECASE):
+                problems.append(f"{name}={size!r}: must be a number of bytes or have a unit: '512m', '16g'")
+        if self.network in ("", "none", "bridge", "default"):
+            problems.append(
+                f"network={self.network!r}: NeMo-Run takes 'host' or a bridge network with a name of its own"
+            )
+        if problems:
+            raise ConfigError(*problems)
+        super().__post_init__()
+
+    def devices_per_node(self) -> int:
+        """How many devices the container gives the run; 0 follows `trainer.devices`."""
+        return self.ntasks_per_node or self.gpus
+
+    def fitted(self, devices: int, accelerator: str) -> Self:
+        """These settings with as many processes as the recipe has devices, and GPUs for them if it uses any."""
+        gpus = self.gpus or (devices if accelerator in ("gpu", "cuda") else 0)
+        return replace(self, ntasks_per_node=devices, gpus=gpus)
+
+    def check(self, run: RunDirectory) -> None:
+        """Asks the engine for the image and for GPUs, and looks whether the mounts are there.
+
+        Raises:
+            ConfigError: with every problem.
+        """
+        problems = [
+            f"the job would have {folder} of this machine in place of the image's; start in another folder"
+            for folder in {str(Path.cwd()), str(run.path.parent)}
+            if re.fullmatch(r"/(bin|dev|etc|lib|lib64|opt|proc|run|sbin|sys|tmp|usr)?", folder)
+        ]
+        try:
+            for mount in _mounts(run, self.mounts):
+                if not Path(mount.source).exists():
+                    problems.append(f"executor.mounts: {mount.source} does not exist")
+        except ConfigError as error:
+            problems += error.problems
+        try:
+            with engine.connect() as client:
+                problems += [problem for problem in (engine.why_not(client, self.image),) if problem]
+                if self.gpus and not engine.has_gpus(client):
+                    problems.append(
+                        f"executor.gpus={self.gpus}: the engine has none to give; install the NVIDIA Container Toolkit"
+                    )
+        except ConfigError as error:
+            problems += error.problems
+        if problems:
+            raise ConfigError(*problems)
+
+    def submit(self, run: RunDirectory, *, after: Sequence[str] = (), after_any: Sequence[str] = ()) -> str:
+        """Starts the container and returns its name; pulls the image if this machine has not got it.
+
+        Raises:
+            ConfigError: the engine refused, with its words.
+        """
+        if after or after_any:
+            raise ConfigError("executor=docker: containers are not queued; start the run when the other has ended")
+        name = container_name(run)
+        with engine.connect() as client:
+            # A launcher that was killed between the two steps of starting a container has left one with this name.
+            engine.remove(client, run, status=["created", "exited", "dead"])
+            if engine.is_missing(client, self.image):
+                print(f"pulling {self.image}, which this machine has not got yet", flush=True)  # noqa: T201
+            try:
+                self._start(client, run, name)
+            except PermissionError as error:
+                raise ConfigError(
+                    f"executor.network={self.network!r}: NeMo-Run locks {error.filename}, which is another user's; "
+                    "set TMPDIR to a folder of your own, or executor.network=host"
+                ) from error
+            except BaseException:
+                engine.remove(client, run)
+                raise
+            finally:
+                secrets.remove(run)  # once started, the container has hold of the file without its name
+        return name
+
+    def _start(self, client: DockerClient, run: RunDirectory, name: str) -> None:
+        from docker.types import Mount
+        from nemo_run.core.execution import docker as nemo_run
+
+        executor = nemo_run.DockerExecutor(
+            container_image=self.image,
+            num_gpus=self.gpus or None,
+            shm_size=self.shm_size,
+            network=self.network,
+            env_vars=_environment(),
+            additional_kwargs={
+                # NeMo-Run's own command becomes unused arguments of this one. It would run the job in a pipeline inside
+                # double quotes: no signal gets through, a quote breaks it, and a killed job would leave no exit code.
+                "entrypoint": ["bash", str(run.script)],
+                "init": True,  # reaps orphans, and passes `docker stop` on to the job
+                "user": engine.user(client),
+                "group_add": os.getgroups(),
+                "mem_limit": self.memory or None,
+                # Unlike `volumes`, these may have colons in their paths, and a missing source is not made by root.
+                "mounts": [
+                    Mount(mount.target, mount.source, type="bind", read_only=mount.read_only)
+                    for mount in _mounts(run, self.mounts)
+                ],
+                # NeMo-Run gives the container its name as the hostname, which the machine's own network cannot resolve.
+                "extra_hosts": {name: "127.0.0.1"} if self.network == "host" else {},
+            },
+        )
+        executor.experiment_id = run.name
+        container = nemo_run.DockerContainer(name=name, command=[], executor=executor, extra_env={})
+        container.run(client, engine.label(run))
+
+    def states(self, runs: Sequence[RunDirectory]) -> list[Status | None]:
+        """What each run's status file says, unless its container is gone without having ended it."""
+        return engine.states(runs)
+
+    def kill(self, run: RunDirectory) -> None:
+        """Removes the run's container, running or not.
+
+        Raises:
+            ConfigError: the engine does not answer.
+        """
+        with engine.connect() as client:
+            engine.remove(client, run)
+
+
+def container_name(run: RunDirectory) -> str:
+    """What a run's container is called: at most 32 characters that a container and a host may have in their names."""
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", run.name).strip("-")[:23].rstrip("-") or "run"
+    return f"{readable}-{hashlib.sha256(engine.label(run).encode()).hexdigest()[:8]}"
+
+
+class _Mount(NamedTuple):
+    source: str
+    target: str
+    read_only: bool
+
+
+def _mounts(run: RunDirectory, texts: Sequence[str]) -> list[_Mount]:
+    """What the container sees of this machine; of two mounts in one place, the user's counts."""
+    cache = _cache()
+    cache.mkdir(parents=True, exist_ok=True)  # else the engine would, and as root
+    mounts = [
+        _Mount(str(Path.cwd()), str(Path.cwd()), True),
+        _Mount(str(run.path.parent), str(run.path.parent), True),
+        _Mount(str(run.path), str(run.path), False),
+        _Mount(str(cache), str(cache), False),
+    ]
+    secrets_file = str(secrets.file(run))
+    if Path(secrets_file).exists():
+        mounts.append(_Mount(secrets_file, secrets_file, True))
+    mounts += [_parsed(text) for text in texts]
+    return list({mount.target: mount for mount in mounts}.values())
+
+
+def _parsed(text: str) -> _Mount:
+    """A mount from "SOURCE[:TARGET][:ro]"."""
+    match = re.fullmatch(r"(?P<source>[/~][^:]*)(:(?P<target>/[^:]*))?(:(?P<mode>ro|rw))?", text)
+    if not match:
+        raise ConfigError(f"executor.mounts: {text!r} is not SOURCE[:TARGET][:ro] with absolute paths")
+    source = str(Path(match["source"]).expanduser())
+    return _Mount(source, match["target"] or source, match["mode"] == "ro")
+
+
+def _cache() -> Path:
+    """The folder of prepared data, kept from run to run."""
+    return Path(os.environ.get("FIDDLEHEAD_CACHE") or "~/.cache/fiddlehead").expanduser().absolute()
+
+
+def _environment() -> dict[str, str]:
+    """Places for what is prepared or compiled once: they outlive the container."""
+    return {
+        "FIDDLEHEAD_CACHE": str(_cache()),
+        "TORCHINDUCTOR_CACHE_DIR": str(_cache() / "torchinductor"),
+        "TRITON_CACHE_DIR": str(_cache() / "triton"),
+    }

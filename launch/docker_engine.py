@@ -1,0 +1,181 @@
+"""What the Docker engine knows: which images are there, which runs have a container, and how those have ended."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fiddlehead.errors import ConfigError, nearest
+from fiddlehead.runs import RunDirectory, State, Status
+
+if TYPE_CHECKING:
+    from docker import DockerClient
+
+LABEL = "nemo-run/id"
+"""The label by which NeMo-Run tells containers apart; its value is here the run directory's path."""
+
+
+@contextlib.contextmanager
+def connect() -> Iterator[DockerClient]:
+    """The engine; whatever it refuses within the block is a ConfigError with its words.
+
+    Raises:
+        ConfigError: there is no engine, or it must not be used.
+    """
+    import docker
+    from docker.errors import APIError, DockerException
+    from requests.exceptions import RequestException
+
+    address = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock (DOCKER_HOST is not set)"
+    try:
+        with contextlib.closing(docker.from_env()) as client:
+            yield client
+    except APIError as error:
+        raise ConfigError(f"executor=docker: the engine at {address} refused: {error.explanation or error}") from error
+    except (DockerException, RequestException) as error:
+        if "Permission denied" in str(error):
+            hint = "this user may not use it; the group `docker` may"
+        else:
+            hint = "is it running? `docker context ls` shows where, and DOCKER_HOST tells this command"
+        raise ConfigError(f"executor=docker: no answer from the engine at {address}; {hint} ({error})") from error
+
+
+def is_missing(client: DockerClient, image: str) -> bool:
+    """Whether this machine has no such image."""
+    from docker.errors import ImageNotFound
+
+    try:
+        client.images.get(image)
+    except ImageNotFound:
+        return True
+    return False
+
+
+def why_not(client: DockerClient, image: str) -> str:
+    """Why no container can be made of `image`; "" if it is here or can be pulled."""
+    from docker.errors import APIError
+
+    if not is_missing(client, image):
+        return ""
+    try:
+        client.images.get_registry_data(image)
+    except APIError as error:
+        here = sorted(tag for found in client.images.list() for tag in found.tags)
+        match = nearest(image, here)
+        hint = f"did you mean {match!r}?" if match else f"images here: {', '.join(here) or 'none'}"
+        return f"executor.image={image!r}: not on this machine, and cannot be pulled ({error.explanation}); {hint}"
+    return ""
+
+
+def has_gpus(client: DockerClient) -> bool:
+    """Whether the engine can give GPUs: by a runtime that it was told of, or by the toolkit's hook."""
+    return "nvidia" in client.info().get("Runtimes", {}) or shutil.which("nvidia-container-runtime-hook") is not None
+
+
+def user(client: DockerClient) -> str:
+    """Who a job must be in its container for its files to belong to whoever started it."""
+    rootless = any("rootless" in option for option in client.info().get("SecurityOptions", []))
+    return "0:0" if rootless else f"{os.getuid()}:{os.getgid()}"
+
+
+def label(run: RunDirectory) -> str:
+    """What tells a run's container from those of other runs, whichever links lead to its folder."""
+    return os.path.realpath(run.path)
+
+
+def remove(client: DockerClient, run: RunDirectory, status: Sequence[str] = ()) -> None:
+    """Removes a run's containers, running or not; only those in some states if `status` names any."""
+    from docker.errors import APIError
+
+    filters: dict[str, str | list[str]] = {"label": f"{LABEL}={label(run)}"}
+    if status:
+        filters["status"] = list(status)
+    for found in client.api.containers(all=True, filters=filters):
+        try:
+            client.api.remove_container(found["Id"], force=True)
+        except APIError as error:
+            if error.status_code not in (404, 409):  # gone, or about to be
+                raise
+
+
+def states(runs: Sequence[RunDirectory]) -> list[Status | None]:
+    """What each run's status file says, corrected where its container is gone; the engine is asked once for all.
+
+    Where it does not answer, that is said once, and the files' word stands.
+    """
+    before = [(run.written_status(), _submitted(run)) for run in runs]
+    statuses = [status for status, _ in before]
+    if all(status is None or status.state.ended for status in statuses):
+        return statuses
+    try:
+        with connect() as client:
+            running = {found["Labels"][LABEL] for found in client.api.containers(filters={"label": LABEL})}
+            for index, (run, (status, submitted)) in enumerate(zip(runs, before, strict=True)):
+                # Read again: a run that has begun or ended since has said so by now.
+                statuses[index] = run.written_status()
+                if status is not None and statuses[index] == status and label(run) not in running:
+                    statuses[index] = _without_container(client, run, status, submitted)
+    except ConfigError as error:
+        _warn_once(f"WARNING: {error}; the runs' own words are shown")
+    return statuses
+
+
+def _without_container(client: DockerClient, run: RunDirectory, status: Status, submitted: bool) -> Status | None:
+    """What has become of a run whose status is `status`, and that has no container that runs."""
+    if status.state.ended:
+        return status
+    begun = status.state is not State.PENDING
+    if (begun and status.host == socket.gethostname()) or not (begun or submitted):
+        return run.status()  # by hand; or its launcher is still at it, pulling perhaps
+    code, ended, out_of_memory = _ending(client, run, status.started)
+    ended_as = functools.partial(replace, status, ended=ended, exit_code=code)
+    if not begun:
+        if run.stop_requested_since_submission():
+            return ended_as(state=State.CANCELLED, reason="cancelled before it began")
+        last = run.log.read_text(errors="replace").rstrip().rpartition("\n")[2] if run.log.exists() else ""
+        if last.startswith("error: "):  # the script's own, which found no interpreter
+            return ended_as(state=State.FAILED, reason=last.removeprefix("error: "))
+    how = "its container is gone" if code is None else f"its container ended with exit code {code}"
+    when = "and it has not said why" if begun else "before the job began"
+    if code == 127 and not begun:
+        when += "; has the image a bash?"
+    return ended_as(state=State.DIED, reason=f"{'out of memory: ' * out_of_memory}{how}, {when}")
+
+
+def _ending(client: DockerClient, run: RunDirectory, since: float) -> tuple[int | None, float | None, bool]:
+    """The exit code of a run's removed container, when it ended, and whether it was short of memory.
+
+    The engine keeps its newest 256 events; what is older is not known.
+    """
+    code, ended, out_of_memory = None, None, False
+    for event in client.events(
+        since=f"{since:.6f}",
+        until=f"{time.time():.6f}",
+        filters={"label": f"{LABEL}={label(run)}", "event": ["oom", "die"]},
+        decode=True,
+    ):
+        out_of_memory |= event["Action"] == "oom"
+        if event["Action"] == "die":
+            code, ended = int(event["Actor"]["Attributes"]["exitCode"]), event["timeNano"] / 1e9
+    return code, ended, out_of_memory
+
+
+def _submitted(run: RunDirectory) -> bool:
+    """Whether the job's id is that of the present submission, not of one before."""
+    try:
+        return (run.path / "job_id").stat().st_mtime_ns >= run.command.stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)  # noqa: T201

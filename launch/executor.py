@@ -1,0 +1,112 @@
+"""What every executor is: settings that are written down with the run, and what can be done with them."""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, Self
+
+from fiddlehead.errors import ConfigError
+from fiddlehead.launch import secrets
+from fiddlehead.runs import RunDirectory, Status, write_atomically
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Executor(ABC):
+    """Where a run goes. One kind is one file of `launch/`, with a function of the same name that returns it."""
+
+    nodes: int = 1
+    """How many machines."""
+    ntasks_per_node: int = 0
+    """Processes on each, each with a device of its own; 0 follows the GPUs that are asked for, or `trainer.devices`."""
+    env_vars: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the job. They are written down with the run, so secrets do not belong here."""
+    secrets: Sequence[str] = ()
+    """Names of environment variables whose present values the job shall have, beside WANDB_API_KEY and HF_TOKEN; only
+    the names are written down."""
+    setup_lines: str = ""
+    """Shell lines that the job's script runs first on every node: `module load cuda`, `source venv/bin/activate`."""
+    python: str = ""
+    """The interpreter; "" is the `python` that `setup_lines` activate, or else that of the launcher."""
+
+    kind: ClassVar[str]
+    """What the executor is called on the command line and in a run's status."""
+    ships_code: ClassVar[bool] = True
+    """Whether the job imports a copy of the working tree rather than the tree itself."""
+    queues: ClassVar[bool] = False
+    """Whether a job can be handed over before the ones that it waits for have ended."""
+    dies_with_launcher: ClassVar[bool] = True
+    """Whether the job of an attached launch ends when the launcher does, however that ends."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}={getattr(self, name)!r}: must be {least} or more"
+            for name, least in (("nodes", 1), ("ntasks_per_node", 0))
+            if isinstance(getattr(self, name), bool) or getattr(self, name) < least
+        ]
+        for name in (*self.env_vars, *self.secrets):
+            if not _NAME.fullmatch(name):
+                problems.append(f"{name!r} is no name of an environment variable")
+        problems += [
+            f"env_vars.{name}: looks like a secret, and would be written down; put its name into secrets instead"
+            for name in self.env_vars
+            if _SECRET.search(name)
+        ]
+        if problems:
+            raise ConfigError(*problems)
+
+    def devices_per_node(self) -> int:
+        """How many devices each machine gives the run; 0 follows `trainer.devices`."""
+        return self.ntasks_per_node
+
+    def fitted(self, devices: int, accelerator: str) -> Self:
+        """These settings with what follows from a recipe that uses `devices` on each node."""
+        return replace(self, ntasks_per_node=devices)
+
+    def queue(self) -> str:
+        """What tells whom to ask for a job's state: executors with the same answer are asked together."""
+        return self.kind
+
+    def place(self, run: RunDirectory) -> Path:
+        """Where the job sees the run directory."""
+        return run.path
+
+    def deliver_secrets(self, run: RunDirectory, values: Mapping[str, str]) -> str:
+        """Puts secrets where only the job's user can read them; returns the path as the job sees it, "" for none."""
+        return str(secrets.write(run, values)) if values else ""
+
+    @abstractmethod
+    def check(self, run: RunDirectory) -> None:
+        """Asks the machine or cluster whether it can do this, before anything is submitted.
+
+        Raises:
+            ConfigError: it cannot, with what it has to offer.
+        """
+
+    @abstractmethod
+    def submit(self, run: RunDirectory, *, after: Sequence[str] = (), after_any: Sequence[str] = ()) -> str:
+        """Starts `run.script` on every node and returns the job's id; all else in the run directory is there before.
+
+        Args:
+            after: ids of jobs of the same executor that must have succeeded first.
+            after_any: ids of such jobs that must have ended first, however.
+        """
+
+    @abstractmethod
+    def states(self, runs: Sequence[RunDirectory]) -> list[Status | None]:
+        """What has become of each run: its status file, corrected by whoever knows better."""
+
+    @abstractmethod
+    def kill(self, run: RunDirectory) -> None:
+        """Ends a run's job at once; one that has not begun never will."""
+
+    def save(self, run: RunDirectory) -> None:
+        """Writes the settings into the run directory, for `load`."""
+        write_atomically(run.executor, json.dumps({"kind": self.kind, **asdict(self)}, indent=1) + "\n", mode=0o600)

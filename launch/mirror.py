@@ -1,0 +1,152 @@
+"""Runs that are kept on another machine: what is sent there, and the small files that are brought back.
+
+The run's own directory is where the job runs; the one here is its mirror, without the checkpoints.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import io
+import os
+import re
+import shlex
+import socket
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+
+from fiddlehead.errors import ConfigError
+from fiddlehead.launch.shell import Shell
+from fiddlehead.runs import RunDirectory
+
+THEIRS = ("checkpoints", "tensorboard", "wandb", "logs", "log.txt", "metrics.csv", "scheduler.txt", "attention.json")
+"""What the job writes."""
+OURS = ("job_id", "stop", ".lock", ".launcher")
+"""What is only of use here."""
+FETCHED = ("status", "metrics.csv", "log.txt", "scheduler.txt", "attention.json", "tokenizer.json", "wandb_id")
+"""What is brought back beside `logs`; the status first, so that of a run that has ended nothing is missed."""
+SMALL = 65536
+"""Bytes: a file up to this size is brought back even if it seems to be the same."""
+
+
+def origin(run: RunDirectory) -> str:
+    """What tells this run from another one of the same name, made elsewhere."""
+    return f"{socket.gethostname()}:{run.path}"
+
+
+def is_taken(shell: Shell, run: RunDirectory, place: Path) -> bool:
+    """Whether another run is kept at `place`."""
+    mine = f'[ "$(cat {_quoted(place / ".origin")} 2> /dev/null)" = {shlex.quote(origin(run))} ]'
+    return shell.succeeds(f"[ -e {_quoted(place / run.recipe.name)} ] && ! {mine}")
+
+
+def send(shell: Shell, run: RunDirectory, place: Path) -> None:
+    """Copies a run's directory to `place`: all that it takes to start the job.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for path in sorted(run.path.iterdir()):
+            if path.name not in (*THEIRS, *OURS):
+                tar.add(path, arcname=path.name)
+    there = _quoted(place)
+    command = (
+        f"mkdir -p {there} && cd {there} && rm -rf code && "
+        f"printf '%s\\n' {shlex.quote(origin(run))} > .origin && tar --no-same-owner -xzf -"
+    )
+    answer = shell.ask(command, packed.getvalue())
+    if answer.code:
+        raise ConfigError(f"executor.remote_dir: cannot write {place} on {shell.name}: {answer.said}")
+
+
+def write_secret(shell: Shell, path: PurePath, text: str) -> None:
+    """Writes a file that only the user can read, in a folder that only the user can read.
+
+    Raises:
+        ConfigError: it cannot be written there.
+    """
+    new = _quoted(path.with_suffix(".new"))
+    command = (
+        f"umask 077 && mkdir -p {_quoted(path.parent)} && chmod 700 {_quoted(path.parent)} && "
+        f"rm -f {new} && cat > {new} && mv {new} {_quoted(path)}"
+    )
+    answer = shell.ask(command, os.fsencode(text))
+    if answer.code:
+        raise ConfigError(f"executor.secrets: cannot write {path} on {shell.name}: {answer.said}")
+
+
+def fetch(shell: Shell, places: Mapping[Path, Path]) -> None:
+    """Brings the mirrors up to date, and asks runs to stop that were asked here; one command for all of them.
+
+    Args:
+        places: for each run directory here, where it is there.
+
+    Raises:
+        ConfigError: the machine does not answer.
+    """
+    runs = [RunDirectory(local) for local in places]
+    questions = [_question(number, run, places[run.path]) for number, run in enumerate(runs)]
+    answer = shell.ask("bash -s", "\n".join([_GIVE, *questions]).encode())
+    if answer.code:
+        raise ConfigError(f"executor.host={shell.host!r}: cannot read {shell.name}'s runs: {answer.said}")
+    for line in answer.out.splitlines():
+        number, name, start, modified, content = line.split(" ")
+        _store(runs[int(number)].path, name, int(start), int(modified), gzip.decompress(base64.b64decode(content)))
+
+
+_GIVE = (
+    """\
+give() {  # the run's number, and a file: one line with what of it is new, where that begins, and when it was written
+    [ -f "$2" ] || return 0
+    local state from=0
+    state=$(stat -c %s:%Y "$2") || return 0
+    if [ "$state" = "${known[$2]}" ] && [ "${state%%:*}" -gt """
+    + f"{SMALL}"
+    + """ ]; then return 0; fi
+    case $2 in *.txt) from=${known[$2]:-0}; from=${from%%:*} ;; esac
+    printf '%s %s %s %s ' "$1" "$2" "$from" "${state#*:}"
+    tail -c "+$((from + 1))" "$2" | gzip -c | base64 -w 0
+    echo
+}"""
+)
+
+
+def _question(number: int, run: RunDirectory, place: Path) -> str:
+    """Shell lines that print what is new of a run."""
+    files = [*(run.path / name for name in FETCHED), *run.logs.glob("*.txt")]
+    known = " ".join(
+        f"[{shlex.quote(str(file.relative_to(run.path)))}]={file.stat().st_size}:{int(file.stat().st_mtime)}"
+        for file in files
+        if file.exists()
+    )
+    stop = ""
+    if run.stop_requested_since_submission():
+        stop = f"printf '%s\\n' {shlex.quote((run.path / 'stop').read_text())} > .stop.new && mv .stop.new stop\n"
+    return (
+        f"if cd {_quoted(place)} 2> /dev/null; then\n{stop}unset known; declare -A known=({known})\n"
+        f'for file in {" ".join(FETCHED)} logs/*.txt; do give {number} "$file"; done\nfi'
+    )
+
+
+def _store(mirror: Path, name: str, start: int, modified: int, content: bytes) -> None:
+    """Puts what was brought back where it belongs."""
+    if name not in FETCHED and not re.fullmatch(r"logs/[\w-]+\.txt", name):
+        raise ConfigError(f"{mirror}: was sent a file called {name!r}, which no run has")
+    file = mirror / name
+    file.parent.mkdir(exist_ok=True)
+    if name.endswith(".txt"):
+        with file.open("r+b" if file.exists() else "wb") as stream:
+            stream.seek(start)
+            stream.write(content)
+    else:
+        new = file.with_name(f".{file.name}.{os.getpid()}.new")
+        new.write_bytes(content)
+        new.replace(file)
+    os.utime(file, (modified, modified))
+
+
+def _quoted(path: PurePath) -> str:
+    return shlex.quote(str(path))

@@ -1,0 +1,235 @@
+"""What happens before a run starts: its recipe is checked, and its directory is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fiddlehead.environment import describe_environment
+from fiddlehead.errors import ConfigError
+from fiddlehead.launch import code, secrets, watch
+from fiddlehead.launch.executor import Executor
+from fiddlehead.launch.script import job_script
+from fiddlehead.recipe import Recipe
+from fiddlehead.runs import RunDirectory, State, exclusive, reserve_name, this_process, write_atomically
+
+
+def prepare(
+    recipe: Recipe,
+    executor: Executor | None,
+    modules: Sequence[str] = (),
+    *,
+    name: str | None = None,
+    command: str | None = None,
+    detach: bool = False,
+    waits: bool = False,
+) -> tuple[RunDirectory, Recipe]:
+    """Checks a recipe and writes its run directory: everything that is known before the job starts.
+
+    Returns the directory and the recipe as it will run.
+
+    Args:
+        modules: what the job may import beside what is trusted anyway.
+        detach: the job shall outlive its launcher.
+        waits: the run waits for others, so what it resumes from need not be there yet.
+
+    Raises:
+        ConfigError: the recipe is wrong, does not fit the executor, or its run is running or was another recipe's, or
+            the executor has not what it takes; a new run leaves no directory then.
+    """
+    recipe = fit_to_executor(recipe, executor)
+    check(recipe, here=executor is None or not executor.ships_code, waits=waits)
+    directory = Path(recipe.log.dir)
+    try:
+        named = recipe.log.name is not None
+        if not named:
+            recipe.log.name = reserve_name(name or recipe.__fn_or_cls__.__name__, directory)
+        run = RunDirectory((directory / recipe.log.name).absolute())
+        new = not named or not run.path.exists()
+        run.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with exclusive(run):
+                refuse_taken(run, recipe)
+                before = run.written_status()
+                recipe.save(run.recipe)
+                with run.command.open("a") as file:
+                    file.write((command or shlex.join(sys.argv)) + "\n")
+                write_atomically(run.environment, json.dumps(describe_environment(Path.cwd()), indent=1) + "\n")
+                if executor is not None:
+                    _prepare_job(run, recipe, executor, modules, detach=detach)
+                attempt = 1 if before is None else before.attempt + 1
+                status = this_process(attempt, "direct" if executor is None else executor.kind)
+                run.write_status(replace(status, state=State.PENDING, started=time.time()))
+        except BaseException:
+            secrets.remove(run)
+            if new:
+                shutil.rmtree(run.path)
+            raise
+    except OSError as error:
+        raise ConfigError(
+            f"log.dir={str(directory)!r}: cannot write there: {error.strerror} ({error.filename})"
+        ) from error
+    return run, recipe
+
+
+def rehearse(recipe: Recipe, executor: Executor) -> str:
+    """Does all that a launch does before the job is handed over, in a folder that is then deleted.
+
+    Returns what would be shipped, in a sentence; "" for an executor that ships nothing.
+
+    Raises:
+        ConfigError: the recipe does not fit the executor, or the executor has not what it takes.
+    """
+    recipe = fit_to_executor(recipe, executor)
+    check(recipe, here=not executor.ships_code)
+    secrets.collect(executor.secrets)
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDirectory(Path(folder) / (recipe.log.name or "rehearsal"))
+        run.path.mkdir()
+        executor = executor.fitted(int(recipe.trainer.devices), str(recipe.trainer.accelerator))
+        copy = code.ship(Path.cwd(), run.code, exclude=[Path(recipe.log.dir)]) if executor.ships_code else None
+        write_atomically(run.script, job_script(run, executor, sorted(recipe.modules()), copy=copy), mode=0o600)
+        executor.check(run)
+        return copy.describe() if copy else ""
+
+
+def _prepare_job(
+    run: RunDirectory, recipe: Recipe, executor: Executor, modules: Sequence[str], *, detach: bool
+) -> None:
+    """Writes what a job needs beside the recipe: its code, its secrets, its script."""
+    executor = executor.fitted(int(recipe.trainer.devices), str(recipe.trainer.accelerator))
+    executor.save(run)
+    copy = code.ship(Path.cwd(), run.code, exclude=[run.path.parent]) if executor.ships_code else None
+    secrets_file = executor.deliver_secrets(run, secrets.collect(executor.secrets))
+    attached = executor.dies_with_launcher and not detach
+    lock = run.launcher_lock if attached else None
+    script = job_script(
+        run,
+        executor,
+        modules,
+        copy=copy,
+        secrets_file=secrets_file,
+        lock=lock,
+    )
+    write_atomically(run.script, script, mode=0o600)
+    executor.check(run)
+
+
+def check(recipe: Recipe, *, here: bool = True, waits: bool = False) -> Any:
+    """Builds everything that a recipe configures, the model without its memory, and returns the task's plan.
+
+    It writes nothing. Without `here`, the recipe need not be able to run on this machine; where it `waits` for another
+    run, what it resumes from need not be there yet.
+
+    Raises:
+        ConfigError: with every problem, each under its path.
+    """
+    import torch
+
+    from fiddlehead import tasks
+
+    planners: dict[Any, Callable] = {tasks.pretrain: tasks.plan_pretrain}
+    if recipe.__fn_or_cls__ not in planners:
+        known = ", ".join(f"{task.__module__}:{task.__name__}" for task in planners)
+        raise ConfigError(f"the recipe configures {recipe.__fn_or_cls__.__qualname__}; what can be launched: {known}")
+    recipe = recipe.clone()
+    elsewhere = recipe.trainer.accelerator == "gpu" and not torch.cuda.is_available() and not here
+    if elsewhere:
+        recipe.trainer.accelerator, recipe.trainer.devices = "cpu", 1
+    plan = planners[recipe.__fn_or_cls__](**recipe.build_arguments(), elsewhere=elsewhere)
+    if recipe.log.name is not None:
+        run = RunDirectory((Path(recipe.log.dir) / recipe.log.name).absolute())
+        refuse_taken(run, recipe)
+        if not waits:
+            tasks.resume_point(run, recipe.resume)
+    existing = next(path for path in Path(recipe.log.dir).absolute().parents if path.exists())
+    if not os.access(existing, os.W_OK) or not existing.is_dir():
+        raise ConfigError(f"log.dir={recipe.log.dir!r}: {existing} cannot be written")
+    return plan
+
+
+def fit_to_executor(recipe: Recipe, executor: Executor | None) -> Recipe:
+    """A copy of the recipe whose trainer uses the executor's nodes and devices.
+
+    Raises:
+        ConfigError: the recipe says otherwise, or in a way that is not understood.
+    """
+    recipe = recipe.clone()
+    if "trainer" not in recipe.__arguments__:
+        return recipe
+    trainer = recipe.trainer
+    offered, nodes = (1, 1) if executor is None else (executor.devices_per_node(), executor.nodes)
+    problems = []
+    devices = trainer.devices
+    if devices in ("auto", -1):
+        devices = "auto"
+    elif not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
+        problems.append(f"trainer.devices={devices!r}: must be how many there are on a node (1 or more), or 'auto'")
+    if not offered:
+        offered = _devices_here(trainer.accelerator) if devices == "auto" else devices
+    elif devices not in ("auto", offered) and not problems:
+        where = "one process without an executor" if executor is None else f"the executor gives {offered} on each node"
+        problems.append(f"trainer.devices={devices!r}: {where}; set one of them, or both alike")
+    if trainer.num_nodes not in (1, nodes):
+        problems.append(
+            f"trainer.num_nodes={trainer.num_nodes}: executor.nodes={nodes}; set one of them, or both alike"
+        )
+    if problems:
+        raise ConfigError(*problems)
+    trainer.devices, trainer.num_nodes = offered, nodes
+    return recipe
+
+
+def _devices_here(accelerator: str) -> int:
+    """What "auto" means on this machine: all GPUs, or one process on a CPU."""
+    import torch
+
+    return max(1, torch.cuda.device_count()) if accelerator in ("gpu", "cuda", "auto") else 1
+
+
+FREE_TO_CHANGE = (
+    # How long, how often and how loud a run is, and what it runs on: none of it makes it another run.
+    "trainer.max_steps",
+    "trainer.log_every_n_steps",
+    "trainer.val_check_interval",
+    "trainer.limit_val_batches",
+    "trainer.accelerator",
+    "trainer.strategy",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "data.micro_batch_size",
+    "data.num_workers",
+    "data.cache_dir",
+    "model.config.attention_backend",
+    "resume",
+)
+
+
+def refuse_taken(run: RunDirectory, recipe: Recipe) -> None:
+    """Raises ConfigError if the run is running, or was another recipe's."""
+    (before,) = watch.states([run])
+    if before is not None and not before.state.ended:
+        raise ConfigError(
+            f"log.name={run.name!r} is running ({before.state}, process {before.pid} on {before.host}); "
+            f"cancel it with `fiddlehead runs cancel {run.name}`, or choose another name"
+        )
+    if not run.recipe.exists():
+        return
+    earlier = Recipe.load(run.recipe, allow=sorted(recipe.modules()))
+    differences = [
+        difference
+        for difference in recipe.diff(earlier)
+        if difference.path not in FREE_TO_CHANGE and difference.path.split(".")[0] not in ("log", "checkpoint")
+    ]
+    if differences:
+        lines = "\n".join(f"  {d.path}: {d.right!r} before, {d.left!r} now" for d in differences)
+        raise ConfigError(f"log.name={run.name!r} is another recipe's run; choose another name, or undo:\n{lines}")

@@ -1,0 +1,170 @@
+"""The shell script that runs a job on each of its nodes, under whatever executor."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from shlex import quote
+
+from fiddlehead.errors import ConfigError
+from fiddlehead.launch.code import CodeCopy
+from fiddlehead.launch.executor import Executor
+from fiddlehead.runs import RunDirectory
+
+
+def job_script(
+    run: RunDirectory,
+    executor: Executor,
+    modules: Sequence[str],
+    *,
+    copy: CodeCopy | None,
+    secrets_file: str = "",
+    lock: Path | None = None,
+) -> str:
+    """The text of `run.script`: bash 4.2 or later; `bash RUN/job.sh` repeats the run by hand.
+
+    What a node prints is appended to the run's log (other nodes: `logs/node-K.txt`) under a line that says when and
+    where it started. Variables arrive as they are, whatever characters are in them.
+
+    Args:
+        modules: what the job may import beside what is trusted anyway.
+        copy: the code to import; None is the working directory itself.
+        secrets_file: what `Executor.deliver_secrets` returned.
+        lock: what the launcher holds for as long as it lives, if the job is to end with it.
+
+    Raises:
+        ConfigError: the run directory's path cannot be used.
+    """
+    place = executor.place(run)
+
+    def there(path: Path | str) -> str:
+        """A path of the run directory as the job sees it."""
+        return str(place / Path(path).relative_to(run.path))
+
+    work = Path.cwd()
+    code = [str(work)] if copy is None else [there(folder) for folder in copy.python_path()]
+    for folder in code:
+        if ":" in folder:
+            raise ConfigError(f"{folder!r} has a colon in it, and PYTHONPATH cannot hold that; move it, or log.dir")
+    counterpart = str(work) if copy is None else there(copy.counterpart(work))
+    options = "".join(f" --allow {quote(module)}" for module in modules)
+    parts = [
+        _HEAD.format(name=" ".join(run.name.split())),
+        _NO_SLURM if executor.kind != "slurm" else "",
+        _OUTPUT.format(log=quote(there(run.log)), logs=quote(there(run.logs)), where=_where(executor)),
+        _SECRETS.format(file=quote(secrets_file)) if secrets_file else "",
+        _variables(executor, quote(there(lock)) if lock else ""),
+        _HOME,
+        f"cd {quote(str(work))} 2> /dev/null || cd {quote(counterpart)} || exit 1\n",
+        _interpreter(executor),
+        f'export PYTHONPATH={quote(":".join(code))}"${{PYTHONPATH:+:$PYTHONPATH}}" PYTHONSAFEPATH=1\n',
+        _CHECK,
+        "trap '' USR1  # Slurm's warning must not kill Python before it listens; where it is missed, SIGTERM follows",
+        f'exec "$_python" -u -m fiddlehead.job {quote(there(run.recipe))}{options}\n',
+    ]
+    return "".join(part + "\n" for part in parts if part).rstrip("\n") + "\n"
+
+
+_HEAD = """\
+#!/bin/bash
+# The job of run {name}, on one node; to repeat it by hand: bash job.sh
+# No tracing, whoever asked for it: secrets would be printed.
+{{ set +euxv; }} 2> /dev/null
+"""
+
+_NO_SLURM = """\
+# A launcher may itself be in a Slurm job, which is not this one.
+unset "${!SLURM_@}"
+"""
+
+_OUTPUT = """\
+_log={log}
+mkdir -p {logs}
+if [ "${{SLURM_STEP_NUM_TASKS:-1}}" -gt "${{SLURM_STEP_NUM_NODES:-1}}" ] && [ "${{SLURM_PROCID:-0}}" -gt 0 ]; then
+    _log={logs}/rank-$SLURM_PROCID.txt
+elif [ "${{SLURM_NODEID:-0}}" -gt 0 ]; then
+    _log={logs}/node-$SLURM_NODEID.txt
+fi
+if [ -t 1 ]; then echo "the output goes to $_log"; fi
+exec < /dev/null >> "$_log" 2>&1 || exit 1
+# An attempt that was killed may have left half a line.
+if [ -n "$(tail -c 1 "$_log")" ]; then echo; fi
+{where}
+printf '=== started %(%Y-%m-%dT%H:%M:%S%z)T on %s (%s)\\n' -1 "$HOSTNAME" "$_where"
+"""
+
+_SECRETS = """\
+if [ -r {file} ]; then
+    . {file}
+else
+    echo "warning: the secrets in "{file}" are gone, as after a run's end; those of this environment are used"
+fi
+"""
+
+_HOME = """\
+# A container's user may have no entry in /etc/passwd.
+if [ "${HOME:-/}" = / ]; then HOME=$(mktemp -d); fi
+if [ -z "$USER" ]; then USER=$(id -un 2> /dev/null || echo "user$UID"); fi
+export HOME USER LOGNAME="${LOGNAME:-$USER}" PYTHONUNBUFFERED=1
+"""
+
+_CHECK = """\
+if ! type -P "$_python" > /dev/null; then
+    echo "error: executor.python: there is no Python $_python on $HOSTNAME;" \\
+        "set executor.python to one that is there, or executor.setup_lines to what provides one"
+    exit 2
+fi
+if ! _error=$("$_python" -c 'import fiddlehead' 2>&1); then
+    echo "error: executor.python: $_python on $HOSTNAME cannot import fiddlehead (${_error##*$'\\n'});" \\
+        "install it there, or set executor.python or executor.setup_lines to an environment that has it"
+    exit 2
+fi
+"""
+
+
+def _where(executor: Executor) -> str:
+    """Shell lines that set `_where`."""
+    if executor.kind != "slurm":
+        return f"_where={quote(executor.kind)}"
+    return (
+        '_where="${SLURM_JOB_ID:+slurm job $SLURM_JOB_ID}"\n'
+        'if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then _where+=", restart $SLURM_RESTART_COUNT"; fi\n'
+        'if [ -z "$_where" ]; then _where="by hand"; fi'
+    )
+
+
+def _variables(executor: Executor, lock: str) -> str:
+    """Shell lines for the environment of the job, and for a stop that is asked for before Python runs."""
+    lines = ["unset FIDDLEHEAD_REQUEUES FIDDLEHEAD_LAUNCHER_LOCK", "_stopped=130"]
+    lines += [f"export {name}={quote(value)}" for name, value in executor.env_vars.items()]
+    if lock:
+        # Nobody holds it when the script is run by hand.
+        lines.append(f"if ! flock --nonblock {lock} true 2> /dev/null; then export FIDDLEHEAD_LAUNCHER_LOCK={lock}; fi")
+    requeues = getattr(executor, "requeues", 0)
+    if requeues:
+        # By hand there is nobody who would queue it again.
+        lines.append(f'if [ -n "$SLURM_JOB_ID" ]; then export FIDDLEHEAD_REQUEUES={requeues} _stopped=75; fi')
+    lines.append("trap 'exit $_stopped' INT TERM USR1")
+    return "\n".join(lines) + "\n"
+
+
+def _interpreter(executor: Executor) -> str:
+    """Shell lines that run `setup_lines` and set `_python`."""
+    setup = executor.setup_lines.rstrip("\n")
+    if executor.python:
+        return f"{setup}\n_python={quote(executor.python)}\n".lstrip("\n")
+    return _INTERPRETER.format(setup=setup, here=quote(sys.executable))
+
+
+_INTERPRETER = """\
+_before=$(type -P python)
+{setup}
+_python={here}
+if [ "$(type -P python)" != "$_before" ]; then  # an environment that the lines above activate is the one that is meant
+    _python=$(type -P python)
+elif ! type -P "$_python" > /dev/null && _found=$(type -P python || type -P python3); then
+    echo "this job runs under $_found, as $_python is not on $HOSTNAME"
+    _python=$_found
+fi
+"""

@@ -1,0 +1,87 @@
+"""Secrets of a job: in a file of their own that only the user can read, and nowhere else.
+
+The file is a shell script that the job's script sources. It lies outside the run directory, and goes when the job has
+ended for good. A login that is kept in `~/.netrc` is not a part of this: a job that has the same home has that too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shlex
+import stat
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from fiddlehead.errors import ConfigError
+from fiddlehead.runs import RunDirectory
+
+ALWAYS = ("WANDB_API_KEY", "HF_TOKEN")
+"""Names of environment variables that every job gets if they are set."""
+
+
+def collect(names: Iterable[str]) -> dict[str, str]:
+    """The present values of `names`, and of those of `ALWAYS` that are set.
+
+    Raises:
+        ConfigError: one of `names` is not set.
+    """
+    names = tuple(names)
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise ConfigError(f"executor.secrets: not set in this process: {', '.join(missing)}; export them first")
+    return {name: os.environ[name] for name in dict.fromkeys((*ALWAYS, *names)) if name in os.environ}
+
+
+def folder() -> Path:
+    """Where secrets are kept: $FIDDLEHEAD_SECRETS, else `~/.config/fiddlehead/secrets`."""
+    return Path(os.environ.get("FIDDLEHEAD_SECRETS") or "~/.config/fiddlehead/secrets").expanduser().absolute()
+
+
+def file(run: RunDirectory) -> Path:
+    """Where the secrets of a run are kept, if it has any."""
+    path = hashlib.sha256(os.fsencode(run.path.absolute())).hexdigest()
+    return folder() / f"{run.name}-{path[:12]}.sh"
+
+
+def text(values: Mapping[str, str]) -> str:
+    """Shell lines that export `values`, whatever characters are in them."""
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in values.items())
+
+
+def write(run: RunDirectory, values: Mapping[str, str]) -> Path:
+    """Writes the secrets of a run, in place of earlier ones, and returns the file.
+
+    Raises:
+        ConfigError: the folder cannot be written, or belongs to someone else.
+    """
+    path = file(run)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.parent.stat()
+        if found.st_uid != os.getuid():
+            raise PermissionError(0, "it belongs to another user", str(path.parent))
+        if stat.S_IMODE(found.st_mode) != 0o700:
+            path.parent.chmod(0o700)
+        # A name that is free and no link, with mode 0600 from the start; a link at the final name is replaced.
+        descriptor, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(os.fsencode(text(values)))
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink()
+            raise
+    except OSError as error:
+        raise ConfigError(
+            f"executor.secrets: cannot be kept in {path.parent}: {error.strerror}; name a folder in FIDDLEHEAD_SECRETS"
+        ) from error
+    return path
+
+
+def remove(run: RunDirectory) -> None:
+    """Removes the secrets of a run; it may have none."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        file(run).unlink()

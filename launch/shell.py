@@ -1,0 +1,122 @@
+"""Commands on a cluster's login node: this machine, or another one over NeMo-Run's SSH tunnel."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import shlex
+import socket
+import subprocess
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from fiddlehead.errors import ConfigError
+
+PATIENCE = 120.0
+"""Seconds that a command may be silent for."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command has answered."""
+
+    code: int
+    out: str
+    error: str
+
+    @property
+    def said(self) -> str:
+        """What it has to say of its failure, on one line."""
+        return " ".join((self.error.strip() or self.out.strip() or f"exit code {self.code}").split())
+
+
+@dataclass(frozen=True)
+class Shell:
+    """A machine that runs bash commands; without `host`, this one."""
+
+    host: str | None = None
+    user: str | None = None
+    port: int | None = None
+    identity: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What the machine is called in messages."""
+        return self.host or socket.gethostname()
+
+    def ask(self, command: str, stdin: bytes = b"", without: Collection[str] = ()) -> Answer:
+        """Runs a command, which may fail.
+
+        Args:
+            without: environment variables of this process that the command shall not have; another machine's never has.
+
+        Raises:
+            ConfigError: there is no connection.
+        """
+        if self.host is not None:
+            return self._over_ssh(command, stdin)
+        environment = {name: value for name, value in os.environ.items() if name not in without}
+        try:
+            done = subprocess.run(
+                ["bash", "-c", command], input=stdin, capture_output=True, timeout=PATIENCE, env=environment
+            )
+        except subprocess.TimeoutExpired:
+            return Answer(124, "", f"no answer in {PATIENCE:g} s")
+        return Answer(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
+
+    def succeeds(self, command: str) -> bool:
+        """Whether a command exits with 0."""
+        return self.ask(command).code == 0
+
+    def _over_ssh(self, command: str, stdin: bytes) -> Answer:
+        # Not the tunnel's own `run`: that reads what it is to send one character every 10 ms.
+        client = _client(self)
+        try:
+            pipe, out, error = client.exec_command(f"bash -c {shlex.quote(command)}", timeout=PATIENCE)
+            with contextlib.suppress(OSError):  # a command that has ended already says why
+                pipe.write(stdin)
+            pipe.channel.shutdown_write()
+            printed, complained = out.read(), error.read()
+            code = out.channel.recv_exit_status()
+        except TimeoutError:
+            return Answer(124, "", f"no answer in {PATIENCE:g} s")
+        except Exception as broken:  # paramiko has no common base class for them
+            raise ConfigError(f"executor.host={self.host!r}: the connection broke: {broken!r}") from broken
+        return Answer(code, printed.decode(errors="replace"), complained.decode(errors="replace"))
+
+
+def _client(shell: Shell) -> Any:
+    """The SSH client of the machine's tunnel, connected (again, if need be).
+
+    Raises:
+        ConfigError: it cannot be.
+    """
+    tunnel = _tunnel(shell)
+    where = f"executor.host={shell.host!r}: cannot connect to {tunnel.user or 'its default user'}@{shell.host}"
+    try:
+        tunnel.connect()
+    except SystemExit:  # NeMo-Run's way to say it
+        raise ConfigError(f"{where}: no key or password was accepted; set executor.user or executor.identity") from None
+    except Exception as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return tunnel.session.client
+
+
+_tunnels: dict[Shell, Any] = {}
+
+
+def _tunnel(shell: Shell) -> Any:
+    """NeMo-Run's tunnel to the machine; there is one for as long as this process lives."""
+    from nemo_run import SSHTunnel
+    from rich.console import Console
+
+    if shell not in _tunnels:
+        tunnel = SSHTunnel(
+            host=shell.host or "", user=shell.user or "", port=shell.port, identity=shell.identity, job_dir=""
+        )
+        tunnel.console = Console(quiet=True)  # it would announce each connection in the middle of a table
+        atexit.register(tunnel.cleanup)
+        _tunnels[shell] = tunnel
+    return _tunnels[shell]

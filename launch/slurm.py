@@ -1,0 +1,268 @@
+"""Slurm: a run goes to a cluster's queue, from its login node or over SSH."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar, Self
+
+from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.launch import mirror, secrets, slurm_queue
+from fiddlehead.launch.executor import Executor
+from fiddlehead.launch.shell import Shell
+from fiddlehead.launch.slurm_queue import seconds
+from fiddlehead.launch.slurm_script import batch_script
+from fiddlehead.runs import RunDirectory, Status, write_atomically
+
+
+def slurm(
+    account: str | None = None,
+    partition: str | None = None,
+    nodes: int = 1,
+    gpus_per_node: int | None = None,
+    time: str = "01:00:00",
+    container: str | None = None,
+    **settings: Any,
+) -> SlurmExecutor:
+    """Nodes of a Slurm cluster, from its login node or over SSH.
+
+    Args:
+        account: whom the time is charged to.
+        partition: which nodes; None is the cluster's default.
+        nodes: how many.
+        gpus_per_node: how many of each; None is as many as the recipe's devices, if they are GPUs.
+        time: the most that one attempt may take, as `sbatch --time` has it; the run goes on in another.
+        container: an image, for Pyxis or Apptainer; None is the environment of this process.
+        settings: more of `SlurmExecutor`'s.
+
+    Raises:
+        ConfigError: a setting is unknown, or has a value that it cannot have.
+    """
+    known = [field.name for field in fields(SlurmExecutor)]
+    wrong = [unknown("setting of slurm", name, known) for name in settings if name not in known]
+    if wrong:
+        raise ConfigError(*wrong)
+    return SlurmExecutor(
+        account=account,
+        partition=partition,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        time=time,
+        container=container,
+        **settings,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmExecutor(Executor):
+    """Nodes of a Slurm cluster. Settings that NeMo-Run has too are called as there, and mean what sbatch says."""
+
+    account: str | None = None
+    partition: str | None = None
+    gpus_per_node: int | None = None
+    time: str = "01:00:00"
+    qos: str | None = None
+    mem: str | None = None
+    cpus_per_task: int | None = None
+    """CPUs for each process with a device, whatever the launcher; None is one, or all if `exclusive`."""
+    constraint: str | None = None
+    nodelist: str | None = None
+    exclude: str | None = None
+    exclusive: bool = False
+    gres: str | None = None
+    additional_parameters: dict[str, Any] = field(default_factory=dict)
+    """More options of sbatch, such as `{"reservation": "maintenance"}`."""
+    srun_args: Sequence[str] = ()
+    """More options of srun."""
+    container: str | None = None
+    container_runtime: str = "pyxis"
+    """What runs `container`: "pyxis" or "apptainer"."""
+    container_mounts: Sequence[str] = ()
+    """More folders for the container, SOURCE:TARGET; the run directory and the working directory are always there."""
+    launcher: str = "torchrun"
+    """"torchrun" starts one process on each node, which starts one for each device; "srun" starts all of them."""
+    save_before: int = 120
+    """Seconds before the time limit at which the run saves and leaves, to be queued again; Slurm may be a minute early.
+    It must be enough for one step and one checkpoint."""
+    requeues: int = 1000
+    """How often at most the run is queued again, Slurm's own requeues included; 0 is never."""
+    host: str | None = None
+    """The login node, to submit over SSH; None is this machine."""
+    user: str | None = None
+    port: int | None = None
+    identity: str | None = None
+    """The private key's file; None is SSH's own choice."""
+    remote_dir: str = ""
+    """Where runs are kept on the cluster, if over SSH."""
+
+    kind: ClassVar[str] = "slurm"
+    queues: ClassVar[bool] = True
+    dies_with_launcher: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        try:
+            super().__post_init__()
+        except ConfigError as error:
+            problems += error.problems
+        for name, allowed in (("container_runtime", ("pyxis", "apptainer")), ("launcher", ("torchrun", "srun"))):
+            if getattr(self, name) not in allowed:
+                problems.append(f"{name}={getattr(self, name)!r}: allowed: {', '.join(allowed)}")
+        for name, least in (("save_before", 0), ("requeues", 0), ("gpus_per_node", 0), ("cpus_per_task", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                problems.append(f"{name}={value}: must be {least} or more")
+        try:
+            limit = seconds(self.time)
+            if limit is not None and self.save_before >= limit:
+                problems.append(f"save_before={self.save_before}: must be less than time={self.time!r}")
+        except ConfigError as error:
+            problems += error.problems
+        if self.host and not PurePosixPath(self.remote_dir).is_absolute():
+            problems.append(f"remote_dir={self.remote_dir!r}: must be an absolute path on {self.host}")
+        if not self.host:
+            problems += [
+                f"{name}: is for a host, which is not set"
+                for name in ("user", "port", "identity", "remote_dir")
+                if getattr(self, name)
+            ]
+        if "array" in self.additional_parameters:
+            problems.append("additional_parameters.array: a run is one job; --sweep makes several runs")
+        if problems:
+            raise ConfigError(*problems)
+
+    def devices_per_node(self) -> int:
+        """How many devices each node gives the run; 0 follows `trainer.devices`."""
+        return self.ntasks_per_node or self.gpus_per_node or 0
+
+    def fitted(self, devices: int, accelerator: str) -> Self:
+        """These settings with as many processes as the recipe has devices, and GPUs for them if it uses any."""
+        gpus = self.gpus_per_node
+        if gpus is None and not self.gres and accelerator in ("gpu", "cuda"):
+            gpus = devices
+        # The environment of this process may be mounted in a container, but is not what the image is for.
+        python = self.python or ("python3" if self.container else "")
+        return replace(self, ntasks_per_node=devices, gpus_per_node=gpus, python=python)
+
+    @property
+    def time_limit(self) -> int | None:
+        """Seconds that an attempt may take; None is no limit."""
+        return seconds(self.time)
+
+    def queue(self) -> str:
+        """Slurm, where it is asked, and where runs are kept there."""
+        return f"slurm {self.user or ''}@{self.host or ''}:{self.port or ''}{self.remote_dir}"
+
+    def place(self, run: RunDirectory) -> Path:
+        """The run directory on the cluster: over SSH one in `remote_dir`, else the same one, which nodes share."""
+        return Path(self.remote_dir) / run.name if self.host else run.path
+
+    def secrets_file(self, run: RunDirectory) -> str:
+        """Where a run's secrets are, if it has any, as the job sees it; over SSH, beside the run directories."""
+        file = secrets.file(run)
+        return str(Path(self.remote_dir) / ".secrets" / file.name if self.host else file)
+
+    def deliver_secrets(self, run: RunDirectory, values: Mapping[str, str]) -> str:
+        """Writes the secrets' file; over SSH they go through the connection, and in no command."""
+        if not self.host or not values:
+            return super().deliver_secrets(run, values)
+        file = self.secrets_file(run)
+        mirror.write_secret(self.shell(), Path(file), secrets.text(values))
+        return file
+
+    def shell(self) -> Shell:
+        """Where Slurm's commands are run."""
+        return Shell(self.host, self.user, self.port, self.identity)
+
+    def check(self, run: RunDirectory) -> None:
+        """Asks the cluster for what the settings name, and lets sbatch test the script.
+
+        Raises:
+            ConfigError: with every problem.
+        """
+        shell = self.shell()
+        if not shell.succeeds("command -v sbatch"):
+            where = f"over SSH it is looked for as in `ssh {self.host} sbatch`" if self.host else "or set executor.host"
+            raise ConfigError(f"executor=slurm: there is no sbatch on {shell.name}; launch from a login node, {where}")
+        problems = slurm_queue.problems(shell, self.partition, self.account, self.nodes, self.time, self.gpus_per_node)
+        pyxis = self.container and self.container_runtime == "pyxis"
+        if pyxis and not shell.succeeds("srun --help | grep -q -e --container-image"):
+            problems.append(
+                f"executor.container={self.container!r}: {shell.name} has no Pyxis; "
+                "where the nodes have Apptainer, set executor.container_runtime=apptainer"
+            )
+        if self.host and mirror.is_taken(shell, run, self.place(run)):
+            problems.append(
+                f"log.name={run.name!r}: {self.place(run)} on {shell.name} is another run; choose another name"
+            )
+        if not problems:
+            answer = shell.ask("sbatch --test-only", batch_script(self, run).encode(), self._not_passed_on())
+            problems += _refusals(answer.error) if answer.code else []
+        if problems:
+            raise ConfigError(*problems)
+
+    def submit(self, run: RunDirectory, *, after: Sequence[str] = (), after_any: Sequence[str] = ()) -> str:
+        """Submits `RUN/sbatch.sh`, and returns the job's number.
+
+        Raises:
+            ConfigError: it was not taken.
+        """
+        file = run.path / "sbatch.sh"
+        write_atomically(file, batch_script(self, run, after, after_any))
+        shell, place = self.shell(), self.place(run)
+        if self.host:
+            mirror.send(shell, run, place)
+        command = f"cd {shlex.quote(str(place))} && sbatch --parsable {file.name}"
+        answer = shell.ask(command, without=self._not_passed_on())
+        number = re.search(r"^(\d+)(;\S+)?$", answer.out, re.MULTILINE)
+        if answer.code or number is None:
+            raise ConfigError(*_refusals(answer.error))
+        return number[1]
+
+    def states(self, runs: Sequence[RunDirectory]) -> list[Status | None]:
+        """What squeue, sacct and scontrol say of each run's job, beside its own status file."""
+        shell, going = self.shell(), slurm_queue.going(runs)
+        try:
+            jobs = slurm_queue.find(shell, [run.job_id for run in going]) or {}
+            if self.host and going:
+                mirror.fetch(shell, {run.path: self.place(run) for run in going})
+        except ConfigError as error:
+            slurm_queue.unanswered(shell, str(error))
+            jobs = {}
+        found = [slurm_queue.state(run, jobs.get(run.job_id) if run in going else None) for run in runs]
+        ended = [run for run, status in zip(runs, found, strict=True) if status and status.state.ended]
+        self._remove_secrets([run for run in ended if run in going])
+        return found
+
+    def kill(self, run: RunDirectory) -> None:
+        """Cancels the run's job; what runs has Slurm's `KillWait` seconds to save its step."""
+        if run.job_id:
+            answer = self.shell().ask(f"scancel {shlex.quote(run.job_id)}")
+            if answer.code:
+                raise ConfigError(f"run {run.name!r}: scancel {run.job_id}: {answer.said}")
+        self._remove_secrets([run])
+
+    def _remove_secrets(self, runs: Sequence[RunDirectory]) -> None:
+        """Removes what the jobs of ended runs would have, had they ended by themselves."""
+        if not self.host:
+            for run in runs:
+                secrets.remove(run)
+        elif runs:
+            self.shell().ask(shlex.join(["rm", "-f", *(self.secrets_file(run) for run in runs)]))
+
+    def _not_passed_on(self) -> list[str]:
+        """Environment variables that sbatch, which copies all, shall not see: secrets, and those of a job around us."""
+        ours = [name for name in os.environ if name.startswith("SLURM_") and "SLURM_JOB_ID" in os.environ]
+        return [*secrets.ALWAYS, *self.secrets, *(name for name in ours if name != "SLURM_CONF")]
+
+
+def _refusals(said: str) -> list[str]:
+    """What sbatch says of a job that it does not take; nodes that are busy or down are waited for."""
+    lines = [re.sub(r"^(sbatch: )?(error: |fatal: )?(allocation failure: )?", "", line) for line in said.splitlines()]
+    wait = re.compile("nodes? (are busy|not available)|nodes required for job are DOWN", re.IGNORECASE)
+    reasons = [line for line in dict.fromkeys(lines) if line.strip()] or ["without a word"]
+    return [] if wait.search(reasons[-1]) else [f"executor: sbatch refuses the job: {'; '.join(reasons)}"]

@@ -1,0 +1,261 @@
+"""What Slurm says of jobs, and of what it has to offer."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.launch.shell import Shell
+from fiddlehead.runs import RunDirectory, State, Status
+
+WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT", "CONFIGURING"}
+SAID_NOTHING = {"BOOT_FAIL", "NODE_FAIL", "LAUNCH_FAILED", "OUT_OF_MEMORY", "RECONFIG_FAIL"}
+ENDED = {"CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "PREEMPTED", "REVOKED", "TIMEOUT"} | SAID_NOTHING
+"""A state that is in none of these is one of a job that has nodes: RUNNING, COMPLETING, SUSPENDED, ..."""
+UNKNOWN = "UNKNOWN"
+"""The state of a job that Slurm has forgotten."""
+
+_silent: set[Shell] = set()
+"""Machines whose Slurm did not answer when it was last asked."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What Slurm says of a job."""
+
+    state: str
+    exit_code: int = 0
+    signal: int = 0
+    reason: str = ""
+    nodes: str = ""
+
+    @property
+    def words(self) -> str:
+        """State, exit code and reason, as far as they say anything."""
+        reason = self.reason if self.reason not in ("", "None", "NonZeroExitCode", "JobLaunchFailure") else ""
+        code = f"exit code {self.exit_code}" if self.exit_code else ""
+        how = signal.Signals(self.signal).name if self.signal in set(signal.Signals) else ""
+        return f"Slurm: {', '.join(filter(None, (self.state, code, how, reason)))}"
+
+
+def corrected(status: Status, job: Job, said: str = "") -> Status:
+    """What a run is that has not ended by its own word, `status`, by what Slurm says of its job.
+
+    Args:
+        said: the error with which the job's script has ended, if it did before the run could write its status.
+    """
+    if job.state in WAITING:
+        reason = job.reason if job.reason != "None" else ""
+        return replace(status, state=State.PENDING, reason="; ".join(filter(None, (reason, status.reason))))
+    if job.state not in ENDED and job.state != UNKNOWN:
+        if status.state is State.PENDING:  # the status file is the launcher's, and knows no node
+            status = replace(status, host=job.nodes, pid=0)
+        leaving = status.state is State.INTERRUPTED and job.state == "COMPLETING"
+        return status if leaving else replace(status, state=State.RUNNING)
+    state, reason = _end(status, job, said)
+    code = 0 if state is State.SUCCEEDED else job.exit_code or (128 + job.signal if job.signal else 1)
+    return replace(status, state=state, exit_code=code, reason=reason)
+
+
+def _end(status: Status, job: Job, said: str) -> tuple[State, str]:
+    """How a run has ended whose job is over, and why."""
+    if job.state == "CANCELLED":
+        if job.reason.startswith("Dependency"):
+            return State.CANCELLED, "a run that had to succeed first has not"
+        return State.CANCELLED, status.reason or "cancelled in Slurm"
+    if job.state == UNKNOWN and status.state is State.PENDING:
+        return State.CANCELLED, "its job has left Slurm's queue, and never began"
+    if status.state is State.INTERRUPTED:
+        limit = " (requeue limit reached)" if job.exit_code in (75, 137) else ""
+        return State.FAILED, f"not queued again{limit}: {status.reason}"
+    if job.state == UNKNOWN:
+        return State.DIED, "Slurm has forgotten its job, and the run did not say how it ended"
+    if job.state == "COMPLETED":  # exit code 0 is that of a run that succeeded; a full disk took no status
+        return State.SUCCEEDED, f"{job.words}, though the run could not write it down"
+    if job.exit_code == 130:
+        return State.CANCELLED, status.reason or job.words
+    died = job.state in SAID_NOTHING or job.signal or job.exit_code == 137
+    return (State.DIED if died else State.FAILED), said or job.words
+
+
+def find(shell: Shell, ids: Sequence[str]) -> dict[str, Job] | None:
+    """What Slurm says of jobs, by number; None, with one warning, if it does not answer.
+
+    squeue is asked first, then sacct, which knows of the past if there is accounting, then scontrol.
+
+    Raises:
+        ConfigError: there is no connection.
+    """
+    ids = [job_id for job_id in dict.fromkeys(ids) if job_id.isdecimal()]
+    if not ids:
+        return {}
+    answer = _ask(
+        shell,
+        "squeue --noheader --states=all "
+        f"--Format='JobID:|,State:|,exit_code:|,Reason:|,NodeList:|' --jobs={','.join(ids)}",
+    )
+    if answer is None:
+        return None
+    jobs = dict.fromkeys(ids, Job(UNKNOWN))
+    for job_id, state, code, reason, nodes, _ in _rows(answer, 5):
+        jobs[job_id] = Job(state, *_exit(int(code)), reason, nodes)
+    missing = [job_id for job_id in ids if jobs[job_id].state == UNKNOWN]
+    if missing:
+        answer = shell.ask(f"sacct -X -n -P -o JobID,State,ExitCode,Reason,NodeList -j {','.join(missing)}")
+        for job_id, state, code, reason, nodes in _rows(answer.out, 4) if answer.code == 0 else ():
+            # "CANCELLED by 1000"; a job that is unknown to squeue has no next attempt.
+            jobs[job_id] = Job(state.split()[0], *_pair(code), reason, nodes)
+    missing = [job_id for job_id in missing if jobs[job_id].state == UNKNOWN]
+    if missing:
+        shown = shell.ask(f"for id in {' '.join(missing)}; do scontrol --oneliner show job $id; done 2> /dev/null").out
+        for line in shown.splitlines():
+            fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
+            code, nodes = _pair(fields["ExitCode"]), fields.get("NodeList", "")
+            jobs[fields["JobId"]] = Job(fields["JobState"], *code, fields["Reason"], nodes)
+    return jobs
+
+
+def going(runs: Sequence[RunDirectory]) -> list[RunDirectory]:
+    """Those that have a job and have not ended by their own word."""
+    return [run for run in runs if (status := run.written_status()) and not status.state.ended and _submitted(run)]
+
+
+def state(run: RunDirectory, job: Job | None) -> Status | None:
+    """What a run is by its own word, read now, and by what Slurm said before of its job; None if that is not known.
+
+    In this order a run that ends between the two is one that has ended well.
+    """
+    status = run.written_status()
+    if status is None or status.state.ended:
+        return status
+    if job is not None:
+        status = corrected(status, job, _last_error(run))
+    elif status.state is State.PENDING and not _submitted(run):
+        status = run.status() or status  # its launcher is at it, or died before
+    return replace(status, ended=_last_sign(run, status)) if status.state.ended else status
+
+
+def unanswered(shell: Shell, said: str) -> None:
+    """Warns that nothing better is known of runs than what they wrote; once, until Slurm has answered again."""
+    if shell not in _silent:
+        print(f"WARNING: {shell.name} does not say what has become of its runs: {said}", file=sys.stderr)  # noqa: T201
+    _silent.add(shell)
+
+
+def problems(
+    shell: Shell, partition: str | None, account: str | None, nodes: int, time: str, gpus: int | None
+) -> list[str]:
+    """Why the cluster cannot take a job of this size, as far as it says."""
+    found = [*_partition_problems(shell, partition, nodes, time, gpus)]
+    if account:
+        answer = shell.ask('sacctmgr --noheader --parsable2 show assoc user="$(id -un)" format=account')
+        accounts = sorted(set(answer.out.split())) if answer.code == 0 else []
+        if accounts and account not in accounts:  # without accounting there are none
+            found.append(f"executor.account: {unknown('account', account, accounts)}")
+    return found
+
+
+def seconds(time: str) -> int | None:
+    """A time limit as sbatch reads it; None is no limit.
+
+    Raises:
+        ConfigError: it is no time.
+    """
+    if time.lower() in ("unlimited", "infinite", "0"):
+        return None
+    match = re.fullmatch(r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?)|(?:(?:(\d+):)?(\d+):(\d+))|(\d+)", time)
+    if not match:
+        raise ConfigError(
+            f"time={time!r}: allowed: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, "
+            "days-hours:minutes:seconds, UNLIMITED"
+        )
+    days, day_hours, day_minutes, day_seconds, hours, minutes, rest, only = (
+        int(group or 0) for group in match.groups()
+    )
+    return ((days * 24 + day_hours + hours) * 60 + day_minutes + minutes + only) * 60 + day_seconds + rest
+
+
+def _partition_problems(shell: Shell, partition: str | None, nodes: int, time: str, gpus: int | None) -> list[str]:
+    answer = shell.ask("sinfo --noheader --format='%P|%l|%D|%G|%a'")
+    if answer.code:
+        return [f"executor=slurm: sinfo on {shell.name}: {answer.said}"]
+    rows = _rows(answer.out, 4)
+    names = sorted({row[0].rstrip("*") for row in rows})
+    if partition is not None and partition not in names:
+        return [f"executor.partition: {unknown('partition', partition, names)}"]
+    ours = [row for row in rows if (row[0].endswith("*") if partition is None else row[0].rstrip("*") == partition)]
+    if not ours:
+        return [f"executor.partition: {shell.name} has no default; allowed: {', '.join(names)}"]
+    name = ours[0][0].rstrip("*")
+    found = []
+    if all(row[4] != "up" for row in ours):
+        found.append(f"executor.partition={name!r} is {ours[0][4]}")
+    limit, most = seconds(time), seconds(ours[0][1])
+    if most is not None and (limit is None or limit > most):
+        found.append(f"executor.time={time!r}: partition {name!r} allows {ours[0][1]}")
+    count = sum(int(row[2]) for row in ours)
+    if nodes > count:
+        found.append(f"executor.nodes={nodes}: partition {name!r} has {count}")
+    enough = sum(int(row[2]) for row in ours if _gpus(row[3]) >= (gpus or 0))
+    if gpus and enough < nodes <= count:
+        most_gpus = max(_gpus(row[3]) for row in ours)
+        found.append(
+            f"executor.gpus_per_node={gpus}: the nodes of partition {name!r} have {most_gpus} at most"
+            if not enough
+            else f"executor.nodes={nodes}: partition {name!r} has {enough} with {gpus} GPUs"
+        )
+    return found
+
+
+def _gpus(gres: str) -> int:
+    """How many GPUs a node has whose generic resources sinfo shows as this: `gpu:a100:4(S:0-1),shard:8`."""
+    return sum(int(count) for count in re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", gres))
+
+
+def _ask(shell: Shell, command: str) -> str | None:
+    """What squeue prints; None if the controller does not answer."""
+    answer = shell.ask(command)
+    if answer.code and "Invalid job id" not in answer.error:  # said of one job, but not of several
+        unanswered(shell, answer.said)
+        return None
+    _silent.discard(shell)
+    return answer.out
+
+
+def _rows(text: str, bars: int) -> list[list[str]]:
+    """The lines of a table with so many bars; others are a login script's."""
+    return [line.split("|") for line in text.splitlines() if line.count("|") == bars]
+
+
+def _pair(code: str) -> tuple[int, int]:
+    """Exit code and signal in sacct's notation, `1:0`."""
+    number, _, signum = code.partition(":")
+    return int(number), int(signum)
+
+
+def _exit(wait_status: int) -> tuple[int, int]:
+    """Exit code and signal in a status that wait(2) returns."""
+    return wait_status >> 8, wait_status & 0x7F
+
+
+def _submitted(run: RunDirectory) -> bool:
+    """Whether the job's number is that of the present submission, not of one before."""
+    try:
+        return (run.path / "job_id").stat().st_mtime_ns >= run.command.stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
+
+
+def _last_error(run: RunDirectory) -> str:
+    """What the job's script said in the last line of the log, if that is an error."""
+    last = run.log.read_text(errors="replace").rstrip().rpartition("\n")[2] if run.log.exists() else ""
+    return last.removeprefix("error: ") if last.startswith("error: ") else ""
+
+
+def _last_sign(run: RunDirectory, status: Status) -> float:
+    """When a run was last heard of, in seconds since the epoch."""
+    return max(status.ended or status.started, run.log.stat().st_mtime if run.log.exists() else 0.0)

@@ -1,0 +1,171 @@
+"""The sbatch script of a run: NeMo-Run's, with what makes a job that was interrupted go on."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fiddlehead.runs import RunDirectory
+
+if TYPE_CHECKING:
+    from fiddlehead.launch.slurm import SlurmExecutor
+
+PATIENCE = 300
+"""Seconds that a job's other nodes get to save and leave when one has ended."""
+
+
+def batch_script(
+    executor: SlurmExecutor, run: RunDirectory, after: Sequence[str] = (), after_any: Sequence[str] = ()
+) -> str:
+    """The text that sbatch gets. It starts `run.script` on every node, and queues the job again if that asks for it.
+
+    Args:
+        after: ids of jobs that must have succeeded first.
+        after_any: ids of jobs that must have ended first, however.
+    """
+    from nemo_run.core.execution import slurm as nemo_run
+
+    place = executor.place(run)
+    output = str(place / run.scheduler_log.name).replace("%", "%%")
+
+    class Details(nemo_run.SlurmJobDetails):
+        # One file over all attempts; what the job itself prints is not there.
+        @property
+        def stdout(self) -> Path:
+            return Path(output)
+
+        @property
+        def srun_stdout(self) -> Path:
+            return Path(shlex.quote(output))
+
+    pyxis = executor.container if executor.container_runtime == "pyxis" else None
+    settings = nemo_run.SlurmExecutor(
+        account=executor.account or "",
+        partition=executor.partition,
+        time=executor.time,
+        nodes=executor.nodes,
+        ntasks_per_node=_tasks(executor),
+        gpus_per_node=executor.gpus_per_node,
+        cpus_per_task=_cpus(executor),
+        qos=executor.qos,
+        mem=executor.mem,
+        constraint=executor.constraint,
+        exclude=executor.exclude,
+        exclusive=executor.exclusive or None,
+        gres=executor.gres,
+        signal=f"USR1@{executor.save_before}" if executor.save_before else None,
+        # NeMo-Run means to quote the words of its srun line, and does not.
+        container_image=shlex.quote(pyxis) if pyxis else None,
+        container_mounts=[shlex.quote(mount) for mount in mounts(executor, run)] if pyxis else [],
+        additional_parameters={**_parameters(executor, after, after_any), **executor.additional_parameters},
+        srun_args=[shlex.quote(argument) for argument in (*_srun_args(executor), *executor.srun_args)],
+        setup_lines=_setup(executor, run),
+        job_details=Details(job_name=run.name, folder=str(place)),
+        # Where a run is. Without Pyxis NeMo-Run writes that in place of /nemo_run, be it a part of a user's own path.
+        tunnel=nemo_run.LocalTunnel(job_dir=shlex.quote(str(place.parent)) if pyxis else "/"),
+    )
+    settings.job_dir = shlex.quote(place.name) if pyxis else "nemo_run"
+    request = nemo_run.SlurmBatchRequest(
+        launch_cmd=["sbatch", "--parsable"],
+        jobs=[run.name],
+        command_groups=[[shlex.join(_command(executor, run))]],
+        executor=settings,
+        max_retries=0,  # it would queue every failure again; `_setup` does so for those that ask for it
+        extra_env={},
+    )
+    text = request.materialize().replace("--chdir /nemo_run/code", f"--chdir {shlex.quote(str(place))}")
+    return text if executor.account else re.sub(r"#SBATCH --account=.*\n", "", text)
+
+
+def mounts(executor: SlurmExecutor, run: RunDirectory) -> list[str]:
+    """What a container sees of the cluster's file system: SOURCE:TARGET, ours at the same paths."""
+    place, keys = str(executor.place(run)), executor.secrets_file(run)
+    own = [place, *([] if executor.host else [str(Path.cwd())]), *([keys] if _has_secrets(run, keys) else [])]
+    return [*(f"{path}:{path}" for path in dict.fromkeys(own)), *executor.container_mounts]
+
+
+def _has_secrets(run: RunDirectory, file: str) -> bool:
+    """Whether the job's script reads secrets: only then there is a file that can be mounted."""
+    return run.script.exists() and file in run.script.read_text()
+
+
+def _tasks(executor: SlurmExecutor) -> int:
+    """How many processes srun starts on each node."""
+    return max(1, executor.ntasks_per_node) if executor.launcher == "srun" else 1
+
+
+def _cpus(executor: SlurmExecutor) -> int | None:
+    """CPUs for each of them; one that starts others needs theirs too, where the node is shared."""
+    if executor.launcher == "srun" or (executor.exclusive and executor.cpus_per_task is None):
+        return executor.cpus_per_task
+    return (executor.cpus_per_task or 1) * max(1, executor.ntasks_per_node)
+
+
+def _parameters(executor: SlurmExecutor, after: Sequence[str], after_any: Sequence[str]) -> dict[str, Any]:
+    """Options of sbatch that NeMo-Run's executor has no field for."""
+    parameters: dict[str, Any] = {"requeue" if executor.requeues else "no_requeue": True}
+    if executor.nodelist:
+        parameters["nodelist"] = executor.nodelist
+    if after or after_any:
+        kinds = (("afterok", after), ("afterany", after_any))
+        parameters["dependency"] = ",".join(":".join((kind, *ids)) for kind, ids in kinds if ids)
+        parameters["kill_on_invalid_dep"] = "yes"  # else one whose parent has failed waits for ever
+    return parameters
+
+
+def _srun_args(executor: SlurmExecutor) -> list[str]:
+    """Options of srun, which outdo NeMo-Run's: a node that has failed must not get another killed while it saves."""
+    arguments = ["--kill-on-bad-exit=0", f"--wait={PATIENCE}", "--open-mode=append"]
+    if executor.launcher == "torchrun":
+        return [*arguments, "--cpu-bind=none"]  # the processes that the one task starts need more than its core
+    if executor.cpus_per_task:
+        return [*arguments, f"--cpus-per-task={executor.cpus_per_task}"]  # which srun does not take from sbatch
+    return arguments
+
+
+def _command(executor: SlurmExecutor, run: RunDirectory) -> list[str]:
+    """What srun starts."""
+    script = ["bash", str(executor.place(run) / run.script.name)]
+    if not executor.container or executor.container_runtime == "pyxis":
+        return script
+    binds = [f"--bind={mount}" for mount in mounts(executor, run)]
+    return ["apptainer", "exec", "--nv", *binds, executor.container, *script]
+
+
+def _setup(executor: SlurmExecutor, run: RunDirectory) -> str:
+    """Shell lines that run before the job."""
+    secrets_file = executor.secrets_file(run)
+    return _SETUP.format(
+        requeues=executor.requeues,
+        status=shlex.quote(str(executor.place(run) / "status")),
+        remove=f"\n    rm -f {shlex.quote(secrets_file)}" if _has_secrets(run, secrets_file) else "",
+    )
+
+
+_SETUP = """\
+ended() {{
+    set +ex
+    # Unset: Slurm has ended this shell. It cancels the job, or queues it again by itself.
+    if [ -z "$exitcode" ]; then return; fi
+    # 75: saved, or worth another try; 137: killed, unless the run had ended by its own word.
+    final='"state": "(SUCCEEDED|FAILED|CANCELLED)"'
+    if [[ $exitcode == 75 || $exitcode == 137 ]] && ! grep -Eq "$final" {status}; then
+        if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then
+            # The controller may be away for a while.
+            for pause in 1 5 15 30 60; do
+                echo "queueing the job again"
+                if scontrol requeue "$SLURM_JOB_ID"; then return; fi
+                sleep $pause
+            done
+        fi
+        echo "not queued again: executor.requeues={requeues}"
+    fi{remove}
+}}
+trap ended EXIT
+trap : USR1  # it is for the job's processes
+# The address by which Slurm knows the first node, and a port of this attempt's own.
+export MASTER_ADDR=$(scontrol show node "$head_node" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
+export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 16 + ${{SLURM_RESTART_COUNT:-0}}) % 10000))"""

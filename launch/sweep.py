@@ -1,0 +1,195 @@
+"""Many runs of one recipe: the edits that make them differ, at most so many at a time, and a table of what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fiddlehead.configuration.literals import split_arguments
+from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.launch import start, watch
+from fiddlehead.launch.executor import Executor
+from fiddlehead.recipe import Recipe
+from fiddlehead.runs import RunDirectory, State, Status, write_atomically
+
+LOOK = 1.0
+"""Seconds between two looks at runs that are going on."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run of a sweep."""
+
+    name: str
+    values: dict[str, str]
+    """What makes it differ: value by path, as typed."""
+
+    @property
+    def edits(self) -> list[str]:
+        """The values as edits of the recipe."""
+        return [f"{path}={value}" for path, value in self.values.items()]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A set of runs, which `NAME.sweep.json` beside their folders remembers."""
+
+    name: str
+    directory: str
+    variants: list[Variant]
+
+    def runs(self) -> list[RunDirectory]:
+        """Their directories, in order."""
+        return [RunDirectory(Path(self.directory).absolute() / variant.name) for variant in self.variants]
+
+    def save(self) -> None:
+        """Writes it down.
+
+        Raises:
+            ConfigError: another sweep has the name.
+        """
+        file = Path(self.directory) / f"{self.name}.sweep.json"
+        if file.exists() and load(self.name, self.directory) != self:
+            raise ConfigError(f"log.name={self.name!r} is another sweep, {file}; choose another name")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def load(name: str, directory: str | Path = "runs") -> Sweep:
+    """The sweep called `name`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        found = json.loads((Path(directory) / f"{name}.sweep.json").read_text())
+        variants = [Variant(**variant) for variant in found["variants"]]
+        return Sweep(found["name"], str(directory), variants)
+    except FileNotFoundError:
+        names = sorted(file.name.removesuffix(".sweep.json") for file in Path(directory).glob("*.sweep.json"))
+        raise ConfigError(f"{unknown('sweep', name, names)} (looked in {directory}/)") from None
+
+
+def expand(edits: Sequence[str], name: str, *, zipped: bool = False) -> tuple[list[str], list[Variant]]:
+    """The edits that all runs share, and the runs that those with several values make: `optim.lr=1e-3,3e-4`.
+
+    Args:
+        edits: as typed; commas in brackets or quotes part nothing.
+        name: what the names of the runs begin with.
+        zipped: the first values make one run, the second ones another, and so on; else every combination makes one.
+
+    Raises:
+        ConfigError: no edit has several values, or zipped ones differ in number.
+    """
+    shared: list[str] = []
+    several: dict[str, list[str]] = {}
+    for edit in edits:
+        path, _, text = edit.partition("=")
+        values = split_arguments(text)
+        if len(values) < 2:
+            shared.append(edit)
+        elif path[-1:] in "+-*/":
+            raise ConfigError(f"{edit}: a sweep sets values; give them as {path[:-1]}=...,...")
+        elif path in several:
+            raise ConfigError(f"{edit}: {path} has several values already")
+        else:
+            several[path] = values
+    if not several:
+        raise ConfigError("--sweep: no edit has several values, as optim.lr=1e-3,3e-4 has")
+    if zipped and len({len(values) for values in several.values()}) > 1:
+        counts = ", ".join(f"{path} has {len(values)}" for path, values in several.items())
+        raise ConfigError(f"--zip: the values go together one by one, but {counts}")
+    combinations = zip(*several.values(), strict=True) if zipped else itertools.product(*several.values())
+    made = [dict(zip(several, values, strict=True)) for values in combinations]
+    return shared, [Variant(folder, values) for folder, values in zip(_names(name, made), made, strict=True)]
+
+
+def _names(base: str, made: Sequence[dict[str, str]]) -> Iterator[str]:
+    """Names of folders that tell the runs apart, in words if they are short enough."""
+    seen: set[str] = set()
+    for number, values in enumerate(made, start=1):
+        words = "-".join(f"{path.split('.')[-1]}={value}" for path, value in values.items())
+        name = f"{base}-{re.sub(r'[^A-Za-z0-9_.=+-]+', '_', words)}"
+        if len(name) > 100 or name in seen:
+            name = f"{base}-{number}"
+        seen.add(name)
+        yield name
+
+
+def run_all(
+    sweep: Sweep,
+    recipes: Sequence[Recipe],
+    executor: Executor,
+    *,
+    max_running: int | None = None,
+    allow: Sequence[str] = (),
+    command: str | None = None,
+    report: Callable[[list[Status | None]], None] | None = None,
+) -> list[Status | None]:
+    """Runs a sweep to its end, and returns what has become of each run; Ctrl-C cancels all.
+
+    Args:
+        recipes: one for each run, with its name.
+        max_running: how many at a time; None is all.
+        report: is called with the states whenever they may have changed; None: return when all are handed over.
+
+    Raises:
+        ConfigError: a run cannot be handed over; those before it are cancelled.
+    """
+    sweep.save()
+    runs = sweep.runs()
+    waiting = list(zip(recipes, runs, strict=True))
+    begun: list[RunDirectory] = []
+    with contextlib.ExitStack() as held:
+        try:
+            while True:
+                statuses = watch.states(begun)
+                going = sum(status is not None and not status.state.ended for status in statuses)
+                while waiting and (executor.queues or max_running is None or going < max_running):
+                    recipe, run = waiting.pop(0)
+                    # Where jobs are queued, each waits for the one that has its place, and nobody has to be here.
+                    place = len(begun) - (max_running or len(runs))
+                    before = [begun[place]] if executor.queues and place >= 0 else []
+                    lifetime = held if report else None
+                    start(recipe, executor, lifetime, allow=allow, command=command, after_any=before)
+                    begun.append(run)
+                    going += 1
+                if report is None:
+                    return watch.states(runs)
+                statuses = watch.states(begun)
+                report([*statuses, *(None for _ in waiting)])
+                if not waiting and all(status is None or status.state.ended for status in statuses):
+                    return statuses
+                time.sleep(LOOK)
+        except BaseException:
+            for run in begun:
+                watch.ask_to_stop(run)
+            for run in begun:
+                watch.cancel(run)
+            raise
+
+
+def results(sweep: Sweep, metric: str) -> list[tuple[Variant, Status | None, float | None]]:
+    """The runs with their states and newest value of `metric`, the lowest first and those without one last."""
+    statuses = watch.states(sweep.runs())
+    rows = []
+    for variant, run, status in zip(sweep.variants, sweep.runs(), statuses, strict=True):
+        value = run.last_metrics().get(metric)
+        rows.append((variant, status, float(value) if value else None))
+    return sorted(rows, key=lambda row: (row[2] is None, row[2]))
+
+
+def default_metric(sweep: Sweep) -> str:
+    """`val_loss` if a run has it, else `loss`."""
+    return "val_loss" if any("val_loss" in run.last_metrics() for run in sweep.runs()) else "loss"
+
+
+def failed(statuses: Sequence[Status | None]) -> int:
+    """How many runs did not succeed."""
+    return sum(status is None or status.state is not State.SUCCEEDED for status in statuses)

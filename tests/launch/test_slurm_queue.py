@@ -1,0 +1,249 @@
+"""What is made of Slurm's answers: programs that answer as the real ones did, on Slurm 22.05, stand in for them."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from fiddlehead.errors import ConfigError
+from fiddlehead.launch import slurm_queue
+from fiddlehead.launch.shell import Shell
+from fiddlehead.launch.slurm import _refusals, slurm
+from fiddlehead.launch.slurm_queue import UNKNOWN, Job, corrected, find, problems, seconds
+from fiddlehead.runs import RunDirectory, State, Status
+
+HERE = Shell()
+NO_ACCOUNTING = "echo 'Slurm accounting storage is disabled' >&2; exit 1"
+NO_SUCH_JOB = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+NO_CONTROLLER = "echo 'squeue: error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+
+
+@pytest.fixture
+def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Makes a program answer with what a shell line prints; the others answer that they know nothing."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm_queue, "_silent", set())
+    (tmp_path / "bin").mkdir()
+
+    def say(program: str, line: str) -> None:
+        file = tmp_path / "bin" / program
+        file.write_text(f"#!/bin/bash\necho {program} >> {tmp_path}/asked\n{line}\n")
+        file.chmod(0o755)
+
+    for program, line in (("squeue", NO_SUCH_JOB), ("sacct", NO_ACCOUNTING), ("scontrol", NO_SUCH_JOB)):
+        say(program, line)
+    return say
+
+
+def a_run(folder: Path, state: State = State.RUNNING, job: str = "17", name: str = "run", **words) -> RunDirectory:
+    """A run that was submitted, and says that it is in `state`."""
+    run = RunDirectory(folder / name)
+    run.path.mkdir()
+    run.recipe.touch()
+    run.command.touch()
+    run.write_status(Status(state, executor="slurm", started=time.time(), **words))
+    if job:
+        (run.path / "job_id").write_text(job + "\n")
+    return run
+
+
+def state_of(run: RunDirectory) -> Status:
+    (status,) = slurm().states([run])
+    assert status is not None
+    return status
+
+
+RUNNING, PENDING, INTERRUPTED = (Status(state) for state in (State.RUNNING, State.PENDING, State.INTERRUPTED))
+
+
+@pytest.mark.parametrize(
+    ("status", "job", "state", "reason"),
+    [
+        (PENDING, Job("PENDING", reason="Resources"), State.PENDING, "Resources"),
+        (RUNNING, Job("PENDING", reason="BeginTime"), State.PENDING, "BeginTime"),  # row 6: preempted
+        (RUNNING, Job("REQUEUE_HOLD", reason="launch failed"), State.PENDING, "launch failed"),
+        (PENDING, Job("CONFIGURING"), State.PENDING, ""),
+        (PENDING, Job("RUNNING", nodes="node1"), State.RUNNING, ""),
+        (INTERRUPTED, Job("COMPLETING"), State.INTERRUPTED, ""),
+        (INTERRUPTED, Job("RUNNING"), State.RUNNING, ""),
+        (RUNNING, Job("SUSPENDED"), State.RUNNING, ""),
+        (RUNNING, Job("A_NEW_WORD"), State.RUNNING, ""),
+        (RUNNING, Job("CANCELLED"), State.CANCELLED, "cancelled in Slurm"),
+        (PENDING, Job("CANCELLED", reason="DependencyNeverSatisfied"), State.CANCELLED, "had to succeed first"),
+        (RUNNING, Job("TIMEOUT", reason="TimeLimit"), State.FAILED, "TIMEOUT, TimeLimit"),
+        (RUNNING, Job("FAILED", exit_code=3, reason="NonZeroExitCode"), State.FAILED, "FAILED, exit code 3"),
+        (RUNNING, Job("FAILED", signal=9), State.DIED, "FAILED, SIGKILL"),
+        (RUNNING, Job("FAILED", exit_code=137), State.DIED, "exit code 137"),
+        (RUNNING, Job("FAILED", exit_code=130), State.CANCELLED, "exit code 130"),
+        (RUNNING, Job("NODE_FAIL"), State.DIED, "NODE_FAIL"),
+        (RUNNING, Job("OUT_OF_MEMORY", signal=125), State.DIED, "OUT_OF_MEMORY"),
+        (RUNNING, Job("PREEMPTED"), State.FAILED, "PREEMPTED"),  # and not queued again
+        (RUNNING, Job("COMPLETED"), State.SUCCEEDED, "COMPLETED"),
+        (INTERRUPTED, Job("FAILED", exit_code=75), State.FAILED, "requeue limit reached"),
+        (INTERRUPTED, Job("CANCELLED"), State.CANCELLED, ""),
+        (PENDING, Job(UNKNOWN), State.CANCELLED, "never began"),
+        (RUNNING, Job(UNKNOWN), State.DIED, "forgotten"),
+    ],
+    ids=str,
+)
+def test_what_slurm_says_corrects_what_the_run_says(status: Status, job: Job, state: State, reason: str):
+    found = corrected(status, job)
+    assert found.state is state and reason in found.reason
+    if state.ended:
+        assert (found.exit_code == 0) == (state is State.SUCCEEDED)
+
+
+def test_why_it_waits_again_is_said():
+    interrupted = Status(State.INTERRUPTED, reason="stopped after step 7: SIGUSR1")
+    assert corrected(interrupted, Job("PENDING", reason="None")).reason == "stopped after step 7: SIGUSR1"
+    assert corrected(interrupted, Job("PENDING", reason="BeginTime")).reason == "BeginTime; " + interrupted.reason
+
+
+def test_one_question_for_many_runs(tmp_path: Path, answer):
+    rows = [f"{number}|RUNNING|0|None|node1|" for number in range(1, 31)]
+    answer("squeue", "printf '%s\\n' " + " ".join(f"'{row}'" for row in ["Welcome to the cluster!", *rows]))
+    runs = [a_run(tmp_path, job=str(number), name=f"run-{number}") for number in range(1, 31)]
+    assert [status and status.state for status in slurm().states(runs)] == [State.RUNNING] * 30
+    assert (tmp_path / "asked").read_text().split() == ["squeue"]
+
+
+def test_a_run_that_has_ended_by_its_own_word_asks_nobody(tmp_path: Path, answer):
+    assert state_of(a_run(tmp_path, State.SUCCEEDED)).state is State.SUCCEEDED
+    assert not (tmp_path / "asked").exists()
+
+
+def test_accounting_knows_the_past(tmp_path: Path, answer):
+    run = a_run(tmp_path)
+    answer("sacct", "echo '17|CANCELLED by 1000|0:15|None|node1'")
+    assert state_of(run).state is State.CANCELLED
+    answer("sacct", "echo '17|OUT_OF_MEMORY|0:125|OutOfMemory|node1'")
+    assert state_of(run).state is State.DIED
+    assert "OUT_OF_MEMORY" in state_of(run).reason
+
+
+def test_row_06_a_job_that_is_queued_again_is_not_what_accounting_says_of_its_past(tmp_path: Path, answer):
+    answer("squeue", "echo '17|PENDING|0|BeginTime||'")
+    answer("sacct", "echo '17|PREEMPTED|0:0|None|node1'")
+    assert state_of(a_run(tmp_path)).state is State.PENDING
+
+
+def test_row_18_without_accounting_the_controller_is_asked(tmp_path: Path, answer):
+    answer(
+        "scontrol", "echo 'JobId=17 JobName=a run JobState=FAILED Reason=NonZeroExitCode ExitCode=3:0 NodeList=node1'"
+    )
+    status = state_of(a_run(tmp_path))
+    assert (status.state, status.exit_code) == (State.FAILED, 3)
+    assert (tmp_path / "asked").read_text().split() == ["squeue", "sacct", "scontrol"]
+
+
+def test_a_job_that_is_forgotten_everywhere(tmp_path: Path, answer):
+    began, waited = a_run(tmp_path), a_run(tmp_path, State.PENDING, job="18", name="waited")
+    assert state_of(began).state is State.DIED
+    assert state_of(waited).state is State.CANCELLED
+    assert state_of(began).ended == state_of(began).ended  # and not the time of the question
+
+
+def test_a_controller_that_does_not_answer_is_warned_of_once(tmp_path: Path, answer, capsys):
+    answer("squeue", NO_CONTROLLER)
+    run = a_run(tmp_path)
+    for _ in range(3):
+        assert state_of(run).state is State.RUNNING
+    assert capsys.readouterr().err.count("WARNING") == 1
+    answer("squeue", "echo '17|RUNNING|0|None|node1|'")
+    state_of(run)
+    answer("squeue", NO_CONTROLLER)
+    state_of(run)
+    assert "Unable to contact slurm controller" in capsys.readouterr().err
+    assert find(HERE, []) == {}
+
+
+def test_the_job_of_an_earlier_submission_is_not_asked_for(tmp_path: Path, answer):
+    answer("squeue", "echo '17|FAILED|256|NonZeroExitCode|node1|'")
+    run = a_run(tmp_path, State.PENDING, host="elsewhere")
+    assert state_of(run).state is State.FAILED
+    os.utime(run.command, (time.time() + 5, time.time() + 5))  # it is being submitted again
+    assert state_of(run).state is State.PENDING
+
+
+def test_the_error_of_the_jobs_script_is_its_reason(tmp_path: Path, answer):
+    answer("squeue", "echo '17|FAILED|512|NonZeroExitCode|node1|'")
+    run = a_run(tmp_path, State.PENDING)
+    run.log.write_text("=== started\nerror: executor.python: there is no Python /x on node1\n")
+    status = state_of(run)
+    assert (status.exit_code, status.reason) == (2, "executor.python: there is no Python /x on node1")
+
+
+def test_secrets_go_when_slurm_says_that_the_run_has_ended(tmp_path: Path, answer, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FIDDLEHEAD_SECRETS", str(tmp_path / "secrets"))
+    executor, run = slurm(), a_run(tmp_path)
+    file = Path(executor.deliver_secrets(run, {"KEY": "x"}))
+    answer("squeue", "echo '17|RUNNING|0|None|node1|'")
+    executor.states([run])
+    assert file.exists()
+    answer("squeue", "echo '17|CANCELLED|0|None|node1|'")
+    executor.states([run])
+    assert not file.exists()
+
+
+# --- what a cluster has to offer
+
+SINFO = "printf '%s\\n' 'cpu*|1-00:00:00|9|(null)|up' 'h100|infinite|4|gpu:h100:8(S:0-1)|up' 'h100|infinite|2|gpu:4|up'"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ((None, None, 9, "1-0", None), []),
+        (("h100", None, 4, "UNLIMITED", 8), []),
+        (("h10", None, 1, "1:00:00", None), ["executor.partition: unknown partition 'h10'; did you mean 'h100'?"]),
+        ((None, None, 1, "2-0", None), ["executor.time='2-0': partition 'cpu' allows 1-00:00:00"]),
+        (("cpu", None, 10, "60", None), ["executor.nodes=10: partition 'cpu' has 9"]),
+        (("cpu", None, 1, "60", 1), ["executor.gpus_per_node=1: the nodes of partition 'cpu' have 0 at most"]),
+        (("h100", None, 5, "60", 8), ["executor.nodes=5: partition 'h100' has 4 with 8 GPUs"]),
+        (("cpu", "reserch", 1, "60", None), ["executor.account: unknown account 'reserch'; did you mean 'research'?"]),
+    ],
+    ids=str,
+)
+def test_problems_name_the_setting(answer, asked, said: list[str]):
+    answer("sinfo", SINFO)
+    answer("sacctmgr", "printf '%s\\n' research teaching research")
+    assert problems(HERE, *asked) == said
+
+
+def test_several_problems_at_once(answer):
+    answer("sinfo", SINFO)
+    answer("sacctmgr", NO_ACCOUNTING)
+    assert len(problems(HERE, "cpu", "anything", 10, "2-0", None)) == 2
+
+
+@pytest.mark.parametrize(
+    ("time", "limit"),
+    [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-6", 108000), ("1-6:30", 109800), ("1-0:0:1", 86401),
+     ("UNLIMITED", None), ("infinite", None), ("0", None)],
+)  # fmt: skip
+def test_times_as_sbatch_reads_them(time: str, limit: int | None):
+    assert seconds(time) == limit
+
+
+@pytest.mark.parametrize("time", ["", "1h", "1:2:3:4", "-5", "1-"])
+def test_times_that_are_none(time: str):
+    with pytest.raises(ConfigError, match=r"^time="):
+        seconds(time)
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        (
+            "sbatch: error: invalid partition specified: nope\nallocation failure: Invalid partition name specified",
+            ["executor: sbatch refuses the job: invalid partition specified: nope; Invalid partition name specified"],
+        ),
+        ("sbatch: error: Batch job submission failed: Requested nodes are busy", []),
+        ("allocation failure: Required node not available (down, drained or reserved)", []),
+    ],
+)
+def test_a_refusal_is_readable_and_a_wait_is_none(said: str, problem: list[str]):
+    assert _refusals(said) == problem
