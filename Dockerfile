@@ -10,7 +10,7 @@ ARG CUDA_VERSION=13.0.2
 ARG BUILD_IMAGE=nvidia/cuda:${CUDA_VERSION}-devel-ubuntu24.04
 ARG BASE_IMAGE=nvidia/cuda:${CUDA_VERSION}-base-ubuntu24.04
 
-FROM ${BUILD_IMAGE} AS build
+FROM ${BUILD_IMAGE} AS python
 # One that the images' distribution has: 3.12 in Ubuntu 24.04, 3.11 in Debian 12.
 ARG PYTHON_VERSION=3.12
 ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/venv/bin:$PATH
@@ -20,6 +20,13 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && python${PYTHON_VERSION} -m venv /opt/venv
 
+# A stage of its own, so that only a change of the dependencies, and not of all else in the file, installs them again.
+FROM python AS dependencies
+COPY pyproject.toml .
+RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+        > /dependencies.txt
+
+FROM python AS build
 # "" is pip's usual index.
 ARG TORCH_VERSION=2.13.0
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cu130
@@ -36,11 +43,8 @@ RUN case "$FLASH_ATTN" in \
             && MAX_JOBS=${MAX_JOBS} pip install --no-build-isolation "flash-attn==${FLASH_ATTN}" ;; \
     esac
 
-WORKDIR /opt/fiddlehead
-COPY pyproject.toml .
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-        > /tmp/requirements.txt \
-    && pip install -r /tmp/requirements.txt "torch==${TORCH_VERSION}" hatchling
+COPY --from=dependencies /dependencies.txt /
+RUN pip install -r /dependencies.txt "torch==${TORCH_VERSION}" hatchling
 
 FROM ${BASE_IMAGE}
 ARG PYTHON_VERSION=3.12

@@ -201,7 +201,7 @@ class SlurmExecutor(Executor):
             )
         if not problems:
             answer = shell.ask("sbatch --test-only", batch_script(self, run).encode(), self._not_passed_on())
-            problems += _refusals(answer.error) if answer.code else []
+            problems += [_refusal(answer.error)] if answer.code and not _would_wait(answer.error) else []
         if problems:
             raise ConfigError(*problems)
 
@@ -220,7 +220,7 @@ class SlurmExecutor(Executor):
         answer = shell.ask(command, without=self._not_passed_on())
         number = re.search(r"^(\d+)(;\S+)?$", answer.out, re.MULTILINE)
         if answer.code or number is None:
-            raise ConfigError(*_refusals(answer.error))
+            raise ConfigError(_refusal(answer.error))
         return number[1]
 
     def states(self, runs: Sequence[RunDirectory]) -> list[Status | None]:
@@ -260,9 +260,14 @@ class SlurmExecutor(Executor):
         return [*secrets.ALWAYS, *self.secrets, *(name for name in ours if name != "SLURM_CONF")]
 
 
-def _refusals(said: str) -> list[str]:
-    """What sbatch says of a job that it does not take; nodes that are busy or down are waited for."""
+def _refusal(said: str) -> str:
+    """What sbatch says of a job that it does not take, for people."""
     lines = [re.sub(r"^(sbatch: )?(error: |fatal: )?(allocation failure: )?", "", line) for line in said.splitlines()]
-    wait = re.compile("nodes? (are busy|not available)|nodes required for job are DOWN", re.IGNORECASE)
-    reasons = [line for line in dict.fromkeys(lines) if line.strip()] or ["without a word"]
-    return [] if wait.search(reasons[-1]) else [f"executor: sbatch refuses the job: {'; '.join(reasons)}"]
+    reasons = "; ".join(line for line in dict.fromkeys(lines) if line.strip())
+    return f"executor: sbatch refuses the job: {reasons or 'without a word'}"
+
+
+def _would_wait(said: str) -> bool:
+    """Whether `sbatch --test-only` says only that a job cannot start now; `sbatch` takes it."""
+    busy = "are busy|not available \\(down|required for job are down"
+    return re.search(busy, said, re.IGNORECASE) is not None

@@ -128,6 +128,14 @@ PREFERRED = [
     ("h100", replace(NEMO, flash4=Package("4.0.0b36")), {}, "flash4"),
     ("b200", ALL, {}, "flash4"),
     ("a100", ALL, {}, "flash2"),
+    # On Hopper, short sequences in their own order.
+    ("h100", ALL, {"head_dim": 64, "length": 1024}, "flash4"),
+    ("h100", ALL, {"head_dim": 128, "length": 1024}, "cudnn"),
+    ("h100", ALL, {"head_dim": 128, "length": 4096}, "flash3"),
+    ("h100", ALL, {"head_dim": 64, "length": 1024, "training": False}, "cudnn"),
+    ("h100", ALL, {"head_dim": 64, "length": 4096, "training": False}, "flash4"),
+    ("h100", ALL, {"head_dim": 64, "length": 4096, "training": False, "num_query_groups": 32}, "flash3"),
+    ("h100", ALL, {"head_dim": 64, "length": 8192, "training": False, "num_query_groups": 32}, "flash4"),
     # Nothing installed.
     ("a100", Packages("2.11.0", "9.19.0"), {}, "sdpa_flash"),
     ("h100", Packages("2.11.0", "9.19.0"), {}, "cudnn"),

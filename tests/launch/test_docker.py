@@ -65,8 +65,8 @@ def test_all_wrong_settings_are_told_at_once():
 
 
 def test_an_unknown_setting_is_told_with_the_nearest():
-    with pytest.raises(ConfigError, match="unknown setting of docker 'shm'; did you mean 'shm_size'"):
-        docker(IMAGE, shm="1g")
+    with pytest.raises(ConfigError, match="unknown setting of docker 'shmsize'; did you mean 'shm_size'"):
+        docker(IMAGE, shmsize="1g")
 
 
 def test_row_2_a_container_is_on_one_machine():
@@ -549,7 +549,7 @@ def test_row_3_docker_kill_is_a_failing_command(client, training):
     run, launcher = training
     client.api.kill(run.job_id)
     output, _ = launcher.communicate(timeout=60)
-    assert launcher.returncode == 1 and "its container ended with exit code 137" in output
+    assert launcher.returncode == 137 and "its container ended with exit code 137" in output
     (status,) = watch.states([run])
     assert status and (status.state, status.exit_code) == (State.DIED, 137)
 

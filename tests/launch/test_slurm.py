@@ -23,7 +23,10 @@ from fiddlehead.runs import RunDirectory, State, Status, StopRequest
 
 pytestmark = pytest.mark.slurm
 
-SAY = """say() {{ printf '{{"state": "%s", "executor": "slurm", "exit_code": %s}}' $1 $2 > {place}/status; }}
+SAY = """say() {{
+    printf '{{"state": "%s", "executor": "slurm", "exit_code": %s}}' $1 $2 > {place}/status.$SLURM_NODEID
+    mv {place}/status.$SLURM_NODEID {place}/status
+}}
 cd {place}; exec >> log.txt 2>&1; echo "restart ${{SLURM_RESTART_COUNT:-0}}"
 """
 
@@ -111,7 +114,10 @@ def test_a_job_runs_and_ends(jobs: Jobs):
     assert jobs.wait(run, State.RUNNING).state is State.RUNNING
     assert jobs.wait(run).state is State.SUCCEEDED
     assert run.log.read_text() == "restart 0\n"
-    assert "job exited with code 0" in run.scheduler_log.read_text()
+    deadline = time.monotonic() + 20
+    while "job exited with code 0" not in run.scheduler_log.read_text():  # the script ends after the run
+        assert time.monotonic() < deadline, everything(run)
+        time.sleep(0.1)
 
 
 def test_row_04_how_it_ended_is_known_even_if_it_could_not_say(jobs: Jobs):
@@ -146,6 +152,16 @@ def test_row_15_and_17_the_warning_reaches_the_job_and_ends_nothing_else(jobs: J
         subprocess.run(["scancel", "--signal=USR1", *full, run.job_id], check=True)
         jobs.printed(run, "caught", count)
     assert jobs.state(run).state is State.RUNNING
+
+
+@pytest.mark.slow
+def test_a_job_that_does_not_leave_in_time_is_queued_again_too(jobs: Jobs):
+    stubborn = (
+        "say RUNNING null; trap '' TERM USR1; if [ -z $SLURM_RESTART_COUNT ]; then sleep 300; fi; say SUCCEEDED 0"
+    )
+    run = jobs.submit("stubborn", stubborn, time="1", save_before=10)
+    assert jobs.wait(run, seconds=240).state is State.SUCCEEDED
+    assert run.log.read_text() == "restart 0\nrestart 1\n"
 
 
 def test_the_two_nodes_know_each_other_and_a_failed_one_does_not_kill_the_other(jobs: Jobs):

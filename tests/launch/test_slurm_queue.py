@@ -11,7 +11,7 @@ import pytest
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import slurm_queue
 from fiddlehead.launch.shell import Shell
-from fiddlehead.launch.slurm import _refusals, slurm
+from fiddlehead.launch.slurm import _refusal, _would_wait, slurm
 from fiddlehead.launch.slurm_queue import UNKNOWN, Job, corrected, find, problems, seconds
 from fiddlehead.runs import RunDirectory, State, Status
 
@@ -234,16 +234,16 @@ def test_times_that_are_none(time: str):
         seconds(time)
 
 
+def test_a_refusal_is_readable():
+    said = "sbatch: error: invalid partition specified: nope\nallocation failure: Invalid partition name specified\n"
+    reasons = "invalid partition specified: nope; Invalid partition name specified"
+    assert _refusal(said) == f"executor: sbatch refuses the job: {reasons}"
+    assert not _would_wait(said)
+
+
 @pytest.mark.parametrize(
-    ("said", "problem"),
-    [
-        (
-            "sbatch: error: invalid partition specified: nope\nallocation failure: Invalid partition name specified",
-            ["executor: sbatch refuses the job: invalid partition specified: nope; Invalid partition name specified"],
-        ),
-        ("sbatch: error: Batch job submission failed: Requested nodes are busy", []),
-        ("allocation failure: Required node not available (down, drained or reserved)", []),
-    ],
+    "said", ["Requested nodes are busy", "Required node not available (down, drained or reserved)"]
 )
-def test_a_refusal_is_readable_and_a_wait_is_none(said: str, problem: list[str]):
-    assert _refusals(said) == problem
+def test_a_job_that_would_wait_is_not_refused(said: str):
+    assert _would_wait(f"allocation failure: {said}")
+    assert not _would_wait("allocation failure: Requested node configuration is not available")

@@ -132,19 +132,28 @@ def test_the_processes_have_cpus(settings: dict, cpus: int | None):
 
 
 TRAP = """
-scontrol() {{ echo "scontrol $*"; }}; sed() {{ :; }}; sleep() {{ :; }}
+scontrol() {{ echo "scontrol $*"; echo "Reason={reason}"; }}; sed() {{ :; }}; sleep() {{ :; }}
 head_node=node1 SLURM_JOB_ID={job} SLURM_RESTART_COUNT={restarts}
 {setup}
 {end}
 """
 
 
-def ended(tmp_path: Path, end: str, *, restarts: int = 0, job: int = 17, requeues: int = 2, state: str = "RUNNING"):
+def ended(
+    tmp_path: Path,
+    end: str,
+    *,
+    restarts: int = 0,
+    job: int = 17,
+    requeues: int = 2,
+    state: str = "RUNNING",
+    reason: str = "None",
+):
     """Runs what goes before the job, in a shell that ends as `end` says; returns what it prints, and its exit code."""
     run = RunDirectory(tmp_path)
     (tmp_path / "status").write_text(f'{{\n  "state": "{state}",\n  "reason": "FAILED"\n}}')
     setup = slurm_script._setup(slurm(requeues=requeues), run)
-    script = TRAP.format(setup=setup, end=end, restarts=restarts, job=job)
+    script = TRAP.format(setup=setup, end=end, restarts=restarts, job=job, reason=reason)
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=20)
     assert not done.stderr
     return done.stdout, done.returncode
@@ -175,6 +184,14 @@ def test_a_shell_that_slurm_ends_queues_nothing(tmp_path: Path):
     """A cancelled job must not be queued again, and one that is preempted Slurm queues by itself."""
     output, returned = ended(tmp_path, "kill -TERM $$", state="INTERRUPTED")
     assert "requeue" not in output and returned == -15
+
+
+def test_a_shell_that_slurm_ends_at_the_time_limit_queues_the_job(tmp_path: Path):
+    """Slurm does not do that; the run has not left in time, and goes on from its newest checkpoint."""
+    output, _ = ended(tmp_path, "kill -TERM $$", reason="TimeLimit")
+    assert "scontrol requeue 17" in output
+    output, _ = ended(tmp_path, "kill -TERM $$", reason="TimeLimit", state="CANCELLED")
+    assert "requeue" not in output.replace("executor.requeues", "")
 
 
 def test_row_17_sigusr1_does_not_end_the_script(tmp_path: Path):

@@ -7,7 +7,11 @@ import importlib
 import json
 import math
 import os
+import signal
 import struct
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -170,17 +174,18 @@ def test_wandb_without_a_key_records_offline_and_asks_nothing(
         with pytest.raises(Killed) if attempt == 1 else nullcontext():
             pretrain(wandb=True, callbacks=[KillAfter(6)] if attempt == 1 else [])
         wandb.finish()
-        said = [line for line in capsys.readouterr().out.splitlines() if "wandb sync" in line]
-        assert said == [f"W&B has no API key here: recording offline. Later: wandb sync {run.path}/wandb/offline-run-*"]
-        folder = max((run.path / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime_ns)
+        said = [line for line in capsys.readouterr().out.splitlines() if "recording offline" in line]
+        assert said == [f"W&B has no API key here: recording offline. Later: fiddlehead runs sync {run.name}"]
+        folder = max((run.path / "wandb").glob("offline-run-*"))  # the name has the time
         ids.append(folder.name.rpartition("-")[2])
     assert ids[0] == ids[1] == run.wandb_id
 
     logged: dict[str, list[float]] = {}
     config: dict[str, Any] = {}
     for record in wandb_records(folder):
-        if record.HasField("run"):
-            config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        # The configuration comes with the run, or right after it.
+        updates = record.run.config.update if record.HasField("run") else record.config.update
+        config |= {item.key: json.loads(item.value_json) for item in updates}
         for item in record.history.item:
             logged.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
     assert {name: config.get(name) for name in PLAIN} == PLAIN
@@ -197,3 +202,38 @@ def test_the_wandb_id_is_the_run_s(tmp_path: Path) -> None:
 
 def test_only_what_is_asked_for_is_logged(tmp_path: Path) -> None:
     assert [type(logger) for logger in Log().loggers(RunDirectory(tmp_path), 0)] == [MetricsCSV]
+
+
+@pytest.mark.slow
+def test_a_run_outlives_wandb_s_service(no_key: None, tmp_path: Path) -> None:
+    """A scheduler's SIGTERM reaches every process of a job, and W&B's dies of it; the step must still be saved."""
+    command = [sys.executable, "-c", "from fiddlehead.cli import main; main()", "pretrain", "-f", "tiny_test", "--yes"]
+    options = ["log.name=w", "log.wandb=true", "trainer.max_steps=100000", "--direct"]
+    with subprocess.Popen([*command, *options], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+        found = RunDirectory(tmp_path / "runs" / "w")
+        wait_until(lambda: found.last_step() > 3)
+        for service in wandb_services(run.pid):
+            os.kill(service, signal.SIGTERM)
+        step = found.last_step()
+        wait_until(lambda: found.last_step() > step + 20)
+        run.send_signal(signal.SIGTERM)
+        output = run.communicate(timeout=60)[0].decode()
+    assert run.returncode == 130, output
+    assert output.count("WARNING: W&B records no more of this attempt") == 1
+    assert f"step-{found.last_step():08d}" in {path.name for path in found.checkpoints.iterdir()}
+
+
+def wandb_services(parent: int) -> list[int]:
+    """The processes that W&B has started for a process; there is at least one."""
+    table = subprocess.run(["ps", "-e", "-o", "pid,ppid,args", "--no-headers"], capture_output=True, text=True).stdout
+    rows = [line.split(None, 2) for line in table.splitlines()]
+    found = [int(pid) for pid, ppid, words in rows if int(ppid) == parent and "wandb" in words]
+    assert found, table
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)

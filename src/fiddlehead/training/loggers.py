@@ -57,10 +57,24 @@ class Log:
     def _wandb_logger(self, run: RunDirectory) -> Logger:
         from lightning.pytorch.loggers import WandbLogger
 
+        class Surviving(WandbLogger):
+            """Goes on without W&B when its service is gone, as after a scheduler's SIGTERM to every process of a job."""
+
+            lost = False
+
+            def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+                if self.lost:
+                    return
+                try:
+                    super().log_metrics(metrics, step)
+                except Exception as error:
+                    self.lost = True
+                    say(f"WARNING: W&B records no more of this attempt ({error!r}); metrics.csv has all")
+
         mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
         if mode == "offline":
-            say(f"W&B has no API key here: recording offline. Later: wandb sync {run.path}/wandb/offline-run-*")
-        return WandbLogger(
+            say(f"W&B has no API key here: recording offline. Later: fiddlehead runs sync {run.name}")
+        return Surviving(
             project=self.wandb_project,
             name=run.name,
             id=run.wandb_id if is_rank_zero() else None,  # only the first rank records

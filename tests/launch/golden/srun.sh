@@ -35,8 +35,11 @@ head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" hostname --ip-address)
 
 ended() {
     set +ex
-    # Unset: Slurm has ended this shell. It cancels the job, or queues it again by itself.
-    if [ -z "$exitcode" ]; then return; fi
+    if [ -z "$exitcode" ]; then
+        # Slurm has ended this shell. It cancels the job, or queues it again by itself, but not at the time limit.
+        if ! scontrol show job "$SLURM_JOB_ID" | grep -q Reason=TimeLimit; then return; fi
+        exitcode=75
+    fi
     # 75: saved, or worth another try; 137: killed, unless the run had ended by its own word.
     final='"state": "(SUCCEEDED|FAILED|CANCELLED)"'
     if [[ $exitcode == 75 || $exitcode == 137 ]] && ! grep -Eq "$final" /home/me/project/runs/demo/status; then
