@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def local(
     ntasks_per_node: int = 0,
-    env_vars: dict[str, str] | None = None,
+    env_vars: Mapping[str, str] | None = None,
     *,
     secrets: Sequence[str] = (),
     setup_lines: str = "",
