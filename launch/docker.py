@@ -6,11 +6,11 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError
 from fiddlehead.launch import docker_engine as engine
 from fiddlehead.launch import secrets
 from fiddlehead.launch.executor import Executor
@@ -35,11 +35,7 @@ def docker(image: str, gpus: int = 0, mounts: Sequence[str] = (), **settings: An
     Raises:
         ConfigError: a setting is unknown, or has a value that it cannot have.
     """
-    known = [field.name for field in fields(DockerExecutor)]
-    wrong = [unknown("setting of docker", name, known) for name in settings if name not in known]
-    if wrong:
-        raise ConfigError(*wrong)
-    return DockerExecutor(image=image, gpus=gpus, mounts=tuple(mounts), **settings)
+    return DockerExecutor.of(image=image, gpus=gpus, mounts=tuple(mounts), **settings)
 
 
 @dataclass(frozen=True, kw_only=True)

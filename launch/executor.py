@@ -6,11 +6,11 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, unknown
 from fiddlehead.launch import secrets
 from fiddlehead.runs import RunDirectory, Status, write_atomically
 
@@ -61,6 +61,19 @@ class Executor(ABC):
         ]
         if problems:
             raise ConfigError(*problems)
+
+    @classmethod
+    def of(cls, **settings: Any) -> Self:
+        """The executor with these settings, by name.
+
+        Raises:
+            ConfigError: one is unknown, or has a value that it cannot have.
+        """
+        known = [setting.name for setting in fields(cls)]
+        wrong = [unknown(f"setting of {cls.kind}", name, known) for name in settings if name not in known]
+        if wrong:
+            raise ConfigError(*wrong)
+        return cls(**settings)
 
     def devices_per_node(self) -> int:
         """How many devices each machine gives the run; 0 follows `trainer.devices`."""

@@ -22,35 +22,22 @@ if TYPE_CHECKING:
     from nemo_run import Experiment
 
 
-def local(
-    ntasks_per_node: int = 0,
-    env_vars: Mapping[str, str] | None = None,
-    *,
-    secrets: Sequence[str] = (),
-    setup_lines: str = "",
-    python: str = "",
-) -> LocalExecutor:
+def local(ntasks_per_node: int = 0, **settings: Any) -> LocalExecutor:
     """Processes on this machine, which have the environment of this one.
 
     Args:
         ntasks_per_node: how many, each with a device of its own; 0 follows `trainer.devices`.
-        env_vars: environment variables for the job, beside those of this process.
-        secrets: names of environment variables that must be set.
-        setup_lines: shell lines that the job's script runs first.
-        python: the interpreter; "" is this process's.
+        settings: more of `LocalExecutor`'s.
+
+    Raises:
+        ConfigError: a setting is unknown, or has a value that it cannot have.
     """
-    return LocalExecutor(
-        ntasks_per_node=ntasks_per_node,
-        env_vars=env_vars or {},
-        secrets=secrets,
-        setup_lines=setup_lines,
-        python=python,
-    )
+    return LocalExecutor.of(ntasks_per_node=ntasks_per_node, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalExecutor(Executor):
-    """Processes on this machine; `local` says what the settings mean. A job's id is its process's."""
+    """Processes on this machine. A job's id is its process's."""
 
     kind: ClassVar[str] = "local"
     ships_code: ClassVar[bool] = False

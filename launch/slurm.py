@@ -6,11 +6,11 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Self
 
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError
 from fiddlehead.launch import mirror, secrets, slurm_queue
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.shell import Shell
@@ -42,11 +42,7 @@ def slurm(
     Raises:
         ConfigError: a setting is unknown, or has a value that it cannot have.
     """
-    known = [field.name for field in fields(SlurmExecutor)]
-    wrong = [unknown("setting of slurm", name, known) for name in settings if name not in known]
-    if wrong:
-        raise ConfigError(*wrong)
-    return SlurmExecutor(
+    return SlurmExecutor.of(
         account=account,
         partition=partition,
         nodes=nodes,

@@ -6,6 +6,7 @@ import csv
 import io
 import netrc
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,11 @@ class Log:
         from lightning.pytorch.loggers import WandbLogger
 
         class Surviving(WandbLogger):
-            """Goes on without W&B when its service is gone, as after a scheduler's SIGTERM to every process of a job."""
+            """Goes on without W&B when its service is gone: a scheduler's SIGTERM reaches that too, and it obeys."""
 
             lost = False
 
-            def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
                 if self.lost:
                     return
                 try:
