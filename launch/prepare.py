@@ -164,6 +164,11 @@ def fit_to_executor(recipe: Recipe, executor: Executor | None) -> Recipe:
         ConfigError: the recipe says otherwise, or in a way that is not understood.
     """
     recipe = recipe.clone()
+    if executor is not None and not isinstance(executor, Executor):
+        raise ConfigError(
+            f"executor: is a {type(executor).__module__}.{type(executor).__name__}; give what "
+            "fiddlehead.launch.local.local, .slurm.slurm or .docker.docker return; their settings are called as NeMo-Run's"
+        )
     if "trainer" not in recipe.__arguments__:
         return recipe
     trainer = recipe.trainer

@@ -1,0 +1,130 @@
+"""`fiddlehead runs`: what is shown of runs that were made by hand, as any executor would have left them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fiddlehead.runs import RunDirectory, State, Status
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+LOG = """\
+=== started 2026-01-01T10:00:00+0000 on n1 (slurm job 7)
+first attempt
+=== started 2026-01-01T11:00:00+0000 on n2 (slurm job 7, restart 1)
+second attempt
+"""
+RANK_1 = """\
+=== started 2026-01-01T10:00:01+0000 on n1 (rank 1 of 2, slurm job 7)
+the first's partner
+=== started 2026-01-01T11:00:01+0000 on n2 (rank 1 of 2, slurm job 7, restart 1)
+the second's partner
+"""
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Command:
+    """The command, in a folder of its own."""
+
+    def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-c", "from fiddlehead.cli import main; main()", "runs", *arguments]
+        without = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+        return subprocess.run(
+            line, cwd=tmp_path, env={**without, "HOME": str(tmp_path), **environment}, capture_output=True, text=True
+        )
+
+    return command
+
+
+def made(folder: Path, name: str, state: State = State.SUCCEEDED, **status: object) -> RunDirectory:
+    """A run directory, as if a job had been there."""
+    run = RunDirectory(folder / "runs" / name)
+    run.logs.mkdir(parents=True)
+    run.recipe.write_text("")
+    run.command.write_text("fiddlehead pretrain\n")
+    settings = {"ended": time.time() if state.ended else None, "host": socket.gethostname(), "pid": 1, **status}
+    run.write_status(Status(state, started=time.time() - 60, **settings))  # type: ignore[arg-type]
+    run.metrics.write_text("step,loss,tokens_per_s\n1,5.5,10\n2,4.25,1000\n")
+    return run
+
+
+def test_a_log_is_that_of_the_newest_attempt(tmp_path: Path, runs: Command):
+    run = made(tmp_path, "a", attempt=2)
+    run.log.write_text(LOG)
+    (run.logs / "rank-1.txt").write_text(RANK_1)
+    assert runs("logs", "a").stdout.splitlines()[1:] == ["second attempt"]
+    assert runs("logs", "a", "--attempt", "1").stdout.splitlines()[1:] == ["first attempt"]
+    assert runs("logs", "a", "--attempt", "all").stdout == LOG
+    assert runs("logs", "a", "--rank", "1").stdout.splitlines()[1:] == ["the second's partner"]
+    both = runs("logs", "a", "--rank", "all").stdout
+    assert "[rank 0] second attempt\n" in both and "[rank 1] the second's partner\n" in both
+    assert "first" not in both
+    followed = runs("logs", "a", "-f")
+    assert followed.stdout.splitlines()[1:] == ["second attempt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["logs", "a", "--rank", "5"], "--rank 5"),
+        (["logs", "a", "--rank", "x"], "--rank x: must be a number or all"),
+        (["logs", "a", "--attempt", "9"], "--attempt 9"),
+        (["clean"], "nothing says which"),
+        (["clean", "--older-than", "7x"], "--older-than 7x"),
+        (["clean", "--state", "RUNNING"], "--state RUNNING: allowed"),
+        (["cancel", "a"], "not running: SUCCEEDED"),
+        (["sweep", "b"], "unknown sweep 'b'"),
+    ],
+)
+def test_mistakes_are_said(tmp_path: Path, runs: Command, arguments: list[str], said: str):
+    made(tmp_path, "a").log.write_text(LOG)
+    result = runs(*arguments)
+    assert result.returncode == 2 and said in result.stderr, result.stdout + result.stderr
+
+
+def test_json_has_everything(tmp_path: Path, runs: Command):
+    made(tmp_path, "a", State.FAILED, reason="it broke", exit_code=3)
+    (found,) = json.loads(runs("--json").stdout)
+    assert (found["name"], found["state"], found["reason"], found["exit_code"]) == ("a", "FAILED", "it broke", 3)
+    assert found["metrics"]["loss"] == "4.25"
+
+
+def test_clean_deletes_what_has_ended_and_nothing_else(tmp_path: Path, runs: Command):
+    kept = made(tmp_path, "going", State.RUNNING, host="elsewhere")
+    bad = made(tmp_path, "bad", State.FAILED)
+    good = made(tmp_path, "good")
+    assert "no such runs" in runs("clean", "--older-than", "1h", "--yes").stdout
+    assert runs("clean", "--state", "FAILED", "--yes").returncode == 0
+    assert (bad.path.exists(), good.path.exists(), kept.path.exists()) == (False, True, True)
+    refused = runs("clean", "going", "--yes")
+    assert refused.returncode == 2 and "is going on" in refused.stderr
+    assert runs("clean", "--older-than", "0m", "--yes").returncode == 0
+    assert (good.path.exists(), kept.path.exists()) == (False, True)
+
+
+def test_sync_wants_a_key_only_if_there_is_something_to_send(tmp_path: Path, runs: Command):
+    run = made(tmp_path, "a")
+    assert "nothing was recorded offline" in runs("sync").stdout
+    (run.path / "wandb" / "offline-run-20260101_100000-abc").mkdir(parents=True)
+    result = runs("sync", NETRC=str(tmp_path / "netrc"))
+    assert result.returncode == 2 and "no API key" in result.stderr
+
+
+def test_thirty_runs_are_listed_in_two_seconds(tmp_path: Path, runs: Command):
+    for number in range(30):
+        run = made(tmp_path, f"run-{number}", executor="slurm")
+        run.executor.write_text(json.dumps({"kind": "slurm"}))
+        (run.path / "job_id").write_text(f"{number}\n")
+    began = time.monotonic()
+    result = runs()
+    assert result.returncode == 0 and result.stdout.count("SUCCEEDED") == 30
+    assert time.monotonic() - began < 4  # 2 s on an idle machine
