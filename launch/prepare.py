@@ -167,7 +167,7 @@ def fit_to_executor(recipe: Recipe, executor: Executor | None) -> Recipe:
     if executor is not None and not isinstance(executor, Executor):
         raise ConfigError(
             f"executor: is a {type(executor).__module__}.{type(executor).__name__}; give what "
-            "fiddlehead.launch.local.local, .slurm.slurm or .docker.docker return; their settings are called as NeMo-Run's"
+            "fiddlehead.launch.local.local, .slurm.slurm or .docker.docker return; settings are called as NeMo-Run's"
         )
     if "trainer" not in recipe.__arguments__:
         return recipe

@@ -49,7 +49,7 @@ def test_gpus_are_asked_for_as_the_recipe_needs_them():
 def test_nemo_runs_own_executor_is_refused_by_name():
     import nemo_run
 
-    with pytest.raises(ConfigError, match=r"nemo_run\S*LocalExecutor; give what local"):
+    with pytest.raises(ConfigError, match=r"nemo_run\S*LocalExecutor; give what fiddlehead"):
         launch(tiny_test(), nemo_run.LocalExecutor())  # type: ignore[arg-type]
 
 
