@@ -36,16 +36,32 @@ def connect() -> Iterator[DockerClient]:
 
     address = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock (DOCKER_HOST is not set)"
     try:
+        reach()
         with contextlib.closing(docker.from_env()) as client:
             yield client
     except APIError as error:
         raise ConfigError(f"executor=docker: the engine at {address} refused: {error.explanation or error}") from error
-    except (DockerException, RequestException) as error:
+    except (DockerException, RequestException, UnreachableError) as error:
         if "Permission denied" in str(error):
             hint = "this user may not use it; the group `docker` may"
         else:
             hint = "is it running? `docker context ls` shows where, and DOCKER_HOST tells this command"
         raise ConfigError(f"executor=docker: no answer from the engine at {address}; {hint} ({error})") from error
+
+
+def reach() -> None:
+    """Raises OSError if nobody listens at the socket of this machine's engine: docker-py would leave its own open."""
+    address = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+    if address.startswith("unix://"):
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(address.removeprefix("unix://"))
+            except OSError as error:
+                raise UnreachableError(str(error)) from error
+
+
+class UnreachableError(OSError):
+    """Nobody listens."""
 
 
 def is_missing(client: DockerClient, image: str) -> bool:
