@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import gc
 import hashlib
 import io
 import json
@@ -40,17 +39,6 @@ REPOSITORY = Path(fiddlehead.__file__).resolve().parents[2]
 MOUNTS = tuple(f"{path}:ro" for path in sorted({"/usr", "/etc", sys.base_prefix, sys.prefix, str(REPOSITORY)}))
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "val_loss")
 FOREVER = "trainer.max_steps=100000"
-
-
-@pytest.fixture
-def sockets_collected() -> Iterator[None]:
-    """Collects, within the test that leaves them, what docker-py does not close where there is no engine."""
-    yield
-    with warnings.catch_warnings(action="ignore"):
-        gc.collect()
-
-
-UNCLOSED = pytest.mark.filterwarnings("ignore:.*<socket:pytest.PytestUnraisableExceptionWarning")
 
 
 # -- settings, for which no engine is needed
@@ -97,8 +85,6 @@ def test_a_mount_that_is_none(text, run):
         docker(IMAGE, mounts=[text]).check(run)
 
 
-@UNCLOSED
-@pytest.mark.usefixtures("sockets_collected")
 def test_an_engine_that_is_not_there(run, monkeypatch, capsys):
     monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
     with pytest.raises(ConfigError) as error:
