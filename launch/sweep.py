@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,10 +31,13 @@ class Variant:
     values: dict[str, str]
     """What makes it differ: value by path, as typed."""
 
-    @property
-    def edits(self) -> list[str]:
-        """The values as edits of the recipe."""
-        return [f"{path}={value}" for path, value in self.values.items()]
+    def edits(self, typed: Sequence[str]) -> list[str]:
+        """The edits of a sweep's recipe, in their order, with this run's value for each that has several."""
+        paths = [edit.partition("=")[0] for edit in typed]
+        return [
+            f"{path}={self.values[path]}" if path in self.values else edit
+            for path, edit in zip(paths, typed, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,8 @@ def load(name: str, directory: str | Path = "runs") -> Sweep:
         raise ConfigError(f"{unknown('sweep', name, names)} (looked in {directory}/)") from None
 
 
-def expand(edits: Sequence[str], name: str, *, zipped: bool = False) -> tuple[list[str], list[Variant]]:
-    """The edits that all runs share, and the runs that those with several values make: `optim.lr=1e-3,3e-4`.
+def expand(edits: Sequence[str], name: str, *, zipped: bool = False) -> list[Variant]:
+    """The runs that edits with several values make: `optim.lr=1e-3,3e-4`.
 
     Args:
         edits: as typed; commas in brackets or quotes part nothing.
@@ -85,21 +89,21 @@ def expand(edits: Sequence[str], name: str, *, zipped: bool = False) -> tuple[li
         zipped: the first values make one run, the second ones another, and so on; else every combination makes one.
 
     Raises:
-        ConfigError: no edit has several values, or zipped ones differ in number.
+        ConfigError: no edit has several values, or one that cannot, or zipped ones differ in number.
     """
-    shared: list[str] = []
     several: dict[str, list[str]] = {}
     for edit in edits:
         path, _, text = edit.partition("=")
         values = split_arguments(text)
         if len(values) < 2:
-            shared.append(edit)
-        elif path[-1:] in "+-*/":
+            continue
+        if path in ("log.name", "log.dir"):
+            raise ConfigError(f"{edit}: a sweep names its runs itself, and keeps them in one folder; give one value")
+        if path[-1:] in "+-*/":
             raise ConfigError(f"{edit}: a sweep sets values; give them as {path[:-1]}=...,...")
-        elif path in several:
+        if path in several:
             raise ConfigError(f"{edit}: {path} has several values already")
-        else:
-            several[path] = values
+        several[path] = values
     if not several:
         raise ConfigError("--sweep: no edit has several values, as optim.lr=1e-3,3e-4 has")
     if zipped and len({len(values) for values in several.values()}) > 1:
@@ -107,7 +111,7 @@ def expand(edits: Sequence[str], name: str, *, zipped: bool = False) -> tuple[li
         raise ConfigError(f"--zip: the values go together one by one, but {counts}")
     combinations = zip(*several.values(), strict=True) if zipped else itertools.product(*several.values())
     made = [dict(zip(several, values, strict=True)) for values in combinations]
-    return shared, [Variant(folder, values) for folder, values in zip(_names(name, made), made, strict=True)]
+    return [Variant(folder, values) for folder, values in zip(_names(name, made), made, strict=True)]
 
 
 def _names(base: str, made: Sequence[dict[str, str]]) -> Iterator[str]:
@@ -168,28 +172,49 @@ def run_all(
                     return statuses
                 time.sleep(LOOK)
         except BaseException:
-            for run in begun:
-                watch.ask_to_stop(run)
-            for run in begun:
-                watch.cancel(run)
+            _cancel_all(begun)
             raise
 
 
 def results(sweep: Sweep, metric: str) -> list[tuple[Variant, Status | None, float | None]]:
-    """The runs with their states and newest value of `metric`, the lowest first and those without one last."""
+    """The runs with their states and newest value of `metric`: the lowest first, then NaNs, then those without one."""
     statuses = watch.states(sweep.runs())
     rows = []
     for variant, run, status in zip(sweep.variants, sweep.runs(), statuses, strict=True):
         value = run.last_metrics().get(metric)
         rows.append((variant, status, float(value) if value else None))
-    return sorted(rows, key=lambda row: (row[2] is None, row[2]))
+    return sorted(rows, key=lambda row: (2, 0.0) if row[2] is None else (1, 0.0) if math.isnan(row[2]) else (0, row[2]))
 
 
-def default_metric(sweep: Sweep) -> str:
-    """`val_loss` if a run has it, else `loss`."""
-    return "val_loss" if any("val_loss" in run.last_metrics() for run in sweep.runs()) else "loss"
+def metric_of(sweep: Sweep, metric: str = "") -> str:
+    """The metric to sort by: `metric`, or else `val_loss` if a run has it, or else `loss`.
+
+    Raises:
+        ConfigError: the runs have metrics, and `metric` is none of them.
+    """
+    known = sorted({name for run in sweep.runs() for name in run.last_metrics()})
+    if metric and known and metric not in known:
+        raise ConfigError(f"--metric: {unknown('metric', metric, known)}")
+    return metric or ("val_loss" if "val_loss" in known else "loss")
 
 
-def failed(statuses: Sequence[Status | None]) -> int:
-    """How many runs did not succeed."""
-    return sum(status is None or status.state is not State.SUCCEEDED for status in statuses)
+def failed(sweep: Sweep, statuses: Sequence[Status | None]) -> list[str]:
+    """The names of the runs that did not succeed."""
+    return [
+        variant.name
+        for variant, status in zip(sweep.variants, statuses, strict=True)
+        if status is None or status.state is not State.SUCCEEDED
+    ]
+
+
+def _cancel_all(runs: Sequence[RunDirectory]) -> None:
+    """Cancels those that are going on, all at the same time; another Ctrl-C kills them."""
+    going = [run for run, status in zip(runs, watch.states(runs), strict=True) if status and not status.state.ended]
+    try:
+        for run in going:
+            watch.ask_to_stop(run)
+        for run in going:
+            watch.cancel(run)
+    except KeyboardInterrupt:
+        for run in going:
+            watch.kill(run)

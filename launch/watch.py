@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
@@ -20,9 +22,14 @@ from fiddlehead.runs import RunDirectory, State, Status, StopRequest
 
 KINDS: dict[str, type[Executor]] = {kind.kind: kind for kind in (LocalExecutor, SlurmExecutor, DockerExecutor)}
 LOOK, ASK = 0.1, 3.0
-"""Seconds between two looks at a log, and between two questions to an executor."""
-STARTED = "=== started "
-"""What an attempt's first line begins with."""
+"""Seconds between two looks at a log, and between two questions to an executor while there is something new."""
+SELDOM = 30.0
+"""Seconds between two questions to an executor when nothing has been new for long."""
+
+_STARTED = re.compile(rb"^=== started (\S+) on .* \((?:rank \d+ of \d+(?:, )?)?(.*)\)$", re.MULTILINE)
+"""An attempt's first line in a log: when it began, and as which job."""
+_unreadable: set[Path] = set()
+"""Files of settings of which was said that they cannot be read."""
 
 
 def load_executor(run: RunDirectory) -> Executor | None:
@@ -43,12 +50,14 @@ def load_executor(run: RunDirectory) -> Executor | None:
 
 
 def states(runs: Sequence[RunDirectory]) -> list[Status | None]:
-    """What has become of each run; every executor is asked once for all that it has."""
+    """What has become of each run; every executor is asked once for all that it has.
+
+    Where nobody knows better, with a warning, a run's own word counts.
+    """
     found: dict[Path, Status | None] = {}
     groups: dict[str, tuple[Executor, list[RunDirectory]]] = {}
     for run in runs:
-        executor = load_executor(run)
-        status = run.written_status()
+        executor, status = _known_executor(run), run.written_status()
         if executor is None or status is None or status.executor != executor.kind:
             found[run.path] = run.status()
         else:
@@ -95,23 +104,22 @@ def log_files(run: RunDirectory, rank: str = "0") -> dict[str, Path]:
     return {"": file}
 
 
-def attempt_of(files: Mapping[str, Path], attempt: str = "") -> str:
+def attempt_of(run: RunDirectory, files: Mapping[str, Path], attempt: str = "") -> str:
     """What the processes printed in an attempt: a number, "all", or "" for the newest.
 
     Raises:
         ConfigError: there was no such attempt.
     """
+    count = len(_starts(run.log))
+    if attempt.isdigit() and not 1 <= int(attempt) <= max(count, 1):
+        raise ConfigError(f"--attempt {attempt}: {run.log} has {count}")
     parts = []
     for prefix, file in files.items():
-        text = file.read_text(errors="replace") if file.exists() else ""
-        starts = [match.start() for match in re.finditer(rf"^{re.escape(STARTED)}", text, re.MULTILINE)]
-        ends = [*starts[1:], len(text)]
-        if attempt.isdigit() and not 1 <= int(attempt) <= len(starts):
-            raise ConfigError(f"--attempt {attempt}: {file} has {len(starts)}")
-        if starts and attempt != "all":
-            index = int(attempt) - 1 if attempt else -1
-            text = text[starts[index] : ends[index]]
-        parts += [prefix + line for line in text.splitlines(keepends=True)]
+        content = file.read_bytes() if file.exists() else b""
+        if attempt != "all":
+            start, end = _span(run, file, int(attempt or count))
+            content = content[start:end]
+        parts += [prefix + line for line in content.decode(errors="replace").splitlines(keepends=True)]
     return "".join(parts)
 
 
@@ -125,7 +133,8 @@ def print_logs(run: RunDirectory, rank: str = "0", out: TextIO | None = None) ->
             files = {"": run.log} if rank == "0" else log_files(run, rank)
             for prefix, file in files.items():
                 if prefix not in printers:
-                    printers[prefix] = _Printer(file, newest_start(file), out or sys.stdout, prefix)
+                    start, _ = _span(run, file, len(_starts(run.log)))
+                    printers[prefix] = _Printer(file, start, out or sys.stdout, prefix)
                 printers[prefix].show()
             written = run.written_status()
             if time.monotonic() > deadline or written is None or written.state.ended:
@@ -133,12 +142,6 @@ def print_logs(run: RunDirectory, rank: str = "0", out: TextIO | None = None) ->
             time.sleep(LOOK)
         if status is None or status.state.ended:
             return
-
-
-def newest_start(file: Path) -> int:
-    """Where in a log the newest attempt begins, in bytes."""
-    text = file.read_bytes() if file.exists() else b""
-    return max(text.rfind(b"\n" + STARTED.encode()) + 1, 0)
 
 
 def ask_to_stop(run: RunDirectory) -> None:
@@ -186,13 +189,23 @@ def kill(run: RunDirectory) -> Status | None:
     return status
 
 
+def _known_executor(run: RunDirectory) -> Executor | None:
+    """The executor of a run; None, with one warning, if what is written down is not understood."""
+    try:
+        return load_executor(run)
+    except ConfigError as error:
+        if run.executor not in _unreadable:
+            print(f"WARNING: of {run.name} only its own word is known: {error}", file=sys.stderr)  # noqa: T201
+        _unreadable.add(run.executor)
+        return None
+
+
 def _follow(run: RunDirectory, printer: _Printer) -> Status | None:
-    asked, waiting = 0.0, ""
+    waiting, news, ask_at = "", time.monotonic(), 0.0
     while True:
         written = run.written_status()
-        if time.monotonic() - asked > ASK or (written is not None and written.state.ended):
+        if time.monotonic() > ask_at or (written is not None and written.state.ended):
             (status,) = states([run])  # before the log is read, so that the last lines are not missed
-            asked = time.monotonic()
             printer.show()
             if status is None or status.state.ended:
                 return status
@@ -200,8 +213,49 @@ def _follow(run: RunDirectory, printer: _Printer) -> Status | None:
             if now and now != waiting:
                 printer.say(now)
             waiting = now
-        printer.show()
+            ask_at = time.monotonic() + min(max(ASK, (time.monotonic() - news) / 10), SELDOM)
+        if printer.show():
+            news = time.monotonic()
         time.sleep(LOOK)
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where in a log an attempt begins."""
+
+    position: int
+    time: datetime
+    job: str
+    """The number of the job and of its restart, if it was one of a queue."""
+
+
+def _starts(file: Path) -> list[_Start]:
+    content = file.read_bytes() if file.exists() else b""
+    found = []
+    for match in _STARTED.finditer(content):
+        job = match[2].decode(errors="replace")
+        found.append(
+            _Start(match.start(), datetime.fromisoformat(match[1].decode()), job if "slurm job" in job else "")
+        )
+    return found
+
+
+def _span(run: RunDirectory, file: Path, number: int) -> tuple[int, int]:
+    """From which byte to which a log has what was printed in attempt `number`, counted as in the run's log."""
+    attempts, starts = _starts(run.log), _starts(file)
+    end = file.stat().st_size if file.exists() else 0
+    if not attempts:  # it ran in its launcher's process
+        return 0, end
+    # A process may have missed an attempt. Clocks of nodes may differ, but those of a queue say which job they are of.
+    numbers = [
+        sum(1 for attempt in attempts if attempt.time <= start.time)
+        if not start.job
+        else next((count for count, attempt in enumerate(attempts, start=1) if attempt.job == start.job), 0)
+        for start in starts
+    ]
+    ends = [start.position for start in starts[1:]] + [end]
+    spans = [(start.position, end) for start, end, of in zip(starts, ends, numbers, strict=True) if of == number]
+    return (spans[0][0], spans[-1][1]) if spans else (end, end)
 
 
 class _Printer:
@@ -209,20 +263,22 @@ class _Printer:
 
     def __init__(self, file: Path, start: int, out: TextIO, prefix: str = "") -> None:
         self.file, self.position, self.out, self.prefix = file, start, out, prefix
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # what is new may end within a character
 
-    def show(self) -> None:
-        """Prints what is new; with a prefix, whole lines only."""
+    def show(self) -> bool:
+        """Prints what is new, if anything; with a prefix, whole lines only."""
         if not self.file.exists():
-            return
+            return False
         with self.file.open("rb") as stream:
             stream.seek(self.position)
             new = stream.read()
         if self.prefix:
             new = new[: new.rfind(b"\n") + 1]
         self.position += len(new)
-        text = new.decode(errors="replace")
+        text = self.decoder.decode(new)
         self.out.write("".join(self.prefix + line for line in text.splitlines(keepends=True)) if self.prefix else text)
         self.out.flush()
+        return bool(new)
 
     def say(self, message: str) -> None:
         """Prints a line of the launcher's own."""

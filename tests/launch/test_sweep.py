@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fiddlehead.errors import ConfigError
-from fiddlehead.launch import sweep
+from fiddlehead.launch import sweep, watch
 from fiddlehead.launch.sweep import Sweep, Variant
 from fiddlehead.runs import RunDirectory, State, Status
 
@@ -22,19 +22,19 @@ def pretrain(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_grid_has_every_combination():
-    shared, variants = sweep.expand(["seed=1", "optim.lr=1e-3,3e-4", "model.config.num_query_groups=1,2"], "a")
-    assert shared == ["seed=1"]
-    assert [variant.edits for variant in variants] == [
-        ["optim.lr=1e-3", "model.config.num_query_groups=1"],
-        ["optim.lr=1e-3", "model.config.num_query_groups=2"],
-        ["optim.lr=3e-4", "model.config.num_query_groups=1"],
-        ["optim.lr=3e-4", "model.config.num_query_groups=2"],
+    edits = ["optim.lr=1e-3,3e-4", "seed=1", "model.config.num_query_groups=1,2"]
+    variants = sweep.expand(edits, "a")
+    assert [variant.edits(edits) for variant in variants] == [
+        ["optim.lr=1e-3", "seed=1", "model.config.num_query_groups=1"],
+        ["optim.lr=1e-3", "seed=1", "model.config.num_query_groups=2"],
+        ["optim.lr=3e-4", "seed=1", "model.config.num_query_groups=1"],
+        ["optim.lr=3e-4", "seed=1", "model.config.num_query_groups=2"],
     ]
     assert variants[0].name == "a-lr=1e-3-num_query_groups=1"
 
 
 def test_zipped_values_go_together():
-    _, variants = sweep.expand(["optim.lr=1,2", "seed=3,4"], "a", zipped=True)
+    variants = sweep.expand(["optim.lr=1,2", "seed=3,4"], "a", zipped=True)
     assert [variant.values for variant in variants] == [
         {"optim.lr": "1", "seed": "3"},
         {"optim.lr": "2", "seed": "4"},
@@ -45,8 +45,9 @@ def test_zipped_values_go_together():
 
 @pytest.mark.parametrize("edit", ["optim.betas=(0.9,0.95)", "data.paths=[a,b]", "log.wandb_project='a,b'", "seed=1"])
 def test_commas_in_brackets_and_quotes_part_nothing(edit: str):
-    shared, variants = sweep.expand([edit, "optim.lr=1,2"], "a")
-    assert shared == [edit] and len(variants) == 2
+    edits = [edit, "optim.lr=1,2"]
+    variants = sweep.expand(edits, "a")
+    assert [variant.edits(edits) for variant in variants] == [[edit, "optim.lr=1"], [edit, "optim.lr=2"]]
 
 
 def test_what_is_no_sweep_is_refused():
@@ -56,14 +57,16 @@ def test_what_is_no_sweep_is_refused():
         sweep.expand(["optim.lr*=1,2"], "a")
     with pytest.raises(ConfigError, match="several values already"):
         sweep.expand(["seed=1,2", "seed=3,4"], "a")
+    with pytest.raises(ConfigError, match="names its runs itself"):
+        sweep.expand(["log.name=b,c"], "a")
 
 
 def test_names_are_folders_and_differ():
-    _, variants = sweep.expand(["data.paths=[a/b c],[a/b:c]", "seed=1,2"], "a")
+    variants = sweep.expand(["data.paths=[a/b c],[a/b:c]", "seed=1,2"], "a")
     names = [variant.name for variant in variants]
     assert len(set(names)) == 4
     assert all(Path(name).name == name and len(name) <= 100 for name in names)
-    _, long = sweep.expand([f"log.wandb_project={'x' * 200},{'y' * 200}"], "a")
+    long = sweep.expand([f"log.wandb_project={'x' * 200},{'y' * 200}"], "a")
     assert [variant.name for variant in long] == ["a-1", "a-2"]
 
 
@@ -83,9 +86,23 @@ def ended(tmp_path: Path) -> Sweep:
 
 
 def test_results_are_sorted_and_those_without_come_last(ended: Sweep):
-    rows = sweep.results(sweep.load("a", ended.directory), sweep.default_metric(ended))
+    assert sweep.metric_of(ended) == "loss"
+    rows = sweep.results(sweep.load("a", ended.directory), "loss")
     assert [(variant.values["seed"], value) for variant, _, value in rows] == [("3", 2.5), ("1", 3.5), ("2", None)]
-    assert sweep.failed([status for _, status, _ in rows]) == 1
+    assert sweep.failed(ended, watch.states(ended.runs())) == ["a-seed=2"]
+
+
+def test_a_run_that_diverged_is_behind_those_that_did_not(ended: Sweep):
+    ended.runs()[2].metrics.write_text("step,loss,val_loss\n1,nan,\n")
+    assert [variant.values["seed"] for variant, _, _ in sweep.results(ended, "loss")] == ["1", "3", "2"]
+
+
+def test_a_metric_that_no_run_has_is_refused_with_the_nearest(ended: Sweep):
+    ended.runs()[0].metrics.write_text("step,loss,val_loss\n1,3.0,4.0\n")
+    assert sweep.metric_of(ended) == "val_loss"
+    assert sweep.metric_of(ended, "loss") == "loss"
+    with pytest.raises(ConfigError, match="--metric: unknown metric 'val_los'; did you mean 'val_loss'"):
+        sweep.metric_of(ended, "val_los")
 
 
 def test_a_name_is_of_one_sweep(ended: Sweep):
@@ -108,7 +125,6 @@ def test_all_mistakes_of_all_runs_come_before_the_first_start(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_sweep_on_this_machine(tmp_path: Path):
-
     options = ["log.name=s", "trainer.max_steps=2", "data.val_samples=0", "optim.lr=1e-3,2e-3", "--sweep", "--yes"]
     result = pretrain(*options, "--max-running", "2", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -129,7 +130,7 @@ def logs(
         watch.print_logs(found, rank)
         return
     files = watch.log_files(found, rank)
-    text = watch.attempt_of(files, attempt)
+    text = watch.attempt_of(found, files, attempt)
     if text.strip():
         sys.stdout.write(text)
     elif found.scheduler_log.exists():
@@ -173,7 +174,8 @@ def rerun(
     recipe.log.dir, recipe.log.name = str(found.path.parent), found.name
     executor = watch.load_executor(found)
     try:
-        launch.launch(recipe, executor, detach=detach, allow=allow or (), command=f"fiddlehead runs rerun {run}")
+        command = shlex.join(["fiddlehead", "runs", "rerun", run])
+        launch.launch(recipe, executor, detach=detach, allow=allow or (), command=command)
     except launch.RunFailedError as failure:
         print(f"error: {failure}", file=sys.stderr)  # noqa: T201
         raise typer.Exit(failure.status.exit_code or 1) from None
@@ -211,9 +213,7 @@ def clean(
         if status is not None and not status.state.ended:
             if names:
                 raise ConfigError(f"run {run.name!r} is going on ({status.state}); cancel it first")
-        elif (not state or (status is not None and status.state == state)) and (
-            status is None or (status.ended or status.started) < before
-        ):
+        elif (not state or (status is not None and status.state == state)) and (_last_sign(run, status) < before):
             chosen.append((run, status))
     if not chosen:
         print("no such runs")  # noqa: T201
@@ -235,30 +235,34 @@ def sync(
     names: list[str] = typer.Argument(None, metavar="[RUN]...", help="Which; all that recorded offline if left out."),
     directory: str = DirOption,
 ) -> None:
-    """Send what runs recorded offline to W&B: each is one run there, whatever its number of attempts."""
+    """Send what runs recorded offline to W&B: each is one run there, whatever its number of attempts.
+
+    Example:  fiddlehead runs sync demo
+    """
     import os
     import subprocess
 
+    from fiddlehead.launch import watch
     from fiddlehead.training.loggers import has_wandb_key
 
     found = [find_run(name, directory) for name in names] if names else list_runs(directory)
-    offline = {run: sorted((run.path / "wandb").glob("offline-run-*")) for run in found}
-    offline = {run: folders for run, folders in offline.items() if folders}
+    offline = {run: folders for run in found if (folders := _unsent(run))}
     if not offline:
-        print("nothing was recorded offline")  # noqa: T201
+        print("nothing was recorded offline that has not been sent")  # noqa: T201
         return
     if not has_wandb_key():
         raise ConfigError("W&B has no API key here: `wandb login`, or set WANDB_API_KEY")
     failed = []
-    for run, folders in offline.items():
+    for (run, folders), status in zip(offline.items(), watch.states(list(offline)), strict=True):
+        if status is not None and not status.state.ended:
+            print(f"{run.name}: is going on ({status.state}); to be sent when it has ended")  # noqa: T201
+            continue
         print(f"{run.name}: {len(folders)} attempt{'s' * (len(folders) > 1)}", flush=True)  # noqa: T201
-        for number, folder in enumerate(folders):
-            # --append: the attempts after the first go on in the run that the first one made.
-            append = ["--append"] if number else []
-            command = [sys.executable, "-m", "wandb", "sync", *append, "--id", run.wandb_id, str(folder)]
-            if subprocess.run(command, env={**os.environ, "WANDB_MODE": "online"}).returncode:
-                failed.append(run.name)
-                break
+        # All at once, because only then W&B appends them to each other.
+        command = [sys.executable, "-m", "wandb", "sync", "--id", run.wandb_id, *map(str, folders)]
+        code = subprocess.run(command, env={**os.environ, "WANDB_MODE": "online"}).returncode
+        if code or _unsent(run):  # W&B's exit code is 0 also when it could not send them
+            failed.append(run.name)
     if failed:
         print(f"error: not sent: {', '.join(failed)}", file=sys.stderr)  # noqa: T201
         raise typer.Exit(1)
@@ -270,7 +274,10 @@ def sweep(
     metric: str = typer.Option("", "--metric", help="What to sort by; val_loss, or else loss."),
     directory: str = DirOption,
 ) -> None:
-    """Show what came out of a sweep, the best first."""
+    """Show what came out of a sweep, the lowest value of the metric first.
+
+    Example:  fiddlehead runs sweep lr --metric loss
+    """
     from fiddlehead.launch import sweep as sweeps
 
     show_results(sweeps.load(name, directory), metric)
@@ -280,7 +287,7 @@ def show_results(found: Any, metric: str) -> None:
     """Prints a sweep's runs as a table, the lowest value of `metric` first."""
     from fiddlehead.launch import sweep as sweeps
 
-    metric = metric or sweeps.default_metric(found)
+    metric = sweeps.metric_of(found, metric)
     paths = list(found.variants[0].values)
     made = table(*paths, metric, "state", "run")
     for variant, status, value in sweeps.results(found, metric):
@@ -311,6 +318,12 @@ def generate(
     print()  # noqa: T201
 
 
+def _unsent(run: RunDirectory) -> list[Path]:
+    """The folders of the attempts that were recorded offline and that W&B has not marked as sent, in order."""
+    folders = sorted((run.path / "wandb").glob("offline-run-*"))
+    return [folder for folder in folders if not list(folder.glob("*.wandb.synced"))]
+
+
 def _row(run: RunDirectory, status: Status | None) -> list[Any]:
     metrics = run.last_metrics()
     rate = metrics.get("tokens_per_s")
@@ -337,6 +350,13 @@ def _facts(run: RunDirectory, status: Status | None) -> dict[str, Any]:
     """A run as JSON values."""
     said = {} if status is None else asdict(status)
     return {"name": run.name, **said, "job": run.job_id, "metrics": run.last_metrics(), "directory": str(run.path)}
+
+
+def _last_sign(run: RunDirectory, status: Status | None) -> float:
+    """When a run ended, or was last heard of, in seconds since the epoch."""
+    if status is not None and status.ended:
+        return status.ended
+    return max(file.stat().st_mtime for file in (run.recipe, run.command, run.log, run.metrics) if file.exists())
 
 
 def _where(run: RunDirectory, status: Status) -> str:

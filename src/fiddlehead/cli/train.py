@@ -109,11 +109,12 @@ def pretrain(
         return
     if not yes and sys.stdin.isatty() and not typer.confirm("Start?", default=True):
         raise typer.Exit(0)
-    if before and not executor.queues:
-        if detach:
-            raise ConfigError(f"--after --detach: {where} queues nothing, so this command has to stay and wait")
-        _wait_for(before)
-        before = []
+    queued = [run for run in before if _in_queue_of(run, executor)]
+    here = [run for run in before if run not in queued]
+    if here and detach:
+        names = ", ".join(run.name for run in here)
+        raise ConfigError(f"--after --detach: {where} cannot wait for {names}, so this command has to stay and do it")
+    _wait_for(here)
     try:
         run = launch.launch(
             recipe,
@@ -122,7 +123,7 @@ def pretrain(
             detach=detach,
             allow=allow or (),
             command=_typed(),
-            after=before,
+            after=queued,
         )
     except launch.RunFailedError as failure:
         print(f"error: {failure}", file=sys.stderr)  # noqa: T201
@@ -150,15 +151,14 @@ def _sweep(
 
     if detach and not executor.queues:
         raise ConfigError(f"--sweep --detach: {where} queues nothing, so this command has to stay and start the runs")
-    base, variants = sweeps.expand(edits, "", zipped=zipped)
-    first, title = load_recipe(factory, base, allow)
+    first, title = load_recipe(factory, sweeps.expand(edits, "", zipped=zipped)[0].edits(edits), allow)
     _refuse_other_tasks(first, factory)
     name = first.log.name or f"{title}-{datetime.now():%Y%m%d-%H%M%S}"
-    _, variants = sweeps.expand(edits, name, zipped=zipped)
+    variants = sweeps.expand(edits, name, zipped=zipped)
     recipes, plans, problems = [], [], []
     for variant in variants:
         try:
-            recipe, _ = load_recipe(factory, [*edits_without(edits, variant.values), *variant.edits], allow)
+            recipe, _ = load_recipe(factory, variant.edits(edits), allow)
             recipe.log.name = variant.name
             fitted = launch.fit_to_executor(recipe, executor)
             plans.append((fitted, launch.check(fitted, here=not executor.ships_code)))
@@ -197,8 +197,9 @@ def _sweep(
     from fiddlehead.cli.runs import show_results
 
     show_results(made, metric)
-    if sweeps.failed(statuses):
-        print(f"error: {sweeps.failed(statuses)} of {len(statuses)} runs did not succeed", file=sys.stderr)  # noqa: T201
+    failed = sweeps.failed(made, statuses)
+    if failed:
+        print(f"error: {len(failed)} of {len(statuses)} runs did not succeed: {', '.join(failed)}", file=sys.stderr)  # noqa: T201
         raise typer.Exit(1)
 
 
@@ -216,11 +217,6 @@ class _Report:
                 done = sum(1 for other in statuses if other is not None and other.state.ended)
                 reason = f": {status.reason}" if status.reason else ""
                 print(f"[{done}/{len(self.runs)} ended] {run.name} {status.state}{reason}", flush=True)  # noqa: T201
-
-
-def edits_without(edits: Sequence[str], swept: dict[str, str]) -> list[str]:
-    """The edits that all runs of a sweep share."""
-    return [edit for edit in edits if edit.partition("=")[0] not in swept]
 
 
 def _totals(plans: Sequence[tuple[Recipe, Any]], executor: Executor) -> list[tuple[str, str]]:
@@ -254,6 +250,14 @@ def _successes(names: Sequence[str], directory: str) -> list[RunDirectory]:
         if not status.state.ended:
             waiting.append(run)
     return waiting
+
+
+def _in_queue_of(run: RunDirectory, executor: Executor) -> bool:
+    """Whether `executor` can wait for a run by itself, because it has that in its own queue."""
+    from fiddlehead.launch import watch
+
+    theirs = watch.load_executor(run)
+    return executor.queues and theirs is not None and theirs.queue() == executor.queue()
 
 
 def _wait_for(runs: Sequence[RunDirectory]) -> None:
