@@ -1,4 +1,4 @@
-"""Meta's Llama 3 family (Grattafiori et al. 2024)."""
+"""Meta's Llama family (Touvron et al. 2023, Grattafiori et al. 2024)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,21 @@ from fiddlehead.models import RopeScaling, TransformerConfig
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipes.base import pretrain
 
+LLAMA2_7B = fdl.Config(
+    TransformerConfig,
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=11008,
+    num_attention_heads=32,
+    vocab_size=32_000,
+)
+
+LLAMA2_13B = fdl.copy_with(LLAMA2_7B, num_layers=40, hidden_size=5120, ffn_hidden_size=13824, num_attention_heads=40)
+
+LLAMA2_70B = fdl.copy_with(
+    LLAMA2_7B, num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64, num_query_groups=8
+)
+
 LLAMA3_8B = fdl.Config(
     TransformerConfig,
     num_layers=32,
@@ -15,22 +30,46 @@ LLAMA3_8B = fdl.Config(
     ffn_hidden_size=14336,
     num_attention_heads=32,
     num_query_groups=8,
-    vocab_size=128256,  # also where the data's tokenizer has fewer: the shapes are Llama's
+    vocab_size=128_256,
     rotary_base=500_000.0,
 )
 
-LLAMA32_1B = fdl.Config(
-    TransformerConfig,
+LLAMA3_70B = fdl.copy_with(LLAMA3_8B, num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64)
+
+LLAMA31_8B = fdl.copy_with(LLAMA3_8B, rope_scaling=fdl.Config(RopeScaling))
+
+LLAMA31_70B = fdl.copy_with(LLAMA3_70B, rope_scaling=fdl.Config(RopeScaling))
+
+LLAMA31_405B = fdl.copy_with(
+    LLAMA31_8B, num_layers=126, hidden_size=16384, ffn_hidden_size=53248, num_attention_heads=128
+)
+
+LLAMA32_1B = fdl.copy_with(
+    LLAMA3_8B,
     num_layers=16,
     hidden_size=2048,
     ffn_hidden_size=8192,
     num_attention_heads=32,
-    num_query_groups=8,
-    vocab_size=128256,
-    rotary_base=500_000.0,
     rope_scaling=fdl.Config(RopeScaling, scale_factor=32.0),
     share_embeddings_and_output_weights=True,
 )
+
+LLAMA32_3B = fdl.copy_with(LLAMA32_1B, num_layers=28, hidden_size=3072, ffn_hidden_size=8192, num_attention_heads=24)
+
+
+def llama2_7b() -> Recipe:
+    """Llama 2 7B, pretraining on 8 GPUs."""
+    return pretrain(LLAMA2_7B, seq_length=4096)
+
+
+def llama2_13b() -> Recipe:
+    """Llama 2 13B, pretraining on 2 nodes of 8 GPUs."""
+    return pretrain(LLAMA2_13B, seq_length=4096, num_nodes=2)
+
+
+def llama2_70b() -> Recipe:
+    """Llama 2 70B, pretraining on 8 nodes of 8 GPUs."""
+    return pretrain(LLAMA2_70B, seq_length=4096, lr=0.00015, num_nodes=8)
 
 
 def llama3_8b() -> Recipe:
@@ -38,16 +77,64 @@ def llama3_8b() -> Recipe:
 
     Each GPU holds all parameters, gradients and optimizer state, 120 GiB and the activations: 80 GB are too few.
     """
-    return pretrain(model=LLAMA3_8B, seq_length=8192, global_batch_size=512, max_steps=1_168_251, lr=3e-4, devices=8)
+    return pretrain(LLAMA3_8B, seq_length=8192, max_steps=1_168_251)
+
+
+def llama3_8b_16k() -> Recipe:
+    """Llama 3 8B on sequences of 16,384 tokens."""
+    return _longer(llama3_8b(), 16384)
 
 
 def llama3_8b_64k() -> Recipe:
     """Llama 3 8B on sequences of 65,536 tokens."""
-    recipe = llama3_8b()
-    recipe.data.seq_length = 65536
-    return recipe
+    return _longer(llama3_8b(), 65536)
+
+
+def llama3_70b() -> Recipe:
+    """Llama 3 70B, pretraining on 8 nodes of 8 GPUs."""
+    return pretrain(LLAMA3_70B, seq_length=8192, lr=0.00015, max_steps=1_168_251, num_nodes=8)
+
+
+def llama3_70b_16k() -> Recipe:
+    """Llama 3 70B on sequences of 16,384 tokens."""
+    return _longer(llama3_70b(), 16384)
+
+
+def llama3_70b_64k() -> Recipe:
+    """Llama 3 70B on sequences of 65,536 tokens."""
+    return _longer(llama3_70b(), 65536)
+
+
+def llama31_8b() -> Recipe:
+    """Llama 3.1 8B, pretraining on 8 GPUs."""
+    return pretrain(LLAMA31_8B, seq_length=8192)
+
+
+def llama31_8b_128k() -> Recipe:
+    """Llama 3.1 8B on sequences of 131,072 tokens."""
+    return _longer(llama31_8b(), 131072)
+
+
+def llama31_70b() -> Recipe:
+    """Llama 3.1 70B, pretraining on 8 nodes of 8 GPUs."""
+    return pretrain(LLAMA31_70B, seq_length=8192, lr=0.00015, num_nodes=8)
+
+
+def llama31_405b() -> Recipe:
+    """Llama 3.1 405B, pretraining on 72 nodes of 8 GPUs."""
+    return pretrain(LLAMA31_405B, seq_length=8192, lr=8e-05, global_batch_size=576, num_nodes=72)
 
 
 def llama32_1b() -> Recipe:
     """Llama 3.2 1B, pretraining on 8 GPUs."""
-    return pretrain(model=LLAMA32_1B, seq_length=8192, global_batch_size=512, max_steps=1_168_251, lr=3e-4, devices=8)
+    return pretrain(LLAMA32_1B, seq_length=8192, max_steps=1_168_251)
+
+
+def llama32_3b() -> Recipe:
+    """Llama 3.2 3B, pretraining on 8 GPUs."""
+    return pretrain(LLAMA32_3B, seq_length=8192)
+
+
+def _longer(recipe: Recipe, seq_length: int) -> Recipe:
+    recipe.data.seq_length = seq_length
+    return recipe

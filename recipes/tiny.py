@@ -29,6 +29,7 @@ def tiny() -> Recipe:
         max_steps=400,
         lr=4e-3,
         accelerator="cpu",
+        devices="auto",
         precision="32-true",
     )
     recipe.data.tokenizer = fdl.Config(BPETokenizer, vocab_size=1024)

@@ -21,6 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fiddlehead
+import fiddlehead.cli  # so that a name in it imports nothing more
+import fiddlehead.overrides
 from fiddlehead.configuration import reader, writer
 from fiddlehead.configuration.leaves import same
 from fiddlehead.configuration.references import REFUSED, TRUSTED

@@ -18,14 +18,8 @@ from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.generation import sample
 from fiddlehead.runs import RunDirectory, find_run, reserve_name, write_atomically
 from fiddlehead.training import AdamW, Checkpoint, LanguageModel, Log, NonFiniteError, attention
-from fiddlehead.training.checkpoint import (
-    SafetensorsIO,
-    load_transformer_state,
-    newest_good,
-    read_state,
-    restore_progress,
-    verify,
-)
+from fiddlehead.training.checkpoint import SafetensorsIO, restore_progress
+from fiddlehead.training.checkpoint_folder import load_transformer_state, newest_good, read_state, verify
 from fiddlehead.training.console import is_rank_zero, say
 from fiddlehead.training.metrics import Metrics
 from fiddlehead.training.stop import StopOnRequest

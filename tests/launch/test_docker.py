@@ -32,7 +32,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.launch import docker_engine, secrets, watch
 from fiddlehead.launch.docker import DockerExecutor, container_name, docker
 from fiddlehead.runs import RunDirectory, State, Status, StopRequest, this_process, write_atomically
-from fiddlehead.training.checkpoint import newest_good
+from fiddlehead.training.checkpoint_folder import newest_good
 
 IMAGE = "fiddlehead-test:latest"
 REPOSITORY = Path(fiddlehead.__file__).resolve().parents[2]

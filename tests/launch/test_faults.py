@@ -18,7 +18,7 @@ import pytest
 
 from fiddlehead.launch import watch
 from fiddlehead.runs import RunDirectory, State
-from fiddlehead.training.checkpoint import newest_first, newest_good
+from fiddlehead.training.checkpoint_folder import newest_first, newest_good
 from tests.launch.cluster import (
     PACED,
     Cluster,

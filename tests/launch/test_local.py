@@ -23,7 +23,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.launch import watch
 from fiddlehead.launch.local import LocalExecutor, local
 from fiddlehead.runs import RunDirectory, State, StopRequest, this_process
-from fiddlehead.training.checkpoint import newest_first, newest_good
+from fiddlehead.training.checkpoint_folder import newest_first, newest_good
 
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "val_loss")
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fiddlehead.attention import AttentionSpec, sdpa_flash
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import RopeScaling, Transformer, TransformerConfig
-from fiddlehead.models.transformer import rotary_tables, rotate
+from fiddlehead.models.rope import Rotary, rotate
 
 SMALL: dict[str, Any] = {
     "num_layers": 2,
@@ -60,8 +60,7 @@ def test_samples_of_a_batch_do_not_mix() -> None:
 def test_rotary_scores_depend_on_the_distance_only(base: float, shift: int, data: st.DataObject) -> None:
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     q, k = torch.randn(2, 1, 1, 1, 8, generator=generator)
-    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, rotary_base=base)
-    cos, sin = rotary_tables(torch.arange(40), config)
+    cos, sin = Rotary(8, base).tables(torch.arange(40), 40)
 
     def score(query: int, key: int) -> torch.Tensor:
         turned = [rotate(x, (cos[at : at + 1], sin[at : at + 1])) for x, at in ((q, query), (k, key))]

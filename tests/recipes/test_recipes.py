@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fiddlehead import catalog, launch
+from fiddlehead.models.families import FAMILIES, family_for
 from fiddlehead.recipe import Recipe
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -67,12 +68,68 @@ def test_two_calls_share_nothing(name):
     assert make(name).trainer.max_steps != 1 and make(name).model.config.num_layers != 77
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"),
-    [("llama3_8b", 8_030_261_248), ("llama3_8b_64k", 8_030_261_248), ("llama32_1b", 1_235_814_400)],
-)
-def test_llama_has_as_many_parameters_as_meta_s(name, parameters):
+PUBLISHED = {
+    # Those of the published weights, each parameter once: a head that is the embedding too is not counted again, and
+    # Gemma 3's eyes are left out.
+    "llama2_7b": 6_738_415_616,
+    "llama2_13b": 13_015_864_320,
+    "llama2_70b": 68_976_648_192,
+    "llama3_8b": 8_030_261_248,
+    "llama3_8b_64k": 8_030_261_248,
+    "llama3_70b": 70_553_706_496,
+    "llama31_405b": 405_853_388_800,
+    "llama32_1b": 1_235_814_400,
+    "llama32_3b": 3_212_749_824,
+    "mistral_7b": 7_241_732_096,
+    "mistral_nemo_12b": 12_247_782_400,
+    "mixtral_8x7b": 46_702_792_704,
+    "qwen25_500m": 494_032_768,
+    "qwen25_1p5b": 1_543_714_304,
+    "qwen25_3b": 3_085_938_688,
+    "qwen25_7b": 7_615_616_512,
+    "qwen25_14b": 14_770_033_664,
+    "qwen25_32b": 32_763_876_352,
+    "qwen25_72b": 72_706_203_648,
+    "qwen3_600m": 596_049_920,
+    "qwen3_4b": 4_022_468_096,
+    "qwen3_8b": 8_190_735_360,
+    "qwen3_14b": 14_768_307_200,
+    "qwen3_32b": 32_762_123_264,
+    "qwen3_30b_a3b": 30_532_122_624,
+    "gemma2_2b": 2_614_341_888,
+    "gemma2_9b": 9_241_705_984,
+    "gemma2_27b": 27_227_128_320,
+    "gemma3_1b": 999_885_952,
+    "phi3_mini": 3_821_079_552,
+    "phi4": 14_659_507_200,
+    "starcoder2_3b": 3_030_371_328,
+    "starcoder2_7b": 7_173_923_840,
+    "starcoder2_15b": 15_957_889_024,
+    "gpt2_124m": 124_439_808,
+    "gpt2_355m": 354_823_168,
+    "gpt2_774m": 774_030_080,
+    "gpt2_1p5b": 1_557_611_200,
+    "gpt_oss_20b": 20_914_757_184,
+    "olmo2_7b": 7_298_617_344,
+    "olmo2_13b": 13_716_198_400,
+    "olmo2_32b": 32_234_279_936,
+    "smollm2_135m": 134_515_008,
+    "smollm2_360m": 361_821_120,
+    "smollm2_1p7b": 1_711_376_384,
+}
+
+
+@pytest.mark.parametrize(("name", "parameters"), PUBLISHED.items())
+def test_a_family_s_shape_has_as_many_parameters_as_the_published_weights(name, parameters):
     assert launch.check(make(name), here=False).parameters == parameters
+
+
+@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if not entry.file.name.startswith("tiny")])
+def test_a_family_s_model_can_be_exported(name):
+    config = launch.check(make(name), here=False).config
+    if name != "gpt3_175b":  # which nobody has published, but it is a GPT-2
+        assert family_for(config).model_type in FAMILIES
+    assert FAMILIES["gpt2"].expresses(config) == name.startswith(("gpt2", "gpt3"))
 
 
 def test_windows_and_scaled_positions_can_be_written_down(tmp_path):

@@ -18,7 +18,7 @@ from fiddlehead.data.tokenize import tokenize
 from fiddlehead.models import TransformerConfig
 from fiddlehead.runs import RunDirectory
 from fiddlehead.training import AdamW, Checkpoint, CosineAnnealing, LanguageModel, Log
-from fiddlehead.training.checkpoint import load_transformer_state
+from fiddlehead.training.checkpoint_folder import load_transformer_state
 
 Parts = Callable[..., dict[str, Any]]
 

@@ -20,10 +20,10 @@ from fiddlehead import tasks
 from fiddlehead.errors import ConfigError
 from fiddlehead.runs import RunDirectory
 from fiddlehead.training import Checkpoint
-from fiddlehead.training.checkpoint import (
+from fiddlehead.training.checkpoint import SafetensorsIO
+from fiddlehead.training.checkpoint_folder import (
     CheckpointNotWrittenError,
     DamagedCheckpointError,
-    SafetensorsIO,
     newest_good,
     verify,
 )

@@ -14,7 +14,7 @@ from fiddlehead import tasks
 from fiddlehead.data import ByteTokenizer
 from fiddlehead.errors import ConfigError
 from fiddlehead.training.attention import ranges
-from fiddlehead.training.checkpoint import load_transformer_state
+from fiddlehead.training.checkpoint_folder import load_transformer_state
 from tests.training.conftest import Parts
 
 

@@ -19,7 +19,7 @@ from fiddlehead.models import RopeScaling
 from fiddlehead.runs import RunDirectory, State, Status, StopRequest
 from fiddlehead.signals import SIGNALS
 from fiddlehead.training import WarmupStableDecay
-from fiddlehead.training.checkpoint import DamagedCheckpointError
+from fiddlehead.training.checkpoint_folder import DamagedCheckpointError
 from tests.training.conftest import KillAfter, Killed, Parts, parameters, rows
 
 Pretrain = Callable[..., RunDirectory]

@@ -116,6 +116,11 @@ class KVCache:
         """Bytes of the storage of keys and values, filled or not."""
         return self.k.nbytes + self.v.nbytes
 
+    def next_positions(self, T: int) -> torch.Tensor:
+        """The positions of the next T tokens: (T,) where they are the same in all sequences, else (B, T)."""
+        new = torch.arange(T, device=self.k.device)
+        return self._lengths[:, None] + new if self._on_device else new + self._taken
+
     def reset(self) -> None:
         """Empties the cache; its storage stays."""
         self._taken = 0

@@ -149,6 +149,11 @@ class JSONTokenizer:
     def fingerprint(self) -> str:
         return _fingerprint(self._spec, self.eos_id)
 
+    @property
+    def eos_token(self) -> str:
+        """The text of the token that ends a document."""
+        return next(token for token, i in self._ids.items() if i == self.eos_id)
+
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 

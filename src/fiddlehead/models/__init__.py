@@ -1,6 +1,14 @@
 """Transformer language models: `TransformerConfig` says which, `Transformer` is the module."""
 
-from fiddlehead.models.config import RopeScaling, TransformerConfig
+from fiddlehead.models.config import TransformerConfig
+from fiddlehead.models.rope import LinearRopeScaling, LongRopeScaling, RopeScaling, YarnRopeScaling
 from fiddlehead.models.transformer import Transformer
 
-__all__ = ["RopeScaling", "Transformer", "TransformerConfig"]
+__all__ = [
+    "LinearRopeScaling",
+    "LongRopeScaling",
+    "RopeScaling",
+    "Transformer",
+    "TransformerConfig",
+    "YarnRopeScaling",
+]

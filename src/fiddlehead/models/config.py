@@ -11,37 +11,13 @@ import torch
 from fiddlehead.attention import CHOICES, AttentionSpec
 from fiddlehead.attention.spec import length_class
 from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.models.rope import LongRopeScaling, Rotary, Scaling, scaling_from_dict
 
 Normalization = Literal["RMSNorm", "LayerNorm"]
-Activation = Literal["swiglu", "gelu"]
+NormPlacement = Literal["pre", "post", "both"]
+QKLayernorm = Literal["head", "projection"]
+Activation = Literal["swiglu", "geglu", "gelu", "clamped_swiglu"]
 PositionEmbedding = Literal["rope", "learned_absolute", "none"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Slower rotary positions for longer sequences than a model first learned, as in Llama 3.1; NeMo's names.
-
-    A channel pair that turns at least `high_freq_factor` times within `old_context_len` positions stays as it is, one
-    that turns at most `low_freq_factor` times is slowed down by `scale_factor`, and between them it is interpolated.
-    """
-
-    scale_factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    old_context_len: int = 8192
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name}={value!r}: must be a number above 0"
-            for name, value in vars(self).items()
-            if not _is_number(value) or not value > 0
-        ]
-        if not problems and self.low_freq_factor >= self.high_freq_factor:
-            problems = [
-                f"low_freq_factor={self.low_freq_factor!r}: must be below high_freq_factor={self.high_freq_factor!r}"
-            ]
-        if problems:
-            raise ConfigError(*problems)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +42,23 @@ class TransformerConfig:
     """The longest sequence that the model is trained on; learned positions have this many rows."""
     normalization: Normalization = "RMSNorm"
     layernorm_epsilon: float = 1e-5
+    layernorm_zero_centered_gamma: bool = False
+    """RMSNorm multiplies by 1 + weight (Gemma)."""
+    norm_placement: NormPlacement = "pre"
+    """Whether attention and feed-forward have a norm before them, after them (OLMo 2) or both (Gemma 2)."""
+    qk_layernorm: QKLayernorm | None = None
+    """RMSNorm of queries and keys before they turn: each "head" by itself (Qwen 3), or the whole "projection"
+    (OLMo 2)."""
     activation: Activation = "swiglu"
+    """SwiGLU and GeGLU are gated by SiLU and by GELU (Shazeer 2020); clamped_swiglu is gpt-oss's. GELU is the tanh
+    form."""
     position_embedding_type: PositionEmbedding = "rope"
     rotary_base: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
+    rotary_base_local: float | None = None
+    """The base, without a scaling, of the layers that have the window (Gemma 3); None: that of all."""
+    rotary_percent: float = 1.0
+    """The part of a head's channels that turns, from the first on (Phi-4 mini)."""
+    rope_scaling: Scaling | None = None
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
     share_embeddings_and_output_weights: bool = False
@@ -81,6 +70,26 @@ class TransformerConfig:
     layer that has it and 0 for one that sees everything."""
     attn_logit_softcapping: float | None = None
     """Scores become cap x tanh(score / cap) (Gemma 2); None leaves them."""
+    final_logit_softcapping: float | None = None
+    """The same for the logits."""
+    softmax_scale: float | None = None
+    """What scores are multiplied with; None is 1 / sqrt(head dim)."""
+    attention_sinks: bool = False
+    """Each head has a learned logit in its softmax that takes weight and has no value (gpt-oss)."""
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    """What attention and feed-forward add to the stream is multiplied with it (Granite)."""
+    logits_scaling: float = 1.0
+    """Logits are divided by it (Granite)."""
+    num_moe_experts: int | None = None
+    """Each token is served by `moe_router_topk` of so many feed-forward layers; None: there is one, for all tokens."""
+    moe_router_topk: int = 2
+    moe_ffn_hidden_size: int | None = None
+    """Width inside an expert; None is that of a feed-forward layer."""
+    moe_router_pre_softmax: bool = False
+    """Experts are weighed by their probability among all of them, and not among the chosen ones alone."""
+    moe_aux_loss_coeff: float = 0.0
+    """Weight, in training, of the loss that spreads tokens over the experts evenly (Fedus et al. 2021)."""
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     init_method_std: float = 0.02
@@ -107,6 +116,16 @@ class TransformerConfig:
         """Width inside the feed-forward layer."""
         return self.ffn_hidden_size or 4 * self.hidden_size
 
+    @property
+    def gated(self) -> bool:
+        """Whether a feed-forward layer multiplies what it computes by a gate."""
+        return self.activation != "gelu"
+
+    @property
+    def expert_size(self) -> int:
+        """Width inside an expert."""
+        return self.moe_ffn_hidden_size or self.ffn_size
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TransformerConfig:
         """The configuration of which `values` is the `asdict`, also after it was written as JSON and read again.
@@ -119,7 +138,7 @@ class TransformerConfig:
             raise ConfigError(*strange)
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         if isinstance(scaling := values.get("rope_scaling"), dict):
-            values["rope_scaling"] = RopeScaling(**scaling)
+            values["rope_scaling"] = scaling_from_dict(scaling)
         return cls(**values)
 
     def window(self, layer: int) -> tuple[int, int]:
@@ -127,6 +146,13 @@ class TransformerConfig:
         skip = self.window_attn_skip_freq
         full = (layer + 1) % skip == 0 if isinstance(skip, int) else skip is not None and not skip[layer]
         return (-1, -1) if self.window_size is None or full else self.window_size
+
+    def rotary(self, layer: int) -> Rotary:
+        """How the queries and keys of the layer of this index, from 0, turn; for rotary positions."""
+        channels = int(self.head_dim * self.rotary_percent)
+        if self.rotary_base_local is not None and self.window(layer) != (-1, -1):
+            return Rotary(channels, self.rotary_base_local)
+        return Rotary(channels, self.rotary_base, self.rope_scaling)
 
     def attention_spec(
         self, layer: int, dtype: torch.dtype, *, packed: bool = False, training: bool = True
@@ -145,6 +171,7 @@ class TransformerConfig:
             num_query_groups=self.groups,
             window_size=(left, 0 if left >= 0 else -1),
             softcap=self.attn_logit_softcapping or 0.0,
+            sinks=self.attention_sinks,
             dropout=self.attention_dropout if training else 0.0,
             packed=packed,
             length=length_class(self.seq_length) if self.seq_length else 0,
@@ -161,10 +188,13 @@ class TransformerConfig:
         return specs
 
     def num_matmul_parameters(self) -> int:
-        """Parameters that every token is multiplied with: all but norms, biases and the embedding lookup."""
+        """Parameters that a token is multiplied with: all but norms, biases, the embedding, and experts not chosen."""
         H, G, D = self.num_attention_heads, self.groups, self.head_dim
         attention = self.hidden_size * (H + 2 * G) * D + H * D * self.hidden_size
-        mlp = (3 if self.activation == "swiglu" else 2) * self.hidden_size * self.ffn_size
+        matrices = 3 if self.gated else 2
+        mlp = matrices * self.hidden_size * self.ffn_size
+        if self.num_moe_experts is not None:
+            mlp = self.hidden_size * (matrices * self.expert_size * self.moe_router_topk + self.num_moe_experts)
         return self.num_layers * (attention + mlp) + self.hidden_size * (self.vocab_size or 0)
 
     def train_flops_per_token(self, seq_length: int) -> float:
@@ -184,8 +214,11 @@ class TransformerConfig:
     def _problems(self) -> Iterator[str]:
         """Yields a line for each impossible value; the comparisons between fields only look at sound ones."""
         bad: set[str] = set()
-        required = ("num_layers", "hidden_size", "num_attention_heads")
-        optional = ("num_query_groups", "ffn_hidden_size", "kv_channels", "vocab_size", "seq_length")
+        required = ("num_layers", "hidden_size", "num_attention_heads", "moe_router_topk")
+        optional = (
+            *("num_query_groups", "ffn_hidden_size", "kv_channels", "vocab_size", "seq_length"),
+            *("num_moe_experts", "moe_ffn_hidden_size"),
+        )
         for name in required + optional:
             value = getattr(self, name)
             if value is None and name in optional:
@@ -195,25 +228,31 @@ class TransformerConfig:
                 yield f"{name}={value!r}: must be a whole number of 1 or more{' or None' if name in optional else ''}"
         choices = {
             "normalization": Normalization,
+            "norm_placement": NormPlacement,
+            "qk_layernorm": QKLayernorm,
             "activation": Activation,
             "position_embedding_type": PositionEmbedding,
         }
         for name, kind in choices.items():
             value = getattr(self, name)
-            if value not in get_args(kind):
+            if value not in get_args(kind) and not (name == "qk_layernorm" and value is None):
                 yield f"{name}={value!r}: {unknown('value', str(value), get_args(kind))}"
         for name in ("attention_dropout", "hidden_dropout"):
             value = getattr(self, name)
             if not _is_number(value) or not 0 <= value < 1:
                 yield f"{name}={value!r}: must be a number of at least 0 and below 1"
-        for name in ("layernorm_epsilon", "rotary_base", "init_method_std"):
+        above_zero = ("layernorm_epsilon", "rotary_base", "init_method_std", "rotary_percent")
+        multipliers = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+        or_none = ("rotary_base_local", "attn_logit_softcapping", "final_logit_softcapping", "softmax_scale")
+        for name in above_zero + multipliers + or_none:
             value = getattr(self, name)
+            if value is None and name in or_none:
+                continue
             if not _is_number(value) or not value > 0:
-                yield f"{name}={value!r}: must be a number above 0"
+                yield f"{name}={value!r}: must be a number above 0{' or None' if name in or_none else ''}"
+        yield from self._norm_problems()
+        yield from self._moe_problems(bad)
         yield from self._window_problems(bad)
-        cap = self.attn_logit_softcapping
-        if cap is not None and (not _is_number(cap) or not cap > 0):
-            yield f"attn_logit_softcapping={cap!r}: must be a number above 0 or None"
         if self.attention_backend not in CHOICES:
             said = unknown("backend", str(self.attention_backend), CHOICES)
             yield f"attention_backend={self.attention_backend!r}: {said}"
@@ -230,9 +269,40 @@ class TransformerConfig:
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={heads}; "
                 f"the nearest: {nearest}; or set kv_channels"
             )
-        elif self.position_embedding_type == "rope" and self.head_dim % 2:
+        elif self.position_embedding_type == "rope" and _is_number(self.rotary_percent):
+            yield from self._rotary_problems()
+
+    def _rotary_problems(self) -> Iterator[str]:
+        if self.rotary_percent > 1:
+            yield f"rotary_percent={self.rotary_percent!r}: must be at most 1"
+        elif (turning := int(self.head_dim * self.rotary_percent)) % 2 or not turning:
             name = "kv_channels" if self.kv_channels else "hidden_size / num_attention_heads"
-            yield f"{name}={self.head_dim} is odd: rotary positions turn pairs of channels"
+            part = "" if self.rotary_percent == 1 else f" x rotary_percent={self.rotary_percent!r} is {turning}"
+            said = "is odd" if not part else "and odd"
+            if not turning:
+                said = "too few"
+            yield f"{name}={self.head_dim}{part} {said}: rotary positions turn pairs of channels"
+        elif isinstance(scaling := self.rope_scaling, LongRopeScaling) and len(scaling.short_factor) != turning // 2:
+            yield (
+                f"rope_scaling.short_factor has {len(scaling.short_factor)} numbers; "
+                f"{turning} channels that turn need {turning // 2}"
+            )
+
+    def _norm_problems(self) -> Iterator[str]:
+        if self.normalization == "LayerNorm":
+            if self.layernorm_zero_centered_gamma:
+                yield "layernorm_zero_centered_gamma=True: only RMSNorm has it; normalization='LayerNorm'"
+            if self.norm_placement != "pre":
+                yield f"norm_placement={self.norm_placement!r}: only RMSNorm has it; normalization='LayerNorm'"
+        if self.rotary_base_local is not None and self.window_size is None:
+            yield f"rotary_base_local={self.rotary_base_local!r}: no layer has a window; set window_size"
+
+    def _moe_problems(self, bad: set[str]) -> Iterator[str]:
+        if not _is_number(self.moe_aux_loss_coeff) or self.moe_aux_loss_coeff < 0:
+            yield f"moe_aux_loss_coeff={self.moe_aux_loss_coeff!r}: must be a number of 0 or more"
+        experts, topk = self.num_moe_experts or 0, self.moe_router_topk
+        if experts and not bad & {"num_moe_experts", "moe_router_topk"} and topk > experts:
+            yield f"moe_router_topk={topk}: there are num_moe_experts={experts}"
 
     def _window_problems(self, bad: set[str]) -> Iterator[str]:
         window, skip = self.window_size, self.window_attn_skip_freq
@@ -259,5 +329,5 @@ def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""One decoder for every dense family.
+"""One decoder for every family.
 
 Shapes: B batch, T time, C hidden size, H query heads, G key/value heads, D head dim, F feed-forward size, V vocabulary.
 """
@@ -6,15 +6,18 @@ Shapes: B batch, T time, C hidden size, H query heads, G key/value heads, D head
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fiddlehead.attention import attend
+from fiddlehead.attention import KVCache, attend
 from fiddlehead.errors import ConfigError
 from fiddlehead.models.config import TransformerConfig
+from fiddlehead.models.moe import GroupedLinear, MoE, activate
+from fiddlehead.models.rope import Rope, Rotary, rotate
 
 
 class Transformer(nn.Module):
@@ -40,7 +43,13 @@ class Transformer(nn.Module):
         self.initialize()
 
     def forward(
-        self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor | None = None, max_seqlen: int | None = None
+        self,
+        input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        *,
+        caches: Sequence[KVCache] | None = None,
+        new_lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Token ids (B, T) to logits (B, T, V).
 
@@ -49,29 +58,64 @@ class Transformer(nn.Module):
                 (N + 1,) int32. A token sees its own document only, and its position is that in the document. Empty
                 documents may be among them.
             max_seqlen: at least the length of the longest document; needed with `cu_seqlens`.
+            caches: one for each layer, which hold the tokens before these and take these; not with `cu_seqlens`.
+            new_lengths: with caches: how many of the T tokens each sequence keeps, as `attend` takes it.
         """
-        T = input_ids.shape[1]
+        return self.logits(self.hidden(input_ids, cu_seqlens, max_seqlen, caches=caches, new_lengths=new_lengths))
+
+    def hidden(
+        self,
+        input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        *,
+        caches: Sequence[KVCache] | None = None,
+        new_lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Token ids (B, T) to what the logits are made of, (B, T, C); the arguments are those of `forward`."""
+        config, length = self.config, input_ids.shape[1]
         documents = None
-        positions = torch.arange(T, device=input_ids.device)
-        if cu_seqlens is not None:
+        if caches is not None:
+            positions = caches[0].next_positions(length)
+            length += caches[0].length
+        elif cu_seqlens is not None:
             documents = Documents(cu_seqlens, max_seqlen)
             positions = positions_in_documents(cu_seqlens, input_ids.numel()).view_as(input_ids)
-        x = self.embedding(input_ids)
-        rope = None
+            length = min(max_seqlen or length, length)
+        else:
+            positions = torch.arange(length, device=input_ids.device)
+        x = _scaled(self.embedding(input_ids), config.embedding_multiplier)
+        ropes: dict[Rotary, Rope] = {}
         if self.position_embedding is not None:
-            if self.position_embedding.num_embeddings < T:
+            if self.position_embedding.num_embeddings < length:
                 raise ConfigError(
-                    f"seq_length={self.position_embedding.num_embeddings}: the model has no position for {T} tokens"
+                    f"seq_length={self.position_embedding.num_embeddings}: the model has no position for {length} "
+                    "tokens"
                 )
             x = x + self.position_embedding(positions)
-        elif self.config.position_embedding_type == "rope":
-            rope = rotary_tables(positions, self.config)
-        x = F.dropout(x, self.config.hidden_dropout, self.training)
-        for layer in self.layers:
-            x = layer(x, rope, documents)
-        x = self.final_layernorm(x)
+        elif config.position_embedding_type == "rope":
+            kinds = dict.fromkeys(config.rotary(layer) for layer in range(config.num_layers))
+            ropes = {rotary: rotary.tables(positions, length) for rotary in kinds}
+        x = F.dropout(x, config.hidden_dropout, self.training)
+        for number, layer in enumerate(self.layers):
+            rope = ropes[config.rotary(number)] if ropes else None
+            x = layer(x, rope, documents, None if caches is None else caches[number], new_lengths)
+        return self.final_layernorm(x)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """What `hidden` returns, or part of it, (..., C), to logits (..., V)."""
         head = self.embedding if self.output_layer is None else self.output_layer
-        return F.linear(x, head.weight)
+        logits = F.linear(x, head.weight)
+        if self.config.logits_scaling != 1:
+            logits = logits / self.config.logits_scaling
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def aux_loss(self) -> torch.Tensor | None:
+        """What the latest forward pass in training adds to the loss so that experts share the work; None if nothing."""
+        mixtures = [module for module in self.modules() if isinstance(module, MoE)]
+        losses = [mixture.aux_loss for mixture in mixtures if mixture.aux_loss is not None]
+        return sum(losses[1:], losses[0]) if losses else None
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -81,7 +125,7 @@ class Transformer(nn.Module):
         """
         std = self.config.init_method_std
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear | GroupedLinear):
                 scaled = name.endswith(("linear_proj", "linear_fc2"))
                 nn.init.normal_(module.weight, std=std / math.sqrt(2 * self.config.num_layers) if scaled else std)
                 if module.bias is not None:
@@ -91,21 +135,40 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each normalized before and added to the stream."""
+    """Attention, then feed-forward, each added to the stream; with norms before them, after them or both."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
-        self.dropout = config.hidden_dropout
-        self.input_layernorm = _norm(config)
+        self.dropout, self.multiplier = config.hidden_dropout, config.residual_multiplier
+        before, after = config.norm_placement != "post", config.norm_placement != "pre"
+        self.input_layernorm = _norm(config) if before else None
         self.self_attention = Attention(config, layer)
-        self.pre_mlp_layernorm = _norm(config)
-        self.mlp = MLP(config)
+        self.post_attention_layernorm = _norm(config) if after else None
+        self.pre_mlp_layernorm = _norm(config) if before else None
+        self.mlp = MLP(config) if config.num_moe_experts is None else MoE(config)
+        self.post_mlp_layernorm = _norm(config) if after else None
 
-    def forward(self, x: torch.Tensor, rope: Rope | None, documents: Documents | None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: Rope | None,
+        documents: Documents | None,
+        cache: KVCache | None = None,
+        new_lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """(B, T, C) to (B, T, C)."""
-        attended = self.self_attention(self.input_layernorm(x), rope, documents)
-        x = x + F.dropout(attended, self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.pre_mlp_layernorm(x)), self.dropout, self.training)
+        normed = x if self.input_layernorm is None else self.input_layernorm(x)
+        attended = self.self_attention(normed, rope, documents, cache, new_lengths)
+        x = self._add(x, attended, self.post_attention_layernorm)
+        normed = x if self.pre_mlp_layernorm is None else self.pre_mlp_layernorm(x)
+        return self._add(x, self.mlp(normed), self.post_mlp_layernorm)
+
+    def _add(self, x: torch.Tensor, new: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
+        if norm is not None:
+            new = norm(new)
+        if self.multiplier != 1:
+            new = new * self.multiplier
+        return x + F.dropout(new, self.dropout, self.training)
 
 
 class Attention(nn.Module):
@@ -122,12 +185,31 @@ class Attention(nn.Module):
         bias = config.add_bias_linear
         self.linear_qkv = nn.Linear(config.hidden_size, (H + 2 * G) * D, bias=bias or config.add_qkv_bias)
         self.linear_proj = nn.Linear(H * D, config.hidden_size, bias=bias)
+        self.q_layernorm = self.k_layernorm = None
+        if config.qk_layernorm is not None:
+            whole = config.qk_layernorm == "projection"
+            self.q_layernorm, self.k_layernorm = (_rms_norm(config, n * D if whole else D) for n in (H, G))
+        self.sinks = nn.Parameter(torch.zeros(H)) if config.attention_sinks else None
 
-    def forward(self, x: torch.Tensor, rope: Rope | None, documents: Documents | None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: Rope | None,
+        documents: Documents | None,
+        cache: KVCache | None = None,
+        new_lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """(B, T, C) to (B, T, C)."""
         B, T, _ = x.shape
         H, G, D = self.config.num_attention_heads, self.config.groups, self.config.head_dim
         qk, v = self.linear_qkv(x).view(B, T, H + 2 * G, D).split([H + G, G], dim=2)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            q, k = qk.split([H, G], dim=2)
+            if self.config.qk_layernorm == "projection":
+                q, k = self.q_layernorm(q.flatten(2)), self.k_layernorm(k.flatten(2))
+            else:
+                q, k = self.q_layernorm(q), self.k_layernorm(k)
+            qk = torch.cat([q.view(B, T, H, D), k.view(B, T, G, D)], dim=2)
         if rope is not None:
             qk = rotate(qk, rope)
         q, k = qk.split([H, G], dim=2)
@@ -141,35 +223,44 @@ class Attention(nn.Module):
             v,
             window_size=self.window_size,
             softcap=self.config.attn_logit_softcapping or 0.0,
+            sinks=self.sinks,
             dropout=self.config.attention_dropout if self.training else 0.0,
+            scale=self.config.softmax_scale,
             cu_seqlens_q=cu_seqlens,
             max_seqlen_q=max_seqlen,
+            kv_cache=cache,
+            new_lengths=new_lengths,
             backend=self.config.attention_backend,
         )
         return self.linear_proj(out.reshape(B, T, H * D))
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020) with gate and up projection fused in `linear_fc1`, gate first; or GELU."""
+    """Feed-forward: `linear_fc1` is the gate's and the other projection in one, gate first, where there is a gate."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.gated = config.activation == "swiglu"
-        width = 2 * config.ffn_size if self.gated else config.ffn_size
+        self.activation = config.activation
+        width = 2 * config.ffn_size if config.gated else config.ffn_size
         self.linear_fc1 = nn.Linear(config.hidden_size, width, bias=config.add_bias_linear)
         self.linear_fc2 = nn.Linear(config.ffn_size, config.hidden_size, bias=config.add_bias_linear)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) to (B, T, C)."""
-        x = self.linear_fc1(x)
-        if self.gated:
-            gate, up = x.chunk(2, dim=-1)
-            return self.linear_fc2(F.silu(gate) * up)
-        return self.linear_fc2(F.gelu(x, approximate="tanh"))
+        return self.linear_fc2(activate(self.linear_fc1(x), self.activation))
 
 
-Rope = tuple[torch.Tensor, torch.Tensor]
-"""Cosine and sine of each position's angles, (T, 1, D / 2) or (B, T, 1, D / 2) each, float32."""
+class ZeroCenteredRMSNorm(nn.Module):
+    """RMSNorm that multiplies by 1 + weight, so that weight decay draws the factor to 1."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., size) to the same, in float32 inside: 1 + weight would lose what bfloat16 holds near 0."""
+        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
 
 
 class Documents(NamedTuple):
@@ -186,32 +277,20 @@ def positions_in_documents(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tenso
     return token - cu_seqlens[document]
 
 
-def rotary_tables(positions: torch.Tensor, config: TransformerConfig) -> Rope:
-    """The angles of `positions`, (T,) or (B, T) (Su et al. 2021); cheap enough to compute in every forward pass."""
-    # Computed on the device in float32: positions times frequencies need the precision.
-    D, scaling = config.head_dim, config.rope_scaling
-    channels = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)
-    frequencies = config.rotary_base ** (-channels / D)
-    if scaling is not None:
-        turns = scaling.old_context_len * frequencies / (2 * math.pi)
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = frequencies * (kept + (1 - kept) / scaling.scale_factor)
-    angles = positions.float()[..., None] * frequencies
-    return angles.cos()[..., None, :], angles.sin()[..., None, :]
-
-
-def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Turns the heads of x (B, T, heads, D): channel i pairs with i + D / 2, as in Hugging Face's checkpoints."""
-    cos, sin = rope
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+def _scaled(x: torch.Tensor, multiplier: float) -> torch.Tensor:
+    """x times the multiplier as x's dtype holds it, which is how models that have one were trained."""
+    return x if multiplier == 1 else x * torch.tensor(multiplier, dtype=x.dtype).item()
 
 
 def _norm(config: TransformerConfig) -> nn.Module:
     if config.normalization == "LayerNorm":
         return nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-    return nn.RMSNorm(config.hidden_size, eps=config.layernorm_epsilon)
+    return _rms_norm(config, config.hidden_size)
+
+
+def _rms_norm(config: TransformerConfig, size: int) -> nn.Module:
+    kind = ZeroCenteredRMSNorm if config.layernorm_zero_centered_gamma else nn.RMSNorm
+    return kind(size, eps=config.layernorm_epsilon)
 
 
 def _position_embedding(config: TransformerConfig) -> nn.Embedding | None:

@@ -1,42 +1,33 @@
-"""Checkpoints: folders that are written whole or not at all, and that loading cannot run code from.
+"""When a run is saved, and how Lightning's state becomes the folder that `checkpoint_folder` describes.
 
-A checkpoint is `checkpoints/step-00000100/` with
-
-- `model.safetensors`: the parameters, by name
-- `optimizer.safetensors`: the optimizer's tensors
-- `state.json`: everything that is not a tensor, each file's size and CRC-32, and its own
-
-It is written under another name, synced to disk and renamed. What is resumed from it is exact, because all the rest of
-a run's state follows from the step: the sampler, the schedule and dropout are functions of it.
+What is resumed from it is exact, because all the rest of a run's state follows from the step: the sampler, the schedule
+and dropout are functions of it.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import time
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fiddlehead.errors import ConfigError, RunError
+from fiddlehead.errors import ConfigError
+from fiddlehead.training.checkpoint_folder import (
+    TEMPORARY,
+    DamagedCheckpointError,
+    newest_first,
+    step_folder,
+    verify,
+    write_folder,
+    write_state,
+)
 from fiddlehead.training.console import say
 
-FORMAT_VERSION = 1
-_STEP, _TEMPORARY = "step-", ".writing-"
 _TENSOR, _PAIRS = "__tensor__", "__pairs__"
-
-
-class DamagedCheckpointError(RunError):
-    """A checkpoint's files are not what was written."""
 
 
 class Checkpoint(Callback):
@@ -67,7 +58,7 @@ class Checkpoint(Callback):
         """Clears what a killed attempt left half-written, and recalls which checkpoint is the best."""
         if trainer.is_global_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
-            for leftover in self.directory.glob(f"{_TEMPORARY}*"):
+            for leftover in self.directory.glob(f"{TEMPORARY}*"):
                 shutil.rmtree(leftover)
         self.best_loss = self._recall_best_loss()  # on every rank: all must agree on what to save
 
@@ -161,7 +152,7 @@ class Checkpoint(Callback):
         for path in written:
             if path.name not in kept:
                 # Renamed first: a checkpoint that is half deleted must not look like a damaged one.
-                doomed = path.rename(path.with_name(f"{_TEMPORARY}deleted-{path.name}"))
+                doomed = path.rename(path.with_name(f"{TEMPORARY}deleted-{path.name}"))
                 shutil.rmtree(doomed)
 
 
@@ -171,35 +162,15 @@ class SafetensorsIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Writes the folder `path`; on any error, a full disk for one, it leaves nothing there."""
         path = Path(path)
-        temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            # The loops' counters and callbacks are left out: `restore_progress` derives them from the step.
-            optimizer_tensors: dict[str, torch.Tensor] = {}
-            kept = ("optimizer_states", "lr_schedulers", "config", "val_loss", "MixedPrecision")
-            state = {key: _encode(checkpoint[key], key, optimizer_tensors) for key in kept if key in checkpoint}
-            model_tensors = {name: tensor.contiguous() for name, tensor in checkpoint["state_dict"].items()}
-            save_file(model_tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-            save_file(optimizer_tensors, temporary / "optimizer.safetensors")
-            files = {file.name: {"bytes": file.stat().st_size, "crc32": _crc32(file)} for file in temporary.iterdir()}
-            state |= {"format_version": FORMAT_VERSION, "step": checkpoint["global_step"], "saved": time.time()}
-            state["files"] = files
-            (temporary / "state.json").write_text(json.dumps(state | {"crc32": _state_crc32(state)}, indent=1) + "\n")
-            for file in (*temporary.iterdir(), temporary):
-                _sync(file)
-            replaced = path.with_name(f"{_TEMPORARY}replaced-{path.name}")
-            if path.exists():  # an earlier attempt wrote this step, and it was damaged since
-                path.rename(replaced)
-            temporary.rename(path)
-            _sync(path.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointNotWrittenError(f"{path}: {error.strerror or error}") from error
-        except SafetensorError as error:  # how safetensors reports a full disk
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointNotWrittenError(f"{path}: {error}") from error
+        # The loops' counters and callbacks are left out: `restore_progress` derives them from the step.
+        optimizer_tensors: dict[str, torch.Tensor] = {}
+        kept = ("optimizer_states", "lr_schedulers", "config", "val_loss", "MixedPrecision")
+        state = {key: _encode(checkpoint[key], key, optimizer_tensors) for key in kept if key in checkpoint}
+        model_tensors = {name: tensor.contiguous() for name, tensor in checkpoint["state_dict"].items()}
+        with write_folder(path) as folder:
+            save_file(model_tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            save_file(optimizer_tensors, folder / "optimizer.safetensors")
+            write_state(folder, state | {"step": checkpoint["global_step"]})
 
     def load_checkpoint(
         self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
@@ -221,10 +192,6 @@ class SafetensorsIO(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Deletes the folder `path`."""
         shutil.rmtree(path)
-
-
-class CheckpointNotWrittenError(RunError):
-    """The disk did not take a checkpoint."""
 
 
 def restore_progress(trainer: Trainer, step: int) -> None:
@@ -254,71 +221,6 @@ def validates_now(trainer: Trainer) -> bool:
     return bool(trainer.num_val_batches) and (due or trainer.should_stop)
 
 
-def step_folder(step: int) -> str:
-    """The name of a step's checkpoint."""
-    return f"{_STEP}{step:08d}"
-
-
-def newest_first(directory: Path) -> list[Path]:
-    """The checkpoints in `directory`, the highest step first."""
-    return sorted(directory.glob(f"{_STEP}*"), reverse=True)
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint's `state.json`.
-
-    Raises:
-        DamagedCheckpointError: it is missing, is not what was written, or belongs to a newer format.
-    """
-    try:
-        state = json.loads((path / "state.json").read_text())
-        version, written = int(state["format_version"]), state.pop("crc32", None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpointError(f"{path}/state.json cannot be read: {error!r}") from error
-    if version > FORMAT_VERSION:
-        raise DamagedCheckpointError(f"{path} has format {version}, newer than this version's {FORMAT_VERSION}")
-    if written != _state_crc32(state):
-        raise DamagedCheckpointError(f"{path}/state.json is not what was written: its CRC-32 differs")
-    return state
-
-
-def verify(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint's `state.json`, after comparing every file with what was written.
-
-    Raises:
-        DamagedCheckpointError: a file is missing, cut short or changed.
-    """
-    state = read_state(path)
-    for name, written in state["files"].items():
-        file = path / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != written["bytes"]:
-            raise DamagedCheckpointError(f"{file} has {size} of {written['bytes']} bytes")
-        if _crc32(file) != written["crc32"]:
-            raise DamagedCheckpointError(f"{file} is not what was written: its CRC-32 differs")
-    return state
-
-
-def newest_good(directory: Path) -> Path | None:
-    """The newest checkpoint in `directory` whose files are whole; says loudly which ones it passes over."""
-    for path in newest_first(directory):
-        try:
-            verify(path)
-        except DamagedCheckpointError as error:
-            say(f"WARNING: passing over a damaged checkpoint: {error}")
-        else:
-            return path
-    return None
-
-
-def load_transformer_state(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A checkpoint's model configuration (fields of TransformerConfig) and the Transformer's parameters by name."""
-    state = verify(path)
-    prefix = "transformer."
-    tensors = load_file(path / "model.safetensors")
-    return state["config"], {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-
-
 def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     """The JSON form of `value`; its tensors go into `tensors` under the path that leads to them."""
     if isinstance(value, torch.Tensor):
@@ -342,29 +244,3 @@ def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, list):
         return [_decode(item, tensors) for item in value]
     return value
-
-
-def _chunks(file: Path) -> Iterator[bytes]:
-    with file.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            yield chunk
-
-
-def _state_crc32(state: dict[str, Any]) -> int:
-    """Of the values, so that a reader need not know how they were laid out."""
-    return zlib.crc32(json.dumps(state).encode())
-
-
-def _crc32(file: Path) -> int:
-    checksum = 0
-    for chunk in _chunks(file):
-        checksum = zlib.crc32(chunk, checksum)
-    return checksum
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

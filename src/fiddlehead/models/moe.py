@@ -1,0 +1,95 @@
+"""Mixtures of experts: each token goes through a few of many feed-forward layers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fiddlehead.models.config import TransformerConfig
+
+
+class MoE(nn.Module):
+    """Chooses `moe_router_topk` of `num_moe_experts` feed-forward layers for each token, and adds what they compute.
+
+    The tokens are sorted by expert, so that one grouped matrix product does the work of all experts; every token is
+    served, and nothing waits for the device. E experts, C channels, F the width of an expert.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        E, C, width = config.num_moe_experts or 0, config.hidden_size, config.expert_size
+        self.router = nn.Linear(C, E, bias=config.add_bias_linear)
+        self.experts = Experts(E, C, width, gated=config.gated, bias=config.add_bias_linear)
+        self.aux_loss: torch.Tensor | None = None
+        """Of the latest forward pass in training, already weighed; None without a weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, C) to (B, T, C)."""
+        tokens = x.flatten(0, -2)
+        scores = self.router(tokens).float()
+        k, E = self.config.moe_router_topk, scores.shape[-1]
+        top, chosen = scores.topk(k, dim=-1)
+        if self.config.moe_router_pre_softmax:
+            weights = scores.softmax(dim=-1).gather(-1, chosen)
+        else:
+            weights = top.softmax(dim=-1)
+        expert, order = chosen.flatten().sort(stable=True)
+        counts = torch.zeros(E, dtype=torch.int32, device=x.device)
+        counts = counts.scatter_add(0, expert, torch.ones_like(expert, dtype=torch.int32))
+        if self.training and self.config.moe_aux_loss_coeff:
+            # Switch Transformer's: least where tokens, and the router's probability, are spread evenly.
+            fraction, probability = counts / expert.numel(), scores.softmax(dim=-1).mean(dim=0)
+            self.aux_loss = self.config.moe_aux_loss_coeff * E * (fraction * probability).sum()
+        h = self.experts.linear_fc1(tokens[order // k], expert, counts)
+        h = self.experts.linear_fc2(activate(h, self.config.activation), expert, counts)
+        out = torch.empty_like(h).index_copy(0, order, h)  # back in the tokens' order: a sum that is always the same
+        return (out.view(-1, k, out.shape[-1]) * weights[..., None]).sum(dim=1).to(x.dtype).view_as(x)
+
+
+class Experts(nn.Module):
+    """The two layers of all experts."""
+
+    def __init__(self, E: int, C: int, width: int, *, gated: bool, bias: bool) -> None:
+        super().__init__()
+        self.linear_fc1 = GroupedLinear(E, C, 2 * width if gated else width, bias)
+        self.linear_fc2 = GroupedLinear(E, width, C, bias)
+
+
+class GroupedLinear(nn.Module):
+    """E linear layers, each for the rows that belong to it: weight (E, out, in), bias (E, out)."""
+
+    def __init__(self, E: int, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(E, outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(E, outputs)) if bias else None
+
+    def forward(self, x: torch.Tensor, expert: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """(rows, in) to (rows, out).
+
+        Args:
+            x: rows in the order of their experts.
+            expert: that of each row, (rows,).
+            counts: how many rows each expert has, (E,) int32.
+        """
+        weight = self.weight
+        if torch.is_autocast_enabled(x.device.type):  # which does not know the grouped product
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        ends = counts.cumsum(0, dtype=torch.int32)
+        x = F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+        return x if self.bias is None else x + self.bias[expert].to(x.dtype)
+
+
+def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """(…, 2F), gate first, to (…, F); plain GELU has no gate, and keeps the width."""
+    if activation == "gelu":
+        return F.gelu(x, approximate="tanh")
+    gate, up = x.chunk(2, dim=-1)
+    if activation == "swiglu":
+        return F.silu(gate) * up
+    if activation == "geglu":
+        return F.gelu(gate, approximate="tanh") * up
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)

@@ -1,0 +1,207 @@
+"""Rotary positions (Su et al. 2021), and the ways to stretch them to longer sequences than a model first learned."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fiddlehead.errors import ConfigError
+
+Rope = tuple[torch.Tensor, torch.Tensor]
+"""Cosine and sine of each position's angles, (T, 1, R / 2) or (B, T, 1, R / 2) each, float32; R channels turn."""
+
+
+class Scaling(ABC):
+    """A change of the angles by which channels turn from one position to the next."""
+
+    @abstractmethod
+    def frequencies(self, frequencies: torch.Tensor, base: float, length: int) -> torch.Tensor:
+        """The angles, (R / 2,) float32, instead of `frequencies` for sequences of up to `length` tokens."""
+
+    @property
+    def attention_factor(self) -> float:
+        """What rotated queries and keys are multiplied with."""
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling(Scaling):
+    """Slower rotary positions for longer sequences than a model first learned, as in Llama 3.1; NeMo's names.
+
+    A channel pair that turns at least `high_freq_factor` times within `old_context_len` positions stays as it is, one
+    that turns at most `low_freq_factor` times is slowed down by `scale_factor`, and between them it is interpolated.
+    """
+
+    scale_factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    old_context_len: int = 8192
+
+    def __post_init__(self) -> None:
+        _refuse_unless_positive(self)
+        if self.low_freq_factor >= self.high_freq_factor:
+            high = self.high_freq_factor
+            raise ConfigError(f"low_freq_factor={self.low_freq_factor!r}: must be below high_freq_factor={high!r}")
+
+    def frequencies(self, frequencies: torch.Tensor, base: float, length: int) -> torch.Tensor:
+        """As `Scaling.frequencies`."""
+        turns = self.old_context_len * frequencies / (2 * math.pi)
+        kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / self.scale_factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRopeScaling(Scaling):
+    """All positions closer together by `scale_factor` (Chen et al. 2023), as in Gemma 3's layers without a window."""
+
+    scale_factor: float = 8.0
+
+    def __post_init__(self) -> None:
+        _refuse_unless_positive(self)
+
+    def frequencies(self, frequencies: torch.Tensor, base: float, length: int) -> torch.Tensor:
+        """As `Scaling.frequencies`."""
+        return frequencies / self.scale_factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnRopeScaling(Scaling):
+    """YaRN (Peng et al. 2023), as in gpt-oss and Qwen's long contexts.
+
+    Channel pairs that turn more than `beta_fast` times within `old_context_len` stay, those that turn less than
+    `beta_slow` times are slowed down by `scale_factor`, and between them it changes linearly with the channel, of
+    whole channels if `truncate`. Scores grow by the square of `mscale`; None is 0.1 ln(scale_factor) + 1.
+    """
+
+    scale_factor: float
+    old_context_len: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        _refuse_unless_positive(self)
+
+    def frequencies(self, frequencies: torch.Tensor, base: float, length: int) -> torch.Tensor:
+        """As `Scaling.frequencies`."""
+        pairs = frequencies.shape[-1]
+        low, high = (
+            pairs * math.log(self.old_context_len / (turns * 2 * math.pi)) / math.log(base)
+            for turns in (self.beta_fast, self.beta_slow)
+        )
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * pairs - 1)
+        channel = torch.arange(pairs, dtype=torch.float32, device=frequencies.device)
+        slowed = ((channel - low) / max(high - low, 0.001)).clamp(0, 1)
+        return frequencies * (1 - slowed) + frequencies / self.scale_factor * slowed
+
+    @property
+    def attention_factor(self) -> float:
+        """As `Scaling.attention_factor`."""
+        if self.mscale is not None:
+            return self.mscale
+        return 0.1 * math.log(self.scale_factor) + 1.0 if self.scale_factor > 1 else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongRopeScaling(Scaling):
+    """LongRoPE (Ding et al. 2024), as in Phi-3's 128k models: a factor for each channel pair, found by search.
+
+    `short_factor` serves sequences of up to `old_context_len` tokens, `long_factor` longer ones. Scores grow by the
+    square of `mscale`; None is sqrt(1 + ln(scale_factor) / ln(old_context_len)).
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    scale_factor: float
+    """How many times `old_context_len` the longest sequence is."""
+    old_context_len: int
+    mscale: float | None = None
+
+    def __post_init__(self) -> None:
+        _refuse_unless_positive(self)
+        if len(self.short_factor) != len(self.long_factor):
+            raise ConfigError(
+                f"short_factor has {len(self.short_factor)} numbers and long_factor {len(self.long_factor)}: "
+                "each needs one for every two channels that turn"
+            )
+
+    def frequencies(self, frequencies: torch.Tensor, base: float, length: int) -> torch.Tensor:
+        """As `Scaling.frequencies`."""
+        factors = self.long_factor if length > self.old_context_len else self.short_factor
+        return frequencies / torch.tensor(factors, dtype=torch.float32, device=frequencies.device)
+
+    @property
+    def attention_factor(self) -> float:
+        """As `Scaling.attention_factor`."""
+        if self.mscale is not None:
+            return self.mscale
+        if self.scale_factor <= 1:
+            return 1.0
+        return math.sqrt(1 + math.log(self.scale_factor) / math.log(self.old_context_len))
+
+
+SCALINGS = (RopeScaling, LinearRopeScaling, YarnRopeScaling, LongRopeScaling)
+
+
+def scaling_from_dict(values: dict[str, Any]) -> Scaling:
+    """The scaling of which `values` is the `asdict`; their fields tell the kinds apart."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    for kind in SCALINGS:
+        if set(values) == set(kind.__dataclass_fields__):
+            return kind(**values)
+    raise ConfigError(f"rope_scaling has the fields {', '.join(values)}, which are those of no kind of it")
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How the queries and keys of a layer turn with their position."""
+
+    channels: int
+    """How many of a head's channels turn, from the first on: R, an even number."""
+    base: float
+    scaling: Scaling | None = None
+
+    def tables(self, positions: torch.Tensor, length: int) -> Rope:
+        """The angles of `positions`, (T,) or (B, T), in sequences of up to `length` tokens.
+
+        It is cheap enough to do in every forward pass.
+        """
+        # Computed on the device in float32: positions times frequencies need the precision.
+        channel = torch.arange(0, self.channels, 2, device=positions.device, dtype=torch.float32)
+        frequencies = self.base ** (-channel / self.channels)
+        factor = 1.0
+        if self.scaling is not None:
+            frequencies = self.scaling.frequencies(frequencies, self.base, length)
+            factor = self.scaling.attention_factor
+        angles = positions.float()[..., None] * frequencies
+        cos, sin = angles.cos()[..., None, :], angles.sin()[..., None, :]
+        return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
+
+
+def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """Turns the heads of x (B, T, heads, D): channel i pairs with i + R / 2, as in Hugging Face's checkpoints."""
+    cos, sin = rope
+    R = 2 * cos.shape[-1]
+    x1, x2 = x[..., :R].float().chunk(2, dim=-1)
+    turned = [x1 * cos - x2 * sin, x2 * cos + x1 * sin]
+    return torch.cat(turned if x.shape[-1] == R else [*turned, x[..., R:].float()], dim=-1).to(x.dtype)
+
+
+def _refuse_unless_positive(scaling: Scaling) -> None:
+    problems = []
+    for name, value in vars(scaling).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, bool) or number is None:
+                continue
+            if not isinstance(number, int | float) or not number > 0:
+                problems.append(f"{name}={value!r}: must be a number above 0")
+                break
+    if problems:
+        raise ConfigError(*problems)

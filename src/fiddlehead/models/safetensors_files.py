@@ -1,0 +1,161 @@
+"""Safetensors files larger than memory: read and written a tensor, or a piece of one, at a time.
+
+The format is eight bytes that hold the header's length, a JSON header, and the tensors' bytes one after another. The
+`safetensors` package reads it too, but writes only what is in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from fiddlehead.errors import ConfigError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_PIECE = 1 << 23
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file."""
+
+    file: Path
+    dtype: str
+    """As the format writes it: a key of `DTYPES`."""
+    shape: tuple[int, ...]
+    start: int
+    """Where its bytes begin in the file."""
+    nbytes: int
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Its bytes, a few MB at a time; each piece holds until the next."""
+        buffer = memoryview(bytearray(min(_PIECE, self.nbytes)))
+        left = self.nbytes
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            while left:
+                read = file.readinto(buffer[:left])
+                if not read:
+                    raise ConfigError(f"{self.file}: is cut short")
+                left -= read
+                yield buffer[:read]
+
+    def load(self) -> torch.Tensor:
+        """The tensor, in memory of its own."""
+        data = bytearray(self.nbytes)
+        at = 0
+        for piece in self.pieces():
+            data[at : at + len(piece)] = piece
+            at += len(piece)
+        if not data:
+            return torch.empty(self.shape, dtype=DTYPES[self.dtype])
+        return torch.frombuffer(data, dtype=DTYPES[self.dtype]).view(self.shape)
+
+
+@dataclass(frozen=True)
+class ToWrite:
+    """A tensor that is to be written."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[memoryview]]
+    """Its bytes, made when it is its turn."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it will take."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * DTYPES[self.dtype].itemsize
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor in main memory, not copied if it is contiguous."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """The tensors in a safetensors file by name.
+
+    Raises:
+        ConfigError: it is no such file, or not whole.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > size - 8:
+                raise ValueError("its header is cut short")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        tensors = {name: _stored(file, entry, 8 + length) for name, entry in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{file}: is no safetensors file: {error}") from error
+    end = max((tensor.start + tensor.nbytes for tensor in tensors.values()), default=8 + length)
+    if end != size:
+        raise ConfigError(f"{file}: has {size} bytes, and its header says {end}")
+    return tensors
+
+
+def _stored(file: Path, entry: dict[str, Any], data: int) -> Stored:
+    begin, end = entry["data_offsets"]
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"dtype {entry['dtype']} is not read here")
+    stored = Stored(file, entry["dtype"], tuple(entry["shape"]), data + begin, end - begin)
+    if ToWrite(stored.dtype, stored.shape, lambda: ()).nbytes != stored.nbytes or begin < 0:
+        raise ValueError(f"a tensor of shape {list(stored.shape)} has {stored.nbytes} bytes")
+    return stored
+
+
+def write_file(
+    file: Path, tensors: dict[str, ToWrite], advance: Callable[[int], Any], metadata: dict[str, str] | None = None
+) -> int:
+    """Writes a safetensors file, and returns the CRC-32 of its bytes.
+
+    Args:
+        advance: is told how many more bytes are written, now and then.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
+    at = 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors are read faster from aligned addresses
+    with file.open("wb", buffering=0) as stream:
+        checksum = _write(stream, len(text).to_bytes(8, "little") + text, 0)
+        for name, tensor in tensors.items():
+            written = 0
+            for piece in tensor.pieces():
+                checksum = _write(stream, piece, checksum)
+                written += len(piece)
+                advance(len(piece))
+            assert written == tensor.nbytes, f"{name}: {written} bytes, not {tensor.nbytes}"
+    return checksum
+
+
+def _write(stream: BinaryIO, data: bytes | memoryview, checksum: int) -> int:
+    left = memoryview(data)
+    while left:
+        left = left[stream.write(left) :]
+    return zlib.crc32(data, checksum)

@@ -1,0 +1,179 @@
+"""A checkpoint as a folder: written whole or not at all, and checked when it is read.
+
+`checkpoints/step-00000100/` has
+
+- `model.safetensors`: the parameters, by name
+- `optimizer.safetensors`: the optimizer's tensors; only where a run is to go on from it
+- `state.json`: everything that is not a tensor, each file's size and CRC-32, and its own
+
+Loading it cannot run code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from fiddlehead.errors import RunError
+from fiddlehead.training.console import say
+
+FORMAT_VERSION = 1
+STEP, TEMPORARY = "step-", ".writing-"
+
+
+class DamagedCheckpointError(RunError):
+    """A checkpoint's files are not what was written."""
+
+
+class CheckpointNotWrittenError(RunError):
+    """The disk did not take a checkpoint."""
+
+
+@contextmanager
+def write_folder(path: Path) -> Iterator[Path]:
+    """A folder to write files into that becomes `path` at the end; on any error, a full disk for one, it is gone.
+
+    Raises:
+        CheckpointNotWrittenError: the disk did not take it.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in (*(file for file in temporary.rglob("*")), temporary):
+            _sync(file)
+        replaced = path.with_name(f"{TEMPORARY}replaced-{path.name}")
+        if path.exists():  # an earlier attempt wrote this step, and it was damaged since
+            path.rename(replaced)
+        temporary.rename(path)
+        _sync(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointNotWrittenError(f"{path}: {error.strerror or error}") from error
+    except SafetensorError as error:  # how safetensors reports a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointNotWrittenError(f"{path}: {error}") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_state(folder: Path, state: dict[str, Any], checksums: Mapping[str, int] | None = None) -> None:
+    """Writes `state.json`, which vouches for the other files of `folder`.
+
+    Args:
+        state: what is not a tensor; `config` and `step` among it.
+        checksums: the CRC-32 of files by name where it is known already.
+    """
+    known = checksums or {}
+    state = state | {"format_version": FORMAT_VERSION, "saved": time.time()}
+    state["files"] = {
+        file.name: {"bytes": file.stat().st_size, "crc32": known.get(file.name) or _crc32(file)}
+        for file in sorted(folder.iterdir())
+        if file.is_file()
+    }
+    (folder / "state.json").write_text(json.dumps(state | {"crc32": _state_crc32(state)}, indent=1) + "\n")
+
+
+def step_folder(step: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"{STEP}{step:08d}"
+
+
+def newest_first(directory: Path) -> list[Path]:
+    """The checkpoints in `directory`, the highest step first."""
+    return sorted(directory.glob(f"{STEP}*"), reverse=True)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint's `state.json`.
+
+    Raises:
+        DamagedCheckpointError: it is missing, is not what was written, or belongs to a newer format.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text())
+        version, written = int(state["format_version"]), state.pop("crc32", None)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(f"{path}/state.json cannot be read: {error!r}") from error
+    if version > FORMAT_VERSION:
+        raise DamagedCheckpointError(f"{path} has format {version}, newer than this version's {FORMAT_VERSION}")
+    if written != _state_crc32(state):
+        raise DamagedCheckpointError(f"{path}/state.json is not what was written: its CRC-32 differs")
+    return state
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint's `state.json`, after comparing every file with what was written.
+
+    Raises:
+        DamagedCheckpointError: a file is missing, cut short or changed.
+    """
+    state = read_state(path)
+    for name, written in state["files"].items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != written["bytes"]:
+            raise DamagedCheckpointError(f"{file} has {size} of {written['bytes']} bytes")
+        if _crc32(file) != written["crc32"]:
+            raise DamagedCheckpointError(f"{file} is not what was written: its CRC-32 differs")
+    return state
+
+
+def newest_good(directory: Path) -> Path | None:
+    """The newest checkpoint in `directory` whose files are whole; says loudly which ones it passes over."""
+    for path in newest_first(directory):
+        try:
+            verify(path)
+        except DamagedCheckpointError as error:
+            say(f"WARNING: passing over a damaged checkpoint: {error}")
+        else:
+            return path
+    return None
+
+
+def load_transformer_state(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A checkpoint's model configuration (fields of TransformerConfig) and the Transformer's parameters by name."""
+    state = verify(path)
+    prefix = "transformer."
+    tensors = load_file(path / "model.safetensors")
+    return state["config"], {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def _chunks(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            yield chunk
+
+
+def _state_crc32(state: dict[str, Any]) -> int:
+    """Of the values, so that a reader need not know how they were laid out."""
+    return zlib.crc32(json.dumps(state).encode())
+
+
+def _crc32(file: Path) -> int:
+    checksum = 0
+    for chunk in _chunks(file):
+        checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
