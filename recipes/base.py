@@ -64,3 +64,18 @@ def pretrain(
         log=fdl.Config(Log),
         checkpoint=fdl.Config(Checkpoint),
     )
+
+
+def uptrain(recipe: Recipe, init_from: str, fraction: float = 0.05) -> Recipe:
+    """The recipe of a pretraining run, to go on from weights whose key/value heads were pooled into fewer.
+
+    As much as `fraction` of its steps (Ainslie et al. 2023), with a tenth of them as warm-up, at a quarter of its rate:
+    the full one would undo more of what was learned than so few steps can make up for.
+    """
+    recipe.optim.lr /= 4
+    recipe.model.config = None  # its shape is that of the weights
+    recipe.model.init_from = init_from
+    recipe.trainer.max_steps = max(1, round(fraction * recipe.trainer.max_steps))
+    recipe.optim.lr_scheduler.warmup_steps = recipe.trainer.max_steps // 10
+    recipe.trainer.val_check_interval = recipe.checkpoint.every_n_steps = recipe.trainer.max_steps
+    return recipe

@@ -132,15 +132,15 @@ def gemma3_1b() -> Recipe:
 
 
 def gemma3_4b() -> Recipe:
-    """Gemma 3 4B without its eyes, pretraining on 8 GPUs."""
+    """Gemma 3 4B text model, pretraining on 8 GPUs."""
     return pretrain(GEMMA3_4B, seq_length=8192)
 
 
 def gemma3_12b() -> Recipe:
-    """Gemma 3 12B without its eyes, pretraining on 2 nodes of 8 GPUs."""
+    """Gemma 3 12B text model, pretraining on 2 nodes of 8 GPUs."""
     return pretrain(GEMMA3_12B, seq_length=8192, num_nodes=2)
 
 
 def gemma3_27b() -> Recipe:
-    """Gemma 3 27B without its eyes, pretraining on 4 nodes of 8 GPUs."""
+    """Gemma 3 27B text model, pretraining on 4 nodes of 8 GPUs."""
     return pretrain(GEMMA3_27B, seq_length=8192, num_nodes=4)

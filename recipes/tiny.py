@@ -7,7 +7,7 @@ import fiddle as fdl
 from fiddlehead.data import BPETokenizer, ByteTokenizer
 from fiddlehead.models import TransformerConfig
 from fiddlehead.recipe import Recipe
-from fiddlehead.recipes.base import pretrain
+from fiddlehead.recipes.base import pretrain, uptrain
 from fiddlehead.training import WarmupStableDecay
 
 
@@ -44,6 +44,18 @@ def tiny_mqa() -> Recipe:
     recipe = tiny()
     recipe.model.config.num_query_groups = 1
     return recipe
+
+
+def tiny_mha() -> Recipe:
+    """The demo with as many key/value heads as query heads (multi-head attention)."""
+    recipe = tiny()
+    recipe.model.config.num_query_groups = None
+    return recipe
+
+
+def tiny_uptrain() -> Recipe:
+    """A converted demo goes on for 5 % of its steps; model.init_from says where it is."""
+    return uptrain(tiny(), "converted")
 
 
 def tiny_test() -> Recipe:

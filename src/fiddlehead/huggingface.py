@@ -13,21 +13,21 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fiddlehead.data.progress import ByteProgress
 from fiddlehead.data.tokenizers import TokenizerFile
-from fiddlehead.errors import ConfigError, nearest
+from fiddlehead.errors import ConfigError
 from fiddlehead.models import TransformerConfig
 from fiddlehead.models.families import FAMILIES, Family, family_for, family_of, same_model
-from fiddlehead.models.safetensors_files import DTYPES, Stored, ToWrite, bytes_of, read_header, write_file
+from fiddlehead.models.huggingface import HuggingFaceCheckpoint
+from fiddlehead.models.lora import save_peft, to_peft
+from fiddlehead.models.safetensors_files import DTYPES, ToWrite, bytes_of, write_file
 from fiddlehead.models.tensor_map import Mapped, tensor_map
-from fiddlehead.runs import RunDirectory
-from fiddlehead.training.checkpoint_folder import newest_good, read_state, write_folder, write_state
+from fiddlehead.training.checkpoint_folder import write_folder, write_state
+from fiddlehead.training.weights import PREFIX, CheckpointWeights, find_weights, open_weights
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -35,51 +35,6 @@ TOKENIZER_FILES = (
 )
 OTHER_FILES = ("config.json", "generation_config.json")
 SHARD_BYTES = 5 * 10**9
-_PREFIX = "transformer."  # of the parameters in a checkpoint
-
-
-@dataclass(frozen=True)
-class HuggingFaceCheckpoint:
-    """A folder as `save_pretrained` of transformers writes it, checked against what its `config.json` says."""
-
-    directory: Path
-    family: Family
-    config: TransformerConfig
-    tensors: dict[str, Stored]
-    """By the names that the family's modules have."""
-    mapped: list[Mapped]
-
-    @classmethod
-    def open(cls, directory: Path) -> HuggingFaceCheckpoint:
-        """Reads the settings and the headers of the tensor files.
-
-        Raises:
-            ConfigError: something is not there or not what it says; it lists everything.
-        """
-        try:
-            settings = json.loads((directory / "config.json").read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{directory}/config.json cannot be read: {error}") from error
-        family = family_of(settings, f"{directory}/config.json")
-        try:
-            config = family.config(settings)
-        except ConfigError as error:
-            raise ConfigError(*(f"{directory}/config.json: {problem}" for problem in error.problems)) from error
-        mapped = tensor_map(family, config)
-        tensors = _with_prefix(_headers(directory), family)
-        problems = _problems(tensors, mapped, family, config)
-        if problems:
-            raise ConfigError(f"{directory}: the tensors are not those of config.json:", *problems)
-        return cls(directory, family, config, tensors, mapped)
-
-    def load(self, mapped: Mapped) -> torch.Tensor:
-        """One of our parameters."""
-        return mapped.to_ours([self.tensors[name].load() for name, _ in mapped.theirs])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all parameters."""
-        return sum(self.tensors[name].nbytes for mapped in self.mapped for name, _ in mapped.theirs)
 
 
 def import_checkpoint(source: str, out: Path, *, progress: bool = True) -> HuggingFaceCheckpoint:
@@ -91,7 +46,7 @@ def import_checkpoint(source: str, out: Path, *, progress: bool = True) -> Huggi
     if out.exists():
         raise ConfigError(f"out={str(out)!r}: is there already")
     checkpoint = HuggingFaceCheckpoint.open(find_checkpoint(source, progress=progress))
-    tensors = {_PREFIX + mapped.name: _ours(checkpoint, mapped) for mapped in checkpoint.mapped}
+    tensors = {PREFIX + mapped.name: _ours(checkpoint, mapped) for mapped in checkpoint.mapped.values()}
     with ByteProgress(f"import {source}", checkpoint.nbytes, progress) as bar, write_folder(out) as folder:
         checksum = write_file(folder / "model.safetensors", tensors, bar.advance)
         (folder / "huggingface").mkdir()
@@ -104,7 +59,7 @@ def import_checkpoint(source: str, out: Path, *, progress: bool = True) -> Huggi
 
 
 def export_checkpoint(
-    source: Path,
+    source: str | Path,
     out: Path,
     *,
     family: str | None = None,
@@ -124,49 +79,58 @@ def export_checkpoint(
     """
     if out.exists():
         raise ConfigError(f"out={str(out)!r}: is there already")
-    path, home = locate(source)
-    config = TransformerConfig.from_dict(read_state(path)["config"])
-    original = _original_settings(home)
-    chosen = _family(family, config, original)
-    settings = chosen.config_json(config) | _token_ids(home)
+    path = find_weights(source)
+    weights = open_weights(path)
+    if not isinstance(weights, CheckpointWeights):
+        raise ConfigError(f"{source}: is a Hugging Face checkpoint already")
+    folders = _folders(weights)
+    original = next((settings for folder in folders if (settings := _settings(folder))), None)
+    chosen = _family(family, weights.config, original)
+    settings = chosen.config_json(weights.config) | _token_ids(folders)
     if original is not None and original.get("model_type") == chosen.model_type:
-        settings = original | ({} if same_model(chosen.config(original), config) else settings)
-    stored = {name.removeprefix(_PREFIX): tensor for name, tensor in read_header(path / "model.safetensors").items()}
+        settings = original | ({} if same_model(chosen.config(original), weights.config) else settings)
+    mapped = tensor_map(chosen, weights.config)
     cast = None if dtype is None else _dtype(dtype)
-    first = cast or next(iter(stored.values())).dtype
-    if settings.get("dtype", settings.get("torch_dtype")) != _dtype_name(first):
-        settings = {name: value for name, value in settings.items() if name != "torch_dtype"}
-        settings["dtype"] = _dtype_name(first)
-    tensors = {
-        name: tensor
-        for mapped in tensor_map(chosen, config)
-        for name, tensor in _theirs(stored[mapped.name], mapped, cast).items()
-    }
+    settings["dtype"] = _dtype_name(cast or weights.dtype(mapped[0].name))
+    settings.pop("torch_dtype", None)  # as it was called before
+    tensors = {name: tensor for each in mapped for name, tensor in _theirs(weights, each, cast).items()}
     total = sum(tensor.nbytes for tensor in tensors.values())
     with ByteProgress(f"export {source}", total, progress) as bar, write_folder(out) as folder:
         _write_shards(folder, tensors, shard_bytes, bar.advance)
         for name in TOKENIZER_FILES + OTHER_FILES[1:]:
-            for file in (home / name, home / "huggingface" / name):
-                if file.is_file():
-                    shutil.copyfile(file, folder / name)
+            found = (file for each in folders for file in (each / name, each / "huggingface" / name) if file.is_file())
+            if file := next(found, None):
+                shutil.copyfile(file, folder / name)
         _complete_tokenizer(folder)
         (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     return chosen
 
 
-def locate(source: Path) -> tuple[Path, Path]:
-    """The checkpoint that a path stands for, and the folder that has its tokenizer.
+def export_adapters(source: str | Path, out: Path) -> str:
+    """Writes the adapters of a run or a checkpoint as PEFT loads them, and returns what they belong to.
 
     Raises:
-        ConfigError: there is no whole checkpoint.
+        ConfigError: it has none, or `out` exists.
     """
-    if (source / "state.json").is_file():
-        is_step = source.resolve().parent.name == "checkpoints"
-        return source, source.resolve().parents[1] if is_step else source
-    path = newest_good(RunDirectory(source).checkpoints)
-    if path is None:
-        raise ConfigError(f"{source}: is no checkpoint, and no run that has one")
-    return path, source
+    if out.exists():
+        raise ConfigError(f"out={str(out)!r}: is there already")
+    weights = open_weights(find_weights(source))
+    if not isinstance(weights, CheckpointWeights) or weights.lora is None:
+        raise ConfigError(f"{source}: has no adapters; `fiddlehead export hf` writes the whole model")
+    original = next((settings for folder in _folders(weights) if (settings := _settings(folder))), None)
+    family = _family(None, weights.config, original)
+    parts = {
+        each.name.removesuffix(".weight"): [
+            (name.removesuffix(".weight"), shape[0] if len(each.theirs) > 1 else each.shape[0])
+            for name, shape in each.theirs
+        ]
+        for each in tensor_map(family, weights.config)
+        if each.name.startswith("layers.") and each.name.endswith(".weight") and len(each.shape) == 2
+    }
+    adapters = {name: tensor.load() for name, tensor in weights.tensors.items()}
+    with write_folder(out) as folder:
+        save_peft(folder, *to_peft(adapters, parts, weights.lora, weights.state["init_from"]))
+    return weights.state["init_from"]
 
 
 def find_checkpoint(source: str, *, progress: bool = True) -> Path:
@@ -193,73 +157,6 @@ def find_checkpoint(source: str, *, progress: bool = True) -> Path:
         raise ConfigError(f"{source!r} is no folder here, and the Hub does not give it: {error}") from error
 
 
-def _headers(directory: Path) -> dict[str, Stored]:
-    """The tensors of a folder, in one file or many."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            listed: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise ConfigError(f"{index}: cannot be read: {error!r}") from error
-        files = sorted(set(listed.values()))
-        if missing := [name for name in files if not (directory / name).is_file()]:
-            raise ConfigError(*(f"{directory}/{name}: is missing, and {index.name} names it" for name in missing))
-    else:
-        files = [file.name for file in sorted(directory.glob("*.safetensors"))]
-    if not files:
-        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
-        if pickled:
-            raise ConfigError(
-                f"{directory}: has only pickled weights ({', '.join(pickled[:3])}), and unpickling runs what they "
-                'say. If you trust them, convert them: python -c "from transformers import AutoModelForCausalLM as M; '
-                f"M.from_pretrained('{directory}').save_pretrained('CONVERTED')\""
-            )
-        raise ConfigError(f"{directory}: has no *.safetensors")
-    tensors: dict[str, Stored] = {}
-    for name in files:
-        tensors |= read_header(directory / name)
-    return tensors
-
-
-def _with_prefix(tensors: dict[str, Stored], family: Family) -> dict[str, Stored]:
-    """The tensors by the names they have in the whole model; a checkpoint of its body alone lacks the prefix."""
-    prefix = str(family.modules["embedding"]).partition(".")[0] + "."
-    if any(name.startswith(prefix) for name in tensors):
-        return tensors
-    return {name if name.startswith("lm_head.") else prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def _problems(tensors: dict[str, Stored], mapped: list[Mapped], family: Family, config: TransformerConfig) -> list[str]:
-    expected = dict(pair for each in mapped for pair in each.theirs)
-    embedding = f"{family.modules['embedding']}.weight"
-    extra = [name for name in tensors if name not in expected and not name.endswith(family.ignored or ("\0",))]
-    problems = []
-    for name, shape in expected.items():
-        if name not in tensors:
-            like = nearest(name, extra)
-            problems.append(f"{name} {list(shape)}: is missing" + (f"; the nearest there: {like}" if like else ""))
-        elif tensors[name].shape != shape:
-            problems.append(f"{name}: is {list(tensors[name].shape)}, and config.json makes it {list(shape)}")
-        elif not DTYPES[tensors[name].dtype].is_floating_point or tensors[name].dtype.startswith("F8"):
-            problems.append(f"{name}: is {tensors[name].dtype}, quantized: only F64, F32, F16 and BF16 are read")
-    for name in extra:
-        if name == "lm_head.weight" and config.share_embeddings_and_output_weights and embedding in tensors:
-            if not _same_bytes(tensors[name], tensors[embedding]):
-                problems.append(f"{name}: differs from {embedding}, and tie_word_embeddings makes them one")
-            continue
-        problems.append(f"{name} {list(tensors[name].shape)}: is not part of such a model")
-    shown = 20
-    if len(problems) > shown:
-        problems[shown:] = [f"and {len(problems) - shown} more"]
-    return problems
-
-
-def _same_bytes(one: Stored, other: Stored) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return all(a == b for a, b in zip(one.pieces(), other.pieces(), strict=True))
-
-
 def _ours(checkpoint: HuggingFaceCheckpoint, mapped: Mapped) -> ToWrite:
     parts = [checkpoint.tensors[name] for name, _ in mapped.theirs]
     dtypes = {part.dtype for part in parts}
@@ -269,7 +166,7 @@ def _ours(checkpoint: HuggingFaceCheckpoint, mapped: Mapped) -> ToWrite:
             yield from part.pieces()
 
     def changed() -> Iterable[memoryview]:
-        return [bytes_of(checkpoint.load(mapped))]
+        return [bytes_of(checkpoint.load(mapped.name))]
 
     if len(dtypes) > 1:
         names = ", ".join(name for name, _ in mapped.theirs)
@@ -277,19 +174,19 @@ def _ours(checkpoint: HuggingFaceCheckpoint, mapped: Mapped) -> ToWrite:
     return ToWrite(parts[0].dtype, mapped.shape, joined if mapped.plain else changed)
 
 
-def _theirs(stored: Stored, mapped: Mapped, cast: str | None) -> dict[str, ToWrite]:
-    dtype = cast or stored.dtype
-    if mapped.plain and dtype == stored.dtype:
+def _theirs(weights: CheckpointWeights, mapped: Mapped, cast: str | None) -> dict[str, ToWrite]:
+    dtype = cast or weights.dtype(mapped.name)
+    if mapped.plain and dtype == weights.dtype(mapped.name) and weights.base is None:
+        stored = weights.tensors[mapped.name]
         tensors, start = {}, stored.start
         for name, shape in mapped.theirs:
-            part = replace(stored, shape=shape, start=start)
-            part = replace(part, nbytes=ToWrite(dtype, shape, lambda: ()).nbytes)
+            part = replace(stored, shape=shape, start=start, nbytes=ToWrite(dtype, shape, lambda: ()).nbytes)
             tensors[name] = ToWrite(dtype, shape, part.pieces)
             start += part.nbytes
         return tensors
 
     def changed(number: int) -> Callable[[], Iterable[memoryview]]:
-        return lambda: [bytes_of(mapped.to_theirs(stored.load().to(DTYPES[dtype]))[number])]
+        return lambda: [bytes_of(mapped.to_theirs(weights.load(mapped.name).to(DTYPES[dtype]))[number])]
 
     return {name: ToWrite(dtype, shape, changed(number)) for number, (name, shape) in enumerate(mapped.theirs)}
 
@@ -315,9 +212,27 @@ def _write_shards(folder: Path, tensors: dict[str, ToWrite], limit: int, advance
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _original_settings(home: Path) -> dict[str, Any] | None:
-    file = home / "huggingface" / "config.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+def _folders(weights: CheckpointWeights) -> list[Path]:
+    """Where the files beside the weights are: with the checkpoint or its run, or with what that began from."""
+    folders: list[Path] = []
+    seen: CheckpointWeights | None = weights
+    while seen is not None:
+        folders += [seen.path, seen.path.resolve().parents[1]]
+        origin = seen.state.get("init_from")
+        seen = None
+        if origin and (Path(origin) / "state.json").is_file():
+            seen = CheckpointWeights.open(Path(origin))
+        elif origin:
+            folders.append(Path(origin))
+    return folders
+
+
+def _settings(folder: Path) -> dict[str, Any] | None:
+    """A `config.json` that came with weights of Hugging Face's."""
+    for file in (folder / "huggingface" / "config.json", folder / "config.json"):
+        if file.is_file():
+            return json.loads(file.read_text())
+    return None
 
 
 def _family(name: str | None, config: TransformerConfig, original: dict[str, Any] | None) -> Family:
@@ -331,11 +246,11 @@ def _family(name: str | None, config: TransformerConfig, original: dict[str, Any
     return family_for(config)
 
 
-def _token_ids(home: Path) -> dict[str, Any]:
+def _token_ids(folders: list[Path]) -> dict[str, Any]:
     """The special tokens that the tokenizer has; those it has not are said to be none, as families assume some."""
     ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    if (home / "tokenizer.json").is_file():
-        ids["eos_token_id"] = TokenizerFile(home / "tokenizer.json").eos_id
+    if home := next((folder for folder in folders if (folder / "tokenizer.json").is_file()), None):
+        ids["eos_token_id"] = TokenizerFile(home).eos_id
     return ids
 
 

@@ -142,6 +142,8 @@ class Plan:
 
     config: TransformerConfig
     parameters: int
+    trained: int
+    """How many of the parameters are trained: all, or those of adapters."""
     max_steps: int
     world_size: int
     micro_batch_size: int
@@ -165,8 +167,9 @@ class Plan:
         if self.warmup_steps >= self.max_steps:
             warmup = f"which end before the warm-up does ({self.warmup_steps:,} steps)"
         heads = f"{config.num_attention_heads} heads in {config.groups} groups of {config.head_dim} channels"
+        trained = "" if self.trained == self.parameters else f" ({self.trained / 1e6:,.2f} M of them trained)"
         return [
-            ("model", f"{self.parameters / 1e6:,.2f} M parameters, {config.num_layers} layers, {heads}"),
+            ("model", f"{self.parameters / 1e6:,.2f} M parameters{trained}, {config.num_layers} layers, {heads}"),
             ("vocabulary, sequence", f"{config.vocab_size:,} tokens, {config.seq_length:,} long"),
             (
                 "a step",
@@ -207,6 +210,10 @@ def plan_pretrain(
     problems: list[str] = []
     accumulate = 1
     try:
+        model.take_shape()
+    except ConfigError as error:
+        raise error.under("model") from error
+    try:
         accumulate = data.accumulate_grad_batches(world_size)
     except ConfigError as error:
         problems += error.under("data").problems
@@ -222,31 +229,45 @@ def plan_pretrain(
     model.config = replace(model.config, vocab_size=model.config.vocab_size or vocab_size)
     model.config = replace(model.config, seq_length=model.config.seq_length or data.seq_length)
     trainer.accumulate_grad_batches = accumulate
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in Transformer(model.config).parameters())
+    parameters, trained = _count(model)
     config, precision = model.config, str(trainer.precision)
     dtype, packed = attention.compute_dtype(precision), data.separate_documents
+    seen = replace(config, seq_length=data.seq_length)  # a model may have learned longer sequences than these
     choices: attention.LayerChoices = ()
     try:
         if elsewhere:
-            attention.refuse_impossible(config, dtype, packed=packed)
+            attention.refuse_impossible(seen, dtype, packed=packed)
         else:
-            choices = attention.choose(config, dtype, Target.of(trainer.strategy.root_device), packed=packed)
+            choices = attention.choose(seen, dtype, Target.of(trainer.strategy.root_device), packed=packed)
     except ConfigError as error:
         raise error.under("model.config") from error
     # Parameters, gradients and two moments, all in the parameters' dtype.
     return Plan(
         config=config,
         parameters=parameters,
+        trained=trained,
         max_steps=int(trainer.max_steps),
         world_size=world_size,
         micro_batch_size=data.micro_batch_size,
         accumulate_grad_batches=accumulate,
         tokens_per_step=data.global_batch_size * data.seq_length,
         attention=choices,
-        state_gib=parameters * (8 if precision == "bf16-true" else 16) / 2**30,
+        state_gib=(parameters + 3 * trained) * (2 if precision == "bf16-true" else 4) / 2**30,
         warmup_steps=optim.lr_scheduler.warmup_steps,
     )
+
+
+def _count(model: LanguageModel) -> tuple[int, int]:
+    """How many parameters a model has, and how many of them are trained."""
+    with torch.device("meta"):
+        transformer = Transformer(model.config)
+        if model.lora is not None:
+            try:
+                model.lora.apply(transformer)
+            except ConfigError as error:
+                raise error.under("model.lora") from error
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in transformer.parameters()]
+    return sum(count for count, _ in counts), sum(count for count, trained in counts if trained)
 
 
 def resume_point(run: RunDirectory, resume: str | Path) -> Path | None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fiddlehead.huggingface import HuggingFaceCheckpoint, export_checkpoint, import_checkpoint
+from fiddlehead.huggingface import export_checkpoint, import_checkpoint
 from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models.huggingface import HuggingFaceCheckpoint
 from fiddlehead.training.checkpoint_folder import load_transformer_state
 from tests.models.hf_families import FAMILIES, random_model, transformers
 
@@ -65,7 +66,7 @@ def gradients_agree(ours: Transformer, theirs: Any, checkpoint: HuggingFaceCheck
     folder = checkpoint.directory.with_name("gradients")
     theirs.save_pretrained(folder)
     mapped = HuggingFaceCheckpoint.open(folder)
-    expected = {each.name: mapped.load(each) for each in mapped.mapped}
+    expected = {each: mapped.load(each) for each in mapped.mapped}
     return all(close(p.grad, expected[name], 5e-5) for name, p in ours.named_parameters() if p.grad is not None)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fiddlehead import catalog, launch
+from fiddlehead.errors import ConfigError
 from fiddlehead.models.families import FAMILIES, family_for
 from fiddlehead.recipe import Recipe
 
@@ -26,6 +27,10 @@ def make(name: str) -> Recipe:
 
 def test_the_plan_can_be_made_on_any_machine(name):
     recipe = make(name)
+    if getattr(recipe.model, "init_from", None):  # of what it is to begin with nothing is known yet
+        with pytest.raises(ConfigError, match="init_from"):
+            launch.check(recipe, here=False)
+        return
     plan = launch.check(recipe, here=False)
     assert plan.parameters > 0
     if recipe.trainer.accelerator == "cpu":
@@ -64,13 +69,15 @@ def test_no_golden_text_is_left_over():
 def test_two_calls_share_nothing(name):
     first = make(name)
     first.trainer.max_steps = 1
-    first.model.config.num_layers = 77
-    assert make(name).trainer.max_steps != 1 and make(name).model.config.num_layers != 77
+    assert make(name).trainer.max_steps != 1
+    if first.model.config is not None:
+        first.model.config.num_layers = 77
+        assert make(name).model.config.num_layers != 77
 
 
 PUBLISHED = {
     # Those of the published weights, each parameter once: a head that is the embedding too is not counted again, and
-    # Gemma 3's eyes are left out.
+    # Gemma 3's vision tower is left out.
     "llama2_7b": 6_738_415_616,
     "llama2_13b": 13_015_864_320,
     "llama2_70b": 68_976_648_192,

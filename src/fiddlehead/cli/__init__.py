@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from fiddlehead import __version__
-from fiddlehead.cli import attention, corpus, recipes, runs, train
+from fiddlehead.cli import attention, checkpoints, corpus, recipes, runs, train
 from fiddlehead.errors import ConfigError
 
 app = typer.Typer(
@@ -39,6 +39,9 @@ app.command("pretrain", rich_help_panel="Train")(train.pretrain)
 app.command("tokenize", rich_help_panel="Train")(corpus.tokenize)
 app.command("generate", rich_help_panel="Use")(runs.generate)
 app.add_typer(runs.app, name="runs", rich_help_panel="Use")
+app.add_typer(checkpoints.importing, name="import", rich_help_panel="Checkpoints")
+app.add_typer(checkpoints.exporting, name="export", rich_help_panel="Checkpoints")
+app.add_typer(checkpoints.converting, name="convert", rich_help_panel="Checkpoints")
 app.add_typer(attention.app, name="attention", rich_help_panel="Kernels")
 app.command("doctor", rich_help_panel="Kernels")(attention.doctor)
 

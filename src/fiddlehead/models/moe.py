@@ -74,8 +74,9 @@ class GroupedLinear(nn.Module):
             counts: how many rows each expert has, (E,) int32.
         """
         weight = self.weight
-        if torch.is_autocast_enabled(x.device.type):  # which does not know the grouped product
-            dtype = torch.get_autocast_dtype(x.device.type)
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # knows no grouped product
+            dtype = torch.get_autocast_dtype(kind)
             x, weight = x.to(dtype), weight.to(dtype)
         ends = counts.cumsum(0, dtype=torch.int32)
         x = F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)

@@ -164,7 +164,7 @@ class SafetensorsIO(CheckpointIO):
         path = Path(path)
         # The loops' counters and callbacks are left out: `restore_progress` derives them from the step.
         optimizer_tensors: dict[str, torch.Tensor] = {}
-        kept = ("optimizer_states", "lr_schedulers", "config", "val_loss", "MixedPrecision")
+        kept = ("optimizer_states", "lr_schedulers", "config", "lora", "init_from", "val_loss", "MixedPrecision")
         state = {key: _encode(checkpoint[key], key, optimizer_tensors) for key in kept if key in checkpoint}
         model_tensors = {name: tensor.contiguous() for name, tensor in checkpoint["state_dict"].items()}
         with write_folder(path) as folder:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 
+from fiddlehead.data import TokenizerFile
 from fiddlehead.data.documents import NO_LABEL
-from fiddlehead.errors import RunError
-from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.errors import ConfigError, RunError
+from fiddlehead.models import LoRA, Transformer, TransformerConfig
 from fiddlehead.training.optim import AdamW
+from fiddlehead.training.weights import (
+    find_tokenizer,
+    find_weights,
+    load_transformer,
+    open_weights,
+    refuse_another_shape,
+)
 
 
 class NonFiniteError(RunError):
@@ -25,11 +34,30 @@ class LanguageModel(LightningModule):
 
     The parameters are made in `configure_model`, when the strategy and precision are known; until then the module
     costs nothing, and `config` may still be completed with what follows from the data.
+
+    Args:
+        config: the model's shape; None is that of `init_from`.
+        init_from: begin with these weights and not with random ones: a run's name, a checkpoint, what `fiddlehead
+            import` made, or a Hugging Face checkpoint's folder.
+        lora: train low-rank adapters only; a checkpoint then has nothing else, and needs `init_from` to be there.
     """
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig | None = None,
+        init_from: str | Path | None = None,
+        lora: LoRA | None = None,
+    ) -> None:
         super().__init__()
-        self.config = config
+        problems = []
+        if config is None and init_from is None:
+            problems.append("config=None: give a TransformerConfig, or init_from, which has one")
+        if lora is not None and init_from is None:
+            problems.append("init_from=None: adapters need a model that they change; give one, or leave lora=None")
+        if problems:
+            raise ConfigError(*problems)
+        self._config = config
+        self.init_from, self.lora = init_from, lora
         self.optim: AdamW | None = None
         self.seed = 0
         self.transformer: Transformer | None = None
@@ -42,14 +70,59 @@ class LanguageModel(LightningModule):
         self._share: torch.Tensor | float = 1.0
         self._first_bad_step: torch.Tensor | None = None
 
+    @property
+    def config(self) -> TransformerConfig:
+        """The model's shape; needs `take_shape` where that of `init_from` is to be taken."""
+        if self._config is None:
+            raise RuntimeError("the shape is that of init_from: call take_shape() first")
+        return self._config
+
+    @config.setter
+    def config(self, config: TransformerConfig) -> None:
+        self._config = config
+
+    def take_shape(self) -> None:
+        """Takes the shape from the weights to begin with, or compares it with them.
+
+        Raises:
+            ConfigError: they are not there, or of another shape than `config`.
+        """
+        if self.init_from is None:
+            return
+        try:
+            path = find_weights(self.init_from)
+            weights = open_weights(path)
+        except ConfigError as error:
+            raise ConfigError(
+                *(f"init_from={str(self.init_from)!r}: {problem}" for problem in error.problems)
+            ) from None
+        self.init_from = path.absolute()
+        if self._config is None:
+            self._config = weights.config
+        refuse_another_shape(self._config, weights, path)
+
     def configure_model(self) -> None:
         """Makes the parameters, once."""
-        if self.transformer is None:
+        if self.transformer is not None:
+            return
+        if self.init_from is None:
             self.transformer = Transformer(self.config)
+        else:
+            self.transformer = load_transformer(open_weights(self.init_from), self.config)
+        if self.lora is not None:
+            self.lora.apply(self.transformer)
 
     def on_fit_start(self) -> None:
         """Takes from the data how many bytes a token stands for."""
-        self.token_bytes = self.trainer.datamodule.token_bytes  # type: ignore[attr-defined]
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.token_bytes = data.token_bytes
+        if self.init_from is not None and (folder := find_tokenizer(Path(self.init_from))):
+            learned = TokenizerFile(folder)
+            if learned.fingerprint != data.tokenizer.fingerprint:
+                raise ConfigError(
+                    f"data.tokenizer: is another than the one in {folder}, with which the model learned; "
+                    f"set data.tokenizer=TokenizerFile data.tokenizer.path={folder}"
+                )
 
     def forward(
         self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor | None = None, max_seqlen: int | None = None
@@ -66,11 +139,13 @@ class LanguageModel(LightningModule):
         """
         nats, labels = self._nats(batch)
         loss = nats / labels.numel()
+        assert self.transformer is not None
+        spread = self.transformer.aux_loss()
         if "cu_seqlens" in batch:
             self._labelled.append((labels != NO_LABEL).float().mean())
         self._loss_sum = self._loss_sum.to(loss.device) + loss.detach()
         self._losses += 1
-        return loss
+        return loss if spread is None else loss + spread
 
     def _nats(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """The sum of the cross-entropy over a batch, and its labels, (B x T,)."""
@@ -86,7 +161,7 @@ class LanguageModel(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Makes dropout a pure function of seed, step and rank, so that a resumed run drops what it would have."""
-        if self.config.hidden_dropout or self.config.attention_dropout:
+        if self.config.hidden_dropout or self.config.attention_dropout or (self.lora and self.lora.dropout):
             micro_batch = batch_idx % self.trainer.accumulate_grad_batches  # a resumed run counts batches from 0
             torch.manual_seed(hash((self.seed, self.trainer.global_step, micro_batch, self.global_rank)) % 2**63)
 
@@ -180,3 +255,14 @@ class LanguageModel(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the model's configuration, so that a checkpoint can be loaded without its recipe."""
         checkpoint["config"] = asdict(self.config)
+        if self.init_from is not None:
+            checkpoint["init_from"] = str(self.init_from)
+        if self.lora is not None:
+            checkpoint["lora"] = asdict(self.lora)
+            adapters = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+            checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in adapters}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Completes the adapters of a checkpoint with what they were trained on, which is here already."""
+        if self.lora is not None:
+            checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]

@@ -1,0 +1,89 @@
+"""`fiddlehead import`, `export` and `convert`: checkpoints from and to other tools, and to other shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+importing = typer.Typer(no_args_is_help=True, help="Take checkpoints from other tools.")
+exporting = typer.Typer(no_args_is_help=True, help="Hand checkpoints to other tools.")
+converting = typer.Typer(no_args_is_help=True, help="Change the shape of a model.")
+
+_CHECKPOINT = "A run, a checkpoint of one, or what `fiddlehead import` made."
+
+
+@importing.command("hf")
+def import_hf(
+    source: str = typer.Argument(metavar="DIR|NAME", help="A Hugging Face checkpoint's folder, or OWNER/NAME."),
+    out: Path = typer.Option(..., "--out", "-o", metavar="OUT", help="The folder to make."),
+) -> None:
+    """Turn a Hugging Face checkpoint into one to start from, with its tokenizer.
+
+    Only safetensors are read, a shard at a time; every tensor must be there and have the shape that config.json says.
+
+    Example:  fiddlehead import hf meta-llama/Llama-3.2-1B --out llama
+    """
+    from fiddlehead.huggingface import import_checkpoint
+
+    checkpoint = import_checkpoint(source, out)
+    config = checkpoint.config
+    print(  # noqa: T201
+        f"{out}: {checkpoint.family.model_type}, {config.num_layers} layers, {config.num_attention_heads} heads in "
+        f"{config.groups} groups, {checkpoint.nbytes / 1e9:,.2f} GB\n"
+        f"write with it:  fiddlehead generate {out} --prompt ...\n"
+        f"start from it:  model.init_from={out}"
+    )
+
+
+@exporting.command("hf")
+def export_hf(
+    source: str = typer.Argument(metavar="RUN|CHECKPOINT", help=_CHECKPOINT),
+    out: Path = typer.Argument(metavar="OUT", help="The folder to make."),
+    family: str = typer.Option(None, "--as", metavar="FAMILY", help="As which model_type; as it came, or what fits."),
+    dtype: str = typer.Option(None, help="float32, bfloat16 or float16; as it is stored if not given."),
+) -> None:
+    """Write a model as Hugging Face's tools load it; adapters are merged into it.
+
+    Example:  fiddlehead export hf demo demo-hf --dtype bfloat16
+    """
+    from fiddlehead.huggingface import export_checkpoint
+
+    chosen = export_checkpoint(source, out, family=family, dtype=dtype)
+    print(f"{out}: {chosen.architecture}")  # noqa: T201
+
+
+@exporting.command("peft")
+def export_peft(
+    source: str = typer.Argument(metavar="RUN|CHECKPOINT", help="A run that trained adapters, or a checkpoint of one."),
+    out: Path = typer.Argument(metavar="OUT", help="The folder to make."),
+) -> None:
+    """Write the adapters of a run as Hugging Face's PEFT loads them, without the model that they belong to.
+
+    Example:  fiddlehead export peft tuned tuned-adapters
+    """
+    from fiddlehead.huggingface import export_adapters
+
+    base = export_adapters(source, out)
+    print(f"{out}: adapters for {base}")  # noqa: T201
+
+
+@converting.command("gqa")
+def convert_gqa(
+    source: str = typer.Argument(metavar="CHECKPOINT", help=_CHECKPOINT),
+    num_query_groups: int = typer.Option(..., "--num-query-groups", "-g", metavar="G", help="Key/value heads."),
+    out: Path = typer.Option(..., "--out", "-o", metavar="OUT", help="The folder to make."),
+    method: str = typer.Option("mean", help="mean or first of the heads that become one, or random."),
+) -> None:
+    """Give a model fewer key/value heads, each made of those it replaces; then train it a little more.
+
+    Example:  fiddlehead convert gqa llama2 --num-query-groups 8 --out llama2-gqa
+    """
+    from fiddlehead.grouped_query import convert_gqa
+
+    config = convert_gqa(source, out, num_query_groups, method)  # pyright: ignore[reportArgumentType]
+    print(  # noqa: T201
+        f"{out}: {config.num_attention_heads} heads in {config.groups} groups; the cache of keys and values takes "
+        f"{config.groups / config.num_attention_heads:.3g} of what it takes with as many as heads\n"
+        f"train it a little more:  fiddlehead pretrain --factory ... model.config=None model.init_from={out}"
+    )

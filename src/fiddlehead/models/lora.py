@@ -1,0 +1,298 @@
+"""Low-rank adapters: LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024), which Hugging Face's PEFT can read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fiddlehead.attention.reference import without_autocast
+from fiddlehead.errors import ConfigError, nearest, unknown
+from fiddlehead.models.transformer import Transformer
+
+PEFT_NAMES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+"""What PEFT calls an adapter's tensors."""
+
+PEFT_CONFIG = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "fan_in_fan_out": False}
+
+Parts = Mapping[str, Sequence[tuple[str, int]]]
+"""What each linear layer of a model is in Hugging Face's: the modules whose rows it holds, in order, and how many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Which linear layers of a transformer learn a low-rank change of their weights, while the rest stays as it is."""
+
+    rank: int = 16
+    """Megatron's and NeMo's `dim`, PEFT's `r`."""
+    alpha: int = 32
+    """The change is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Of what goes into an adapter, in training."""
+    target_modules: Sequence[str] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    """Patterns, with * and ?, for a linear layer's name or the last part of it: "linear_qkv", "layers.0.*"."""
+    dora: bool = False
+    """Weight-decomposed: the length of each row of the weights is learned too, apart from its direction."""
+
+    def __post_init__(self) -> None:
+        if problems := list(self._problems()):
+            raise ConfigError(*problems)
+
+    @property
+    def scaling(self) -> float:
+        """What the change is multiplied by."""
+        return self.alpha / self.rank
+
+    def apply(self, transformer: Transformer) -> None:
+        """Puts an adapter on each matching linear layer, in place, and freezes everything else.
+
+        The model computes what it did before. On the meta device too: the adapters start once the model is given
+        weights without adapters (`load_state_dict`), or by `reset_adapters`.
+
+        Raises:
+            ConfigError: a pattern matches no linear layer of the transformer's layers, or there are adapters already.
+        """
+        if adapter_state(transformer):
+            raise ConfigError("lora: the model has adapters already; merge them first")
+        # Of the layers: the output layer's forward is never called, so that an adapter would do nothing there.
+        linears = {n: m for n, m in transformer.layers.named_modules(prefix="layers") if isinstance(m, nn.Linear)}
+        found = {pattern: [name for name in linears if _matches(pattern, name)] for pattern in self.target_modules}
+        if problems := [_unmatched(pattern, transformer, list(linears)) for pattern in found if not found[pattern]]:
+            raise ConfigError(*problems)
+        transformer.requires_grad_(False)
+        for name in dict.fromkeys(name for names in found.values() for name in names):
+            transformer.set_submodule(name, LoRALinear(linears[name], self))
+        transformer.register_load_state_dict_post_hook(_start_adapters)
+
+    def _problems(self) -> Iterator[str]:
+        for name in ("rank", "alpha"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                yield f"{name}={value!r}: must be a whole number of 1 or more"
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            yield f"dropout={self.dropout!r}: must be at least 0 and below 1"
+        names = self.target_modules
+        if not (isinstance(names, list | tuple) and names and all(isinstance(name, str) and name for name in names)):
+            yield f"target_modules={names!r}: must be a list of names or patterns, at least one"
+        if not isinstance(self.dora, bool):
+            yield f"dora={self.dora!r}: must be True or False"
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with an adapter: y = x W'^T + bias, where W' = W + scaling x lora_b lora_a.
+
+    With DoRA each row of W' is scaled to the length that `magnitude` says. `weight` and `bias` are those of the layer
+    that it replaces. `lora_a` is (rank, in), `lora_b` (out, rank), `magnitude` (out,) or None; float32 or wider
+    whatever the weights are, for small steps would be lost in bfloat16.
+    """
+
+    def __init__(self, linear: nn.Linear, lora: LoRA) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora = lora
+        self.magnitude: nn.Parameter | None = None
+        self._allocate()
+        self.reset_adapter()
+        self.train(linear.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) to (..., out), in the dtype that the layer without the adapter would return."""
+        base = F.linear(input, self.weight, self.bias)
+        dropped = F.dropout(input, self.lora.dropout, self.training)
+        kind = input.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        x = dropped if autocast else dropped.to(self.lora_a.dtype)  # autocast needs no float32 copy on the way
+        change = F.linear(F.linear(x, self.lora_a) * self.lora.scaling, self.lora_b)
+        if self.magnitude is None:
+            return (base + change).to(base.dtype)
+        # As in PEFT, the layer's own output is from what was not dropped, and what DoRA adds from what was.
+        if self.training and self.lora.dropout:
+            plain = F.linear(dropped, self.weight)
+        else:
+            plain = base if self.bias is None else base - self.bias
+        with torch.no_grad():  # the rows' lengths count as constants (section 4.3 of the paper)
+            changed = _changed(self.weight, self.lora_a, self.lora_b, self.lora.scaling)
+            length = torch.linalg.vector_norm(changed, dim=1)
+        factor = self.magnitude / length
+        return (base + (factor - 1) * plain + factor * change).to(base.dtype)
+
+    @torch.no_grad()
+    def reset_adapter(self) -> None:
+        """Starts the adapter anew, so that the layer computes what it did without; `weight` must have its values.
+
+        `lora_a` is drawn as PEFT does, `lora_b` is 0, `magnitude` is the length of each row of `weight`.
+        """
+        if self.lora_a.device != self.weight.device:
+            self._allocate()
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_b)
+        if self.magnitude is not None:
+            self.magnitude.copy_(torch.linalg.vector_norm(self.weight, dim=1, dtype=self.magnitude.dtype))
+
+    def _allocate(self) -> None:
+        options: Any = {"device": self.weight.device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
+        self.lora_a = nn.Parameter(torch.empty(self.lora.rank, self.in_features, **options))
+        self.lora_b = nn.Parameter(torch.empty(self.out_features, self.lora.rank, **options))
+        if self.lora.dora:
+            self.magnitude = nn.Parameter(torch.empty(self.out_features, **options))
+
+
+def reset_adapters(transformer: nn.Module) -> None:
+    """Starts all adapters anew; for a model whose weights got their values by other means than `load_state_dict`."""
+    for module in transformer.modules():
+        if isinstance(module, LoRALinear):
+            module.reset_adapter()
+
+
+def adapter_state(transformer: nn.Module) -> dict[str, Tensor]:
+    """The adapters' tensors alone, under their names in the `state_dict`; they share the model's memory."""
+    return {
+        f"{name}.{part}": getattr(module, part).detach()
+        for name, module in transformer.named_modules()
+        if isinstance(module, LoRALinear)
+        for part in PEFT_NAMES
+        if getattr(module, part) is not None
+    }
+
+
+@torch.no_grad()
+def load_adapter_state(transformer: Transformer, state: Mapping[str, Tensor]) -> None:
+    """Copies what `adapter_state` returned into the adapters of a model that has the same ones.
+
+    Raises:
+        ConfigError: a tensor is missing, unknown or of another shape; the model is then as it was.
+    """
+    own = adapter_state(transformer)
+    ours, theirs = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (own, state))
+    different = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    if different:
+        what = "{}: is {} among the adapters, and {} in the model"
+        raise ConfigError(*(what.format(n, theirs.get(n, "missing"), ours.get(n, "missing")) for n in different))
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+
+
+@torch.no_grad()
+def merge(transformer: Transformer) -> None:
+    """Folds the adapters into the weights, in place: an ordinary model, with nothing frozen, that computes the same."""
+    for name, layer in list(transformer.named_modules()):
+        if isinstance(layer, LoRALinear):
+            linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            weight = _merged(layer.weight, layer.lora_a, layer.lora_b, layer.magnitude, layer.lora.scaling)
+            linear.weight, linear.bias = nn.Parameter(weight), layer.bias
+            transformer.set_submodule(name, linear.train(layer.training))
+    transformer.requires_grad_(True)
+
+
+@torch.no_grad()
+def merge_state(state: Mapping[str, Tensor], lora: LoRA) -> dict[str, Tensor]:
+    """The `state_dict` of a model with adapters as that of the model that `merge` makes of it."""
+    merged = dict(state)
+    for module in [name.removesuffix(".lora_a") for name in state if name.endswith(".lora_a")]:
+        a, b = merged.pop(f"{module}.lora_a"), merged.pop(f"{module}.lora_b")
+        magnitude = merged.pop(f"{module}.magnitude", None)
+        merged[f"{module}.weight"] = _merged(merged[f"{module}.weight"], a, b, magnitude, lora.scaling)
+    return merged
+
+
+def to_peft(
+    adapters: Mapping[str, Tensor], parts: Parts, lora: LoRA, base_model_name_or_path: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What PEFT stores for the same adapters: its tensors by name, and its adapter_config.json.
+
+    A layer that holds the rows of several of Hugging Face's gives each of them its `lora_a`, and those rows of the
+    others that are its own; the result is the same for DoRA too, which works row by row.
+
+    Args:
+        adapters: what `adapter_state` returned.
+        parts: every linear layer of the transformer's layers, those without adapters too: a short name among PEFT's
+            `target_modules` must not hit one of them.
+        base_model_name_or_path: the model on Hugging Face's hub, or a folder, that the adapters belong to.
+
+    Raises:
+        ConfigError: `parts` lacks a layer, or its rows do not add up.
+    """
+    problems: list[str] = []
+    tensors: dict[str, Tensor] = {}
+    adapted: set[str] = set()
+    for name, tensor in adapters.items():
+        layer, _, part = name.rpartition(".")
+        if part == "lora_b" and sum(rows for _, rows in parts.get(layer, ())) != len(tensor):
+            problems.append(f"parts: those of {layer} are {parts.get(layer)}, and it has {len(tensor)} rows")
+        start = 0
+        for module, rows in parts.get(layer, ()):
+            own = tensor if part == "lora_a" else tensor[start : start + rows]
+            # A copy: safetensors refuses tensors that share memory.
+            tensors[f"base_model.model.{module}.{PEFT_NAMES[part]}"] = own.clone()
+            adapted.add(module)
+            start += rows
+    if problems:
+        raise ConfigError(*problems)
+    config = PEFT_CONFIG | {
+        "base_model_name_or_path": base_model_name_or_path,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": _target_modules(adapted, parts),
+        "use_dora": lora.dora,
+    }
+    return tensors, config
+
+
+def save_peft(directory: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Writes what `to_peft` returned to a folder that PEFT's `from_pretrained` reads."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _start_adapters(transformer: nn.Module, keys: Any) -> None:
+    """After `load_state_dict`: a state without any adapter is that of a model to begin with."""
+    absent = [key for key in keys.missing_keys if key.rpartition(".")[2] in PEFT_NAMES]
+    if len(keys.missing_keys) == len(absent) == len(adapter_state(transformer)):
+        reset_adapters(transformer)
+        keys.missing_keys.clear()
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
+
+
+def _unmatched(pattern: str, transformer: Transformer, linears: list[str]) -> str:
+    allowed = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+    for name, module in transformer.named_modules():
+        if _matches(pattern, name) and next(module.parameters(recurse=False), None) is not None:
+            kind, others = type(module).__name__, ", ".join(allowed)
+            return f"target_modules: {pattern!r} is {name}, a {kind}, which takes no adapter; allowed: {others}"
+    close = "." in pattern and nearest(pattern, linears)
+    return f"target_modules: {unknown('linear layer', pattern, linears if close else allowed)}"
+
+
+def _target_modules(adapted: set[str], parts: Parts) -> list[str]:
+    """The last part of the modules' names where all modules that end so have adapters; else the whole names."""
+    others = {module for group in parts.values() for module, _ in group} - adapted
+    taken = {module.rpartition(".")[2] for module in others}
+    return sorted({module if (last := module.rpartition(".")[2]) in taken else last for module in adapted})
+
+
+def _changed(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """W + scaling x B A, in float32 or wider."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    with without_autocast(weight.device):
+        return torch.addmm(weight.to(dtype), b.to(dtype), a.to(dtype), alpha=scaling)
+
+
+def _merged(weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None, scaling: float) -> Tensor:
+    changed = _changed(weight, a, b, scaling)
+    if magnitude is not None:
+        changed *= (magnitude.to(changed.dtype) / torch.linalg.vector_norm(changed, dim=1))[:, None]
+    return changed.to(weight.dtype)
