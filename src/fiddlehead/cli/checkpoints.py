@@ -30,7 +30,7 @@ def import_hf(
     config = checkpoint.config
     print(  # noqa: T201
         f"{out}: {checkpoint.family.model_type}, {config.num_layers} layers, {config.num_attention_heads} heads in "
-        f"{config.groups} groups, {checkpoint.nbytes / 1e9:,.2f} GB\n"
+        f"{_groups(config.groups)}, {checkpoint.nbytes / 1e9:,.2f} GB\n"
         f"write with it:  fiddlehead generate {out} --prompt ...\n"
         f"start from it:  model.init_from={out}"
     )
@@ -83,7 +83,11 @@ def convert_gqa(
 
     config = convert_gqa(source, out, num_query_groups, method)  # pyright: ignore[reportArgumentType]
     print(  # noqa: T201
-        f"{out}: {config.num_attention_heads} heads in {config.groups} groups; the cache of keys and values takes "
+        f"{out}: {config.num_attention_heads} heads in {_groups(config.groups)}; the cache of keys and values takes "
         f"{config.groups / config.num_attention_heads:.3g} of what it takes with as many as heads\n"
         f"train it a little more:  fiddlehead pretrain --factory ... model.config=None model.init_from={out}"
     )
+
+
+def _groups(number: int) -> str:
+    return f"{number} group{'s' * (number > 1)}"

@@ -1,0 +1,39 @@
+"""`fiddlehead import`, `export` and `convert`, as they are typed."""
+
+from __future__ import annotations
+
+import pytest
+
+from fiddlehead.data import ByteTokenizer
+from tests.cli.test_command import fiddlehead  # noqa: F401  a fixture
+from tests.models.hf_families import random_model
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A folder of Hugging Face's, in the working directory."""
+    random_model("llama").save_pretrained(tmp_path / "hf")
+    ByteTokenizer().save(tmp_path / "hf" / "tokenizer.json")
+
+
+def test_there_and_back(fiddlehead, llama):  # noqa: F811
+    said = fiddlehead("import", "hf", "hf", "--out", "ours")
+    assert "ours: llama, 3 layers, 12 heads in 3 groups" in said and "model.init_from=ours" in said
+    assert "back: LlamaForCausalLM" in fiddlehead("export", "hf", "ours", "back", "--dtype", "bfloat16")
+    assert "12 heads in 1 group;" in fiddlehead("convert", "gqa", "ours", "-g", "1", "--out", "mqa")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["import", "hf", "nowhere", "--out", "x"], "'nowhere': there is no such folder"),
+        (["import", "hf", "hf", "--out", "hf"], "out='hf': is there already"),
+        (["export", "hf", "nowhere", "x"], "unknown run 'nowhere'"),
+        (["export", "hf", "hf", "x"], "hf: is a Hugging Face checkpoint already"),
+        (["export", "peft", "hf", "x"], "hf: has no adapters"),
+        (["convert", "gqa", "hf", "-g", "2", "--out", "x"], "the model has 3 key/value heads; allowed: 1"),
+        (["convert", "gqa", "hf", "-g", "1", "--out", "x", "--method", "meen"], "did you mean 'mean'?"),
+    ],
+)
+def test_what_cannot_be_is_a_line_and_exit_code_2(fiddlehead, llama, arguments, said):  # noqa: F811
+    assert said in fiddlehead(*arguments, rc=2)
