@@ -137,7 +137,7 @@ def check(recipe: Recipe, *, here: bool = True, waits: bool = False) -> Any:
 
     from fiddlehead import tasks
 
-    planners: dict[Any, Callable] = {tasks.pretrain: tasks.plan_pretrain}
+    planners: dict[Any, Callable] = {tasks.pretrain: tasks.plan_pretrain, tasks.finetune: tasks.plan_pretrain}
     if recipe.__fn_or_cls__ not in planners:
         known = ", ".join(f"{task.__module__}:{task.__name__}" for task in planners)
         raise ConfigError(f"the recipe configures {recipe.__fn_or_cls__.__qualname__}; what can be launched: {known}")

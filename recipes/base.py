@@ -8,7 +8,7 @@ import fiddle as fdl
 from lightning.pytorch import Trainer
 
 from fiddlehead import tasks
-from fiddlehead.data import PreTrainingDataModule
+from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.models import TransformerConfig
 from fiddlehead.recipe import Recipe
 from fiddlehead.training import AdamW, Checkpoint, CosineAnnealing, LanguageModel, Log
@@ -64,6 +64,38 @@ def pretrain(
         log=fdl.Config(Log),
         checkpoint=fdl.Config(Checkpoint),
     )
+
+
+def finetune(
+    *,
+    seq_length: int = 2048,
+    global_batch_size: int = 32,
+    micro_batch_size: int = 1,
+    max_steps: int = 1000,
+    lr: float,
+    devices: int | str = "auto",
+    accelerator: str = "auto",
+    precision: str = "bf16-mixed",
+) -> Recipe:
+    """A fine-tuning run of what `model.init_from` names on the examples of `data.paths`."""
+    recipe = pretrain(
+        fdl.Config(TransformerConfig),
+        seq_length=seq_length,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        max_steps=max_steps,
+        lr=lr,
+        warmup_steps=max_steps // 20,
+        devices=devices,
+        accelerator=accelerator,
+        precision=precision,
+    )
+    recipe = Recipe(tasks.finetune, **fdl.ordered_arguments(recipe))
+    recipe.model = fdl.Config(LanguageModel, config=None, init_from="model")
+    fdl.update_callable(recipe.data, FineTuningDataModule)
+    recipe.data.paths = ["train.jsonl"]
+    recipe.trainer.val_check_interval = recipe.checkpoint.every_n_steps = 100
+    return recipe
 
 
 def uptrain(recipe: Recipe, init_from: str, fraction: float = 0.05) -> Recipe:

@@ -409,7 +409,7 @@ def test_trusted_names_load(name):
 
 def test_of_this_package_only_the_parts_of_a_run_load():
     """Whatever else it has could start, write or import something, now or when someone adds to it."""
-    parts = {"fiddlehead.tasks:pretrain"}
+    parts = {"fiddlehead.tasks:pretrain", "fiddlehead.tasks:finetune"}
     for package in ("models", "data", "training"):
         exported = importlib.import_module(f"fiddlehead.{package}")
         for name in exported.__all__:

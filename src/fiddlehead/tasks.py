@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,18 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from fiddlehead.attention import Target
-from fiddlehead.data import PreTrainingDataModule, TokenizerFile
+from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
-from fiddlehead.models.generation import sample
 from fiddlehead.runs import RunDirectory, find_run, reserve_name, write_atomically
 from fiddlehead.training import AdamW, Checkpoint, LanguageModel, Log, NonFiniteError, attention
 from fiddlehead.training.checkpoint import SafetensorsIO, restore_progress
-from fiddlehead.training.checkpoint_folder import load_transformer_state, newest_good, read_state, verify
+from fiddlehead.training.checkpoint_folder import newest_good, read_state, verify
 from fiddlehead.training.console import is_rank_zero, say
 from fiddlehead.training.metrics import Metrics
+from fiddlehead.training.samples import SampleAnswer
 from fiddlehead.training.stop import StopOnRequest
+from fiddlehead.training.weights import find_tokenizer
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 """float16 is left out: its loss scaling hides an infinite gradient, and spoils the clipping of a fused optimizer."""
@@ -30,7 +30,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 def pretrain(
     model: LanguageModel,
-    data: PreTrainingDataModule,
+    data: PreTrainingDataModule | FineTuningDataModule,
     trainer: Trainer,
     optim: AdamW,
     log: Log,
@@ -95,45 +95,23 @@ def pretrain(
     return run
 
 
-def generate(
-    run: RunDirectory,
-    prompt: str,
-    max_new_tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    seed: int = 0,
-    checkpoint: Path | None = None,
-) -> Iterator[str]:
-    """Yields the prompt and then, piece by piece, the text that a run's model goes on with.
+def finetune(
+    model: LanguageModel,
+    data: FineTuningDataModule,
+    trainer: Trainer,
+    optim: AdamW,
+    log: Log,
+    checkpoint: Checkpoint,
+    resume: str | Path = "auto",
+    seed: int = 1234,
+) -> RunDirectory:
+    """Trains a model that can write already on examples of what to answer, or on pairs of answers.
 
-    Args:
-        checkpoint: None is the run's newest good one.
-
-    Raises:
-        ConfigError: the run has no checkpoint or tokenizer, or the prompt cannot be used.
+    As `pretrain`, with the model that `model.init_from` names to begin with; each validation also shows what the model
+    answers to the first example of it.
     """
-    path = checkpoint or newest_good(run.checkpoints)
-    if path is None or not path.is_dir():
-        raise ConfigError(f"checkpoint={str(path)!r}: run {run.name!r} has no such checkpoint")
-    tokenizer = TokenizerFile(run.tokenizer)
-    config, state = load_transformer_state(path)
-    with torch.device("meta"):
-        model = Transformer(TransformerConfig.from_dict(config))
-    model.load_state_dict(state, assign=True)
-    model.eval()
-    # In most vocabularies a space belongs to the token after it: "def " and then " f" would be text that never was.
-    stem = prompt.rstrip(" ")
-    ids = tokenizer.encode(stem) or [tokenizer.eos_id]  # without a prompt, a document begins
-    written = ""
-    yield prompt
-    for token in sample(model, ids, max_new_tokens, temperature, top_k, seed):
-        if token == tokenizer.eos_id:
-            return
-        ids.append(token)
-        text = tokenizer.decode(ids).removeprefix(stem).removeprefix(prompt[len(stem) :])
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may need several tokens
-            yield text[len(written) :]
-            written = text
+    trainer.callbacks.append(SampleAnswer())  # type: ignore[attr-defined]  # Lightning sets it dynamically
+    return pretrain(model, data, trainer, optim, log, checkpoint, resume, seed)
 
 
 @dataclass(frozen=True)
@@ -188,7 +166,7 @@ class Plan:
 
 def plan_pretrain(
     model: LanguageModel,
-    data: PreTrainingDataModule,
+    data: PreTrainingDataModule | FineTuningDataModule,
     trainer: Trainer,
     optim: AdamW,
     *,
@@ -213,6 +191,10 @@ def plan_pretrain(
         model.take_shape()
     except ConfigError as error:
         raise error.under("model") from error
+    if isinstance(data, FineTuningDataModule):
+        if model.init_from is None:
+            raise ConfigError("model.init_from=None: fine-tuning begins with a model that can write already; give one")
+        data.default_tokenizer = find_tokenizer(Path(model.init_from))
     try:
         accumulate = data.accumulate_grad_batches(world_size)
     except ConfigError as error:
@@ -222,6 +204,8 @@ def plan_pretrain(
         vocab_size = data.vocab_size
     except ConfigError as error:  # the dataset cannot be read
         raise ConfigError(*problems, *error.under("data").problems) from error
+    if model.init_from is not None:
+        _allow_longer(model, data.seq_length)
     problems += _model_problems(model.config, data, vocab_size)
     if problems:
         raise ConfigError(*problems)
@@ -381,7 +365,9 @@ def _trainer_problems(trainer: Trainer, accumulate: int) -> list[str]:
     return problems
 
 
-def _model_problems(config: TransformerConfig, data: PreTrainingDataModule, vocab_size: int) -> list[str]:
+def _model_problems(
+    config: TransformerConfig, data: PreTrainingDataModule | FineTuningDataModule, vocab_size: int
+) -> list[str]:
     problems = []
     if config.vocab_size is not None and config.vocab_size < vocab_size:
         problems.append(
@@ -393,6 +379,14 @@ def _model_problems(config: TransformerConfig, data: PreTrainingDataModule, voca
             f"model.config.seq_length={config.seq_length}: shorter than data.seq_length={data.seq_length}; leave it out"
         )
     return problems
+
+
+def _allow_longer(model: LanguageModel, seq_length: int) -> None:
+    """Says so if weights that learned shorter sequences are to go on with longer ones, as rotary positions let them."""
+    learned = model.config.seq_length
+    if learned is not None and learned < seq_length and model.config.position_embedding_type != "learned_absolute":
+        say(f"WARNING: {model.init_from} learned sequences of {learned} tokens; data.seq_length={seq_length} is longer")
+        model.config = replace(model.config, seq_length=seq_length)
 
 
 def _report(trainer: Trainer) -> None:

@@ -37,3 +37,20 @@ def test_there_and_back(fiddlehead, llama):  # noqa: F811
 )
 def test_what_cannot_be_is_a_line_and_exit_code_2(fiddlehead, llama, arguments, said):  # noqa: F811
     assert said in fiddlehead(*arguments, rc=2)
+
+
+def test_an_imported_model_writes_and_is_evaluated(fiddlehead, tmp_path):  # noqa: F811
+    import torch
+
+    from tests.models.hf_families import config, transformers
+
+    made = config("LlamaConfig", vocab_size=257, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(made).save_pretrained(tmp_path / "hf")
+    ByteTokenizer().save(tmp_path / "hf" / "tokenizer.json")
+    fiddlehead("import", "hf", "hf", "--out", "ours")
+    assert "ab" in fiddlehead("generate", "ours", "--prompt", "ab", "--max-new-tokens", "5", "--stop", "zz")
+    (tmp_path / "text.txt").write_text("ferns " * 30)
+    assert "179 tokens: " in fiddlehead("evaluate", "ours", "--file", "text.txt")
+    assert "cannot be read" in fiddlehead("evaluate", "ours", "--file", "none.txt", rc=2)
+    assert "has no chat template" in fiddlehead("chat", "ours", rc=2)

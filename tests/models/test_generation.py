@@ -9,7 +9,7 @@ import torch
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
-from fiddlehead.models.generation import sample
+from fiddlehead.models.generation import Sampling, sample, sample_batch
 
 PROMPT = [3, 1, 4]
 
@@ -32,11 +32,14 @@ class Fixed(torch.nn.Module):
             num_layers=1, hidden_size=2, num_attention_heads=1, vocab_size=len(logits), seq_length=seq_length
         )
         self.embedding = torch.nn.Embedding(1, 1)
-        self.logits, self.seen = torch.tensor(logits), []
+        self.values, self.seen = torch.tensor(logits), []
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def hidden(self, input_ids: torch.Tensor, caches: Any = None, new_lengths: Any = None) -> torch.Tensor:
         self.seen.append(input_ids[0].tolist())
-        return self.logits.expand(*input_ids.shape, -1)
+        return torch.zeros(*input_ids.shape, 1)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self.values.expand(*x.shape[:-1], -1)
 
 
 def frequencies(logits: list[float], count: int = 4000, **options: Any) -> torch.Tensor:
@@ -67,7 +70,7 @@ def test_the_model_sees_the_newest_tokens_up_to_its_length() -> None:
     assert fixed.seen == [[0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 1]]
     unlimited = Fixed([0.0, 9.0])
     list(sample(unlimited, [0, 0], 3, temperature=0))  # type: ignore[arg-type]
-    assert unlimited.seen == [[0, 0], [0, 0, 1], [0, 0, 1, 1]]
+    assert unlimited.seen == [[0, 0], [1], [1]]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -98,3 +101,84 @@ def test_no_graph_is_kept(model: Transformer) -> None:
     next(generator)
     assert torch.is_grad_enabled(), "between two tokens the caller's setting holds"
     next(generator)
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "gqa": {"num_query_groups": 2},
+    "window": {"num_query_groups": 1, "window_size": (2, 0), "window_attn_skip_freq": 2},
+    "learned": {"position_embedding_type": "learned_absolute"},
+    "sinks": {"attention_sinks": True, "num_query_groups": 2},
+    "experts": {"num_moe_experts": 3},
+}
+
+
+def shaped(name: str) -> Transformer:
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        num_layers=2, hidden_size=16, num_attention_heads=4, vocab_size=23, seq_length=24, init_method_std=0.5,
+        **SHAPES[name],
+    )  # fmt: skip
+    return Transformer(config).eval()
+
+
+@torch.no_grad()
+def uncached(model: Transformer, prompt: list[int], count: int) -> list[int]:
+    """The likeliest tokens, with the whole text passed through the model for each."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_what_is_kept_changes_no_token(name: str) -> None:
+    model = shaped(name)
+    assert list(sample(model, PROMPT, 20, temperature=0)) == uncached(model, PROMPT, 20)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_batch_is_each_alone(name: str) -> None:
+    model = shaped(name)
+    prompts = [PROMPT, [7], [5, 6, 7, 8, 9, 10]]
+    greedy = Sampling(temperature=0)
+    assert sample_batch(model, prompts, 12, greedy) == [uncached(model, prompt, 12) for prompt in prompts]
+    drawn = sample_batch(model, prompts[:1] * 2, 12, Sampling(seed=4, top_k=9))
+    assert drawn[0] == list(sample(model, PROMPT, 12, seed=4, top_k=9)) != drawn[1]
+
+
+def test_a_sequence_ends_at_a_stop_and_at_the_model_s_length() -> None:
+    model = shaped("gqa")
+    whole = uncached(model, PROMPT, 21)
+    stopped = sample_batch(model, [PROMPT, PROMPT], 99, Sampling(temperature=0), stop_ids=[whole[6]])
+    assert stopped[0] == whole[: whole.index(whole[6])]
+    assert sample_batch(model, [PROMPT], 99, Sampling(temperature=0))[0] == whole
+    with pytest.raises(ConfigError, match="prompts of 24 tokens"):
+        sample_batch(model, [[1] * 24], 1)
+
+
+def test_top_p_leaves_the_likeliest_that_have_enough() -> None:
+    logits = [0.0, 1.0, 2.0, -1.0]  # probabilities 0.09, 0.24, 0.64, 0.03
+    kept = frequencies(logits, top_p=0.7)
+    assert (kept > 0).tolist() == [False, True, True, False]
+    assert (frequencies(logits, count=200, top_p=0.6) > 0).tolist() == [False, False, True, False]
+    with pytest.raises(ConfigError, match="top_p=0: must be above 0"):
+        Sampling(top_p=0)
+
+
+def test_greedy_text_is_that_of_transformers() -> None:
+    from fiddlehead.models.families import FAMILIES
+    from fiddlehead.models.tensor_map import tensor_map
+    from tests.models.hf_families import random_model
+
+    theirs = random_model("llama31")
+    state, family = theirs.state_dict(), FAMILIES["llama"]
+    config = family.config(theirs.config.to_dict())
+    ours = Transformer(config).eval()
+    ours.load_state_dict(
+        {each.name: each.to_ours([state[name] for name, _ in each.theirs]) for each in tensor_map(family, config)}
+    )
+    prompts = torch.tensor([[3, 1, 4, 1], [2, 7, 1, 8]])
+    expected = theirs.generate(
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=40, do_sample=False, eos_token_id=None
+    )
+    assert sample_batch(ours, prompts.tolist(), 40, Sampling(temperature=0)) == expected[:, 4:].tolist()

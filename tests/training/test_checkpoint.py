@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fiddlehead import tasks
 from fiddlehead.errors import ConfigError
 from fiddlehead.runs import RunDirectory
+from fiddlehead.text import Writer
 from fiddlehead.training import Checkpoint
 from fiddlehead.training.checkpoint import SafetensorsIO
 from fiddlehead.training.checkpoint_folder import (
@@ -335,7 +335,7 @@ def test_best_is_known_again_after_a_restart(pretrain: Pretrain) -> None:
 
 def test_the_tokenizer_is_beside_the_checkpoints(pretrain: Pretrain) -> None:
     run = pretrain(max_steps=4)
-    assert "".join(tasks.generate(run, "fern", max_new_tokens=3)).startswith("fern")
+    assert "".join(Writer.open(run.path).write("fern", 3))
 
 
 def test_impossible_settings_are_named_at_once() -> None:

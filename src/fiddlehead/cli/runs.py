@@ -1,4 +1,4 @@
-"""`fiddlehead runs` and `fiddlehead generate`: what became of runs, and what their models write."""
+"""`fiddlehead runs`: what became of runs."""
 
 from __future__ import annotations
 
@@ -294,28 +294,6 @@ def show_results(found: Any, metric: str) -> None:
         shown = "" if value is None else f"{value:.4f}"
         add_row(made, *variant.values.values(), shown, _coloured(status.state) if status else "", variant.name)
     show_things(made)
-
-
-def generate(
-    run: str = RunArgument,
-    prompt: str = typer.Option(..., "--prompt", "-p", help="The text to go on from."),
-    max_new_tokens: int = typer.Option(200, min=1, help="How many tokens to write."),
-    temperature: float = typer.Option(0.8, min=0.0, help="0 always takes the likeliest token."),
-    top_k: int = typer.Option(50, min=0, help="Choose among the k likeliest tokens; 0: all."),
-    seed: int = typer.Option(0, help="The same seed writes the same text."),
-    checkpoint: Path = typer.Option(None, "--checkpoint", help="A checkpoint other than the run's newest."),
-    directory: str = DirOption,
-) -> None:
-    """Let a run's model go on from a prompt.
-
-    Example:  fiddlehead generate demo --prompt "def "
-    """
-    from fiddlehead.tasks import generate
-
-    found = find_run(run, directory)
-    for piece in generate(found, prompt, max_new_tokens, temperature, top_k, seed, checkpoint):
-        print(piece, end="", flush=True)  # noqa: T201
-    print()  # noqa: T201
 
 
 def _unsent(run: RunDirectory) -> list[Path]:

@@ -33,7 +33,17 @@ if TYPE_CHECKING:
     from fiddlehead.runs import RunDirectory, Status
 
 
+FINETUNE_HELP = """Train a model that can write on examples of what to answer.
+
+Recipes: [bold]full[/bold], [bold]lora[/bold] and [bold]dora[/bold] learn from messages, or prompts with completions;
+[bold]dpo[/bold] from pairs of answers. What to begin with and what to learn are edits; the options are pretrain's.
+
+Example:  fiddlehead finetune --factory lora model.init_from=llama data.paths=answers.jsonl log.name=tuned
+"""
+
+
 def pretrain(
+    context: typer.Context,
     overrides: list[str] = OverridesArgument,
     factory: str = typer.Option(
         ...,
@@ -87,10 +97,23 @@ def pretrain(
     if sweep:
         if to_yaml or after:
             raise ConfigError(f"--sweep and {'--to-yaml' if to_yaml else '--after'} exclude each other")
-        _sweep(factory, edits, executor, where, zipped, max_running, metric, dryrun, detach, yes, allow or ())
+        _sweep(
+            context.info_name,
+            factory,
+            edits,
+            executor,
+            where,
+            zipped,
+            max_running,
+            metric,
+            dryrun,
+            detach,
+            yes,
+            allow or (),
+        )
         return
     recipe, name = load_recipe(factory, edits, allow or ())
-    _refuse_other_tasks(recipe, factory)
+    _refuse_other_tasks(recipe, factory, context.info_name)
 
     from fiddlehead import launch
 
@@ -133,6 +156,7 @@ def pretrain(
 
 
 def _sweep(
+    task: str | None,
     factory: str,
     edits: Sequence[str],
     executor: Executor,
@@ -152,7 +176,7 @@ def _sweep(
     if detach and not executor.queues:
         raise ConfigError(f"--sweep --detach: {where} queues nothing, so this command has to stay and start the runs")
     first, title = load_recipe(factory, sweeps.expand(edits, "", zipped=zipped)[0].edits(edits), allow)
-    _refuse_other_tasks(first, factory)
+    _refuse_other_tasks(first, factory, task)
     name = first.log.name or f"{title}-{datetime.now():%Y%m%d-%H%M%S}"
     variants = sweeps.expand(edits, name, zipped=zipped)
     recipes, plans, problems = [], [], []
@@ -276,12 +300,15 @@ def _wait_for(runs: Sequence[RunDirectory]) -> None:
             raise ConfigError(f"--after {run.name}: it ended {status.state if status else ''}, so this run never began")
 
 
-def _refuse_other_tasks(recipe: Recipe, factory: str) -> None:
+def _refuse_other_tasks(recipe: Recipe, factory: str, typed: str | None) -> None:
+    """Raises ConfigError if the command that was typed is not the one for the recipe's task."""
     from fiddlehead import tasks
 
-    if recipe.__fn_or_cls__ is not tasks.pretrain:
-        task = recipe.__fn_or_cls__
-        raise ConfigError(f"--factory {factory}: configures {task.__module__}:{task.__qualname__}, not a pretraining")
+    task = recipe.__fn_or_cls__
+    if task not in (tasks.pretrain, tasks.finetune):
+        raise ConfigError(f"--factory {factory}: configures {task.__module__}:{task.__qualname__}, not a training")
+    if task.__name__ != typed:
+        raise ConfigError(f"--factory {factory}: is a recipe to {task.__name__}; type `fiddlehead {task.__name__} ...`")
 
 
 def _typed() -> str:

@@ -21,7 +21,7 @@ from fiddlehead.errors import ConfigError, nearest
 PARTS = ("fiddlehead.models", "fiddlehead.data", "fiddlehead.training")
 
 # And the tasks: a recipe says which one it is for, and the command that is typed must agree.
-TASKS = ("fiddlehead.tasks:pretrain",)
+TASKS = ("fiddlehead.tasks:pretrain", "fiddlehead.tasks:finetune")
 
 # What else a recipe may name unasked. Of torch only the areas that a run is made of: too much of the rest runs code.
 TRUSTED = (

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fiddlehead.data.fine_tuning import FineTuningDataModule
     from fiddlehead.data.module import PreTrainingDataModule
     from fiddlehead.data.sampler import GlobalBatchSampler
     from fiddlehead.data.token_file import TokenFile
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BPETokenizer",
     "ByteTokenizer",
+    "FineTuningDataModule",
     "GlobalBatchSampler",
     "PreTrainingDataModule",
     "TokenFile",
@@ -26,6 +28,7 @@ __all__ = [
 _HOME = {
     "BPETokenizer": "tokenizers",
     "ByteTokenizer": "tokenizers",
+    "FineTuningDataModule": "fine_tuning",
     "GlobalBatchSampler": "sampler",
     "PreTrainingDataModule": "module",
     "TokenFile": "token_file",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -15,6 +15,18 @@ from fiddlehead.data.token_file import TokenFile
 
 Batch = dict[str, Any]
 """Tensors by name, and `max_seqlen`, a number."""
+
+
+class Samples(Protocol):
+    """What batches are made of."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """A batch of them."""
+        ...
 
 
 class Windows(Dataset[Batch]):
@@ -49,9 +61,9 @@ class Batches:
     one tells Lightning that a run may continue in the middle.
     """
 
-    def __init__(self, windows: Windows, batch_sampler: Any, *, num_workers: int = 0, pin_memory: bool = False) -> None:
+    def __init__(self, samples: Samples, batch_sampler: Any, *, num_workers: int = 0, pin_memory: bool = False) -> None:
         self._loader = DataLoader(
-            windows,
+            cast(Any, samples),
             batch_sampler=batch_sampler,
             collate_fn=_as_it_is,
             num_workers=num_workers,

@@ -24,12 +24,21 @@ def separate(input_ids: Tensor, labels: Tensor, eos_id: int) -> dict[str, Tensor
     ends = input_ids == eos_id
     masked = labels.masked_fill(ends, NO_LABEL)
     ends[:, -1] = True
-    after = ends.flatten().nonzero().flatten() + 1
+    return {"labels": masked, **borders(ends.flatten().nonzero().flatten() + 1, input_ids.shape[1])}
+
+
+def borders(after: Tensor, seq_length: int) -> dict[str, Tensor | int]:
+    """`cu_seqlens` and `max_seqlen` of documents of which each ends before the token `after` in the batch.
+
+    Args:
+        after: (documents,), ascending; the last is the number of all tokens.
+        seq_length: which no document exceeds.
+    """
     longest = int(after.diff(prepend=after.new_zeros(1)).max())
-    cu_seqlens = torch.full((power_of_two(len(after)) + 1,), input_ids.numel(), dtype=torch.int32)
+    cu_seqlens = torch.full((power_of_two(len(after)) + 1,), int(after[-1]), dtype=torch.int32)
     cu_seqlens[0] = 0
     cu_seqlens[1 : len(after) + 1] = after
-    return {"labels": masked, "cu_seqlens": cu_seqlens, "max_seqlen": min(power_of_two(longest), input_ids.shape[1])}
+    return {"cu_seqlens": cu_seqlens, "max_seqlen": min(power_of_two(longest), seq_length)}
 
 
 def power_of_two(n: int) -> int:

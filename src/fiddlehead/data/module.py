@@ -6,16 +6,13 @@ import hashlib
 import os
 import time
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import lightning.pytorch as pl
-import numpy as np
 import torch
-from torch import Tensor
 
-from fiddlehead.data.batches import Batches, FromGlobalStep, Windows
+from fiddlehead.data.batches import Windows
 from fiddlehead.data.corpus import StandardLibrary, tokenize_corpus
-from fiddlehead.data.sampler import GlobalBatchSampler, micro_batches
+from fiddlehead.data.steps import StepDataModule
 from fiddlehead.data.token_file import FORMAT_VERSION, SPLITS, TokenDatasetInfo, TokenFile
 from fiddlehead.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer
 from fiddlehead.errors import ConfigError
@@ -23,7 +20,7 @@ from fiddlehead.errors import ConfigError
 T = TypeVar("T")
 
 
-class PreTrainingDataModule(pl.LightningDataModule):
+class PreTrainingDataModule(StepDataModule):
     """Batches of `seq_length` tokens for next-token prediction.
 
     `paths` is a folder made by `tokenize`; its tokenizer comes with it, and another one is refused. None is the source
@@ -59,40 +56,17 @@ class PreTrainingDataModule(pl.LightningDataModule):
         seed: int = 1234,
         cache_dir: str | Path | None = None,
     ) -> None:
-        super().__init__()
-        positive = {
-            "seq_length": seq_length,
-            "micro_batch_size": micro_batch_size,
-            "global_batch_size": global_batch_size,
-        }
-        natural = {"val_samples": val_samples, "num_workers": num_workers, "seed": seed}
-        problems = [f"{name}={value}; allowed: 1 or more" for name, value in positive.items() if value < 1]
-        problems += [f"{name}={value}; allowed: 0 or more" for name, value in natural.items() if value < 0]
-        if min(micro_batch_size, global_batch_size) >= 1 and global_batch_size % micro_batch_size:
-            problems.append(
-                f"global_batch_size={global_batch_size} is no multiple of micro_batch_size={micro_batch_size}; "
-                f"allowed: {micro_batch_size}, {2 * micro_batch_size}, {3 * micro_batch_size}, ..."
-            )
+        problems = []
         if isinstance(tokenizer, BPETokenizer) and paths is not None:
             problems.append("tokenizer is untrained, but paths is a tokenized folder with its own; allowed: None")
-        if problems:
-            raise ConfigError(*problems)
+        super().__init__(
+            seq_length, micro_batch_size, global_batch_size, val_samples, num_workers, seed, problems=problems
+        )
         self.paths = None if paths is None else Path(paths).expanduser()
-        self.seq_length = seq_length
-        self.micro_batch_size = micro_batch_size
-        self.global_batch_size = global_batch_size
-        self.val_samples = val_samples
         self.separate_documents = separate_documents
-        self.num_workers = num_workers
-        self.seed = seed
         self.cache_dir = cache_dir
         self._given_tokenizer = ByteTokenizer() if tokenizer is None and paths is None else tokenizer
         self._corpus = StandardLibrary()
-        self._train: Windows | None = None
-        self._val: Windows | None = None
-        self._tokenizer: Tokenizer | None = None
-        self.token_bytes: Tensor | None = None
-        """UTF-8 bytes of each token after `setup`, (vocab_size,) int32; None where the tokenizer does not say."""
 
     # -- what the model and the task ask
 
@@ -110,22 +84,6 @@ class PreTrainingDataModule(pl.LightningDataModule):
             return TokenDatasetInfo.read(self._directory())
         except ConfigError as error:
             raise ConfigError(*(f"paths={str(self.paths)!r}: {problem}" for problem in error.problems)) from error
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The trained tokenizer of the data; needs `setup`."""
-        return _opened(self._tokenizer)
-
-    def accumulate_grad_batches(self, world_size: int) -> int:
-        """The micro-batches of one step on each of `world_size` data-parallel ranks.
-
-        Raises `ConfigError`, with the allowed sizes, when the global batch does not divide.
-        """
-        return micro_batches(self.micro_batch_size, self.global_batch_size, world_size)
-
-    def batch_indices(self, step: int) -> list[int]:
-        """The windows that all ranks together train on in `step`, in order; needs `setup`."""
-        return self._sampler(rank=0, world_size=1, max_steps=0).indices(step).tolist()
 
     # -- Lightning's hooks
 
@@ -178,39 +136,6 @@ class PreTrainingDataModule(pl.LightningDataModule):
         lengths = self._tokenizer.token_bytes()
         self.token_bytes = None if lengths is None else torch.from_numpy(lengths)
 
-    def train_dataloader(self) -> Batches:
-        """The micro-batches of this rank, from the trainer's global step to its max_steps."""
-        trainer = self._trainer()
-        rank, world_size = _data_rank(trainer)
-        if trainer.max_steps < 1:
-            raise ConfigError(f"max_steps={trainer.max_steps}; allowed: 1 or more, for the data has no end of its own")
-        accumulate = self.accumulate_grad_batches(world_size)
-        if trainer.accumulate_grad_batches != accumulate:
-            raise ConfigError(
-                f"accumulate_grad_batches={trainer.accumulate_grad_batches} of the trainer; allowed: {accumulate}, for "
-                f"global_batch_size={self.global_batch_size}, micro_batch_size={self.micro_batch_size} and "
-                f"{world_size} data-parallel ranks"
-            )
-        sampler = FromGlobalStep(self._sampler(rank, world_size, trainer.max_steps), lambda: trainer.global_step)
-        return self._batches(self._train, sampler)
-
-    def val_dataloader(self) -> Batches | list[Batches]:
-        """The validation windows of this rank."""
-        if not self.val_samples:
-            return []
-        rank, world_size = _data_rank(self._trainer())
-        windows = len(_opened(self._val))
-        # As many on every rank: a sharded model waits for the rank that runs one batch more.
-        samples = min(self.val_samples, windows) // world_size * world_size
-        if not samples:
-            raise ConfigError(
-                f"val_samples={self.val_samples}: {min(self.val_samples, windows)} windows are too few for "
-                f"{world_size} data-parallel ranks; allowed: 0, or at least one for each"
-            )
-        mine = (np.arange(samples) * windows // samples)[rank::world_size].tolist()
-        size = self.micro_batch_size
-        return self._batches(self._val, [mine[i : i + size] for i in range(0, len(mine), size)])
-
     # -- inside
 
     def _directory(self) -> Path:
@@ -220,35 +145,3 @@ class PreTrainingDataModule(pl.LightningDataModule):
         key = f"{self._corpus.identity} {self._given_tokenizer.fingerprint} {FORMAT_VERSION}"
         cache = self.cache_dir or os.environ.get("FIDDLEHEAD_CACHE") or "~/.cache/fiddlehead"
         return Path(cache).expanduser() / f"{self._corpus.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-
-    def _sampler(self, rank: int, world_size: int, max_steps: int) -> GlobalBatchSampler:
-        return GlobalBatchSampler(
-            num_samples=len(_opened(self._train)),
-            micro_batch_size=self.micro_batch_size,
-            global_batch_size=self.global_batch_size,
-            rank=rank,
-            world_size=world_size,
-            seed=self.seed,
-            max_steps=max_steps,
-        )
-
-    def _trainer(self) -> pl.Trainer:
-        if self.trainer is None:
-            raise RuntimeError("the data loaders are for a trainer: give it this data module")
-        return self.trainer
-
-    def _batches(self, windows: Windows | None, batch_sampler: Any) -> Batches:
-        on_gpu = self._trainer().strategy.root_device.type == "cuda"
-        return Batches(_opened(windows), batch_sampler, num_workers=self.num_workers, pin_memory=on_gpu)
-
-
-def _opened(value: T | None) -> T:
-    if value is None:
-        raise RuntimeError("the data is not open yet: call prepare_data() and setup() first")
-    return value
-
-
-def _data_rank(trainer: pl.Trainer) -> tuple[int, int]:
-    """The data-parallel rank and the number of such ranks; ranks that share a tensor-parallel model share both."""
-    ranks = trainer.distributed_sampler_kwargs
-    return (0, 1) if ranks is None else (ranks["rank"], ranks["num_replicas"])

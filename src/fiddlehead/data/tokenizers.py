@@ -157,6 +157,10 @@ class JSONTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_with_special(self, text: str) -> list[int]:
+        """The token ids of `text`, in which the names of special tokens are these tokens: of a chat's markup."""
+        return self._with_special.encode(text, add_special_tokens=False).ids
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -180,6 +184,15 @@ class JSONTokenizer:
 
     @cached_property
     def _tokenizer(self) -> tokenizers.Tokenizer:
+        tokenizer = self._load()
+        tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a document is text, not the end of it
+        return tokenizer
+
+    @cached_property
+    def _with_special(self) -> tokenizers.Tokenizer:
+        return self._load()
+
+    def _load(self) -> tokenizers.Tokenizer:
         from tokenizers import Tokenizer
 
         try:
@@ -188,7 +201,6 @@ class JSONTokenizer:
             raise ConfigError(f"{self._source} is no tokenizer: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a document is text, not the end of it
         return tokenizer
 
     def _special_tokens(self) -> list[str]:
@@ -196,7 +208,7 @@ class JSONTokenizer:
 
     def __getstate__(self) -> dict[str, Any]:
         # The library's object is rebuilt where it is needed.
-        return {name: value for name, value in self.__dict__.items() if name != "_tokenizer"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_tokenizer", "_with_special")}
 
 
 class TokenizerFile(JSONTokenizer):
@@ -216,6 +228,13 @@ class TokenizerFile(JSONTokenizer):
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"path={str(path)!r} cannot be read: {error}") from error
         super().__init__(text, eos=eos, source=str(file))
+
+    @property
+    def companions(self) -> list[Path]:
+        """The files beside it that say how a chat is written."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        files = (folder / name for name in ("tokenizer_config.json", "chat_template.jinja"))
+        return [file for file in files if file.is_file()]
 
 
 def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:

@@ -1,13 +1,62 @@
-"""Writing text with a model, a token at a time."""
+"""Writing text with a model, a token at a time, with the keys and values of what is written kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from fiddlehead.attention import KVCache
 from fiddlehead.errors import ConfigError
 from fiddlehead.models.transformer import Transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen from the logits."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Choose among this many of the likeliest; 0 among all."""
+    top_p: float = 1.0
+    """Choose among the likeliest that together have at least this probability (Holtzman et al. 2020)."""
+    seed: int = 0
+    """The same seed yields the same tokens; each sequence of a batch has one of its own, from 0 on."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}={value}: must not be negative"
+            for name, value in (("temperature", self.temperature), ("top_k", self.top_k))
+            if value < 0
+        ]
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p={self.top_p}: must be above 0 and at most 1")
+        if problems:
+            raise ConfigError(*problems)
+
+    def generators(self, count: int, device: torch.device) -> list[torch.Generator]:
+        """One for each sequence."""
+        return [torch.Generator(device).manual_seed(self.seed + number) for number in range(count)]
+
+    def choose(self, logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+        """A token of each sequence, (B,), from its logits, (B, V)."""
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        logits = logits.float()
+        if self.top_k:
+            least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < least, float("-inf"))
+        probabilities = (logits / self.temperature).softmax(dim=-1)
+        if self.top_p < 1:
+            ordered, order = probabilities.sort(dim=-1, descending=True)
+            # A token stays if those before it do not have enough yet; the likeliest always does.
+            dropped = torch.zeros_like(ordered, dtype=torch.bool)
+            dropped.scatter_(1, order, ordered.cumsum(dim=-1) - ordered >= self.top_p)
+            probabilities = probabilities.masked_fill(dropped, 0.0)
+        draws = [torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, generators, strict=True)]
+        return torch.cat(draws)
 
 
 @torch.no_grad()
@@ -17,34 +66,94 @@ def sample(
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int = 0,
+    top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[int]:
     """Yields tokens that follow `prompt`; the model sees at most its `seq_length` newest ones.
 
     Args:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: choose among this many of the likeliest; 0 among all.
-        seed: the same seed yields the same tokens.
+        temperature, top_k, top_p, seed: as in `Sampling`.
 
     Raises:
-        ConfigError: the prompt is empty, a token is not in the vocabulary, or a number is negative.
+        ConfigError: the prompt is empty, a token is not in the vocabulary, or a number makes no sense.
     """
-    if temperature < 0 or top_k < 0:
-        raise ConfigError(f"temperature={temperature}, top_k={top_k}: must not be negative")
-    vocab_size = model.config.vocab_size or 0
-    if not prompt or not all(0 <= token < vocab_size for token in prompt):
-        raise ConfigError(f"prompt={list(prompt)}: needs at least one token, each below vocab_size={vocab_size}")
-    device = model.embedding.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    context = torch.tensor([list(prompt)], device=device)
-    for _ in range(max_new_tokens):
-        logits = model(context[:, -(model.config.seq_length or context.shape[1]) :])[0, -1].float()
-        if temperature == 0:
-            token = logits.argmax(dim=-1, keepdim=True)
-        else:
-            if top_k:
-                smallest_kept = logits.topk(min(top_k, vocab_size)).values[-1]
-                logits = logits.masked_fill(logits < smallest_kept, float("-inf"))
-            token = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
-        context = torch.cat([context, token[None]], dim=1)
-        yield int(token)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    generators = sampling.generators(1, model.embedding.weight.device)
+    ids = list(prompt)
+    for (token,) in _continuations(model, [ids], max_new_tokens, sampling, generators):
+        ids.append(token)
+        yield token
+    # The model has seen as much as it can: from here on the oldest token is forgotten for each new one, and every
+    # position changes, so that nothing can be kept.
+    while len(ids) < len(prompt) + max_new_tokens:
+        context = torch.tensor([ids[-(model.config.seq_length or 0) :]], device=model.embedding.weight.device)
+        logits = model.logits(model.hidden(context)[:, -1])
+        ids.append(int(sampling.choose(logits, generators)))
+        yield ids[-1]
+
+
+@torch.no_grad()
+def sample_batch(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop_ids: Sequence[int] = (),
+) -> list[list[int]]:
+    """The tokens that follow each of the prompts, all written at once; the prompts may differ in length.
+
+    A sequence ends before a token of `stop_ids`, and where the model's `seq_length` does.
+
+    Raises:
+        ConfigError: as `sample`; also if a prompt is as long as `seq_length`.
+    """
+    sampling = sampling or Sampling()
+    generators = sampling.generators(len(prompts), model.embedding.weight.device)
+    limit = model.config.seq_length
+    if limit is not None and (long := [len(prompt) for prompt in prompts if len(prompt) >= limit]):
+        raise ConfigError(f"prompts of {', '.join(map(str, long))} tokens: the model writes up to seq_length={limit}")
+    written: list[list[int]] = [[] for _ in prompts]
+    going = [True] * len(prompts)
+    for tokens in _continuations(model, prompts, max_new_tokens, sampling, generators):
+        for number, token in enumerate(tokens):
+            room = limit is None or len(prompts[number]) + len(written[number]) < limit
+            going[number] = going[number] and token not in stop_ids and room
+            if going[number]:
+                written[number].append(token)
+        if not any(going):
+            break
+    return written
+
+
+def _continuations(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+) -> Iterator[list[int]]:
+    """Yields the next token of every sequence, as long as the longest is within the model's `seq_length`."""
+    config, weight = model.config, model.embedding.weight
+    vocab_size = config.vocab_size or 0
+    for prompt in prompts:
+        if not prompt or not all(0 <= token < vocab_size for token in prompt):
+            raise ConfigError(f"prompt={list(prompt)}: needs at least one token, each below vocab_size={vocab_size}")
+    lengths = [len(prompt) for prompt in prompts]
+    room = min(max(lengths) + max_new_tokens, config.seq_length or max(lengths) + max_new_tokens)
+    if max(lengths) > room:
+        return
+    caches = [
+        KVCache.allocate(len(prompts), room, config.groups, config.head_dim, weight.dtype, weight.device)
+        for _ in range(config.num_layers)
+    ]
+    padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
+    ids, last = torch.tensor(padded, device=weight.device), torch.tensor(lengths, device=weight.device)
+    alike = min(lengths) == max(lengths)
+    x = model.hidden(ids, caches=caches, new_lengths=None if alike else last)
+    x = x[torch.arange(len(prompts), device=weight.device), last - 1]
+    for number in range(max_new_tokens):
+        tokens = sampling.choose(model.logits(x), generators)
+        yield tokens.tolist()
+        if max(lengths) + number >= room or number + 1 == max_new_tokens:
+            return
+        x = model.hidden(tokens[:, None], caches=caches)[:, 0]

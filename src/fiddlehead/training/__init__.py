@@ -4,6 +4,7 @@ from fiddlehead.training.checkpoint import Checkpoint
 from fiddlehead.training.language_model import LanguageModel, NonFiniteError
 from fiddlehead.training.loggers import Log
 from fiddlehead.training.optim import AdamW, CosineAnnealing, WarmupStableDecay
+from fiddlehead.training.preference import PreferenceModel
 
 __all__ = [
     "AdamW",
@@ -12,5 +13,6 @@ __all__ = [
     "LanguageModel",
     "Log",
     "NonFiniteError",
+    "PreferenceModel",
     "WarmupStableDecay",
 ]

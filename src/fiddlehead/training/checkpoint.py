@@ -65,7 +65,11 @@ class Checkpoint(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the tokenizer beside the checkpoints: without it the model is of no use."""
         if trainer.is_global_zero:
-            trainer.datamodule.tokenizer.save(self.directory.parent / "tokenizer.json")  # type: ignore[attr-defined]
+            tokenizer: Any = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+            tokenizer.save(self.directory.parent / "tokenizer.json")
+            for file in getattr(tokenizer, "companions", ()):
+                if file.parent.resolve() != self.directory.parent.resolve():
+                    shutil.copyfile(file, self.directory.parent / file.name)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed step is already saved; if it was stopped before its validation, that is made up for first."""

@@ -248,6 +248,9 @@ class LanguageModel(LightningModule):
         metrics = {"val_loss": nats / tokens}
         if text_bytes:
             metrics["val_nats_per_byte"] = nats / text_bytes
+        self._log_validation(metrics)
+
+    def _log_validation(self, metrics: dict[str, float]) -> None:
         self.log_dict(metrics, logger=False, sync_dist=True)  # for callbacks that watch a metric, such as EarlyStopping
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, self.trainer.global_step)

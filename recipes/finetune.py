@@ -1,0 +1,40 @@
+"""Fine-tuning: for every model, as its shape and its tokenizer come with the weights to begin with."""
+
+from __future__ import annotations
+
+import fiddle as fdl
+
+from fiddlehead.models import LoRA
+from fiddlehead.recipe import Recipe
+from fiddlehead.recipes.base import finetune
+from fiddlehead.training import PreferenceModel
+
+
+def full() -> Recipe:
+    """All weights learn what to answer; model.init_from and data.paths say from what."""
+    return finetune(lr=1e-5)
+
+
+def lora() -> Recipe:
+    """Low-rank adapters learn what to answer, in a fraction of the memory."""
+    recipe = finetune(lr=2e-4)
+    recipe.model.lora = fdl.Config(LoRA)
+    recipe.optim.weight_decay = 0.0
+    return recipe
+
+
+def dora() -> Recipe:
+    """As lora, with the lengths of the weights' rows learned apart from their directions."""
+    recipe = lora()
+    recipe.model.lora.dora = True
+    return recipe
+
+
+def dpo() -> Recipe:
+    """Adapters learn which of two answers is the better one (direct preference optimization)."""
+    recipe = lora()
+    fdl.update_callable(recipe.model, PreferenceModel)
+    recipe.data.preference = True
+    recipe.optim.lr = 5e-5
+    recipe.optim.lr_scheduler.min_lr = 5e-6
+    return recipe

@@ -1,0 +1,214 @@
+"""The Lightning data module for fine-tuning: examples of what to answer, packed into rows."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fiddlehead.data.batches import Batch
+from fiddlehead.data.chat_template import ChatTemplate
+from fiddlehead.data.documents import NO_LABEL, borders
+from fiddlehead.data.examples import Example, Record, read_records, tokenize_records
+from fiddlehead.data.steps import StepDataModule, opened
+from fiddlehead.data.tokenizers import TokenizerFile
+from fiddlehead.errors import ConfigError
+
+
+class FineTuningDataModule(StepDataModule):
+    """Rows of `seq_length` tokens, made of whole examples; only the answers are to be predicted.
+
+    `paths` are JSONL or Parquet files, or folders that `datasets` saved to disk. An example is `messages`, each with a
+    `role` and a `content`, which the tokenizer's chat template turns to text; or a `prompt` and a `completion`, which
+    are text as they are, ended by the end-of-document token. With `preference` it is a `prompt`, a `chosen` and a
+    `rejected` answer, text or messages.
+
+    With `packed` as many examples as fit share a row, and attention keeps them apart, so that each is as if it were
+    alone; without, each has a row of its own, padded. An example of more tokens is cut there; one of which no answer is
+    left is dropped; how many is said. Validation is on `val_paths`, or else on every so manieth example as
+    `val_fraction` asks for, which are then not trained on.
+
+    `tokenizer` is a folder with a `tokenizer.json`; None is that of the model to begin with, `default_tokenizer`.
+
+    A batch is as pretraining's with documents kept apart, and `index` are rows. With `preference` it also has `pairs`,
+    (pairs, 2) int64: the numbers of the documents, in `cu_seqlens`, that are the better and the worse answer.
+    """
+
+    separate_documents = True
+
+    def __init__(
+        self,
+        paths: str | Path | Sequence[str | Path] = (),
+        val_paths: str | Path | Sequence[str | Path] = (),
+        val_fraction: float = 0.05,
+        tokenizer: str | Path | None = None,
+        seq_length: int = 2048,
+        micro_batch_size: int = 1,
+        global_batch_size: int = 8,
+        packed: bool = True,
+        preference: bool = False,
+        val_samples: int = 256,
+        num_workers: int = 0,
+        seed: int = 1234,
+    ) -> None:
+        problems = [] if _listed(paths) else ["paths is empty; give JSONL or Parquet files with examples"]
+        if not 0 <= val_fraction < 1:
+            problems.append(f"val_fraction={val_fraction!r}; allowed: at least 0 and below 1")
+        super().__init__(
+            seq_length, micro_batch_size, global_batch_size, val_samples, num_workers, seed, problems=problems
+        )
+        self.paths, self.val_paths, self.val_fraction = _listed(paths), _listed(val_paths), val_fraction
+        self.packed, self.preference = packed, preference
+        self.given_tokenizer = tokenizer
+        self.default_tokenizer: Path | None = None
+        """The folder of the tokenizer that the model to begin with has."""
+        self._records: tuple[list[Record], list[Record]] | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of different tokens; the examples are read and checked first, and every wrong one is named."""
+        self._read()
+        return self._open_tokenizer().vocab_size
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads and tokenizes the examples; raises `ConfigError` for all that are wrong."""
+        if not self.val_samples and self.trainer is not None:
+            self.trainer.limit_val_batches = 0  # else Lightning warns that there are no batches
+        if self._train is not None:
+            return
+        tokenizer = self._open_tokenizer()
+        template = ChatTemplate.load(self._tokenizer_folder())
+        train, val = (
+            Rows(tokenize_records(records, tokenizer, template), self.seq_length, tokenizer.eos_id, packed=self.packed)
+            for records in self._read()
+        )
+        if not len(train):
+            raise ConfigError(f"seq_length={self.seq_length}: leaves no answer of any example")
+        if not len(val):
+            self.val_samples = 0
+            if self.trainer is not None:
+                self.trainer.limit_val_batches = 0
+        if self.trainer is None or self.trainer.is_global_zero:
+            print(f"examples: {train}" + (f"; for validation {val}" if len(val) else ""), flush=True)  # noqa: T201
+        self._train, self._val, self._tokenizer = train, val, tokenizer
+        lengths = tokenizer.token_bytes()
+        self.token_bytes = None if lengths is None else torch.from_numpy(lengths)
+
+    def first_question(self) -> list[int]:
+        """The tokens before the first answer to validate on; empty without a validation."""
+        if not self._val:
+            return []
+        text = opened(self._val).examples[0][0]  # pyright: ignore[reportAttributeAccessIssue]
+        return text.ids[: int(text.learned.argmax())].tolist()
+
+    def _tokenizer_folder(self) -> Path:
+        folder = self.given_tokenizer or self.default_tokenizer
+        if folder is None:
+            raise ConfigError("tokenizer=None: the model to begin with has none either; give a folder with one")
+        path = Path(folder).expanduser()
+        return path if path.is_dir() else path.parent
+
+    def _open_tokenizer(self) -> TokenizerFile:
+        return TokenizerFile(self._tokenizer_folder())
+
+    def _read(self) -> tuple[list[Record], list[Record]]:
+        """The examples to train on, and those to validate on."""
+        if self._records is None:
+            train = read_records(self.paths, preference=self.preference)
+            val = read_records(self.val_paths, preference=self.preference) if self.val_paths else []
+            if not val and self.val_fraction and self.val_samples:
+                every = max(2, round(1 / self.val_fraction))
+                val = train[every - 1 :: every]
+                train = [record for number, record in enumerate(train, start=1) if number % every]
+            self._records = train, val
+        return self._records
+
+
+class Rows:
+    """Examples laid out in rows, and the batches of them."""
+
+    def __init__(
+        self, examples: Sequence[tuple[Example, ...]], seq_length: int, pad_id: int, *, packed: bool = True
+    ) -> None:
+        """Lays them out.
+
+        Args:
+            examples: each a text, or two answers to compare, which then share a row.
+            pad_id: the token of what is left of a row.
+        """
+        self.seq_length, self.pad_id = seq_length, pad_id
+        room = seq_length + 1 if not examples or len(examples[0]) == 1 else seq_length // 2 + 1
+        self.cut = sum(any(len(text.ids) > room for text in each) for each in examples)
+        short = [tuple(Example(t.ids[:room], t.learned[:room]) for t in each) for each in examples]
+        # The first token is never predicted.
+        self.examples = [each for each in short if all(text.learned[1:].any() for text in each)]
+        self.dropped = len(short) - len(self.examples)
+        lengths = [sum(len(text.ids) - 1 for text in each) for each in self.examples]
+        self.rows = pack(lengths, seq_length) if packed else [[number] for number in range(len(lengths))]
+        self.tokens = sum(lengths)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        filled = self.tokens / max(1, len(self.rows) * self.seq_length)
+        text = f"{len(self.examples):,} in {len(self.rows):,} rows, {filled:.0%} filled"
+        if self.cut:
+            text += f"; {self.cut:,} were cut at {self.seq_length} tokens"
+        return text + (f"; {self.dropped:,} dropped, of which no answer was left" if self.dropped else "")
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """A whole batch at once, which the data loader's collation then has only to pass on."""
+        T = self.seq_length
+        input_ids = np.full((len(indices), T), self.pad_id, dtype=np.int64)
+        labels = np.full((len(indices), T), NO_LABEL, dtype=np.int64)
+        after: list[int] = []
+        pairs: list[tuple[int, ...]] = []
+        for row, index in enumerate(indices):
+            at = 0
+            for number in self.rows[index]:
+                documents = []
+                for text in self.examples[number]:
+                    end = at + len(text.ids) - 1
+                    input_ids[row, at:end] = text.ids[:-1]
+                    labels[row, at:end] = np.where(text.learned[1:], text.ids[1:], NO_LABEL)
+                    documents.append(len(after))
+                    after.append(row * T + end)
+                    at = end
+                pairs.append(tuple(documents))
+            if at < T:
+                after.append((row + 1) * T)
+        batch: dict[str, Any] = {
+            "input_ids": torch.from_numpy(input_ids),
+            "labels": torch.from_numpy(labels),
+            "index": torch.tensor(indices),
+            **borders(torch.tensor(after), T),
+        }
+        if len(pairs[0]) == 2:
+            batch["pairs"] = torch.tensor(pairs)
+        return batch
+
+
+def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Which examples share a row: the longest first, each into the fullest row that has room for it (best fit)."""
+    rows: list[list[int]] = []
+    left: list[tuple[int, int]] = []  # room left, and the row's number; ascending
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        found = bisect_left(left, (lengths[number], -1))
+        if found < len(left):
+            space, row = left.pop(found)
+        else:
+            space, row = room, len(rows)
+            rows.append([])
+        rows[row].append(number)
+        if space > lengths[number]:
+            insort(left, (space - lengths[number], row))
+    return [sorted(row) for row in rows]
+
+
+def _listed(paths: str | Path | Sequence[str | Path]) -> list[Path]:
+    return [Path(path).expanduser() for path in ([paths] if isinstance(paths, str | Path) else paths)]

@@ -1,0 +1,150 @@
+"""What the data modules share: an order that is a function of the step, and a validation that is always the same."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import numpy as np
+from torch import Tensor
+
+from fiddlehead.data.batches import Batches, FromGlobalStep, Samples
+from fiddlehead.data.sampler import GlobalBatchSampler, micro_batches
+from fiddlehead.data.tokenizers import Tokenizer
+from fiddlehead.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class StepDataModule(pl.LightningDataModule):
+    """A data module whose training step takes `global_batch_size` samples; which ones is a function of seed and step.
+
+    Validation sees at most `val_samples`, always the same, spread evenly, and as many on every rank; 0 is none. What
+    derives from it opens the samples in `setup`.
+
+    Raises one `ConfigError` for all sizes that make no sense.
+    """
+
+    def __init__(
+        self,
+        seq_length: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        val_samples: int,
+        num_workers: int,
+        seed: int,
+        problems: list[str],
+    ) -> None:
+        super().__init__()
+        positive = {
+            "seq_length": seq_length,
+            "micro_batch_size": micro_batch_size,
+            "global_batch_size": global_batch_size,
+        }
+        natural = {"val_samples": val_samples, "num_workers": num_workers, "seed": seed}
+        wrong = [f"{name}={value}; allowed: 1 or more" for name, value in positive.items() if value < 1]
+        wrong += [f"{name}={value}; allowed: 0 or more" for name, value in natural.items() if value < 0]
+        if min(micro_batch_size, global_batch_size) >= 1 and global_batch_size % micro_batch_size:
+            wrong.append(
+                f"global_batch_size={global_batch_size} is no multiple of micro_batch_size={micro_batch_size}; "
+                f"allowed: {micro_batch_size}, {2 * micro_batch_size}, {3 * micro_batch_size}, ..."
+            )
+        if wrong + problems:
+            raise ConfigError(*wrong, *problems)
+        self.seq_length = seq_length
+        self.micro_batch_size = micro_batch_size
+        self.global_batch_size = global_batch_size
+        self.val_samples = val_samples
+        self.num_workers = num_workers
+        self.seed = seed
+        self._train: Samples | None = None
+        self._val: Samples | None = None
+        self._tokenizer: Tokenizer | None = None
+        self.token_bytes: Tensor | None = None
+        """UTF-8 bytes of each token after `setup`, (vocab_size,) int32; None where the tokenizer does not say."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The trained tokenizer of the data; needs `setup`."""
+        return opened(self._tokenizer)
+
+    def accumulate_grad_batches(self, world_size: int) -> int:
+        """The micro-batches of one step on each of `world_size` data-parallel ranks.
+
+        Raises `ConfigError`, with the allowed sizes, when the global batch does not divide.
+        """
+        return micro_batches(self.micro_batch_size, self.global_batch_size, world_size)
+
+    def batch_indices(self, step: int) -> list[int]:
+        """The windows that all ranks together train on in `step`, in order; needs `setup`."""
+        return self._sampler(rank=0, world_size=1, max_steps=0).indices(step).tolist()
+
+    # -- Lightning's hooks
+
+    def train_dataloader(self) -> Batches:
+        """The micro-batches of this rank, from the trainer's global step to its max_steps."""
+        trainer = self._trainer()
+        rank, world_size = _data_rank(trainer)
+        if trainer.max_steps < 1:
+            raise ConfigError(f"max_steps={trainer.max_steps}; allowed: 1 or more, for the data has no end of its own")
+        accumulate = self.accumulate_grad_batches(world_size)
+        if trainer.accumulate_grad_batches != accumulate:
+            raise ConfigError(
+                f"accumulate_grad_batches={trainer.accumulate_grad_batches} of the trainer; allowed: {accumulate}, for "
+                f"global_batch_size={self.global_batch_size}, micro_batch_size={self.micro_batch_size} and "
+                f"{world_size} data-parallel ranks"
+            )
+        sampler = FromGlobalStep(self._sampler(rank, world_size, trainer.max_steps), lambda: trainer.global_step)
+        return self._batches(self._train, sampler)
+
+    def val_dataloader(self) -> Batches | list[Batches]:
+        """The validation windows of this rank."""
+        if not self.val_samples:
+            return []
+        rank, world_size = _data_rank(self._trainer())
+        windows = len(opened(self._val))
+        # As many on every rank: a sharded model waits for the rank that runs one batch more.
+        samples = min(self.val_samples, windows) // world_size * world_size
+        if not samples:
+            raise ConfigError(
+                f"val_samples={self.val_samples}: {min(self.val_samples, windows)} windows are too few for "
+                f"{world_size} data-parallel ranks; allowed: 0, or at least one for each"
+            )
+        mine = (np.arange(samples) * windows // samples)[rank::world_size].tolist()
+        size = self.micro_batch_size
+        return self._batches(self._val, [mine[i : i + size] for i in range(0, len(mine), size)])
+
+    # -- inside
+
+    def _sampler(self, rank: int, world_size: int, max_steps: int) -> GlobalBatchSampler:
+        return GlobalBatchSampler(
+            num_samples=len(opened(self._train)),
+            micro_batch_size=self.micro_batch_size,
+            global_batch_size=self.global_batch_size,
+            rank=rank,
+            world_size=world_size,
+            seed=self.seed,
+            max_steps=max_steps,
+        )
+
+    def _trainer(self) -> pl.Trainer:
+        if self.trainer is None:
+            raise RuntimeError("the data loaders are for a trainer: give it this data module")
+        return self.trainer
+
+    def _batches(self, windows: Samples | None, batch_sampler: Any) -> Batches:
+        on_gpu = self._trainer().strategy.root_device.type == "cuda"
+        return Batches(opened(windows), batch_sampler, num_workers=self.num_workers, pin_memory=on_gpu)
+
+
+def opened(value: T | None) -> T:
+    """The value, which `setup` has made."""
+    if value is None:
+        raise RuntimeError("the data is not open yet: call prepare_data() and setup() first")
+    return value
+
+
+def _data_rank(trainer: pl.Trainer) -> tuple[int, int]:
+    """The data-parallel rank and the number of such ranks; ranks that share a tensor-parallel model share both."""
+    ranks = trainer.distributed_sampler_kwargs
+    return (0, 1) if ranks is None else (ranks["rank"], ranks["num_replicas"])

@@ -1,0 +1,168 @@
+"""A model together with its tokenizer: it goes on from a prompt, answers in a chat, and says how likely a text is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fiddlehead.data import TokenizerFile
+from fiddlehead.data.chat_template import ChatTemplate, Message
+from fiddlehead.errors import ConfigError
+from fiddlehead.models import Transformer
+from fiddlehead.models.generation import sample
+from fiddlehead.training.weights import find_tokenizer, find_weights, load_transformer, open_weights
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decodes to it may be the beginning of a character
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model that writes text."""
+
+    model: Transformer
+    tokenizer: TokenizerFile
+    template: ChatTemplate | None
+    name: str
+
+    @classmethod
+    def open(cls, source: str | Path, runs: str | Path = "runs") -> Writer:
+        """The model of a run, of a checkpoint, of what was imported, or in a folder of Hugging Face's.
+
+        Raises:
+            ConfigError: there is none, or it has no tokenizer.
+        """
+        path = find_weights(source, runs)
+        folder = find_tokenizer(path)
+        if folder is None:
+            raise ConfigError(f"{source}: has no tokenizer.json beside its weights")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_transformer(open_weights(path)).to(device).eval()
+        return cls(model, TokenizerFile(folder), ChatTemplate.load(folder), str(source))
+
+    def write(
+        self, prompt: str, max_new_tokens: int = 200, *, stop: Sequence[str] = (), **sampling: Any
+    ) -> Iterator[str]:
+        """Yields, piece by piece, the text that follows a prompt.
+
+        Args:
+            stop: the text ends before any of these.
+            sampling: `temperature`, `top_k`, `top_p` and `seed`, as `models.generation.sample` takes them.
+
+        Raises:
+            ConfigError: the prompt cannot be used.
+        """
+        # In most vocabularies a space belongs to the token after it: "def " and then " f" would be text that never was.
+        stem = prompt.rstrip(" ")
+        ids = self.tokenizer.encode(stem) or [self.tokenizer.eos_id]  # without a prompt, a document begins
+        before = stem if stem else ""
+        texts = self._texts(ids, before, max_new_tokens, sampling)
+        spaces = prompt[len(stem) :]
+        yield from until(stop, (text.removeprefix(spaces) for text in texts))
+
+    def answer(self, messages: Sequence[Message], max_new_tokens: int = 500, **sampling: Any) -> Iterator[str]:
+        """Yields, piece by piece, the assistant's next message.
+
+        Raises:
+            ConfigError: the model has no chat template, or it refuses the messages.
+        """
+        if self.template is None:
+            raise ConfigError(
+                f"{self.name}: has no chat template (chat_template.jinja); `fiddlehead generate` takes plain text"
+            )
+        ids = self.tokenizer.encode_with_special(self.template.render(messages, add_generation_prompt=True))
+        before = self.tokenizer.decode(ids)
+        yield from until((), self._texts(ids, before, max_new_tokens, sampling))
+
+    def _texts(self, ids: list[int], before: str, max_new_tokens: int, sampling: dict[str, Any]) -> Iterator[str]:
+        """Yields all of the new text so far, each time that it has become longer."""
+        ends = self._end_ids()
+        ids = list(ids)
+        for token in sample(self.model, list(ids), max_new_tokens, **sampling):
+            if token in ends:
+                return
+            ids.append(token)
+            text = self.tokenizer.decode(ids).removeprefix(before)
+            if not text.endswith(_INCOMPLETE):
+                yield text
+
+    def _end_ids(self) -> set[int]:
+        """The end of a document, and that of a turn if the tokenizer's settings name another."""
+        named = "" if self.template is None else self.template.special_tokens.get("eos_token", "")
+        turn = self.tokenizer.encode_with_special(named) if named else []
+        return {self.tokenizer.eos_id, *(turn if len(turn) == 1 else ())}
+
+
+def until(stop: Sequence[str], texts: Iterable[str]) -> Iterator[str]:
+    """Yields what is new in each longer text, up to where one of `stop` begins; nothing that may become one."""
+    written, text = "", ""
+    for text in texts:
+        found = [at for word in stop if (at := text.find(word)) >= 0]
+        if found:
+            yield text[len(written) : min(found)]
+            return
+        held = max((_overlap(text, word) for word in stop), default=0)
+        safe = text[: len(text) - held]
+        yield safe[len(written) :]
+        written = max(written, safe, key=len)
+    yield text[len(written) :]
+
+
+def _overlap(text: str, word: str) -> int:
+    """How many characters at the end of `text` are the beginning of `word`."""
+    return next((size for size in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:size])), 0)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How well a model predicts a text."""
+
+    nats: float
+    tokens: int
+    text_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token."""
+        return math.exp(self.nats / self.tokens)
+
+
+@torch.no_grad()
+def likelihood(
+    writer: Writer, text: str, stride: int | None = None, advance: Callable[[int], Any] = lambda _: None
+) -> Likelihood:
+    """How likely a text is, in windows of the model's `seq_length`.
+
+    Each token but the first is predicted once, from all that its window has before it: the first window's from the
+    beginning, those of each further window from at least `seq_length - stride` tokens.
+
+    Args:
+        stride: how far apart the windows begin; half of `seq_length` if None.
+        advance: is told how many more tokens are done.
+
+    Raises:
+        ConfigError: the text has fewer than two tokens, or the stride makes no sense.
+    """
+    ids = torch.tensor(writer.tokenizer.encode(text), device=writer.model.embedding.weight.device)
+    length = writer.model.config.seq_length or len(ids)
+    stride = max(1, length // 2) if stride is None else stride
+    if not 1 <= stride <= length:
+        raise ConfigError(f"stride={stride}: must be from 1 to seq_length={length}")
+    if len(ids) < 2:
+        raise ConfigError("the text has fewer than two tokens")
+    nats, done = 0.0, 1
+    for start in range(0, len(ids) - 1, stride):
+        window = ids[start : start + length + 1]
+        new = start + len(window) - done
+        logits = writer.model.logits(writer.model.hidden(window[None, :-1])[0, -new:]).float()
+        nats += float(F.cross_entropy(logits, window[-new:], reduction="sum"))
+        done += new
+        advance(new)
+        if done == len(ids):
+            break
+    return Likelihood(nats, done - 1, len(text.encode()))

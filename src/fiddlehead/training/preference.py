@@ -1,0 +1,101 @@
+"""Direct preference optimization (Rafailov et al. 2023): of two answers the better one becomes likelier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fiddlehead.data.documents import NO_LABEL
+from fiddlehead.errors import ConfigError
+from fiddlehead.models import LoRA, Transformer, TransformerConfig
+from fiddlehead.training.language_model import LanguageModel
+from fiddlehead.training.weights import load_transformer, open_weights
+
+
+class PreferenceModel(LanguageModel):
+    """A transformer that learns which of two answers is the better one.
+
+    It is compared with itself as it was in the beginning. With adapters that takes no memory, as what they change stays
+    as it was; without, the weights are held twice.
+
+    Args:
+        beta: how much a difference from the beginning weighs; the greater, the closer the model stays to it.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig | None = None,
+        init_from: str | Path | None = None,
+        lora: LoRA | None = None,
+        beta: float = 0.1,
+    ) -> None:
+        problems = []
+        if init_from is None:
+            problems.append("init_from=None: preferences are learned by a model that can answer already; give one")
+        if not beta > 0:
+            problems.append(f"beta={beta!r}: must be above 0")
+        if problems:
+            raise ConfigError(*problems)
+        super().__init__(config, init_from, lora)
+        self.beta = beta
+        self._reference: list[Transformer] = []  # in a list, so that it is no part of the module
+
+    def on_fit_start(self) -> None:
+        """Also makes the model to compare with."""
+        super().on_fit_start()
+        assert self.transformer is not None and self.init_from is not None
+        if self.lora is None:
+            reference = load_transformer(open_weights(self.init_from), self.config).to(self.device)
+        else:
+            with torch.device("meta"):
+                reference = Transformer(self.config)
+            own = self.transformer.state_dict()
+            reference.load_state_dict({name: own[name] for name in reference.state_dict()}, assign=True)
+        self._reference = [reference.requires_grad_(False).eval()]
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        """The mean of -log sigmoid(beta x the change of the difference between the two answers), over the pairs."""
+        loss = self._preference(batch)[0].mean()
+        self._loss_sum = self._loss_sum.to(loss.device) + loss.detach()
+        self._losses += 1
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Starts the sums of a validation: the loss, the pairs, and those that are in the right order."""
+        self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Adds one batch to the sums."""
+        losses, margin = self._preference(batch)
+        self._validation += torch.stack([losses.sum(), torch.ones_like(losses).sum(), (margin > 0).sum()])
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs `val_loss`, and `val_accuracy`: the part of the pairs whose better answer gained more."""
+        if self.trainer.sanity_checking:
+            return
+        total = self.trainer.strategy.reduce(self._validation, reduce_op="sum")
+        loss, pairs, right = total.tolist()  # type: ignore[union-attr]
+        self._log_validation({"val_loss": loss / pairs, "val_accuracy": right / pairs})
+
+    def _preference(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """For each pair the loss, and how much more the better answer gained than the other, (pairs,) each."""
+        assert self.transformer is not None
+        now = answer_log_probabilities(self.transformer, batch)[batch["pairs"]]
+        with torch.no_grad():
+            before = answer_log_probabilities(self._reference[0], batch)[batch["pairs"]]
+        gained = now - before
+        margin = self.beta * (gained[:, 0] - gained[:, 1])
+        return -F.logsigmoid(margin), margin.detach()
+
+
+def answer_log_probabilities(transformer: Transformer, batch: dict[str, Any]) -> torch.Tensor:
+    """The log-probability of the labels of each document, (documents,) float32."""
+    labels, cu_seqlens = batch["labels"].flatten(), batch["cu_seqlens"]
+    logits = transformer(batch["input_ids"], cu_seqlens, batch["max_seqlen"]).flatten(0, 1).float()
+    nats = F.cross_entropy(logits, labels, reduction="none", ignore_index=NO_LABEL)
+    token = torch.arange(labels.numel(), device=labels.device, dtype=cu_seqlens.dtype)
+    document = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    return torch.zeros(len(cu_seqlens) - 1, device=nats.device).index_add(0, document, -nats)

@@ -1,0 +1,43 @@
+"""What the model answers, shown while it learns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from fiddlehead.data.fine_tuning import FineTuningDataModule
+from fiddlehead.models.generation import sample
+from fiddlehead.training.console import say
+
+
+class SampleAnswer(Callback):
+    """After each validation, prints what the model answers to the first example of it.
+
+    Args:
+        max_new_tokens: of the answer.
+    """
+
+    def __init__(self, max_new_tokens: int = 48) -> None:
+        self.max_new_tokens = max_new_tokens
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Asks the model, on the first rank."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.sanity_checking or not trainer.is_global_zero or not isinstance(data, FineTuningDataModule):
+            return
+        prompt = data.first_question()
+        if not prompt:
+            return
+        model: Any = pl_module.transformer
+        tokens = []
+        for token in sample(model, prompt, self.max_new_tokens, temperature=0):
+            if token == data.tokenizer.eos_id:
+                break
+            tokens.append(token)
+        asked, answered = (data.tokenizer.decode(ids) for ids in (prompt, tokens))
+        say(f"step {trainer.global_step:>6}  asked {_short(asked)!r}, it answers {_short(answered)!r}")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:40]} ... {text[-75:]}"

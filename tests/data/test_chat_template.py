@@ -1,0 +1,109 @@
+"""Chat templates against those of transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fiddlehead.data import ByteTokenizer
+from fiddlehead.data.chat_template import ChatTemplate
+from fiddlehead.errors import ConfigError
+
+CHATML = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+LLAMA3 = """\
+{{ bos_token }}
+{%- for message in messages %}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
+MISTRAL = """\
+{{ bos_token }}{% for message in messages %}
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
+{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
+{% else %}{{ ' ' + message['content'] + eos_token }}{% continue %}{% endif %}
+{% endfor %}"""
+MESSAGES = [
+    {"role": "user", "content": " What is a fern? "},
+    {"role": "assistant", "content": "A plant\nwith fronds."},
+    {"role": "user", "content": "And {{ moss }}?"},
+    {"role": "assistant", "content": "Another."},
+]
+
+
+def folder_with(template: str, tmp_path: Path, **settings: object) -> Path:
+    ByteTokenizer().save(tmp_path / "tokenizer.json")
+    tokens = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, **settings}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "chat_template.jinja").write_text(template)
+    return tmp_path
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, MISTRAL])
+@pytest.mark.parametrize("add_generation_prompt", [False, True])
+def test_text_is_that_of_transformers(template: str, add_generation_prompt: bool, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder_with(template, tmp_path) / "tokenizer.json"), bos_token="<s>", eos_token="</s>"
+    )
+    ours = ChatTemplate.load(tmp_path)
+    assert ours is not None
+    for messages in (MESSAGES, MESSAGES[:3]):
+        expected = theirs.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        assert ours.render(messages, add_generation_prompt) == expected
+
+
+def test_answers_are_told_from_what_is_asked(tmp_path: Path) -> None:
+    template = ChatTemplate.load(folder_with(CHATML, tmp_path))
+    assert template is not None
+    turns = template.turns(MESSAGES)
+    assert "".join(text for text, _ in turns) == template.render(MESSAGES)
+    assert [text for text, learned in turns if learned] == ["A plant\nwith fronds.<|im_end|>\n", "Another.<|im_end|>\n"]
+    assert turns[0][0].endswith("<|im_start|>assistant\n")
+
+
+def test_a_template_that_rewrites_the_past_is_refused(tmp_path: Path) -> None:
+    template = ChatTemplate.load(folder_with("{{ messages | length }}{{ messages }}", tmp_path))
+    assert template is not None
+    with pytest.raises(ConfigError, match="writes what came before otherwise"):
+        template.turns(MESSAGES)
+
+
+def test_a_template_s_own_refusal_and_mistakes_are_said(tmp_path: Path) -> None:
+    template = ChatTemplate.load(folder_with(MISTRAL, tmp_path))
+    assert template is not None
+    with pytest.raises(ConfigError, match="roles must alternate"):
+        template.render(MESSAGES[1:])
+    broken = ChatTemplate.load(folder_with("{% if %}", tmp_path))
+    assert broken is not None
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja: "):
+        broken.render(MESSAGES)
+
+
+def test_a_template_runs_nothing(tmp_path: Path) -> None:
+    template = ChatTemplate.load(folder_with("{{ ''.__class__.__mro__[1].__subclasses__() }}", tmp_path))
+    assert template is not None
+    with pytest.raises(ConfigError, match="unsafe"):
+        template.render(MESSAGES)
+
+
+def test_a_template_in_the_settings_is_found_and_none_is_none(tmp_path: Path) -> None:
+    folder = folder_with(
+        "", tmp_path, chat_template=[{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
+    )
+    (folder / "chat_template.jinja").unlink()
+    found = ChatTemplate.load(folder)
+    assert found is not None and found.render(MESSAGES) == "d"
+    (folder / "tokenizer_config.json").unlink()
+    assert ChatTemplate.load(folder) is None

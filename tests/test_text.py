@@ -1,0 +1,76 @@
+"""A model with its tokenizer: what it writes, where it stops, and how likely it finds a text."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fiddlehead.data import ByteTokenizer, TokenizerFile
+from fiddlehead.data.chat_template import ChatTemplate
+from fiddlehead.errors import ConfigError
+from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.text import Writer, likelihood, until
+from tests.data.test_chat_template import CHATML
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Writer:
+    """A model of bytes that knows nothing."""
+    ByteTokenizer().save(tmp_path / "tokenizer.json")
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        num_layers=2, hidden_size=16, num_attention_heads=4, num_query_groups=2, vocab_size=257, seq_length=32,
+        init_method_std=0.5,
+    )  # fmt: skip
+    return Writer(Transformer(config).eval(), TokenizerFile(tmp_path), None, "test")
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [([], "abcabd."), (["d"], "abcab"), (["abd"], "abc"), (["x", "ca"], "ab"), (["a"], ""), (["d.!"], "abcabd.")],
+)
+def test_text_ends_before_a_stop_and_nothing_of_it_is_shown(stop: list[str], expected: str) -> None:
+    texts = ["a", "ab", "abcab", "abcabd", "abcabd."]
+    pieces = list(until(stop, texts))
+    assert "".join(pieces) == expected
+    shown = ""
+    for piece in pieces:
+        shown += piece
+        assert expected.startswith(shown)
+
+
+def test_what_is_written_is_text_and_repeats_with_its_seed(writer: Writer) -> None:
+    first = "".join(writer.write("fern ", 12, seed=3))
+    assert first == "".join(writer.write("fern ", 12, seed=3)) != "".join(writer.write("fern ", 12, seed=4))
+
+
+def test_a_chat_needs_a_template(writer: Writer) -> None:
+    with pytest.raises(ConfigError, match="test: has no chat template"):
+        next(writer.answer([{"role": "user", "content": "hi"}]))
+    chatty = Writer(writer.model, writer.tokenizer, ChatTemplate(CHATML, {}), "test")
+    assert isinstance("".join(chatty.answer([{"role": "user", "content": "hi"}], 4)), str)
+
+
+@pytest.mark.parametrize("stride", [None, 1, 7, 32])
+def test_every_token_is_predicted_once(writer: Writer, stride: int | None) -> None:
+    text = "ferns and mosses are not flowers, " * 3
+    found = likelihood(writer, text, stride)
+    assert (found.tokens, found.text_bytes) == (len(text) - 1, len(text))
+    ids = torch.tensor(list(text.encode()))
+    expected, stride = 0.0, stride or 16
+    for token in range(1, len(ids)):  # from all that its window has before it, one by one
+        start = max(0, math.ceil((token - 32) / stride)) * stride
+        logits = writer.model(ids[None, start:token])[0, -1].detach()
+        expected += F.cross_entropy(logits, ids[token]).item()
+    assert found.nats == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_text_of_nothing_and_a_stride_of_none_are_refused(writer: Writer) -> None:
+    with pytest.raises(ConfigError, match="fewer than two tokens"):
+        likelihood(writer, "a")
+    with pytest.raises(ConfigError, match="stride=33: must be from 1 to seq_length=32"):
+        likelihood(writer, "abc", 33)

@@ -1,0 +1,136 @@
+"""Fine-tuning runs, from a small run of our own to answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fiddlehead import tasks
+from fiddlehead.data import FineTuningDataModule
+from fiddlehead.errors import ConfigError
+from fiddlehead.models import LoRA
+from fiddlehead.runs import RunDirectory
+from fiddlehead.training import LanguageModel, PreferenceModel
+from fiddlehead.training.preference import answer_log_probabilities
+from fiddlehead.training.weights import load_transformer, open_weights
+from tests.training.conftest import KillAfter, Killed, Parts, rows
+
+
+@pytest.fixture
+def base(parts: Parts) -> RunDirectory:
+    return tasks.pretrain(**parts(name="base", max_steps=100, val_check_interval=100))
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """What a letter is answered with: the next one."""
+    path = tmp_path / "questions.jsonl"
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pairs = [(letters[i % 25], letters[i % 25 + 1]) for i in range(100)]
+    path.write_text("".join(json.dumps({"prompt": f"{a}:", "completion": b * 3}) + "\n" for a, b in pairs))
+    return path
+
+
+def tuning(parts: Parts, model: LanguageModel, path: Path, **changes: Any) -> dict[str, Any]:
+    options = {"preference": True} if isinstance(model, PreferenceModel) else {}
+    data = FineTuningDataModule(
+        path, seq_length=16, micro_batch_size=4, global_batch_size=4, val_samples=8, **options
+    )  # fmt: skip
+    return parts(name="tuned", **({"max_steps": 12} | changes)) | {"model": model, "data": data}
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=4)])
+def test_answers_are_learned_and_shown(
+    base: RunDirectory, parts: Parts, questions: Path, lora: LoRA | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = LanguageModel(init_from=base.path, lora=lora)
+    run = tasks.finetune(**tuning(parts, model, questions, lr=2e-2, max_steps=60))
+    losses = [float(loss) for (loss,) in rows(run, "loss") if loss]
+    assert losses[-1] < 0.8 * losses[0]
+    assert "asked 't:', it answers" in capsys.readouterr().out
+    assert (run.path / "tokenizer.json").read_bytes() == base.tokenizer.read_bytes()
+
+
+def test_longer_sequences_than_were_learned_are_said(
+    base: RunDirectory, parts: Parts, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = tuning(parts, LanguageModel(init_from=base.path), questions, max_steps=1)
+    given["data"] = FineTuningDataModule(questions, seq_length=24, micro_batch_size=4, global_batch_size=4)
+    tasks.finetune(**given)
+    assert "learned sequences of 16 tokens; data.seq_length=24 is longer" in capsys.readouterr().out
+
+
+def test_it_goes_on_exactly(base: RunDirectory, parts: Parts, questions: Path) -> None:
+    whole = tasks.finetune(**tuning(parts, LanguageModel(init_from=base.path), questions))
+    expected = rows(whole, "step", "loss", "grad_norm", "val_loss")
+    whole.path.rename(whole.path.with_name("whole"))
+    with pytest.raises(Killed):
+        tasks.finetune(**tuning(parts, LanguageModel(init_from=base.path), questions, callbacks=[KillAfter(6)]))
+    cut = tasks.finetune(**tuning(parts, LanguageModel(init_from=base.path), questions))
+    assert rows(cut, "step", "loss", "grad_norm", "val_loss") == expected
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=4)])
+def test_the_better_answer_becomes_likelier(
+    base: RunDirectory, parts: Parts, tmp_path: Path, lora: LoRA | None
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": "?", "chosen": "fern", "rejected": "moss"}) + "\n" for _ in range(40))
+    )
+    model = PreferenceModel(init_from=base.path, lora=lora)
+    run = tasks.finetune(**tuning(parts, model, path, lr=2e-2, max_steps=40))
+    losses = [float(loss) for (loss,) in rows(run, "loss") if loss]
+    assert losses[0] == pytest.approx(0.693147, abs=1e-5)  # -log sigmoid(0): nothing has changed yet
+    assert losses[-1] < 0.5 * losses[0]
+    assert float([value for (value,) in rows(run, "val_accuracy") if value][-1]) == 1
+
+
+def test_the_loss_of_preferences_is_the_paper_s(base: RunDirectory, parts: Parts, tmp_path: Path) -> None:
+    """Equation 7, in plain sums over one pair at a time."""
+    model = PreferenceModel(init_from=base.path, beta=0.3)
+    model.take_shape()
+    model.configure_model()
+    before = load_transformer(open_weights(base.path)).eval()
+    model._reference = [before]
+    assert model.transformer is not None
+    with torch.no_grad():
+        for parameter in model.transformer.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    path = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": "a", "chosen": "bcd", "rejected": "x"}, {"prompt": "why", "chosen": "so", "rejected": "no no"}]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    data = FineTuningDataModule(path, tokenizer=base.path, preference=True, seq_length=32, val_samples=0)
+    data.setup()
+    batch = data._train.__getitems__([0])  # pyright: ignore[reportOptionalMemberAccess]
+    losses, _ = model._preference(batch)
+
+    def log_probability(transformer: Any, prompt: str, answer: str) -> torch.Tensor:
+        ids = torch.tensor([[*prompt.encode(), *answer.encode(), 256]])
+        all_of_it = transformer(ids)[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        return all_of_it[len(prompt) - 1 :].sum()
+
+    expected = []
+    for pair in pairs:
+        now, then = (
+            log_probability(m, pair["prompt"], pair["chosen"]) - log_probability(m, pair["prompt"], pair["rejected"])
+            for m in (model.transformer, before)
+        )
+        expected.append(-torch.log(torch.sigmoid(0.3 * (now - then))))
+    assert torch.allclose(losses, torch.stack(expected), atol=1e-5)
+    assert len(answer_log_probabilities(before, batch)) >= 4
+
+
+def test_what_cannot_be_is_refused(base: RunDirectory, parts: Parts, tmp_path: Path, questions: Path) -> None:
+    with pytest.raises(ConfigError, match="init_from=None: preferences are learned"):
+        PreferenceModel()
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a"}\n')
+    with pytest.raises(ConfigError, match=r"data\..*bad\.jsonl:1: needs the fields"):
+        tasks.finetune(**tuning(parts, LanguageModel(init_from=base.path), bad))
+    with pytest.raises(ConfigError, match="paths is empty"):
+        FineTuningDataModule()
