@@ -61,6 +61,8 @@ def pretrain(
         step = int(state["step"])
         _refuse_another_model(start, state["config"], plan.config)
         _warn_of_another_rate(state, optim, plan.max_steps)
+        # What a run's name stands for may have gone on since; this run goes on with what it began with.
+        model.init_from = state.get("init_from") or model.init_from
     if step >= plan.max_steps:
         say(f"{run.path} has reached step {step} of {plan.max_steps}: nothing is left to train")
         return run

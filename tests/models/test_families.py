@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from fiddlehead.huggingface import export_checkpoint, import_checkpoint
-from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models import Transformer
 from fiddlehead.models.huggingface import HuggingFaceCheckpoint
-from fiddlehead.training.checkpoint_folder import load_transformer_state
+from fiddlehead.training.weights import load_transformer, open_weights
 from tests.models.hf_families import FAMILIES, random_model, transformers
 
 
@@ -23,10 +23,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-5) -> 
 
 
 def loaded(path: Path) -> Transformer:
-    config, state = load_transformer_state(path)
-    model = Transformer(TransformerConfig.from_dict(config))
-    model.load_state_dict(state)
-    return model.eval()
+    return load_transformer(open_weights(path)).eval()
 
 
 def files(folder: Path) -> dict[str, bytes]:

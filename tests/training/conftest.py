@@ -18,7 +18,7 @@ from fiddlehead.data.tokenize import tokenize
 from fiddlehead.models import TransformerConfig
 from fiddlehead.runs import RunDirectory
 from fiddlehead.training import AdamW, Checkpoint, CosineAnnealing, LanguageModel, Log
-from fiddlehead.training.checkpoint_folder import load_transformer_state
+from fiddlehead.training.weights import CheckpointWeights
 
 Parts = Callable[..., dict[str, Any]]
 
@@ -120,4 +120,5 @@ def rows(run: RunDirectory, *names: str) -> list[tuple[str, ...]]:
 
 def parameters(run: RunDirectory, step: int) -> dict[str, torch.Tensor]:
     """The parameters in a run's checkpoint."""
-    return load_transformer_state(run.checkpoints / f"step-{step:08d}")[1]
+    weights = CheckpointWeights.open(run.checkpoints / f"step-{step:08d}")
+    return {name: tensor.load() for name, tensor in weights.tensors.items()}

@@ -14,8 +14,8 @@ from fiddlehead import tasks
 from fiddlehead.data import ByteTokenizer
 from fiddlehead.errors import ConfigError
 from fiddlehead.training.attention import ranges
-from fiddlehead.training.checkpoint_folder import load_transformer_state
-from tests.training.conftest import Parts
+from fiddlehead.training.weights import open_weights
+from tests.training.conftest import Parts, parameters
 
 
 def plan(parts: dict[str, Any]) -> tasks.Plan:
@@ -38,9 +38,8 @@ def test_the_parameters_are_those_that_will_be_saved(parts: Parts) -> None:
     made = parts(max_steps=2)
     found = plan(made)
     run = tasks.pretrain(**made)
-    config, tensors = load_transformer_state(run.checkpoints / "step-00000002")
-    assert sum(tensor.numel() for tensor in tensors.values()) == found.parameters
-    assert config == vars(found.config)
+    assert sum(tensor.numel() for tensor in parameters(run, 2).values()) == found.parameters
+    assert open_weights(run.path).config == found.config
 
 
 def test_a_plan_changes_nothing_the_second_time(parts: Parts) -> None:

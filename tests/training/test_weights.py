@@ -90,6 +90,17 @@ def test_adapters_are_all_that_is_trained_and_saved(base: RunDirectory, parts: P
     assert sum(losses(run)[-10:]) < sum(losses(run)[:10])
 
 
+def test_adapters_go_on_with_what_they_began_with(base: RunDirectory, parts: Parts) -> None:
+    """Also if the run that they began from has gone on in the meantime."""
+    lora = LoRA(rank=2)
+    whole = tasks.pretrain(**beginning_with(parts, base.path, lora, name="whole"))
+    with pytest.raises(Killed):
+        tasks.pretrain(**beginning_with(parts, base.path, lora, name="cut", callbacks=[KillAfter(6)]))
+    tasks.pretrain(**parts(name="base", max_steps=16))
+    cut = tasks.pretrain(**beginning_with(parts, base.path, lora, name="cut"))
+    assert rows(cut, "step", "loss", "grad_norm") == rows(whole, "step", "loss", "grad_norm")
+
+
 def test_adapters_go_on_exactly(base: RunDirectory, parts: Parts) -> None:
     lora = LoRA(rank=2, dropout=0.1)
     whole = tasks.pretrain(**beginning_with(parts, base.path, lora, name="whole"))

@@ -21,9 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from fiddlehead.errors import RunError
 from fiddlehead.training.console import say
@@ -143,14 +141,6 @@ def newest_good(directory: Path) -> Path | None:
         else:
             return path
     return None
-
-
-def load_transformer_state(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A checkpoint's model configuration (fields of TransformerConfig) and the Transformer's parameters by name."""
-    state = verify(path)
-    prefix = "transformer."
-    tensors = load_file(path / "model.safetensors")
-    return state["config"], {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def _chunks(file: Path) -> Iterator[bytes]:
