@@ -10,14 +10,11 @@ and writes benchmarks/results/gqa.json and docs/gqa.png.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-from datetime import date
 from pathlib import Path
 
 import fiddle as fdl
-import torch
 from lightning.pytorch import Trainer
+from measure import save, table
 
 from fiddlehead.grouped_query import convert_gqa
 from fiddlehead.launch import launch
@@ -59,16 +56,10 @@ def main() -> None:
                 convert_gqa(original, converted, groups, method)
             after = more(converted, f"{groups}-{method}", out)
             rows[f"{groups} group{'s' * (groups > 1)}, {method}"] = (val_loss(converted), val_loss(after))
-    print(f"{'':22}{'converted':>10}{'5 % later':>12}")
-    for name, (before, later) in rows.items():
-        print(f"{name:22}{before:10.4f}{later:12.4f}")
-    result = {
-        "date": str(date.today()),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "val_loss": {name: {"converted": before, "uptrained": later} for name, (before, later) in rows.items()},
-    }
-    (HERE / "results" / "gqa.json").write_text(json.dumps(result, indent=1) + "\n")
+    shown = [[name, f"{before:.4f}", f"{later:.4f}"] for name, (before, later) in rows.items()]
+    print(table(["validation loss, nats a token", "converted", "after 5 % more"], shown))
+    figures = {name: {"converted": before, "uptrained": later} for name, (before, later) in rows.items()}
+    save("gqa", figures, ["torch", "lightning"])
     draw(rows)
 
 

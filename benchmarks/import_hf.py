@@ -17,10 +17,10 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 
 import fiddle as fdl
+from measure import save, table
 
 from fiddlehead.models.families import FAMILIES
 from fiddlehead.models.safetensors_files import ToWrite, write_file
@@ -92,14 +92,13 @@ def main() -> None:
         for kind, source in (("copy", "hf"), ("import", "hf"), ("export", "import")):
             took = timed(kind, given.dir / source, given.dir / kind)
             best[kind] = min(best.get(kind, took), took)
-    result = {"date": str(date.today()), "gigabytes": size / 1e9, "layers": given.layers}
+    rows, figures = [], {}
     for kind, (seconds, kib) in best.items():
-        result[kind] = {"seconds": seconds, "gigabytes_per_s": size / 1e9 / seconds, "memory_gib": kib / 2**20}
-        ratio = best["copy"][0] / seconds
-        print(
-            f"{kind:8}{seconds:8.1f} s{size / 1e9 / seconds:8.2f} GB/s  {ratio:5.2f} of copying{kib / 2**20:8.2f} GiB"
-        )
-    (Path(__file__).parent / "results" / "import_hf.json").write_text(json.dumps(result, indent=1) + "\n")
+        speed, part = size / 1e9 / seconds, best["copy"][0] / seconds
+        rows.append([kind, f"{seconds:.1f}", f"{speed:.2f}", f"{part:.2f}", f"{kib / 2**20:.2f}"])
+        figures[kind] = {"seconds": seconds, "gigabytes_per_s": speed, "of_copying": part, "memory_gib": kib / 2**20}
+    print(table(["", "s", "GB/s", "of copying", "GiB of memory"], rows))
+    save("import_hf", figures, ["torch"], {"gigabytes": size / 1e9, "layers": given.layers})
     shutil.rmtree(given.dir)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fiddlehead.data import ByteTokenizer
-from fiddlehead.data.chat_template import ChatTemplate
+from fiddlehead.data.chat_template import ChatTemplate, _compiled
 from fiddlehead.errors import ConfigError
 
 CHATML = """\
@@ -31,6 +31,12 @@ MISTRAL = """\
 {% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
 {% else %}{{ ' ' + message['content'] + eos_token }}{% continue %}{% endif %}
 {% endfor %}"""
+TOOLS = """\
+{% if tools is not none %}{{ 'tools' }}{% endif %}{% if documents is not none %}{{ 'documents' }}{% endif %}
+{% for message in messages %}
+{% if message.role == 'assistant' %}{% generation %}{{ message.content }}{% endgeneration %}
+{% else %}{{ message | tojson }}{% endif %}
+{% endfor %}"""
 MESSAGES = [
     {"role": "user", "content": " What is a fern? "},
     {"role": "assistant", "content": "A plant\nwith fronds."},
@@ -48,7 +54,7 @@ def folder_with(template: str, tmp_path: Path, **settings: object) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("template", [CHATML, LLAMA3, MISTRAL])
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, MISTRAL, TOOLS])
 @pytest.mark.parametrize("add_generation_prompt", [False, True])
 def test_text_is_that_of_transformers(template: str, add_generation_prompt: bool, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
@@ -89,6 +95,17 @@ def test_a_template_s_own_refusal_and_mistakes_are_said(tmp_path: Path) -> None:
     assert broken is not None
     with pytest.raises(ConfigError, match=r"chat_template\.jinja: "):
         broken.render(MESSAGES)
+
+
+def test_a_template_that_computes_what_cannot_be_is_told(tmp_path: Path) -> None:
+    template = ChatTemplate.load(folder_with("{{ messages[0].content + 1 }}", tmp_path))
+    assert template is not None
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja: can only concatenate str"):
+        template.render(MESSAGES)
+
+
+def test_a_template_is_compiled_once() -> None:
+    assert _compiled(CHATML) is _compiled(CHATML)
 
 
 def test_a_template_runs_nothing(tmp_path: Path) -> None:

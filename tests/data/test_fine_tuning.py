@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,12 @@ from hypothesis import strategies as st
 
 from fiddlehead.data import ByteTokenizer, FineTuningDataModule
 from fiddlehead.data.documents import NO_LABEL
-from fiddlehead.data.examples import Example, read_records
+from fiddlehead.data.examples import Example
 from fiddlehead.data.fine_tuning import Rows, pack
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
 from tests.data.test_chat_template import CHATML
-
-GOOD: list[dict[str, Any]] = [
-    {"prompt": "2+2=", "completion": "4"},
-    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
-]
-
-
-def lines(path: Path, *records: Any) -> Path:
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
-    return path
+from tests.data.test_examples import CHAT, COMPLETION, lines
 
 
 @pytest.fixture
@@ -61,72 +51,25 @@ def texts(batch: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def test_only_answers_are_to_be_predicted(tmp_path: Path, tokenizer: Path) -> None:
-    data = module(lines(tmp_path / "a.jsonl", *GOOD), tokenizer, seq_length=128)
-    (batch,) = [data._train.__getitems__([0])]  # pyright: ignore[reportOptionalMemberAccess]
-    assert sorted(texts(batch)) == [
-        ("2+2=4", "4"),
-        ("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho<|im_end|>", "ho<|im_end|>\n"),
-    ]
-    last = batch["labels"][batch["labels"] != NO_LABEL]
-    assert ByteTokenizer.eos_id in last  # that of the completion
-
-
-def test_files_of_all_kinds_give_the_same(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    table = pyarrow.Table.from_pylist([GOOD[0]] * 3)
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    saved = tmp_path / "saved"
-    saved.mkdir()
-    with pyarrow.ipc.new_stream(str(saved / "data-00000-of-00001.arrow"), table.schema) as file:
-        file.write_table(table)
-    (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
-    jsonl = lines(tmp_path / "a.jsonl", *[GOOD[0]] * 3)
-    for path in (jsonl, tmp_path / "a.parquet", saved):
-        assert [record.values for record in read_records([path], preference=False)] == [GOOD[0]] * 3
-
-
-@pytest.mark.parametrize(
-    ("record", "said"),
-    [
-        ("{", "is no JSON: column "),
-        ("[1]", "is a list, not an object with fields"),
-        ({"promt": "a", "completion": "b"}, "has promt, completion: unknown field 'promt'; did you mean 'prompt'?"),
-        ({"prompt": "a", "completion": ""}, "completion: is empty"),
-        ({"prompt": "a", "completion": 3}, "completion: is a int"),
-        ({"messages": "hi"}, "messages: is text; allowed: a list of messages"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "none is the assistant's"),
-        ({"messages": [{"role": "asistant", "content": "a"}]}, "did you mean 'assistant'?"),
-        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content: is a NoneType"),
-        ({"messages": ["hi"]}, "messages[0]: is no message with a role and a content"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "needs the fields messages or prompt, completion"),
-    ],
-)
-def test_a_bad_line_is_named(record: Any, said: str, tmp_path: Path) -> None:
-    path = lines(tmp_path / "a.jsonl", GOOD[0], record, GOOD[0])
-    with pytest.raises(ConfigError) as error:
-        read_records([path], preference=False)
-    assert str(error.value).startswith(f"{path}:2: ") and said in str(error.value)
-
-
-def test_all_bad_lines_are_named_at_once(tmp_path: Path) -> None:
-    paths = [lines(tmp_path / f"{name}.jsonl", *["{"] * 15) for name in "ab"]
-    with pytest.raises(ConfigError) as error:
-        read_records([*paths, tmp_path / "none.jsonl"], preference=False)
-    said = str(error.value)
-    assert f"{paths[0]}:1: " in said and f"{paths[1]}:5: " in said and said.endswith("and 11 more")
+    chat, completion = (
+        module(lines(tmp_path / "a.jsonl", example), tokenizer)._train.__getitems__([0])  # pyright: ignore
+        for example in (CHAT, COMPLETION)
+    )
+    asked = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho<|im_end|>"
+    assert texts(chat) == [(asked, "ho<|im_end|>\n")]
+    assert texts(completion) == [("2+2=4", "4")]
+    assert completion["labels"][completion["labels"] != NO_LABEL].tolist() == [ord("4"), ByteTokenizer.eos_id]
 
 
 def test_messages_without_a_template_are_refused(tmp_path: Path, tokenizer: Path) -> None:
     (tokenizer / "chat_template.jinja").unlink()
     with pytest.raises(ConfigError, match=r"a\.jsonl:1: messages need a chat template"):
-        module(lines(tmp_path / "a.jsonl", GOOD[1]), tokenizer)
+        module(lines(tmp_path / "a.jsonl", CHAT), tokenizer)
 
 
 def test_what_is_too_long_is_cut_and_what_has_no_answer_left_dropped(tmp_path: Path, tokenizer: Path, capsys) -> None:
     long, deaf = {"prompt": "a", "completion": "b" * 99}, {"prompt": "a" * 99, "completion": "b"}
-    data = module(lines(tmp_path / "a.jsonl", GOOD[0], long, deaf), tokenizer)
+    data = module(lines(tmp_path / "a.jsonl", COMPLETION, long, deaf), tokenizer)
     assert "2 in 2 rows" in capsys.readouterr().out and len(data._train or ()) == 2
     with pytest.raises(ConfigError, match="leaves no answer of any example"):
         module(lines(tmp_path / "b.jsonl", deaf), tokenizer)
@@ -136,7 +79,7 @@ def test_validation_is_taken_from_the_examples_or_given(tmp_path: Path, tokenize
     path = lines(tmp_path / "a.jsonl", *[{"prompt": str(i), "completion": "x"} for i in range(40)])
     data = module(path, tokenizer, val_samples=9, packed=False)
     assert (len(data._train or ()), len(data._val or ())) == (38, 2)
-    data = module(path, tokenizer, val_samples=9, val_paths=lines(tmp_path / "v.jsonl", GOOD[0]))
+    data = module(path, tokenizer, val_samples=9, val_paths=lines(tmp_path / "v.jsonl", COMPLETION))
     assert len(data._val or ()) == 1
 
 
@@ -149,6 +92,22 @@ def test_pairs_of_answers_share_a_row(tmp_path: Path, tokenizer: Path) -> None:
         said = [texts(batch | {"cu_seqlens": ends[document : document + 2]})[0] for document in (better, worse)]
         assert said[0][1] == "yes" and said[1][1].startswith("no!") and said[0][0][0] == said[1][0][0]
     assert len(batch["pairs"]) == 4
+
+
+def test_each_answer_of_a_pair_has_half_a_row(tmp_path: Path, tokenizer: Path, capsys: Any) -> None:
+    pair = {"prompt": "?", "chosen": "a" * 99, "rejected": "b" * 3}
+    data = module(lines(tmp_path / "a.jsonl", pair), tokenizer, preference=True, seq_length=20)
+    assert "1 were cut at 10 tokens" in capsys.readouterr().out
+    batch = data._train.__getitems__([0])  # pyright: ignore[reportOptionalMemberAccess]
+    assert [learned for _, learned in texts(batch)] == ["a" * 10, "bbb"]
+
+
+def test_the_texts_are_let_go_once_they_are_tokens(tmp_path: Path, tokenizer: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", CHAT)
+    data = module(path, tokenizer)
+    path.unlink()
+    data.setup()
+    assert data.vocab_size == 257 and data._records is None
 
 
 @given(st.lists(st.integers(1, 20), max_size=40))

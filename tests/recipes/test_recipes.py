@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,13 +27,19 @@ def make(name: str) -> Recipe:
     return ENTRIES[name].load()()
 
 
+@cache
+def plan_of(name: str) -> Any:
+    """What a recipe amounts to."""
+    return launch.check(make(name), here=False)
+
+
 def test_the_plan_can_be_made_on_any_machine(name):
     recipe = make(name)
     if getattr(recipe.model, "init_from", None):  # of what it is to begin with nothing is known yet
         with pytest.raises(ConfigError, match="init_from"):
             launch.check(recipe, here=False)
         return
-    plan = launch.check(recipe, here=False)
+    plan = plan_of(name)
     assert plan.parameters > 0
     if recipe.trainer.accelerator == "cpu":
         assert all(choice.backend for _, choice in plan.attention)
@@ -128,7 +136,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize(("name", "parameters"), PUBLISHED.items())
 def test_a_family_s_shape_has_as_many_parameters_as_the_published_weights(name, parameters):
-    assert launch.check(make(name), here=False).parameters == parameters
+    assert plan_of(name).parameters == parameters
 
 
 FAMILY_FILES = {name for name, entry in ENTRIES.items() if entry.file.name not in ("tiny.py", "finetune.py")}
@@ -136,7 +144,7 @@ FAMILY_FILES = {name for name, entry in ENTRIES.items() if entry.file.name not i
 
 @pytest.mark.parametrize("name", sorted(FAMILY_FILES))
 def test_a_family_s_model_can_be_exported(name):
-    config = launch.check(make(name), here=False).config
+    config = plan_of(name).config
     if name != "gpt3_175b":  # which nobody has published, but it is a GPT-2
         assert family_for(config).model_type in FAMILIES
     assert FAMILIES["gpt2"].expresses(config) == name.startswith(("gpt2", "gpt3"))

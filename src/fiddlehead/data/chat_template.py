@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,15 @@ class ChatTemplate:
         import jinja2
 
         try:
+            # Templates ask whether tools and documents are none, so they have to be there.
             return _compiled(self.text).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self.special_tokens
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:  # the latter from what it computes
             raise ConfigError(f"{self.source}: {error}") from error
 
     def turns(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
@@ -90,10 +96,23 @@ class ChatTemplate:
         return pieces
 
 
+@lru_cache(maxsize=8)
 def _compiled(text: str) -> Any:
+    """The template, as transformers compiles it; that takes far longer than to render it."""
     import jinja2
-    from jinja2.ext import loopcontrols
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.nodes import Scope
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} marks answers for transformers' own masks; what is inside is text as any other."""
+
+        tags = {"generation"}  # noqa: RUF012  jinja2 declares it as a set of the instance's
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return Scope(body, lineno=line)
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -106,7 +125,9 @@ def _compiled(text: str) -> Any:
 
         return datetime.now().strftime(format)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     environment.filters["tojson"] = as_json
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = now

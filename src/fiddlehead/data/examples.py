@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fiddlehead.data.chat_template import ChatTemplate
+from fiddlehead.data.progress import ByteProgress
 from fiddlehead.data.tokenizers import JSONTokenizer
 from fiddlehead.errors import ConfigError, unknown
 
@@ -18,6 +19,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 KINDS = (("messages",), ("prompt", "completion"), ("prompt", "chosen", "rejected"))
 """The fields of each kind of example."""
 _SHOWN = 20
+_AT_ONCE = 1024
+_MANY = 10_000  # examples that are worth a progress bar
 
 Turns = list[tuple[str, bool]]
 """Pieces of text, each with whether it is an answer."""
@@ -28,7 +31,7 @@ class Example:
     """One text as tokens."""
 
     ids: np.ndarray
-    """(n,) int64."""
+    """(n,) int32."""
     learned: np.ndarray
     """Whether each token belongs to an answer, (n,) bool."""
 
@@ -40,6 +43,20 @@ class Record:
     where: str
     """Its file and number."""
     values: Mapping[str, Any]
+    """The fields of its kind, in the kind's order."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it is messages, which a template makes text of, and not text as it is."""
+        return isinstance(next(iter(self.values.values())), list)
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of its texts."""
+        texts: list[str] = []
+        for value in self.values.values():
+            texts += [value] if isinstance(value, str) else [message.get("content") or "" for message in value]
+        return sum(len(text.encode()) for text in texts)
 
 
 def read_records(paths: Sequence[Path], *, preference: bool) -> list[Record]:
@@ -51,126 +68,179 @@ def read_records(paths: Sequence[Path], *, preference: bool) -> list[Record]:
     Raises:
         ConfigError: a file or an example is not what it should be; it lists all of them, up to twenty.
     """
-    records, problems = [], []
+    records: list[Record] = []
+    problems: list[str] = []
+    first: tuple[str, ...] | None = None
     for path in paths:
         try:
-            for where, values in _rows(path):
-                found = [values] if isinstance(values, str) else list(_problems(values, preference))
+            for where, values, unreadable in _rows(path):
+                kind, found = (None, [unreadable]) if unreadable else _check(values, preference)
+                first = first or kind
+                if kind != first and not found:
+                    found = [f"has {_names(kind)}, and the examples before {_names(first)}; allowed: one kind for all"]
                 problems += [f"{where}: {problem}" for problem in found]
-                if isinstance(values, dict) and not found:
-                    records.append(Record(where, values))
+                if kind and not problems:
+                    records.append(Record(where, {name: _without_nulls(values[name]) for name in kind}))
         except ConfigError as error:
             problems += error.problems
     if not problems and not records:
         problems.append(f"paths: {', '.join(map(str, paths))}: there is no example")
-    if len(problems) > _SHOWN:
-        problems[_SHOWN:] = [f"and {len(problems) - _SHOWN:,} more"]
-    if problems:
-        raise ConfigError(*problems)
+    _refuse(problems)
     return records
 
 
 def tokenize_records(
-    records: Sequence[Record], tokenizer: JSONTokenizer, template: ChatTemplate | None
+    records: Sequence[Record], tokenizer: JSONTokenizer, template: ChatTemplate | None, *, progress: bool = False
 ) -> list[tuple[Example, ...]]:
     """Each record's text, or the texts of its better and its worse answer, as tokens.
 
+    Args:
+        progress: show how far it is, where they are many.
+
     Raises:
-        ConfigError: a conversation needs a template that there is not, or that refuses it.
+        ConfigError: a conversation needs a template that there is not, or that refuses it; it lists up to twenty.
     """
-    texts: list[list[Turns]] = []
-    problems = []
-    for record in records:
-        try:
-            texts.append(_texts(record.values, template))
-        except ConfigError as error:
-            problems += [f"{record.where}: {problem}" for problem in error.problems]
+    examples: list[tuple[Example, ...]] = []
+    problems: list[str] = []
+    many = len(records) >= _MANY
+    with ByteProgress("tokenizing", sum(r.num_bytes for r in records) if many else 0, progress and many) as bar:
+        for start in range(0, len(records), _AT_ONCE):
+            here = records[start : start + _AT_ONCE]
+            texts: list[list[Turns]] = []
+            for record in here:
+                try:
+                    texts.append(_texts(record, template))
+                except ConfigError as error:
+                    problems += [f"{record.where}: {problem}" for problem in error.problems]
+            if not problems:
+                examples += _encode(here, texts, tokenizer)
+            bar.advance(sum(record.num_bytes for record in here))
+        _refuse(problems)
+    return examples
+
+
+def _refuse(problems: list[str]) -> None:
+    """Raises for problems, if there are any: the first of them, and how many more."""
     if len(problems) > _SHOWN:
-        problems[_SHOWN:] = [f"and {len(problems) - _SHOWN:,} more"]
+        problems = [*problems[:_SHOWN], f"and {len(problems) - _SHOWN:,} more"]
     if problems:
         raise ConfigError(*problems)
-    return [
-        tuple(_encode(turns, record.values, tokenizer) for turns in each)
-        for each, record in zip(texts, records, strict=True)
-    ]
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """File and number of each row, and its values, or what is wrong with it."""
+def _rows(path: Path) -> Iterator[tuple[str, Any, str]]:
+    """File and number of each row, its values, and why it cannot be read, or nothing."""
     if path.is_dir():
-        state = path / "state.json"
-        if not state.is_file():
-            raise ConfigError(
-                f"paths: {path} is a folder, but none that `datasets` saved to disk: it has no state.json"
-            )
-        for file in json.loads(state.read_text())["_data_files"]:
-            yield from _arrow_rows(path / file["filename"])
+        for file in _saved_files(path):
+            yield from _arrow_rows(file)
     elif not path.is_file():
         raise ConfigError(f"paths: there is no file or folder {path}")
     elif path.suffix in (".jsonl", ".ndjson", ".json"):
-        with path.open(encoding="utf-8", errors="replace") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield f"{path}:{number}", _parsed(line)
+                    yield f"{path}:{number}", *_parsed(line)
     elif path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except Exception as error:  # pyarrow has many
-            raise ConfigError(f"paths: {path} cannot be read: {error}") from error
-        yield from ((f"{path}:{number}", row) for number, row in enumerate(table.to_pylist(), start=1))
+        yield from _arrow_rows(path)
     else:
         raise ConfigError(f"paths: {path} is of an unknown kind; allowed: .jsonl, .parquet, a folder of `datasets`")
 
 
-def _arrow_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
+def _saved_files(folder: Path) -> list[Path]:
+    """The Arrow files of a data set that `datasets` saved to disk."""
+    state, splits = folder / "state.json", folder / "dataset_dict.json"
+    try:
+        if splits.is_file():
+            names = ", ".join(str(folder / name) for name in json.loads(splits.read_text(encoding="utf-8"))["splits"])
+            raise ConfigError(f"paths: {folder} has several data sets; allowed: one or more of {names}")
+        if not state.is_file():
+            raise ConfigError(f"paths: {folder} is a folder, but none that `datasets` saved: it has no state.json")
+        return [folder / file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"paths: {folder} is none that `datasets` saved to disk: {error!r}") from error
 
+
+def _arrow_rows(file: Path) -> Iterator[tuple[str, Any, str]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
     try:
         with pyarrow.memory_map(str(file)) as source:
-            rows = pyarrow.ipc.open_stream(source).read_all().to_pylist()
-    except Exception as error:  # pyarrow has many
-        raise ConfigError(f"paths: {file} cannot be read: {error}") from error
-    yield from ((f"{file}:{number}", row) for number, row in enumerate(rows, start=1))
+            if file.suffix == ".parquet":
+                batches = pyarrow.parquet.ParquetFile(source).iter_batches()
+            else:
+                batches = pyarrow.ipc.open_stream(source)
+            for batch in batches:
+                for values in batch.to_pylist():
+                    number += 1
+                    yield f"{file}:{number}", values, ""
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"paths: {file} cannot be read after row {number}: {error}") from error
 
 
-def _parsed(line: str) -> Any:
+def _parsed(line: bytes) -> tuple[Any, str]:
+    """The values of a line, and why they cannot be read, or nothing."""
     try:
-        return json.loads(line)
+        values = json.loads(line.decode("utf-8-sig"))
+        if b"\\u" in line:
+            json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        return None, f"is no UTF-8: byte {error.object[error.start]:#04x} at {error.start}"
+    except UnicodeEncodeError:
+        return None, "is no Unicode: has half a surrogate pair"
     except json.JSONDecodeError as error:
-        return f"is no JSON: column {error.colno}: {error.msg}"
+        return None, f"is no JSON: column {error.colno}: {error.msg}"
+    except RecursionError:
+        return None, "is no JSON that can be read: nested too deep"
+    return values, ""
 
 
-def _problems(values: Any, preference: bool) -> Iterator[str]:
+def _check(values: Any, preference: bool) -> tuple[tuple[str, ...] | None, list[str]]:
+    """The kind of an example, None where it has none, and what is wrong with it."""
     if not isinstance(values, dict):
-        yield f"is a {type(values).__name__}, not an object with fields"
-        return
+        return None, [f"is a {type(values).__name__}, not an object with fields"]
     kinds = [kind for kind in KINDS if ("chosen" in kind) == preference]
     given = [name for name, value in values.items() if value is not None]
     kind = next((kind for kind in kinds if all(name in given for name in kind)), None)
     if kind is None:
-        wanted = " or ".join(", ".join(kind) for kind in kinds)
         known = [name for kind in kinds for name in kind]
         near = [unknown("field", name, known) for name in given if name not in known]
-        yield f"needs the fields {wanted}, and has {', '.join(given) or 'none'}" + (f": {near[0]}" if near else "")
-        return
+        wanted = " or ".join(map(_names, kinds))
+        missing = f"needs the fields {wanted}, and has {_names(given) or 'none'}"
+        return None, [missing + (f": {near[0]}" if near else "")]
+    problems: list[str] = []  # published datasets have other columns too, which say nothing of the text
     for name in kind:
-        value = values[name]
-        if isinstance(value, list):
-            yield from (f"{name}{problem}" for problem in _message_problems(value))
-        elif not isinstance(value, str):
-            yield f"{name}: is a {type(value).__name__}; allowed: text, or a list of messages"
-        elif name == "messages":
-            yield "messages: is text; allowed: a list of messages"
-        elif name != "prompt" and not value:
-            yield f"{name}: is empty"
-    if kind == ("messages",) and isinstance(values["messages"], list):
-        roles = [message.get("role") for message in values["messages"] if isinstance(message, dict)]
-        if "assistant" not in roles:
-            yield "messages: none is the assistant's, so that there is nothing to learn"
+        problems += _value_problems(name, values[name])
     if len({isinstance(values[name], list) for name in kind}) > 1:
-        yield f"{', '.join(kind)}: either all are text or all are lists of messages"
+        problems.append(f"{_names(kind)}: either all are text or all are lists of messages")
+    return kind, problems
+
+
+def _value_problems(name: str, value: Any) -> Iterator[str]:
+    if isinstance(value, list):
+        yield from (f"{name}{problem}" for problem in _message_problems(value))
+        roles = [message.get("role") for message in value if isinstance(message, dict)]
+        if name != "prompt" and "assistant" not in roles:
+            yield f"{name}: none is the assistant's, so that there is nothing to learn"
+    elif not isinstance(value, str):
+        yield f"{name}: is a {type(value).__name__}; allowed: text, or a list of messages"
+    elif name == "messages":
+        yield "messages: is text; allowed: a list of messages"
+    elif name != "prompt" and not value:
+        yield f"{name}: is empty"
+
+
+def _names(fields: Sequence[str] | None) -> str:
+    return ", ".join(fields or ())
+
+
+def _without_nulls(value: Any) -> Any:
+    """Messages without what a table has to have in every row: templates ask whether it is there."""
+
+    def kept(message: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: field for name, field in message.items() if field is not None or name == "content"}
+
+    return value if isinstance(value, str) else [kept(message) for message in value]
 
 
 def _message_problems(messages: list[Any]) -> Iterator[str]:
@@ -185,16 +255,19 @@ def _message_problems(messages: list[Any]) -> Iterator[str]:
             yield f"[{number}].content: is empty"
 
 
-def _texts(values: Mapping[str, Any], template: ChatTemplate | None) -> list[Turns]:
-    if "messages" in values and values["messages"] is not None:
-        return [_conversation(values["messages"], template)]
-    prompt, answers = (
-        values["prompt"],
-        [values[name] for name in ("completion", "chosen", "rejected") if values.get(name)],
-    )
-    if isinstance(prompt, str):
+def _texts(record: Record, template: ChatTemplate | None) -> list[Turns]:
+    if not record.is_chat:
+        prompt, *answers = record.values.values()
         return [[(prompt, False), (answer, True)] for answer in answers]
-    return [_conversation([*prompt, *answer], template) for answer in answers]
+    if "messages" in record.values:
+        return [_conversation(record.values["messages"], template)]
+    prompt, *answers = record.values.values()
+    # Turns come in twos, a question and its answer. The prompt's are not to be learned.
+    old = 2 * sum(message["role"] == "assistant" for message in prompt)
+    conversations = [_conversation([*prompt, *answer], template) for answer in answers]
+    return [
+        [(text, learned and number >= old) for number, (text, learned) in enumerate(turns)] for turns in conversations
+    ]
 
 
 def _conversation(messages: Sequence[Any], template: ChatTemplate | None) -> Turns:
@@ -203,13 +276,24 @@ def _conversation(messages: Sequence[Any], template: ChatTemplate | None) -> Tur
     return template.turns(messages)
 
 
-def _encode(turns: Turns, values: Mapping[str, Any], tokenizer: JSONTokenizer) -> Example:
+def _encode(
+    records: Sequence[Record], texts: Sequence[list[Turns]], tokenizer: JSONTokenizer
+) -> Iterator[tuple[Example, ...]]:
     """Piece by piece, as a model that is asked has the question as a text of its own."""
-    is_chat = not isinstance(values.get("prompt"), str)
-    encode = tokenizer.encode_with_special if is_chat else tokenizer.encode
-    pieces = [(encode(text), learned) for text, learned in turns]
-    if not is_chat:
-        pieces.append(([tokenizer.eos_id], True))
-    ids = np.concatenate([np.asarray(ids, dtype=np.int64) for ids, _ in pieces])
-    learned = np.concatenate([np.full(len(ids), flag) for ids, flag in pieces])
-    return Example(ids, learned)
+    pieces: dict[bool, list[str]] = {False: [], True: []}
+    for record, each in zip(records, texts, strict=True):
+        pieces[record.is_chat] += [text for turns in each for text, _ in turns]
+    encoded = {
+        False: iter(tokenizer.encode_batch(pieces[False])),
+        True: iter(tokenizer.encode_batch_with_special(pieces[True])),
+    }
+    for record, each in zip(records, texts, strict=True):
+        end = [] if record.is_chat else [([tokenizer.eos_id], True)]
+        found = [[(next(encoded[record.is_chat]), learned) for _, learned in turns] + end for turns in each]
+        yield tuple(
+            Example(
+                np.concatenate([np.asarray(ids, dtype=np.int32) for ids, _ in turns]),
+                np.concatenate([np.full(len(ids), learned) for ids, learned in turns]),
+            )
+            for turns in found
+        )

@@ -28,9 +28,9 @@ class FineTuningDataModule(StepDataModule):
     `rejected` answer, text or messages.
 
     With `packed` as many examples as fit share a row, and attention keeps them apart, so that each is as if it were
-    alone; without, each has a row of its own, padded. An example of more tokens is cut there; one of which no answer is
-    left is dropped; how many is said. Validation is on `val_paths`, or else on every so manieth example as
-    `val_fraction` asks for, which are then not trained on.
+    alone; without, each has a row of its own, padded. An example of more tokens is cut there, each answer of a pair at
+    half of it; one of which no answer is left is dropped; how many is said. Validation is on `val_paths`, or else on
+    every so manieth example as `val_fraction` asks for, which are then not trained on.
 
     `tokenizer` is a folder with a `tokenizer.json`; None is that of the model to begin with, `default_tokenizer`.
 
@@ -71,6 +71,8 @@ class FineTuningDataModule(StepDataModule):
     @property
     def vocab_size(self) -> int:
         """The number of different tokens; the examples are read and checked first, and every wrong one is named."""
+        if self._tokenizer is not None:
+            return self._tokenizer.vocab_size
         self._read()
         return self._open_tokenizer().vocab_size
 
@@ -82,8 +84,14 @@ class FineTuningDataModule(StepDataModule):
             return
         tokenizer = self._open_tokenizer()
         template = ChatTemplate.load(self._tokenizer_folder())
+        first_rank = self.trainer is None or self.trainer.is_global_zero
         train, val = (
-            Rows(tokenize_records(records, tokenizer, template), self.seq_length, tokenizer.eos_id, packed=self.packed)
+            Rows(
+                tokenize_records(records, tokenizer, template, progress=first_rank),
+                self.seq_length,
+                tokenizer.eos_id,
+                packed=self.packed,
+            )
             for records in self._read()
         )
         if not len(train):
@@ -92,9 +100,10 @@ class FineTuningDataModule(StepDataModule):
             self.val_samples = 0
             if self.trainer is not None:
                 self.trainer.limit_val_batches = 0
-        if self.trainer is None or self.trainer.is_global_zero:
+        if first_rank:
             print(f"examples: {train}" + (f"; for validation {val}" if len(val) else ""), flush=True)  # noqa: T201
         self._train, self._val, self._tokenizer = train, val, tokenizer
+        self._records = None  # the texts take more memory than their tokens
         lengths = tokenizer.token_bytes()
         self.token_bytes = None if lengths is None else torch.from_numpy(lengths)
 
@@ -141,7 +150,8 @@ class Rows:
             pad_id: the token of what is left of a row.
         """
         self.seq_length, self.pad_id = seq_length, pad_id
-        room = seq_length + 1 if not examples or len(examples[0]) == 1 else seq_length // 2 + 1
+        self.longest = seq_length if not examples or len(examples[0]) == 1 else seq_length // 2
+        room = self.longest + 1  # the last token is only predicted
         self.cut = sum(any(len(text.ids) > room for text in each) for each in examples)
         short = [tuple(Example(t.ids[:room], t.learned[:room]) for t in each) for each in examples]
         # The first token is never predicted.
@@ -158,7 +168,7 @@ class Rows:
         filled = self.tokens / max(1, len(self.rows) * self.seq_length)
         text = f"{len(self.examples):,} in {len(self.rows):,} rows, {filled:.0%} filled"
         if self.cut:
-            text += f"; {self.cut:,} were cut at {self.seq_length} tokens"
+            text += f"; {self.cut:,} were cut at {self.longest} tokens"
         return text + (f"; {self.dropped:,} dropped, of which no answer was left" if self.dropped else "")
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:

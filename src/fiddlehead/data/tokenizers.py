@@ -161,6 +161,10 @@ class JSONTokenizer:
         """The token ids of `text`, in which the names of special tokens are these tokens: of a chat's markup."""
         return self._with_special.encode(text, add_special_tokens=False).ids
 
+    def encode_batch_with_special(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_with_special` of each text."""
+        return [encoding.ids for encoding in self._with_special.encode_batch_fast(texts, add_special_tokens=False)]
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
