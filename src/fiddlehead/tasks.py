@@ -20,6 +20,7 @@ from fiddlehead.training.checkpoint import SafetensorsIO, restore_progress
 from fiddlehead.training.checkpoint_folder import newest_good, read_state, verify
 from fiddlehead.training.console import is_rank_zero, say
 from fiddlehead.training.metrics import Metrics
+from fiddlehead.training.phases import Phases
 from fiddlehead.training.samples import SampleAnswer
 from fiddlehead.training.stop import StopOnRequest
 from fiddlehead.training.weights import find_tokenizer
@@ -80,10 +81,11 @@ def pretrain(
         trainer.val_check_interval *= plan.accumulate_grad_batches
     trainer.loggers = log.loggers(run, step)
     every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    metrics = Metrics(plan.tokens_per_step, data.seq_length, every_n_steps)
-    # The order matters: a step is measured, then saved, and only then may the run stop.
+    phases = Phases()
+    metrics = Metrics(plan.tokens_per_step, data.seq_length, every_n_steps, phases)
+    # The order matters: a step is measured, then saved, and only then may the run stop; none of it is a phase.
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it dynamically
-    callbacks += [metrics, checkpoint, StopOnRequest(checkpoint, run)]
+    callbacks += [metrics, checkpoint, StopOnRequest(checkpoint, run), phases]
     if start is not None:
         restore_progress(trainer, step)
     try:
