@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback, Trainer
 
 from fiddlehead import tasks
@@ -120,3 +121,99 @@ def test_what_is_measured_changes_no_loss(parts: Parts, monkeypatch: pytest.Monk
     for hook in ("on_train_batch_start", "on_before_backward", "on_after_backward"):
         monkeypatch.setattr(module.Phases, hook, lambda self, *_, **__: None)
     assert rows(tasks.pretrain(**parts(name="without")), "loss", "grad_norm") == with_phases
+
+
+# -- on a GPU
+
+
+class Device:
+    """Stands for a GPU that is `behind` marks behind the host, and takes a second between any two."""
+
+    def __init__(self, behind: int) -> None:
+        self.behind = behind
+        self.recorded = self.made = self.waited = 0
+
+    def event(self, *, enable_timing: bool) -> Any:
+        assert enable_timing
+        device, self.made = self, self.made + 1
+
+        class Event:
+            def record(self) -> None:
+                device.recorded += 1
+                self.number = device.recorded
+
+            def query(self) -> bool:
+                return self.number <= device.recorded - device.behind
+
+            def synchronize(self) -> None:
+                device.behind = 0
+                device.waited += 1
+
+            def elapsed_time(self, end: Any) -> float:
+                assert self.query() and end.query(), "CUDA raises an error"
+                return 1000.0 * (end.number - self.number)
+
+        return Event()
+
+
+def train(phases: module.Phases, steps: int) -> None:
+    for _ in range(steps):
+        phases.on_train_batch_start(*NOTHING, None, 0)
+        phases.on_before_backward(*NOTHING, None)  # type: ignore[arg-type]
+        phases.on_after_backward(*NOTHING)
+        phases.end_step()
+        phases.on_train_batch_end(*NOTHING, None, None, 0)
+
+
+NOTHING: Any = (None, None)
+
+
+def test_a_device_that_is_behind_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+    device = Device(behind=12)
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    monkeypatch.setattr(module, "MAX_PENDING", 20)
+    phases = module.Phases()
+    phases._cuda = True
+    phases._mark("data")
+    train(phases, 50)
+    assert device.waited == 0
+    assert device.made <= 22, "events that were read are used again"
+    window = phases.take()
+    assert device.waited == 1
+    assert window.steps == ({**dict.fromkeys(module.PHASES, 1.0), "rest": 0.0},) + 49 * (
+        dict.fromkeys((*module.PHASES, "rest"), 1.0),
+    )
+    device.behind = 12
+    train(phases, 2)
+    phases.pause()
+    train(phases, 1)
+    *_, last = steps = phases.take().steps
+    assert len(steps) == 3
+    assert last["data"] == 2, "before the pause and after it, but not in it"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_times_are_those_of_its_kernels():
+    torch.cuda._sleep(1)
+    torch.cuda.synchronize()
+    phases = module.Phases()
+    phases._cuda = True
+    phases._mark("data")
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    started = time.perf_counter()
+    for _ in range(3):
+        phases.on_train_batch_start(*NOTHING, None, 0)
+        begin.record()
+        torch.cuda._sleep(200_000_000)  # about a tenth of a second
+        end.record()
+        phases.on_before_backward(*NOTHING, None)  # type: ignore[arg-type]
+        phases.on_after_backward(*NOTHING)
+        phases.end_step()
+        phases.on_train_batch_end(*NOTHING, None, None, 0)
+    assert time.perf_counter() - started < 0.1, "nothing was waited for"
+    steps = phases.take().steps
+    assert len(steps) == 3
+    for step in steps:
+        assert step["forward"] == pytest.approx(begin.elapsed_time(end) / 1e3, rel=0.05)
+        assert step["backward"] < 0.001 and step["data"] < 0.001

@@ -63,6 +63,8 @@ class Phases(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """The batch is on the device."""
+        if self._paused_at:
+            self._go_on()
         self._mark("forward")
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
@@ -98,7 +100,7 @@ class Phases(Callback):
         self._mark(REST)
 
     def pause(self) -> None:
-        """Stops the clock until all callbacks have had their turn."""
+        """Stops the clock until the other callbacks have had their turn."""
         if not self._paused_at:
             self._paused_at = time.perf_counter()
             self._mark(PAUSE)
