@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 
 from fiddlehead.cli import main
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _nemo_run() -> None:
-    """NeMo-Run's dependencies warn of each other when they are imported; that is theirs to mend."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module("nemo_run")
 
 
 @pytest.fixture

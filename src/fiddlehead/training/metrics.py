@@ -82,7 +82,7 @@ class Metrics(Callback):
             "grad_norm": float(module.grad_norm),  # type: ignore[arg-type]
             "tokens": trainer.global_step * self.tokens_per_step,
             **rates,
-            "memory_gib": _peak_memory(module.device),
+            "memory_gib": peak_memory(module.device),
             "seconds_per_step": seconds_per_step,
             **self.window.means(),
         }
@@ -113,7 +113,7 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def _peak_memory(device: torch.device) -> float:
+def peak_memory(device: torch.device) -> float:
     """GiB: allocated on a GPU, resident on a CPU, at most so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
