@@ -78,6 +78,11 @@ def test_the_figures_agree_with_each_other_and_nothing_is_kept(bench: Command, w
     assert results["changes"]["tokens_per_s"] == pytest.approx(change)
 
 
+def test_a_run_that_fails_says_why_and_leaves_nothing(bench: Command):
+    _, err = bench("tiny_test", "optim.lr=1e30", "trainer.gradient_clip_val=None", "--steps", "9", "--direct", rc=1)
+    assert "the loss or the gradient is not finite" in err
+
+
 @pytest.mark.slow
 def test_two_devices_are_timed_together(bench: Command):
     out, _ = bench("tiny_test", "trainer.devices=2", "--steps", "4", "--warmup", "2", "--json")

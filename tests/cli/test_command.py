@@ -47,7 +47,9 @@ def modules_after(code: str) -> set[str]:
     return set(line.split())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["recipes"], ["runs"], ["pretrain", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["recipes"], ["runs"], ["pretrain", "--help"], ["bench", "--help"], ["--version"]]
+)
 def test_what_needs_no_torch_imports_none(arguments):
     code = f"sys.argv = ['fiddlehead', *{arguments!r}]; from fiddlehead.cli import main; main()"
     loaded = modules_after(code)

@@ -6,7 +6,6 @@ import contextlib
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,30 +115,22 @@ def _run(recipe: Recipe, name: str, executor: Executor | None, allow: Sequence[s
     """The results of a run whose directory is gone when this returns."""
     from fiddlehead import launch
     from fiddlehead.bench import RESULTS
+    from fiddlehead.launch import secrets
 
-    with _folder(Path(recipe.log.dir)) as folder:  # where the executor's jobs can write
-        recipe.log.dir, recipe.log.name = str(folder), name
-        try:
-            run = launch.launch(recipe, executor, name=name, allow=allow)
-        except launch.RunFailedError as failure:
-            print(f"error: {failure.status.reason or failure.status.state}", file=sys.stderr)  # noqa: T201
-            raise typer.Exit(failure.status.exit_code or 1) from None
-        return json.loads((run.path / RESULTS).read_text())
-
-
-@contextlib.contextmanager
-def _folder(parent: Path) -> Iterator[Path]:
-    """A folder in `parent` that is deleted at the end, and `parent` too if it was not there."""
+    run, parent = None, Path(recipe.log.dir)
     new = not parent.exists()
+    recipe.log.name = None
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".bench-", dir=parent)).absolute()
-    except OSError as error:
-        raise ConfigError(f"log.dir={str(parent)!r}: cannot write there: {error.strerror}") from None
-    try:
-        yield folder
+        run = launch.launch(recipe, executor, name=f"bench-{name}", allow=allow)
+        return json.loads((run.path / RESULTS).read_text())
+    except launch.RunFailedError as failure:
+        run = failure.run
+        print(f"error: {failure.status.reason or failure.status.state}", file=sys.stderr)  # noqa: T201
+        raise typer.Exit(failure.status.exit_code or 1) from None
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if run is not None:
+            secrets.remove(run)
+            shutil.rmtree(run.path, ignore_errors=True)
         if new:
             with contextlib.suppress(OSError):  # something else is there by now
                 parent.rmdir()
