@@ -98,9 +98,9 @@ class Profile(Callback):
     def _start(self, trainer: Trainer) -> None:
         self.phases.pause()
         activities = [ProfilerActivity.CPU]
-        if torch.cuda.is_available():
+        if trainer.strategy.root_device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-            torch.cuda.memory._record_memory_history(max_entries=MAX_ALLOCATIONS)
+            torch.cuda.memory._record_memory_history(stacks="python", max_entries=MAX_ALLOCATIONS)
         self._profiler = torch.profiler.profile(activities=activities, record_shapes=self.shapes)
         self._profiler.start()
         self._others, trainer.profiler = trainer.profiler, _Ranges()  # type: ignore[attr-defined]
@@ -127,7 +127,7 @@ class Profile(Callback):
         listing.write_text(_listing(profiler, f"steps {self.first} to {step}"))
         say(f"profile: steps {self.first} to {step} are in {timeline}; open it at https://ui.perfetto.dev")
         say(f"profile: the slowest operations are in {listing}")
-        if torch.cuda.is_available():
+        if trainer.strategy.root_device.type == "cuda":
             memory = timeline.with_name(timeline.name.replace(".json.gz", ".memory.pickle"))
             torch.cuda.memory._dump_snapshot(str(memory))
             torch.cuda.memory._record_memory_history(enabled=None)
