@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from fiddlehead import tasks
 from fiddlehead.errors import ConfigError
 from fiddlehead.runs import RunDirectory
 from fiddlehead.training import Log
-from fiddlehead.training.profile import covered, parse_steps
+from fiddlehead.training.profile import _listing, covered, parse_steps
 from tests.training.conftest import KillAfter, Killed, rows
 
 Pretrain = Callable[..., RunDirectory]
@@ -111,3 +112,37 @@ def test_steps_that_the_run_does_not_have_are_refused(parts: Parts):
 def test_time_that_is_covered_twice_counts_once():
     assert covered([]) == 0
     assert covered([(5, 7), (0, 2), (1, 3), (1, 2)]) == 5
+
+
+class Events:
+    """Stands for a profiler that has seen kernels; times are in microseconds."""
+
+    def __init__(self, *kernels: tuple[float, float, str]) -> None:
+        self.kernels = kernels
+
+    def events(self) -> list[Any]:
+        range_ = {"device_type": SimpleNamespace(name="CUDA"), "is_user_annotation": True}
+        spans = [SimpleNamespace(**range_, name="forward", time_range=SimpleNamespace(start=0, end=10_000))]
+        return spans + [
+            SimpleNamespace(
+                device_type=SimpleNamespace(name="CUDA"),
+                is_user_annotation=False,
+                name=name,
+                time_range=SimpleNamespace(start=start, end=end),
+            )
+            for start, end, name in self.kernels
+        ]
+
+    def key_averages(self) -> Any:
+        return SimpleNamespace(table=lambda sort_by, **_: f"sorted by {sort_by}")
+
+
+def test_the_listing_says_how_busy_a_gpu_was():
+    one: Any = Events((1000, 3000, "gemm"), (2000, 4000, "gemm"), (5000, 6000, "softmax"))
+    assert _listing(one, "step 1").splitlines() == [
+        "step 1",
+        "from the first kernel to the last 5.0 ms; the GPU is busy for 80.0%",
+        "sorted by self_device_time_total",
+    ]
+    many: Any = Events((1000, 3000, "gemm"), (2000, 4000, "ncclDevKernel_AllReduce"), (5000, 6000, "softmax"))
+    assert "communication that is not hidden behind computing: 20.0%" in _listing(many, "step 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -13,13 +14,26 @@ from fiddlehead.training.console import say
 from fiddlehead.training.phases import Phases, Window, exposed_communication
 
 PEAK_FLOPS = {
-    # Dense bfloat16 with float32 accumulation, from NVIDIA's data sheets, by a part of the device's name.
-    "A100": 312e12,
-    "L40S": 362e12,
+    # Dense bfloat16 with float32 accumulation, from NVIDIA's data sheets, by whole words of the device's name; the
+    # first that are found count.
+    "GB300": 2500e12,
+    "GB200": 2500e12,
+    "B300": 2250e12,
+    "B200": 2250e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
 }
 
 
@@ -110,7 +124,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def peak_memory(device: torch.device) -> float:
