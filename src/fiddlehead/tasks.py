@@ -20,6 +20,8 @@ from fiddlehead.training.checkpoint import SafetensorsIO, restore_progress
 from fiddlehead.training.checkpoint_folder import newest_good, read_state, verify
 from fiddlehead.training.console import is_rank_zero, say
 from fiddlehead.training.metrics import Metrics
+from fiddlehead.training.phases import Phases
+from fiddlehead.training.profile import Profile
 from fiddlehead.training.samples import SampleAnswer
 from fiddlehead.training.stop import StopOnRequest
 from fiddlehead.training.weights import find_tokenizer
@@ -52,7 +54,7 @@ def pretrain(
         ConfigError: the parts do not fit together; nothing was started then.
         NonFiniteError: the loss or the gradient became infinite or NaN; the checkpoints are from before.
     """
-    plan = plan_pretrain(model, data, trainer, optim)
+    plan = plan_pretrain(model, data, trainer, optim, log)
     run = RunDirectory(Path(log.dir) / (log.name or reserve_name("pretrain", log.dir)))
     start = resume_point(run, resume)
     step = 0
@@ -80,10 +82,14 @@ def pretrain(
         trainer.val_check_interval *= plan.accumulate_grad_batches
     trainer.loggers = log.loggers(run, step)
     every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    metrics = Metrics(plan.tokens_per_step, data.seq_length, every_n_steps)
-    # The order matters: a step is measured, then saved, and only then may the run stop.
+    phases = Phases()
+    metrics = Metrics(plan.tokens_per_step, data.seq_length, every_n_steps, phases)
+    # The order matters: a step is measured, then saved, and only then may the run stop; none of it is a phase.
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it dynamically
-    callbacks += [metrics, checkpoint, StopOnRequest(checkpoint, run)]
+    callbacks.append(metrics)
+    if log.profile_steps:
+        callbacks.append(Profile(log.profile_steps, run.path / "profile", phases, shapes=log.profile_shapes))
+    callbacks += [checkpoint, StopOnRequest(checkpoint, run), phases]
     if start is not None:
         restore_progress(trainer, step)
     try:
@@ -171,6 +177,7 @@ def plan_pretrain(
     data: PreTrainingDataModule | FineTuningDataModule,
     trainer: Trainer,
     optim: AdamW,
+    log: Log | None = None,
     *,
     elsewhere: bool = False,
     **others: Any,
@@ -202,6 +209,8 @@ def plan_pretrain(
     except ConfigError as error:
         problems += error.under("data").problems
     problems += _trainer_problems(trainer, accumulate)
+    if log is not None and log.profile_steps and log.profile_steps[1] > trainer.max_steps:
+        problems.append(f"log.profile={log.profile!r}: the run ends with step trainer.max_steps={trainer.max_steps}")
     try:
         vocab_size = data.vocab_size
     except ConfigError as error:  # the dataset cannot be read

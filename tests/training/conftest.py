@@ -67,7 +67,16 @@ def parts(dataset: Path, tmp_path: Path) -> Parts:
                 )
             ),
             "optim": AdamW(**take(lr=1e-2, lr_scheduler=CosineAnnealing(warmup_steps=2))),
-            "log": Log(**take(name="run", dir=str(tmp_path / "runs"), tensorboard=False, wandb=False)),
+            "log": Log(
+                **take(
+                    name="run",
+                    dir=str(tmp_path / "runs"),
+                    tensorboard=False,
+                    wandb=False,
+                    profile=None,
+                    profile_shapes=False,
+                )
+            ),
             "checkpoint": Checkpoint(**take(every_n_steps=4, keep_last=9, keep_best=True)),
             "resume": changes.pop("resume", "auto"),
         }
