@@ -15,7 +15,7 @@ from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.runs import RunDirectory, find_run, reserve_name, write_atomically
-from fiddlehead.training import AdamW, Checkpoint, LanguageModel, Log, NonFiniteError, attention
+from fiddlehead.training import AdamW, Checkpoint, LanguageModel, Log, NonFiniteError, Parallel, attention
 from fiddlehead.training.checkpoint import SafetensorsIO, restore_progress
 from fiddlehead.training.checkpoint_folder import newest_good, read_state, verify
 from fiddlehead.training.console import is_rank_zero, say
@@ -186,8 +186,13 @@ def plan_pretrain(
     Raises:
         ConfigError: the parts do not fit together; it lists every problem.
     """
-    world_size = trainer.num_devices * trainer.num_nodes
+    world_size = data_parallel = trainer.num_devices * trainer.num_nodes
     problems: list[str] = []
+    if isinstance(trainer.strategy, Parallel):
+        try:
+            data_parallel = trainer.strategy.sizes(world_size).data
+        except ConfigError as error:
+            raise error.under("trainer.strategy") from error
     accumulate = 1
     try:
         model.take_shape()
@@ -198,10 +203,10 @@ def plan_pretrain(
             raise ConfigError("model.init_from=None: fine-tuning begins with a model that can write already; give one")
         data.default_tokenizer = find_tokenizer(Path(model.init_from))
     try:
-        accumulate = data.accumulate_grad_batches(world_size)
+        accumulate = data.accumulate_grad_batches(data_parallel)
     except ConfigError as error:
         problems += error.under("data").problems
-    problems += _trainer_problems(trainer, accumulate)
+    problems += _trainer_problems(trainer, accumulate, data_parallel)
     try:
         vocab_size = data.vocab_size
     except ConfigError as error:  # the dataset cannot be read
@@ -334,14 +339,14 @@ def _warn_of_another_rate(state: dict[str, Any], optim: AdamW, max_steps: int) -
         )
 
 
-def _trainer_problems(trainer: Trainer, accumulate: int) -> list[str]:
+def _trainer_problems(trainer: Trainer, accumulate: int, data_parallel: int) -> list[str]:
     problems = []
     if trainer.max_steps < 1:
         problems.append(f"trainer.max_steps={trainer.max_steps}: must be 1 or more; a run ends by steps, not by epochs")
     if trainer.accumulate_grad_batches not in (1, accumulate):
         problems.append(
             f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: leave it out; the data's batch sizes "
-            f"on {trainer.num_devices * trainer.num_nodes} devices make it {accumulate}"
+            f"on {data_parallel} data-parallel ranks make it {accumulate}"
         )
     interval = trainer.val_check_interval
     if interval != 1.0 and (not isinstance(interval, int) or interval < 1):

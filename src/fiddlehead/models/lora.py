@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -63,15 +63,24 @@ class LoRA:
         """
         if adapter_state(transformer):
             raise ConfigError("lora: the model has adapters already; merge them first")
-        # Of the layers: the output layer's forward is never called, so that an adapter would do nothing there.
-        linears = {n: m for n, m in transformer.layers.named_modules(prefix="layers") if isinstance(m, nn.Linear)}
-        found = {pattern: [name for name in linears if _matches(pattern, name)] for pattern in self.target_modules}
-        if problems := [_unmatched(pattern, transformer, list(linears)) for pattern in found if not found[pattern]]:
-            raise ConfigError(*problems)
+        names = self.adapted(transformer)
         transformer.requires_grad_(False)
-        for name in dict.fromkeys(name for names in found.values() for name in names):
-            transformer.set_submodule(name, LoRALinear(linears[name], self))
+        for name in names:
+            transformer.set_submodule(name, LoRALinear(cast(nn.Linear, transformer.get_submodule(name)), self))
         transformer.register_load_state_dict_post_hook(_start_adapters)
+
+    def adapted(self, transformer: Transformer) -> list[str]:
+        """The linear layers that have an adapter, or are to have one, in the order in which their adapters are drawn.
+
+        Raises:
+            ConfigError: a pattern matches no linear layer of the transformer's layers.
+        """
+        # Of the layers: the output layer's forward is never called, so that an adapter would do nothing there.
+        linears = [n for n, m in transformer.layers.named_modules(prefix="layers") if isinstance(m, nn.Linear)]
+        found = {pattern: [name for name in linears if _matches(pattern, name)] for pattern in self.target_modules}
+        if problems := [_unmatched(pattern, transformer, linears) for pattern in found if not found[pattern]]:
+            raise ConfigError(*problems)
+        return list(dict.fromkeys(name for names in found.values() for name in names))
 
     def _problems(self) -> Iterator[str]:
         for name in ("rank", "alpha"):
