@@ -16,7 +16,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.runs import RunDirectory, find_run, reserve_name, write_atomically
 from fiddlehead.training import AdamW, Checkpoint, LanguageModel, Log, NonFiniteError, Parallel, attention
-from fiddlehead.training.checkpoint import SafetensorsIO, restore_progress
+from fiddlehead.training.checkpoint import restore_progress
 from fiddlehead.training.checkpoint_folder import newest_good, read_state, verify
 from fiddlehead.training.console import is_rank_zero, say
 from fiddlehead.training.metrics import Metrics
@@ -75,7 +75,7 @@ def pretrain(
     seed_everything(seed, workers=True, verbose=False)
     model.optim, model.seed = optim, seed
     checkpoint.directory = run.checkpoints
-    trainer.strategy.checkpoint_io = SafetensorsIO()
+    trainer.strategy.checkpoint_io = checkpoint.io
     if isinstance(trainer.val_check_interval, int):  # users count in steps, Lightning in micro-batches
         trainer.val_check_interval *= plan.accumulate_grad_batches
     trainer.loggers = log.loggers(run, step)

@@ -66,7 +66,7 @@ def make_parts(dataset: Path, runs: Path, **changes: Any) -> dict[str, Any]:
         ),
         "optim": AdamW(**take(lr=1e-2, lr_scheduler=CosineAnnealing(warmup_steps=2))),
         "log": Log(**take(name="run", dir=str(runs), tensorboard=False, wandb=False)),
-        "checkpoint": Checkpoint(**take(every_n_steps=4, keep_last=9, keep_best=True)),
+        "checkpoint": Checkpoint(**take(every_n_steps=4, keep_last=9, keep_best=True, asynchronous=False)),
         "resume": changes.pop("resume", "auto"),
     }
     settings = take(

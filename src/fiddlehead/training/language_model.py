@@ -112,7 +112,7 @@ class LanguageModel(LightningModule):
     def _make_transformer(self, lora: LoRA | None) -> Transformer:
         """A model as the run begins with; where the strategy shards models, this rank's part of it."""
         weights = None if self.init_from is None else open_weights(self.init_from)
-        strategy = self.trainer.strategy
+        strategy = None if self._trainer is None else self._trainer.strategy
         if not (isinstance(strategy, Parallel) and strategy.world_size > 1):
             transformer = Transformer(self.config) if weights is None else load_transformer(weights, self.config)
             if lora is not None:

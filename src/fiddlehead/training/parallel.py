@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -15,7 +17,9 @@ from torch.optim import Optimizer
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer
+from fiddlehead.models.safetensors_files import DTYPES, Stored
 from fiddlehead.training import sharding
+from fiddlehead.training.team import Team
 
 MESH = ("dp_replicate", "dp_shard", "cp", "tp")
 """The dimensions of the device mesh, from the slowest to the fastest: tensor parallelism talks most, so that its ranks
@@ -159,6 +163,8 @@ class Parallel(ModelParallelStrategy):
             self.root_device.type, self.sizes(self.world_size).mesh, mesh_dim_names=MESH
         )
         self.lightning_module._device_mesh = self._device_mesh
+        io: Any = self.checkpoint_io
+        io.team = Team.of_all_ranks()
         if isinstance(self.precision_plugin, MixedPrecision):
             self.precision_plugin = _CastByShards("bf16-mixed", self.root_device.type)
 
@@ -186,12 +192,58 @@ class Parallel(ModelParallelStrategy):
         """The optimizer's tensors, of which this rank holds a part."""
         return Strategy.optimizer_state(self, optimizer)
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Saves with all ranks together."""
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """A checkpoint that was verified, its tensors still in their files if each rank is to read parts of them."""
+        if self.world_size == 1:
+            return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+        io: Any = self.checkpoint_io
+        return io.open_checkpoint(Path(checkpoint_path))
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Reads this rank's part of each tensor."""
+        if self.world_size == 1:
+            return Strategy.load_model_state_dict(self, checkpoint, strict)
+        stored, own = checkpoint["state_dict"], self.lightning_module_state_dict()
+        assert stored.keys() == own.keys(), "a checkpoint of another model"
+        for name, tensor in own.items():
+            if isinstance(stored[name], Stored):  # else it is here already: what adapters were trained on
+                sharding.read(tensor, stored[name])
+        return None
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Reads this rank's part of each tensor; the optimizer numbers its parameters alike on any number of ranks."""
+        if self.world_size == 1:
+            return Strategy.load_optimizer_state_dict(self, checkpoint)
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            state = {
+                number: {key: _part_like(parameters[number], value) for key, value in values.items()}
+                for number, values in saved["state"].items()
+            }
+            optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+        return None
+
 
 class _CastByShards(MixedPrecision):
     """Mixed precision where what a layer is gathered as is bfloat16 already, so that there is nothing left to cast."""
 
     def autocast_context_manager(self) -> Any:
         return nullcontext()
+
+
+def _part_like(parameter: torch.Tensor, stored: Any) -> Any:
+    """What an optimizer keeps for a parameter: a tensor of its shape is cut like it."""
+    if not isinstance(stored, Stored):
+        return stored
+    if stored.shape != parameter.shape:
+        return stored.load()
+    tensor = torch.empty_like(parameter, dtype=DTYPES[stored.dtype], requires_grad=False)
+    sharding.read(tensor, stored)
+    return tensor
 
 
 def _divisors(number: int) -> list[int]:

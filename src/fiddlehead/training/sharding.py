@@ -16,6 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fiddlehead.models import LoRA, Transformer
+from fiddlehead.models.safetensors_files import Stored
 
 Slices = tuple[slice, ...]
 
@@ -91,6 +92,11 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def place(tensor: torch.Tensor, whole: torch.Tensor) -> None:
     """Copies this rank's part of `whole` into `tensor`."""
     local(tensor).copy_(whole[part(tensor)])
+
+
+def read(tensor: torch.Tensor, stored: Stored) -> None:
+    """Copies this rank's part of a tensor in a file into `tensor`, without reading the rest."""
+    local(tensor).copy_(stored.load(part(tensor)))
 
 
 def is_sharded(transformer: torch.nn.Module | None) -> bool:

@@ -13,9 +13,10 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.huggingface import HuggingFaceCheckpoint
 from fiddlehead.models.lora import LoRA, merge_state
-from fiddlehead.models.safetensors_files import Stored, read_header
+from fiddlehead.models.safetensors_files import Stored
 from fiddlehead.runs import RunDirectory, find_run
 from fiddlehead.training.checkpoint_folder import newest_good, verify
+from fiddlehead.training.checkpoint_io import read_tensors
 
 PREFIX = "transformer."
 """In front of the names of a model's parameters in a checkpoint."""
@@ -58,7 +59,7 @@ class CheckpointWeights:
             ConfigError: the adapters' base is not there.
         """
         state = verify(path)
-        tensors = {name.removeprefix(PREFIX): t for name, t in read_header(path / "model.safetensors").items()}
+        tensors = {name.removeprefix(PREFIX): t for name, t in read_tensors(path, state, "model").items()}
         base = None
         if state.get("lora"):
             try:
