@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
+import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,15 +18,18 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from fiddlehead import tasks
+from fiddlehead.data import FineTuningDataModule
+from fiddlehead.errors import ConfigError, StopRequested
 from fiddlehead.grouped_query import convert_gqa
 from fiddlehead.huggingface import export_checkpoint
 from fiddlehead.models import LoRA, Transformer
 from fiddlehead.models.safetensors_files import read_header, to_write, write_file
-from fiddlehead.runs import RunDirectory
+from fiddlehead.runs import RunDirectory, StopRequest
 from fiddlehead.text import Writer
-from fiddlehead.training import Parallel
-from fiddlehead.training.checkpoint_folder import verify, write_folder, write_state
+from fiddlehead.training import LanguageModel, Parallel, PreferenceModel, checkpoint_io
+from fiddlehead.training.checkpoint_folder import CheckpointNotWrittenError, verify, write_folder, write_state
 from fiddlehead.training.checkpoint_io import deal
+from fiddlehead.training.parallel import Sizes
 from fiddlehead.training.weights import PREFIX, open_weights
 from tests.training.conftest import KillAfter, Killed, make_parts, parameters, rows
 from tests.training.ranks import on_ranks
@@ -143,6 +151,39 @@ def test_ranks_begin_with_parts_of_what_one_process_begins_with(
     assert sum(held) == elements and min(held) > 0.4 * elements
 
 
+def tune(base: Path, runs: Path, examples: Path, lora: LoRA | None, devices: int = 1) -> str:
+    """Learns preferences, or answers, on the ranks that call this; what it prints."""
+    preference = examples.stem == "pairs"
+    model = (PreferenceModel if preference else LanguageModel)(init_from=base, lora=lora)
+    made = make_parts(base, runs, max_steps=8, devices=devices, **({"strategy": Parallel()} if devices > 1 else {}))
+    data = FineTuningDataModule(
+        examples, seq_length=16, micro_batch_size=2, global_batch_size=4, val_samples=8, preference=preference
+    )
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        tasks.finetune(**made | {"model": model, "data": data})
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["whole", "lora"])
+@pytest.mark.parametrize("name", ["pairs", "answers"])
+def test_ranks_learn_answers_and_preferences_as_one_process_does(
+    one: Path, tmp_path: Path, name: str, lora: LoRA | None
+) -> None:
+    examples = tmp_path / f"{name}.jsonl"
+    words = ["fern", "moss", "leaf", "spore", "frond"]
+    pairs = [{"prompt": a, "chosen": b, "rejected": a} for a in words for b in words * 2]
+    answers = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
+    examples.write_text("".join(json.dumps(line) + "\n" for line in (pairs if name == "pairs" else answers)))
+    alone = tune(one / "plain", tmp_path / "one", examples, lora)
+    printed, silence = on_ranks(2, tune, one / "plain", tmp_path / "many", examples, lora, devices=2)
+    found, expected = losses(tmp_path / "many" / "run"), losses(tmp_path / "one" / "run")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    asked = [line for line in alone.splitlines() if "it answers" in line]
+    assert asked == [line for line in printed.splitlines() if "it answers" in line]
+    assert len(asked) == 2 and not silence
+
+
 # -- checkpoints
 
 
@@ -243,3 +284,156 @@ def test_a_sharded_checkpoint_is_exported_as_a_whole_one_is(dataset: Path, tmp_p
     assert all(torch.equal(exported[0][name], exported[1][name]) for name in exported[0])
     assert "".join(Writer.open(run).write("fern", 3))
     convert_gqa(run, tmp_path / "pooled", 1, progress=False)
+
+
+# -- written meanwhile
+
+
+class Disk:
+    """A disk that is slow, so that a run goes on meanwhile; or that is full from a step on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, full_from: int | None = None, rank: int = 0) -> None:
+        self.full_from, self.rank = full_from, rank
+        self.written: list[int] = []
+        self.write_file = checkpoint_io.write_file
+        monkeypatch.setattr(checkpoint_io, "write_file", self)
+
+    def __call__(self, file: Path, *arguments: Any, **named: Any) -> Any:
+        step = int(file.parent.name.rpartition("-")[2])
+        time.sleep(0.2)
+        if self.full_from is not None and step >= self.full_from and int(os.environ.get("RANK", 0)) == self.rank:
+            raise OSError(28, "No space left on device")
+        written = self.write_file(file, *arguments, **named)
+        self.written.append(step)
+        return written
+
+
+class Progress(Callback):
+    """Notes at which steps a checkpoint was begun and not yet written, and may end the process there."""
+
+    def __init__(self, directory: Path, *, die: bool = False) -> None:
+        self.directory, self.die = directory, die
+        self.meanwhile: list[int] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step > 8 and list(self.directory.glob(".writing-*")):
+            self.meanwhile.append(trainer.global_step)
+            if self.die:
+                os._exit(9)
+
+
+def test_a_checkpoint_is_written_while_the_run_goes_on(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress, disk = Progress(tmp_path / "run" / "checkpoints"), Disk(monkeypatch)
+    made = make_parts(dataset, tmp_path, asynchronous=True, max_steps=16, callbacks=[progress])
+    tasks.pretrain(**made)
+    assert 9 in progress.meanwhile
+    assert disk.written == [4, 4, 8, 8, 12, 12, 16, 16]
+    assert all(verify(path) for path in (tmp_path / "run" / "checkpoints").iterdir())
+
+
+def die_meanwhile(dataset: Path, runs: Path) -> None:
+    """Trains until a checkpoint is being written, and ends there without a word."""
+    with pytest.MonkeyPatch.context() as patch:
+        Disk(patch)
+        progress = Progress(runs / "run" / "checkpoints", die=True)
+        changes = {"strategy": Parallel(), "devices": 2, "global_batch_size": 8, "asynchronous": True}
+        tasks.pretrain(**make_parts(dataset, runs, callbacks=[progress], **changes))
+
+
+def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_one_before(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="exit code 9"):
+        on_ranks(2, die_meanwhile, dataset, tmp_path)
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == [".writing-step-00000008", "best", "step-00000004"]
+    assert tasks.resume_point(RunDirectory(tmp_path / "run"), "auto") == folder / "step-00000004"
+
+
+def fill_disk(dataset: Path, runs: Path, asynchronous: bool, rank: int) -> str:
+    """What the run ends with, on a disk that is full from step 8 on for one of the ranks."""
+    with pytest.MonkeyPatch.context() as patch:
+        Disk(patch, full_from=8, rank=rank)
+        changes = {"strategy": Parallel(), "devices": 2, "global_batch_size": 8, "asynchronous": asynchronous}
+        with pytest.raises(CheckpointNotWrittenError) as error:
+            tasks.pretrain(**make_parts(dataset, runs, max_steps=16, **changes))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("asynchronous", "rank"), [(False, 1), (True, 0)])
+def test_a_disk_that_is_full_for_one_rank_ends_the_run_on_all(
+    dataset: Path, tmp_path: Path, asynchronous: bool, rank: int
+) -> None:
+    answers = on_ranks(2, fill_disk, dataset, tmp_path, asynchronous, rank)
+    folder = tmp_path / "run" / "checkpoints"
+    assert answers[rank] == f"{folder}/step-00000008: No space left on device"
+    assert answers[1 - rank] == f"{folder}/step-00000008: rank {rank}: [Errno 28] No space left on device"
+    assert sorted(path.name for path in folder.iterdir()) == ["best", "step-00000004"]
+
+
+class Ask(Callback):
+    """Asks the run to stop, in the middle of a step."""
+
+    def __init__(self, run: RunDirectory, step: int) -> None:
+        self.run, self.step = run, step
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and trainer.global_step + 1 == self.step:
+            self.run.request_stop(StopRequest("by me"))
+
+
+def stop(dataset: Path, runs: Path) -> str:
+    """What a run that is asked to stop ends with."""
+    changes = {"strategy": Parallel(), "devices": 2, "global_batch_size": 8, "asynchronous": True}
+    callbacks = [Ask(RunDirectory(runs / "run"), 6)]
+    with pytest.raises(StopRequested) as stopped:
+        tasks.pretrain(**make_parts(dataset, runs, callbacks=callbacks, **changes))
+    return str(stopped.value)
+
+
+def test_all_ranks_stop_after_the_same_step_and_save_it(dataset: Path, tmp_path: Path) -> None:
+    first, second = on_ranks(2, stop, dataset, tmp_path)
+    assert first == "stopped after step 6, which is saved: by me"
+    assert second == "stopped after step 6, which is saved: as the first rank was asked to"
+    assert verify(tmp_path / "run" / "checkpoints" / "step-00000006")["step"] == 6
+
+
+# -- sizes
+
+
+@pytest.mark.parametrize(
+    ("strategy", "devices", "sizes"),
+    [
+        ({}, 1, (1, 1, 1, 1)),
+        ({}, 8, (1, 8, 1, 1)),
+        ({"data_parallel": 8}, 8, (1, 8, 1, 1)),
+        ({"data_parallel_replicate": 2}, 8, (2, 4, 1, 1)),
+    ],
+)
+def test_the_data_parallel_ranks_are_what_the_devices_allow(
+    strategy: dict[str, int], devices: int, sizes: tuple[int, ...]
+) -> None:
+    assert Parallel(**strategy).sizes(devices).mesh == sizes
+
+
+def test_ranks_that_share_a_layer_or_a_sequence_train_on_the_same_samples() -> None:
+    sizes = Sizes(data=4, replicate=2, context=2, tensor=2)
+    mesh = torch.arange(16).view(sizes.mesh)
+    assert [sizes.data_rank(rank) for rank in range(16)] == [rank // 4 for rank in range(16)]
+    assert {sizes.data_rank(int(rank)) for rank in mesh[1, 0].flatten()} == {2}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "problem"),
+    [
+        ({"tensor_parallel": 3}, "tensor_parallel=3 x context_parallel=1 does not divide the 8 devices; allowed: a"),
+        ({"data_parallel": 4}, "data_parallel=4: with tensor_parallel=1 and context_parallel=1, 8 devices make it 8"),
+        ({"data_parallel_replicate": 3}, "data_parallel_replicate=3 does not divide the 8 .*; allowed: 1, 2, 4, 8"),
+        ({"tensor_parallel": 2}, "tensor_parallel=2, context_parallel=1: allowed so far: 1"),
+    ],
+)
+def test_sizes_that_do_not_multiply_to_the_devices_are_refused(strategy: dict[str, int], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        Parallel(**strategy).sizes(8)
+    with pytest.raises(ConfigError, match="data_parallel=0: must be 1 or more"):
+        Parallel(data_parallel=0)

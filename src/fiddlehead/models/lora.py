@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -108,6 +109,8 @@ class LoRALinear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.lora = lora
+        self.enabled = True
+        """Whether the adapter takes part; without, the layer computes what it did before."""
         self.magnitude: nn.Parameter | None = None
         self._allocate()
         self.reset_adapter()
@@ -116,6 +119,8 @@ class LoRALinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype that the layer without the adapter would return."""
         base = F.linear(input, self.weight, self.bias)
+        if not self.enabled:
+            return base
         dropped = F.dropout(input, self.lora.dropout, self.training)
         kind = input.device.type
         autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -160,6 +165,22 @@ def reset_adapters(transformer: nn.Module) -> None:
     for module in transformer.modules():
         if isinstance(module, LoRALinear):
             module.reset_adapter()
+
+
+@contextmanager
+def without_adapters(transformer: nn.Module) -> Iterator[None]:
+    """In the block the model computes what it did before it had adapters, and drops nothing."""
+    layers = [module for module in transformer.modules() if isinstance(module, LoRALinear)]
+    training = transformer.training
+    try:
+        for layer in layers:
+            layer.enabled = False
+        transformer.eval()
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+        transformer.train(training)
 
 
 def adapter_state(transformer: nn.Module) -> dict[str, Tensor]:
