@@ -20,6 +20,7 @@ from fiddlehead.training.checkpoint import restore_progress
 from fiddlehead.training.checkpoint_folder import newest_good, read_state, verify
 from fiddlehead.training.console import is_rank_zero, say
 from fiddlehead.training.metrics import Metrics
+from fiddlehead.training.parallel import Sizes
 from fiddlehead.training.samples import SampleAnswer
 from fiddlehead.training.stop import StopOnRequest
 from fiddlehead.training.weights import find_tokenizer
@@ -126,6 +127,8 @@ class Plan:
     """How many of the parameters are trained: all, or those of adapters."""
     max_steps: int
     world_size: int
+    data_parallel: int
+    """How many ranks, or groups of them, train on different samples."""
     micro_batch_size: int
     accumulate_grad_batches: int
     tokens_per_step: int
@@ -133,6 +136,8 @@ class Plan:
     """Empty where the device that trains is not known."""
     state_gib: float
     """Parameters, gradients and optimizer state of one full copy, without activations."""
+    shards: int
+    """How many devices share a copy."""
     warmup_steps: int
 
     @property
@@ -153,14 +158,24 @@ class Plan:
             ("vocabulary, sequence", f"{config.vocab_size:,} tokens, {config.seq_length:,} long"),
             (
                 "a step",
-                f"{self.tokens_per_step:,} tokens: {self.world_size} devices x {self.micro_batch_size} sequences "
+                f"{self.tokens_per_step:,} tokens: {self._ranks()} x {self.micro_batch_size} sequences "
                 f"x {self.accumulate_grad_batches} accumulated",
             ),
             ("the run", f"{self.max_steps:,} steps, {warmup}"),
             ("", f"{self.tokens_per_step * self.max_steps:,} tokens, {self.flops:.2e} FLOPs"),
-            ("memory", f"{self.state_gib:.2f} GiB for parameters, gradients and optimizer, plus activations"),
+            ("memory", f"{self._memory()} for parameters, gradients and optimizer, plus activations"),
             *zip(["attention"] + [""] * self.config.num_layers, self._attention_rows(), strict=False),
         ]
+
+    def _ranks(self) -> str:
+        if self.data_parallel == self.world_size:
+            return f"{self.world_size} devices"
+        return f"{self.data_parallel} groups of {self.world_size // self.data_parallel} devices"
+
+    def _memory(self) -> str:
+        if self.shards == 1:
+            return f"{self.state_gib:.2f} GiB"
+        return f"{self.state_gib / self.shards:.2f} GiB on each device (of {self.state_gib:.2f} GiB in all)"
 
     def _attention_rows(self) -> list[str]:
         return attention.rows(self.attention) or [f"{self.config.attention_backend}, on the GPU that trains"]
@@ -186,11 +201,12 @@ def plan_pretrain(
     Raises:
         ConfigError: the parts do not fit together; it lists every problem.
     """
-    world_size = data_parallel = trainer.num_devices * trainer.num_nodes
+    world_size = trainer.num_devices * trainer.num_nodes
+    sizes = Sizes(data=world_size, replicate=world_size)
     problems: list[str] = []
     if isinstance(trainer.strategy, Parallel):
         try:
-            data_parallel = trainer.strategy.sizes(world_size).data
+            sizes = trainer.strategy.sizes(world_size)
         except ConfigError as error:
             raise error.under("trainer.strategy") from error
     accumulate = 1
@@ -203,10 +219,10 @@ def plan_pretrain(
             raise ConfigError("model.init_from=None: fine-tuning begins with a model that can write already; give one")
         data.default_tokenizer = find_tokenizer(Path(model.init_from))
     try:
-        accumulate = data.accumulate_grad_batches(data_parallel)
+        accumulate = data.accumulate_grad_batches(sizes.data)
     except ConfigError as error:
         problems += error.under("data").problems
-    problems += _trainer_problems(trainer, accumulate, data_parallel)
+    problems += _trainer_problems(trainer, accumulate, sizes.data)
     try:
         vocab_size = data.vocab_size
     except ConfigError as error:  # the dataset cannot be read
@@ -239,11 +255,13 @@ def plan_pretrain(
         trained=trained,
         max_steps=int(trainer.max_steps),
         world_size=world_size,
+        data_parallel=sizes.data,
         micro_batch_size=data.micro_batch_size,
         accumulate_grad_batches=accumulate,
         tokens_per_step=data.global_batch_size * data.seq_length,
         attention=choices,
         state_gib=(parameters + 3 * trained) * (2 if precision == "bf16-true" else 4) / 2**30,
+        shards=world_size // sizes.replicate,
         warmup_steps=optim.lr_scheduler.warmup_steps,
     )
 

@@ -34,8 +34,8 @@ class Sizes:
     """Ranks that train on different samples."""
     replicate: int
     """Copies of the model among them."""
-    context: int
-    tensor: int
+    context: int = 1
+    tensor: int = 1
 
     @property
     def mesh(self) -> tuple[int, int, int, int]:
