@@ -23,6 +23,7 @@ from fiddlehead.training.metrics import Metrics
 from fiddlehead.training.parallel import Sizes
 from fiddlehead.training.samples import SampleAnswer
 from fiddlehead.training.stop import StopOnRequest
+from fiddlehead.training.team import Team
 from fiddlehead.training.weights import find_tokenizer
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
@@ -55,7 +56,9 @@ def pretrain(
     """
     plan = plan_pretrain(model, data, trainer, optim)
     run = RunDirectory(Path(log.dir) / (log.name or reserve_name("pretrain", log.dir)))
-    start = resume_point(run, resume)
+    # One rank looks: that reads all of a checkpoint, and all have to go on from the same.
+    ranks = trainer.strategy.join_ranks() if isinstance(trainer.strategy, Parallel) else Team()
+    start = ranks.all(lambda: resume_point(run, resume) if ranks.first else None)[0]
     step = 0
     if start is not None:
         state = read_state(start)

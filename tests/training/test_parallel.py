@@ -102,6 +102,19 @@ def test_the_losses_are_those_of_one_process(
     torch.testing.assert_close(losses(run), losses(one / settings), rtol=1e-5, atol=0)
 
 
+def test_one_device_is_trained_on_as_without_a_strategy(dataset: Path, tmp_path: Path, one: Path) -> None:
+    tasks.pretrain(**make_parts(dataset, tmp_path, strategy=Parallel(), **TRAINED))
+    assert torch.equal(losses(tmp_path / "run"), losses(one / "plain"))
+
+
+@pytest.mark.parametrize(("precision", "stored"), [("bf16-mixed", "F32"), ("bf16-true", "BF16")])
+def test_bfloat16_is_close_to_one_process_s(dataset: Path, tmp_path: Path, precision: str, stored: str) -> None:
+    runs = [train(layout, dataset, tmp_path / layout, precision=precision) for layout in ("1", "hsdp-2x2")]
+    torch.testing.assert_close(losses(runs[1])[:, 0], losses(runs[0])[:, 0], rtol=1e-2, atol=0)
+    weights = open_weights(runs[1])
+    assert {weights.dtype("layers.0.mlp.linear_fc1.weight")} == {stored}
+
+
 class Start(Callback):
     """Keeps what a run begins with, and ends it."""
 
@@ -218,6 +231,20 @@ def test_a_killed_run_goes_on_exactly(dataset: Path, tmp_path: Path, layout: str
         for name in files - {"state.json"}:
             ours, theirs = (folder / "checkpoints" / step / name for folder in (run, whole))
             assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+def test_ranks_go_on_from_the_same_checkpoint(dataset: Path, one: Path, tmp_path: Path) -> None:
+    """The first rank finds what is damaged, and the others do as it does."""
+    run = train("fsdp-2", dataset, tmp_path)
+    file = run / "checkpoints" / "step-00000020" / "optimizer-00002-of-00002.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    train("fsdp-2", dataset, tmp_path)
+    assert verify(run / "checkpoints" / "step-00000020")
+    assert losses(run).shape == (22, 3)
+    with pytest.raises(AssertionError, match="resume='never', but"):
+        train("fsdp-2", dataset, tmp_path, resume="never")
 
 
 def test_each_rank_writes_a_part_in_whole_tensors(dataset: Path, one: Path, tmp_path: Path) -> None:

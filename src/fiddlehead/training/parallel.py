@@ -85,6 +85,7 @@ class Parallel(ModelParallelStrategy):
         self.data_parallel, self.data_parallel_replicate = data_parallel, data_parallel_replicate
         self.tensor_parallel, self.context_parallel = tensor_parallel, context_parallel
         self.reshard_after_forward = reshard_after_forward
+        self._team: Team | None = None
 
     def sizes(self, devices: int) -> Sizes:
         """The ranks along each dimension, of `devices` in all.
@@ -152,6 +153,19 @@ class Parallel(ModelParallelStrategy):
         sizes = self.sizes(self.world_size)
         return {"num_replicas": sizes.data, "rank": sizes.data_rank(self.global_rank)}
 
+    def join_ranks(self) -> Team:
+        """Connects the processes, which all have to call it, and returns them as a team.
+
+        A process that is to start the others when training begins is alone until then.
+        """
+        assert self.cluster_environment is not None
+        if self.world_size == 1 or not self.cluster_environment.creates_processes_externally:
+            return Team()
+        if self._team is None:
+            self._setup_distributed()
+            self._team = Team.of_all_ranks()
+        return self._team
+
     def setup_environment(self) -> None:
         """Connects the processes, and makes the mesh of their devices."""
         assert self.lightning_module is not None and self.accelerator is not None
@@ -164,7 +178,7 @@ class Parallel(ModelParallelStrategy):
         )
         self.lightning_module._device_mesh = self._device_mesh
         io: Any = self.checkpoint_io
-        io.team = Team.of_all_ranks()
+        io.team = self._team = self._team or Team.of_all_ranks()
         if isinstance(self.precision_plugin, MixedPrecision):
             self.precision_plugin = _CastByShards("bf16-mixed", self.root_device.type)
 
