@@ -92,6 +92,17 @@ def pretrain(parts: Parts) -> Callable[..., RunDirectory]:
     return lambda **changes: tasks.pretrain(**parts(**changes))
 
 
+@pytest.fixture(scope="session")
+def one(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of one process, by the name of their settings."""
+    from tests.training.layouts import SETTINGS, train
+
+    runs = tmp_path_factory.mktemp("one")
+    for name, settings in SETTINGS.items():
+        train("1", dataset, runs, name=name, **settings)
+    return runs
+
+
 class Killed(BaseException):
     """What stands for a process that ends without a word."""
 

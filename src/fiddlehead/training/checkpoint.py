@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fiddlehead.errors import ConfigError, RunError, StopRequested
+from fiddlehead.errors import ConfigError, StopRequested
 from fiddlehead.training.checkpoint_folder import (
     TEMPORARY,
     DamagedCheckpointError,
@@ -106,14 +106,14 @@ class Checkpoint(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last step, and waits until all is written."""
         self.save(trainer)
-        self.io.wait()
+        self.wait(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lets what was saved be written; a run that was stopped has waited already, or is not to wait."""
         if not isinstance(exception, StopRequested):
             try:
                 self.io.wait()
-            except RunError as error:
+            except Exception as error:  # beside the one that ends the run
                 say(f"WARNING: a checkpoint was not written: {error}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -141,6 +141,15 @@ class Checkpoint(Callback):
         self._saved_step = trainer.global_step
         if trainer.is_global_zero:
             self.io.then(partial(self._keep, trainer.global_step, best))
+
+    def wait(self, trainer: Trainer) -> None:
+        """Waits until what was saved is written, by whichever rank: one that left early would hurry the others.
+
+        Raises:
+            CheckpointNotWrittenError: the disk did not take it.
+        """
+        self.io.wait()
+        trainer.strategy.barrier("Checkpoint.wait")
 
     def _keep(self, step: int, best: bool) -> None:
         """Points to the checkpoint of a step that is written, if it is the best, and deletes those to be forgotten."""

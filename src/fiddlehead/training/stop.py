@@ -63,7 +63,7 @@ class StopOnRequest(Callback):
         if request is None:
             return
         self.checkpoint.save(trainer)
-        self.checkpoint.io.wait()
+        self.checkpoint.wait(trainer)
         if trainer.world_size == 1:
             self.run.clear_stop_request()  # with several processes, the one that started them still has to see it
         step = trainer.global_step
