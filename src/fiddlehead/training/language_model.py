@@ -20,6 +20,7 @@ from fiddlehead.training.gradients import global_norm, gradients_of, scale
 from fiddlehead.training.optim import AdamW
 from fiddlehead.training.parallel import Parallel
 from fiddlehead.training.weights import (
+    Weights,
     find_tokenizer,
     find_weights,
     load_transformer,
@@ -67,6 +68,7 @@ class LanguageModel(LightningModule):
         self.lr = 0.0
         self.grad_norm = torch.zeros(())
         self.token_bytes: torch.Tensor | None = None
+        self._weights: tuple[Path, Weights] | None = None
         self._loss_sum = torch.zeros(())
         self._losses = 0
         self._labelled: list[torch.Tensor] = []
@@ -94,15 +96,22 @@ class LanguageModel(LightningModule):
             return
         try:
             path = find_weights(self.init_from)
-            weights = open_weights(path)
+            self._weights = path.absolute(), open_weights(path)
         except ConfigError as error:
             raise ConfigError(
                 *(f"init_from={str(self.init_from)!r}: {problem}" for problem in error.problems)
             ) from None
-        self.init_from = path.absolute()
+        self.init_from, weights = self._weights
         if self._config is None:
             self._config = weights.config
         refuse_another_shape(self._config, weights, path)
+
+    def _open_weights(self) -> Weights | None:
+        """What to begin with; not checked again if `take_shape` has, as that reads all of it."""
+        if self.init_from is None:
+            return None
+        path, weights = self._weights or (None, None)
+        return weights if path == self.init_from else open_weights(self.init_from)
 
     def configure_model(self) -> None:
         """Makes the parameters, once."""
@@ -111,7 +120,7 @@ class LanguageModel(LightningModule):
 
     def _make_transformer(self, lora: LoRA | None) -> Transformer:
         """A model as the run begins with; where the strategy shards models, this rank's part of it."""
-        weights = None if self.init_from is None else open_weights(self.init_from)
+        weights = self._open_weights()
         strategy = None if self._trainer is None else self._trainer.strategy
         if not (isinstance(strategy, Parallel) and strategy.world_size > 1):
             transformer = Transformer(self.config) if weights is None else load_transformer(weights, self.config)
@@ -127,7 +136,7 @@ class LanguageModel(LightningModule):
         if weights is None:
             sharding.draw(transformer)
         else:
-            sharding.load(transformer, names, weights.load)
+            sharding.load(transformer, names, weights)
         if lora is not None:
             sharding.draw_adapters(transformer, lora)
         return transformer

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fiddlehead.models import LoRA, Transformer
 from fiddlehead.models.safetensors_files import Stored
+from fiddlehead.training.weights import Weights
 
 Slices = tuple[slice, ...]
 
@@ -69,11 +70,11 @@ def draw_adapters(transformer: Transformer, lora: LoRA) -> None:
 
 
 @torch.no_grad()
-def load(transformer: Transformer, names: Iterable[str], whole: Callable[[str], torch.Tensor]) -> None:
-    """Fills parameters with this rank's part of what `whole` returns for their names."""
+def load(transformer: Transformer, names: Iterable[str], weights: Weights) -> None:
+    """Fills the parameters of these names with this rank's part of given weights."""
     parameters = dict(transformer.named_parameters())
     for name in names:
-        place(parameters[name], whole(name))
+        local(parameters[name]).copy_(weights.load(name, part(parameters[name])))
 
 
 def part(tensor: torch.Tensor) -> Slices:
@@ -87,11 +88,6 @@ def part(tensor: torch.Tensor) -> Slices:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part, in the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def place(tensor: torch.Tensor, whole: torch.Tensor) -> None:
-    """Copies this rank's part of `whole` into `tensor`."""
-    local(tensor).copy_(whole[part(tensor)])
 
 
 def read(tensor: torch.Tensor, stored: Stored) -> None:
@@ -112,5 +108,5 @@ class _DrawWhole(TorchDispatchMode):
         if not (drawing and isinstance(tensor := args[0], DTensor)):
             return func(*args, **(kwargs or {}))
         whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        place(tensor, func(whole, *args[1:], **(kwargs or {})))
+        local(tensor).copy_(func(whole, *args[1:], **(kwargs or {}))[part(tensor)])
         return tensor
