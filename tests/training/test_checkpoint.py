@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file, save_file
 
 from fiddlehead.errors import ConfigError
+from fiddlehead.models.safetensors_files import read_header
 from fiddlehead.runs import RunDirectory
 from fiddlehead.text import Writer
 from fiddlehead.training import Checkpoint
@@ -94,6 +95,17 @@ def test_files_are_those_of_the_safetensors_package(tmp_path: Path, saved: Path)
     optimizer = load_file(saved / "optimizer.safetensors")
     save_file(optimizer, tmp_path / "theirs.safetensors")
     assert (saved / "optimizer.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+@given(st.data())
+def test_a_part_of_a_tensor_is_read_alone(tmp_path_factory: Any, data: st.DataObject) -> None:
+    shape = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=3))
+    tensor = torch.arange(torch.tensor(shape).prod()).reshape(shape)
+    file = tmp_path_factory.mktemp("part") / "model.safetensors"
+    save_file({"before": torch.ones(3), "t": tensor}, file)
+    edges = [sorted(data.draw(st.tuples(st.integers(0, size), st.integers(0, size)))) for size in shape]
+    part = tuple(slice(*pair) for pair in edges)
+    assert same(read_header(file)["t"].load(part), tensor[part])
 
 
 @given(st.floats(allow_nan=False), st.dictionaries(st.integers() | st.text(max_size=3), st.none() | st.booleans()))

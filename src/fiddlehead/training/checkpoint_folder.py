@@ -19,6 +19,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -138,13 +139,16 @@ def verify(path: Path) -> dict[str, Any]:
         DamagedCheckpointError: a file is missing, cut short or changed.
     """
     state = read_state(path)
-    for name, written in state["files"].items():
+    files = state["files"]
+    for name, written in files.items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
         if size != written["bytes"]:
             raise DamagedCheckpointError(f"{file} has {size} of {written['bytes']} bytes")
-        if _crc32(file) != written["crc32"]:
-            raise DamagedCheckpointError(f"{file} is not what was written: its CRC-32 differs")
+    with ThreadPoolExecutor(max_workers=8) as readers:
+        for name, checksum in zip(files, readers.map(_crc32, (path / name for name in files)), strict=True):
+            if checksum != files[name]["crc32"]:
+                raise DamagedCheckpointError(f"{path / name} is not what was written: its CRC-32 differs")
     return state
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -30,7 +31,8 @@ class Team:
         """All processes that torch.distributed knows, which have to call this together; one thread each may use it."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return cls()
-        group: Any = dist.new_group(backend="gloo")
+        # Reading or writing a large checkpoint takes longer than what is waited for by default.
+        group: Any = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
         return cls(dist.get_rank(), dist.get_world_size(), group)
 
     @property
