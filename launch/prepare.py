@@ -145,7 +145,7 @@ def check(recipe: Recipe, *, here: bool = True, waits: bool = False) -> Any:
     recipe = recipe.clone()
     elsewhere = recipe.trainer.accelerator == "gpu" and not torch.cuda.is_available() and not here
     if elsewhere:
-        recipe.trainer.accelerator, recipe.trainer.devices = "cpu", 1
+        recipe.trainer.accelerator = "cpu"
     plan = planners[recipe.__fn_or_cls__](**recipe.build_arguments(), elsewhere=elsewhere)
     if recipe.log.name is not None:
         run = RunDirectory((Path(recipe.log.dir) / recipe.log.name).absolute())
@@ -234,7 +234,8 @@ def refuse_taken(run: RunDirectory, recipe: Recipe) -> None:
     differences = [
         difference
         for difference in recipe.diff(earlier)
-        if difference.path not in FREE_TO_CHANGE and difference.path.split(".")[0] not in ("log", "checkpoint")
+        if difference.path not in FREE_TO_CHANGE
+        and not difference.path.startswith(("log.", "checkpoint.", "trainer.strategy."))
     ]
     if differences:
         lines = "\n".join(f"  {d.path}: {d.right!r} before, {d.left!r} now" for d in differences)

@@ -11,7 +11,7 @@ from fiddlehead import tasks
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.models import TransformerConfig
 from fiddlehead.recipe import Recipe
-from fiddlehead.training import AdamW, Checkpoint, CosineAnnealing, LanguageModel, Log
+from fiddlehead.training import AdamW, Checkpoint, CosineAnnealing, LanguageModel, Log, Parallel
 
 
 def pretrain(
@@ -29,7 +29,7 @@ def pretrain(
     precision: str = "bf16-mixed",
 ) -> Recipe:
     """A pretraining run of `model` on the default corpus, with the settings that most runs share."""
-    return Recipe(
+    recipe = Recipe(
         tasks.pretrain,
         model=fdl.Config(LanguageModel, config=deepcopy(model)),  # many recipes may start from one model
         data=fdl.Config(
@@ -64,6 +64,9 @@ def pretrain(
         log=fdl.Config(Log),
         checkpoint=fdl.Config(Checkpoint),
     )
+    if accelerator == "gpu" and (devices != 1 or num_nodes > 1):
+        recipe.trainer.strategy = fdl.Config(Parallel)
+    return recipe
 
 
 def finetune(

@@ -155,7 +155,7 @@ class NoCheckpoint(Checkpoint):
     def __init__(self) -> None:
         super().__init__(keep_best=False)
 
-    def save(self, trainer: Trainer) -> None:
+    def save(self, trainer: Trainer, *, best: bool = False) -> None:
         """Does nothing."""
 
 

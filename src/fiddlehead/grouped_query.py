@@ -64,9 +64,9 @@ def convert_gqa(
     tensors = {PREFIX + name: ToWrite(weights.dtype(name), shape, pieces(name)) for name, shape in shapes.items()}
     total = sum(tensor.nbytes for tensor in tensors.values())
     with ByteProgress(f"convert {source}", total, progress) as bar, write_folder(out) as folder:
-        checksum = write_file(folder / "model.safetensors", tensors, bar.advance)
+        written = write_file(folder / "model.safetensors", tensors, bar.advance)
         _copy_others(path, folder)
-        write_state(folder, {"config": asdict(after), "step": 0, "val_loss": None}, {"model.safetensors": checksum})
+        write_state(folder, {"config": asdict(after), "step": 0, "val_loss": None}, {"model.safetensors": written})
     return after
 
 

@@ -48,13 +48,13 @@ def import_checkpoint(source: str, out: Path, *, progress: bool = True) -> Huggi
     checkpoint = HuggingFaceCheckpoint.open(find_checkpoint(source, progress=progress))
     tensors = {PREFIX + mapped.name: _ours(checkpoint, mapped) for mapped in checkpoint.mapped.values()}
     with ByteProgress(f"import {source}", checkpoint.nbytes, progress) as bar, write_folder(out) as folder:
-        checksum = write_file(folder / "model.safetensors", tensors, bar.advance)
+        written = write_file(folder / "model.safetensors", tensors, bar.advance)
         (folder / "huggingface").mkdir()
         for name in TOKENIZER_FILES + OTHER_FILES:
             if (file := checkpoint.directory / name).is_file():
                 shutil.copyfile(file, folder / name if name in TOKENIZER_FILES else folder / "huggingface" / name)
         state = {"config": asdict(checkpoint.config), "step": 0, "val_loss": None}
-        write_state(folder, state, {"model.safetensors": checksum})
+        write_state(folder, state, {"model.safetensors": written})
     return checkpoint
 
 

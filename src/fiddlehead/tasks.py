@@ -15,15 +15,17 @@ from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.runs import RunDirectory, find_run, reserve_name, write_atomically
-from fiddlehead.training import AdamW, Checkpoint, LanguageModel, Log, NonFiniteError, attention
-from fiddlehead.training.checkpoint import SafetensorsIO, restore_progress
+from fiddlehead.training import AdamW, Checkpoint, LanguageModel, Log, NonFiniteError, Parallel, attention
+from fiddlehead.training.checkpoint import restore_progress
 from fiddlehead.training.checkpoint_folder import newest_good, read_state, verify
 from fiddlehead.training.console import is_rank_zero, say
 from fiddlehead.training.metrics import Metrics
+from fiddlehead.training.parallel import Sizes
 from fiddlehead.training.phases import Phases
 from fiddlehead.training.profile import Profile
 from fiddlehead.training.samples import SampleAnswer
 from fiddlehead.training.stop import StopOnRequest
+from fiddlehead.training.team import Team
 from fiddlehead.training.weights import find_tokenizer
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
@@ -56,7 +58,9 @@ def pretrain(
     """
     plan = plan_pretrain(model, data, trainer, optim, log)
     run = RunDirectory(Path(log.dir) / (log.name or reserve_name("pretrain", log.dir)))
-    start = resume_point(run, resume)
+    # One rank looks: that reads all of a checkpoint, and all have to go on from the same.
+    ranks = trainer.strategy.join_ranks() if isinstance(trainer.strategy, Parallel) else Team()
+    start = ranks.all(lambda: resume_point(run, resume) if ranks.first else None)[0]
     step = 0
     if start is not None:
         state = read_state(start)
@@ -77,7 +81,7 @@ def pretrain(
     seed_everything(seed, workers=True, verbose=False)
     model.optim, model.seed = optim, seed
     checkpoint.directory = run.checkpoints
-    trainer.strategy.checkpoint_io = SafetensorsIO()
+    trainer.strategy.checkpoint_io = checkpoint.io
     if isinstance(trainer.val_check_interval, int):  # users count in steps, Lightning in micro-batches
         trainer.val_check_interval *= plan.accumulate_grad_batches
     trainer.loggers = log.loggers(run, step)
@@ -132,6 +136,8 @@ class Plan:
     """How many of the parameters are trained: all, or those of adapters."""
     max_steps: int
     world_size: int
+    data_parallel: int
+    """How many ranks, or groups of them, train on different samples."""
     micro_batch_size: int
     accumulate_grad_batches: int
     tokens_per_step: int
@@ -139,6 +145,8 @@ class Plan:
     """Empty where the device that trains is not known."""
     state_gib: float
     """Parameters, gradients and optimizer state of one full copy, without activations."""
+    shards: int
+    """How many devices share a copy."""
     warmup_steps: int
 
     @property
@@ -159,14 +167,24 @@ class Plan:
             ("vocabulary, sequence", f"{config.vocab_size:,} tokens, {config.seq_length:,} long"),
             (
                 "a step",
-                f"{self.tokens_per_step:,} tokens: {self.world_size} devices x {self.micro_batch_size} sequences "
+                f"{self.tokens_per_step:,} tokens: {self._ranks()} x {self.micro_batch_size} sequences "
                 f"x {self.accumulate_grad_batches} accumulated",
             ),
             ("the run", f"{self.max_steps:,} steps, {warmup}"),
             ("", f"{self.tokens_per_step * self.max_steps:,} tokens, {self.flops:.2e} FLOPs"),
-            ("memory", f"{self.state_gib:.2f} GiB for parameters, gradients and optimizer, plus activations"),
+            ("memory", f"{self._memory()} for parameters, gradients and optimizer, plus activations"),
             *zip(["attention"] + [""] * self.config.num_layers, self._attention_rows(), strict=False),
         ]
+
+    def _ranks(self) -> str:
+        if self.data_parallel == self.world_size:
+            return f"{self.world_size} devices"
+        return f"{self.data_parallel} groups of {self.world_size // self.data_parallel} devices"
+
+    def _memory(self) -> str:
+        if self.shards == 1:
+            return f"{self.state_gib:.2f} GiB"
+        return f"{self.state_gib / self.shards:.2f} GiB on each device (of {self.state_gib:.2f} GiB in all)"
 
     def _attention_rows(self) -> list[str]:
         return attention.rows(self.attention) or [f"{self.config.attention_backend}, on the GPU that trains"]
@@ -194,7 +212,13 @@ def plan_pretrain(
         ConfigError: the parts do not fit together; it lists every problem.
     """
     world_size = trainer.num_devices * trainer.num_nodes
+    sizes = Sizes(data=world_size, replicate=world_size)
     problems: list[str] = []
+    if isinstance(trainer.strategy, Parallel):
+        try:
+            sizes = trainer.strategy.sizes(world_size)
+        except ConfigError as error:
+            raise error.under("trainer.strategy") from error
     accumulate = 1
     try:
         model.take_shape()
@@ -205,10 +229,10 @@ def plan_pretrain(
             raise ConfigError("model.init_from=None: fine-tuning begins with a model that can write already; give one")
         data.default_tokenizer = find_tokenizer(Path(model.init_from))
     try:
-        accumulate = data.accumulate_grad_batches(world_size)
+        accumulate = data.accumulate_grad_batches(sizes.data)
     except ConfigError as error:
         problems += error.under("data").problems
-    problems += _trainer_problems(trainer, accumulate)
+    problems += _trainer_problems(trainer, accumulate, sizes.data)
     if log is not None and log.profile_steps and log.profile_steps[1] > trainer.max_steps:
         problems.append(f"log.profile={log.profile!r}: the run ends with step trainer.max_steps={trainer.max_steps}")
     try:
@@ -243,11 +267,13 @@ def plan_pretrain(
         trained=trained,
         max_steps=int(trainer.max_steps),
         world_size=world_size,
+        data_parallel=sizes.data,
         micro_batch_size=data.micro_batch_size,
         accumulate_grad_batches=accumulate,
         tokens_per_step=data.global_batch_size * data.seq_length,
         attention=choices,
         state_gib=(parameters + 3 * trained) * (2 if precision == "bf16-true" else 4) / 2**30,
+        shards=world_size // sizes.replicate,
         warmup_steps=optim.lr_scheduler.warmup_steps,
     )
 
@@ -343,14 +369,14 @@ def _warn_of_another_rate(state: dict[str, Any], optim: AdamW, max_steps: int) -
         )
 
 
-def _trainer_problems(trainer: Trainer, accumulate: int) -> list[str]:
+def _trainer_problems(trainer: Trainer, accumulate: int, data_parallel: int) -> list[str]:
     problems = []
     if trainer.max_steps < 1:
         problems.append(f"trainer.max_steps={trainer.max_steps}: must be 1 or more; a run ends by steps, not by epochs")
     if trainer.accumulate_grad_batches not in (1, accumulate):
         problems.append(
             f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: leave it out; the data's batch sizes "
-            f"on {trainer.num_devices * trainer.num_nodes} devices make it {accumulate}"
+            f"on {data_parallel} data-parallel ranks make it {accumulate}"
         )
     interval = trainer.val_check_interval
     if interval != 1.0 and (not isinstance(interval, int) or interval < 1):

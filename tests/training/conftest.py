@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,72 +39,70 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def parts(dataset: Path, tmp_path: Path) -> Parts:
     """Makes the arguments of `tasks.pretrain`; the names of all parts' fields are taken together."""
+    return partial(make_parts, dataset, tmp_path / "runs")
 
-    def make(**changes: Any) -> dict[str, Any]:
-        def take(**defaults: Any) -> dict[str, Any]:
-            return {name: changes.pop(name, value) for name, value in defaults.items()}
 
-        config = take(
-            hidden_dropout=0.0,
-            attention_dropout=0.0,
-            vocab_size=None,
-            attention_backend="auto",
-            window_size=None,
-            window_attn_skip_freq=None,
-            rope_scaling=None,
-        )
-        made = {
-            "model": LanguageModel(
-                TransformerConfig(num_layers=2, hidden_size=16, num_attention_heads=4, num_query_groups=2, **config)
-            ),
-            "data": PreTrainingDataModule(
-                **take(
-                    paths=dataset,
-                    seq_length=16,
-                    micro_batch_size=4,
-                    global_batch_size=4,
-                    val_samples=8,
-                    separate_documents=False,
-                )
-            ),
-            "optim": AdamW(**take(lr=1e-2, lr_scheduler=CosineAnnealing(warmup_steps=2))),
-            "log": Log(
-                **take(
-                    name="run",
-                    dir=str(tmp_path / "runs"),
-                    tensorboard=False,
-                    wandb=False,
-                    profile=None,
-                    profile_shapes=False,
-                )
-            ),
-            "checkpoint": Checkpoint(**take(every_n_steps=4, keep_last=9, keep_best=True)),
-            "resume": changes.pop("resume", "auto"),
-        }
-        settings = take(
-            max_steps=12, val_check_interval=4, gradient_clip_val=1.0, log_every_n_steps=1, precision="32-true"
-        )
-        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-        made["trainer"] = Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=-1,
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            **settings,
-            **quiet,
-            **changes,
-        )
-        return made
+def make_parts(dataset: Path, runs: Path, **changes: Any) -> dict[str, Any]:
+    """What the fixture `parts` makes."""
 
-    return make
+    def take(**defaults: Any) -> dict[str, Any]:
+        return {name: changes.pop(name, value) for name, value in defaults.items()}
+
+    config = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "num_query_groups": 2}
+    config |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_backend": "auto"}
+    config |= {name: changes.pop(name) for name in list(changes) if name in TransformerConfig.__dataclass_fields__}
+    start = take(init_from=None, lora=None)
+    made = {
+        "model": LanguageModel(None if start["init_from"] else TransformerConfig(**config), **start),
+        "data": PreTrainingDataModule(
+            **take(
+                paths=dataset,
+                seq_length=16,
+                micro_batch_size=4,
+                global_batch_size=4,
+                val_samples=8,
+                separate_documents=False,
+            )
+        ),
+        "optim": AdamW(**take(lr=1e-2, lr_scheduler=CosineAnnealing(warmup_steps=2))),
+        "log": Log(
+            **take(name="run", dir=str(runs), tensorboard=False, wandb=False, profile=None, profile_shapes=False)
+        ),
+        "checkpoint": Checkpoint(**take(every_n_steps=4, keep_last=9, keep_best=True, asynchronous=False)),
+        "resume": changes.pop("resume", "auto"),
+    }
+    settings = take(
+        max_steps=12, val_check_interval=4, gradient_clip_val=1.0, log_every_n_steps=1, precision="32-true", devices=1
+    )
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    made["trainer"] = Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        **settings,
+        **quiet,
+        **changes,
+    )
+    return made
 
 
 @pytest.fixture
 def pretrain(parts: Parts) -> Callable[..., RunDirectory]:
     """Runs `tasks.pretrain` on `parts(...)`."""
     return lambda **changes: tasks.pretrain(**parts(**changes))
+
+
+@pytest.fixture(scope="session")
+def one(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of one process, by the name of their settings."""
+    from tests.training.layouts import SETTINGS, train
+
+    runs = tmp_path_factory.mktemp("one")
+    for name, settings in SETTINGS.items():
+        train("1", dataset, runs, name=name, **settings)
+    return runs
 
 
 class Killed(BaseException):

@@ -15,18 +15,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors.torch import load_file, save_file
 
 from fiddlehead.errors import ConfigError
+from fiddlehead.models.safetensors_files import read_header
 from fiddlehead.runs import RunDirectory
 from fiddlehead.text import Writer
 from fiddlehead.training import Checkpoint
-from fiddlehead.training.checkpoint import SafetensorsIO
 from fiddlehead.training.checkpoint_folder import (
     CheckpointNotWrittenError,
     DamagedCheckpointError,
     newest_good,
     verify,
 )
+from fiddlehead.training.checkpoint_io import SafetensorsIO
 from tests.training.conftest import KillAfter, Killed, Parts
 
 Pretrain = Callable[..., RunDirectory]
@@ -81,6 +83,29 @@ def test_a_round_trip_is_exact(saved: Path) -> None:
     for name, value in written.items():
         assert same(value, read[name]), name
     assert {file.name for file in saved.iterdir()} == {"model.safetensors", "optimizer.safetensors", "state.json"}
+
+
+def test_files_are_those_of_the_safetensors_package(tmp_path: Path, saved: Path) -> None:
+    dtypes = [torch.int64, torch.float64, torch.float32, torch.int32, torch.bfloat16, torch.float16, torch.int16]
+    dtypes += [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.bool]
+    tensors = {f"{i % 3}.{dtype}": torch.ones(i, 3).to(dtype) for i, dtype in enumerate(dtypes)}
+    SafetensorsIO().save_checkpoint(state() | {"state_dict": tensors}, tmp_path / "step-1")
+    save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "step-1" / "model.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+    optimizer = load_file(saved / "optimizer.safetensors")
+    save_file(optimizer, tmp_path / "theirs.safetensors")
+    assert (saved / "optimizer.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+@given(st.data())
+def test_a_part_of_a_tensor_is_read_alone(tmp_path_factory: Any, data: st.DataObject) -> None:
+    shape = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=3))
+    tensor = torch.arange(torch.tensor(shape).prod()).reshape(shape)
+    file = tmp_path_factory.mktemp("part") / "model.safetensors"
+    save_file({"before": torch.ones(3), "t": tensor}, file)
+    edges = [sorted(data.draw(st.tuples(st.integers(0, size), st.integers(0, size)))) for size in shape]
+    part = tuple(slice(*pair) for pair in edges)
+    assert same(read_header(file)["t"].load(part), tensor[part])
 
 
 @given(st.floats(allow_nan=False), st.dictionaries(st.integers() | st.text(max_size=3), st.none() | st.booleans()))

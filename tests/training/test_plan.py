@@ -13,6 +13,7 @@ import torch
 from fiddlehead import tasks
 from fiddlehead.data import ByteTokenizer
 from fiddlehead.errors import ConfigError
+from fiddlehead.training import Parallel
 from fiddlehead.training.attention import ranges
 from fiddlehead.training.weights import open_weights
 from tests.training.conftest import Parts, parameters
@@ -32,6 +33,19 @@ def test_the_parts_complete_each_other(parts: Parts) -> None:
     assert (found.tokens_per_step, found.max_steps, found.world_size) == (6 * 16, 12, 1)
     assert [(layers, choice.backend) for layers, choice in found.attention] == [((0, 1), "sdpa_flash")]
     assert found.state_gib * 2**30 == 16 * found.parameters
+
+
+def test_the_ranks_share_what_the_strategy_says(parts: Parts) -> None:
+    settings: dict[str, Any] = {"devices": 4, "micro_batch_size": 2, "global_batch_size": 16}
+    shared = plan(parts(strategy=Parallel(data_parallel_replicate=2), **settings))
+    copies = plan(parts(strategy="ddp", **settings))
+    assert (shared.world_size, shared.data_parallel, shared.shards, shared.accumulate_grad_batches) == (4, 4, 2, 2)
+    assert (copies.data_parallel, copies.shards, copies.accumulate_grad_batches) == (4, 1, 2)
+    assert dict(shared.rows())["memory"].startswith(
+        f"{shared.state_gib / 2:.2f} GiB on each device (of {copies.state_gib:.2f} GiB in all) for"
+    )
+    with pytest.raises(ConfigError, match=r"^trainer\.strategy\.data_parallel=3: with"):
+        plan(parts(strategy=Parallel(data_parallel=3), **settings))
 
 
 def test_the_parameters_are_those_that_will_be_saved(parts: Parts) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,10 +51,10 @@ class HuggingFaceCheckpoint:
             raise ConfigError(f"{directory}: the tensors are not those of config.json:", *problems)
         return cls(directory, family, config, tensors, {each.name: each for each in mapped})
 
-    def load(self, name: str) -> torch.Tensor:
-        """The parameter of ours that has this name."""
+    def load(self, name: str, part: Sequence[slice] = ()) -> torch.Tensor:
+        """The parameter of ours that has this name, or the part of it that has a slice of each dimension."""
         mapped = self.mapped[name]
-        return mapped.to_ours([self.tensors[name].load() for name, _ in mapped.theirs])
+        return mapped.to_ours([self.tensors[name].load() for name, _ in mapped.theirs])[tuple(part)]
 
     def dtype(self, name: str) -> str:
         """Its dtype, as `Stored` has it."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,15 +65,24 @@ class LoRA:
         """
         if adapter_state(transformer):
             raise ConfigError("lora: the model has adapters already; merge them first")
-        # Of the layers: the output layer's forward is never called, so that an adapter would do nothing there.
-        linears = {n: m for n, m in transformer.layers.named_modules(prefix="layers") if isinstance(m, nn.Linear)}
-        found = {pattern: [name for name in linears if _matches(pattern, name)] for pattern in self.target_modules}
-        if problems := [_unmatched(pattern, transformer, list(linears)) for pattern in found if not found[pattern]]:
-            raise ConfigError(*problems)
+        names = self.adapted(transformer)
         transformer.requires_grad_(False)
-        for name in dict.fromkeys(name for names in found.values() for name in names):
-            transformer.set_submodule(name, LoRALinear(linears[name], self))
+        for name in names:
+            transformer.set_submodule(name, LoRALinear(cast(nn.Linear, transformer.get_submodule(name)), self))
         transformer.register_load_state_dict_post_hook(_start_adapters)
+
+    def adapted(self, transformer: Transformer) -> list[str]:
+        """The linear layers that have an adapter, or are to have one, in the order in which their adapters are drawn.
+
+        Raises:
+            ConfigError: a pattern matches no linear layer of the transformer's layers.
+        """
+        # Of the layers: the output layer's forward is never called, so that an adapter would do nothing there.
+        linears = [n for n, m in transformer.layers.named_modules(prefix="layers") if isinstance(m, nn.Linear)]
+        found = {pattern: [name for name in linears if _matches(pattern, name)] for pattern in self.target_modules}
+        if problems := [_unmatched(pattern, transformer, linears) for pattern in found if not found[pattern]]:
+            raise ConfigError(*problems)
+        return list(dict.fromkeys(name for names in found.values() for name in names))
 
     def _problems(self) -> Iterator[str]:
         for name in ("rank", "alpha"):
@@ -100,6 +110,8 @@ class LoRALinear(nn.Linear):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.lora = lora
+        self.enabled = True
+        """Whether the adapter takes part; without, the layer computes what it did before."""
         self.magnitude: nn.Parameter | None = None
         self._allocate()
         self.reset_adapter()
@@ -108,6 +120,8 @@ class LoRALinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype that the layer without the adapter would return."""
         base = F.linear(input, self.weight, self.bias)
+        if not self.enabled:
+            return base
         dropped = F.dropout(input, self.lora.dropout, self.training)
         x = dropped if autocasts(input) else dropped.to(self.lora_a.dtype)  # autocast needs no float32 copy on the way
         change = F.linear(F.linear(x, self.lora_a) * self.lora.scaling, self.lora_b)
@@ -150,6 +164,22 @@ def reset_adapters(transformer: nn.Module) -> None:
     for module in transformer.modules():
         if isinstance(module, LoRALinear):
             module.reset_adapter()
+
+
+@contextmanager
+def without_adapters(transformer: nn.Module) -> Iterator[None]:
+    """In the block the model computes what it did before it had adapters, and drops nothing."""
+    layers = [module for module in transformer.modules() if isinstance(module, LoRALinear)]
+    training = transformer.training
+    try:
+        for layer in layers:
+            layer.enabled = False
+        transformer.eval()
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+        transformer.train(training)
 
 
 def adapter_state(transformer: nn.Module) -> dict[str, Tensor]:

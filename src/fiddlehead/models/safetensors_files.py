@@ -8,29 +8,32 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypedDict
 
 import torch
 
 from fiddlehead.errors import ConfigError
 
 DTYPES = {
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
     "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
     "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
 }
+"""In the order in which the `safetensors` package writes them."""
+FORMAT = {"format": "pt"}
+"""The metadata of a file with a model: how transformers knows whose tensors they are."""
 _PIECE = 1 << 23
 
 
@@ -59,8 +62,15 @@ class Stored:
                 left -= read
                 yield buffer[:read]
 
-    def load(self) -> torch.Tensor:
-        """The tensor, in memory of its own."""
+    def load(self, part: Sequence[slice] = ()) -> torch.Tensor:
+        """The tensor, or the part of it that has a slice of each dimension, in memory of its own."""
+        if part:
+            first, row = part[0], self.nbytes // max(1, self.shape[0])
+            count = first.stop - first.start
+            rows = replace(
+                self, shape=(count, *self.shape[1:]), start=self.start + first.start * row, nbytes=count * row
+            )
+            return rows.load()[(slice(None), *part[1:])]
         data = bytearray(self.nbytes)
         at = 0
         for piece in self.pieces():
@@ -87,6 +97,18 @@ class ToWrite:
         for size in self.shape:
             count *= size
         return count * DTYPES[self.dtype].itemsize
+
+
+def to_write(tensors: Mapping[str, torch.Tensor]) -> dict[str, ToWrite]:
+    """Tensors in the order in which the `safetensors` package writes them; each is brought to main memory in turn."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    order = {dtype: number for number, dtype in enumerate(DTYPES.values())}
+
+    def pieces(tensor: torch.Tensor) -> Callable[[], Iterable[memoryview]]:
+        return lambda: [bytes_of(tensor.detach().cpu())]
+
+    ordered = sorted(tensors, key=lambda name: (order[tensors[name].dtype], name))
+    return {name: ToWrite(names[(t := tensors[name]).dtype], tuple(t.shape), pieces(t)) for name in ordered}
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -127,15 +149,25 @@ def _stored(file: Path, entry: dict[str, Any], data: int) -> Stored:
     return stored
 
 
+class Written(TypedDict):
+    """What a file holds."""
+
+    bytes: int
+    crc32: int
+
+
 def write_file(
-    file: Path, tensors: dict[str, ToWrite], advance: Callable[[int], Any], metadata: dict[str, str] | None = None
-) -> int:
-    """Writes a safetensors file, and returns the CRC-32 of its bytes.
+    file: Path,
+    tensors: Mapping[str, ToWrite],
+    advance: Callable[[int], Any] = lambda count: None,
+    metadata: Mapping[str, str] | None = FORMAT,
+) -> Written:
+    """Writes a safetensors file, and returns what it holds.
 
     Args:
         advance: is told how many more bytes are written, now and then.
     """
-    header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     at = 0
     for name, tensor in tensors.items():
         header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
@@ -151,7 +183,7 @@ def write_file(
                 written += len(piece)
                 advance(len(piece))
             assert written == tensor.nbytes, f"{name}: {written} bytes, not {tensor.nbytes}"
-    return checksum
+        return Written(bytes=stream.tell(), crc32=checksum)
 
 
 def _write(stream: BinaryIO, data: bytes | memoryview, checksum: int) -> int:

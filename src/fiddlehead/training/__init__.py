@@ -4,6 +4,7 @@ from fiddlehead.training.checkpoint import Checkpoint
 from fiddlehead.training.language_model import LanguageModel, NonFiniteError
 from fiddlehead.training.loggers import Log
 from fiddlehead.training.optim import AdamW, CosineAnnealing, WarmupStableDecay
+from fiddlehead.training.parallel import Parallel
 from fiddlehead.training.preference import PreferenceModel
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "LanguageModel",
     "Log",
     "NonFiniteError",
+    "Parallel",
     "PreferenceModel",
     "WarmupStableDecay",
 ]

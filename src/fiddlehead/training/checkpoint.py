@@ -1,4 +1,4 @@
-"""When a run is saved, and how Lightning's state becomes the folder that `checkpoint_folder` describes.
+"""When a run is saved, and which of its checkpoints are kept.
 
 What is resumed from it is exact, because all the rest of a run's state follows from the step: the sampler, the schedule
 and dropout are functions of it.
@@ -7,27 +7,22 @@ and dropout are functions of it.
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from safetensors.torch import load_file, save_file
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, StopRequested
 from fiddlehead.training.checkpoint_folder import (
     TEMPORARY,
     DamagedCheckpointError,
     newest_first,
     step_folder,
     verify,
-    write_folder,
-    write_state,
 )
+from fiddlehead.training.checkpoint_io import SafetensorsIO
 from fiddlehead.training.console import say
-
-_TENSOR, _PAIRS = "__tensor__", "__pairs__"
 
 
 class Checkpoint(Callback):
@@ -37,9 +32,13 @@ class Checkpoint(Callback):
         every_n_steps: how often to save; the last step, and the one at which the run is stopped, are always saved.
         keep_last: how many of the newest to keep.
         keep_best: whether to keep the one with the lowest `val_loss` too; `checkpoints/best` points to it.
+        asynchronous: copy the tensors to main memory, and write them while the run goes on; a run that ends waits for
+            the last of them, and one that is killed has the checkpoint before.
     """
 
-    def __init__(self, every_n_steps: int = 1000, keep_last: int = 2, keep_best: bool = True) -> None:
+    def __init__(
+        self, every_n_steps: int = 1000, keep_last: int = 2, keep_best: bool = True, asynchronous: bool = False
+    ) -> None:
         problems = [
             f"{name}={value!r}: must be 1 or more"
             for name, value in (("every_n_steps", every_n_steps), ("keep_last", keep_last))
@@ -48,6 +47,7 @@ class Checkpoint(Callback):
         if problems:
             raise ConfigError(*problems)
         self.every_n_steps, self.keep_last, self.keep_best = every_n_steps, keep_last, keep_best
+        self.io = SafetensorsIO(asynchronous=asynchronous)
         self.directory = Path("checkpoints")
         self.best_loss: float | None = None
         self._saved_step = -1
@@ -99,19 +99,22 @@ class Checkpoint(Callback):
         better = self.keep_best and self._val_loss < (float("inf") if self.best_loss is None else self.best_loss)
         if better or trainer.global_step % self.every_n_steps == 0:
             self._saved_step = -1  # also if it was saved before, without its validation loss
-            self.save(trainer)
+            self.save(trainer, best=better)
         if better:
             self.best_loss = self._val_loss
-            if trainer.is_global_zero:
-                link = self.directory / ".best.tmp"
-                link.unlink(missing_ok=True)
-                link.symlink_to(step_folder(trainer.global_step))
-                link.replace(self.directory / "best")
-                self._delete_old()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the last step."""
+        """Saves the last step, and waits until all is written."""
         self.save(trainer)
+        self.wait(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lets what was saved be written; a run that was stopped has waited already, or is not to wait."""
+        if not isinstance(exception, StopRequested):
+            try:
+                self.io.wait()
+            except Exception as error:  # beside the one that ends the run
+                say(f"WARNING: a checkpoint was not written: {error}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the step's validation loss, by which the best is known; None if it was not validated."""
@@ -122,11 +125,14 @@ class Checkpoint(Callback):
         self._val_loss = checkpoint["val_loss"]
         self._validated_step = -1 if self._val_loss is None else checkpoint["global_step"]
 
-    def save(self, trainer: Trainer) -> None:
-        """Saves the current step, once; does nothing before the first.
+    def save(self, trainer: Trainer, *, best: bool = False) -> None:
+        """Saves the current step, once, and if it is the best so far, has `checkpoints/best` point to it.
+
+        It does nothing before the first step.
 
         Raises:
             NonFiniteError: a step so far was not finite; nothing is written then.
+            CheckpointNotWrittenError: the disk did not take it, or the one before if that was written meanwhile.
         """
         if trainer.global_step == self._saved_step:
             return
@@ -134,7 +140,25 @@ class Checkpoint(Callback):
         trainer.save_checkpoint(self.directory / step_folder(trainer.global_step))
         self._saved_step = trainer.global_step
         if trainer.is_global_zero:
-            self._delete_old()
+            self.io.then(partial(self._keep, trainer.global_step, best))
+
+    def wait(self, trainer: Trainer) -> None:
+        """Waits until what was saved is written, by whichever rank: one that left early would hurry the others.
+
+        Raises:
+            CheckpointNotWrittenError: the disk did not take it.
+        """
+        self.io.wait()
+        trainer.strategy.barrier("Checkpoint.wait")
+
+    def _keep(self, step: int, best: bool) -> None:
+        """Points to the checkpoint of a step that is written, if it is the best, and deletes those to be forgotten."""
+        if best:
+            link = self.directory / ".best.tmp"
+            link.unlink(missing_ok=True)
+            link.symlink_to(step_folder(step))
+            link.replace(self.directory / "best")
+        self._delete_old(step)
 
     def _recall_best_loss(self) -> float | None:
         best = self.directory / "best"
@@ -146,9 +170,9 @@ class Checkpoint(Callback):
             say(f"WARNING: the best checkpoint is damaged, so the next one validated is the best: {error}")
             return None
 
-    def _delete_old(self) -> None:
+    def _delete_old(self, step: int) -> None:
         # One of a later step was passed over as damaged when the run was resumed: it is not among the newest to keep.
-        written = [path for path in newest_first(self.directory) if path.name <= step_folder(self._saved_step)]
+        written = [path for path in newest_first(self.directory) if path.name <= step_folder(step)]
         kept = {path.name for path in written[: self.keep_last]}
         best = self.directory / "best"
         if self.keep_best and best.is_symlink():
@@ -158,44 +182,6 @@ class Checkpoint(Callback):
                 # Renamed first: a checkpoint that is half deleted must not look like a damaged one.
                 doomed = path.rename(path.with_name(f"{TEMPORARY}deleted-{path.name}"))
                 shutil.rmtree(doomed)
-
-
-class SafetensorsIO(CheckpointIO):
-    """Lightning's checkpoints as a folder of safetensors and JSON instead of a pickle."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes the folder `path`; on any error, a full disk for one, it leaves nothing there."""
-        path = Path(path)
-        # The loops' counters and callbacks are left out: `restore_progress` derives them from the step.
-        optimizer_tensors: dict[str, torch.Tensor] = {}
-        kept = ("optimizer_states", "lr_schedulers", "config", "lora", "init_from", "val_loss", "MixedPrecision")
-        state = {key: _encode(checkpoint[key], key, optimizer_tensors) for key in kept if key in checkpoint}
-        model_tensors = {name: tensor.contiguous() for name, tensor in checkpoint["state_dict"].items()}
-        with write_folder(path) as folder:
-            save_file(model_tensors, folder / "model.safetensors", metadata={"format": "pt"})
-            save_file(optimizer_tensors, folder / "optimizer.safetensors")
-            write_state(folder, state | {"step": checkpoint["global_step"]})
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Reads the folder `path` back into the dictionary that Lightning restores from.
-
-        Raises:
-            DamagedCheckpointError: a file is missing or is not what was written.
-        """
-        state = verify(Path(path))
-        tensors = load_file(Path(path) / "optimizer.safetensors")
-        checkpoint = {key: _decode(value, tensors) for key, value in state.items()}
-        checkpoint["state_dict"] = load_file(Path(path) / "model.safetensors")
-        checkpoint["global_step"], checkpoint["epoch"] = state["step"], 0
-        checkpoint["pytorch-lightning_version"] = "2.6.0"  # what Lightning would migrate from; nothing to migrate here
-        checkpoint["callbacks"] = {}
-        return checkpoint
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Deletes the folder `path`."""
-        shutil.rmtree(path)
 
 
 def restore_progress(trainer: Trainer, step: int) -> None:
@@ -223,28 +209,3 @@ def validates_now(trainer: Trainer) -> bool:
     """Whether Lightning validates after the step that just ended."""
     due = trainer.fit_loop.epoch_loop.batch_progress.total.ready % trainer.val_check_batch == 0  # type: ignore[operator]
     return bool(trainer.num_val_batches) and (due or trainer.should_stop)
-
-
-def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """The JSON form of `value`; its tensors go into `tensors` under the path that leads to them."""
-    if isinstance(value, torch.Tensor):
-        tensors[name] = value.detach().contiguous()
-        return {_TENSOR: name}
-    if isinstance(value, dict):
-        pairs = [(key, _encode(item, f"{name}.{key}", tensors)) for key, item in value.items()]
-        return dict(pairs) if all(isinstance(key, str) for key in value) else {_PAIRS: pairs}
-    if isinstance(value, list | tuple):
-        return [_encode(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
-    return value
-
-
-def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    if isinstance(value, dict) and _TENSOR in value:
-        return tensors[value[_TENSOR]]
-    if isinstance(value, dict) and _PAIRS in value:
-        return {key: _decode(item, tensors) for key, item in value[_PAIRS]}
-    if isinstance(value, dict):
-        return {key: _decode(item, tensors) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_decode(item, tensors) for item in value]
-    return value

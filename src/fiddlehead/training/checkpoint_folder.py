@@ -6,7 +6,9 @@
 - `optimizer.safetensors`: the optimizer's tensors; only where a run is to go on from it
 - `state.json`: everything that is not a tensor, each file's size and CRC-32, and its own
 
-Loading it cannot run code.
+Ranks that write together have `model-00001-of-00008.safetensors` and so on instead, with some of the tensors each; a
+tensor is whole, so that how many ranks there were, and how they shared the model, makes no difference to who reads it.
+Loading a checkpoint cannot run code.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fiddlehead.errors import RunError
+from fiddlehead.models.safetensors_files import Written
 from fiddlehead.training.console import say
+from fiddlehead.training.team import Team, TeamError
 
 FORMAT_VERSION = 1
 STEP, TEMPORARY = "step-", ".writing-"
@@ -45,44 +50,57 @@ def write_folder(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointNotWrittenError: the disk did not take it.
     """
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with _all_or_nothing(path) as temporary:
         temporary.mkdir(parents=True)
         yield temporary
-        for file in (*(file for file in temporary.rglob("*")), temporary):
-            _sync(file)
-        replaced = path.with_name(f"{TEMPORARY}replaced-{path.name}")
-        if path.exists():  # an earlier attempt wrote this step, and it was damaged since
-            path.rename(replaced)
-        temporary.rename(path)
-        _sync(path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointNotWrittenError(f"{path}: {error.strerror or error}") from error
-    except SafetensorError as error:  # how safetensors reports a full disk
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointNotWrittenError(f"{path}: {error}") from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        _become(temporary, path)
 
 
-def write_state(folder: Path, state: dict[str, Any], checksums: Mapping[str, int] | None = None) -> None:
+def write_together(
+    path: Path,
+    team: Team,
+    write: Callable[[Path], dict[str, Written]],
+    finish: Callable[[Path, dict[str, Written]], None],
+) -> None:
+    """As `write_folder`, by all ranks of a team: each writes files of its own, and the first one finishes the folder.
+
+    Args:
+        write: writes this rank's files into the folder, and returns what they hold by name.
+        finish: is told of the files of all ranks.
+
+    Raises:
+        CheckpointNotWrittenError: on every rank, if the disk did not take a file of one.
+    """
+
+    def write_and_sync(temporary: Path) -> dict[str, Written]:
+        written = write(temporary)
+        for name in written:
+            _sync(temporary / name)
+        return written
+
+    def finish_folder(temporary: Path, written: dict[str, Written]) -> None:
+        finish(temporary, written)
+        _become(temporary, path)
+
+    with _all_or_nothing(path, first=team.first) as temporary:
+        team.all(lambda: temporary.mkdir(parents=True) if team.first else None)
+        of_ranks = team.all(lambda: write_and_sync(temporary))
+        written = {name: file for files in of_ranks for name, file in files.items()}
+        team.all(lambda: finish_folder(temporary, written) if team.first else None)
+
+
+def write_state(folder: Path, state: dict[str, Any], written: Mapping[str, Written] | None = None) -> None:
     """Writes `state.json`, which vouches for the other files of `folder`.
 
     Args:
         state: what is not a tensor; `config` and `step` among it.
-        checksums: the CRC-32 of files by name where it is known already.
+        written: what files hold where it is known already; they need not be seen from here yet.
     """
-    known = checksums or {}
     state = state | {"format_version": FORMAT_VERSION, "saved": time.time()}
-    state["files"] = {
-        file.name: {"bytes": file.stat().st_size, "crc32": known.get(file.name) or _crc32(file)}
-        for file in sorted(folder.iterdir())
-        if file.is_file()
-    }
+    files = {file.name: file for file in folder.iterdir() if file.is_file()}
+    others = {name: file for name, file in files.items() if name not in (written or {})}
+    found = {name: {"bytes": file.stat().st_size, "crc32": _crc32(file)} for name, file in others.items()}
+    state["files"] = dict(sorted((found | dict(written or {})).items()))
     (folder / "state.json").write_text(json.dumps(state | {"crc32": _state_crc32(state)}, indent=1) + "\n")
 
 
@@ -121,14 +139,22 @@ def verify(path: Path) -> dict[str, Any]:
         DamagedCheckpointError: a file is missing, cut short or changed.
     """
     state = read_state(path)
-    for name, written in state["files"].items():
+    files = state["files"]
+    for name, written in files.items():
         file = path / name
         size = file.stat().st_size if file.is_file() else None
         if size != written["bytes"]:
             raise DamagedCheckpointError(f"{file} has {size} of {written['bytes']} bytes")
-        if _crc32(file) != written["crc32"]:
-            raise DamagedCheckpointError(f"{file} is not what was written: its CRC-32 differs")
+    with ThreadPoolExecutor(max_workers=8) as readers:
+        for name, checksum in zip(files, readers.map(_crc32, (path / name for name in files)), strict=True):
+            if checksum != files[name]["crc32"]:
+                raise DamagedCheckpointError(f"{path / name} is not what was written: its CRC-32 differs")
     return state
+
+
+def tensor_files(state: Mapping[str, Any], kind: str) -> list[str]:
+    """The names of a checkpoint's files with the tensors of a kind, "model" or "optimizer"; `state` is its state."""
+    return [name for name in state["files"] if name.startswith((f"{kind}.", f"{kind}-"))]
 
 
 def newest_good(directory: Path) -> Path | None:
@@ -141,6 +167,41 @@ def newest_good(directory: Path) -> Path | None:
         else:
             return path
     return None
+
+
+@contextmanager
+def _all_or_nothing(path: Path, *, first: bool = True) -> Iterator[Path]:
+    """The name of a folder to make and write; if that fails, it is gone, and only the `first` process deletes it."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+
+    def clear() -> None:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    clear()
+    try:
+        yield temporary
+    except OSError as error:
+        clear()
+        raise CheckpointNotWrittenError(f"{path}: {error.strerror or error}") from error
+    except (SafetensorError, TeamError) as error:  # the former is how safetensors reports a full disk
+        clear()
+        raise CheckpointNotWrittenError(f"{path}: {error}") from error
+    except BaseException:
+        clear()
+        raise
+
+
+def _become(temporary: Path, path: Path) -> None:
+    """Gives a folder its name, once its files are on the disk."""
+    for file in (*temporary.rglob("*"), temporary):
+        _sync(file)
+    replaced = path.with_name(f"{TEMPORARY}replaced-{path.name}")
+    if path.exists():  # an earlier attempt wrote this step, and it was damaged since
+        path.rename(replaced)
+    temporary.rename(path)
+    _sync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _chunks(file: Path) -> Iterator[bytes]:

@@ -23,8 +23,12 @@ from fiddlehead.models.speed import (
     recompute_activations,
     refused_speed,
 )
+from fiddlehead.training import sharding
+from fiddlehead.training.gradients import global_norm, gradients_of, scale
 from fiddlehead.training.optim import AdamW
+from fiddlehead.training.parallel import Parallel
 from fiddlehead.training.weights import (
+    Weights,
     find_tokenizer,
     find_weights,
     load_transformer,
@@ -83,6 +87,7 @@ class LanguageModel(LightningModule):
         self.lr = 0.0
         self.grad_norm = torch.zeros(())
         self.token_bytes: torch.Tensor | None = None
+        self._weights: tuple[Path, Weights] | None = None
         self._loss_sum = torch.zeros(())
         self._losses = 0
         self._labelled: list[torch.Tensor] = []
@@ -110,33 +115,61 @@ class LanguageModel(LightningModule):
             return
         try:
             path = find_weights(self.init_from)
-            weights = open_weights(path)
+            self._weights = path.absolute(), open_weights(path)
         except ConfigError as error:
             raise ConfigError(
                 *(f"init_from={str(self.init_from)!r}: {problem}" for problem in error.problems)
             ) from None
-        self.init_from = path.absolute()
+        self.init_from, weights = self._weights
         if self._config is None:
             self._config = weights.config
         refuse_another_shape(self._config, weights, path)
 
+    def _open_weights(self) -> Weights | None:
+        """What to begin with; not checked again if `take_shape` has, as that reads all of it."""
+        if self.init_from is None:
+            return None
+        path, weights = self._weights or (None, None)
+        return weights if path == self.init_from else open_weights(self.init_from)
+
     def configure_model(self) -> None:
         """Makes the parameters, once."""
-        if self.transformer is not None:
-            return
-        if self.init_from is None:
-            self.transformer = Transformer(self.config)
+        if self.transformer is None:
+            self.transformer = self._make_transformer(self.lora)
+
+    def _make_transformer(self, lora: LoRA | None) -> Transformer:
+        """A model as the run begins with; where the strategy shards models, this rank's part of it."""
+        weights = self._open_weights()
+        strategy = None if self._trainer is None else self._trainer.strategy
+        if not (isinstance(strategy, Parallel) and strategy.world_size > 1):
+            transformer = Transformer(self.config) if weights is None else load_transformer(weights, self.config)
+            if lora is not None:
+                lora.apply(transformer)
+            self._make_fast(transformer)
+            return transformer
+        with torch.device("meta"):
+            transformer = Transformer(self.config)
+            names = list(transformer.state_dict())
+            if lora is not None:
+                lora.apply(transformer)
+        self._make_fast(transformer)
+        strategy.shard(transformer)
+        if weights is None:
+            sharding.draw(transformer)
         else:
-            self.transformer = load_transformer(open_weights(self.init_from), self.config)
-        if self.lora is not None:
-            self.lora.apply(self.transformer)
+            sharding.load(transformer, names, weights)
+        if lora is not None:
+            sharding.draw_adapters(transformer, lora)
+        return transformer
+
+    def _make_fast(self, transformer: Transformer) -> None:
         # In this order: what is recomputed is part of what is compiled.
         if self._fp8 is not None:
-            convert_to_float8(self.transformer, self._fp8)
+            convert_to_float8(transformer, self._fp8)
         if self._recompute is not None:
-            recompute_activations(self.transformer, self._recompute)
+            recompute_activations(transformer, self._recompute)
         if self._compile is not None:
-            compile_transformer(self.transformer, self._compile)
+            compile_transformer(transformer, self._compile)
 
     def on_fit_start(self) -> None:
         """Takes from the data how many bytes a token stands for."""
@@ -189,7 +222,9 @@ class LanguageModel(LightningModule):
         """Makes dropout a pure function of seed, step and rank, so that a resumed run drops what it would have."""
         if self.config.hidden_dropout or self.config.attention_dropout or (self.lora and self.lora.dropout):
             micro_batch = batch_idx % self.trainer.accumulate_grad_batches  # a resumed run counts batches from 0
-            torch.manual_seed(hash((self.seed, self.trainer.global_step, micro_batch, self.global_rank)) % 2**63)
+            # Of the data-parallel ranks: those that share a layer drop the same.
+            rank = (self.trainer.distributed_sampler_kwargs or {"rank": 0})["rank"]
+            torch.manual_seed(hash((self.seed, self.trainer.global_step, micro_batch, rank)) % 2**63)
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule, over the trainer's `max_steps`."""
@@ -212,10 +247,7 @@ class LanguageModel(LightningModule):
         """
         limit = float(gradient_clip_val or math.inf)
         self.lr = optimizer.param_groups[0]["lr"]  # noted here, as the schedule moves on before the step is logged
-        if self._labelled:
-            self.grad_norm = self._scale_and_clip(limit)
-        else:
-            self.grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        self.grad_norm = self._scale_and_clip(limit)
         self._note_non_finite()
 
     def _scale_and_clip(self, limit: float) -> torch.Tensor:
@@ -223,13 +255,14 @@ class LanguageModel(LightningModule):
 
         One factor does both, as another pass over all gradients would take time. Returns the norm before clipping.
         """
-        share = torch.stack(self._labelled).mean()
-        self._share = torch.as_tensor(self.trainer.strategy.reduce(share, reduce_op="mean"))
-        self._labelled = []
-        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) / self._share
-        factor = (limit / (norm + 1e-6)).clamp(max=1.0) / self._share
-        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+        gradients = gradients_of(self.parameters())
+        norm = global_norm(gradients)
+        if self._labelled:
+            share = torch.stack(self._labelled).mean()
+            self._share = torch.as_tensor(self.trainer.strategy.reduce(share, reduce_op="mean"))
+            self._labelled = []
+            norm = norm / self._share
+        scale(gradients, (limit / (norm + 1e-6)).clamp(max=1.0) / self._share)
         return norm
 
     def _note_non_finite(self) -> None:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
+from fiddlehead.models.lora import without_adapters
 from fiddlehead.training.language_model import LanguageModel
-from fiddlehead.training.weights import load_transformer, open_weights
 
 
 class PreferenceModel(LanguageModel):
@@ -44,17 +44,10 @@ class PreferenceModel(LanguageModel):
         self._reference: list[Transformer] = []  # in a list, so that it is no part of the module
 
     def on_fit_start(self) -> None:
-        """Also makes the model to compare with."""
+        """Also makes the model to compare with, where it is another one."""
         super().on_fit_start()
-        assert self.transformer is not None and self.init_from is not None
         if self.lora is None:
-            reference = load_transformer(open_weights(self.init_from), self.config).to(self.device)
-        else:
-            with torch.device("meta"):
-                reference = Transformer(self.config)
-            own = self.transformer.state_dict()
-            reference.load_state_dict({name: own[name] for name in reference.state_dict()}, assign=True)
-        self._reference = [reference.requires_grad_(False).eval()]
+            self._reference = [self._make_transformer(None).to(self.device).requires_grad_(False).eval()]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         """The mean of -log sigmoid(beta x the change of the difference between the two answers), over the pairs."""
@@ -83,9 +76,13 @@ class PreferenceModel(LanguageModel):
     def _preference(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """For each pair the loss, and how much more the better answer gained than the other, (pairs,) each."""
         assert self.transformer is not None
-        now = answer_log_probabilities(self.transformer, batch)[batch["pairs"]]
         with torch.no_grad():
-            before = answer_log_probabilities(self._reference[0], batch)[batch["pairs"]]
+            if self._reference:
+                before = answer_log_probabilities(self._reference[0], batch)[batch["pairs"]]
+            else:
+                with without_adapters(self.transformer):
+                    before = answer_log_probabilities(self.transformer, batch)[batch["pairs"]]
+        now = answer_log_probabilities(self.transformer, batch)[batch["pairs"]]
         gained = now - before
         margin = self.beta * (gained[:, 0] - gained[:, 1])
         return -F.logsigmoid(margin), margin.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -9,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from fiddlehead.data.fine_tuning import FineTuningDataModule
 from fiddlehead.models.generation import sample
 from fiddlehead.training.console import say
+from fiddlehead.training.sharding import is_sharded
 
 
 class SampleAnswer(Callback):
@@ -22,19 +24,22 @@ class SampleAnswer(Callback):
         self.max_new_tokens = max_new_tokens
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Asks the model, on the first rank."""
+        """Asks the model, on the first rank, or together where each has a part of it."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if trainer.sanity_checking or not trainer.is_global_zero or not isinstance(data, FineTuningDataModule):
+        model: Any = pl_module.transformer
+        sharded = is_sharded(model)
+        if trainer.sanity_checking or not isinstance(data, FineTuningDataModule):
             return
         prompt = data.first_question()
-        if not prompt:
+        if not prompt or not (sharded or trainer.is_global_zero):
             return
-        model: Any = pl_module.transformer
-        tokens = []
-        for token in sample(model, prompt, self.max_new_tokens, temperature=0):
-            if token == data.tokenizer.eos_id:
-                break
-            tokens.append(token)
+        if sharded:
+            model.unshard()  # sampling reads what is outside the layers
+        answer = sample(model, prompt, self.max_new_tokens, temperature=0)
+        # Ranks that answer together all write to the end: none may leave the others waiting for its part.
+        tokens = list(takewhile(lambda token: token != data.tokenizer.eos_id, list(answer) if sharded else answer))
+        if sharded:
+            model.reshard()
         asked, answered = (data.tokenizer.decode(ids) for ids in (prompt, tokens))
         say(f"step {trainer.global_step:>6}  asked {_short(asked)!r}, it answers {_short(answered)!r}")
 

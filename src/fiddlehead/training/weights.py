@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,9 +13,10 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.huggingface import HuggingFaceCheckpoint
 from fiddlehead.models.lora import LoRA, merge_state
-from fiddlehead.models.safetensors_files import Stored, read_header
+from fiddlehead.models.safetensors_files import Stored
 from fiddlehead.runs import RunDirectory, find_run
 from fiddlehead.training.checkpoint_folder import newest_good, verify
+from fiddlehead.training.checkpoint_io import read_tensors
 
 PREFIX = "transformer."
 """In front of the names of a model's parameters in a checkpoint."""
@@ -29,8 +30,8 @@ class Weights(Protocol):
         """The model's shape."""
         ...
 
-    def load(self, name: str) -> torch.Tensor:
-        """The parameter of `Transformer` that has this name."""
+    def load(self, name: str, part: Sequence[slice] = ()) -> torch.Tensor:
+        """The parameter of `Transformer` that has this name, or the part of it that has a slice of each dimension."""
         ...
 
     def dtype(self, name: str) -> str:
@@ -58,7 +59,7 @@ class CheckpointWeights:
             ConfigError: the adapters' base is not there.
         """
         state = verify(path)
-        tensors = {name.removeprefix(PREFIX): t for name, t in read_header(path / "model.safetensors").items()}
+        tensors = {name.removeprefix(PREFIX): t for name, t in read_tensors(path, state, "model").items()}
         base = None
         if state.get("lora"):
             try:
@@ -72,10 +73,16 @@ class CheckpointWeights:
         """How the adapters were made; None if there are none."""
         return LoRA(**self.state["lora"]) if self.state.get("lora") else None
 
-    def load(self, name: str) -> torch.Tensor:
-        """As `Weights.load`."""
-        if self.base is None:
-            return self.tensors[name].load()
+    def load(self, name: str, part: Sequence[slice] = ()) -> torch.Tensor:
+        """As `Weights.load`; of a checkpoint without adapters, only the part is read."""
+        return self.tensors[name].load(part) if self.base is None else self._merged(name)[tuple(part)]
+
+    def dtype(self, name: str) -> str:
+        """As `Weights.dtype`."""
+        return self.tensors[name].dtype if self.base is None else self.base.dtype(name)
+
+    def _merged(self, name: str) -> torch.Tensor:
+        assert self.base is not None
         module = name.removesuffix(".weight")
         parts = {part: f"{module}.{part}" for part in ("lora_a", "lora_b", "magnitude")}
         own = {part: self.tensors[part].load() for part in parts.values() if part in self.tensors}
@@ -84,10 +91,6 @@ class CheckpointWeights:
         lora = self.lora
         assert lora is not None
         return merge_state({name: self.base.load(name)} | own, lora)[name]
-
-    def dtype(self, name: str) -> str:
-        """As `Weights.dtype`."""
-        return self.tensors[name].dtype if self.base is None else self.base.dtype(name)
 
 
 def open_weights(source: str | Path, runs: str | Path = "runs") -> Weights:

@@ -1,0 +1,264 @@
+"""A run on many devices: which of them share samples, and which share a model."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import Optimizer
+
+from fiddlehead.errors import ConfigError
+from fiddlehead.models import Transformer
+from fiddlehead.models.safetensors_files import DTYPES, Stored
+from fiddlehead.training import sharding
+from fiddlehead.training.team import Team
+
+MESH = ("dp_replicate", "dp_shard", "cp", "tp")
+"""The dimensions of the device mesh, from the slowest to the fastest: tensor parallelism talks most, so that its ranks
+are neighbours."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many ranks there are along each dimension."""
+
+    data: int
+    """Ranks that train on different samples."""
+    replicate: int
+    """Copies of the model among them."""
+    context: int = 1
+    tensor: int = 1
+
+    @property
+    def mesh(self) -> tuple[int, int, int, int]:
+        """In the order of `MESH`."""
+        return self.replicate, self.data // self.replicate, self.context, self.tensor
+
+    def data_rank(self, rank: int) -> int:
+        """Which samples a rank trains on: ranks that share a model's layers or a sequence have the same."""
+        return rank // (self.context * self.tensor)
+
+
+class Parallel(ModelParallelStrategy):
+    """Trains on many devices, each with a part of the parameters, gradients and optimizer state (FSDP2).
+
+    A rank's number counts through `MESH`, so that ranks which share a model's layers are neighbours. One device is
+    trained on as without a strategy.
+
+    Args:
+        data_parallel: how many ranks, or groups of ranks, train on different samples; None is what the devices allow.
+        data_parallel_replicate: how many copies of the model there are among these (HSDP). Each copy is cut over
+            `data_parallel / data_parallel_replicate` ranks: as many as one fast network connects, where there are
+            several.
+        tensor_parallel: how many ranks share each layer.
+        context_parallel: how many ranks share each sequence.
+        reshard_after_forward: free a layer's gathered parameters after its forward pass, and gather them again for the
+            backward pass; without, a step communicates a third less, and memory holds a whole copy of the parameters.
+    """
+
+    def __init__(
+        self,
+        data_parallel: int | None = None,
+        data_parallel_replicate: int = 1,
+        tensor_parallel: int = 1,
+        context_parallel: int = 1,
+        reshard_after_forward: bool = True,
+    ) -> None:
+        given = {
+            "data_parallel": data_parallel,
+            "data_parallel_replicate": data_parallel_replicate,
+            "tensor_parallel": tensor_parallel,
+            "context_parallel": context_parallel,
+        }
+        problems = [f"{n}={v!r}: must be 1 or more" for n, v in given.items() if v is not None and v < 1]
+        if problems:
+            raise ConfigError(*problems)
+        super().__init__()
+        self.data_parallel, self.data_parallel_replicate = data_parallel, data_parallel_replicate
+        self.tensor_parallel, self.context_parallel = tensor_parallel, context_parallel
+        self.reshard_after_forward = reshard_after_forward
+        self._team: Team | None = None
+
+    def sizes(self, devices: int) -> Sizes:
+        """The ranks along each dimension, of `devices` in all.
+
+        Raises:
+            ConfigError: they do not multiply to that; it says what would.
+        """
+        shared = self.tensor_parallel * self.context_parallel
+        if devices % shared:
+            counts = ", ".join(map(str, _divisors(devices)))
+            raise ConfigError(
+                f"tensor_parallel={self.tensor_parallel} x context_parallel={self.context_parallel} does not divide "
+                f"the {devices} devices; allowed: a product of {counts}"
+            )
+        data = devices // shared
+        problems = []
+        if self.data_parallel not in (None, data):
+            problems.append(
+                f"data_parallel={self.data_parallel}: with tensor_parallel={self.tensor_parallel} and "
+                f"context_parallel={self.context_parallel}, {devices} devices make it {data}; allowed: {data} or None"
+            )
+        if data % self.data_parallel_replicate:
+            problems.append(
+                f"data_parallel_replicate={self.data_parallel_replicate} does not divide the {data} data-parallel "
+                f"ranks; allowed: {', '.join(map(str, _divisors(data)))}"
+            )
+        if shared > 1:
+            problems.append(
+                f"tensor_parallel={self.tensor_parallel}, context_parallel={self.context_parallel}: allowed so far: 1"
+            )
+        if problems:
+            raise ConfigError(*problems)
+        return Sizes(data, self.data_parallel_replicate, self.context_parallel, self.tensor_parallel)
+
+    # -- the model
+
+    def shard(self, transformer: Transformer) -> None:
+        """Cuts a model on the meta device over the mesh, in place; `sharding` gives it values."""
+        mesh = self.device_mesh["dp_shard" if self.data_parallel_replicate == 1 else ("dp_replicate", "dp_shard")]
+        precision, reshard = str(self.precision_plugin.precision), self.reshard_after_forward
+        sharding.shard(transformer, mesh, self.root_device, precision, reshard_after_forward=reshard)
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """Makes tensors on the device, as other strategies do, so that the same numbers are drawn."""
+        with self.root_device, self.precision_plugin.tensor_init_context():
+            yield
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Adds up the gradients of micro-batches before copies of the model exchange them."""
+        module: Any = self.lightning_module
+        sharded = [m for m in module.children() if sharding.is_sharded(m)]
+        for transformer in sharded:
+            transformer.set_requires_all_reduce(False)
+        yield
+        for transformer in sharded:
+            transformer.set_requires_all_reduce(True)
+
+    # -- the ranks
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """The data-parallel rank, and how many of them there are."""
+        sizes = self.sizes(self.world_size)
+        return {"num_replicas": sizes.data, "rank": sizes.data_rank(self.global_rank)}
+
+    def join_ranks(self) -> Team:
+        """Connects the processes, which all have to call it, and returns them as a team.
+
+        A process that is to start the others when training begins is alone until then.
+        """
+        assert self.cluster_environment is not None
+        if self.world_size == 1 or not self.cluster_environment.creates_processes_externally:
+            return Team()
+        if self._team is None:
+            self._setup_distributed()
+            self._team = Team.of_all_ranks()
+        return self._team
+
+    def setup_environment(self) -> None:
+        """Connects the processes, and makes the mesh of their devices."""
+        assert self.lightning_module is not None and self.accelerator is not None
+        if self.world_size == 1:
+            self.accelerator.setup_device(self.root_device)
+            return
+        self._setup_distributed()
+        self._device_mesh = init_device_mesh(
+            self.root_device.type, self.sizes(self.world_size).mesh, mesh_dim_names=MESH
+        )
+        self.lightning_module._device_mesh = self._device_mesh
+        io: Any = self.checkpoint_io
+        io.team = self._team = self._team or Team.of_all_ranks()
+        if isinstance(self.precision_plugin, MixedPrecision):
+            self.precision_plugin = _CastByShards("bf16-mixed", self.root_device.type)
+
+    def _configure_launcher(self) -> None:
+        # A notebook may build a trainer for processes elsewhere; the launcher would refuse.
+        if not _IS_INTERACTIVE:
+            super()._configure_launcher()
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """As Lightning's, also without other processes."""
+        return decision if self.world_size == 1 else super().reduce_boolean_decision(decision, all)
+
+    # -- checkpoints
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning calls `load_optimizer_state_dict`."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The model's tensors, of which this rank holds a part."""
+        return Strategy.lightning_module_state_dict(self)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's tensors, of which this rank holds a part."""
+        return Strategy.optimizer_state(self, optimizer)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Saves with all ranks together."""
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """A checkpoint that was verified, its tensors still in their files if each rank is to read parts of them."""
+        if self.world_size == 1:
+            return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+        io: Any = self.checkpoint_io
+        return io.open_checkpoint(Path(checkpoint_path))
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Reads this rank's part of each tensor."""
+        if self.world_size == 1:
+            return Strategy.load_model_state_dict(self, checkpoint, strict)
+        stored, own = checkpoint["state_dict"], self.lightning_module_state_dict()
+        assert stored.keys() == own.keys(), "a checkpoint of another model"
+        for name, tensor in own.items():
+            if isinstance(stored[name], Stored):  # else it is here already: what adapters were trained on
+                sharding.read(tensor, stored[name])
+        return None
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Reads this rank's part of each tensor; the optimizer numbers its parameters alike on any number of ranks."""
+        if self.world_size == 1:
+            return Strategy.load_optimizer_state_dict(self, checkpoint)
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            state = {
+                number: {key: _part_like(parameters[number], value) for key, value in values.items()}
+                for number, values in saved["state"].items()
+            }
+            optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+        return None
+
+
+class _CastByShards(MixedPrecision):
+    """Mixed precision where what a layer is gathered as is bfloat16 already, so that there is nothing left to cast."""
+
+    def autocast_context_manager(self) -> Any:
+        return nullcontext()
+
+
+def _part_like(parameter: torch.Tensor, stored: Any) -> Any:
+    """What an optimizer keeps for a parameter: a tensor of its shape is cut like it."""
+    if not isinstance(stored, Stored):
+        return stored
+    if stored.shape != parameter.shape:
+        return stored.load()
+    tensor = torch.empty_like(parameter, dtype=DTYPES[stored.dtype], requires_grad=False)
+    sharding.read(tensor, stored)
+    return tensor
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

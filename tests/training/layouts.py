@@ -1,0 +1,60 @@
+"""Runs of one process and of many, to be compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fiddlehead import tasks
+from fiddlehead.runs import RunDirectory
+from fiddlehead.training import Parallel
+from tests.training.conftest import KillAfter, Killed, make_parts, rows
+from tests.training.ranks import on_ranks
+
+TRAINED = {"max_steps": 20, "global_batch_size": 16, "micro_batch_size": 2, "val_check_interval": 10}
+TRAINED |= {"every_n_steps": 10}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "1": (1, {}),
+    "fsdp-2": (2, {}),
+    "fsdp-4": (4, {"reshard_after_forward": False}),
+    "hsdp-2x2": (4, {"data_parallel_replicate": 2}),
+}
+SETTINGS = {
+    "plain": {},
+    "documents": {"separate_documents": True},
+    "experts": {"num_moe_experts": 4, "attention_sinks": True, "add_bias_linear": True},
+}
+
+
+def train(layout: str, dataset: Path, runs: Path, *, killed_after: int | None = None, **changes: Any) -> Path:
+    """Trains on as many ranks as `layout` has, and returns the run's folder."""
+    devices, strategy = LAYOUTS[layout]
+    arguments = (strategy, dataset, runs, killed_after)
+    changes = TRAINED | changes | {"devices": devices}
+    if devices == 1:
+        train_here(*arguments, **changes)
+    else:
+        on_ranks(devices, train_here, *arguments, **changes)
+    return runs / changes.get("name", "run")
+
+
+def train_here(
+    strategy: dict[str, Any], dataset: Path, runs: Path, killed_after: int | None = None, **changes: Any
+) -> None:
+    """Trains on the ranks that call this."""
+    if changes["devices"] > 1:
+        changes["strategy"] = Parallel(**strategy)
+    if killed_after is None:
+        tasks.pretrain(**make_parts(dataset, runs, **changes))
+    else:
+        with pytest.raises(Killed):
+            tasks.pretrain(**make_parts(dataset, runs, callbacks=[KillAfter(killed_after)], **changes))
+
+
+def losses(run: Path) -> torch.Tensor:
+    """Loss, gradient norm and validation loss of each step."""
+    values = [[float(value or 0) for value in row] for row in rows(RunDirectory(run), "loss", "grad_norm", "val_loss")]
+    return torch.tensor(values, dtype=torch.float64)
