@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from fiddlehead.environment import describe_machine
+from fiddlehead.figures import compare, read
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -70,20 +70,19 @@ def save(
     more: Mapping[str, Any] | None = None,
     folder: Path = RESULTS,
 ) -> None:
-    """Writes `FOLDER/NAME.json`: the figures, what they were measured on, and `more` of that."""
-    where = {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": {package: importlib.metadata.version(package) for package in packages},
-        **(more or {}),
-    }
+    """Writes `FOLDER/NAME.json`: the figures, what they were measured on, and `more` of that.
+
+    Prints what has changed since the file that was there before.
+    """
+    results = {"figures": _plain(figures), "where": {**describe_machine(packages), **(more or {})}}
     folder.mkdir(exist_ok=True)
     file = folder / f"{name}.json"
-    file.write_text(json.dumps({"figures": _plain(figures), "where": where}, indent=1) + "\n")
+    before = read(file) if file.exists() else None
+    file.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\nwrote {file}")
+    if before is not None:
+        print(f"since {before['where']['date']}:")
+        print("\n".join(f"- {line}" for line in compare(before, results).lines()))
 
 
 def _plain(value: Any) -> Any:
@@ -92,12 +91,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return value
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()

@@ -135,9 +135,10 @@ def check(recipe: Recipe, *, here: bool = True, waits: bool = False) -> Any:
     """
     import torch
 
-    from fiddlehead import tasks
+    from fiddlehead import bench, tasks
 
-    planners: dict[Any, Callable] = {tasks.pretrain: tasks.plan_pretrain, tasks.finetune: tasks.plan_pretrain}
+    trainings = (tasks.pretrain, tasks.finetune, bench.benchmark)
+    planners: dict[Any, Callable] = dict.fromkeys(trainings, tasks.plan_pretrain)
     if recipe.__fn_or_cls__ not in planners:
         known = ", ".join(f"{task.__module__}:{task.__name__}" for task in planners)
         raise ConfigError(f"the recipe configures {recipe.__fn_or_cls__.__qualname__}; what can be launched: {known}")

@@ -9,6 +9,8 @@ import platform
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,57 @@ def describe_environment(directory: Path) -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": _lines("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"),
     }
+
+
+def describe_machine(packages: Sequence[str]) -> dict[str, Any]:
+    """What a measurement was made on, as JSON values: the date, processors, GPUs, and the versions of `packages`."""
+    revision = _lines("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "revision": revision[0] if revision else None,
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "gpus": describe_gpus(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def describe_gpus() -> list[dict[str, Any]]:
+    """The GPUs of this machine, and how fast their clocks run at this moment; what is not known is left out."""
+    fields = {
+        "name": "name",
+        "driver": "driver_version",
+        "sm_mhz": "clocks.sm",
+        "max_sm_mhz": "clocks.max.sm",
+        "memory_mhz": "clocks.mem",
+        "watts": "power.draw",
+        "max_watts": "power.limit",
+        "celsius": "temperature.gpu",
+    }
+    rows = _lines("nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader,nounits")
+    return [
+        {
+            name: value if name in ("name", "driver") else float(value)
+            for name, value in zip(fields, row.split(", "), strict=True)
+            if not value.startswith("[")
+        }
+        for row in rows
+    ]
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
 
 
 def _packages() -> dict[str, str]:

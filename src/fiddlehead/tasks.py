@@ -21,6 +21,8 @@ from fiddlehead.training.checkpoint_folder import newest_good, read_state, verif
 from fiddlehead.training.console import is_rank_zero, say
 from fiddlehead.training.metrics import Metrics
 from fiddlehead.training.parallel import Sizes
+from fiddlehead.training.phases import Phases
+from fiddlehead.training.profile import Profile
 from fiddlehead.training.samples import SampleAnswer
 from fiddlehead.training.stop import StopOnRequest
 from fiddlehead.training.team import Team
@@ -54,7 +56,7 @@ def pretrain(
         ConfigError: the parts do not fit together; nothing was started then.
         NonFiniteError: the loss or the gradient became infinite or NaN; the checkpoints are from before.
     """
-    plan = plan_pretrain(model, data, trainer, optim)
+    plan = plan_pretrain(model, data, trainer, optim, log)
     run = RunDirectory(Path(log.dir) / (log.name or reserve_name("pretrain", log.dir)))
     # One rank looks: that reads all of a checkpoint, and all have to go on from the same.
     ranks = trainer.strategy.join_ranks() if isinstance(trainer.strategy, Parallel) else Team()
@@ -84,10 +86,14 @@ def pretrain(
         trainer.val_check_interval *= plan.accumulate_grad_batches
     trainer.loggers = log.loggers(run, step)
     every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    metrics = Metrics(plan.tokens_per_step, data.seq_length, every_n_steps)
-    # The order matters: a step is measured, then saved, and only then may the run stop.
+    phases = Phases()
+    metrics = Metrics(plan.tokens_per_step, data.seq_length, every_n_steps, phases)
+    # The order matters: a step is measured, then saved, and only then may the run stop; none of it is a phase.
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it dynamically
-    callbacks += [metrics, checkpoint, StopOnRequest(checkpoint, run)]
+    callbacks.append(metrics)
+    if log.profile_steps:
+        callbacks.append(Profile(log.profile_steps, run.path / "profile", phases, shapes=log.profile_shapes))
+    callbacks += [checkpoint, StopOnRequest(checkpoint, run), phases]
     if start is not None:
         restore_progress(trainer, step)
     try:
@@ -189,6 +195,7 @@ def plan_pretrain(
     data: PreTrainingDataModule | FineTuningDataModule,
     trainer: Trainer,
     optim: AdamW,
+    log: Log | None = None,
     *,
     elsewhere: bool = False,
     **others: Any,
@@ -226,6 +233,8 @@ def plan_pretrain(
     except ConfigError as error:
         problems += error.under("data").problems
     problems += _trainer_problems(trainer, accumulate, sizes.data)
+    if log is not None and log.profile_steps and log.profile_steps[1] > trainer.max_steps:
+        problems.append(f"log.profile={log.profile!r}: the run ends with step trainer.max_steps={trainer.max_steps}")
     try:
         vocab_size = data.vocab_size
     except ConfigError as error:  # the dataset cannot be read

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 
 from fiddlehead.cli import main
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _nemo_run() -> None:
-    """NeMo-Run's dependencies warn of each other when they are imported; that is theirs to mend."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module("nemo_run")
 
 
 @pytest.fixture
@@ -57,7 +47,9 @@ def modules_after(code: str) -> set[str]:
     return set(line.split())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["recipes"], ["runs"], ["pretrain", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["recipes"], ["runs"], ["pretrain", "--help"], ["bench", "--help"], ["--version"]]
+)
 def test_what_needs_no_torch_imports_none(arguments):
     code = f"sys.argv = ['fiddlehead', *{arguments!r}]; from fiddlehead.cli import main; main()"
     loaded = modules_after(code)

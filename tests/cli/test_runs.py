@@ -98,6 +98,19 @@ def test_json_has_everything(tmp_path: Path, runs: Command):
     assert found["metrics"]["loss"] == "4.25"
 
 
+def test_show_says_where_the_time_of_a_step_goes(tmp_path: Path, runs: Command):
+    run = made(tmp_path, "a")
+    assert "a step" not in runs("show", "a").stdout  # a run of before there were such columns
+    phases = "seconds_per_step,seconds_data,seconds_forward,seconds_backward,seconds_communication,seconds_optimizer"
+    run.metrics.write_text(f"step,mfu,mfu_full,{phases}\n1,0.4,0.5,0.2,0.02,0.05,0.1,0.01,0.02\n")
+    shown = {line.strip().split("  ")[0]: line.split() for line in runs("show", "a").stdout.splitlines()}
+    assert shown["mfu"][-1] == "0.4" and shown["mfu_full"][-1] == "0.5"
+    assert shown["a step"][-2:] == ["200.0", "ms"]
+    assert shown["backward"][1:] == ["100.0", "ms", "50%", "#" * 20]
+    assert shown["of it waiting for gradients"][-4:] == ["10.0", "ms", "5%", "~~"]
+    assert shown["the rest"][2:] == ["10.0", "ms", "5%", "##"]
+
+
 def test_clean_deletes_what_has_ended_and_nothing_else(tmp_path: Path, runs: Command):
     kept = made(tmp_path, "going", State.RUNNING, host="elsewhere")
     bad = made(tmp_path, "bad", State.FAILED)

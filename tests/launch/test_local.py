@@ -100,6 +100,9 @@ def test_two_processes_are_the_same_run(undisturbed, tmp_path):
     for ours, theirs in zip(two, whole, strict=True):
         if ours[1]:
             assert float(ours[1]) == pytest.approx(float(theirs[1]), abs=1e-5)
+    newest = RunDirectory(tmp_path / "runs" / "two").last_metrics()
+    assert 0 <= float(newest["seconds_communication"]) < float(newest["seconds_backward"])
+    assert "seconds_communication" not in undisturbed.last_metrics()
 
 
 @pytest.mark.slow

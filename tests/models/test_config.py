@@ -173,11 +173,13 @@ def test_train_flops_are_those_that_torch_counts(changes: dict[str, Any]) -> Non
         model(torch.zeros(B, T, dtype=torch.int64)).sum().backward()
     attention = config.train_flops_per_token(T) - config.train_flops_per_token(0)
     assert counter.get_total_flops() == B * T * (config.train_flops_per_token(0) + 2 * attention)
+    assert counter.get_total_flops() == B * T * config.train_flops_per_token(T, causal=False)
 
 
 def test_train_flops_by_hand() -> None:
     # 7,504,658,432 matmul parameters; 32 layers x 8192 keys x 4096 channels, scores and sums, half of them masked.
     assert LLAMA3_8B.train_flops_per_token(8192) == 6 * 7_504_658_432 + 6 * 32 * 8192 * 4096
+    assert LLAMA3_8B.train_flops_per_token(8192, causal=False) == 6 * 7_504_658_432 + 12 * 32 * 8192 * 4096
 
 
 @pytest.mark.parametrize(

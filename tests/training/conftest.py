@@ -52,7 +52,7 @@ def make_parts(dataset: Path, runs: Path, **changes: Any) -> dict[str, Any]:
     config |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_backend": "auto"}
     fields = TransformerConfig.__dataclass_fields__.keys() - {"seq_length"}  # that is the data's
     config |= {name: changes.pop(name) for name in list(changes) if name in fields}
-    start = take(init_from=None, lora=None)
+    start = take(init_from=None, lora=None, compile=None, activation_checkpointing=None)
     made = {
         "model": LanguageModel(None if start["init_from"] else TransformerConfig(**config), **start),
         "data": PreTrainingDataModule(
@@ -66,7 +66,9 @@ def make_parts(dataset: Path, runs: Path, **changes: Any) -> dict[str, Any]:
             )
         ),
         "optim": AdamW(**take(lr=1e-2, lr_scheduler=CosineAnnealing(warmup_steps=2))),
-        "log": Log(**take(name="run", dir=str(runs), tensorboard=False, wandb=False)),
+        "log": Log(
+            **take(name="run", dir=str(runs), tensorboard=False, wandb=False, profile=None, profile_shapes=False)
+        ),
         "checkpoint": Checkpoint(**take(every_n_steps=4, keep_last=9, keep_best=True, asynchronous=False)),
         "resume": changes.pop("resume", "auto"),
     }

@@ -107,7 +107,7 @@ def test_tensorboard_reads_what_the_csv_file_has(pretrain: Pretrain) -> None:
     run = pretrain(tensorboard=True)
     events = accumulator.EventAccumulator(str(run.path / "tensorboard"))
     events.Reload()
-    for name in ("loss", "val_loss", "grad_norm"):
+    for name in ("loss", "val_loss", "grad_norm", "seconds_per_step", "seconds_forward", "seconds_optimizer"):
         expected = [(int(step), float(value)) for step, value in rows(run, "step", name) if value]
         found = [(event.step, event.value) for event in events.Scalars(name)]
         assert [step for step, _ in found] == [step for step, _ in expected], name

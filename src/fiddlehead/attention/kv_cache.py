@@ -176,6 +176,10 @@ class KVCache:
             self._lengths += T if new_lengths is None else new_lengths
         self._taken += T
 
+    def count_replayed(self, T: int) -> None:
+        """Counts T positions that the replay of a captured CUDA graph wrote and counted on the device."""
+        self._taken += T
+
     def _checked(self, k: torch.Tensor, v: torch.Tensor) -> int:
         """T, the number of new positions of each sequence."""
         G, D = self.k.shape[2:]

@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from fiddlehead import __version__
-from fiddlehead.cli import attention, checkpoints, corpus, recipes, runs, train, use
+from fiddlehead.cli import attention, bench, checkpoints, corpus, recipes, runs, train, use
 from fiddlehead.errors import ConfigError
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ app.command("show", rich_help_panel="Recipes")(recipes.show)
 app.command("diff", rich_help_panel="Recipes")(recipes.diff)
 app.command("pretrain", rich_help_panel="Train")(train.pretrain)
 app.command("finetune", rich_help_panel="Train", help=train.FINETUNE_HELP)(train.pretrain)
+app.command("bench", rich_help_panel="Train", help=bench.HELP)(bench.bench)
 app.command("tokenize", rich_help_panel="Train")(corpus.tokenize)
 app.command("generate", rich_help_panel="Use")(use.generate)
 app.command("chat", rich_help_panel="Use")(use.chat)

@@ -147,6 +147,22 @@ def add_row(table: Table, *cells: Any) -> None:
     table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
 
 
+def phases_table(metrics: Mapping[str, float]) -> Table:
+    """Where the time of a step goes, by the metrics of a run: milliseconds of each phase, its part, and a bar."""
+    total = metrics["seconds_per_step"]
+    found = {name: metrics[f"seconds_{name}"] for name in ("data", "forward", "backward", "optimizer")}
+    found["the rest"] = max(0.0, total - sum(found.values()))
+    communication = metrics.get("seconds_communication")
+    made = table("a step", f"{1000 * total:,.1f} ms", "", "")
+    made.columns[1].justify = made.columns[2].justify = "right"
+    for name, seconds in found.items():
+        add_row(made, name, f"{1000 * seconds:,.1f} ms", f"{seconds / total:.0%}", "#" * round(40 * seconds / total))
+        if name == "backward" and communication is not None:
+            part = f"{1000 * communication:,.1f} ms", f"{communication / total:.0%}"
+            add_row(made, "  of it waiting for gradients", *part, "~" * round(40 * communication / total))
+    return made
+
+
 def show(*things: Any) -> None:
     """Prints tables and text, in colour where the terminal has any, and whole where it is a pipe."""
     import shutil

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fiddlehead.cli.common import add_row, table
+from fiddlehead.cli.common import add_row, phases_table, table
 from fiddlehead.cli.common import show as show_things
 from fiddlehead.errors import ConfigError
 from fiddlehead.runs import RunDirectory, State, Status, find_run, list_runs
@@ -76,7 +76,7 @@ def runs(
 
 @app.command("show")
 def show(run: str = RunArgument, directory: str = DirOption) -> None:
-    """Show a run: its state and why, its newest metrics, its files."""
+    """Show a run: its state and why, its newest metrics, where the time of a step goes, its files."""
     from fiddlehead.launch import code, watch
 
     found = find_run(run, directory)
@@ -89,8 +89,10 @@ def show(run: str = RunArgument, directory: str = DirOption) -> None:
         add_row(made, "attempt", str(status.attempt))
         add_row(made, "where", _where(found, status))
         add_row(made, "elapsed", _elapsed(status.started, status.ended))
-    for name, value in found.last_metrics().items():
-        add_row(made, name, f"{float(value):.6g}")
+    metrics = {name: float(value) for name, value in found.last_metrics().items()}
+    for name, value in metrics.items():
+        if not name.startswith("seconds_"):
+            add_row(made, name, f"{value:.6g}")
     add_row(made, "checkpoints", ", ".join(path.name for path in sorted(found.checkpoints.glob("step-*"))))
     add_row(made, "directory", str(found.path))
     add_row(made, "command", found.command.read_text().strip() if found.command.exists() else "")
@@ -98,6 +100,8 @@ def show(run: str = RunArgument, directory: str = DirOption) -> None:
     if shipped is not None:
         add_row(made, "code", shipped.describe())
     show_things(made)
+    if "seconds_per_step" in metrics:
+        show_things("", phases_table(metrics))
     if status is not None and status.state in (State.FAILED, State.DIED):
         for file, what in ((found.log, "its log"), (found.scheduler_log, "what its scheduler printed")):
             if file.exists():

@@ -7,10 +7,12 @@ import inspect
 import re
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import fiddle as fdl
+from fiddle import daglish
 
 from fiddlehead.configuration.coercion import CALL, describe
 from fiddlehead.configuration.hints import Unevaluated, parameter_hint
@@ -88,7 +90,10 @@ def find_slot(root: fdl.Buildable, path: str) -> Slot:
     value: Any = root
     for match in _STEP.finditer(path):
         at = path[: match.start()]
-        slot = _step(value, slot, at, match["name"], match["item"], path[: match.end()])
+        try:
+            slot = _step(value, slot, at, match["name"], match["item"], path[: match.end()])
+        except _UnknownParameterError as error:
+            raise error.found_in(root) from None
         value = slot.value
     assert slot is not None, "an override has a path"
     return slot
@@ -124,7 +129,26 @@ def _argument_key(config: fdl.Buildable, name: str | None, item: str | None) -> 
         return info.index_to_key(int(str(item)), config.__arguments__)
     if name in info.valid_param_names or (info.has_var_keyword and name not in info.parameters):
         return name
-    raise ConfigError(unknown(f"parameter of {function}", name, info.valid_param_names))
+    raise _UnknownParameterError(f"parameter of {function}", name, info.valid_param_names)
+
+
+class _UnknownParameterError(ConfigError):
+    """A configuration's function has no such parameter."""
+
+    def __init__(self, what: str, name: str, allowed: Sequence[str]) -> None:
+        super().__init__(unknown(what, name, allowed))
+        self.what, self.name = what, name
+
+    def found_in(self, root: fdl.Buildable) -> ConfigError:
+        """The error that names the places in `root` where there is a parameter of this name, if there are any."""
+        places = [
+            f"{daglish.path_str(path).removeprefix('.')}.{self.name}".removeprefix(".")
+            for value, path in daglish.iterate(root)
+            if isinstance(value, fdl.Buildable) and self.name in value.__signature_info__.valid_param_names
+        ]
+        if not places:
+            return self
+        return ConfigError(f"unknown {self.what} {self.name!r}; did you mean {' or '.join(dict.fromkeys(places))}?")
 
 
 def _argument(config: fdl.Buildable, key: str | int) -> Any:

@@ -197,13 +197,17 @@ class TransformerConfig:
             mlp = self.hidden_size * (matrices * self.expert_size * self.moe_router_topk + self.num_moe_experts)
         return self.num_layers * (attention + mlp) + self.hidden_size * (self.vocab_size or 0)
 
-    def train_flops_per_token(self, seq_length: int) -> float:
+    def train_flops_per_token(self, seq_length: int, *, causal: bool = True) -> float:
         """Model FLOPs that one token costs in training, forward and backward, recomputation not counted.
 
         6 per matmul parameter (Kaplan et al. 2020) plus attention's two products, 12 x heads x head_dim for each key
         that a token sees. Under a causal mask that is half of seq_length on average, and less in a layer with a
-        window; documents that are kept apart are counted as if they were not.
+        window; documents that are kept apart are counted as if they were not. Without `causal` every token is counted
+        as if it saw all keys in all layers, as PaLM (Chowdhery et al. 2022, appendix B), nanoGPT and torchtitan do.
         """
+        if not causal:
+            attention = 12.0 * seq_length * self.num_layers * self.num_attention_heads * self.head_dim
+            return 6.0 * self.num_matmul_parameters() + attention
         keys = 0.0
         for layer in range(self.num_layers):
             left, _ = self.window(layer)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from fiddlehead.attention import KVCache
 from fiddlehead.errors import ConfigError
+from fiddlehead.models.compiled_step import CompiledStep
 from fiddlehead.models.transformer import Transformer
 
 
@@ -68,11 +70,13 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    compile: bool = False,
 ) -> Iterator[int]:
     """Yields tokens that follow `prompt`; the model sees at most its `seq_length` newest ones.
 
     Args:
         temperature, top_k, top_p, seed: as in `Sampling`.
+        compile: on a GPU, run each step as one `CompiledStep`, after some seconds of compiling.
 
     Raises:
         ConfigError: the prompt is empty, a token is not in the vocabulary, or a number makes no sense.
@@ -80,7 +84,7 @@ def sample(
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     generators = sampling.generators(1, model.embedding.weight.device)
     ids = list(prompt)
-    for (token,) in _continuations(model, [ids], max_new_tokens, sampling, generators):
+    for (token,) in _continuations(model, [ids], max_new_tokens, sampling, generators, compile):
         ids.append(token)
         yield token
     # The model has seen as much as it can: from here on the oldest token is forgotten for each new one, and every
@@ -99,6 +103,7 @@ def sample_batch(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     stop_ids: Sequence[int] = (),
+    compile: bool = False,
 ) -> list[list[int]]:
     """The tokens that follow each of the prompts, all written at once; the prompts may differ in length.
 
@@ -114,7 +119,7 @@ def sample_batch(
         raise ConfigError(f"prompts of {', '.join(map(str, long))} tokens: the model writes up to seq_length={limit}")
     written: list[list[int]] = [[] for _ in prompts]
     going = [True] * len(prompts)
-    for tokens in _continuations(model, prompts, max_new_tokens, sampling, generators):
+    for tokens in _continuations(model, prompts, max_new_tokens, sampling, generators, compile):
         for number, token in enumerate(tokens):
             room = limit is None or len(prompts[number]) + len(written[number]) < limit
             going[number] = going[number] and token not in stop_ids and room
@@ -131,6 +136,7 @@ def _continuations(
     max_new_tokens: int,
     sampling: Sampling,
     generators: Sequence[torch.Generator],
+    compile: bool,
 ) -> Iterator[list[int]]:
     """Yields the next token of every sequence, as long as the longest is within the model's `seq_length`."""
     config, weight = model.config, model.embedding.weight
@@ -149,11 +155,18 @@ def _continuations(
     padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
     ids, last = torch.tensor(padded, device=weight.device), torch.tensor(lengths, device=weight.device)
     alike = min(lengths) == max(lengths)
+    step = CompiledStep(model, caches) if compile else partial(_step, model, caches)
+    alike = alike and not compile  # a captured step finds the lengths on the device
     x = model.hidden(ids, caches=caches, new_lengths=None if alike else last)
-    x = x[torch.arange(len(prompts), device=weight.device), last - 1]
+    logits = model.logits(x[torch.arange(len(prompts), device=weight.device), last - 1])
     for number in range(max_new_tokens):
-        tokens = sampling.choose(model.logits(x), generators)
+        tokens = sampling.choose(logits, generators)
         yield tokens.tolist()
         if max(lengths) + number >= room or number + 1 == max_new_tokens:
             return
-        x = model.hidden(tokens[:, None], caches=caches)[:, 0]
+        logits = step(tokens)
+
+
+def _step(model: Transformer, caches: Sequence[KVCache], tokens: torch.Tensor) -> torch.Tensor:
+    """The next tokens, (B,), to what follows them, (B, V)."""
+    return model.logits(model.hidden(tokens[:, None], caches=caches)[:, 0])

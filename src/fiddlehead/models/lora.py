@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fiddlehead.attention.reference import without_autocast
 from fiddlehead.errors import ConfigError, nearest, unknown
+from fiddlehead.models.autocast import autocasts
 from fiddlehead.models.transformer import Transformer
 
 PEFT_NAMES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -122,9 +123,7 @@ class LoRALinear(nn.Linear):
         if not self.enabled:
             return base
         dropped = F.dropout(input, self.lora.dropout, self.training)
-        kind = input.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        x = dropped if autocast else dropped.to(self.lora_a.dtype)  # autocast needs no float32 copy on the way
+        x = dropped if autocasts(input) else dropped.to(self.lora_a.dtype)  # autocast needs no float32 copy on the way
         change = F.linear(F.linear(x, self.lora_a) * self.lora.scaling, self.lora_b)
         if self.magnitude is None:
             return (base + change).to(base.dtype)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fiddlehead.models.autocast import product_dtype
 from fiddlehead.models.config import TransformerConfig
 
 
@@ -73,11 +74,8 @@ class GroupedLinear(nn.Module):
             expert: that of each row, (rows,).
             counts: how many rows each expert has, (E,) int32.
         """
-        weight = self.weight
-        kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # knows no grouped product
-            dtype = torch.get_autocast_dtype(kind)
-            x, weight = x.to(dtype), weight.to(dtype)
+        dtype = product_dtype(x)  # autocast knows no grouped product
+        x, weight = x.to(dtype), self.weight.to(dtype)
         ends = counts.cumsum(0, dtype=torch.int32)
         x = F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
         return x if self.bias is None else x + self.bias[expert].to(x.dtype)

@@ -6,7 +6,7 @@ Shapes: B batch, T time, C hidden size, H query heads, G key/value heads, D head
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,9 @@ from torch import nn
 
 from fiddlehead.attention import KVCache, attend
 from fiddlehead.errors import ConfigError
+from fiddlehead.models.autocast import product_dtype
 from fiddlehead.models.config import TransformerConfig
+from fiddlehead.models.linear_cross_entropy import linear_cross_entropy
 from fiddlehead.models.moe import GroupedLinear, MoE, activate
 from fiddlehead.models.rope import Rope, Rotary, rotate
 
@@ -40,6 +42,8 @@ class Transformer(nn.Module):
         self.output_layer = None  # None: logits reuse the embedding's weights
         if not config.share_embeddings_and_output_weights:
             self.output_layer = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.compiled = False
+        """Whether what is done to each logit in training is compiled into one kernel."""
         self.initialize()
 
     def forward(
@@ -48,12 +52,14 @@ class Transformer(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
         *,
+        labels: torch.Tensor | None = None,
         caches: Sequence[KVCache] | None = None,
         new_lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Token ids (B, T) to logits (B, T, V).
+        """Token ids (B, T) to logits (B, T, V); with labels to the sum of their cross-entropy, in nats.
 
         Args:
+            labels: the token to predict at each place, (B, T); -100 where there is none.
             cu_seqlens: keeps documents apart: where each begins among the B x T tokens, and the end of the last,
                 (N + 1,) int32. A token sees its own document only, and its position is that in the document. Empty
                 documents may be among them.
@@ -61,7 +67,8 @@ class Transformer(nn.Module):
             caches: one for each layer, which hold the tokens before these and take these; not with `cu_seqlens`.
             new_lengths: with caches: how many of the T tokens each sequence keeps, as `attend` takes it.
         """
-        return self.logits(self.hidden(input_ids, cu_seqlens, max_seqlen, caches=caches, new_lengths=new_lengths))
+        x = self.hidden(input_ids, cu_seqlens, max_seqlen, caches=caches, new_lengths=new_lengths)
+        return self.logits(x) if labels is None else self._nats(x, labels)
 
     def hidden(
         self,
@@ -71,8 +78,12 @@ class Transformer(nn.Module):
         *,
         caches: Sequence[KVCache] | None = None,
         new_lengths: torch.Tensor | None = None,
+        run_layer: Callable[..., torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Token ids (B, T) to what the logits are made of, (B, T, C); the arguments are those of `forward`."""
+        """Token ids (B, T) to what the logits are made of, (B, T, C); the arguments are those of `forward`.
+
+        `run_layer` is called with each layer and its arguments where they are to be run in another way.
+        """
         config, length = self.config, input_ids.shape[1]
         documents = None
         if caches is not None:
@@ -96,20 +107,35 @@ class Transformer(nn.Module):
         elif config.position_embedding_type == "rope":
             kinds = dict.fromkeys(config.rotary(layer) for layer in range(config.num_layers))
             ropes = {rotary: rotary.tables(positions, length) for rotary in kinds}
-        x = F.dropout(x, config.hidden_dropout, self.training)
+        # In mixed precision too the stream between the layers is as wide as their products: half the memory to move.
+        x = F.dropout(x.to(product_dtype(x)), config.hidden_dropout, self.training)
         for number, layer in enumerate(self.layers):
             rope = ropes[config.rotary(number)] if ropes else None
-            x = layer(x, rope, documents, None if caches is None else caches[number], new_lengths)
+            arguments = x, rope, documents, None if caches is None else caches[number], new_lengths
+            x = layer(*arguments) if run_layer is None else run_layer(layer, *arguments)
         return self.final_layernorm(x)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """What `hidden` returns, or part of it, (..., C), to logits (..., V)."""
-        head = self.embedding if self.output_layer is None else self.output_layer
-        logits = F.linear(x, head.weight)
+        logits = F.linear(x, self._output_weight())
         if self.config.logits_scaling != 1:
             logits = logits / self.config.logits_scaling
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _nats(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The sum of the cross-entropy of what `hidden` returns, without all of its logits in memory at once."""
+        return linear_cross_entropy(
+            x.flatten(0, -2),
+            self._output_weight(),
+            labels.flatten(),
+            scale=1 / self.config.logits_scaling,
+            softcap=self.config.final_logit_softcapping,
+            compiled=self.compiled,
+        )
+
+    def _output_weight(self) -> torch.Tensor:
+        return (self.embedding if self.output_layer is None else self.output_layer).weight
 
     def aux_loss(self) -> torch.Tensor | None:
         """What the latest forward pass in training adds to the loss so that experts share the work; None if nothing."""
@@ -250,6 +276,16 @@ class MLP(nn.Module):
         return self.linear_fc2(activate(self.linear_fc1(x), self.activation))
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm (Zhang & Sennrich 2019), also of a narrower dtype than its weight's, as mixed precision has it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., size) to the same, in x's dtype."""
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class ZeroCenteredRMSNorm(nn.Module):
     """RMSNorm that multiplies by 1 + weight, so that weight decay draws the factor to 1."""
 
@@ -289,7 +325,7 @@ def _norm(config: TransformerConfig) -> nn.Module:
 
 
 def _rms_norm(config: TransformerConfig, size: int) -> nn.Module:
-    kind = ZeroCenteredRMSNorm if config.layernorm_zero_centered_gamma else nn.RMSNorm
+    kind = ZeroCenteredRMSNorm if config.layernorm_zero_centered_gamma else RMSNorm
     return kind(size, eps=config.layernorm_epsilon)
 
 

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 
 from fiddlehead.data import TokenizerFile
 from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.errors import ConfigError, RunError
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
+from fiddlehead.models.speed import (
+    Compile,
+    Float8,
+    Recompute,
+    compile_transformer,
+    convert_to_float8,
+    recompute_activations,
+    refused_speed,
+)
 from fiddlehead.training import sharding
 from fiddlehead.training.gradients import global_norm, gradients_of, scale
 from fiddlehead.training.optim import AdamW
@@ -44,6 +53,10 @@ class LanguageModel(LightningModule):
         init_from: begin with these weights and not with random ones: a run's name, a checkpoint, what `fiddlehead
             import` made, or a Hugging Face checkpoint's folder.
         lora: train low-rank adapters only; a checkpoint then has nothing else, and needs `init_from` to be there.
+        compile: what `torch.compile` takes at a time: "layers", or the whole "model", whose first step takes longer.
+        activation_checkpointing: what the backward pass computes again to save memory: everything inside a layer
+            ("full"), all but its matrix products ("selective"), or so much that this part of it is kept (0 to 1).
+        fp8: float8 matrix products in the layers, by torchao's recipe of that name; for a GPU from Ada or Hopper on.
     """
 
     def __init__(
@@ -51,9 +64,13 @@ class LanguageModel(LightningModule):
         config: TransformerConfig | None = None,
         init_from: str | Path | None = None,
         lora: LoRA | None = None,
+        *,
+        compile: Compile | None = None,
+        activation_checkpointing: Recompute | None = None,
+        fp8: Float8 | None = None,
     ) -> None:
         super().__init__()
-        problems = []
+        problems = refused_speed(compile, activation_checkpointing, fp8)
         if config is None and init_from is None:
             problems.append("config=None: give a TransformerConfig, or init_from, which has one")
         if lora is not None and init_from is None:
@@ -62,6 +79,9 @@ class LanguageModel(LightningModule):
             raise ConfigError(*problems)
         self._config = config
         self.init_from, self.lora = init_from, lora
+        self._compile: Compile | None = compile
+        self._recompute: Recompute | None = activation_checkpointing
+        self._fp8: Float8 | None = fp8
         self.optim: AdamW | None = None
         self.seed = 0
         self.transformer: Transformer | None = None
@@ -116,22 +136,26 @@ class LanguageModel(LightningModule):
     def configure_model(self) -> None:
         """Makes the parameters, once."""
         if self.transformer is None:
-            self.transformer = self._make_transformer(self.lora)
+            self.transformer = self._make_transformer(self.lora, self._speed_up)
 
-    def _make_transformer(self, lora: LoRA | None) -> Transformer:
-        """A model as the run begins with; where the strategy shards models, this rank's part of it."""
+    def _make_transformer(
+        self, lora: LoRA | None, change: Callable[[Transformer], None] = lambda transformer: None
+    ) -> Transformer:
+        """A model as the run begins with, changed by `change`; where the strategy shards it, this rank's part."""
         weights = self._open_weights()
         strategy = None if self._trainer is None else self._trainer.strategy
         if not (isinstance(strategy, Parallel) and strategy.world_size > 1):
             transformer = Transformer(self.config) if weights is None else load_transformer(weights, self.config)
             if lora is not None:
                 lora.apply(transformer)
+            change(transformer)
             return transformer
         with torch.device("meta"):
             transformer = Transformer(self.config)
             names = list(transformer.state_dict())
             if lora is not None:
                 lora.apply(transformer)
+        change(transformer)
         strategy.shard(transformer)
         if weights is None:
             sharding.draw(transformer)
@@ -140,6 +164,15 @@ class LanguageModel(LightningModule):
         if lora is not None:
             sharding.draw_adapters(transformer, lora)
         return transformer
+
+    def _speed_up(self, transformer: Transformer) -> None:
+        # In this order: what is recomputed is part of what is compiled.
+        if self._fp8 is not None:
+            convert_to_float8(transformer, self._fp8)
+        if self._recompute is not None:
+            recompute_activations(transformer, self._recompute)
+        if self._compile is not None:
+            compile_transformer(transformer, self._compile)
 
     def on_fit_start(self) -> None:
         """Takes from the data how many bytes a token stands for."""
@@ -178,9 +211,9 @@ class LanguageModel(LightningModule):
 
     def _nats(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """The sum of the cross-entropy over a batch, and its labels, (B x T,)."""
-        logits = self(batch["input_ids"], batch.get("cu_seqlens"), batch.get("max_seqlen"))
-        labels = batch["labels"].flatten()
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum", ignore_index=NO_LABEL), labels
+        assert self.transformer is not None
+        labels, documents = batch["labels"], (batch.get("cu_seqlens"), batch.get("max_seqlen"))
+        return self.transformer(batch["input_ids"], *documents, labels=labels), labels.flatten()
 
     def take_loss(self) -> torch.Tensor:
         """The mean loss since it was last taken, of which the mean over the ranks is that of the step."""

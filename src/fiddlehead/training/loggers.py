@@ -18,11 +18,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from fiddlehead.errors import ConfigError
 from fiddlehead.runs import RunDirectory, plain_recipe, write_atomically
 from fiddlehead.training.console import is_rank_zero, say
+from fiddlehead.training.profile import parse_steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
-    """What a run is called, where it lives, and what records it beside `metrics.csv`.
+    """What a run is called, where it lives, what records it beside `metrics.csv`, and which steps are profiled.
 
     Running the same recipe again under the same `name` continues the run; without a name every run gets a new one.
     """
@@ -33,15 +34,28 @@ class Log:
     wandb: bool = False
     """Online with an API key (or WANDB_MODE), offline and without a question if there is none."""
     wandb_project: str = "fiddlehead"
+    profile: str | None = None
+    """Steps to profile, FIRST:LAST; "10:12" is the steps 10, 11 and 12. What comes of it is in the run's `profile/`."""
+    profile_shapes: bool = False
+    """Whether the profile has the shapes of the operations' inputs."""
 
     def __post_init__(self) -> None:
         problems = []
+        try:
+            _ = self.profile_steps
+        except ConfigError as error:
+            problems += error.problems
         if self.name is not None and (self.name in ("", ".", "..") or Path(self.name).name != self.name):
             problems.append(f"name={self.name!r}: must be the name of one folder; log.dir says where")
         if not self.dir:
             problems.append("dir='': must name a folder; '.' is the working directory")
         if problems:
             raise ConfigError(*problems)
+
+    @property
+    def profile_steps(self) -> tuple[int, int] | None:
+        """The first and the last step to profile."""
+        return None if self.profile is None else parse_steps(self.profile)
 
     def loggers(self, run: RunDirectory, resumed_step: int) -> list[Logger]:
         """The loggers of a run that starts after `resumed_step`, which is 0 for a new one."""

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-import time
+import re
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from fiddlehead.models import TransformerConfig
 from fiddlehead.training.checkpoint import at_step_end
 from fiddlehead.training.console import say
+from fiddlehead.training.phases import Phases, Window, exposed_communication
 
 PEAK_FLOPS = {
-    # Dense bfloat16 with float32 accumulation, from NVIDIA's data sheets, by a part of the device's name.
-    "A100": 312e12,
-    "L40S": 362e12,
+    # Dense bfloat16 with float32 accumulation, from NVIDIA's data sheets, by whole words of the device's name; the
+    # first that are found count.
+    "GB300": 2500e12,
+    "GB200": 2500e12,
+    "B300": 2250e12,
+    "B200": 2250e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
 }
 
 
@@ -26,28 +41,25 @@ class Metrics(Callback):
     """Logs every `every_n_steps`, at the first and at the last step, and prints a line for each.
 
     Columns: `loss` (mean over the global batch, nats a token), `lr`, `grad_norm` (before clipping), `tokens` (since the
-    run began), `tokens_per_s`, `tflops_per_s` (model FLOPs on one device), `mfu` (where the peak is known) and
-    `memory_gib` (the device's peak; the process's on a CPU). Rates leave out validation and checkpoints.
+    run began), `tokens_per_s`, `tflops_per_s` (model FLOPs on one device), `memory_gib` (the device's peak; the
+    process's on a CPU), `seconds_per_step` and of it `seconds_data`, `seconds_forward`, `seconds_backward` and
+    `seconds_optimizer`, means since the last line (`fiddlehead.training.phases`). Rates leave out validation and
+    checkpoints.
+
+    Where the device's peak is known also `mfu`, the part of it that the model's FLOPs take, with the keys that a causal
+    mask or a window hides left out, and `mfu_full`, the same as if every token saw all keys, which is what PaLM
+    (Chowdhery et al. 2022), nanoGPT and torchtitan report; see `TransformerConfig.train_flops_per_token`. Where ranks
+    exchange gradients beside the backward pass (DDP) also `seconds_communication`, by which the exchange outlasts it.
     """
 
-    def __init__(self, tokens_per_step: int, seq_length: int, every_n_steps: int) -> None:
+    def __init__(self, tokens_per_step: int, seq_length: int, every_n_steps: int, phases: Phases) -> None:
         self.tokens_per_step, self.seq_length, self.every_n_steps = tokens_per_step, seq_length, every_n_steps
-        self._window_start = 0.0
-        self._window_step = 0
-        self._paused = 0.0
-        self._seconds_per_step = 0.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock."""
-        self._restart_window(trainer)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops the clock."""
-        self._paused = time.perf_counter()
+        self.phases = phases
+        self.window = Window(0.0, ())
+        """The steps of the newest line."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the validation and goes on with the clock."""
-        self._window_start += time.perf_counter() - self._paused
+        """Prints the validation."""
         per_byte = trainer.callback_metrics.get("val_nats_per_byte")
         per_byte = "" if per_byte is None else f"  ({float(per_byte):.4f} nats/byte)"
         say(f"step {trainer.global_step:>6}  validation loss {trainer.callback_metrics['val_loss']:.4f}{per_byte}")
@@ -58,40 +70,53 @@ class Metrics(Callback):
         """Measures a step that is due."""
         if not at_step_end(trainer):
             return
+        self.phases.end_step()
         step = trainer.global_step
         loss = pl_module.take_loss()  # type: ignore[operator]
         if not (step == 1 or step % self.every_n_steps == 0 or step == trainer.max_steps):
             return
         loss = trainer.strategy.reduce(loss, reduce_op="mean")
         pl_module.raise_if_non_finite()  # type: ignore[operator]
-        metrics = self._measure(trainer, pl_module, float(loss))  # reading the loss waits for the device
+        loss = float(loss)  # waits for the device
+        self.window = self.phases.take()
+        metrics = self._measure(trainer, pl_module, loss)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
-        say(_progress_line(metrics, step, int(trainer.max_steps), self._seconds_per_step))
-        self._restart_window(trainer)
-
-    def _restart_window(self, trainer: Trainer) -> None:
-        self._window_start, self._window_step = time.perf_counter(), trainer.global_step
+        say(_progress_line(metrics, step, int(trainer.max_steps)))
 
     def _measure(self, trainer: Trainer, module: LightningModule, loss: float) -> dict[str, float]:
-        seconds = time.perf_counter() - self._window_start
-        self._seconds_per_step = seconds / (trainer.global_step - self._window_step)
-        tokens_per_s = self.tokens_per_step / self._seconds_per_step
+        seconds_per_step = self.window.seconds / len(self.window.steps)
         config: Any = module.config
-        flops_per_s = tokens_per_s * config.train_flops_per_token(self.seq_length) / trainer.world_size
+        rates = speed(
+            config, self.seq_length, self.tokens_per_step / seconds_per_step, trainer.world_size, module.device
+        )
         metrics = {
             "loss": loss,
             "lr": float(module.lr),  # type: ignore[arg-type]
             "grad_norm": float(module.grad_norm),  # type: ignore[arg-type]
             "tokens": trainer.global_step * self.tokens_per_step,
-            "tokens_per_s": tokens_per_s,
-            "tflops_per_s": flops_per_s / 1e12,
-            "memory_gib": _peak_memory(module.device),
+            **rates,
+            "memory_gib": peak_memory(module.device),
+            "seconds_per_step": seconds_per_step,
+            **self.window.means(),
         }
-        peak = peak_flops(module.device)
-        if peak:
-            metrics["mfu"] = flops_per_s / peak
+        communication = exposed_communication(trainer)
+        if communication is not None:
+            metrics["seconds_communication"] = communication
         return metrics
+
+
+def speed(
+    config: TransformerConfig, seq_length: int, tokens_per_s: float, devices: int, device: torch.device
+) -> dict[str, float]:
+    """What `tokens_per_s` on `devices` like `device` amount to: `tflops_per_s`, and both MFUs if the peak is known."""
+    flops, full = (
+        tokens_per_s / devices * config.train_flops_per_token(seq_length, causal=causal) for causal in (True, False)
+    )
+    rates = {"tokens_per_s": tokens_per_s, "tflops_per_s": flops / 1e12}
+    if peak := peak_flops(device):
+        rates |= {"mfu": flops / peak, "mfu_full": full / peak}
+    return rates
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -99,10 +124,10 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
-def _peak_memory(device: torch.device) -> float:
+def peak_memory(device: torch.device) -> float:
     """GiB: allocated on a GPU, resident on a CPU, at most so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
@@ -111,10 +136,10 @@ def _peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _progress_line(metrics: dict[str, float], step: int, max_steps: int, seconds_per_step: float) -> str:
+def _progress_line(metrics: dict[str, float], step: int, max_steps: int) -> str:
     """One line of progress, with a bar, for a terminal and a log file alike."""
     filled = round(20 * step / max_steps)
-    left = round((max_steps - step) * seconds_per_step)
+    left = round((max_steps - step) * metrics["seconds_per_step"])
     left_text = (
         f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}" if left >= 3600 else f"{left // 60}:{left % 60:02}"
     )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fiddlehead.errors import ConfigError
+from fiddlehead.training.bfloat16_adamw import BFloat16AdamW
 
 
 class Schedule(Protocol):
@@ -102,15 +103,25 @@ class AdamW:
             raise ConfigError(*problems)
 
     def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]], max_steps: int):
-        """The optimizer, fused where PyTorch has a kernel, and its schedule, in Lightning's form."""
-        parameters = [p for _, p in named_parameters if p.requires_grad]
-        groups = [
+        """The optimizer and its schedule, in Lightning's form."""
+        optimizer = self.optimizer([(name, p) for name, p in named_parameters if p.requires_grad])
+        schedule = LambdaLR(optimizer, lambda step: self.lr_scheduler(step, max_steps, self.lr))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def optimizer(self, named_parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        """The optimizer: PyTorch's, in one launch, or for bfloat16 parameters one that keeps float32 weights."""
+        parameters = [parameter for _, parameter in named_parameters]
+        groups = self._groups(parameters)
+        if parameters and all(parameter.dtype == torch.bfloat16 for parameter in parameters):
+            return BFloat16AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+
+    def _groups(self, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+        parameters = list(parameters)
+        return [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
-        schedule = LambdaLR(optimizer, lambda step: self.lr_scheduler(step, max_steps, self.lr))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def _refuse_negative(**values: float) -> None:

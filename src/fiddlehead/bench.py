@@ -1,0 +1,187 @@
+"""How fast a recipe trains: a few steps of it are timed, and nothing is kept but the figures."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import fiddle as fdl
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from fiddlehead import tasks
+from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
+from fiddlehead.data.random_tokens import RandomTokens
+from fiddlehead.environment import describe_gpus, describe_machine
+from fiddlehead.errors import ConfigError
+from fiddlehead.recipe import Recipe
+from fiddlehead.runs import RunDirectory, write_atomically
+from fiddlehead.training import AdamW, Checkpoint, LanguageModel, Log, attention
+from fiddlehead.training.checkpoint import at_step_end
+from fiddlehead.training.metrics import Metrics, peak_memory, speed
+from fiddlehead.training.phases import Window, exposed_communication
+
+PACKAGES = ("fiddlehead", "torch", "lightning", "triton", "flash-attn", "flash-attn-3", "flash-attn-4")
+RESULTS = "bench.json"
+"""Where a benchmark's run directory has the results: `figures`, `what` was measured, and `where`."""
+
+
+def as_benchmark(recipe: Recipe, *, steps: int, warmup: int, random_tokens: bool = False) -> Recipe:
+    """The recipe that times `steps` steps of `recipe`, after `warmup` others.
+
+    Args:
+        random_tokens: train on random tokens instead of the recipe's data.
+
+    Raises:
+        ConfigError: it is no training, or cannot be timed in this way.
+    """
+    task = recipe.__fn_or_cls__
+    if task not in (tasks.pretrain, tasks.finetune):
+        raise ConfigError(f"the recipe configures {task.__module__}:{task.__qualname__}, not a training")
+    if recipe.log.profile is not None:
+        raise ConfigError("log.profile: of a benchmark nothing is kept; profile a run with the same edits")
+    arguments = {str(name): value for name, value in fdl.ordered_arguments(recipe.clone()).items()}
+    timed = Recipe(benchmark, **arguments, steps=steps)
+    timed.trainer.max_steps = warmup + steps
+    timed.trainer.log_every_n_steps = warmup + steps  # a line waits for the device, so there is none between
+    timed.log.tensorboard = timed.log.wandb = False
+    timed.checkpoint = fdl.Config(NoCheckpoint)
+    if random_tokens:
+        timed.data = _random_tokens(timed)
+    else:
+        timed.data.val_samples = 0
+    return timed
+
+
+def _random_tokens(recipe: Recipe) -> fdl.Config[RandomTokens]:
+    data = recipe.data
+    if fdl.get_callable(data) is not PreTrainingDataModule:
+        raise ConfigError("--random-tokens: is for pretraining; fine-tuning is timed on its own examples")
+    if data.separate_documents:
+        raise ConfigError("--random-tokens: makes no documents that data.separate_documents=True could keep apart")
+    if recipe.model.init_from is not None:
+        raise ConfigError(
+            "--random-tokens: the weights of model.init_from have learned with a tokenizer, and want its tokens"
+        )
+    vocab_size = recipe.model.config.vocab_size or cast(PreTrainingDataModule, fdl.build(data)).vocab_size
+    names = ("seq_length", "micro_batch_size", "global_batch_size", "num_workers", "seed")
+    return fdl.Config(RandomTokens, vocab_size=vocab_size, **{name: getattr(data, name) for name in names})
+
+
+def benchmark(
+    model: LanguageModel,
+    data: PreTrainingDataModule | FineTuningDataModule,
+    trainer: Trainer,
+    optim: AdamW,
+    log: Log,
+    checkpoint: Checkpoint,
+    resume: str | Path = "auto",
+    seed: int = 1234,
+    steps: int = 20,
+) -> RunDirectory:
+    """Trains as `pretrain` does, and writes the figures of the last `steps` steps into the run's directory.
+
+    Figures, over the timed steps: `tokens_per_s`, `tokens_per_s_per_device`, `tflops_per_s`, `memory_gib`, and where
+    the device's peak is known `mfu` and `mfu_full`, as `fiddlehead.training.metrics.Metrics` has them;
+    `seconds_per_step`, a spread; `seconds_data`, `seconds_forward`, `seconds_backward` and `seconds_optimizer`, means.
+    And `seconds_to_first_step`, from here to its end: the model is made, and what is compiled is compiled.
+    """
+    started = time.perf_counter()
+    observer = _Observer()
+    trainer.callbacks.append(observer)  # type: ignore[attr-defined]  # Lightning sets it dynamically
+    run = tasks.pretrain(model, data, trainer, optim, log, checkpoint, resume, seed)
+    if not trainer.is_global_zero:
+        return run
+    device = trainer.strategy.root_device
+    metrics = next(callback for callback in trainer.callbacks if isinstance(callback, Metrics))  # type: ignore[attr-defined]
+    window = Window(0.0, metrics.window.steps[-steps:])
+    seconds = [sum(step.values()) for step in window.steps]
+    rate = metrics.tokens_per_step * len(seconds) / sum(seconds)
+    rates = speed(model.config, data.seq_length, rate, trainer.world_size, device)
+    figures = {
+        **rates,
+        "tokens_per_s_per_device": rate / trainer.world_size,
+        "seconds_per_step": {"min": min(seconds), "median": statistics.median(seconds), "max": max(seconds)},
+        **window.means(),
+        **observer.figures,
+        "seconds_to_first_step": observer.first_step - started,
+    }
+    where: dict[str, Any] = {**describe_machine(PACKAGES), "gpus": observer.gpus}
+    if device.type == "cuda":
+        cuda = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        where["versions"] = {**where["versions"], **cuda}
+    results = {"figures": figures, "what": _what(model, data, trainer, steps), "where": where}
+    write_atomically(run.path / RESULTS, json.dumps(results, indent=1) + "\n")
+    return run
+
+
+def _what(model: LanguageModel, data: Any, trainer: Trainer, steps: int) -> dict[str, Any]:
+    """What was timed, as JSON values."""
+    assert model.transformer is not None
+    dtype = attention.compute_dtype(str(trainer.precision))
+    chosen = attention.choose(
+        model.config,
+        dtype,
+        attention.Target.of(trainer.strategy.root_device),
+        packed=data.separate_documents,
+    )
+    return {
+        "data": type(data).__name__,
+        "seq_length": data.seq_length,
+        "micro_batch_size": data.micro_batch_size,
+        "global_batch_size": data.global_batch_size,
+        "tokens_per_step": data.global_batch_size * data.seq_length,
+        "parameters": sum(parameter.numel() for parameter in model.transformer.parameters()),
+        "device": _device_name(trainer.strategy.root_device),
+        "devices": trainer.world_size,
+        "strategy": type(trainer.strategy).__name__,
+        "precision": str(trainer.precision),
+        "attention": attention.rows(chosen),
+        "threads": torch.get_num_threads(),
+        "steps": steps,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+class NoCheckpoint(Checkpoint):
+    """Saves nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(keep_best=False)
+
+    def save(self, trainer: Trainer, *, best: bool = False) -> None:
+        """Does nothing."""
+
+
+class _Observer(Callback):
+    """Notes what is gone when training is over: when the first step ended, memory, clocks."""
+
+    def __init__(self) -> None:
+        self.first_step = 0.0
+        self.figures: dict[str, float] = {}
+        self.gpus: list[dict[str, Any]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Waits for the first step."""
+        if not self.first_step and at_step_end(trainer):
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize(pl_module.device)
+            self.first_step = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The clocks still run as they do under load."""
+        self.gpus = describe_gpus()
+        self.figures["memory_gib"] = peak_memory(pl_module.device)
+        if pl_module.device.type == "cuda":
+            self.figures["memory_reserved_gib"] = torch.cuda.max_memory_reserved(pl_module.device) / 2**30
+        communication = exposed_communication(trainer)
+        if communication is not None:
+            self.figures["seconds_communication"] = communication

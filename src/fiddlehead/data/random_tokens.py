@@ -1,0 +1,63 @@
+"""Tokens that nobody wrote, to time a model by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fiddlehead.data.batches import Batch
+from fiddlehead.data.steps import StepDataModule
+from fiddlehead.data.tokenizers import ByteTokenizer
+
+
+class RandomTokens(StepDataModule):
+    """Batches of random tokens, of the shapes that `PreTrainingDataModule` makes; there is nothing to read first.
+
+    Args:
+        vocab_size: tokens are from 0 to one below it.
+    """
+
+    separate_documents = False
+
+    def __init__(
+        self,
+        vocab_size: int,
+        seq_length: int = 2048,
+        micro_batch_size: int = 4,
+        global_batch_size: int = 8,
+        num_workers: int = 0,
+        seed: int = 1234,
+    ) -> None:
+        problems = [f"vocab_size={vocab_size}; allowed: 1 or more"] if vocab_size < 1 else []
+        super().__init__(seq_length, micro_batch_size, global_batch_size, 0, num_workers, seed, problems)
+        self.vocab_size = vocab_size
+
+    def setup(self, stage: str | None = None) -> None:
+        """Makes what the batches are drawn from."""
+        if self.trainer is not None:
+            self.trainer.limit_val_batches = 0
+        self._train = _Random(self.vocab_size, self.seq_length)
+        self._tokenizer = ByteTokenizer()  # nobody will read them, but a run has one
+
+
+class _Random:
+    """Sample i is made by a generator with the seed i."""
+
+    def __init__(self, vocab_size: int, seq_length: int) -> None:
+        self.vocab_size, self.seq_length = vocab_size, seq_length
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        samples = [
+            torch.randint(self.vocab_size, (self.seq_length + 1,), generator=torch.Generator().manual_seed(index))
+            for index in indices
+        ]
+        windows = torch.stack(samples)
+        return {
+            "input_ids": windows[:, :-1].contiguous(),
+            "labels": windows[:, 1:].contiguous(),
+            "index": torch.tensor(indices),
+        }

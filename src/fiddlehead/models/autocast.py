@@ -1,0 +1,16 @@
+"""What PyTorch's autocast does, for operations that it does not know."""
+
+from __future__ import annotations
+
+import torch
+
+
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether products with x are in autocast's dtype."""
+    # The compiler traces through this, so the devices that autocast knows are named and not asked for.
+    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+
+
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of a matrix product with x."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype

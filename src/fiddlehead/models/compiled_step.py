@@ -1,0 +1,65 @@
+"""One decoding step as a single launch: its kernels compiled, and all of them captured as one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fiddlehead.attention import KVCache
+from fiddlehead.errors import ConfigError
+from fiddlehead.models.rope import LongRopeScaling
+from fiddlehead.models.transformer import Transformer
+
+_WARM_UP = 3
+"""Steps before the capture: the compiler sees a length, then that lengths differ, and then runs what it made."""
+
+
+class CompiledStep:
+    """Tokens to logits, with caches that already hold what comes before them.
+
+    A step of a small model, or of one sequence, is hundreds of small kernels, which the host launches more slowly than
+    the GPU runs them. A captured graph launches them at once. The first steps compile, which takes some seconds; they
+    yield the same tokens.
+
+    Raises:
+        ConfigError: the model is not on a GPU, or its positions depend on the length of the whole text.
+    """
+
+    def __init__(self, model: Transformer, caches: Sequence[KVCache]) -> None:
+        device = model.embedding.weight.device
+        if device.type != "cuda":
+            raise ConfigError(f"compile=True: a step is captured on a GPU, and the model is on {device}")
+        if isinstance(model.config.rope_scaling, LongRopeScaling):
+            raise ConfigError("compile=True: LongRope turns with the length of the text; leave compile out")
+        self._model, self._caches = model, caches
+        self._ids = torch.zeros(caches[0].batch, 1, dtype=torch.int64, device=device)
+        self._logits = torch.empty(0)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._steps = 0
+        # One row times a matrix is a sum, which this makes a kernel of that reads the weights at full speed.
+        options: Any = {"coordinate_descent_tuning": True}
+        self._layer = torch.compile(lambda layer, *arguments: layer(*arguments), fullgraph=True, options=options)
+        self._to_logits = torch.compile(model.logits, fullgraph=True, options=options)
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The next tokens, (B,), to what follows them, (B, V); the next call overwrites it."""
+        self._ids.copy_(tokens[:, None])
+        if self._graph is not None:
+            self._graph.replay()
+            for cache in self._caches:
+                cache.count_replayed(1)
+        elif self._steps < _WARM_UP:
+            self._logits = self._run()
+        else:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._logits = self._run()
+            self._graph.replay()  # the capture itself computed nothing
+        self._steps += 1
+        return self._logits
+
+    def _run(self) -> torch.Tensor:
+        x = self._model.hidden(self._ids, caches=self._caches, run_layer=self._layer)
+        return self._to_logits(x[:, -1])

@@ -1,0 +1,131 @@
+"""The cross-entropy of a projection to the vocabulary, without all of its logits in memory at once."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fiddlehead.models.autocast import product_dtype
+
+CHUNK_TOKENS = 4096
+"""Enough for a matrix product at full speed; the logits of as many are 1 GiB for a vocabulary of 128k in bfloat16."""
+
+
+def linear_cross_entropy(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    compiled: bool = False,
+) -> torch.Tensor:
+    """The sum of the cross-entropy of softmax(scale x weight) over the tokens that have a label, a float32 scalar.
+
+    The gradients are worked out chunk by chunk in the forward pass, where a chunk's logits are at hand: nothing is
+    computed twice, and what is kept is as large as `x` and `weight`. The softmax is in float32 whatever the dtype.
+
+    Args:
+        x: what the projection is given, (N, C).
+        weight: (V, C).
+        labels: (N,).
+        scale: a factor on the logits.
+        softcap: logits become softcap x tanh(logits / softcap).
+        ignore_index: the label of tokens that do not count.
+        compiled: compile what is done to each logit into one kernel; for a GPU.
+    """
+    return _LinearCrossEntropy.apply(x, weight, labels, product_dtype(x), compiled, (scale, softcap, ignore_index))  # type: ignore[return-value]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        dtype: torch.dtype,
+        compiled: bool,
+        how: tuple[float, float | None, int],
+    ) -> torch.Tensor:
+        learns_x, learns_weight = ctx.needs_input_grad[:2]
+        with torch.autocast(x.device.type, enabled=False):
+            w = weight.to(dtype)
+            nats = torch.zeros((), device=x.device, dtype=_softmax_dtype(dtype))
+            grad_x = torch.empty_like(x) if learns_x else None
+            grad_weight = None
+            turn = _compiled() if compiled else nats_and_gradient
+            for start in range(0, x.shape[0], CHUNK_TOKENS):
+                part = slice(start, start + CHUNK_TOKENS)
+                chunk = x[part].to(dtype)
+                logits = F.linear(chunk, w)
+                of_chunk, gradient = turn(logits, labels[part], *how)
+                del logits
+                nats += of_chunk
+                if grad_x is not None:
+                    grad_x[part] = gradient @ w
+                if learns_weight:
+                    grad_weight = _add_product(grad_weight, gradient.T, chunk)
+        ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return nats
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad_nats,) = grad_outputs
+        grad_x, grad_weight = ctx.saved_tensors
+        # In place: these are as large as the embedding, and nobody else has them.
+        grads = [None if grad is None else grad.mul_(grad_nats) for grad in (grad_x, grad_weight)]
+        return (*grads, None, None, None, None)
+
+
+def nats_and_gradient(
+    logits: torch.Tensor, labels: torch.Tensor, scale: float, softcap: float | None, ignore_index: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the cross-entropy of `logits` (n, V), and its gradient with respect to them."""
+    z = logits.to(_softmax_dtype(logits.dtype))
+    if scale != 1:
+        z = z * scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    counts = (labels != ignore_index)[:, None]
+    target = torch.where(counts, labels[:, None], 0)
+    total, at_target = z.logsumexp(dim=-1, keepdim=True), z.gather(1, target)
+    nats = torch.where(counts, total - at_target, 0.0).sum()
+
+    def through_scaling(gradient: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        gradient = gradient * (counts * scale)
+        return gradient if softcap is None else gradient * (1 - (z / softcap).square())
+
+    # The probability of the label is close to 1 where much was learned: 1 less is worked out before it is rounded.
+    of_target = through_scaling((at_target - total).expm1(), at_target).to(logits.dtype)
+    gradient = through_scaling((z - total).exp(), z).to(logits.dtype)
+    if not torch.compiler.is_compiling():
+        return nats, gradient.scatter_(1, target, of_target)
+    column = torch.arange(logits.shape[1], device=logits.device)
+    return nats, torch.where(column == target, of_target, gradient)  # of which the compiler makes one pass
+
+
+@functools.cache
+def _compiled() -> Any:
+    return torch.compile(nats_and_gradient, fullgraph=True)
+
+
+def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total + a @ b, in float32 at least."""
+    dtype = _softmax_dtype(a.dtype)
+    if a.dtype == dtype:
+        return a @ b if total is None else total.addmm_(a, b)
+    if not a.is_cuda:
+        product = (a @ b).to(dtype)
+        return product if total is None else total.add_(product)
+    if total is None:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.addmm(total, a, b, out_dtype=dtype, out=total)

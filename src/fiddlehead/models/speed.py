@@ -1,0 +1,124 @@
+"""What makes a `Transformer` train faster or in less memory, and changes neither its parameters nor their names."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.models.transformer import Transformer
+
+Compile = Literal["layers", "model"]
+Recompute = Literal["selective", "full"] | float
+Float8 = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
+
+
+def refused_speed(compile: Any, activation_checkpointing: Any, fp8: Any) -> list[str]:
+    """What is wrong with each of the three settings of a run that is not one, or does not go with another."""
+    problems = []
+    if compile is not None and compile not in get_args(Compile):
+        problems.append(f"compile={compile!r}: {unknown('mode', compile, get_args(Compile))}")
+    recompute = activation_checkpointing
+    if isinstance(recompute, str) and recompute not in ("selective", "full"):
+        problems.append(f"activation_checkpointing={recompute!r}: {unknown('mode', recompute, ('selective', 'full'))}")
+    if isinstance(recompute, int | float):
+        if isinstance(recompute, bool) or not 0 <= recompute <= 1:
+            problems.append(
+                f"activation_checkpointing={recompute!r}: as a number it is the part of the activations to keep, 0 to 1"
+            )
+        elif compile is None:
+            problems.append(
+                f"activation_checkpointing={recompute!r}: a part to keep needs the compiler, which chooses it; set "
+                "compile='layers', or 'selective' or 'full' here"
+            )
+    if fp8 is not None and fp8 not in get_args(Float8):
+        problems.append(f"fp8={fp8!r}: {unknown('recipe', fp8, get_args(Float8))}")
+    return problems
+
+
+def convert_to_float8(transformer: Transformer, recipe: Float8) -> None:
+    """Lets the layers' linear products take float8 operands, scaled as they come, forward and backward.
+
+    The parameters stay as they are. Layers whose sizes are not multiples of 16, the router of a mixture and the output
+    layer stay in the higher precision. torchao does it (https://github.com/pytorch/ao, float8).
+
+    Raises:
+        ConfigError: torchao is not installed, or the GPU is older than Ada and Hopper.
+    """
+    try:
+        from torchao.float8 import (  # pyright: ignore[reportMissingImports]
+            Float8LinearConfig,
+            convert_to_float8_training,
+        )
+    except ImportError as error:
+        raise ConfigError(f"fp8={recipe!r} needs torchao: pip install 'fiddlehead[float8]' ({error})") from error
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        raise ConfigError(f"fp8={recipe!r}: {torch.cuda.get_device_name()} has no float8; set fp8=None")
+
+    def converts(module: nn.Module, name: str) -> bool:
+        sizes = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else (1,)
+        return not name.endswith("router") and all(size % 16 == 0 for size in sizes)
+
+    for layer in transformer.layers:
+        convert_to_float8_training(layer, config=Float8LinearConfig.from_recipe_name(recipe), module_filter_fn=converts)
+
+
+def recompute_activations(transformer: Transformer, recompute: Recompute) -> None:
+    """Lets the backward pass compute again what the forward pass then need not keep.
+
+    "full" keeps each layer's input only (Chen et al. 2016); "selective" keeps what matrix products and attention gave,
+    and computes the cheap rest again; a number is the part of the activations that the compiler may keep, which it
+    chooses by what they cost.
+    """
+    if isinstance(recompute, int | float):
+        torch._functorch.config.activation_memory_budget = float(recompute)  # pyright: ignore
+        return
+    contexts: dict[str, Any] = {}
+    if recompute == "selective":
+        contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
+    for layer in transformer.layers:
+        # The layer's own forward is replaced and not the layer: the names of the parameters stay.
+        layer.forward = _checkpointed(layer.forward, contexts)
+
+
+def compile_transformer(transformer: Transformer, compile: Compile) -> None:
+    """Compiles each layer, or the model from the embedding to the last norm; and the softmax of the loss.
+
+    All layers are alike to the compiler, which sees one: the first step is minutes sooner with many of them.
+    """
+    transformer.compiled = True
+    if compile == "model":
+        transformer.hidden = torch.compile(transformer.hidden, fullgraph=True)
+        return
+    for layer in transformer.layers:
+        layer.compile(fullgraph=True)
+
+
+def _checkpointed(forward: Callable[..., torch.Tensor], contexts: dict[str, Any]) -> Callable[..., torch.Tensor]:
+    def run(*args: Any) -> torch.Tensor:  # a function of ours: the compiler passes over PyTorch's own files
+        return checkpoint(forward, *args, use_reentrant=False, **contexts)
+
+    return run
+
+
+def _keep_products(ctx: Any, op: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = op in _PRODUCTS or getattr(op, "namespace", None) == "fiddlehead"
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_ATEN = torch.ops.aten
+_PRODUCTS = {
+    _ATEN.mm.default,
+    _ATEN.addmm.default,
+    _ATEN._scaled_mm.default,
+    _ATEN._grouped_mm.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+}

@@ -1,0 +1,119 @@
+"""AdamW for parameters in bfloat16 that loses nothing of a small step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class BFloat16AdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019) over float32 weights of which the parameters are the upper half of the bits.
+
+    A bfloat16 has 8 bits of precision: a step of less than 1/512 of a weight would be rounded away. Here each weight is
+    a float32 whose value, rounded, is the parameter; the other 16 bits are part of the optimizer's state. That takes
+    half the memory of a second copy, and the weights are those of AdamW in float32.
+
+    Args:
+        params: parameters or groups of them, all bfloat16.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; the device is not waited for."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            for parameter in parameters:
+                self._make_state(parameter)
+            device = parameters[0].device
+            update = _compiled() if device.type == "cuda" else update_weight
+            step = self.state[parameters[0]]["step"] + 1
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            # As tensors on the device: numbers would be part of the compiled code, which then holds for one step only.
+            factors = [lr * group["weight_decay"], lr / (1 - beta1**step), (1 - beta2**step) ** 0.5, group["eps"]]
+            scalars = [torch.full((), factor, dtype=torch.float32, device=device) for factor in factors]
+            for parameter in parameters:
+                state = self.state[parameter]
+                state["step"] = step
+                tensors = [parameter, parameter.grad, state["low_bits"], state["exp_avg"], state["exp_avg_sq"]]
+                flat = [_local(tensor).view(-1) for tensor in tensors]
+                update(*flat, *scalars, beta1, beta2)  # pyright: ignore[reportCallIssue]
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As PyTorch's, which would turn the state into the parameters' dtype."""
+        kept = {number: dict(state) for number, state in state_dict["state"].items()}
+        super().load_state_dict(state_dict)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, state in kept.items():
+            parameter = parameters[int(number)]
+            moved = {name: _to(value, parameter.device) for name, value in state.items()}
+            self.state[parameter].update(moved)
+
+    def _make_state(self, parameter: nn.Parameter) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            state["low_bits"] = torch.zeros_like(parameter, dtype=torch.int16)
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+
+
+def update_weight(
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    low_bits: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    decay: torch.Tensor,
+    step_size: torch.Tensor,
+    correction: torch.Tensor,
+    eps: torch.Tensor,
+    beta1: float,
+    beta2: float,
+) -> None:
+    """One step of one parameter, (n,), and of its state, in place."""
+    high = parameter.view(torch.int16)
+    weight = ((high.to(torch.int32) << 16) + low_bits.to(torch.int32)).view(torch.float32)
+    g = gradient.float()
+    exp_avg.copy_(beta1 * exp_avg + (1 - beta1) * g)
+    exp_avg_sq.copy_(beta2 * exp_avg_sq + (1 - beta2) * g * g)
+    weight = weight - decay * weight - step_size * exp_avg / (exp_avg_sq.sqrt() / correction + eps)
+    bits = weight.view(torch.int32)
+    rounded = (bits + 0x8000) >> 16  # to the nearest; what is left over fits in 16 bits with a sign
+    high.copy_(rounded.to(torch.int16))
+    low_bits.copy_((bits - (rounded << 16)).to(torch.int16))
+
+
+@functools.cache
+def _compiled() -> Any:
+    return torch.compile(update_weight, fullgraph=True, dynamic=True)  # one kernel, whatever the number of weights
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor that is spread over several."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value

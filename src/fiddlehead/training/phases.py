@@ -1,0 +1,168 @@
+"""Where the time of a training step goes: data, forward, backward, optimizer."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.nn.parallel import DistributedDataParallel
+
+PHASES = ("data", "forward", "backward", "optimizer")
+"""In this order in each micro-batch; clipping and the schedule are the optimizer's."""
+REST = "rest"
+"""What follows a step: logging, a look for the stop file."""
+PAUSE = "pause"
+"""Validation, checkpoints and profiles, which are work of another kind and no part of a step."""
+MAX_PENDING = 1024
+"""How many marks are kept before those that the device has passed are read."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The steps between two lines of the log."""
+
+    seconds: float
+    """Wall time, without validation, checkpoints and profiles."""
+    steps: tuple[dict[str, float], ...]
+    """Seconds of each step's phases, and of the `REST` before it."""
+
+    def means(self) -> dict[str, float]:
+        """Seconds a step of each phase, called as they are logged."""
+        return {f"seconds_{phase}": sum(step[phase] for step in self.steps) / len(self.steps) for phase in PHASES}
+
+
+class Phases(Callback):
+    """Marks where phases begin. It is the last of the callbacks, so that what the others do is no phase.
+
+    On a GPU a mark is a CUDA event, which is recorded and not waited for: the times are the device's own. `data` is
+    then how long it stood still for want of a batch, and a phase in which the host is too slow for it is as long as the
+    host takes. On a CPU a mark is the clock.
+    """
+
+    def __init__(self) -> None:
+        self._cuda = False
+        self._marks: list[tuple[str, Any]] = []
+        self._unused: list[torch.cuda.Event] = []
+        self._step: dict[str, float] = defaultdict(float)
+        self._steps: list[dict[str, float]] = []
+        self._start = self._paused_at = 0.0
+
+    # -- Lightning's hooks
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._cuda = trainer.strategy.root_device.type == "cuda"
+        self._marks, self._paused_at = [], 0.0
+        self._start = time.perf_counter()
+        self._mark("data")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """The batch is on the device."""
+        if self._paused_at:
+            self._go_on()
+        self._mark("forward")
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        """The loss is there."""
+        self._mark("backward")
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The gradients are there; where ranks add them up during the backward pass, their sums."""
+        self._mark("optimizer")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The other callbacks are done."""
+        self._go_on()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops the clock."""
+        self.pause()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Goes on with it."""
+        self._go_on()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Stops the clock."""
+        self.pause()
+
+    # -- for other callbacks
+
+    def end_step(self) -> None:
+        """The step ends here, and what callbacks do after it begins."""
+        self._mark(REST)
+
+    def pause(self) -> None:
+        """Stops the clock until the other callbacks have had their turn."""
+        if not self._paused_at:
+            self._paused_at = time.perf_counter()
+            self._mark(PAUSE)
+
+    def take(self) -> Window:
+        """The steps since the last call, of which one at least has ended; waits for the device."""
+        self._read(wait=True)
+        now = time.perf_counter()
+        window = Window(now - self._start, tuple(self._steps))
+        self._start, self._steps = now, []
+        return window
+
+    # -- inside
+
+    def _go_on(self) -> None:
+        if self._paused_at:
+            self._read(wait=True)
+            self._marks.clear()
+            self._start += time.perf_counter() - self._paused_at
+            self._paused_at = 0.0
+        self._mark("data")
+
+    def _mark(self, phase: str) -> None:
+        """Ends a phase, and begins `phase`."""
+        if self._cuda:
+            mark = self._unused.pop() if self._unused else torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.perf_counter()
+        self._marks.append((phase, mark))
+        if len(self._marks) > MAX_PENDING:
+            self._read(wait=False)
+
+    def _read(self, *, wait: bool) -> None:
+        """Adds up the phases between marks; the mark that ends the last of them is where the next one begins."""
+        count = len(self._marks)
+        if self._cuda and count:
+            if wait:
+                self._marks[-1][1].synchronize()
+            count = next((i for i, (_, event) in enumerate(self._marks) if not event.query()), count)
+        for (phase, start), (following, end) in pairwise(self._marks[:count]):
+            self._step[phase] += start.elapsed_time(end) / 1e3 if self._cuda else end - start
+            if following == REST:
+                self._steps.append(dict.fromkeys((*PHASES, REST), 0.0) | self._step)
+                self._step.clear()
+        done = max(0, count - 1)
+        if self._cuda:
+            self._unused += [event for _, event in self._marks[:done]]
+        del self._marks[:done]
+
+
+def exposed_communication(trainer: Trainer) -> float | None:
+    """Seconds by which the exchange of gradients outlasted the backward pass that it runs beside, in one step.
+
+    It is what `DistributedDataParallel` measures itself, in its first ten steps and in every hundredth after; a part of
+    `backward`. None where there is nothing to measure it: one process, or another strategy, where a profile shows it.
+    """
+    model: Any = trainer.strategy.model
+    if trainer.world_size == 1 or not isinstance(model, DistributedDataParallel):
+        return None
+    measured = model._get_ddp_logging_data()
+    if not measured.get("backward_comm_time"):
+        return None
+    hidden = measured.get("backward_compute_comm_overlap_time", 0)
+    return max(0, int(measured["backward_comm_time"]) - int(hidden)) / 1e9

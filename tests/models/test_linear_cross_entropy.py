@@ -1,0 +1,83 @@
+"""The loss without all logits, against PyTorch's cross-entropy of all of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fiddlehead.models import linear_cross_entropy as module
+from fiddlehead.models.linear_cross_entropy import linear_cross_entropy, nats_and_gradient
+
+Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 16)
+
+
+def operands(dtype: torch.dtype, tokens: int = 50) -> Operands:
+    torch.manual_seed(0)
+    x = torch.randn(tokens, 12, dtype=dtype, requires_grad=True)
+    weight = torch.randn(37, 12, dtype=dtype, requires_grad=True)
+    labels = torch.randint(37, (tokens,))
+    labels[::7] = -100
+    return x, weight, labels
+
+
+def all_logits(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: float, cap: float | None):
+    logits = F.linear(x.double(), weight.double()) * scale
+    return F.cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), labels, reduction="sum")
+
+
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (1.0, 5.0), (0.5, 3.0)])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_loss_and_gradients_are_those_of_all_logits(
+    dtype: torch.dtype, close: float, scale: float, cap: float | None
+) -> None:
+    x, weight, labels = operands(dtype)
+    ours = linear_cross_entropy(x, weight, labels, scale=scale, softcap=cap)
+    theirs = all_logits(x, weight, labels, scale, cap)
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=close)
+    for mine, other in zip(
+        torch.autograd.grad(ours / 3, (x, weight)), torch.autograd.grad(theirs / 3, (x, weight)), strict=True
+    ):
+        assert mine.dtype == dtype
+        assert float((mine.double() - other.double()).norm() / other.double().norm()) < close
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    x, weight, labels = operands(torch.float32)
+    linear_cross_entropy(x, weight.requires_grad_(False), labels).backward()
+    assert x.grad is not None
+    assert weight.grad is None
+
+
+def test_without_gradients_there_is_the_loss_alone() -> None:
+    x, weight, labels = operands(torch.float64)
+    with torch.no_grad():
+        assert float(linear_cross_entropy(x, weight, labels)) == pytest.approx(
+            float(all_logits(x, weight, labels, 1.0, None))
+        )
+
+
+def test_a_label_that_is_almost_certain_keeps_its_gradient_in_bfloat16() -> None:
+    """p - 1 in bfloat16 would be 0 where p is above 0.998."""
+    logits = torch.tensor([[10.0, 2.5]], dtype=torch.bfloat16)
+    _, gradient = nats_and_gradient(logits, torch.tensor([0]), 1.0, None, -100)
+    exact = -torch.tensor(-7.5, dtype=torch.float64).exp() / (1 + torch.tensor(-7.5, dtype=torch.float64).exp())
+    assert float(gradient[0, 0]) == pytest.approx(float(exact), rel=1e-2)
+
+
+def test_autocast_makes_the_products_narrow_and_the_gradients_wide() -> None:
+    x, weight, labels = operands(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_cross_entropy(x, weight, labels)
+    loss.backward()
+    exact = all_logits(x, weight, labels, 1.0, None)
+    assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=1e-2)
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+    (expected,) = torch.autograd.grad(exact, weight)
+    assert float((weight.grad - expected).norm() / expected.norm()) < 1e-2

@@ -1,0 +1,115 @@
+"""What makes a model faster or smaller leaves its losses, gradients and parameters' names as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from fiddlehead.errors import ConfigError
+from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models.speed import compile_transformer, recompute_activations, refused_speed
+from fiddlehead.training import LanguageModel
+
+CONFIG: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "vocab_size": 61,
+    "seq_length": 24,
+    "attention_backend": "sdpa_flash",
+}
+
+
+@pytest.fixture(autouse=True)
+def compiler() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+    torch._functorch.config.activation_memory_budget = 1.0  # pyright: ignore
+
+
+def loss_and_gradients(model: Transformer, width: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    ids = torch.arange(48).view(2, 24) % 61
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=width == torch.bfloat16):
+        loss = model(ids, labels=ids.roll(-1, 1)) / ids.numel()
+    spread = model.aux_loss()
+    loss = loss if spread is None else loss + spread
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def saved_bytes(model: Transformer) -> int:
+    sizes: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss_and_gradients(model)
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputed_activations_change_nothing(recompute: Any, mixture: bool) -> None:
+    more = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.1} if mixture else {}
+    plain, other = (Transformer(TransformerConfig(**CONFIG, **more)) for _ in range(2))
+    other.load_state_dict(plain.state_dict())
+    recompute_activations(other, recompute)
+    assert list(other.state_dict()) == list(plain.state_dict())
+    for ours, theirs in zip(loss_and_gradients(other), loss_and_gradients(plain), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_recomputing_keeps_less() -> None:
+    kept = {}
+    for recompute in (None, "selective", "full"):
+        model = Transformer(TransformerConfig(**CONFIG))
+        if recompute:
+            recompute_activations(model, recompute)
+        kept[recompute] = saved_bytes(model)
+    assert max(kept["full"], kept["selective"]) < kept[None]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # the compiler's own
+@pytest.mark.parametrize("compile", ["layers", "model"])
+@pytest.mark.parametrize("recompute", [None, "full", "selective", 0.3])
+def test_a_compiled_model_is_the_same(compile: Any, recompute: Any) -> None:
+    plain, other = (Transformer(TransformerConfig(**CONFIG)) for _ in range(2))
+    other.load_state_dict(plain.state_dict())
+    if recompute is not None:
+        recompute_activations(other, recompute)
+    compile_transformer(other, compile)
+    assert list(other.state_dict()) == list(plain.state_dict())
+    for ours, theirs in zip(loss_and_gradients(other), loss_and_gradients(plain), strict=True):
+        assert float((ours - theirs).norm()) <= 1e-5 * float(theirs.norm())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"compile": "layer"}, "did you mean 'layers'?"),
+        ({"activation_checkpointing": "fulll"}, "did you mean 'full'?"),
+        ({"activation_checkpointing": 1.5, "compile": "layers"}, "0 to 1"),
+        ({"activation_checkpointing": 0.5}, "needs the compiler"),
+        ({"fp8": "tensor"}, "tensorwise"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict[str, Any], said: str) -> None:
+    arguments = {"compile": None, "activation_checkpointing": None, "fp8": None} | settings
+    (problem,) = refused_speed(**arguments)
+    assert problem.startswith(next(iter(settings)))
+    assert said in problem
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        LanguageModel(TransformerConfig(**CONFIG), **settings)
+
+
+def test_right_settings_are_taken() -> None:
+    for recompute in (None, "full", "selective", 0.5, 1):
+        assert refused_speed("layers", recompute, "rowwise") == []

@@ -1,0 +1,104 @@
+"""What has changed from one measurement to the next."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from fiddlehead import environment
+from fiddlehead.environment import describe_gpus, describe_machine
+from fiddlehead.errors import ConfigError
+from fiddlehead.figures import compare, read
+
+BEFORE = {
+    "figures": {"rate": 100, "steps": {"min": 1.0, "median": 2.0, "max": 9.0}, "shapes": [{"ms": 4.0}], "old": 1},
+    "where": {"cpu": "A", "gpus": [{"name": "H100", "sm_mhz": 1980.0}], "date": "then", "versions": {"torch": "2.12"}},
+}
+NOW = {
+    "figures": {"rate": 150, "steps": {"min": 1.5, "median": 2.02, "max": 3.0}, "shapes": [{"ms": 3.0}], "new": 1},
+    "where": {"cpu": "A", "gpus": [{"name": "H200", "sm_mhz": 1500.0}], "date": "now", "versions": {"torch": "2.13"}},
+}
+
+
+def test_each_figure_is_compared_with_the_same_one_before():
+    found = compare(BEFORE, NOW)
+    assert {change.name: round(change.relative, 4) for change in found.changes} == {
+        "rate": 0.5,
+        "steps": 0.01,
+        "shapes[0].ms": -0.25,
+    }
+    assert found.missing == ("old", "new")
+    assert found.conditions == (
+        "gpus[0].name was H100 and is H200",
+        "versions.torch was 2.12 and is 2.13",
+    )
+    assert list(found.lines())[2:] == [
+        "rate: 100 before, 150 now, +50.0%",
+        "shapes[0].ms: 4 before, 3 now, -25.0%",
+        "1 of 3 figures within 2% of before",
+        "in one of the two only: old, new",
+    ]
+    assert list(compare(NOW, NOW).lines()) == ["4 of 4 figures within 2% of before"]
+
+
+def test_what_was_nothing_has_changed_wholly():
+    zero, one = ({"figures": {"errors": count}} for count in (0, 1))
+    assert [change.relative for change in compare(zero, one).changes] == [1.0]
+    assert [change.relative for change in compare(zero, zero).changes] == [0.0]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"figures": 3}', "\x00"])
+def test_a_file_without_figures_is_refused(tmp_path: Path, text: str):
+    (tmp_path / "f.json").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path}/f.json: has no figures")):
+        read(tmp_path / "f.json")
+    with pytest.raises(ConfigError, match=r"g\.json: cannot be read: No such file or directory"):
+        read(tmp_path / "g.json")
+
+
+def test_benchmarks_print_the_change_since_the_file_they_replace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    measure = importlib.import_module("measure")
+    try:
+        measure.save("speed", {"rate": 100, "seconds": measure.Spread(1.0, 2.0, 3.0)}, ["torch"], folder=tmp_path)
+        assert capsys.readouterr().out == f"\nwrote {tmp_path}/speed.json\n"
+        written = read(tmp_path / "speed.json")
+        assert written["figures"] == {"rate": 100, "seconds": {"min": 1.0, "median": 2.0, "max": 3.0}}
+        assert {"date", "cpu", "gpus", "versions", "revision"} <= set(written["where"])
+        measure.save("speed", {"rate": 80, "seconds": measure.Spread(0.5, 2.0, 9.0)}, ["torch"], folder=tmp_path)
+        date = written["where"]["date"]
+        assert capsys.readouterr().out.splitlines()[2:] == [
+            f"since {date}:",
+            "- rate: 100 before, 80 now, -20.0%",
+            "- 1 of 2 figures within 2% of before",
+        ]
+        assert read(tmp_path / "speed.json")["figures"]["rate"] == 80
+    finally:
+        del sys.modules["measure"]
+
+
+def test_the_results_that_are_kept_can_be_compared():
+    files = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*.json"))
+    assert files
+    for file in files:
+        results = read(file)
+        assert results["where"]["date"], file
+        found = compare(results, results)
+        assert found.changes and not found.missing and not found.conditions, file
+
+
+def test_gpus_are_described_as_far_as_they_tell(monkeypatch: pytest.MonkeyPatch):
+    row = "NVIDIA H100 80GB HBM3, 570.1, 1755, 1980, 2619, 612.40, 700.00, 61"
+    partial = "NVIDIA H100 MIG 1g, 570.1, [N/A], 1980, 2619, [Insufficient Permissions], 700.00, 61"
+    monkeypatch.setattr(environment, "_lines", lambda *command: [row, partial] if command[0] == "nvidia-smi" else [])
+    whole, part = describe_gpus()
+    assert whole["name"] == "NVIDIA H100 80GB HBM3" and whole["sm_mhz"] == 1755 and whole["watts"] == 612.4
+    assert "sm_mhz" not in part and "watts" not in part and part["max_sm_mhz"] == 1980
+    assert json.loads(json.dumps(describe_machine(["torch", "nosuch"])))["versions"].keys() == {"torch"}
