@@ -50,8 +50,9 @@ def make_parts(dataset: Path, runs: Path, **changes: Any) -> dict[str, Any]:
 
     config = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "num_query_groups": 2}
     config |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_backend": "auto"}
-    config |= {name: changes.pop(name) for name in list(changes) if name in TransformerConfig.__dataclass_fields__}
-    start = take(init_from=None, lora=None)
+    fields = TransformerConfig.__dataclass_fields__.keys() - {"seq_length"}  # that is the data's
+    config |= {name: changes.pop(name) for name in list(changes) if name in fields}
+    start = take(init_from=None, lora=None, compile=None, activation_checkpointing=None)
     made = {
         "model": LanguageModel(None if start["init_from"] else TransformerConfig(**config), **start),
         "data": PreTrainingDataModule(

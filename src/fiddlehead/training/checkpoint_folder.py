@@ -27,7 +27,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fiddlehead.errors import RunError
-from fiddlehead.models.safetensors_files import Written
+from fiddlehead.models.safetensors_files import Stored, Written, read_header
 from fiddlehead.training.console import say
 from fiddlehead.training.team import Team, TeamError
 
@@ -152,9 +152,10 @@ def verify(path: Path) -> dict[str, Any]:
     return state
 
 
-def tensor_files(state: Mapping[str, Any], kind: str) -> list[str]:
-    """The names of a checkpoint's files with the tensors of a kind, "model" or "optimizer"; `state` is its state."""
-    return [name for name in state["files"] if name.startswith((f"{kind}.", f"{kind}-"))]
+def read_tensors(path: Path, state: Mapping[str, Any], kind: str) -> dict[str, Stored]:
+    """A checkpoint's tensors of a kind, "model" or "optimizer", in however many files; `state` is its state."""
+    files = [name for name in state["files"] if name.startswith((f"{kind}.", f"{kind}-"))]
+    return {name: tensor for file in files for name, tensor in read_header(path / file).items()}
 
 
 def newest_good(directory: Path) -> Path | None:

@@ -17,8 +17,9 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from torch.distributed.tensor import DTensor
 
-from fiddlehead.models.safetensors_files import FORMAT, Stored, Written, read_header, to_write, write_file
-from fiddlehead.training.checkpoint_folder import read_state, tensor_files, verify, write_state, write_together
+from fiddlehead.models.safetensors_files import FORMAT, Stored, Written, to_write, write_file
+from fiddlehead.training.checkpoint_folder import read_state, read_tensors, verify, write_state, write_together
+from fiddlehead.training.sharding import gather
 from fiddlehead.training.team import Team
 
 _TENSOR, _PAIRS = "__tensor__", "__pairs__"
@@ -130,7 +131,7 @@ class SafetensorsIO(CheckpointIO):
             for name in names:  # in the same order on every rank, as all of them gather
                 tensor = tensors[name].detach()
                 gathered = isinstance(tensor, DTensor)
-                whole = tensor.full_tensor() if gathered else tensor
+                whole = gather(tensor) if gathered else tensor
                 if own:
                     moved = gathered or self.asynchronous
                     files[file][name] = whole.to("cpu", copy=self.asynchronous) if moved else whole
@@ -145,11 +146,6 @@ def deal(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
         shares.setdefault(min(at * ranks // total, ranks - 1), []).append(name)
         at += size
     return list(shares.values()) or [[]]
-
-
-def read_tensors(path: Path, state: Mapping[str, Any], kind: str) -> dict[str, Stored]:
-    """A checkpoint's tensors of a kind, "model" or "optimizer", in however many files; `state` is its state."""
-    return {name: tensor for file in tensor_files(state, kind) for name, tensor in read_header(path / file).items()}
 
 
 def _write(files: Mapping[str, Mapping[str, torch.Tensor]], folder: Path) -> dict[str, Written]:

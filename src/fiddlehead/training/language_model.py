@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -135,24 +136,26 @@ class LanguageModel(LightningModule):
     def configure_model(self) -> None:
         """Makes the parameters, once."""
         if self.transformer is None:
-            self.transformer = self._make_transformer(self.lora)
+            self.transformer = self._make_transformer(self.lora, self._speed_up)
 
-    def _make_transformer(self, lora: LoRA | None) -> Transformer:
-        """A model as the run begins with; where the strategy shards models, this rank's part of it."""
+    def _make_transformer(
+        self, lora: LoRA | None, change: Callable[[Transformer], None] = lambda transformer: None
+    ) -> Transformer:
+        """A model as the run begins with, changed by `change`; where the strategy shards it, this rank's part."""
         weights = self._open_weights()
         strategy = None if self._trainer is None else self._trainer.strategy
         if not (isinstance(strategy, Parallel) and strategy.world_size > 1):
             transformer = Transformer(self.config) if weights is None else load_transformer(weights, self.config)
             if lora is not None:
                 lora.apply(transformer)
-            self._make_fast(transformer)
+            change(transformer)
             return transformer
         with torch.device("meta"):
             transformer = Transformer(self.config)
             names = list(transformer.state_dict())
             if lora is not None:
                 lora.apply(transformer)
-        self._make_fast(transformer)
+        change(transformer)
         strategy.shard(transformer)
         if weights is None:
             sharding.draw(transformer)
@@ -162,7 +165,7 @@ class LanguageModel(LightningModule):
             sharding.draw_adapters(transformer, lora)
         return transformer
 
-    def _make_fast(self, transformer: Transformer) -> None:
+    def _speed_up(self, transformer: Transformer) -> None:
         # In this order: what is recomputed is part of what is compiled.
         if self._fp8 is not None:
             convert_to_float8(transformer, self._fp8)

@@ -15,8 +15,7 @@ from fiddlehead.models.huggingface import HuggingFaceCheckpoint
 from fiddlehead.models.lora import LoRA, merge_state
 from fiddlehead.models.safetensors_files import Stored
 from fiddlehead.runs import RunDirectory, find_run
-from fiddlehead.training.checkpoint_folder import newest_good, verify
-from fiddlehead.training.checkpoint_io import read_tensors
+from fiddlehead.training.checkpoint_folder import newest_good, read_tensors, verify
 
 PREFIX = "transformer."
 """In front of the names of a model's parameters in a checkpoint."""
