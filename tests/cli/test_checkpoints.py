@@ -54,3 +54,10 @@ def test_an_imported_model_writes_and_is_evaluated(fiddlehead, tmp_path):  # noq
     assert "179 tokens: " in fiddlehead("evaluate", "ours", "--file", "text.txt")
     assert "cannot be read" in fiddlehead("evaluate", "ours", "--file", "none.txt", rc=2)
     assert "has no chat template" in fiddlehead("chat", "ours", rc=2)
+
+
+def test_without_the_harness_the_way_to_it_is_told(fiddlehead, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = fiddlehead("evaluate", "ours", "--tasks", "plants", rc=2)
+    assert said == "error: tasks: lm-evaluation-harness is not installed; pip install 'fiddlehead[eval]' brings it\n"
+    assert "give one of --file FILE and --tasks A,B" in fiddlehead("evaluate", "ours", rc=2)

@@ -1,8 +1,7 @@
-"""`fiddlehead generate`, `chat` and `evaluate`: what a model is for."""
+"""`fiddlehead generate` and `chat`: what a model is for."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import typer
 from fiddlehead.cli.runs import DirOption, complete_run
 from fiddlehead.errors import ConfigError
 
-_SOURCE = typer.Argument(
+SourceArgument = typer.Argument(
     metavar="RUN|CHECKPOINT",
     help="A run, a checkpoint of one, or what `fiddlehead import` made.",
     autocompletion=complete_run,
@@ -23,7 +22,7 @@ _SEED = typer.Option(0, help="The same seed writes the same text.")
 
 
 def generate(
-    source: str = _SOURCE,
+    source: str = SourceArgument,
     prompt: list[str] = typer.Option(..., "--prompt", "-p", help="The text to go on from; may be given several times."),
     max_new_tokens: int = typer.Option(200, min=1, help="How many tokens to write."),
     temperature: float = _TEMPERATURE,
@@ -53,7 +52,7 @@ def generate(
 
 
 def chat(
-    source: str = _SOURCE,
+    source: str = SourceArgument,
     system: str = typer.Option("", help="What the assistant is told before all else."),
     max_new_tokens: int = typer.Option(500, min=1, help="The longest answer."),
     temperature: float = _TEMPERATURE,
@@ -93,46 +92,3 @@ def chat(
             answer += piece
         print()  # noqa: T201
         messages.append({"role": "assistant", "content": answer.strip()})
-
-
-def evaluate(
-    source: str = _SOURCE,
-    file: Path = typer.Option(..., "--file", "-f", help="A text file."),
-    stride: int = typer.Option(None, min=1, help="How far apart windows begin; half the model's length if not given."),
-    as_json: bool = typer.Option(False, "--json", help="For a program."),
-    directory: str = DirOption,
-) -> None:
-    """Say how well a model predicts a text: nats a token and a byte, and perplexity.
-
-    Example:  fiddlehead evaluate demo --file notes.txt
-    """
-    import json
-
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from fiddlehead.text import Writer, likelihood
-
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"file={str(file)!r}: cannot be read: {error}") from error
-    writer = Writer.open(source, directory)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(file.name, total=len(writer.tokenizer.encode(text)))
-        found = likelihood(writer, text, stride, lambda tokens: bar.advance(task, tokens))
-    values = {
-        "tokens": found.tokens,
-        "nats_per_token": found.nats / found.tokens,
-        "nats_per_byte": found.nats / found.text_bytes,
-        "perplexity": found.perplexity,
-    }
-    if as_json:
-        json.dump(values, sys.stdout)
-        print()  # noqa: T201
-        return
-    print(  # noqa: T201
-        f"{found.tokens:,} tokens: {values['nats_per_token']:.4f} nats a token, {values['nats_per_byte']:.4f} a byte, "
-        f"perplexity {found.perplexity:,.2f}"
-    )
