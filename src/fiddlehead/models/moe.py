@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fiddlehead.models.collectives import Group, all_reduce
 from fiddlehead.models.config import TransformerConfig
 
 
@@ -22,6 +23,8 @@ class MoE(nn.Module):
         E, C, width = config.num_moe_experts or 0, config.hidden_size, config.expert_size
         self.router = nn.Linear(C, E, bias=config.add_bias_linear)
         self.experts = Experts(E, C, width, gated=config.gated, bias=config.add_bias_linear)
+        self.sequence_groups: tuple[Group, ...] = ()
+        """The processes that share sequences: `aux_loss` spreads the tokens of all of them together."""
         self.aux_loss: torch.Tensor | None = None
         """Of the latest forward pass in training, already weighed; None without a weight."""
 
@@ -41,6 +44,8 @@ class MoE(nn.Module):
         if self.training and self.config.moe_aux_loss_coeff:
             # Switch Transformer's: least where tokens, and the router's probability, are spread evenly.
             fraction, probability = counts / expert.numel(), scores.softmax(dim=-1).mean(dim=0)
+            for group in self.sequence_groups:
+                fraction = all_reduce(fraction, group) / group.size
             self.aux_loss = self.config.moe_aux_loss_coeff * E * (fraction * probability).sum()
         h = self.experts.linear_fc1(tokens[order // k], expert, counts)
         h = self.experts.linear_fc2(activate(h, self.config.activation), expert, counts)
