@@ -16,14 +16,17 @@ from fiddlehead.models.parallel import refuse_sizes
 from fiddlehead.models.parallel.shards import part_of, splits_over
 from tests.models import parallel_ranks
 
-QUICK = [("sinks", "cp=2 tp=2"), ("multi-query", "fsdp=2 tp=2")]
+QUICK = [("sinks", "cp=2 tp=2"), ("multi-query", "fsdp=2 tp=2"), ("experts", "ep=2 cp=2")]
 THOROUGH = [
-    *((model, "cp=2 tp=2") for model in parallel_ranks.MODELS if model != "sinks"),
+    *((model, "cp=2 tp=2") for model in parallel_ranks.MODELS if model not in ("sinks", "experts with biases")),
     *((model, "tp=4") for model in ("grouped", "multi-query", "biases", "projection norms", "experts")),
     *((model, "cp=4") for model in ("grouped", "multi-query", "sinks", "window")),
     *((model, "dp=2 tp=2") for model in ("multi-head", "window")),
     ("head norms", "dp=2 cp=2"),
+    *((model, mesh) for model in ("experts", "experts with biases") for mesh in ("ep=4", "ep=2 tp=2")),
+    *(("experts with biases", mesh) for mesh in ("dp=2 ep=2", "fsdp over dp=2 ep=2")),
     *((model, "fsdp=2 tp=2") for model in ("biases", "projection norms", "experts")),
+    ("grouped", "fsdp over dp=2x2"),
     *((model, "fsdp over dp=2 cp=2") for model in ("grouped", "sinks")),
 ]
 

@@ -100,9 +100,33 @@ def scatter_sequence(x: torch.Tensor, group: Group) -> torch.Tensor:
     return _ScatterSequence.apply(x, group)
 
 
+def exchange_rows(x: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
+    """Rows for each process, one process's after another's, to those from each.
+
+    Args:
+        x: (sum of `sent`, C).
+        sent: how many rows go to each process.
+        received: how many come from each.
+    """
+    return _ExchangeRows.apply(x, sent, received, group)
+
+
+def exchange_counts(counts: torch.Tensor, group: Group) -> torch.Tensor:
+    """Numbers for each process, (n, k), to those from each; without gradients."""
+    return _all_to_all(counts, group)
+
+
 def all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
     """The sum of x over the processes, whose gradient is the sum of the gradients."""
     return _AllReduce.apply(x, group)
+
+
+def as_multiplied(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype in which autocast, if it is on, multiplies: cast before and not after it is sent."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 # Functions of our own rather than those of torch.distributed._functional_collectives: which of them have gradients, and
@@ -153,6 +177,17 @@ class _HeadsToSequence(torch.autograd.Function):
         return _to_heads(grads[0], ctx.group), None
 
 
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _exchange(x, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _exchange(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None
+
+
 class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -188,9 +223,13 @@ def _to_sequence(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 def _all_to_all(x: torch.Tensor, group: Group) -> torch.Tensor:
     """x[i] goes to process i, and what came from process i is [i] of the result."""
-    shape, one_each = x.shape, [1] * group.size
-    out = torch.ops._c10d_functional.all_to_all_single(x.contiguous().flatten(1), one_each, one_each, group.name)
-    return torch.ops._c10d_functional.wait_tensor(out).view(shape)
+    one_each = [1] * group.size
+    return _exchange(x.flatten(1), one_each, one_each, group).view(x.shape)
+
+
+def _exchange(x: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
+    out = torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group.name)
+    return torch.ops._c10d_functional.wait_tensor(out)
 
 
 def _sum(x: torch.Tensor, group: Group) -> torch.Tensor:

@@ -16,6 +16,7 @@ from fiddlehead.models.collectives import (
     HeadExchange,
     SequenceSplit,
     all_reduce,
+    as_multiplied,
     gather_sequence,
     scatter_sequence,
 )
@@ -58,6 +59,7 @@ def parallelize(transformer: Transformer, mesh: DeviceMesh) -> None:
                     module.k_layernorm = SplitRMSNorm(module.k_layernorm, tp, copies(config, tp.size))
         elif isinstance(module, MoE):
             module.sequence_groups = tuple(group for group in (cp, tp) if group.size > 1)
+            module.experts.group = ep
         elif isinstance(module, MLP) and tp.size > 1:
             module.linear_fc1 = ColumnParallelLinear(module.linear_fc1, tp)
             module.linear_fc2 = RowParallelLinear(module.linear_fc2, tp)
@@ -101,7 +103,7 @@ class ColumnParallelLinear(_Split):
     """The part of the sequence, (B, t, in), to part of the outputs of the whole sequence, (B, T, out / n)."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.linear(gather_sequence(input, self.group), self.weight, self.bias)
+        return F.linear(gather_sequence(as_multiplied(input), self.group), self.weight, self.bias)
 
 
 class RowParallelLinear(_Split):
