@@ -21,6 +21,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp-2": (2, {}),
     "fsdp-4": (4, {"reshard_after_forward": False}),
     "hsdp-2x2": (4, {"data_parallel_replicate": 2}),
+    "cp-2": (2, {"context_parallel": 2}),
+    "fsdp-2-cp-2": (4, {"context_parallel": 2}),
 }
 SETTINGS = {
     "plain": {},

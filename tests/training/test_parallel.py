@@ -37,6 +37,8 @@ from tests.training.ranks import on_ranks
         ("hsdp-2x2", "plain"),
         ("fsdp-2", "experts"),
         ("hsdp-2x2", "documents"),
+        ("cp-2", "plain"),
+        ("fsdp-2-cp-2", "documents"),
     ],
 )
 def test_the_losses_are_those_of_one_process(

@@ -212,6 +212,8 @@ class LanguageModel(LightningModule):
     def _nats(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """The sum of the cross-entropy over a batch, and its labels, (B x T,)."""
         assert self.transformer is not None
+        if isinstance(self.trainer.strategy, Parallel):
+            batch = dict(self.trainer.strategy.own_tokens(batch))
         labels, documents = batch["labels"], (batch.get("cu_seqlens"), batch.get("max_seqlen"))
         return self.transformer(batch["input_ids"], *documents, labels=labels), labels.flatten()
 

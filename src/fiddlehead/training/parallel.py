@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from fiddlehead.errors import ConfigError
-from fiddlehead.models import Transformer
+from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models.parallel import local_batch, parallelize, refuse_sizes
 from fiddlehead.models.safetensors_files import DTYPES, Stored
 from fiddlehead.training import sharding
 from fiddlehead.training.team import Team
@@ -112,21 +113,44 @@ class Parallel(ModelParallelStrategy):
                 f"data_parallel_replicate={self.data_parallel_replicate} does not divide the {data} data-parallel "
                 f"ranks; allowed: {', '.join(map(str, _divisors(data)))}"
             )
-        if shared > 1:
+        if self.tensor_parallel > 1:
             problems.append(
-                f"tensor_parallel={self.tensor_parallel}, context_parallel={self.context_parallel}: allowed so far: 1"
+                f"tensor_parallel={self.tensor_parallel}: checkpoints do not hold such parts yet; allowed: 1, "
+                "with data_parallel or context_parallel instead"
             )
         if problems:
             raise ConfigError(*problems)
         return Sizes(data, self.data_parallel_replicate, self.context_parallel, self.tensor_parallel)
 
+    def problems(self, config: TransformerConfig, seq_length: int) -> list[str]:
+        """Why a model, or sequences of this length, cannot be split so; empty if they can."""
+        problems = []
+        try:
+            refuse_sizes(config, tp=self.tensor_parallel, cp=self.context_parallel)
+        except ConfigError as error:
+            names = {"tp=": "tensor_parallel=", "cp=": "context_parallel="}
+            problems += [names.get(problem[:3], problem[:3]) + problem[3:] for problem in error.problems]
+        parts = self.tensor_parallel * self.context_parallel
+        if seq_length % parts:
+            problems.append(f"context_parallel={self.context_parallel}: does not divide data.seq_length={seq_length}")
+        return problems
+
     # -- the model
 
     def shard(self, transformer: Transformer) -> None:
-        """Cuts a model on the meta device over the mesh, in place; `sharding` gives it values."""
-        mesh = self.device_mesh["dp_shard" if self.data_parallel_replicate == 1 else ("dp_replicate", "dp_shard")]
+        """Cuts a model on the meta device over the mesh, in place; `sharding` gives it values.
+
+        Ranks that share a sequence have all parameters in common, so that these are cut over them too.
+        """
+        parallelize(transformer, self.device_mesh)
+        parts = self.device_mesh["dp_shard", "cp"]._flatten("parts")
+        mesh = parts if self.data_parallel_replicate == 1 else self.device_mesh["dp_replicate", "parts"]
         precision, reshard = str(self.precision_plugin.precision), self.reshard_after_forward
         sharding.shard(transformer, mesh, self.root_device, precision, reshard_after_forward=reshard)
+
+    def own_tokens(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What this rank trains on of a batch that it has in common with others."""
+        return local_batch(batch, self.device_mesh) if self.world_size > 1 else batch
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:

@@ -28,8 +28,8 @@ class SampleAnswer(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         model: Any = pl_module.transformer
         sharded = is_sharded(model)
-        if trainer.sanity_checking or not isinstance(data, FineTuningDataModule):
-            return
+        if trainer.sanity_checking or not isinstance(data, FineTuningDataModule) or model.split.parts > 1:
+            return  # ranks that share a sequence write none together
         prompt = data.first_question()
         if not prompt or not (sharded or trainer.is_global_zero):
             return
