@@ -7,7 +7,8 @@ clipping and AdamW. MFU is tokens/s x (6 N + 6 L S C) / the data sheet's peak: c
     python benchmarks/train.py --arms fiddlehead:8:bf16-mixed torchtitan:4:bf16-mixed
     python benchmarks/train.py --tiny                                # on a CPU, to try the script
 
-An arm is NAME:BATCH:PRECISION, with options behind, such as fiddlehead:8:bf16-mixed:compile=model,fp8=tensorwise.
+An arm is NAME:BATCH:PRECISION, with options behind, such as fiddlehead:8:bf16-mixed:compile=model,fp8=tensorwise. With
+devices=2 it runs on as many GPUs, of which context_parallel=2 share each sequence; shape=8b is Llama 3 8B.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -40,6 +42,7 @@ ARMS = [
 ]
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 SHAPE = {"layers": 16, "hidden": 2048, "heads": 32, "groups": 8, "ffn": 8192, "vocab": 128_256}
+SHAPE_8B = {"layers": 32, "hidden": 4096, "heads": 32, "groups": 8, "ffn": 14336, "vocab": 128_256}
 TINY = {"layers": 2, "hidden": 64, "heads": 4, "groups": 2, "ffn": 256, "vocab": 512}
 
 
@@ -54,11 +57,15 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(measure(arguments.child, arguments)))
+        figures = measure(arguments.child, arguments)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(figures))
         return
     figures: dict[str, Any] = {}
     for arm in arguments.arms:
-        command = [sys.executable, "-W", "ignore", __file__, "--child", arm, "--steps", str(arguments.steps)]
+        devices = re.search(r"devices=(\d+)", arm)
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices[1]}"] if devices else []
+        command = [sys.executable, "-W", "ignore", *start, __file__, "--child", arm, "--steps", str(arguments.steps)]
         command += ["--seq-length", str(arguments.seq_length), *(["--tiny"] if arguments.tiny else [])]
         done = subprocess.run(command, capture_output=True, text=True)
         last = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()[-1]
@@ -78,7 +85,8 @@ def measure(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains one arm, and returns its figures."""
     name, batch, precision, *more = arm.split(":")
     options = dict(option.split("=") for option in ",".join(more).split(",") if option)
-    shape = TINY if arguments.tiny else SHAPE
+    shape = TINY if arguments.tiny else SHAPE_8B if options.pop("shape", "1b") == "8b" else SHAPE
+    devices, shared = int(options.get("devices", 1)), int(options.get("context_parallel", 1))
     shape = shape | {"T": min(arguments.seq_length, 64) if arguments.tiny else arguments.seq_length, "B": int(batch)}
     accumulate = int(options.pop("accumulate", 1))
     torch.manual_seed(0)
@@ -88,15 +96,16 @@ def measure(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
     clock = Clock(arguments.steps)
     loss = run(shape, precision, options, accumulate, clock)
     seconds = clock.seconds / arguments.steps
-    tokens_per_s = shape["B"] * shape["T"] * accumulate / seconds
+    tokens_per_s = shape["B"] * shape["T"] * accumulate * devices / shared / seconds
     L, C, D = shape["layers"], shape["hidden"], shape["hidden"] // shape["heads"]
     per_layer = C * C * 2 + C * 2 * shape["groups"] * D + 3 * C * shape["ffn"]
-    flops = 6 * (L * per_layer + shape["vocab"] * C) + 6 * L * shape["T"] * C
+    untied = 0 if shape["layers"] <= 16 else shape["vocab"] * C
+    flops = 6 * (L * per_layer + shape["vocab"] * C + untied) + 6 * L * shape["T"] * C
     on_gpu = torch.cuda.is_available()
     peak = next((p for n, p in PEAK.items() if on_gpu and n in torch.cuda.get_device_name()), float("inf"))
     return {
         "tokens_per_s": tokens_per_s,
-        "mfu": tokens_per_s * flops / peak,
+        "mfu": tokens_per_s * flops / peak / devices,
         "gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
         "first_step_s": clock.first - began,
         "loss": loss,
@@ -125,9 +134,9 @@ class Clock:
                 self.seconds = now - self.start
 
 
-def batches(shape: dict[str, int], device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(shape: dict[str, int], device: str, seed: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Random tokens and the next ones, without end; a new batch each time, on the device."""
-    generator = torch.Generator(device).manual_seed(1)
+    generator = torch.Generator(device).manual_seed(seed)
     while True:
         size = (shape["B"], shape["T"] + 1)
         tokens = torch.randint(shape["vocab"], size, device=device, generator=generator)
@@ -139,14 +148,16 @@ def fiddlehead(shape: dict[str, int], precision: str, options: dict[str, str], a
     from lightning.pytorch import Callback, LightningDataModule, Trainer
 
     from fiddlehead.models import RopeScaling, TransformerConfig
-    from fiddlehead.training import AdamW, LanguageModel
+    from fiddlehead.training import AdamW, LanguageModel, Parallel
+
+    devices, shared = int(options.pop("devices", 1)), int(options.pop("context_parallel", 1))
 
     class Tokens(LightningDataModule):
         token_bytes = None
 
         def train_dataloader(self) -> Any:
             pinned = torch.cuda.is_available()
-            for ids, labels in batches(shape, "cpu"):
+            for ids, labels in batches(shape, "cpu", int(os.environ.get("RANK", "0")) // shared):
                 yield (
                     {"input_ids": ids.pin_memory(), "labels": labels.pin_memory()}
                     if pinned
@@ -176,7 +187,7 @@ def fiddlehead(shape: dict[str, int], precision: str, options: dict[str, str], a
         seq_length=shape["T"],
         rotary_base=500_000.0,
         rope_scaling=RopeScaling(scale_factor=32.0),
-        share_embeddings_and_output_weights=True,
+        share_embeddings_and_output_weights=shape["layers"] <= 16,
         attention_backend=options.pop("attention", "auto"),
     )
     chosen: dict[str, Any] = {"compile": "layers" if torch.cuda.is_available() else None} | options
@@ -187,9 +198,11 @@ def fiddlehead(shape: dict[str, int], precision: str, options: dict[str, str], a
     ticks = Ticks()
     trainer = Trainer(
         accelerator="auto",
-        devices=1,
+        devices=devices,
+        strategy=Parallel(context_parallel=shared) if devices > 1 else "auto",
         precision=precision,  # type: ignore[arg-type]
         max_steps=clock.steps,
+        use_distributed_sampler=False,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=1.0,
         logger=False,
