@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fiddlehead.data import ByteTokenizer, TokenizerFile
 from fiddlehead.data.chat_template import ChatTemplate
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models.generation import Sampling
 from fiddlehead.text import Writer, likelihood, until
 from tests.data.test_chat_template import CHATML
 
@@ -46,6 +48,41 @@ def test_text_ends_before_a_stop_and_nothing_of_it_is_shown(stop: list[str], exp
 def test_what_is_written_is_text_and_repeats_with_its_seed(writer: Writer) -> None:
     first = "".join(writer.write("fern ", 12, seed=3))
     assert first == "".join(writer.write("fern ", 12, seed=3)) != "".join(writer.write("fern ", 12, seed=4))
+
+
+@pytest.mark.parametrize("stop", [[], ["e"], ["\u00e9\u00e9", "z"]])
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_texts_written_together_are_those_written_alone(writer: Writer, stop: list[str], batch_size: int) -> None:
+    prompts = ["fern ", "", "mosses and", "fern ", "ivy  ", "a longer text of 30 bytes here"]
+    done = []
+    sampling = Sampling(seed=3, top_k=40)
+    options: dict[str, Any] = {"sampling": sampling, "batch_size": batch_size, "advance": done.append}
+    written = writer.write_all(prompts, 12, stop=stop, **options)
+    assert sum(done) == len(prompts)
+    for prompt, each in zip(prompts[:-1], written, strict=False):
+        assert each.text == "".join(writer.write(prompt, 12, stop=stop, seed=3, top_k=40))
+        assert each.finish_reason == (
+            "length" if len(each.ids) == 12 and not any(s in each.text for s in stop) else "stop"
+        )
+    assert len(written[-1].ids) <= 2  # where the model's length ends, and not before for the others
+
+
+def test_a_text_ends_with_a_document_or_for_want_of_room(writer: Writer) -> None:
+    expected = writer.complete([[97]], 9, sampling=Sampling(temperature=0))[0].ids
+    ended = Writer(writer.model, Fixed(writer.tokenizer.path, expected[4]), None, "test")
+    (found,) = ended.complete([[97]], 9, sampling=Sampling(temperature=0))
+    assert (found.ids, found.finish_reason) == (expected[:4], "stop")
+    assert writer.complete([[97] * 30], 9)[0].finish_reason == "length"
+    with pytest.raises(ConfigError, match="prompts of 32 tokens"):
+        writer.complete([[97] * 32], 9)
+
+
+class Fixed(TokenizerFile):
+    """A tokenizer with another end of a document."""
+
+    def __init__(self, path: Path, eos: int) -> None:
+        super().__init__(path)
+        self.eos_id = eos
 
 
 def test_a_chat_needs_a_template(writer: Writer) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,20 @@ from fiddlehead.data import TokenizerFile
 from fiddlehead.data.chat_template import ChatTemplate, Message
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer
-from fiddlehead.models.generation import sample
+from fiddlehead.models.generation import Sampling, sample, sample_batch
 from fiddlehead.training.weights import find_tokenizer, find_weights, load_transformer, open_weights
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decodes to it may be the beginning of a character
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote after a prompt."""
+
+    ids: list[int]
+    text: str
+    finish_reason: Literal["stop", "length"]
+    """"stop": a document ended, or a text came before which to stop; "length": there was no room for more."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,76 @@ class Writer:
         texts = self._texts(ids, before, max_new_tokens, sampling)
         spaces = prompt[len(stem) :]
         yield from until(stop, (text.removeprefix(spaces) for text in texts))
+
+    def write_all(
+        self, prompts: Sequence[str], max_new_tokens: int = 200, *, stop: Sequence[str] = (), **options: Any
+    ) -> list[Written]:
+        """The texts that follow several prompts, as `write` writes them, but no further than the model's `seq_length`.
+
+        Args:
+            stop: a text ends before any of these.
+            options: `sampling`, `seeds`, `batch_size` and `advance`, as `complete` takes them.
+
+        Raises:
+            ConfigError: a prompt cannot be used.
+        """
+        stems = [prompt.rstrip(" ") for prompt in prompts]
+        ids = [self.tokenizer.encode(stem) or [self.tokenizer.eos_id] for stem in stems]
+        completed = self.complete(ids, max_new_tokens, stop=stop, **options)
+        found = []
+        for prompt, stem, before, written in zip(prompts, stems, ids, completed, strict=True):
+            text = self.tokenizer.decode([*before, *written.ids]).removeprefix(stem).rstrip(_INCOMPLETE)
+            text = "".join(until(stop, [text.removeprefix(prompt[len(stem) :])]))
+            found.append(replace(written, text=text))
+        return found
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        stop: Sequence[str] = (),
+        sampling: Sampling | None = None,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 16,
+        advance: Callable[[int], Any] = lambda _: None,
+    ) -> list[Written]:
+        """What follows each of several prompts of tokens, those of about one length at once.
+
+        Args:
+            stop: a text ends with any of these, which are still in it.
+            seeds: one for each prompt; that of `sampling` for all if None, so that each is what it is alone.
+            advance: is told how many more prompts are done.
+
+        Raises:
+            ConfigError: a prompt cannot be used.
+        """
+        sampling, ends = sampling or Sampling(), self._end_ids()
+        limit = self.model.config.seq_length or sys.maxsize
+        # Of a token each byte at most is one of a stop's; one more in front, whose space the decoder may drop.
+        tail = max((len(word.encode()) for word in stop), default=0) + 1
+
+        def stopped(ids: list[int]) -> bool:
+            text = self.tokenizer.decode(ids[-tail:]) if stop else ""
+            return any(word in text for word in stop)
+
+        found: dict[int, Written] = {}
+        for batch in _batches([len(prompt) for prompt in prompts], batch_size, limit - max_new_tokens):
+            texts = sample_batch(
+                self.model,
+                [prompts[number] for number in batch],
+                max_new_tokens,
+                sampling,
+                ends,
+                seeds=[sampling.seed if seeds is None else seeds[number] for number in batch],
+                ends=stopped,
+            )
+            for number, ids in zip(batch, texts, strict=True):
+                full = len(ids) == min(max_new_tokens, limit - len(prompts[number]))
+                reason = "length" if full and not stopped(ids) else "stop"
+                found[number] = Written(ids, self.tokenizer.decode(ids), reason)
+            advance(len(batch))
+        return [found[number] for number in range(len(prompts))]
 
     def answer(self, messages: Sequence[Message], max_new_tokens: int = 500, **sampling: Any) -> Iterator[str]:
         """Yields, piece by piece, the assistant's next message.
@@ -111,6 +192,22 @@ def until(stop: Sequence[str], texts: Iterable[str]) -> Iterator[str]:
         yield safe[len(written) :]
         written = max(written, safe, key=len)
     yield text[len(written) :]
+
+
+def _batches(lengths: Sequence[int], size: int, free: int) -> Iterator[list[int]]:
+    """Yields the numbers of the prompts to write at once, the longest first.
+
+    A batch ends where its longest text does, so that prompts longer than `free` are with their equals alone.
+    """
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        fits = not batch or lengths[batch[0]] == lengths[number] or lengths[batch[0]] <= free
+        if len(batch) == size or not fits:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
 
 
 def _overlap(text: str, word: str) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from fiddlehead.data import ByteTokenizer
@@ -39,7 +41,9 @@ def test_what_cannot_be_is_a_line_and_exit_code_2(fiddlehead, llama, arguments, 
     assert said in fiddlehead(*arguments, rc=2)
 
 
-def test_an_imported_model_writes_and_is_evaluated(fiddlehead, tmp_path):  # noqa: F811
+@pytest.fixture
+def ours(fiddlehead, tmp_path):  # noqa: F811
+    """A model of bytes, imported into the working directory."""
     import torch
 
     from tests.models.hf_families import config, transformers
@@ -49,8 +53,68 @@ def test_an_imported_model_writes_and_is_evaluated(fiddlehead, tmp_path):  # noq
     transformers.LlamaForCausalLM(made).save_pretrained(tmp_path / "hf")
     ByteTokenizer().save(tmp_path / "hf" / "tokenizer.json")
     fiddlehead("import", "hf", "hf", "--out", "ours")
+
+
+def test_an_imported_model_writes_and_is_evaluated(fiddlehead, ours, tmp_path):  # noqa: F811
     assert "ab" in fiddlehead("generate", "ours", "--prompt", "ab", "--max-new-tokens", "5", "--stop", "zz")
     (tmp_path / "text.txt").write_text("ferns " * 30)
     assert "179 tokens: " in fiddlehead("evaluate", "ours", "--file", "text.txt")
     assert "cannot be read" in fiddlehead("evaluate", "ours", "--file", "none.txt", rc=2)
     assert "has no chat template" in fiddlehead("chat", "ours", rc=2)
+
+
+def test_without_the_harness_the_way_to_it_is_told(fiddlehead, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = fiddlehead("evaluate", "ours", "--tasks", "plants", rc=2)
+    assert said == "error: tasks: lm-evaluation-harness is not installed; pip install 'fiddlehead[eval]' brings it\n"
+    assert "give one of --file FILE and --tasks A,B" in fiddlehead("evaluate", "ours", rc=2)
+
+
+def test_prompts_come_from_options_and_files(fiddlehead, ours, tmp_path):  # noqa: F811
+    (tmp_path / "some.jsonl").write_text('{"prompt": "moss"}\n\n{"id": 3, "prompt": "a\\nfern, "}\n')
+    (tmp_path / "some.txt").write_text("moss\n\na fern, \n")
+    typed = ["generate", "ours", "--max-new-tokens", "9", "--seed", "5"]
+    alone = {text: fiddlehead(*typed, "-p", text)[: -len("\n")] for text in ("moss", "a\nfern, ", "a fern, ", "ivy")}
+    for prompts, arguments in [
+        (["ivy", "moss", "a\nfern, "], ["-p", "ivy", "--prompt-file", "some.jsonl"]),
+        (["moss", "a fern, "], ["--prompt-file", "some.txt", "--batch-size", "1"]),
+        (["moss", "moss"], ["-p", "moss", "-p", "moss"]),
+    ]:
+        assert fiddlehead(*typed, *arguments) == "".join(alone[text] + "\n" for text in prompts)
+        found = [json.loads(line) for line in fiddlehead(*typed, *arguments, "--json").splitlines()]
+        assert [each["prompt"] + each["text"] for each in found] == [alone[text] for text in prompts]
+        assert {(each["tokens"], each["finish_reason"]) for each in found} == {(9, "length")}
+    text, end = next((text, end) for text in alone for end in alone[text][len(text) + 1 :] if end.isascii())
+    (stopped,) = map(json.loads, fiddlehead(*typed, "-p", text, "--stop", end, "--json").splitlines())
+    assert stopped["text"] == alone[text][len(text) :].partition(end)[0]
+    assert stopped["finish_reason"] == "stop" and stopped["tokens"] < 9
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b" \n\n", ["prompt_file='a.txt': has no prompt"]),
+        ("a.txt", b"fine\nno \xff\n", ["a.txt:2: is no UTF-8: byte 0xff at 3"]),
+        ("a.txt", b"moss\n" + b"m" * 200, ["a.txt:2: has 200 tokens; the model sees seq_length=128"]),
+        (
+            "a.jsonl",
+            b'{"prompt": "x"}\n{"prompt": }\n[1]\n{"prompt": 3}\n{"promt": "x"}\n',
+            [
+                "a.jsonl:2: is no JSON: column 12",
+                "a.jsonl:3: is a list",
+                "a.jsonl:4: needs",
+                "a.jsonl:5: needs a text prompt, and has promt",
+            ],
+        ),
+        ("b.txt", b"", ["prompt_file='a.txt': cannot be read: No such file"]),
+    ],
+)
+def test_prompts_that_cannot_be_read_are_told_all_at_once(fiddlehead, ours, tmp_path, name, content, said):  # noqa: F811
+    (tmp_path / name).write_bytes(content)
+    name = name.replace("b.", "a.")
+    errors = fiddlehead("generate", "ours", "--prompt-file", name, "-p", "x", rc=2).splitlines()
+    assert len(errors) == len(said) and all(part in line for part, line in zip(said, errors, strict=True)), errors
+
+
+def test_generate_needs_a_prompt(fiddlehead, ours):  # noqa: F811
+    assert "give --prompt TEXT or --prompt-file FILE" in fiddlehead("generate", "ours", rc=2)

@@ -67,6 +67,19 @@ def test_recipes_are_listed_without_being_imported(fiddlehead, tmp_path):
     assert "tiny_mqa" in output
 
 
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("gemma3_1", ["gemma3_1b", "gemma3_12b"]),
+        ("llama*_70b", ["llama2_70b", "llama3_70b", "llama31_70b"]),
+        ("tiny_m?a", ["tiny_mqa", "tiny_mha"]),
+    ],
+)
+def test_recipes_are_found_by_part_of_their_name(fiddlehead, pattern, names):
+    lines = fiddlehead("recipes", pattern).splitlines()
+    assert {line.split()[0] for line in lines[2:] if line.strip()} == set(names)
+
+
 def test_show_says_where_each_value_was_set(fiddlehead):
     output = fiddlehead("show", "tiny", "optim.lr=1e-3")
     line = next(line for line in output.splitlines() if line.startswith("optim.lr "))
@@ -153,6 +166,8 @@ def test_all_mistakes_of_a_recipe_at_once(fiddlehead):
         (["runs", "--dir", "elsewhere", "show", "x"], "--dir elsewhere"),
         (["pretrain"], "--factory"),
         (["show", "tinny"], "did you mean 'tiny'?"),
+        (["recipes", "lamma3_8b"], "no recipe is called 'lamma3_8b'; did you mean 'llama3_8b' or "),
+        (["recipes", "zzz*"], "no recipe is called 'zzz*'; `fiddlehead recipes` lists all"),
         (["generate", "nothing", "--prompt", "x"], "unknown run 'nothing'"),
         (["runs", "cancel", "nothing"], "unknown run 'nothing'"),
         (["runs", "shw"], "shw"),

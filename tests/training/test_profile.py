@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fiddlehead import tasks
 from fiddlehead.errors import ConfigError
@@ -64,11 +66,17 @@ def test_shapes_are_recorded_if_asked_for(pretrain: Pretrain):
         assert any("Input Dims" in event.get("args", {}) for event in found) == shapes
 
 
-def test_it_changes_no_loss_and_its_files_are_no_part_of_a_step(pretrain: Pretrain):
+def test_it_changes_no_loss_and_its_files_are_no_part_of_a_step(pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch):
+    export = torch.profiler.profile.export_chrome_trace
+
+    def slowly(self: torch.profiler.profile, path: str) -> None:
+        time.sleep(0.6)
+        export(self, path)
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", slowly)
     profiled = pretrain(name="with", profile="2:3", max_steps=5, val_samples=0)
     assert rows(profiled, "loss", "grad_norm") == rows(pretrain(max_steps=5, val_samples=0), "loss", "grad_norm")
-    for step, seconds in rows(profiled, "step", "seconds_per_step")[3:]:
-        assert float(seconds) < 0.1, step  # writing the files takes longer
+    assert all(float(seconds) < 0.5 for (seconds,) in rows(profiled, "seconds_per_step")[2:])
 
 
 def test_a_resumed_run_profiles_the_rest_of_the_steps(

@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from fiddlehead import __version__
-from fiddlehead.cli import attention, bench, checkpoints, corpus, recipes, runs, train, use
+from fiddlehead.cli import attention, bench, checkpoints, corpus, evaluate, recipes, runs, train, use
 from fiddlehead.errors import ConfigError
 
 app = typer.Typer(
@@ -41,7 +41,7 @@ app.command("bench", rich_help_panel="Train", help=bench.HELP)(bench.bench)
 app.command("tokenize", rich_help_panel="Train")(corpus.tokenize)
 app.command("generate", rich_help_panel="Use")(use.generate)
 app.command("chat", rich_help_panel="Use")(use.chat)
-app.command("evaluate", rich_help_panel="Use")(use.evaluate)
+app.command("evaluate", rich_help_panel="Use")(evaluate.evaluate)
 app.add_typer(runs.app, name="runs", rich_help_panel="Use")
 app.add_typer(checkpoints.importing, name="import", rich_help_panel="Checkpoints")
 app.add_typer(checkpoints.exporting, name="export", rich_help_panel="Checkpoints")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
+from fnmatch import fnmatch
 from pathlib import Path
 
 import typer
@@ -19,17 +21,24 @@ from fiddlehead.cli.common import (
 from fiddlehead.cli.common import (
     show as show_things,
 )
+from fiddlehead.errors import ConfigError
 
 
 def recipes(
+    pattern: str = typer.Argument(
+        None, show_default=False, help="Part of a name, or a name with * and ?.", autocompletion=complete_recipe
+    ),
     long: bool = typer.Option(False, "--long", help="Also build each one: parameters and devices (takes seconds)."),
 ) -> None:
-    """List the recipes: yours in ./recipes first, then the built-in ones."""
+    """List the recipes: yours in ./recipes first, then the built-in ones.
+
+    Example:  fiddlehead recipes qwen
+    """
     from rich.text import Text
 
     columns = ["name", "task", "where", "what"]
     made = table(*columns[:3], *(["parameters", "devices"] if long else []), columns[3])
-    for entry in catalog.recipes():
+    for entry in _matching(catalog.recipes(), pattern):
         extra = _measure(entry) if long else []
         where = f"{_short(entry.file)}:{entry.line}"
         add_row(made, Text(entry.name, style="bold"), entry.task, where, *extra, entry.summary)
@@ -82,9 +91,21 @@ def diff(
     show_things(made)
 
 
+def _matching(entries: list[catalog.Entry], pattern: str | None) -> list[catalog.Entry]:
+    """Those whose name has `pattern` in it, or is like it if it has wildcards; all if it is None."""
+    if pattern is None:
+        return entries
+    like = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
+    found = [entry for entry in entries if fnmatch(entry.name, like)]
+    if not found:
+        near = get_close_matches(pattern.strip("*"), [entry.name for entry in entries], n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "`fiddlehead recipes` lists all"
+        raise ConfigError(f"no recipe is called {pattern!r}; {hint}")
+    return found
+
+
 def _measure(entry: catalog.Entry) -> list[str]:
     """Parameters and devices of a recipe; the first problem where it cannot be built here."""
-    from fiddlehead.errors import ConfigError
     from fiddlehead.launch import check
 
     try:

@@ -1,17 +1,22 @@
-"""`fiddlehead generate`, `chat` and `evaluate`: what a model is for."""
+"""`fiddlehead generate` and `chat`: what a model is for."""
 
 from __future__ import annotations
 
-import sys
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from fiddlehead.cli.runs import DirOption, complete_run
 from fiddlehead.errors import ConfigError
 
-_SOURCE = typer.Argument(
+if TYPE_CHECKING:
+    from fiddlehead.models.generation import Sampling
+    from fiddlehead.text import Writer, Written
+
+SourceArgument = typer.Argument(
     metavar="RUN|CHECKPOINT",
     help="A run, a checkpoint of one, or what `fiddlehead import` made.",
     autocompletion=complete_run,
@@ -23,37 +28,64 @@ _SEED = typer.Option(0, help="The same seed writes the same text.")
 
 
 def generate(
-    source: str = _SOURCE,
-    prompt: list[str] = typer.Option(..., "--prompt", "-p", help="The text to go on from; may be given several times."),
+    source: str = SourceArgument,
+    prompt: list[str] = typer.Option(
+        None, "--prompt", "-p", help="The text to go on from; may be given several times."
+    ),
+    prompt_file: Path = typer.Option(
+        None, "--prompt-file", help='A file with a prompt on each line, or .jsonl with objects that have a "prompt".'
+    ),
     max_new_tokens: int = typer.Option(200, min=1, help="How many tokens to write."),
     temperature: float = _TEMPERATURE,
     top_k: int = _TOP_K,
     top_p: float = _TOP_P,
-    seed: int = _SEED,
+    seed: int = typer.Option(0, help="The same seed writes the same text to the same prompt, whatever the others are."),
     stop: list[str] = typer.Option(None, "--stop", help="End before this text; may be given several times."),
+    batch_size: int = typer.Option(16, min=1, help="How many texts to write at once."),
+    as_json: bool = typer.Option(
+        False, "--json", help="A JSON object on each line: prompt, text, tokens, finish_reason."
+    ),
     checkpoint: Path = typer.Option(None, "--checkpoint", help="A checkpoint other than the run's newest."),
     directory: str = DirOption,
 ) -> None:
-    """Let a model go on from a prompt.
+    """Let a model go on from a prompt, or from many.
+
+    A single text is shown as it is written, and goes on beyond the length that the model was trained on; of several, or
+    with --json, none does.
 
     Example:  fiddlehead generate demo --prompt "def " --stop "\\n\\n"
+
+    Example:  fiddlehead generate demo --prompt-file prompts.jsonl --json
     """
+    from fiddlehead.models.generation import Sampling
     from fiddlehead.text import Writer
 
     if checkpoint is not None and not checkpoint.is_dir():
         raise ConfigError(f"checkpoint={str(checkpoint)!r}: there is no such checkpoint")
-    writer = Writer.open(checkpoint or source, directory)
+    prompts = {f"prompt {number}": text for number, text in enumerate(prompt or (), start=1)}
+    prompts |= _read_prompts(prompt_file) if prompt_file else {}
+    if not prompts:
+        raise ConfigError("give --prompt TEXT or --prompt-file FILE")
     ends = [text.encode().decode("unicode_escape") if "\\" in text else text for text in stop or ()]
-    for text in prompt:
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    sampling = Sampling(**options)
+    writer = Writer.open(checkpoint or source, directory)
+    if len(prompts) == 1 and not as_json:
+        (text,) = prompts.values()
         print(text, end="", flush=True)  # noqa: T201
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         for piece in writer.write(text, max_new_tokens, stop=ends, **options):
             print(piece, end="", flush=True)  # noqa: T201
         print()  # noqa: T201
+        return
+    _refuse_long(prompts, writer)
+    for text, written in _write(writer, list(prompts.values()), max_new_tokens, ends, sampling, batch_size):
+        values = {"prompt": text, "text": written.text, "tokens": len(written.ids)}
+        values["finish_reason"] = written.finish_reason
+        print(json.dumps(values, ensure_ascii=False) if as_json else text + written.text, flush=True)  # noqa: T201
 
 
 def chat(
-    source: str = _SOURCE,
+    source: str = SourceArgument,
     system: str = typer.Option("", help="What the assistant is told before all else."),
     max_new_tokens: int = typer.Option(500, min=1, help="The longest answer."),
     temperature: float = _TEMPERATURE,
@@ -95,44 +127,74 @@ def chat(
         messages.append({"role": "assistant", "content": answer.strip()})
 
 
-def evaluate(
-    source: str = _SOURCE,
-    file: Path = typer.Option(..., "--file", "-f", help="A text file."),
-    stride: int = typer.Option(None, min=1, help="How far apart windows begin; half the model's length if not given."),
-    as_json: bool = typer.Option(False, "--json", help="For a program."),
-    directory: str = DirOption,
-) -> None:
-    """Say how well a model predicts a text: nats a token and a byte, and perplexity.
+def _read_prompts(file: Path) -> dict[str, str]:
+    """The prompts of a file, by where they are in it; all that is wrong with it is told at once."""
+    from fiddlehead.data.examples import parse_line
 
-    Example:  fiddlehead evaluate demo --file notes.txt
-    """
-    import json
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise ConfigError(f"prompt_file={str(file)!r}: cannot be read: {error.strerror}") from error
+    found: dict[str, str] = {}
+    problems = []
+    for number, line in enumerate(lines, start=1):
+        place = f"{file}:{number}"
+        if not line.strip():
+            continue
+        if file.suffix == ".jsonl":
+            values, problem = parse_line(line)
+            if not problem and not isinstance(values, dict):
+                problem = f"is a {type(values).__name__}, not an object with a prompt"
+            elif not problem and not isinstance(values.get("prompt"), str):
+                problem = f"needs a text prompt, and has {', '.join(values) or 'nothing'}"
+            text = "" if problem else values["prompt"]
+        else:
+            text, problem = _decoded(line)
+        if problem:
+            problems.append(f"{place}: {problem}")
+        found[place] = text
+    if problems:
+        raise ConfigError(*problems[:20], *([f"and {len(problems) - 20} more"] if len(problems) > 20 else []))
+    if not found:
+        raise ConfigError(f"prompt_file={str(file)!r}: has no prompt")
+    return found
 
+
+def _decoded(line: bytes) -> tuple[str, str]:
+    try:
+        return line.decode("utf-8-sig"), ""
+    except UnicodeDecodeError as error:
+        return "", f"is no UTF-8: byte {line[error.start]:#04x} at {error.start}"
+
+
+def _refuse_long(prompts: dict[str, str], writer: Writer) -> None:
+    limit = writer.model.config.seq_length
+    lengths = map(len, writer.tokenizer.encode_batch(list(prompts.values())))
+    problems = [
+        f"{place}: has {length} tokens; the model sees seq_length={limit}, those that it writes included"
+        for place, length in zip(prompts, lengths, strict=True)
+        if limit is not None and length >= limit
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _write(
+    writer: Writer, prompts: list[str], max_new_tokens: int, stop: list[str], sampling: Sampling, batch_size: int
+) -> Iterator[tuple[str, Written]]:
+    """Yields each prompt with what follows it, in their order."""
     from rich.console import Console
     from rich.progress import Progress
 
-    from fiddlehead.text import Writer, likelihood
-
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"file={str(file)!r}: cannot be read: {error}") from error
-    writer = Writer.open(source, directory)
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(file.name, total=len(writer.tokenizer.encode(text)))
-        found = likelihood(writer, text, stride, lambda tokens: bar.advance(task, tokens))
-    values = {
-        "tokens": found.tokens,
-        "nats_per_token": found.nats / found.tokens,
-        "nats_per_byte": found.nats / found.text_bytes,
-        "perplexity": found.perplexity,
-    }
-    if as_json:
-        json.dump(values, sys.stdout)
-        print()  # noqa: T201
-        return
-    print(  # noqa: T201
-        f"{found.tokens:,} tokens: {values['nats_per_token']:.4f} nats a token, {values['nats_per_byte']:.4f} a byte, "
-        f"perplexity {found.perplexity:,.2f}"
-    )
+    hidden = not console.is_terminal or len(prompts) <= batch_size
+    with Progress(console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task("texts", total=len(prompts))
+        some = 16 * batch_size  # enough to put those of about one length together, few enough not to lose when stopped
+        for start in range(0, len(prompts), some):
+            texts = prompts[start : start + some]
+            options: dict[str, Any] = {"sampling": sampling, "batch_size": batch_size}
+            written = writer.write_all(
+                texts, max_new_tokens, stop=stop, advance=lambda count: bar.advance(task, count), **options
+            )
+            yield from zip(texts, written, strict=True)

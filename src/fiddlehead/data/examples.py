@@ -119,6 +119,23 @@ def tokenize_records(
     return examples
 
 
+def parse_line(line: bytes) -> tuple[Any, str]:
+    """The values of a line of JSONL, and why they cannot be read, or nothing."""
+    try:
+        values = json.loads(line.decode("utf-8-sig"))
+        if b"\\u" in line:
+            json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        return None, f"is no UTF-8: byte {error.object[error.start]:#04x} at {error.start}"
+    except UnicodeEncodeError:
+        return None, "is no Unicode: has half a surrogate pair"
+    except json.JSONDecodeError as error:
+        return None, f"is no JSON: column {error.colno}: {error.msg}"
+    except RecursionError:
+        return None, "is no JSON that can be read: nested too deep"
+    return values, ""
+
+
 def _refuse(problems: list[str]) -> None:
     """Raises for problems, if there are any: the first of them, and how many more."""
     if len(problems) > _SHOWN:
@@ -138,7 +155,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any, str]]:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield f"{path}:{number}", *_parsed(line)
+                    yield f"{path}:{number}", *parse_line(line)
     elif path.suffix == ".parquet":
         yield from _arrow_rows(path)
     else:
@@ -176,23 +193,6 @@ def _arrow_rows(file: Path) -> Iterator[tuple[str, Any, str]]:
                     yield f"{file}:{number}", values, ""
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"paths: {file} cannot be read after row {number}: {error}") from error
-
-
-def _parsed(line: bytes) -> tuple[Any, str]:
-    """The values of a line, and why they cannot be read, or nothing."""
-    try:
-        values = json.loads(line.decode("utf-8-sig"))
-        if b"\\u" in line:
-            json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        return None, f"is no UTF-8: byte {error.object[error.start]:#04x} at {error.start}"
-    except UnicodeEncodeError:
-        return None, "is no Unicode: has half a surrogate pair"
-    except json.JSONDecodeError as error:
-        return None, f"is no JSON: column {error.colno}: {error.msg}"
-    except RecursionError:
-        return None, "is no JSON that can be read: nested too deep"
-    return values, ""
 
 
 def _check(values: Any, preference: bool) -> tuple[tuple[str, ...] | None, list[str]]:

@@ -157,9 +157,13 @@ class JSONTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_with_special(self, text: str) -> list[int]:
-        """The token ids of `text`, in which the names of special tokens are these tokens: of a chat's markup."""
-        return self._with_special.encode(text, add_special_tokens=False).ids
+    def encode_with_special(self, text: str, *, complete: bool = False) -> list[int]:
+        """The token ids of `text`, in which the names of special tokens are these tokens: of a chat's markup.
+
+        Args:
+            complete: with those, too, that the tokenizer puts around every text, such as one where it begins.
+        """
+        return self._with_special.encode(text, add_special_tokens=complete).ids
 
     def encode_batch_with_special(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode_with_special` of each text."""

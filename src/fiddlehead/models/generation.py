@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -102,18 +102,29 @@ def sample_batch(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling | None = None,
-    stop_ids: Sequence[int] = (),
+    stop_ids: Collection[int] = (),
+    *,
+    seeds: Sequence[int] | None = None,
+    ends: Callable[[list[int]], bool] = lambda written: False,
     compile: bool = False,
 ) -> list[list[int]]:
     """The tokens that follow each of the prompts, all written at once; the prompts may differ in length.
 
-    A sequence ends before a token of `stop_ids`, and where the model's `seq_length` does.
+    A sequence ends before a token of `stop_ids`, and all end where the model's `seq_length` does for the longest.
+
+    Args:
+        seeds: one for each sequence, instead of those from `sampling.seed` on.
+        ends: whether a sequence ends with what was written of it so far.
+        compile: as in `sample`.
 
     Raises:
         ConfigError: as `sample`; also if a prompt is as long as `seq_length`.
     """
     sampling = sampling or Sampling()
-    generators = sampling.generators(len(prompts), model.embedding.weight.device)
+    device = model.embedding.weight.device
+    generators = sampling.generators(len(prompts), device)
+    if seeds is not None:
+        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     limit = model.config.seq_length
     if limit is not None and (long := [len(prompt) for prompt in prompts if len(prompt) >= limit]):
         raise ConfigError(f"prompts of {', '.join(map(str, long))} tokens: the model writes up to seq_length={limit}")
@@ -125,6 +136,7 @@ def sample_batch(
             going[number] = going[number] and token not in stop_ids and room
             if going[number]:
                 written[number].append(token)
+                going[number] = not ends(written[number])
         if not any(going):
             break
     return written

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fiddlehead.models.autocast import product_dtype
+from fiddlehead.models.collectives import Group, all_reduce, exchange_counts, exchange_rows
 from fiddlehead.models.config import TransformerConfig
 
 
@@ -22,7 +23,11 @@ class MoE(nn.Module):
         self.config = config
         E, C, width = config.num_moe_experts or 0, config.hidden_size, config.expert_size
         self.router = nn.Linear(C, E, bias=config.add_bias_linear)
-        self.experts = Experts(E, C, width, gated=config.gated, bias=config.add_bias_linear)
+        self.experts = Experts(
+            E, C, width, activation=config.activation, gated=config.gated, bias=config.add_bias_linear
+        )
+        self.sequence_groups: tuple[Group, ...] = ()
+        """The processes that share sequences: `aux_loss` spreads the tokens of all of them together."""
         self.aux_loss: torch.Tensor | None = None
         """Of the latest forward pass in training, already weighed; None without a weight."""
 
@@ -42,20 +47,54 @@ class MoE(nn.Module):
         if self.training and self.config.moe_aux_loss_coeff:
             # Switch Transformer's: least where tokens, and the router's probability, are spread evenly.
             fraction, probability = counts / expert.numel(), scores.softmax(dim=-1).mean(dim=0)
+            for group in self.sequence_groups:
+                fraction = all_reduce(fraction, group) / group.size
             self.aux_loss = self.config.moe_aux_loss_coeff * E * (fraction * probability).sum()
-        h = self.experts.linear_fc1(tokens[order // k], expert, counts)
-        h = self.experts.linear_fc2(activate(h, self.config.activation), expert, counts)
+        h = self.experts(tokens[order // k], expert, counts)
         out = torch.empty_like(h).index_copy(0, order, h)  # back in the tokens' order: a sum that is always the same
         return (out.view(-1, k, out.shape[-1]) * weights[..., None]).sum(dim=1).to(x.dtype).view_as(x)
 
 
 class Experts(nn.Module):
-    """The two layers of all experts."""
+    """The two layers of all experts, or of this process's where `group` splits them: the first E / n are process 0's.
 
-    def __init__(self, E: int, C: int, width: int, *, gated: bool, bias: bool) -> None:
+    Rows then go to the processes of their experts and back, and each waits to know how many it gets.
+    """
+
+    def __init__(self, E: int, C: int, width: int, *, activation: str, gated: bool, bias: bool) -> None:
         super().__init__()
+        self.activation = activation
+        self.group = Group()
         self.linear_fc1 = GroupedLinear(E, C, 2 * width if gated else width, bias)
         self.linear_fc2 = GroupedLinear(E, width, C, bias)
+
+    def forward(self, x: torch.Tensor, expert: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """(rows, C) to (rows, C); the arguments are those of `GroupedLinear.forward`, of all E experts."""
+        if self.group.size == 1:
+            return self._serve(x, expert, counts)
+        here = counts.view(self.group.size, -1)
+        there = exchange_counts(here, self.group)
+        sent, received = torch.stack([here, there]).sum(dim=-1).tolist()
+        x = exchange_rows(x.to(product_dtype(x)), sent, received, self.group)
+        h = self._serve_unsorted(x, there)
+        return exchange_rows(h, received, sent, self.group)
+
+    def _serve_unsorted(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Rows in the order of the processes that they come from, and of experts for each; counts (n, E / n)."""
+        own = torch.arange(counts.shape[1], device=x.device).expand_as(counts)
+        expert = own.flatten().repeat_interleave(counts.flatten(), output_size=len(x))
+        counts = counts.sum(dim=0, dtype=torch.int32)
+        rows = len(x)
+        if not rows:  # the grouped product's gradient needs one
+            x, expert = F.pad(x, (0, 0, 0, 1)), F.pad(expert, (0, 1))
+            counts = F.pad(counts.new_ones(1), (0, len(counts) - 1))
+        expert, order = expert.sort(stable=True)
+        h = self._serve(x[order], expert, counts)
+        return torch.empty_like(h).index_copy(0, order, h)[:rows]
+
+    def _serve(self, x: torch.Tensor, expert: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        h = activate(self.linear_fc1(x, expert, counts), self.activation)
+        return self.linear_fc2(h, expert, counts)
 
 
 class GroupedLinear(nn.Module):

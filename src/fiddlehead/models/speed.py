@@ -96,7 +96,8 @@ def compile_transformer(transformer: Transformer, compile: Compile) -> None:
         transformer.hidden = torch.compile(transformer.hidden, fullgraph=True)
         return
     for layer in transformer.layers:
-        layer.compile(fullgraph=True)
+        # What a strategy hangs on the layer itself, gathering its parameters, is not to be compiled with it.
+        layer.forward = torch.compile(layer.forward, fullgraph=True)
 
 
 def _checkpointed(forward: Callable[..., torch.Tensor], contexts: dict[str, Any]) -> Callable[..., torch.Tensor]:

@@ -16,6 +16,7 @@ from torch import nn
 from fiddlehead.attention import KVCache, attend
 from fiddlehead.errors import ConfigError
 from fiddlehead.models.autocast import product_dtype
+from fiddlehead.models.collectives import HeadExchange, SequenceSplit
 from fiddlehead.models.config import TransformerConfig
 from fiddlehead.models.linear_cross_entropy import linear_cross_entropy
 from fiddlehead.models.moe import GroupedLinear, MoE, activate
@@ -35,6 +36,7 @@ class Transformer(nn.Module):
         if config.vocab_size is None:
             raise ConfigError("vocab_size=None: a model needs to know its vocabulary")
         self.config = config
+        self.split = SequenceSplit()  # `parallelize` says which part of each sequence this process has
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = _position_embedding(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
@@ -84,14 +86,18 @@ class Transformer(nn.Module):
 
         `run_layer` is called with each layer and its arguments where they are to be run in another way.
         """
-        config, length = self.config, input_ids.shape[1]
+        config, split = self.config, self.split
+        length = split.parts * input_ids.shape[1]
         documents = None
         if caches is not None:
+            if split.parts > 1:
+                raise ConfigError("caches: a model whose sequences are split over processes keeps none")
             positions = caches[0].next_positions(length)
             length += caches[0].length
         elif cu_seqlens is not None:
             documents = Documents(cu_seqlens, max_seqlen)
-            positions = positions_in_documents(cu_seqlens, input_ids.numel()).view_as(input_ids)
+            positions = positions_in_documents(cu_seqlens, split.parts * input_ids.numel())
+            positions = positions.view(-1, length)
             length = min(max_seqlen or length, length)
         else:
             positions = torch.arange(length, device=input_ids.device)
@@ -103,10 +109,10 @@ class Transformer(nn.Module):
                     f"seq_length={self.position_embedding.num_embeddings}: the model has no position for {length} "
                     "tokens"
                 )
-            x = x + self.position_embedding(positions)
+            x = x + self.position_embedding(split.own(positions))
         elif config.position_embedding_type == "rope":
             kinds = dict.fromkeys(config.rotary(layer) for layer in range(config.num_layers))
-            ropes = {rotary: rotary.tables(positions, length) for rotary in kinds}
+            ropes = {rotary: rotary.tables(split.gathered(positions), length) for rotary in kinds}
         # In mixed precision too the stream between the layers is as wide as their products: half the memory to move.
         x = F.dropout(x.to(product_dtype(x)), config.hidden_dropout, self.training)
         for number, layer in enumerate(self.layers):
@@ -207,6 +213,9 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.window_size = config.window(layer)
+        # `parallelize` leaves a process part of the heads, and exchanges heads for whole sequences.
+        self.heads, self.groups = config.num_attention_heads, config.groups
+        self.exchange: HeadExchange | None = None
         H, G, D = config.num_attention_heads, config.groups, config.head_dim
         bias = config.add_bias_linear
         self.linear_qkv = nn.Linear(config.hidden_size, (H + 2 * G) * D, bias=bias or config.add_qkv_bias)
@@ -226,9 +235,10 @@ class Attention(nn.Module):
         new_lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, T, C) to (B, T, C)."""
-        B, T, _ = x.shape
-        H, G, D = self.config.num_attention_heads, self.config.groups, self.config.head_dim
-        qk, v = self.linear_qkv(x).view(B, T, H + 2 * G, D).split([H + G, G], dim=2)
+        qkv = self.linear_qkv(x)
+        B, T, _ = qkv.shape
+        H, G, D = self.heads, self.groups, self.config.head_dim
+        qk, v = qkv.view(B, T, H + 2 * G, D).split([H + G, G], dim=2)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             q, k = qk.split([H, G], dim=2)
             if self.config.qk_layernorm == "projection":
@@ -239,6 +249,11 @@ class Attention(nn.Module):
         if rope is not None:
             qk = rotate(qk, rope)
         q, k = qk.split([H, G], dim=2)
+        sinks = self.sinks
+        if self.exchange is not None:
+            q, k, v = self.exchange.to_heads(q, k, v)
+            sinks = None if sinks is None else self.exchange.own(sinks)
+        shape = q.shape
         cu_seqlens = max_seqlen = None
         if documents is not None:
             cu_seqlens, max_seqlen = documents
@@ -249,7 +264,7 @@ class Attention(nn.Module):
             v,
             window_size=self.window_size,
             softcap=self.config.attn_logit_softcapping or 0.0,
-            sinks=self.sinks,
+            sinks=sinks,
             dropout=self.config.attention_dropout if self.training else 0.0,
             scale=self.config.softmax_scale,
             cu_seqlens_q=cu_seqlens,
@@ -258,6 +273,8 @@ class Attention(nn.Module):
             new_lengths=new_lengths,
             backend=self.config.attention_backend,
         )
+        if self.exchange is not None:
+            out = self.exchange.to_sequence(out.reshape(shape))
         return self.linear_proj(out.reshape(B, T, H * D))
 
 

@@ -74,7 +74,7 @@ class BFloat16AdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["step"] = 0
-            state["low_bits"] = torch.zeros_like(parameter, dtype=torch.int16)
+            state["low_bits"] = torch.zeros_like(parameter)  # 16 bits, of a dtype that ranks can send each other
             state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
 
@@ -93,8 +93,8 @@ def update_weight(
     beta2: float,
 ) -> None:
     """One step of one parameter, (n,), and of its state, in place."""
-    high = parameter.view(torch.int16)
-    weight = ((high.to(torch.int32) << 16) + low_bits.to(torch.int32)).view(torch.float32)
+    high, low = parameter.view(torch.int16), low_bits.view(torch.int16)
+    weight = ((high.to(torch.int32) << 16) + low.to(torch.int32)).view(torch.float32)
     g = gradient.float()
     exp_avg.copy_(beta1 * exp_avg + (1 - beta1) * g)
     exp_avg_sq.copy_(beta2 * exp_avg_sq + (1 - beta2) * g * g)
@@ -102,7 +102,7 @@ def update_weight(
     bits = weight.view(torch.int32)
     rounded = (bits + 0x8000) >> 16  # to the nearest; what is left over fits in 16 bits with a sign
     high.copy_(rounded.to(torch.int16))
-    low_bits.copy_((bits - (rounded << 16)).to(torch.int16))
+    low.copy_((bits - (rounded << 16)).to(torch.int16))
 
 
 @functools.cache

@@ -1,0 +1,229 @@
+"""What processes that share a sequence or a layer exchange, as functions that autograd and torch.compile follow.
+
+Shapes: B batch, t the tokens that a process holds, n processes of a group, T = n x t, H query heads, G key/value heads,
+D head dim. All take tensors of which the processes of a group have equal shapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes along one dimension of a mesh, and which of them this is."""
+
+    name: str = ""
+    size: int = 1
+    rank: int = 0
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh, dim: str) -> Group:
+        """Those along `dim`; this process alone where the mesh has no such dimension."""
+        if dim not in (mesh.mesh_dim_names or ()):
+            return cls()
+        group = mesh.get_group(dim)
+        return cls(group.group_name, group.size(), mesh.get_local_rank(dim))
+
+
+@dataclass(frozen=True)
+class SequenceSplit:
+    """Which part of each sequence a process has outside attention: parts follow each other, cp first, then tp."""
+
+    cp: Group = Group()
+    tp: Group = Group()
+
+    @property
+    def parts(self) -> int:
+        """How many parts a sequence has."""
+        return self.cp.size * self.tp.size
+
+    def own(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """This process's part of what is whole along `dim`."""
+        return part(x, self.parts, self.cp.rank * self.tp.size + self.tp.rank, dim)
+
+    def gathered(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """The part that the processes of a tensor-parallel group have together."""
+        return part(x, self.cp.size, self.cp.rank, dim)
+
+
+@dataclass(frozen=True)
+class HeadExchange:
+    """Part of the sequence with all heads to the whole sequence with part of the heads, and back.
+
+    DeepSpeed-Ulysses (Jacobs et al. 2023). Query heads go to the processes in order. Where there are fewer key/value
+    heads than processes, each is sent to all processes that have query heads of it.
+    """
+
+    group: Group
+
+    def to_heads(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q (B, t, H, D), k and v (B, t, G, D) to (B, T, H / n, D) and (B, T, max(G / n, 1), D)."""
+        n = self.group.size
+        if k.shape[2] < n:
+            k, v = (x.repeat_interleave(n // x.shape[2], dim=2) for x in (k, v))
+        # One exchange for all three: what goes to one process lies together.
+        each = [x.unflatten(2, (n, -1)) for x in (q, k, v)]
+        sizes = [x.shape[3] for x in each]
+        together = torch.cat(each, dim=3).flatten(2, 3)
+        q, k, v = _SequenceToHeads.apply(together, self.group).split(sizes, dim=2)
+        return q, k, v
+
+    def to_sequence(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, H / n, D) to (B, t, H, D)."""
+        return _HeadsToSequence.apply(x, self.group)
+
+    def own(self, x: torch.Tensor) -> torch.Tensor:
+        """What belongs to this process's query heads of something for each, (H,) to (H / n,)."""
+        return part(x, self.group.size, self.group.rank, 0)
+
+
+def part(x: torch.Tensor, parts: int, number: int, dim: int) -> torch.Tensor:
+    """One of equal parts of x along `dim`."""
+    size = x.shape[dim] // parts
+    return x.narrow(dim, number * size, size)
+
+
+def gather_sequence(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Parts of a sequence, (B, t, ...) each, to the whole (B, T, ...); gradients are summed, and each gets its part."""
+    return _GatherSequence.apply(x, group)
+
+
+def scatter_sequence(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """The sum over the processes of x, (B, T, ...), of which each gets its part (B, t, ...)."""
+    return _ScatterSequence.apply(x, group)
+
+
+def exchange_rows(x: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
+    """Rows for each process, one process's after another's, to those from each.
+
+    Args:
+        x: (sum of `sent`, C).
+        sent: how many rows go to each process.
+        received: how many come from each.
+    """
+    return _ExchangeRows.apply(x, sent, received, group)
+
+
+def exchange_counts(counts: torch.Tensor, group: Group) -> torch.Tensor:
+    """Numbers for each process, (n, k), to those from each; without gradients."""
+    return _all_to_all(counts, group)
+
+
+def all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """The sum of x over the processes, whose gradient is the sum of the gradients."""
+    return _AllReduce.apply(x, group)
+
+
+# Functions of our own rather than those of torch.distributed._functional_collectives: which of them have gradients, and
+# what they are called, differs between torch 2.11 and 2.13. The operators below them do not.
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group = group
+        return _gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _reduce_scatter(grads[0], ctx.group), None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group = group
+        return _reduce_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _gather(grads[0], ctx.group), None
+
+
+class _SequenceToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group = group
+        return _to_heads(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _to_sequence(grads[0], ctx.group), None
+
+
+class _HeadsToSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group = group
+        return _to_sequence(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _to_heads(grads[0], ctx.group), None
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _exchange(x, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _exchange(grads[0], ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.group = group
+        return _sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _sum(grads[0], ctx.group), None
+
+
+def _gather(x: torch.Tensor, group: Group) -> torch.Tensor:
+    out = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), group.size, group.name)
+    out = torch.ops._c10d_functional.wait_tensor(out)
+    return out.unflatten(0, (group.size, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _reduce_scatter(x: torch.Tensor, group: Group) -> torch.Tensor:
+    x = x.unflatten(1, (group.size, -1)).transpose(0, 1).flatten(0, 1).contiguous()
+    out = torch.ops._c10d_functional.reduce_scatter_tensor(x, "sum", group.size, group.name)
+    return torch.ops._c10d_functional.wait_tensor(out)
+
+
+def _to_heads(x: torch.Tensor, group: Group) -> torch.Tensor:
+    x = x.unflatten(2, (group.size, -1)).permute(2, 0, 1, 3, 4)  # n, B, t, heads of one process, D
+    return _all_to_all(x, group).transpose(0, 1).flatten(1, 2)
+
+
+def _to_sequence(x: torch.Tensor, group: Group) -> torch.Tensor:
+    x = x.unflatten(1, (group.size, -1)).transpose(0, 1)  # n, B, t, heads of one process, D
+    return _all_to_all(x, group).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def _all_to_all(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """x[i] goes to process i, and what came from process i is [i] of the result."""
+    one_each = [1] * group.size
+    return _exchange(x.flatten(1), one_each, one_each, group).view(x.shape)
+
+
+def _exchange(x: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
+    out = torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group.name)
+    return torch.ops._c10d_functional.wait_tensor(out)
+
+
+def _sum(x: torch.Tensor, group: Group) -> torch.Tensor:
+    out = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group.name)
+    return torch.ops._c10d_functional.wait_tensor(out)

@@ -1,0 +1,36 @@
+"""One transformer on several processes: tensor, context and expert parallelism over a `DeviceMesh`.
+
+A mesh has the dimensions that a run uses, of "dp_replicate", "dp_shard", "ep", "cp" and "tp". The processes along the
+first three have different samples; those along "cp" and "tp" share each sequence: outside attention and feed-forward a
+process holds T / (cp x tp) tokens of it, cp's parts of tp's parts.
+
+What is exchanged in each layer's forward pass, and again in the backward pass, in bytes that each process sends; x is
+the size of a (B, T, C) tensor of the whole sequence, B T C x 2 in bfloat16:
+
+- Tensor parallel with the sequence split between (Korthikanti et al. 2022): tokens are all-gathered before
+  `linear_qkv` and `linear_fc1`, and what `linear_proj` and `linear_fc2` return is reduce-scattered:
+  4 x (tp - 1) / tp x / cp together. Experts are not split by it: they, their router and all else that is not one of
+  these four layers are whole on every process, and work on its own tokens.
+- Context parallel by all-to-all (Ulysses, Jacobs et al. 2023): around attention tokens are exchanged for heads, so that
+  every kernel sees whole sequences: (cp - 1) / cp x (2 H + 2 G) / H x H D / C / (cp x tp), where G is at least cp x tp.
+- Expert parallel (Lepikhin et al. 2020): each token goes to the processes that have its experts, and back:
+  2 k (ep - 1) / ep x / (cp x tp) where tokens spread evenly over experts; and the counts, which the host waits for.
+
+Once a step: the gradients of what is whole on several processes, see `reduce_gradients`. Parameters stay plain local
+tensors, so that FSDP2's `fully_shard` can go over the data-parallel dimensions (and cp) afterwards. Their names and,
+put together by `gather_tensor`, their values are those of one process.
+"""
+
+from fiddlehead.models.parallel.gradients import grad_norm, reduce_gradients
+from fiddlehead.models.parallel.layers import local_batch, parallelize
+from fiddlehead.models.parallel.shards import gather_tensor, refuse_sizes, shard_tensor
+
+__all__ = [
+    "gather_tensor",
+    "grad_norm",
+    "local_batch",
+    "parallelize",
+    "reduce_gradients",
+    "refuse_sizes",
+    "shard_tensor",
+]

@@ -1,0 +1,133 @@
+"""A transformer made to be one process's part, and a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from fiddlehead.errors import ConfigError
+from fiddlehead.models.autocast import product_dtype
+from fiddlehead.models.collectives import (
+    Group,
+    HeadExchange,
+    SequenceSplit,
+    all_reduce,
+    gather_sequence,
+    scatter_sequence,
+)
+from fiddlehead.models.lora import adapter_state
+from fiddlehead.models.moe import MoE
+from fiddlehead.models.parallel.shards import copies, refuse_sizes, shard_tensor
+from fiddlehead.models.transformer import MLP, Attention, Transformer, ZeroCenteredRMSNorm
+
+
+def parallelize(transformer: Transformer, mesh: DeviceMesh) -> None:
+    """Leaves of a transformer what this process has and does along "tp", "cp" and "ep" of a mesh, in place.
+
+    It then takes `local_batch`es, and returns logits of their tokens. Parameters may be on the meta device; where they
+    have values, those must be the same on all processes. To be done before `fully_shard`.
+
+    Raises:
+        ConfigError: the model cannot be split so, or has adapters, which tensor parallelism does not split.
+    """
+    config = transformer.config
+    tp, cp, ep = (Group.of(mesh, dim) for dim in ("tp", "cp", "ep"))
+    refuse_sizes(config, tp=tp.size, cp=cp.size, ep=ep.size)
+    if tp.size > 1 and adapter_state(transformer):
+        raise ConfigError(f"tp={tp.size}: a model with adapters (lora) cannot be split; allowed: 1")
+    for name, parameter in list(transformer.named_parameters()):
+        local = shard_tensor(name, parameter.detach(), config, mesh)
+        if local.shape != parameter.shape:
+            owner, _, leaf = name.rpartition(".")
+            setattr(transformer.get_submodule(owner), leaf, nn.Parameter(local, parameter.requires_grad))
+    transformer.split = SequenceSplit(cp, tp)
+    for module in list(transformer.modules()):
+        if isinstance(module, Attention):
+            if cp.size > 1:
+                module.exchange = HeadExchange(cp)
+            if tp.size > 1:
+                module.heads, module.groups = module.heads // tp.size, max(module.groups // tp.size, 1)
+                module.linear_qkv = ColumnParallelLinear(module.linear_qkv, tp)
+                module.linear_proj = RowParallelLinear(module.linear_proj, tp)
+                if module.q_layernorm is not None and config.qk_layernorm == "projection":
+                    module.q_layernorm = SplitRMSNorm(module.q_layernorm, tp, 1)
+                    module.k_layernorm = SplitRMSNorm(module.k_layernorm, tp, copies(config, tp.size))
+        elif isinstance(module, MoE):
+            module.sequence_groups = tuple(group for group in (cp, tp) if group.size > 1)
+            module.experts.group = ep
+        elif isinstance(module, MLP) and tp.size > 1:
+            module.linear_fc1 = ColumnParallelLinear(module.linear_fc1, tp)
+            module.linear_fc2 = RowParallelLinear(module.linear_fc2, tp)
+
+
+def local_batch(batch: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
+    """A batch with this process's part of `input_ids` and `labels`, (B, T) to (B, T / (cp x tp)).
+
+    All processes along "cp" and "tp" must have the same batch. `cu_seqlens` remain those of the whole sequences.
+
+    Raises:
+        ConfigError: T is no multiple of cp x tp.
+    """
+    split = SequenceSplit(Group.of(mesh, "cp"), Group.of(mesh, "tp"))
+    local = dict(batch)
+    for name in ("input_ids", "labels"):
+        if name not in batch:
+            continue
+        length = batch[name].shape[1]
+        if length % split.parts:
+            raise ConfigError(
+                f"{name} has {length} tokens in a sequence: must be a multiple of cp x tp = {split.parts}; "
+                f"the nearest: {max(round(length / split.parts), 1) * split.parts}"
+            )
+        local[name] = split.own(batch[name], dim=1).contiguous()
+    return local
+
+
+class _Split(nn.Linear):
+    """A linear layer around the part of the parameters that a process has of it."""
+
+    def __init__(self, linear: nn.Linear, group: Group) -> None:
+        out_features, in_features = linear.weight.shape
+        super().__init__(in_features, out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.group = group
+        self.train(linear.training)
+
+
+class ColumnParallelLinear(_Split):
+    """The part of the sequence, (B, t, in), to part of the outputs of the whole sequence, (B, T, out / n)."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(gather_sequence(input.to(product_dtype(input)), self.group), self.weight, self.bias)
+
+
+class RowParallelLinear(_Split):
+    """Part of the inputs of the whole sequence, (B, T, in / n), to part of the sequence, (B, t, out)."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        x = scatter_sequence(F.linear(input, self.weight), self.group)
+        return x if self.bias is None else x + self.bias.to(x.dtype)
+
+
+class SplitRMSNorm(nn.Module):
+    """RMSNorm of channels that are split over processes, `copies` of which have the same."""
+
+    def __init__(self, norm: Any, group: Group, copies: int) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self.eps, self.zero_centered = norm.eps, isinstance(norm, ZeroCenteredRMSNorm)
+        self.group, self.copies = group, copies
+        self.size = self.weight.numel() * group.size // copies
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., size / n) to the same."""
+        wide = x.float()
+        squares = all_reduce(wide.square().sum(dim=-1, keepdim=True), self.group) / self.copies
+        weight = self.weight.float()
+        wide = wide * torch.rsqrt(squares / self.size + self.eps) * (1 + weight if self.zero_centered else weight)
+        return wide.to(x.dtype)

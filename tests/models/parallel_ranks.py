@@ -1,0 +1,200 @@
+"""Training steps of one process and of several, side by side: what `test_parallel` starts in each process.
+
+Every process computes what one process would with the whole batch, and compares its own with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import traceback
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models.parallel import gather_tensor, grad_norm, local_batch, parallelize, reduce_gradients
+
+SMALL: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "ffn_hidden_size": 48,
+    "vocab_size": 61,
+    "seq_length": 16,
+    "init_method_std": 0.2,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "grouped": {},
+    "multi-head": {"num_query_groups": None, "normalization": "LayerNorm", "activation": "gelu"},
+    "multi-query": {"num_query_groups": 1, "share_embeddings_and_output_weights": True},
+    "biases": {"add_bias_linear": True, "position_embedding_type": "learned_absolute"},
+    "sinks": {"attention_sinks": True, "add_bias_linear": True, "activation": "clamped_swiglu"},
+    "head norms": {"qk_layernorm": "head", "norm_placement": "both", "layernorm_zero_centered_gamma": True},
+    "projection norms": {"qk_layernorm": "projection", "norm_placement": "post"},
+    "window": {"window_size": (4, 0), "window_attn_skip_freq": 2, "add_qkv_bias": True},
+    "experts": {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.1, "ffn_hidden_size": 16},
+    "experts with biases": {
+        "num_moe_experts": 8,
+        "moe_router_topk": 1,
+        "moe_router_pre_softmax": True,
+        "ffn_hidden_size": 16,
+        "add_bias_linear": True,
+        "activation": "clamped_swiglu",
+    },
+}
+MESHES: dict[str, dict[str, int]] = {
+    "tp=4": {"tp": 4},
+    "cp=4": {"cp": 4},
+    "cp=2 tp=2": {"cp": 2, "tp": 2},
+    "dp=2 tp=2": {"dp_shard": 2, "tp": 2},
+    "dp=2 cp=2": {"dp_replicate": 2, "cp": 2},
+    "fsdp=2 tp=2": {"dp_shard": 2, "tp": 2},
+    "fsdp over dp=2x2": {"dp_replicate": 2, "dp_shard": 2},
+    "ep=4": {"ep": 4},
+    "ep=2 cp=2": {"ep": 2, "cp": 2},
+    "ep=2 tp=2": {"ep": 2, "tp": 2},
+    "dp=2 ep=2": {"dp_shard": 2, "ep": 2},
+    "fsdp over dp=2 ep=2": {"dp_shard": 2, "ep": 2},
+    "fsdp over dp=2 cp=2": {"dp_shard": 2, "cp": 2},
+}
+PACKED = ("multi-query", "sinks", "window")
+"""Models that are trained on documents kept apart."""
+STEPS = 20
+B, T = 4, 16
+
+
+def cases() -> Iterator[tuple[str, str]]:
+    """Names of a model and of a mesh."""
+    for mesh, sizes in MESHES.items():
+        yield from ((model, mesh) for model in MODELS if "experts" in model or "ep" not in sizes)
+
+
+def compare(model_name: str, mesh_name: str) -> None:
+    """Raises AssertionError unless several processes learn what one does."""
+    sizes = MESHES[mesh_name]
+    mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    config = TransformerConfig(**(SMALL | MODELS[model_name]))
+    torch.manual_seed(0)
+    alone: Any = Transformer(config)
+    with torch.no_grad():  # what starts at 0 or 1 would hide what is put in the wrong place
+        for parameter in alone.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+        if model_name == "experts with biases":
+            for layer in alone.layers:
+                layer.mlp.router.bias[4:] -= 10  # the last ones get no token, nor their processes a row
+    before = {name: parameter.detach().clone() for name, parameter in alone.named_parameters()}
+    split: Any = copy.deepcopy(alone)
+    parallelize(split, mesh)
+    averaged: tuple[str, ...] = ()
+    if mesh_name.startswith("fsdp"):
+        averaged = tuple(dim for dim in sizes if dim != "tp")
+        over = mesh[averaged] if "dp_replicate" in sizes or len(averaged) == 1 else mesh[averaged]._flatten()
+        for layer in split.layers:
+            if "ep" in sizes:
+                fully_shard(layer.mlp.experts, mesh=mesh["dp_shard"])
+            fully_shard(layer, mesh=over)
+        fully_shard(split, mesh=over)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (alone, split)]
+    generator = torch.Generator().manual_seed(1)
+    for step in range(STEPS):
+        batch = random_batch(generator, packed=model_name in PACKED)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        samples = list(shares(batch, sizes))
+        # With experts, one process too has as many micro-batches: the auxiliary loss is not linear in the samples.
+        expected = torch.stack([loss_of(alone, share) for share in samples]).mean()
+        expected.backward()
+        mine = local_batch(samples[sample_share(mesh)], mesh)
+        loss = loss_of(split, mine)
+        loss.backward()
+        reduce_gradients(split, mesh, averaged)
+        total = loss.detach().clone()
+        dist.all_reduce(total)
+        close(total / dist.get_world_size(), expected, f"loss of step {step}")
+        norm = torch.nn.utils.get_total_norm([p.grad for p in alone.parameters() if p.grad is not None])
+        close(grad_norm(split, mesh), norm, f"norm of step {step}")
+        for optimizer in optimizers:
+            optimizer.step()
+    for (name, theirs), (_, own) in zip(alone.named_parameters(), split.named_parameters(), strict=True):
+        local = own.full_tensor() if isinstance(own, DTensor) else own
+        gathered = gather_tensor(name, local.detach(), config, mesh)
+        # What is learned is compared, and not what was there before.
+        close(gathered - before[name], theirs - before[name], name)
+
+
+def loss_of(model: Transformer, batch: dict[str, Any]) -> torch.Tensor:
+    """The mean cross-entropy over a batch, and what the experts add."""
+    logits = model(batch["input_ids"], batch.get("cu_seqlens"), batch.get("max_seqlen"))
+    loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+    spread = model.aux_loss()
+    return loss if spread is None else loss + spread
+
+
+def random_batch(generator: torch.Generator, *, packed: bool) -> dict[str, Any]:
+    """B sequences of T tokens, whose documents end at other places each time."""
+    tokens = torch.randint(SMALL["vocab_size"], (B, T + 1), generator=generator)
+    batch: dict[str, Any] = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]}
+    if packed:
+        batch["cuts"] = torch.randint(1, T, (B,), generator=generator)
+    return batch
+
+
+def shares(batch: dict[str, Any], sizes: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """The samples of each data-parallel process."""
+    number = sizes.get("dp_replicate", 1) * sizes.get("dp_shard", 1) * sizes.get("ep", 1)
+    for i in range(number):
+        share = {name: tensor.chunk(number)[i] for name, tensor in batch.items()}
+        if (cuts := share.pop("cuts", None)) is not None:
+            starts = torch.arange(len(cuts)) * T
+            ends = torch.stack([starts + cuts, starts + T], dim=1).flatten()
+            share |= {"cu_seqlens": F.pad(ends, (1, 0)).int(), "max_seqlen": T}
+        yield share
+
+
+def sample_share(mesh: DeviceMesh) -> int:
+    """Which of the `shares` this process has."""
+    names, number = mesh.mesh_dim_names or (), 0
+    for dim in ("dp_replicate", "dp_shard", "ep"):
+        if dim in names:
+            number = number * mesh.size(names.index(dim)) + mesh.get_local_rank(dim)
+    return number
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """Raises AssertionError unless the difference, as a whole, is at most 1e-5 of what is expected."""
+    difference = float((actual.detach() - expected.detach()).norm() / expected.detach().norm())
+    assert difference <= 1e-5, f"{what}: differs by {difference:.1e}"
+
+
+def main(rank: int, world_size: int, folder: Path, wanted: list[tuple[str, str]]) -> None:
+    """Writes, from the first process, a file with what went wrong for each case; empty if nothing did."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'rendezvous'}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )
+    for number, case in enumerate(wanted):
+        said = ""
+        try:
+            compare(*case)
+        except Exception:
+            said = traceback.format_exc()
+        every: list[Any] = [None] * world_size
+        dist.all_gather_object(every, said)
+        if rank == 0:
+            (folder / f"{number}.txt").write_text("\n".join(dict.fromkeys(filter(None, every))))
+    dist.destroy_process_group()

@@ -1,0 +1,83 @@
+"""Transformers on several processes learn what they would on one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing.spawn import spawn
+
+from fiddlehead.errors import ConfigError
+from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models.parallel import refuse_sizes
+from fiddlehead.models.parallel.shards import part_of, splits_over
+from tests.models import parallel_ranks
+
+QUICK = [("sinks", "cp=2 tp=2"), ("multi-query", "fsdp=2 tp=2"), ("experts", "ep=2 cp=2")]
+THOROUGH = [
+    *((model, "cp=2 tp=2") for model in parallel_ranks.MODELS if model not in ("sinks", "experts with biases")),
+    *((model, "tp=4") for model in ("grouped", "multi-query", "biases", "projection norms", "experts")),
+    *((model, "cp=4") for model in ("grouped", "multi-query", "sinks", "window")),
+    *((model, "dp=2 tp=2") for model in ("multi-head", "window")),
+    ("head norms", "dp=2 cp=2"),
+    *((model, mesh) for model in ("experts", "experts with biases") for mesh in ("ep=4", "ep=2 tp=2")),
+    *(("experts with biases", mesh) for mesh in ("dp=2 ep=2", "fsdp over dp=2 ep=2")),
+    *((model, "fsdp=2 tp=2") for model in ("biases", "projection norms", "experts")),
+    ("grouped", "fsdp over dp=2x2"),
+    *((model, "fsdp over dp=2 cp=2") for model in ("grouped", "sinks")),
+]
+
+
+def learn(cases: list[tuple[str, str]], folder: Path) -> None:
+    """Fails with what differed, if anything, on four processes that train each case."""
+    # The processes are started with this one's path, and import what it did.
+    assert str(Path(__file__).parents[2]) in sys.path
+    spawn(parallel_ranks.main, (4, folder, cases), nprocs=4)
+    wrong = [f"{case}: {said}" for n, case in enumerate(cases) if (said := (folder / f"{n}.txt").read_text())]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_several_processes_learn_what_one_does(tmp_path: Path) -> None:
+    learn(QUICK, tmp_path)
+
+
+@pytest.mark.slow
+def test_every_kind_of_model_learns_the_same_on_every_kind_of_mesh(tmp_path: Path) -> None:
+    learn(THOROUGH, tmp_path)
+
+
+@pytest.mark.parametrize("model", parallel_ranks.MODELS)
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_parts_of_all_processes_are_the_whole(model: str, size: int) -> None:
+    config = TransformerConfig(**(parallel_ranks.SMALL | parallel_ranks.MODELS[model]))
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
+    split = 0
+    for name, shape in shapes.items():
+        if splits_over(name, config) is None:
+            continue
+        split += 1
+        parts = [part for rank in range(size) if (part := part_of(name, config, size, rank))]
+        covered = sorted({i for part in parts for start, stop in part.ranges for i in range(start, stop)})
+        assert covered == list(range(shape[parts[0].dim])), name
+        assert len({sum(stop - start for start, stop in part.ranges) for part in parts}) == 1, name
+    assert split
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "said"),
+    [
+        ({}, {"tp": 3}, r"tp=3: must divide num_attention_heads=4 .* allowed: 1, 2, 4$"),
+        ({"ffn_hidden_size": 50}, {"tp": 4}, r"tp=4: .*ffn_hidden_size=50.* allowed: 1, 2$"),
+        ({"num_attention_heads": 12, "kv_channels": 8, "num_query_groups": 3}, {"tp": 2}, r"allowed: 1, 3, 6, 12$"),
+        ({}, {"tp": 2, "cp": 4}, r"cp=4: must divide the 2 query heads of a process \(tp=2\).* allowed: 1, 2$"),
+        ({}, {"ep": 2}, r"ep=2: num_moe_experts=None, there are no experts to split; allowed: 1$"),
+        ({"num_moe_experts": 6}, {"ep": 4}, r"ep=4: must divide num_moe_experts=6; allowed: 1, 2, 3, 6$"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], sizes: dict[str, int], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        refuse_sizes(TransformerConfig(**(parallel_ranks.SMALL | changes)), **sizes)
