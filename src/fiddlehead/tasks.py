@@ -220,6 +220,8 @@ def plan_pretrain(
             sizes = trainer.strategy.sizes(world_size)
         except ConfigError as error:
             raise error.under("trainer.strategy") from error
+        if world_size > 1 and model.compile_mode == "model":
+            problems.append("model.compile='model': a model cut over several devices takes 'layers' or None")
     accumulate = 1
     try:
         model.take_shape()

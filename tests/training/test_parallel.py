@@ -54,6 +54,18 @@ def test_one_device_is_trained_on_as_without_a_strategy(dataset: Path, tmp_path:
     assert torch.equal(losses(tmp_path / "run"), losses(one / "plain"))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"activation_checkpointing": "full"}, pytest.param({"compile": "layers"}, marks=pytest.mark.slow)],
+    ids=["recomputed", "compiled"],
+)
+def test_what_makes_a_step_faster_or_smaller_changes_nothing(
+    dataset: Path, one: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    run = train("fsdp-2", dataset, tmp_path, **changes)
+    torch.testing.assert_close(losses(run), losses(one / "plain"), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize(("precision", "stored"), [("bf16-mixed", "F32"), ("bf16-true", "BF16")])
 def test_bfloat16_is_close_to_one_process_s(dataset: Path, tmp_path: Path, precision: str, stored: str) -> None:
     runs = [train(layout, dataset, tmp_path / layout, precision=precision) for layout in ("1", "hsdp-2x2")]

@@ -44,6 +44,8 @@ def test_the_ranks_share_what_the_strategy_says(parts: Parts) -> None:
     assert dict(shared.rows())["memory"].startswith(
         f"{shared.state_gib / 2:.2f} GiB on each device (of {copies.state_gib:.2f} GiB in all) for"
     )
+    with pytest.raises(ConfigError, match="'model': a model cut over several devices takes 'layers' or None"):
+        plan(parts(strategy=Parallel(), compile="model", **settings))
     with pytest.raises(ConfigError, match=r"^trainer\.strategy\.data_parallel=3: with"):
         plan(parts(strategy=Parallel(data_parallel=3), **settings))
 

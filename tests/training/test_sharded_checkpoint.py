@@ -48,12 +48,20 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 
 
 @pytest.mark.parametrize(
-    ("layout", "asynchronous"),
-    [("1", True), ("fsdp-2", False), ("fsdp-2", True), pytest.param("hsdp-2x2", True, marks=pytest.mark.slow)],
+    ("layout", "asynchronous", "precision"),
+    [
+        ("1", True, "32-true"),
+        ("fsdp-2", False, "bf16-mixed"),
+        ("fsdp-2", True, "bf16-true"),
+        pytest.param("hsdp-2x2", True, "32-true", marks=pytest.mark.slow),
+    ],
 )
-def test_a_killed_run_goes_on_exactly(dataset: Path, tmp_path: Path, layout: str, asynchronous: bool) -> None:
-    settings = {"asynchronous": asynchronous, "hidden_dropout": 0.1}
-    whole = train(layout, dataset, tmp_path, name="whole", hidden_dropout=0.1)
+def test_a_killed_run_goes_on_exactly(
+    dataset: Path, tmp_path: Path, layout: str, asynchronous: bool, precision: str
+) -> None:
+    settings: dict[str, Any] = {"hidden_dropout": 0.1, "precision": precision}
+    whole = train(layout, dataset, tmp_path, name="whole", **settings)
+    settings["asynchronous"] = asynchronous
     train(layout, dataset, tmp_path, killed_after=13, **settings)
     run = train(layout, dataset, tmp_path, **settings)
     assert torch.equal(losses(run), losses(whole))

@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 
 from fiddlehead.models.safetensors_files import FORMAT, Stored, Written, to_write, write_file
 from fiddlehead.training.checkpoint_folder import read_state, read_tensors, verify, write_state, write_together
-from fiddlehead.training.sharding import gather
 from fiddlehead.training.team import Team
 
 _TENSOR, _PAIRS = "__tensor__", "__pairs__"
@@ -131,7 +130,7 @@ class SafetensorsIO(CheckpointIO):
             for name in names:  # in the same order on every rank, as all of them gather
                 tensor = tensors[name].detach()
                 gathered = isinstance(tensor, DTensor)
-                whole = gather(tensor) if gathered else tensor
+                whole = tensor.full_tensor() if gathered else tensor
                 if own:
                     moved = gathered or self.asynchronous
                     files[file][name] = whole.to("cpu", copy=self.asynchronous) if moved else whole

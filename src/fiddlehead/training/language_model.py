@@ -79,7 +79,7 @@ class LanguageModel(LightningModule):
             raise ConfigError(*problems)
         self._config = config
         self.init_from, self.lora = init_from, lora
-        self._compile: Compile | None = compile
+        self.compile_mode: Compile | None = compile
         self._recompute: Recompute | None = activation_checkpointing
         self._fp8: Float8 | None = fp8
         self.optim: AdamW | None = None
@@ -171,8 +171,8 @@ class LanguageModel(LightningModule):
             convert_to_float8(transformer, self._fp8)
         if self._recompute is not None:
             recompute_activations(transformer, self._recompute)
-        if self._compile is not None:
-            compile_transformer(transformer, self._compile)
+        if self.compile_mode is not None:
+            compile_transformer(transformer, self.compile_mode)
 
     def on_fit_start(self) -> None:
         """Takes from the data how many bytes a token stands for."""

@@ -90,18 +90,6 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def gather(tensor: DTensor) -> torch.Tensor:
-    """The whole tensor; all ranks have to call this together."""
-    if tensor.dtype != torch.int16:
-        return tensor.full_tensor()
-    # NCCL and gloo know no such integers, and only pass these bits on.
-    bits, shape, stride = tensor.to_local().view(torch.bfloat16), tensor.shape, tensor.stride()
-    passed = DTensor.from_local(
-        bits, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride
-    )
-    return passed.full_tensor().view(torch.int16)
-
-
 def read(tensor: torch.Tensor, stored: Stored) -> None:
     """Copies this rank's part of a tensor in a file into `tensor`, without reading the rest."""
     local(tensor).copy_(stored.load(part(tensor)))
