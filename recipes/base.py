@@ -31,7 +31,11 @@ def pretrain(
     """A pretraining run of `model` on the default corpus, with the settings that most runs share."""
     recipe = Recipe(
         tasks.pretrain,
-        model=fdl.Config(LanguageModel, config=deepcopy(model)),  # many recipes may start from one model
+        model=fdl.Config(
+            LanguageModel,
+            config=deepcopy(model),  # many recipes may start from one model
+            compile="layers" if accelerator == "gpu" else None,
+        ),
         data=fdl.Config(
             PreTrainingDataModule,
             seq_length=seq_length,

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.multiprocessing.spawn import spawn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fiddlehead.errors import ConfigError
-from fiddlehead.models import Transformer, TransformerConfig
-from fiddlehead.models.parallel import refuse_sizes
+from fiddlehead.models import LoRA, Transformer, TransformerConfig
+from fiddlehead.models.parallel import local_batch, parallelize, refuse_sizes, shard_tensor
 from fiddlehead.models.parallel.shards import part_of, splits_over
 from tests.models import parallel_ranks
 
-QUICK = [("sinks", "cp=2 tp=2"), ("multi-query", "fsdp=2 tp=2"), ("experts", "ep=2 cp=2")]
+QUICK = [("sinks", "tp=2"), ("multi-query", "cp=2")]
 THOROUGH = [
-    *((model, "cp=2 tp=2") for model in parallel_ranks.MODELS if model not in ("sinks", "experts with biases")),
+    *((model, "cp=2 tp=2") for model in parallel_ranks.MODELS if model != "experts with biases"),
     *((model, "tp=4") for model in ("grouped", "multi-query", "biases", "projection norms", "experts")),
     *((model, "cp=4") for model in ("grouped", "multi-query", "sinks", "window")),
     *((model, "dp=2 tp=2") for model in ("multi-head", "window")),
@@ -32,10 +37,11 @@ THOROUGH = [
 
 
 def learn(cases: list[tuple[str, str]], folder: Path) -> None:
-    """Fails with what differed, if anything, on four processes that train each case."""
+    """Fails with what differed, if anything, on the processes of a mesh that train each case."""
+    (number,) = {math.prod(parallel_ranks.MESHES[mesh].values()) for _, mesh in cases}
     # The processes are started with this one's path, and import what it did.
     assert str(Path(__file__).parents[2]) in sys.path
-    spawn(parallel_ranks.main, (4, folder, cases), nprocs=4)
+    spawn(parallel_ranks.main, (number, folder, cases), nprocs=number)
     wrong = [f"{case}: {said}" for n, case in enumerate(cases) if (said := (folder / f"{n}.txt").read_text())]
     assert not wrong, "\n".join(wrong)
 
@@ -81,3 +87,51 @@ def test_the_parts_of_all_processes_are_the_whole(model: str, size: int) -> None
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], sizes: dict[str, int], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         refuse_sizes(TransformerConfig(**(parallel_ranks.SMALL | changes)), **sizes)
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """The last of four processes, cp=2 tp=2, the others of which are not there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=4)
+    yield init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
+    dist.destroy_process_group()
+
+
+def test_a_model_on_the_meta_device_is_split_and_its_parts_are_those_of_the_values(mesh: DeviceMesh) -> None:
+    config = TransformerConfig(**parallel_ranks.SMALL)
+    full = Transformer(config).state_dict()
+    with torch.device("meta"):
+        model = Transformer(config)
+    parallelize(model, mesh)
+    assert model.layers[1].self_attention.linear_qkv.weight.is_meta  # type: ignore[union-attr]
+    model.load_state_dict({n: shard_tensor(n, x, config, mesh) for n, x in full.items()}, assign=True)
+    q, k, v = full["layers.1.self_attention.linear_qkv.weight"].split([32, 16, 16])
+    own = model.state_dict()["layers.1.self_attention.linear_qkv.weight"]
+    torch.testing.assert_close(own, torch.cat([q[16:], k[8:], v[8:]]), rtol=0, atol=0)
+    gate, up = full["layers.0.mlp.linear_fc1.weight"].chunk(2)
+    own = model.state_dict()["layers.0.mlp.linear_fc1.weight"]
+    torch.testing.assert_close(own, torch.cat([gate[24:], up[24:]]), rtol=0, atol=0)
+
+
+def test_a_batch_is_cut_cp_first(mesh: DeviceMesh) -> None:
+    whole = torch.arange(16).view(2, 8)
+    batch = {"input_ids": whole, "labels": whole + 1, "index": torch.tensor([5, 6]), "max_seqlen": 8}
+    local = local_batch(batch, mesh)
+    assert local["input_ids"].tolist() == [[6, 7], [14, 15]]
+    assert local["labels"].tolist() == [[7, 8], [15, 16]]
+    assert local["index"] is batch["index"]
+    assert local["max_seqlen"] == 8
+    with pytest.raises(ConfigError, match="input_ids has 7 tokens in a sequence: must be a multiple of cp x tp = 4"):
+        local_batch({"input_ids": whole[:, 1:]}, mesh)
+
+
+def test_what_does_not_go_with_a_split_is_refused(mesh: DeviceMesh) -> None:
+    config = TransformerConfig(**parallel_ranks.SMALL)
+    adapted = Transformer(config)
+    LoRA().apply(adapted)
+    with pytest.raises(ConfigError, match=r"tp=2: a model with adapters \(lora\) cannot be split; allowed: 1"):
+        parallelize(adapted, mesh)
+    model = Transformer(config)
+    parallelize(model, mesh)
+    with pytest.raises(ConfigError, match="caches: a model whose sequences are split over processes keeps none"):
+        model(torch.zeros(1, 4, dtype=torch.int64), caches=[])

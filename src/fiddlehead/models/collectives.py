@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
+
+from fiddlehead.models.autocast import product_dtype
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,16 @@ def part(x: torch.Tensor, parts: int, number: int, dim: int) -> torch.Tensor:
     return x.narrow(dim, number * size, size)
 
 
-def gather_sequence(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Parts of a sequence, (B, t, ...) each, to the whole (B, T, ...); gradients are summed, and each gets its part."""
-    return _GatherSequence.apply(x, group)
+def linear_of_whole(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: Group) -> torch.Tensor:
+    """A linear layer of the whole sequence: each has (B, t, in), and gets (B, T, out) of its own weights.
+
+    The whole sequence is not kept for the backward pass but gathered again (Korthikanti et al. 2022, section 4.2.2),
+    while gradients are computed that do not need it.
+    """
+    # Cast before it is sent, which is half as much.
+    dtype = product_dtype(x)
+    bias = None if bias is None else bias.to(dtype)
+    return _LinearOfWhole.apply(x.to(dtype), weight.to(dtype), bias, group)
 
 
 def scatter_sequence(x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -125,15 +135,27 @@ def all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
 # what they are called, differs between torch 2.11 and 2.13. The operators below them do not.
 
 
-class _GatherSequence(torch.autograd.Function):
+class _LinearOfWhole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: Group) -> Any:
+        ctx.save_for_backward(x, weight)
         ctx.group = group
-        return _gather(x, group)
+        return F.linear(_gather(x, group), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _reduce_scatter(grads[0], ctx.group), None
+        (grad,), (x, weight), group = grads, ctx.saved_tensors, ctx.group
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_x = grad_weight = whole = None
+        if needs_weight:
+            whole = _start_gather(x, group)
+        if needs_x:
+            grad_x = _start_reduce_scatter(grad @ weight, group)
+        if whole is not None:
+            grad_weight = grad.flatten(0, 1).T @ _end_gather(whole, group).flatten(0, 1)
+        if grad_x is not None:
+            grad_x = torch.ops._c10d_functional.wait_tensor(grad_x)
+        return grad_x, grad_weight, grad.sum(dim=(0, 1)) if needs_bias else None, None
 
 
 class _ScatterSequence(torch.autograd.Function):
@@ -192,15 +214,25 @@ class _AllReduce(torch.autograd.Function):
 
 
 def _gather(x: torch.Tensor, group: Group) -> torch.Tensor:
-    out = torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), group.size, group.name)
-    out = torch.ops._c10d_functional.wait_tensor(out)
-    return out.unflatten(0, (group.size, -1)).transpose(0, 1).flatten(1, 2)
+    return _end_gather(_start_gather(x, group), group)
+
+
+def _start_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
+    return torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), group.size, group.name)
+
+
+def _end_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
+    x = torch.ops._c10d_functional.wait_tensor(x)
+    return x.unflatten(0, (group.size, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def _reduce_scatter(x: torch.Tensor, group: Group) -> torch.Tensor:
+    return torch.ops._c10d_functional.wait_tensor(_start_reduce_scatter(x, group))
+
+
+def _start_reduce_scatter(x: torch.Tensor, group: Group) -> torch.Tensor:
     x = x.unflatten(1, (group.size, -1)).transpose(0, 1).flatten(0, 1).contiguous()
-    out = torch.ops._c10d_functional.reduce_scatter_tensor(x, "sum", group.size, group.name)
-    return torch.ops._c10d_functional.wait_tensor(out)
+    return torch.ops._c10d_functional.reduce_scatter_tensor(x, "sum", group.size, group.name)
 
 
 def _to_heads(x: torch.Tensor, group: Group) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -38,10 +37,7 @@ class CompiledStep:
         self._logits = torch.empty(0)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._steps = 0
-        # One row times a matrix is a sum, which this makes a kernel of that reads the weights at full speed.
-        options: Any = {"coordinate_descent_tuning": True}
-        self._layer = torch.compile(lambda layer, *arguments: layer(*arguments), fullgraph=True, options=options)
-        self._to_logits = torch.compile(model.logits, fullgraph=True, options=options)
+        self._layer = torch.compile(lambda layer, *arguments: layer(*arguments), fullgraph=True)
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """The next tokens, (B,), to what follows them, (B, V); the next call overwrites it."""
@@ -62,4 +58,4 @@ class CompiledStep:
 
     def _run(self) -> torch.Tensor:
         x = self._model.hidden(self._ids, caches=self._caches, run_layer=self._layer)
-        return self._to_logits(x[:, -1])
+        return self._model.logits(x[:, -1])

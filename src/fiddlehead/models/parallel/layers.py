@@ -11,13 +11,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fiddlehead.errors import ConfigError
-from fiddlehead.models.autocast import product_dtype
 from fiddlehead.models.collectives import (
     Group,
     HeadExchange,
     SequenceSplit,
     all_reduce,
-    gather_sequence,
+    linear_of_whole,
     scatter_sequence,
 )
 from fiddlehead.models.lora import adapter_state
@@ -103,7 +102,7 @@ class ColumnParallelLinear(_Split):
     """The part of the sequence, (B, t, in), to part of the outputs of the whole sequence, (B, T, out / n)."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.linear(gather_sequence(input.to(product_dtype(input)), self.group), self.weight, self.bias)
+        return linear_of_whole(input, self.weight, self.bias, self.group)
 
 
 class RowParallelLinear(_Split):
