@@ -31,11 +31,7 @@ def pretrain(
     """A pretraining run of `model` on the default corpus, with the settings that most runs share."""
     recipe = Recipe(
         tasks.pretrain,
-        model=fdl.Config(
-            LanguageModel,
-            config=deepcopy(model),  # many recipes may start from one model
-            compile="layers" if accelerator == "gpu" else None,
-        ),
+        model=fdl.Config(LanguageModel, config=deepcopy(model)),  # many recipes may start from one model
         data=fdl.Config(
             PreTrainingDataModule,
             seq_length=seq_length,
@@ -68,6 +64,8 @@ def pretrain(
         log=fdl.Config(Log),
         checkpoint=fdl.Config(Checkpoint),
     )
+    if accelerator == "gpu":
+        recipe.model.compile = "layers"
     if accelerator == "gpu" and (devices != 1 or num_nodes > 1):
         recipe.trainer.strategy = fdl.Config(Parallel)
     return recipe
