@@ -245,6 +245,7 @@ def plan_pretrain(
     if model.init_from is not None:
         _allow_longer(model, data.seq_length)
     problems += _model_problems(model.config, data, vocab_size)
+    problems += [f"model.{each}" for each in model.compile_problems(str(trainer.precision))]
     if isinstance(trainer.strategy, Parallel):
         problems += [f"trainer.strategy.{each}" for each in trainer.strategy.problems(model.config, data.seq_length)]
         if sizes.context > 1 and isinstance(model, PreferenceModel):

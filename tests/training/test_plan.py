@@ -176,3 +176,23 @@ def test_a_run_writes_down_which_kernel_served_it(parts: Parts, capsys: pytest.C
     run = tasks.pretrain(**parts(max_steps=1, name="measured", attention_backend="measured"))
     (entry,) = json.loads((run.path / "attention.json").read_text())
     assert entry["backend"] is None and set(entry["candidates"]) >= {"sdpa_flash", "reference"}
+
+
+def test_what_cannot_be_compiled_with_experts_is_said_before(parts: Parts) -> None:
+    made = parts(num_moe_experts=4, moe_aux_loss_coeff=0.1, compile="layers", activation_checkpointing="full")
+    with pytest.raises(ConfigError) as refused:
+        plan(made)
+    assert [problem.split("=")[0] for problem in refused.value.problems] == [
+        "model.compile",
+        "model.activation_checkpointing",
+    ]
+    plan(parts(num_moe_experts=4, compile="layers", activation_checkpointing=0.5, precision="bf16-mixed"))
+
+
+def test_a_sequence_is_shared_by_as_many_ranks_as_divide_it_and_the_heads(parts: Parts) -> None:
+    settings: dict[str, Any] = {"devices": 3, "micro_batch_size": 2, "global_batch_size": 2}
+    with pytest.raises(ConfigError) as refused:
+        plan(parts(strategy=Parallel(context_parallel=3), **settings))
+    heads, length = refused.value.problems
+    assert heads.startswith("trainer.strategy.context_parallel=3: must divide") and "allowed: 1, 2, 4" in heads
+    assert length == "trainer.strategy.context_parallel=3: does not divide data.seq_length=16"

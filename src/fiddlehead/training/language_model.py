@@ -126,6 +126,23 @@ class LanguageModel(LightningModule):
             self._config = weights.config
         refuse_another_shape(self._config, weights, path)
 
+    def compile_problems(self, precision: str) -> list[str]:
+        """Why the layers cannot be compiled as they are to be trained; empty if they can."""
+        if self.compile_mode is None or self.config.num_moe_experts is None:
+            return []
+        problems = []
+        if precision == "32-true":
+            problems.append(
+                f"compile={self.compile_mode!r}: experts' products are compiled in bfloat16 only; set "
+                "trainer.precision=bf16-mixed, or compile=None here"
+            )
+        if isinstance(self._recompute, str) and self.config.moe_aux_loss_coeff:
+            problems.append(
+                f"activation_checkpointing={self._recompute!r}: a compiled layer with experts cannot be computed again "
+                "as one, as its balancing loss leaves it; give the part to keep, such as 0.5, or set compile=None"
+            )
+        return problems
+
     def _open_weights(self) -> Weights | None:
         """What to begin with; not checked again if `take_shape` has, as that reads all of it."""
         if self.init_from is None:
