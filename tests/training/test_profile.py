@@ -70,13 +70,13 @@ def test_it_changes_no_loss_and_its_files_are_no_part_of_a_step(pretrain: Pretra
     export = torch.profiler.profile.export_chrome_trace
 
     def slowly(self: torch.profiler.profile, path: str) -> None:
-        time.sleep(0.6)
+        time.sleep(4)
         export(self, path)
 
     monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", slowly)
     profiled = pretrain(name="with", profile="2:3", max_steps=5, val_samples=0)
     assert rows(profiled, "loss", "grad_norm") == rows(pretrain(max_steps=5, val_samples=0), "loss", "grad_norm")
-    assert all(float(seconds) < 0.5 for (seconds,) in rows(profiled, "seconds_per_step")[2:])
+    assert all(float(seconds) < 3.5 for (seconds,) in rows(profiled, "seconds_per_step")[2:])
 
 
 def test_a_resumed_run_profiles_the_rest_of_the_steps(
