@@ -15,11 +15,11 @@ demo: $(VENV)/.installed  ## Train a tiny GQA model on the Python standard libra
 	$(BIN)/fiddlehead pretrain --factory tiny log.name=$(RUN) --yes
 	$(BIN)/fiddlehead generate $(RUN) --prompt "def "
 
-test: $(VENV)/.installed-dev  ## The whole test suite, in two processes
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test: $(VENV)/.installed-dev  ## The whole test suite, in three processes, which often wait for jobs
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 test-fast: $(VENV)/.installed-dev  ## Without the tests that take more than ten seconds
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow"
 
 # The sandboxes are removed at the end, however it ends; the exit code is that of pytest.
 test-slurm test-docker: SHELL := /bin/bash

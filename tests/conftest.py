@@ -18,6 +18,11 @@ settings.register_profile("fiddlehead", deadline=None, derandomize=True, max_exa
 settings.load_profile("fiddlehead")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with what takes long, so that no process is left with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def environment_restored() -> Iterator[None]:
     """Seeding and launching write environment variables; the next test must not see them."""

@@ -22,7 +22,6 @@ from fiddlehead.training.console import is_rank_zero, say
 from fiddlehead.training.metrics import Metrics
 from fiddlehead.training.parallel import Sizes
 from fiddlehead.training.phases import Phases
-from fiddlehead.training.preference import PreferenceModel
 from fiddlehead.training.profile import Profile
 from fiddlehead.training.samples import SampleAnswer
 from fiddlehead.training.stop import StopOnRequest
@@ -245,13 +244,9 @@ def plan_pretrain(
     if model.init_from is not None:
         _allow_longer(model, data.seq_length)
     problems += _model_problems(model.config, data, vocab_size)
-    problems += [f"model.{each}" for each in model.compile_problems(str(trainer.precision))]
+    problems += model.problems(str(trainer.precision), sizes)
     if isinstance(trainer.strategy, Parallel):
         problems += [f"trainer.strategy.{each}" for each in trainer.strategy.problems(model.config, data.seq_length)]
-        if sizes.context > 1 and isinstance(model, PreferenceModel):
-            problems.append(
-                f"trainer.strategy.context_parallel={sizes.context}: answers are compared whole; allowed: 1"
-            )
     if problems:
         raise ConfigError(*problems)
 

@@ -18,10 +18,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from fiddlehead.models import Transformer, TransformerConfig
-from fiddlehead.models.parallel import gather_tensor, grad_norm, local_batch, parallelize, reduce_gradients
+from fiddlehead.models.parallel import Layout, local_batch, parallelize, reduce_gradients
+from fiddlehead.training.gradients import global_norm, gradients_of
 
 SMALL: dict[str, Any] = {
     "num_layers": 2,
@@ -91,6 +91,7 @@ def compare(model_name: str, mesh_name: str) -> None:
     before = {name: parameter.detach().clone() for name, parameter in alone.named_parameters()}
     split: Any = copy.deepcopy(alone)
     parallelize(split, mesh)
+    layout = Layout(config, mesh)
     averaged: tuple[str, ...] = ()
     if mesh_name.startswith("fsdp"):
         averaged = tuple(dim for dim in sizes if dim != "tp")
@@ -113,17 +114,16 @@ def compare(model_name: str, mesh_name: str) -> None:
         mine = local_batch(samples[sample_share(mesh)], mesh)
         loss = loss_of(split, mine)
         loss.backward()
-        reduce_gradients(split, mesh, averaged)
+        reduce_gradients(split, layout, averaged)
         total = loss.detach().clone()
         dist.all_reduce(total)
         close(total / dist.get_world_size(), expected, f"loss of step {step}")
         norm = torch.nn.utils.get_total_norm([p.grad for p in alone.parameters() if p.grad is not None])
-        close(grad_norm(split, mesh), norm, f"norm of step {step}")
+        close(global_norm(gradients_of(split.named_parameters()), layout), norm, f"norm of step {step}")
         for optimizer in optimizers:
             optimizer.step()
     for (name, theirs), (_, own) in zip(alone.named_parameters(), split.named_parameters(), strict=True):
-        local = own.full_tensor() if isinstance(own, DTensor) else own
-        gathered = gather_tensor(name, local.detach(), config, mesh)
+        gathered = layout.gather(name, own.detach())
         # What is learned is compared, and not what was there before.
         close(gathered - before[name], theirs - before[name], name)
 

@@ -23,6 +23,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "hsdp-2x2": (4, {"data_parallel_replicate": 2}),
     "cp-2": (2, {"context_parallel": 2}),
     "fsdp-2-cp-2": (4, {"context_parallel": 2}),
+    "tp-2": (2, {"tensor_parallel": 2}),
+    "tp-4": (4, {"tensor_parallel": 4}),
+    "fsdp-2-tp-2": (4, {"tensor_parallel": 2}),
+    "cp-2-tp-2": (4, {"context_parallel": 2, "tensor_parallel": 2}),
+    "ep-2": (2, {"expert_parallel": 2}),
+    "fsdp-2-ep-2": (4, {"expert_parallel": 2}),
+    "hsdp-2x2-ep-2": (8, {"data_parallel_replicate": 2, "expert_parallel": 2}),
+    "ep-2-tp-2": (4, {"expert_parallel": 2, "tensor_parallel": 2}),
 }
 SETTINGS = {
     "plain": {},

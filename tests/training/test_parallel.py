@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from fiddlehead import tasks
 from fiddlehead.data import FineTuningDataModule
 from fiddlehead.errors import ConfigError
-from fiddlehead.models import LoRA
+from fiddlehead.models import LoRA, TransformerConfig
+from fiddlehead.models.parallel import Layout
 from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
 from fiddlehead.training.gradients import global_norm, scale
 from fiddlehead.training.parallel import Sizes
@@ -39,6 +40,14 @@ from tests.training.ranks import on_ranks
         ("hsdp-2x2", "documents"),
         ("cp-2", "plain"),
         ("fsdp-2-cp-2", "documents"),
+        ("tp-2", "plain"),
+        ("fsdp-2-tp-2", "documents"),
+        pytest.param("cp-2-tp-2", "documents", marks=pytest.mark.slow),
+        ("tp-4", "experts"),
+        ("ep-2", "experts"),
+        pytest.param("fsdp-2-ep-2", "experts", marks=pytest.mark.slow),
+        pytest.param("hsdp-2x2-ep-2", "experts", marks=pytest.mark.slow),
+        pytest.param("ep-2-tp-2", "experts", marks=pytest.mark.slow),
     ],
 )
 def test_the_losses_are_those_of_one_process(
@@ -165,11 +174,15 @@ def norms(seed: int) -> tuple[float, float, float]:
     whole = [torch.randn(shape, generator=generator) for shape in shapes]
     cuts: list[Any] = [(mesh, (Shard(0), Shard(1))), (mesh, (Replicate(), Shard(0))), (mesh["b"], (Shard(1),))]
     cuts += [(mesh, (Shard(0), Replicate())), None]
-    gradients = [t if cut is None else distribute_tensor(t, *cut) for t, cut in zip(whole, cuts, strict=True)]
+    gradients = {
+        str(number): tensor if cut is None else distribute_tensor(tensor, *cut)
+        for number, (tensor, cut) in enumerate(zip(whole, cuts, strict=True))
+    }
+    layout = Layout(TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, vocab_size=9), mesh)
     expected = float(torch.cat([tensor.flatten() for tensor in whole]).double().norm())
-    found = float(global_norm(gradients))
+    found = float(global_norm(gradients, layout))
     scale(gradients, torch.tensor(0.5))
-    return found, expected, float(global_norm(gradients))
+    return found, expected, float(global_norm(gradients, layout))
 
 
 def test_the_norm_is_that_of_all_gradients_however_they_are_cut() -> None:
@@ -184,10 +197,11 @@ def test_the_norm_is_that_of_all_gradients_however_they_are_cut() -> None:
 @pytest.mark.parametrize(
     ("strategy", "devices", "sizes"),
     [
-        ({}, 1, (1, 1, 1, 1)),
-        ({}, 8, (1, 8, 1, 1)),
-        ({"data_parallel": 8}, 8, (1, 8, 1, 1)),
-        ({"data_parallel_replicate": 2}, 8, (2, 4, 1, 1)),
+        ({}, 1, (1, 1, 1, 1, 1)),
+        ({}, 8, (1, 8, 1, 1, 1)),
+        ({"data_parallel": 8}, 8, (1, 8, 1, 1, 1)),
+        ({"data_parallel_replicate": 2}, 8, (2, 4, 1, 1, 1)),
+        ({"expert_parallel": 2, "tensor_parallel": 2}, 8, (1, 2, 2, 1, 2)),
     ],
 )
 def test_the_data_parallel_ranks_are_what_the_devices_allow(
@@ -197,7 +211,7 @@ def test_the_data_parallel_ranks_are_what_the_devices_allow(
 
 
 def test_ranks_that_share_a_layer_or_a_sequence_train_on_the_same_samples() -> None:
-    sizes = Sizes(data=4, replicate=2, context=2, tensor=2)
+    sizes = Sizes(data=4, replicate=2, expert=2, context=2, tensor=2)
     mesh = torch.arange(16).view(sizes.mesh)
     assert [sizes.data_rank(rank) for rank in range(16)] == [rank // 4 for rank in range(16)]
     assert {sizes.data_rank(int(rank)) for rank in mesh[1, 0].flatten()} == {2}
@@ -209,7 +223,10 @@ def test_ranks_that_share_a_layer_or_a_sequence_train_on_the_same_samples() -> N
         ({"tensor_parallel": 3}, "tensor_parallel=3 x context_parallel=1 does not divide the 8 devices; allowed: a"),
         ({"data_parallel": 4}, "data_parallel=4: with tensor_parallel=1 and context_parallel=1, 8 devices make it 8"),
         ({"data_parallel_replicate": 3}, "data_parallel_replicate=3 does not divide the 8 .*; allowed: 1, 2, 4, 8"),
-        ({"tensor_parallel": 2}, "tensor_parallel=2: .*; allowed: 1"),
+        (
+            {"data_parallel_replicate": 2, "expert_parallel": 8},
+            "expert_parallel=8 does not .* 4 .* copy; allow",
+        ),
     ],
 )
 def test_sizes_that_do_not_multiply_to_the_devices_are_refused(strategy: dict[str, int], problem: str) -> None:

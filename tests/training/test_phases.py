@@ -82,12 +82,12 @@ def test_validation_and_checkpoints_are_no_part_of_a_step(pretrain: Pretrain, mo
 
     class Slow(Callback):
         def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-            time.sleep(0.6)
+            time.sleep(2)
 
     def save(self: Trainer, path: Any) -> None:
         for callback in self.callbacks:  # type: ignore[attr-defined]
             callback.on_save_checkpoint(self, self.lightning_module, {})
-        time.sleep(0.6)
+        time.sleep(2)
         saved.append(self.global_step)
 
     monkeypatch.setattr(Trainer, "save_checkpoint", save)
@@ -95,7 +95,7 @@ def test_validation_and_checkpoints_are_no_part_of_a_step(pretrain: Pretrain, mo
     assert 3 in saved
     for step in range(2, 7):
         found = seconds(run, step)
-        assert found["total"] < 0.5, found
+        assert found["total"] < 1.8, found
 
 
 def test_a_checkpoint_says_when_it_begins(pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch):

@@ -26,25 +26,36 @@ from fiddlehead.training.checkpoint_folder import CheckpointNotWrittenError, ver
 from fiddlehead.training.checkpoint_io import deal
 from fiddlehead.training.weights import PREFIX, open_weights
 from tests.training.conftest import make_parts, parameters
-from tests.training.layouts import losses, train
+from tests.training.layouts import SETTINGS, losses, train
 from tests.training.ranks import on_ranks
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [("fsdp-2", "1"), ("1", "fsdp-2"), ("fsdp-2", "hsdp-2x2"), ("hsdp-2x2", "fsdp-2"), ("fsdp-4", "1")],
+    ("before", "after", "settings"),
+    [
+        ("fsdp-2", "1", "plain"),
+        ("1", "fsdp-2", "plain"),
+        ("fsdp-2", "hsdp-2x2", "plain"),
+        ("hsdp-2x2", "fsdp-2", "plain"),
+        ("fsdp-4", "1", "plain"),
+        ("1", "tp-2", "plain"),
+        ("fsdp-2-tp-2", "fsdp-2", "plain"),
+        ("tp-4", "ep-2", "experts"),
+        ("fsdp-2-ep-2", "1", "experts"),
+    ],
 )
 def test_a_run_goes_on_with_another_number_of_ranks(
-    dataset: Path, one: Path, tmp_path: Path, before: str, after: str
+    dataset: Path, one: Path, tmp_path: Path, before: str, after: str, settings: str
 ) -> None:
-    train(before, dataset, tmp_path, killed_after=13)
-    run = train(after, dataset, tmp_path)
-    torch.testing.assert_close(losses(run), losses(one / "plain"), rtol=1e-5, atol=0)
-    expected = parameters(RunDirectory(one / "plain"), 20)
+    train(before, dataset, tmp_path, killed_after=13, **SETTINGS[settings])
+    run = train(after, dataset, tmp_path, **SETTINGS[settings])
+    torch.testing.assert_close(losses(run), losses(one / settings), rtol=1e-5, atol=0)
+    expected = parameters(RunDirectory(one / settings), 20)
     found = parameters(RunDirectory(run), 20)
     assert found.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+        # As a whole: where a gradient is next to nothing, Adam makes much of how it was rounded.
+        assert (found[name] - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 
 
 @pytest.mark.parametrize(

@@ -102,13 +102,17 @@ class ToWrite:
 def to_write(tensors: Mapping[str, torch.Tensor]) -> dict[str, ToWrite]:
     """Tensors in the order in which the `safetensors` package writes them; each is brought to main memory in turn."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    order = {dtype: number for number, dtype in enumerate(DTYPES.values())}
 
     def pieces(tensor: torch.Tensor) -> Callable[[], Iterable[memoryview]]:
         return lambda: [bytes_of(tensor.detach().cpu())]
 
-    ordered = sorted(tensors, key=lambda name: (order[tensors[name].dtype], name))
-    return {name: ToWrite(names[(t := tensors[name]).dtype], tuple(t.shape), pieces(t)) for name in ordered}
+    return {name: ToWrite(names[(t := tensors[name]).dtype], tuple(t.shape), pieces(t)) for name in in_order(tensors)}
+
+
+def in_order(tensors: Mapping[str, Any]) -> list[str]:
+    """The names of tensors, or of what has a dtype, in the order in which the `safetensors` package writes them."""
+    order = {dtype: number for number, dtype in enumerate(DTYPES.values())}
+    return sorted(tensors, key=lambda name: (order[tensors[name].dtype], name))
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

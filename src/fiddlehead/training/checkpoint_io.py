@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from torch.distributed.tensor import DTensor
 
-from fiddlehead.models.safetensors_files import FORMAT, Stored, Written, to_write, write_file
+from fiddlehead.models.safetensors_files import FORMAT, Stored, Written, in_order, to_write, write_file
 from fiddlehead.training.checkpoint_folder import read_state, read_tensors, verify, write_state, write_together
+from fiddlehead.training.sharding import Sharded
 from fiddlehead.training.team import Team
 
 _TENSOR, _PAIRS = "__tensor__", "__pairs__"
@@ -47,7 +47,7 @@ class SafetensorsIO(CheckpointIO):
             CheckpointNotWrittenError: the disk did not take it, or where this is `asynchronous`, the one before.
         """
         self.wait()
-        optimizer: dict[str, torch.Tensor] = {}
+        optimizer: dict[str, torch.Tensor | Sharded] = {}
         state = {key: _encode(checkpoint[key], key, optimizer) for key in _KEPT if key in checkpoint}
         state["step"] = checkpoint["global_step"]
         files = self._own_files("model", checkpoint["state_dict"]) | self._own_files("optimizer", optimizer)
@@ -116,9 +116,11 @@ class SafetensorsIO(CheckpointIO):
             except BaseException as error:
                 self._error = error
 
-    def _own_files(self, kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    def _own_files(
+        self, kind: str, tensors: Mapping[str, torch.Tensor | Sharded]
+    ) -> dict[str, dict[str, torch.Tensor]]:
         """The files that this rank writes: their tensors, gathered, and for a thread copied to main memory."""
-        shares = deal({name: tensors[name].nbytes for name in to_write(tensors)}, self.team.size)
+        shares = deal({name: tensors[name].nbytes for name in in_order(tensors)}, self.team.size)
         files: dict[str, dict[str, torch.Tensor]] = {}
         for number, names in enumerate(shares):
             file = (
@@ -128,9 +130,9 @@ class SafetensorsIO(CheckpointIO):
             if own:
                 files[file] = {}
             for name in names:  # in the same order on every rank, as all of them gather
-                tensor = tensors[name].detach()
-                gathered = isinstance(tensor, DTensor)
-                whole = tensor.full_tensor() if gathered else tensor
+                tensor = tensors[name]
+                gathered = isinstance(tensor, Sharded)
+                whole = tensor.gather() if gathered else tensor.detach()
                 if own:
                     moved = gathered or self.asynchronous
                     files[file][name] = whole.to("cpu", copy=self.asynchronous) if moved else whole
@@ -158,10 +160,10 @@ def _finish(state: dict[str, Any], folder: Path, written: dict[str, Written]) ->
     write_state(folder, state, written)
 
 
-def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor | Sharded]) -> Any:
     """The JSON form of `value`; its tensors go into `tensors` under the path that leads to them."""
-    if isinstance(value, torch.Tensor):
-        tensors[name] = value.detach().contiguous()
+    if isinstance(value, torch.Tensor | Sharded):
+        tensors[name] = value if isinstance(value, Sharded) else value.detach().contiguous()
         return {_TENSOR: name}
     if isinstance(value, dict):
         pairs = [(key, _encode(item, f"{name}.{key}", tensors)) for key, item in value.items()]

@@ -27,7 +27,7 @@ from fiddlehead.models.speed import (
 from fiddlehead.training import sharding
 from fiddlehead.training.gradients import global_norm, gradients_of, scale
 from fiddlehead.training.optim import AdamW
-from fiddlehead.training.parallel import Parallel
+from fiddlehead.training.parallel import Parallel, Sizes
 from fiddlehead.training.weights import (
     Weights,
     find_tokenizer,
@@ -126,20 +126,31 @@ class LanguageModel(LightningModule):
             self._config = weights.config
         refuse_another_shape(self._config, weights, path)
 
-    def compile_problems(self, precision: str) -> list[str]:
-        """Why the layers cannot be compiled as they are to be trained; empty if they can."""
-        if self.compile_mode is None or self.config.num_moe_experts is None:
-            return []
+    def problems(self, precision: str, sizes: Sizes) -> list[str]:
+        """Why the model cannot be trained so, with the recipe's names; empty if it can."""
         problems = []
+        if sizes.tensor > 1 and self.lora is not None:
+            problems.append("model.lora: adapters cannot be split; set trainer.strategy.tensor_parallel=1")
+        if sizes.tensor > 1 and self._fp8 is not None:
+            problems.append(
+                f"model.fp8={self._fp8!r}: not for split layers; set trainer.strategy.tensor_parallel=1, or None here"
+            )
+        if self.compile_mode is None or self.config.num_moe_experts is None:
+            return problems
+        if sizes.expert > 1:
+            problems.append(
+                f"model.compile={self.compile_mode!r}: ranks wait to know how many tokens come to their experts, "
+                "which is not to be compiled; set None here, or trainer.strategy.expert_parallel=1"
+            )
         if precision == "32-true":
             problems.append(
-                f"compile={self.compile_mode!r}: experts' products are compiled in bfloat16 only; set "
+                f"model.compile={self.compile_mode!r}: experts' products are compiled in bfloat16 only; set "
                 "trainer.precision=bf16-mixed, or compile=None here"
             )
         if isinstance(self._recompute, str) and self.config.moe_aux_loss_coeff:
             problems.append(
-                f"activation_checkpointing={self._recompute!r}: a compiled layer with experts cannot be computed again "
-                "as one, as its balancing loss leaves it; give the part to keep, such as 0.5, or set compile=None"
+                f"model.activation_checkpointing={self._recompute!r}: a compiled layer with experts cannot be computed "
+                "again as one, as its balancing loss leaves it; give the part to keep, such as 0.5, or set compile=None"
             )
         return problems
 
@@ -173,13 +184,13 @@ class LanguageModel(LightningModule):
             if lora is not None:
                 lora.apply(transformer)
         change(transformer)
-        strategy.shard(transformer)
+        layout = strategy.shard(transformer)
         if weights is None:
-            sharding.draw(transformer)
+            sharding.draw(transformer, layout)
         else:
-            sharding.load(transformer, names, weights)
+            sharding.load(transformer, names, weights, layout)
         if lora is not None:
-            sharding.draw_adapters(transformer, lora)
+            sharding.draw_adapters(transformer, lora, layout)
         return transformer
 
     def _speed_up(self, transformer: Transformer) -> None:
@@ -277,8 +288,12 @@ class LanguageModel(LightningModule):
 
         One factor does both, as another pass over all gradients would take time. Returns the norm before clipping.
         """
-        gradients = gradients_of(self.parameters())
-        norm = global_norm(gradients)
+        strategy, layout = self.trainer.strategy, None
+        if isinstance(strategy, Parallel):
+            strategy.reduce_gradients()
+            layout = strategy.layout
+        gradients = gradients_of(self.named_parameters())
+        norm = global_norm(gradients, layout)
         if self._labelled:
             share = torch.stack(self._labelled).mean()
             self._share = torch.as_tensor(self.trainer.strategy.reduce(share, reduce_op="mean"))

@@ -17,12 +17,13 @@ from torch.optim import Optimizer
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
-from fiddlehead.models.parallel import local_batch, parallelize, refuse_sizes
+from fiddlehead.models.parallel import Layout, local_batch, parallelize, reduce_gradients, refuse_sizes
 from fiddlehead.models.safetensors_files import DTYPES, Stored
 from fiddlehead.training import sharding
+from fiddlehead.training.sharding import Sharded
 from fiddlehead.training.team import Team
 
-MESH = ("dp_replicate", "dp_shard", "cp", "tp")
+MESH = ("dp_replicate", "dp_shard", "ep", "cp", "tp")
 """The dimensions of the device mesh, from the slowest to the fastest: tensor parallelism talks most, so that its ranks
 are neighbours."""
 
@@ -35,13 +36,16 @@ class Sizes:
     """Ranks that train on different samples."""
     replicate: int
     """Copies of the model among them."""
+    expert: int = 1
+    """Ranks, among those of a copy, that have different experts."""
     context: int = 1
     tensor: int = 1
 
     @property
-    def mesh(self) -> tuple[int, int, int, int]:
+    def mesh(self) -> tuple[int, ...]:
         """In the order of `MESH`."""
-        return self.replicate, self.data // self.replicate, self.context, self.tensor
+        shard = self.data // self.replicate // self.expert
+        return self.replicate, shard, self.expert, self.context, self.tensor
 
     def data_rank(self, rank: int) -> int:
         """Which samples a rank trains on: ranks that share a model's layers or a sequence have the same."""
@@ -59,8 +63,9 @@ class Parallel(ModelParallelStrategy):
         data_parallel_replicate: how many copies of the model there are among these (HSDP). Each copy is cut over
             `data_parallel / data_parallel_replicate` ranks: as many as one fast network connects, where there are
             several.
-        tensor_parallel: how many ranks share each layer.
+        tensor_parallel: how many ranks share each layer, and between the products each sequence.
         context_parallel: how many ranks share each sequence.
+        expert_parallel: how many of the data-parallel ranks share the experts of a mixture, to which tokens travel.
         reshard_after_forward: free a layer's gathered parameters after its forward pass, and gather them again for the
             backward pass; without, a step communicates a third less, and memory holds a whole copy of the parameters.
     """
@@ -71,6 +76,7 @@ class Parallel(ModelParallelStrategy):
         data_parallel_replicate: int = 1,
         tensor_parallel: int = 1,
         context_parallel: int = 1,
+        expert_parallel: int = 1,
         reshard_after_forward: bool = True,
     ) -> None:
         given = {
@@ -78,6 +84,7 @@ class Parallel(ModelParallelStrategy):
             "data_parallel_replicate": data_parallel_replicate,
             "tensor_parallel": tensor_parallel,
             "context_parallel": context_parallel,
+            "expert_parallel": expert_parallel,
         }
         problems = [f"{n}={v!r}: must be 1 or more" for n, v in given.items() if v is not None and v < 1]
         if problems:
@@ -85,7 +92,10 @@ class Parallel(ModelParallelStrategy):
         super().__init__()
         self.data_parallel, self.data_parallel_replicate = data_parallel, data_parallel_replicate
         self.tensor_parallel, self.context_parallel = tensor_parallel, context_parallel
+        self.expert_parallel = expert_parallel
         self.reshard_after_forward = reshard_after_forward
+        self.layout: Layout | None = None
+        """Where this rank's parts of the parameters lie; None if it has them whole."""
         self._team: Team | None = None
 
     def sizes(self, devices: int) -> Sizes:
@@ -108,45 +118,67 @@ class Parallel(ModelParallelStrategy):
                 f"data_parallel={self.data_parallel}: with tensor_parallel={self.tensor_parallel} and "
                 f"context_parallel={self.context_parallel}, {devices} devices make it {data}; allowed: {data} or None"
             )
-        if data % self.data_parallel_replicate:
-            problems.append(
-                f"data_parallel_replicate={self.data_parallel_replicate} does not divide the {data} data-parallel "
-                f"ranks; allowed: {', '.join(map(str, _divisors(data)))}"
-            )
-        if self.tensor_parallel > 1:
-            problems.append(
-                f"tensor_parallel={self.tensor_parallel}: checkpoints do not hold such parts yet; allowed: 1, "
-                "with data_parallel or context_parallel instead"
-            )
+        copy, name = data, "data-parallel ranks"
+        for field in ("data_parallel_replicate", "expert_parallel"):
+            value = getattr(self, field)
+            if copy % value:
+                allowed = ", ".join(map(str, _divisors(copy)))
+                problems.append(f"{field}={value} does not divide the {copy} {name}; allowed: {allowed}")
+                break
+            copy, name = copy // value, "data-parallel ranks of each copy"
         if problems:
             raise ConfigError(*problems)
-        return Sizes(data, self.data_parallel_replicate, self.context_parallel, self.tensor_parallel)
+        return Sizes(
+            data, self.data_parallel_replicate, self.expert_parallel, self.context_parallel, self.tensor_parallel
+        )
 
     def problems(self, config: TransformerConfig, seq_length: int) -> list[str]:
         """Why a model, or sequences of this length, cannot be split so; empty if they can."""
         problems = []
         try:
-            refuse_sizes(config, tp=self.tensor_parallel, cp=self.context_parallel)
+            refuse_sizes(config, tp=self.tensor_parallel, cp=self.context_parallel, ep=self.expert_parallel)
         except ConfigError as error:
-            names = {"tp=": "tensor_parallel=", "cp=": "context_parallel="}
+            names = {"tp=": "tensor_parallel=", "cp=": "context_parallel=", "ep=": "expert_parallel="}
             problems += [names.get(problem[:3], problem[:3]) + problem[3:] for problem in error.problems]
         parts = self.tensor_parallel * self.context_parallel
         if seq_length % parts:
-            problems.append(f"context_parallel={self.context_parallel}: does not divide data.seq_length={seq_length}")
+            problems.append(
+                f"tensor_parallel={self.tensor_parallel} x context_parallel={self.context_parallel} does not divide "
+                f"data.seq_length={seq_length}"
+            )
         return problems
 
     # -- the model
 
-    def shard(self, transformer: Transformer) -> None:
-        """Cuts a model on the meta device over the mesh, in place; `sharding` gives it values.
+    def shard(self, transformer: Transformer) -> Layout:
+        """Cuts a model on the meta device over the mesh, in place; `sharding` gives it values by the layout.
 
-        Ranks that share a sequence have all parameters in common, so that these are cut over them too.
+        Ranks that share a sequence have all parameters in common, so that these are cut over them too, and so do those
+        that have different experts, but for these.
         """
-        parallelize(transformer, self.device_mesh)
-        parts = self.device_mesh["dp_shard", "cp"]._flatten("parts")
-        mesh = parts if self.data_parallel_replicate == 1 else self.device_mesh["dp_replicate", "parts"]
-        precision, reshard = str(self.precision_plugin.precision), self.reshard_after_forward
-        sharding.shard(transformer, mesh, self.root_device, precision, reshard_after_forward=reshard)
+        mesh, precision = self.device_mesh, str(self.precision_plugin.precision)
+        parallelize(transformer, mesh)
+        self.layout = Layout(transformer.config, mesh)
+        everyone, experts = (
+            mesh[dims]._flatten("_".join(dims)) for dims in (("dp_shard", "ep", "cp"), ("dp_shard", "cp"))
+        )
+        if self.data_parallel_replicate > 1:
+            everyone, experts = (mesh["dp_replicate", name] for name in ("dp_shard_ep_cp", "dp_shard_cp"))
+        sharding.shard(
+            transformer,
+            everyone,
+            everyone if self.expert_parallel == 1 else experts,
+            self.root_device,
+            precision,
+            reshard_after_forward=self.reshard_after_forward,
+        )
+        return self.layout
+
+    def reduce_gradients(self) -> None:
+        """Completes the gradients of a step, of which FSDP2 has averaged what it knows of; once all are there."""
+        module: Any = self.lightning_module
+        if self.layout is not None and self.tensor_parallel * self.expert_parallel > 1:
+            reduce_gradients(module, self.layout, averaged=[dim for dim in MESH if dim != "tp"])
 
     def own_tokens(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """What this rank trains on of a batch that it has in common with others."""
@@ -224,11 +256,27 @@ class Parallel(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The model's tensors, of which this rank holds a part."""
-        return Strategy.lightning_module_state_dict(self)
+        state, layout = Strategy.lightning_module_state_dict(self), self.layout
+        return state if layout is None else {name: Sharded(name, tensor, layout) for name, tensor in state.items()}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's tensors, of which this rank holds a part."""
-        return Strategy.optimizer_state(self, optimizer)
+        state: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
+        layout = self.layout
+        if layout is None:
+            return state
+        parameters = self._parameters_of(optimizer)
+
+        def sharded(number: int, value: Any) -> Any:
+            name, parameter = parameters[number]
+            like_it = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            return Sharded(name, value, layout) if like_it else value
+
+        of_parameters = {
+            number: {key: sharded(number, value) for key, value in values.items()}
+            for number, values in state["state"].items()
+        }
+        return state | {"state": of_parameters}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Saves with all ranks together."""
@@ -249,7 +297,7 @@ class Parallel(ModelParallelStrategy):
         assert stored.keys() == own.keys(), "a checkpoint of another model"
         for name, tensor in own.items():
             if isinstance(stored[name], Stored):  # else it is here already: what adapters were trained on
-                sharding.read(tensor, stored[name])
+                sharding.read(name, tensor.local, stored[name], tensor.layout)
         return None
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -257,13 +305,31 @@ class Parallel(ModelParallelStrategy):
         if self.world_size == 1:
             return Strategy.load_optimizer_state_dict(self, checkpoint)
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            parameters = self._parameters_of(optimizer)
             state = {
-                number: {key: _part_like(parameters[number], value) for key, value in values.items()}
+                number: {key: self._own_part(parameters[number], value) for key, value in values.items()}
                 for number, values in saved["state"].items()
             }
             optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
         return None
+
+    def _parameters_of(self, optimizer: Optimizer) -> list[tuple[str, torch.Tensor]]:
+        """The optimizer's parameters and their names, as it numbers them."""
+        assert self.lightning_module is not None
+        names = {id(parameter): name for name, parameter in self.lightning_module.named_parameters()}
+        return [(names[id(parameter)], parameter) for group in optimizer.param_groups for parameter in group["params"]]
+
+    def _own_part(self, named: tuple[str, torch.Tensor], stored: Any) -> Any:
+        """What this rank has of something that an optimizer keeps: a tensor of the parameter's shape is cut like it."""
+        name, parameter = named
+        assert self.layout is not None
+        if not isinstance(stored, Stored):
+            return stored
+        if stored.shape != self.layout.shape(name, parameter):
+            return stored.load()
+        tensor = torch.empty_like(parameter, dtype=DTYPES[stored.dtype], requires_grad=False)
+        sharding.read(name, tensor, stored, self.layout)
+        return tensor
 
 
 class _CastByShards(MixedPrecision):
@@ -271,17 +337,6 @@ class _CastByShards(MixedPrecision):
 
     def autocast_context_manager(self) -> Any:
         return nullcontext()
-
-
-def _part_like(parameter: torch.Tensor, stored: Any) -> Any:
-    """What an optimizer keeps for a parameter: a tensor of its shape is cut like it."""
-    if not isinstance(stored, Stored):
-        return stored
-    if stored.shape != parameter.shape:
-        return stored.load()
-    tensor = torch.empty_like(parameter, dtype=DTYPES[stored.dtype], requires_grad=False)
-    sharding.read(tensor, stored)
-    return tensor
 
 
 def _divisors(number: int) -> list[int]:

@@ -13,6 +13,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
 from fiddlehead.models.lora import without_adapters
 from fiddlehead.training.language_model import LanguageModel
+from fiddlehead.training.parallel import Sizes
 
 
 class PreferenceModel(LanguageModel):
@@ -42,6 +43,14 @@ class PreferenceModel(LanguageModel):
         super().__init__(config, init_from, lora)
         self.beta = beta
         self._reference: list[Transformer] = []  # in a list, so that it is no part of the module
+
+    def problems(self, precision: str, sizes: Sizes) -> list[str]:
+        """As `LanguageModel.problems`."""
+        problems = super().problems(precision, sizes)
+        for field, size in (("context_parallel", sizes.context), ("tensor_parallel", sizes.tensor)):
+            if size > 1:
+                problems.append(f"trainer.strategy.{field}={size}: answers are compared whole; allowed: 1")
+        return problems
 
     def on_fit_start(self) -> None:
         """Also makes the model to compare with, where it is another one."""

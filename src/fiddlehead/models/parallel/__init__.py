@@ -19,20 +19,12 @@ is the size of a (B, T, C) tensor of whole sequences, B T C x 2 in bfloat16:
   waits.
 
 Once a step: the gradients of what is whole on several processes, see `reduce_gradients`. Parameters stay plain local
-tensors, so that FSDP2's `fully_shard` can go over the data-parallel dimensions (and cp) afterwards. Their names and,
-put together by `gather_tensor`, their values are those of one process.
+tensors, so that FSDP2's `fully_shard` can go over the data-parallel dimensions (and cp) afterwards. A `Layout` knows
+where they lie in the parameters of one process, which have the same names.
 """
 
-from fiddlehead.models.parallel.gradients import grad_norm, reduce_gradients
+from fiddlehead.models.parallel.gradients import reduce_gradients
 from fiddlehead.models.parallel.layers import local_batch, parallelize
-from fiddlehead.models.parallel.shards import gather_tensor, refuse_sizes, shard_tensor
+from fiddlehead.models.parallel.shards import Layout, Slices, refuse_sizes
 
-__all__ = [
-    "gather_tensor",
-    "grad_norm",
-    "local_batch",
-    "parallelize",
-    "reduce_gradients",
-    "refuse_sizes",
-    "shard_tensor",
-]
+__all__ = ["Layout", "Slices", "local_batch", "parallelize", "reduce_gradients", "refuse_sizes"]

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from fiddlehead.models.config import TransformerConfig
-from fiddlehead.models.parallel.shards import copied_from, copies, size_of, splits_over
-from fiddlehead.models.transformer import Transformer
+from fiddlehead.models.parallel.shards import Layout, size_of, splits_over
 
 DIMS = ("dp_replicate", "dp_shard", "ep", "cp", "tp")
 
 
 @torch.no_grad()
-def reduce_gradients(transformer: Transformer, mesh: DeviceMesh, averaged: Collection[str] = ()) -> None:
+def reduce_gradients(transformer: nn.Module, layout: Layout, averaged: Collection[str] = ()) -> None:
     """Makes the gradients those of the mean of all processes' losses, each of which is the mean over its own tokens.
 
     To be called once a step, after the last backward pass.
@@ -28,97 +24,44 @@ def reduce_gradients(transformer: Transformer, mesh: DeviceMesh, averaged: Colle
         averaged: dimensions of the mesh over which FSDP2 or DDP has averaged the gradients of all parameters that are
             not split over them: those are left as they are.
     """
-    gradients = list(_gradients(transformer))
-    factors = {dim: 1 / size_of(mesh, dim) for dim in DIMS}
+    gradients = {name: _local(p.grad) for name, p in transformer.named_parameters() if p.grad is not None}
     for dim in DIMS:
-        if factors[dim] == 1:
+        size = size_of(layout.mesh, dim)
+        if size == 1:
             continue
-        split = [x for x in gradients if x.splits_over == dim]
-        whole = [] if dim in averaged else [x for x in gradients if x.splits_over != dim]
-        scaled = [x.local for x in split + whole]
-        if scaled:
+        split = [x for name, x in gradients.items() if splits_over(name, layout.config) == dim]
+        whole = [x for name, x in gradients.items() if splits_over(name, layout.config) != dim and dim not in averaged]
+        if split or whole:
             # Before the sum, as NCCL's average is not gloo's. What is split has the sum already, by the backward pass.
-            torch._foreach_mul_(scaled, factors[dim])  # pyright: ignore[reportPrivateImportUsage]
-        group = mesh.get_group(dim)
-        _sum([x.local for x in whole], group)
-        if dim == "tp":
-            _sum_copies(split, transformer.config, mesh)
+            torch._foreach_mul_(split + whole, 1 / size)  # pyright: ignore[reportPrivateImportUsage]
+        _sum(whole, layout.mesh.get_group(dim))
+    _sum_copies(transformer, layout)
 
 
-@torch.no_grad()
-def grad_norm(transformer: Transformer, mesh: DeviceMesh) -> torch.Tensor:
-    """The norm of all gradients, each counted once, after `reduce_gradients`; the same on every process."""
-    sums: dict[tuple[dist.ProcessGroup, ...], torch.Tensor] = {}
-    tp = size_of(mesh, "tp")
-    for gradient in _gradients(transformer):
-        groups = [*gradient.shard_groups]
-        if gradient.splits_over is not None and size_of(mesh, gradient.splits_over) > 1:
-            groups.append(mesh.get_group(gradient.splits_over))
-        square = _square(gradient.local)
-        if (start := gradient.copied_from(transformer.config, tp)) is not None:
-            square = _square(gradient.local[:start]) + _square(gradient.local[start:]) / copies(transformer.config, tp)
-        key = tuple(groups)
-        sums[key] = sums[key] + square if key in sums else square
-    total = torch.zeros(())
-    for groups, square in sums.items():
-        for group in groups:
-            dist.all_reduce(square, group=group)
-        total = total.to(square.device) + square
-    return total.sqrt()
-
-
-class _Gradient(NamedTuple):
-    name: str
-    local: torch.Tensor
-    """What this process has of it, which FSDP2 may have split further by rows."""
-    splits_over: str | None
-    first_row: int
-    """Of `local`, in what tensor or expert parallelism leaves to this process."""
-    shard_groups: tuple[dist.ProcessGroup, ...]
-    """Over which FSDP2 has split it."""
-
-    def copied_from(self, config: TransformerConfig, tp: int) -> int | None:
-        """As `shards.copied_from`, of `local`."""
-        row = copied_from(self.name, config, tp)
-        return None if row is None else min(max(row - self.first_row, 0), len(self.local))
-
-
-def _gradients(transformer: nn.Module) -> Iterator[_Gradient]:
-    config: TransformerConfig = transformer.config  # type: ignore[assignment]
-    for name, parameter in transformer.named_parameters():
-        gradient = parameter.grad
-        if gradient is None:
-            continue
-        first_row, groups = 0, []
-        if isinstance(gradient, DTensor):
-            mesh = gradient.device_mesh
-            for dim, placement in enumerate(gradient.placements):
-                if placement.is_shard():
-                    assert placement.is_shard(dim=0), "by rows, as fully_shard does unless told otherwise"
-                    groups.append(mesh.get_group(dim))
-                    rows = -(-gradient.shape[0] // mesh.size(dim))  # as torch.chunk divides
-                    first_row = rows * mesh.get_local_rank(dim)
-            gradient = gradient.to_local()
-        yield _Gradient(name, gradient, splits_over(name, config), first_row, tuple(groups))
-
-
-def _sum_copies(split: Iterable[_Gradient], config: TransformerConfig, mesh: DeviceMesh) -> None:
+def _sum_copies(transformer: nn.Module, layout: Layout) -> None:
     """Sums the gradients of key/value heads that several processes of a tensor-parallel group have."""
-    tp, number = size_of(mesh, "tp"), copies(config, size_of(mesh, "tp"))
-    own, everyone = [], []
-    for gradient in split:
-        start = gradient.copied_from(config, tp)
-        if start is None or start == len(gradient.local):
+    tp = size_of(layout.mesh, "tp")
+    own, everyone, places = [], [], []
+    for name, parameter in transformer.named_parameters():
+        if parameter.grad is None:
             continue
-        # One sum over all processes, with a place for each group of copies, needs no groups of processes of its own.
-        rows = gradient.local[start:]
-        places = rows.new_zeros(tp // number, *rows.shape)
-        places[mesh.get_local_rank("tp") // number] = rows
-        own.append(rows)
-        everyone.append(places)
-    _sum(everyone, mesh.get_group("tp"))
-    for rows, places in zip(own, everyone, strict=True):
-        rows.copy_(places[mesh.get_local_rank("tp") // number])
+        for piece in layout.pieces(name, parameter.grad):
+            if piece.copies == 1:
+                continue
+            # One sum over all processes, with a place for each group of copies, needs no groups of its own.
+            rows, place = _local(parameter.grad)[piece.local], layout.mesh.get_local_rank("tp") // piece.copies
+            own.append(rows)
+            everyone.append(rows.new_zeros(tp // piece.copies, *rows.shape))
+            everyone[-1][place] = rows
+            places.append(place)
+    if everyone:
+        _sum(everyone, layout.mesh.get_group("tp"))
+    for rows, all_rows, place in zip(own, everyone, places, strict=True):
+        rows.copy_(all_rows[place])
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _sum(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
@@ -142,7 +85,3 @@ def _sum(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
 
 SMALL = 1 << 16
 """Numbers in a tensor up to which joining it with others costs less than a message of its own."""
-
-
-def _square(x: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(x, dtype=torch.float32) ** 2

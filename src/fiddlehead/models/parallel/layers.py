@@ -21,7 +21,7 @@ from fiddlehead.models.collectives import (
 )
 from fiddlehead.models.lora import adapter_state
 from fiddlehead.models.moe import MoE
-from fiddlehead.models.parallel.shards import copies, refuse_sizes, shard_tensor
+from fiddlehead.models.parallel.shards import Layout, copies, refuse_sizes
 from fiddlehead.models.transformer import MLP, Attention, Transformer, ZeroCenteredRMSNorm
 
 
@@ -39,8 +39,9 @@ def parallelize(transformer: Transformer, mesh: DeviceMesh) -> None:
     refuse_sizes(config, tp=tp.size, cp=cp.size, ep=ep.size)
     if tp.size > 1 and adapter_state(transformer):
         raise ConfigError(f"tp={tp.size}: a model with adapters (lora) cannot be split; allowed: 1")
+    layout = Layout(config, mesh)
     for name, parameter in list(transformer.named_parameters()):
-        local = shard_tensor(name, parameter.detach(), config, mesh)
+        local = layout.own(name, parameter.detach())
         if local.shape != parameter.shape:
             owner, _, leaf = name.rpartition(".")
             setattr(transformer.get_submodule(owner), leaf, nn.Parameter(local, parameter.requires_grad))

@@ -8,54 +8,123 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.models.config import TransformerConfig
 
+Slices = tuple[slice, ...]
+
+
+class Piece(NamedTuple):
+    """Something that a process has of a tensor."""
+
+    local: Slices
+    """Where it lies in what the process has."""
+    whole: Slices
+    """Where it lies in the tensor."""
+    ranks: int
+    """How many processes have it."""
+    copies: int
+    """How many of them there are along the dimension of the mesh that the parameter is split over; 1 without."""
+
+
+class Layout:
+    """Where the parts of a model's parameters lie, on the processes of a mesh.
+
+    A tensor is what this process has of a parameter, or of something of its shape: what `parallelize` left, of which a
+    DTensor is a further part. It goes with the parameter's name in `Transformer`; what stands before "layers." in that
+    counts for nothing.
+
+    Args:
+        mesh: of the dimensions that `fiddlehead.models.parallel` names, those that are used.
+    """
+
+    def __init__(self, config: TransformerConfig, mesh: DeviceMesh) -> None:
+        self.config, self.mesh = config, mesh
+
+    def pieces(self, name: str, tensor: torch.Tensor) -> list[Piece]:
+        """What this process has of a parameter, which is not in one place where layers are fused."""
+        sizes, starts, ranks = tuple(tensor.shape), (0,) * tensor.dim(), self.mesh.size()
+        if isinstance(tensor, DTensor):
+            sizes, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+            ranks //= _parts(tensor)
+        within = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        own = self._part(name)
+        if own is None:
+            return [Piece(tuple(slice(size) for size in sizes), tuple(within), ranks, 1)]
+        dim, at, pieces = own.dim, 0, []
+        for each in own.ranges:
+            # Those of the range that are also within what FSDP2 left; here they count from the range's beginning.
+            first, last = (min(max(edge - at, 0), each.size) for edge in (within[dim].start, within[dim].stop))
+            local = [slice(size) for size in sizes]
+            local[dim] = slice(at + first - within[dim].start, at + last - within[dim].start)
+            whole = [*within]
+            whole[dim] = slice(each.start + first, each.start + last)
+            if first < last:
+                having = ranks // size_of(self.mesh, own.mesh_dim) * each.copies
+                pieces.append(Piece(tuple(local), tuple(whole), having, each.copies))
+            at += each.size
+        return pieces
+
+    def shape(self, name: str, tensor: torch.Tensor) -> torch.Size:
+        """The whole parameter's."""
+        own, shape = self._part(name), list(tensor.shape)
+        if own is not None:
+            shape[own.dim] = own.whole
+        return torch.Size(shape)
+
+    def own(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """What `parallelize` leaves to this process of a parameter of a model on one; itself if that is all."""
+        own = self._part(name)
+        if own is None:
+            return whole
+        return torch.cat([whole.narrow(own.dim, each.start, each.size) for each in own.ranges], dim=own.dim)
+
+    def gather(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The whole parameter; all processes call it together."""
+        local = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        own = self._part(name)
+        if own is None:
+            return local
+        size = size_of(self.mesh, own.mesh_dim)
+        locals_ = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(size)]
+        dist.all_gather(locals_, local.contiguous(), group=self.mesh.get_group(own.mesh_dim))
+        whole = local.new_empty(self.shape(name, local))
+        for rank, part in enumerate(locals_):
+            ranges = part_of(name, self.config, size, rank).ranges  # pyright: ignore[reportOptionalMemberAccess]
+            for each, piece in zip(ranges, part.split([each.size for each in ranges], dim=own.dim), strict=True):
+                whole.narrow(own.dim, each.start, each.size).copy_(piece)
+        return whole
+
+    def _part(self, name: str) -> Part | None:
+        split_over = splits_over(name, self.config)
+        if split_over is None or (size := size_of(self.mesh, split_over)) == 1:
+            return None
+        return part_of(name, self.config, size, self.mesh.get_local_rank(split_over))
+
+
+class Range(NamedTuple):
+    """Consecutive rows, or columns, of a parameter."""
+
+    start: int
+    size: int
+    copies: int = 1
+    """How many processes along the dimension of the mesh have it."""
+
 
 class Part(NamedTuple):
-    """What a process has of a parameter: ranges along a dimension, one after another."""
+    """What a process has of a parameter along a dimension of the mesh."""
 
     mesh_dim: str
     """The dimension of the mesh that the parameter is split over."""
     dim: int
-    ranges: tuple[tuple[int, int], ...]
-
-
-def shard_tensor(name: str, full: torch.Tensor, config: TransformerConfig, mesh: DeviceMesh) -> torch.Tensor:
-    """This process's part of a parameter, or of something of its shape; `full` itself where all have all of it.
-
-    Args:
-        name: of the parameter in `Transformer`; what stands before "layers." counts for nothing.
-        full: the parameter of a model on one process.
-    """
-    split_over = splits_over(name, config)
-    if split_over is None or (size := size_of(mesh, split_over)) == 1:
-        return full
-    own = part_of(name, config, size, mesh.get_local_rank(split_over))
-    assert own is not None
-    return torch.cat([full.narrow(own.dim, start, stop - start) for start, stop in own.ranges], dim=own.dim)
-
-
-def gather_tensor(name: str, local: torch.Tensor, config: TransformerConfig, mesh: DeviceMesh) -> torch.Tensor:
-    """The inverse of `shard_tensor`, which all processes along the mesh's dimension call together."""
-    split_over = splits_over(name, config)
-    if split_over is None or (size := size_of(mesh, split_over)) == 1:
-        return local
-    locals_ = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(size)]
-    dist.all_gather(locals_, local.contiguous(), group=mesh.get_group(split_over))
-    parts = [part_of(name, config, size, rank) for rank in range(size)]
-    shape = list(local.shape)
-    dim = parts[0].dim  # pyright: ignore[reportOptionalMemberAccess]
-    shape[dim] = max(stop for own in parts if own for _, stop in own.ranges)
-    full = local.new_empty(shape)
-    for own, tensor in zip(parts, locals_, strict=True):
-        assert own is not None
-        for (start, stop), piece in zip(
-            own.ranges, tensor.split([stop - start for start, stop in own.ranges], dim=dim), strict=True
-        ):
-            full.narrow(dim, start, stop - start).copy_(piece)
-    return full
+    """The parameter's dimension that is split."""
+    whole: int
+    """Its size."""
+    ranges: tuple[Range, ...]
+    """One after another."""
 
 
 def part_of(name: str, config: TransformerConfig, size: int, rank: int) -> Part | None:
@@ -64,30 +133,37 @@ def part_of(name: str, config: TransformerConfig, size: int, rank: int) -> Part 
     Where there are fewer key/value heads than processes, several have the same one.
     """
     H, G, D, width = config.num_attention_heads, config.groups, config.head_dim, config.ffn_size
-    heads = _even(H, size, rank)
-    kv = _even(G, size, rank) if size <= G else (rank * G // size, rank * G // size + 1)
-    q_rows, kv_rows = (heads[0] * D, heads[1] * D), (kv[0] * D, kv[1] * D)
+
+    def even(count: int, width: int = 1, offset: int = 0) -> Range:
+        """This process's of `count` things, `width` rows each; those that are too few are in copies."""
+        copies = max(size // count, 1)
+        each = count * copies // size * width
+        return Range(offset + rank // copies * each, each, copies)
+
+    def heads(count: int, offset: int = 0) -> Range:
+        return even(count, D, offset * D)
+
     match splits_over(name, config), _kind(name):
         case None, _:
             return None
         case "ep", _:
-            return Part("ep", 0, (_even(config.num_moe_experts or 0, size, rank),))
+            experts = config.num_moe_experts or 0
+            return Part("ep", 0, experts, (even(experts),))
         case _, "linear_qkv.weight" | "linear_qkv.bias":
-            k, v = ((kv_rows[0] + first, kv_rows[1] + first) for first in (H * D, (H + G) * D))
-            return Part("tp", 0, (q_rows, k, v))
+            return Part("tp", 0, (H + 2 * G) * D, (heads(H), heads(G, H), heads(G, H + G)))
         case _, "linear_proj.weight":
-            return Part("tp", 1, (q_rows,))
+            return Part("tp", 1, H * D, (heads(H),))
         case _, "linear_fc1.weight" | "linear_fc1.bias":
-            start, stop = _even(width, size, rank)
-            return Part("tp", 0, ((start, stop), (width + start, width + stop))[: 2 if config.gated else 1])
+            both = (even(width), even(width, offset=width))
+            return Part("tp", 0, 2 * width, both) if config.gated else Part("tp", 0, width, both[:1])
         case _, "linear_fc2.weight":
-            return Part("tp", 1, (_even(width, size, rank),))
+            return Part("tp", 1, width, (even(width),))
         case _, "sinks":
-            return Part("tp", 0, (heads,))
+            return Part("tp", 0, H, (even(H),))
         case _, "q_layernorm.weight":
-            return Part("tp", 0, (q_rows,))
+            return Part("tp", 0, H * D, (heads(H),))
         case _, "k_layernorm.weight":
-            return Part("tp", 0, (kv_rows,))
+            return Part("tp", 0, G * D, (heads(G),))
     raise AssertionError(name)
 
 
@@ -110,15 +186,6 @@ TENSOR_PARALLEL = (
     "linear_fc2.weight",
     "sinks",
 )
-
-
-def copied_from(name: str, config: TransformerConfig, tp: int) -> int | None:
-    """The row from which on a process's part is in `copies` of them; None if there is none such."""
-    if copies(config, tp) == 1:
-        return None
-    if _kind(name) in ("linear_qkv.weight", "linear_qkv.bias"):
-        return config.num_attention_heads // tp * config.head_dim
-    return 0 if _kind(name) == "k_layernorm.weight" and config.qk_layernorm == "projection" else None
 
 
 def copies(config: TransformerConfig, tp: int) -> int:
@@ -171,8 +238,13 @@ def refuse_sizes(config: TransformerConfig, *, tp: int = 1, cp: int = 1, ep: int
         raise ConfigError(*problems)
 
 
-def _even(whole: int, size: int, rank: int) -> tuple[int, int]:
-    return whole // size * rank, whole // size * (rank + 1)
+def _parts(tensor: DTensor) -> int:
+    """Into how many parts a tensor is cut."""
+    parts = 1
+    for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
+        assert not placement.is_partial(), "a tensor that is yet to be added up over the ranks"
+        parts *= 1 if placement.is_replicate() else size
+    return parts
 
 
 def _kind(name: str) -> str:
