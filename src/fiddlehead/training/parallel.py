@@ -142,10 +142,9 @@ class Parallel(ModelParallelStrategy):
             problems += [names.get(problem[:3], problem[:3]) + problem[3:] for problem in error.problems]
         parts = self.tensor_parallel * self.context_parallel
         if seq_length % parts:
-            problems.append(
-                f"tensor_parallel={self.tensor_parallel} x context_parallel={self.context_parallel} does not divide "
-                f"data.seq_length={seq_length}"
-            )
+            sharing = {"tensor_parallel": self.tensor_parallel, "context_parallel": self.context_parallel}
+            product = " x ".join(f"{name}={size}" for name, size in sharing.items() if size > 1)
+            problems.append(f"{product}: does not divide data.seq_length={seq_length}")
         return problems
 
     # -- the model
