@@ -65,7 +65,7 @@ def make_parts(dataset: Path, runs: Path, **changes: Any) -> dict[str, Any]:
                 separate_documents=False,
             )
         ),
-        "optim": AdamW(**take(lr=1e-2, lr_scheduler=CosineAnnealing(warmup_steps=2))),
+        "optim": changes.pop("optim", AdamW)(**take(lr=1e-2, lr_scheduler=CosineAnnealing(warmup_steps=2))),
         "log": Log(
             **take(name="run", dir=str(runs), tensorboard=False, wandb=False, profile=None, profile_shapes=False)
         ),

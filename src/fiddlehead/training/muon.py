@@ -57,10 +57,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        whole: Any = gradient.lerp(momentum, group["momentum"])  # type: ignore[union-attr]  # Nesterov's
-        if isinstance(whole, DTensor):
-            whole = whole.to(_product_dtype(whole)).full_tensor()
-        update = orthogonal_update(whole, group["rows"])[part(parameter)]
+        update = gradient.lerp(momentum, group["momentum"])  # type: ignore[union-attr]  # Nesterov's
+        if isinstance(update, DTensor):
+            update = update.to(_product_dtype(update)).full_tensor()  # type: ignore[attr-defined]
+        update = orthogonal_update(update, group["rows"])[part(parameter)]
         own = local(parameter)
         own.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
