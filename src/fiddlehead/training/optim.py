@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -161,21 +161,69 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Optim):
-    """AdamW (Loshchilov & Hutter 2019); weight decay applies to matrices and not to gains, biases and other vectors."""
+    """AdamW (Loshchilov & Hutter 2019); weight decay applies to matrices and not to gains, biases and other vectors.
+
+    Args:
+        state_bits: of each of the two moments. With 8 (Dettmers et al. 2022) they take a quarter of the memory, the
+            losses are a little different, and torchao does it, which compiles the step.
+    """
+
+    state_bits: Literal[8, 32] = 32
+
+    @property
+    def kind(self) -> str:
+        """What `kind_of` says of the optimizers that it makes."""
+        return "AdamW" if self.state_bits == 32 else f"AdamW(state_bits={self.state_bits})"
 
     def optimizer(
         self, named_parameters: Sequence[tuple[str, nn.Parameter]], fused: FusedRows = NOT_FUSED
     ) -> torch.optim.Optimizer:
-        """PyTorch's, in one launch, or for bfloat16 parameters one that keeps float32 weights."""
+        """PyTorch's, in one launch; for bfloat16 parameters one that keeps float32 weights; torchao's for 8 bits.
+
+        Raises:
+            ConfigError: torchao is not installed.
+        """
         parameters = [parameter for _, parameter in named_parameters]
         groups = self._groups(parameters)
+        settings: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "eps": self.eps}
+        if self.state_bits == 8:
+            try:
+                from fiddlehead.training.adamw_8bit import SavedAdamW8bit
+            except ImportError as error:
+                message = f"optim.state_bits=8 needs torchao: pip install 'fiddlehead[torchao]' ({error})"
+                raise ConfigError(message) from error
+            return SavedAdamW8bit(groups, **settings)
         if parameters and all(parameter.dtype == torch.bfloat16 for parameter in parameters):
-            return BFloat16AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+            return BFloat16AdamW(groups, **settings)
+        return torch.optim.AdamW(groups, **settings, fused=True)
+
+    def problems(self, precision: str, strategy: Parallel | None, *, adapters: bool) -> list[str]:
+        """8-bit moments are those of whole float32 parameters."""
+        problems = []
+        if self.state_bits == 8 and precision == "bf16-true":
+            problems.append(
+                "optim.state_bits=8: trainer.precision='bf16-true' would round small steps away; allowed: "
+                "'bf16-mixed', '32-true', or optim.state_bits=32, which keeps what is rounded"
+            )
+        if self.state_bits == 8 and strategy is not None:
+            problems.append(
+                "optim.state_bits=8: the scales of 8-bit moments cannot be cut over several devices yet; allowed: 32, "
+                "or one device, or trainer.strategy=ddp"
+            )
+        return problems
 
     def state_bytes(self, named_parameters: Iterable[tuple[str, nn.Parameter]], precision: str) -> int:
         """Two moments; with bfloat16 parameters also the other half of each weight."""
-        return (10 if precision == "bf16-true" else 8) * sum(p.numel() for _, p in named_parameters)
+        sizes = [parameter.numel() for _, parameter in named_parameters]
+        if self.state_bits == 8:
+            return sum(_moments_bytes(size) for size in sizes)
+        return (10 if precision == "bf16-true" else 8) * sum(sizes)
+
+    def _refused(self) -> list[str]:
+        problems = super()._refused()
+        if self.state_bits not in (8, 32):
+            problems.append(f"state_bits={self.state_bits!r}: allowed: 8, 32")
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +293,15 @@ class Muon(Optim):
 
 def kind_of(groups: Sequence[Mapping[str, Any]]) -> str:
     """Which optimizer the groups in a checkpoint are of."""
-    return "Muon" if "momentum" in groups[0] else "AdamW"
+    if "momentum" in groups[0]:
+        return "Muon"
+    return AdamW(state_bits=groups[0].get("state_bits", 32)).kind
+
+
+def _moments_bytes(size: int) -> int:
+    """What torchao keeps for a parameter of so many weights: codes, scales and the table of what they mean, twice."""
+    quantized = size >= 4096 and size % 256 == 0
+    return 2 * (size + 4 * size // 256 + 4 * 256) if quantized else 8 * size
 
 
 def _is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
