@@ -19,6 +19,7 @@ from fiddlehead.training import Checkpoint, LanguageModel, Log, NonFiniteError, 
 from fiddlehead.training.checkpoint import restore_progress
 from fiddlehead.training.checkpoint_folder import newest_good, read_state, verify
 from fiddlehead.training.console import is_rank_zero, say
+from fiddlehead.training.garbage import CollectGarbage
 from fiddlehead.training.metrics import Metrics
 from fiddlehead.training.optim import Optim, kind_of
 from fiddlehead.training.parallel import Sizes
@@ -96,7 +97,7 @@ def pretrain(
     callbacks.append(metrics)
     if log.profile_steps:
         callbacks.append(Profile(log.profile_steps, run.path / "profile", phases, shapes=log.profile_shapes))
-    callbacks += [checkpoint, StopOnRequest(checkpoint, run), phases]
+    callbacks += [checkpoint, CollectGarbage(), StopOnRequest(checkpoint, run), phases]
     if start is not None:
         restore_progress(trainer, step)
     try:

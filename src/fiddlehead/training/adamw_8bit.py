@@ -9,8 +9,6 @@ import torch
 from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
 from torchao.optim.subclass_8bit import OptimState8bit  # pyright: ignore[reportMissingImports]
 
-_PARTS = ("codes", "scale", "qmap")
-
 
 class SavedAdamW8bit(AdamW8bit):
     """torchao's AdamW with 8-bit moments (Dettmers et al. 2022), whose rates are numbers and whose state is tensors.
@@ -60,10 +58,10 @@ class SavedAdamW8bit(AdamW8bit):
 def _plain(value: Any) -> Any:
     if not isinstance(value, OptimState8bit):
         return value
-    return {name: getattr(value, name) for name in _PARTS} | {"signed": value.signed}
+    return {"codes": value.codes, "scale": value.scale, "qmap": value.qmap, "signed": value.signed}
 
 
 def _moment(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    return OptimState8bit(*(value[name] for name in _PARTS), value["signed"])
+    return OptimState8bit(value["codes"], value["scale"], value["qmap"], value["signed"])
