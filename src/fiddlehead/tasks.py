@@ -20,6 +20,7 @@ from fiddlehead.training.checkpoint import restore_progress
 from fiddlehead.training.checkpoint_folder import newest_good, read_state, verify
 from fiddlehead.training.console import is_rank_zero, say
 from fiddlehead.training.garbage import CollectGarbage
+from fiddlehead.training.kernel_cache import keep_compiled_kernels
 from fiddlehead.training.metrics import Metrics
 from fiddlehead.training.optim import Optim, kind_of
 from fiddlehead.training.parallel import Sizes
@@ -79,6 +80,8 @@ def pretrain(
     say(f"run {run.path}: {'starts anew' if start is None else f'continues from {start}'}")
 
     run.path.mkdir(parents=True, exist_ok=True)
+    if model.compile_mode is not None or optim.compiles(str(trainer.precision)):
+        keep_compiled_kernels()
     _record_attention(run, plan)
     if resume not in ("auto", "never"):
         write_atomically(run.path / "resumed_from", str(resume))

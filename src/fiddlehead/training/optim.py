@@ -133,6 +133,10 @@ class Optim:
         """
         return []
 
+    def compiles(self, precision: str) -> bool:
+        """Whether its step is compiled."""
+        return False
+
     def state_bytes(self, named_parameters: Iterable[tuple[str, nn.Parameter]], precision: str) -> int:
         """How much memory what it keeps for these parameters takes."""
         raise NotImplementedError
@@ -211,6 +215,10 @@ class AdamW(Optim):
                 "or one device, or trainer.strategy=ddp"
             )
         return problems
+
+    def compiles(self, precision: str) -> bool:
+        """Whether its step is compiled: where it is more than PyTorch's own."""
+        return self.state_bits == 8 or precision == "bf16-true"
 
     def state_bytes(self, named_parameters: Iterable[tuple[str, nn.Parameter]], precision: str) -> int:
         """Two moments; with bfloat16 parameters also the other half of each weight."""
