@@ -19,9 +19,10 @@ from fiddlehead.environment import describe_gpus, describe_machine
 from fiddlehead.errors import ConfigError
 from fiddlehead.recipe import Recipe
 from fiddlehead.runs import RunDirectory, write_atomically
-from fiddlehead.training import AdamW, Checkpoint, LanguageModel, Log, attention
+from fiddlehead.training import Checkpoint, LanguageModel, Log, attention
 from fiddlehead.training.checkpoint import at_step_end
 from fiddlehead.training.metrics import Metrics, peak_memory, speed
+from fiddlehead.training.optim import Optim
 from fiddlehead.training.phases import Window, exposed_communication
 
 PACKAGES = ("fiddlehead", "torch", "lightning", "triton", "flash-attn", "flash-attn-3", "flash-attn-4")
@@ -75,7 +76,7 @@ def benchmark(
     model: LanguageModel,
     data: PreTrainingDataModule | FineTuningDataModule,
     trainer: Trainer,
-    optim: AdamW,
+    optim: Optim,
     log: Log,
     checkpoint: Checkpoint,
     resume: str | Path = "auto",

@@ -37,6 +37,7 @@ from tests.training.ranks import on_ranks
         ("fsdp-4", "plain"),
         ("hsdp-2x2", "plain"),
         ("fsdp-2", "experts"),
+        ("fsdp-2", "muon"),
         ("hsdp-2x2", "documents"),
         ("cp-2", "plain"),
         ("fsdp-2-cp-2", "documents"),

@@ -40,8 +40,12 @@ def test_the_ranks_share_what_the_strategy_says(parts: Parts) -> None:
     settings: dict[str, Any] = {"devices": 4, "micro_batch_size": 2, "global_batch_size": 16}
     shared = plan(parts(strategy=Parallel(data_parallel_replicate=2), **settings))
     copies = plan(parts(strategy="ddp", **settings))
-    assert (shared.world_size, shared.data_parallel, shared.shards, shared.accumulate_grad_batches) == (4, 4, 2, 2)
-    assert (copies.data_parallel, copies.shards, copies.accumulate_grad_batches) == (4, 1, 2)
+    split = plan(parts(strategy=Parallel(tensor_parallel=2), **settings))
+    assert (shared.world_size, shared.data_parallel, shared.accumulate_grad_batches) == (4, 4, 2)
+    assert (copies.data_parallel, copies.accumulate_grad_batches) == (4, 2)
+    assert shared.device_gib == pytest.approx(shared.state_gib / 2) and copies.device_gib == copies.state_gib
+    # What the layers' products do not multiply with is cut over the data-parallel ranks only.
+    assert split.state_gib / 4 < split.device_gib < split.state_gib / 2
     assert dict(shared.rows())["memory"].startswith(
         f"{shared.state_gib / 2:.2f} GiB on each device (of {copies.state_gib:.2f} GiB in all) for"
     )

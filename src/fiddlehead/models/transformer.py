@@ -19,7 +19,7 @@ from fiddlehead.models.autocast import product_dtype
 from fiddlehead.models.collectives import HeadExchange, SequenceSplit
 from fiddlehead.models.config import TransformerConfig
 from fiddlehead.models.linear_cross_entropy import linear_cross_entropy
-from fiddlehead.models.moe import GroupedLinear, MoE, activate
+from fiddlehead.models.moe import Experts, GroupedLinear, MoE, activate
 from fiddlehead.models.rope import Rope, Rotary, rotate
 
 
@@ -148,6 +148,18 @@ class Transformer(nn.Module):
         mixtures = [module for module in self.modules() if isinstance(module, MoE)]
         losses = [mixture.aux_loss for mixture in mixtures if mixture.aux_loss is not None]
         return sum(losses[1:], losses[0]) if losses else None
+
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        """The weights that are several matrices in one, by name: how many rows belong to each of these."""
+        rows = {}
+        for name, module in self.named_modules():
+            if isinstance(module, Attention):
+                H, G, D = module.config.num_attention_heads, module.config.groups, module.config.head_dim
+                rows[f"{name}.linear_qkv.weight"] = (H * D, G * D, G * D)
+            elif isinstance(module, MLP | Experts) and self.config.gated:
+                width = module.linear_fc1.weight.shape[-2] // 2
+                rows[f"{name}.linear_fc1.weight"] = (width, width)
+        return rows
 
     @torch.no_grad()
     def initialize(self) -> None:

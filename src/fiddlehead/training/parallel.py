@@ -47,6 +47,10 @@ class Sizes:
         shard = self.data // self.replicate // self.expert
         return self.replicate, shard, self.expert, self.context, self.tensor
 
+    def parts(self, split_over: str | None) -> int:
+        """Into how many parts a parameter is cut that tensor or expert parallelism splits, "tp" or "ep", or neither."""
+        return self.data // self.replicate * self.context * (self.tensor if split_over == "tp" else 1)
+
     def data_rank(self, rank: int) -> int:
         """Which samples a rank trains on: ranks that share a model's layers or a sequence have the same."""
         return rank // (self.context * self.tensor)

@@ -25,6 +25,6 @@ where they lie in the parameters of one process, which have the same names.
 
 from fiddlehead.models.parallel.gradients import reduce_gradients
 from fiddlehead.models.parallel.layers import local_batch, parallelize
-from fiddlehead.models.parallel.shards import Layout, Slices, refuse_sizes
+from fiddlehead.models.parallel.shards import Layout, Slices, refuse_sizes, splits_over
 
-__all__ = ["Layout", "Slices", "local_batch", "parallelize", "reduce_gradients", "refuse_sizes"]
+__all__ = ["Layout", "Slices", "local_batch", "parallelize", "reduce_gradients", "refuse_sizes", "splits_over"]
