@@ -2,6 +2,9 @@
 
 A GQA model of 19 M parameters learns Python's standard library. Each optimizer first trains for a few steps with each
 of some rates; the one whose validation loss is then the lowest is taken for the whole run.
+
+    python benchmarks/muon.py            trains, and draws docs/muon.png
+    python benchmarks/muon.py --draw     draws the picture again from the results
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import argparse
 import contextlib
 import csv
 import io
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +21,7 @@ from typing import Any
 
 import fiddle as fdl
 import torch
-from measure import save, table
+from measure import RESULTS, save, table
 
 from fiddlehead.data import BPETokenizer
 from fiddlehead.recipe import Recipe
@@ -26,6 +30,7 @@ from fiddlehead.tasks import pretrain
 from fiddlehead.training import Muon
 
 RATES = (1e-3, 2e-3, 4e-3)
+PICTURE = Path(__file__).parents[1] / "docs" / "muon.png"
 
 
 def main() -> None:
@@ -36,8 +41,11 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8, help="in a batch")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="a folder for the results, instead of benchmarks/results")
+    parser.add_argument("--draw", action="store_true", help="only draw the picture")
     arguments = parser.parse_args()
+    if arguments.draw:
+        draw(json.loads((RESULTS / "muon.json").read_text())["figures"])
+        return
     torch.set_num_threads(arguments.threads)
 
     figures: dict[str, Any] = {
@@ -48,7 +56,6 @@ def main() -> None:
         "tuning": {"AdamW": {}, "Muon": {}},
         "runs": {},
     }
-    folder = {"folder": arguments.out} if arguments.out else {}
     for name, tried in figures["tuning"].items():
         for rate in arguments.rates:
             found = train(name, rate, arguments.tuning_steps, arguments.sequences, validations=1)
@@ -56,7 +63,8 @@ def main() -> None:
     for name, tried in figures["tuning"].items():
         rate = float(min(tried, key=tried.get))
         figures["runs"][name] = {"lr": rate, **train(name, rate, arguments.steps, arguments.sequences)}
-        save("muon", figures, ["torch"], **folder)
+    save("muon", figures, ["torch"])
+    draw(figures)
     rows = [
         [name, f"{run['lr']:g}", f"{run['val_loss'][-1][1]:.3f}", f"{run['seconds_per_step']:.2f}"]
         for name, run in figures["runs"].items()
@@ -65,7 +73,7 @@ def main() -> None:
 
 
 def train(name: str, rate: float, steps: int, sequences: int, validations: int = 8) -> dict[str, Any]:
-    """A run's training and validation losses by step, in nats a token, and the median seconds of a step."""
+    """A run's losses in nats a token, of each step and of validations, and the median seconds of a step."""
     recipe = model(rate, steps, sequences)
     recipe.trainer.val_check_interval = steps // validations
     if name == "Muon":
@@ -78,8 +86,8 @@ def train(name: str, rate: float, steps: int, sequences: int, validations: int =
         with run.metrics.open(newline="") as file:
             rows = list(csv.DictReader(file))
     found: dict[str, Any] = {
-        column: [[int(row["step"]), float(row[column])] for row in rows if row.get(column)]
-        for column in ("loss", "val_loss")
+        "loss": [float(row["loss"]) for row in rows if row.get("loss")],
+        "val_loss": [[int(row["step"]), float(row["val_loss"])] for row in rows if row.get("val_loss")],
     }
     seconds = sorted(float(row["seconds_per_step"]) for row in rows if row.get("seconds_per_step"))
     found["seconds_per_step"] = seconds[len(seconds) // 2]
@@ -102,6 +110,25 @@ def model(rate: float, steps: int, sequences: int) -> Recipe:
     recipe.trainer.max_steps, recipe.trainer.log_every_n_steps = steps, 1
     recipe.checkpoint.every_n_steps, recipe.checkpoint.keep_best = steps, False
     return recipe
+
+
+def draw(figures: dict[str, Any]) -> None:
+    """The validation losses of both runs, and faintly those of the training steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for (name, run), color in zip(figures["runs"].items(), ("#6699cc", "#b3400f"), strict=True):
+        axes.plot(range(1, len(run["loss"]) + 1), run["loss"], color=color, alpha=0.3, linewidth=1)
+        label = f"{name}, rate {run['lr']:g}: {run['val_loss'][-1][1]:.2f} at the end"
+        axes.plot(*zip(*run["val_loss"], strict=True), color=color, marker="o", label=label)
+    axes.set_xlabel(f"step of {figures['tokens_per_step']:,} tokens")
+    axes.set_ylabel("validation loss, nats a token")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(PICTURE, dpi=130)
 
 
 if __name__ == "__main__":

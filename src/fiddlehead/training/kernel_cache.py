@@ -13,7 +13,11 @@ FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "TRITON_CACHE_DIR": "trit
 def keep_compiled_kernels() -> None:
     """Lets this process find what earlier ones compiled, and keep what it compiles, in the cache folder.
 
-    PyTorch's own choice is /tmp, which on clusters is often each job's own. What is set already stays.
+    PyTorch's own choice is a folder in /tmp, which on clusters is often each job's own. Another that is set stays.
     """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     for variable, folder in FOLDERS.items():
-        os.environ.setdefault(variable, str(cache_folder() / folder))
+        # Its own choice may be there too: parts of PyTorch set the variable when they are imported.
+        if os.environ.get(variable) in (None, "", os.path.abspath(default_cache_dir())):  # noqa: PTH100  as it does
+            os.environ[variable] = str(cache_folder() / folder)
