@@ -16,6 +16,7 @@ from fiddlehead.data import TokenizerFile
 from fiddlehead.data.chat_template import ChatTemplate, Message
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer
+from fiddlehead.models.compiled_step import refuse_compiled_step
 from fiddlehead.models.generation import Sampling, sample, sample_batch
 from fiddlehead.training.weights import find_tokenizer, find_weights, load_transformer, open_weights
 
@@ -40,21 +41,26 @@ class Writer:
     tokenizer: TokenizerFile
     template: ChatTemplate | None
     name: str
+    compile: bool = False
+    """Whether each step is one launch, as `models.generation.sample` takes it."""
 
     @classmethod
-    def open(cls, source: str | Path, runs: str | Path = "runs") -> Writer:
+    def open(cls, source: str | Path, runs: str | Path = "runs", *, compile: bool = False) -> Writer:
         """The model of a run, of a checkpoint, of what was imported, or in a folder of Hugging Face's.
 
         Raises:
-            ConfigError: there is none, or it has no tokenizer.
+            ConfigError: there is none, it has no tokenizer, or it cannot be compiled.
         """
         path = find_weights(source, runs)
         folder = find_tokenizer(path)
         if folder is None:
             raise ConfigError(f"{source}: has no tokenizer.json beside its weights")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_transformer(open_weights(path)).to(device).eval()
-        return cls(model, TokenizerFile(folder), ChatTemplate.load(folder), str(source))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        weights = open_weights(path)
+        if compile:
+            refuse_compiled_step(weights.config, device, torch.get_default_dtype())
+        model = load_transformer(weights).to(device).eval()
+        return cls(model, TokenizerFile(folder), ChatTemplate.load(folder), str(source), compile)
 
     def write(
         self, prompt: str, max_new_tokens: int = 200, *, stop: Sequence[str] = (), **sampling: Any
@@ -138,6 +144,7 @@ class Writer:
                 ends,
                 seeds=[sampling.seed if seeds is None else seeds[number] for number in batch],
                 ends=stopped,
+                compile=self.compile,
             )
             for number, ids in zip(batch, texts, strict=True):
                 full = len(ids) == min(max_new_tokens, limit - len(prompts[number]))
@@ -164,7 +171,7 @@ class Writer:
         """Yields all of the new text so far, each time that it has become longer."""
         ends = self._end_ids()
         ids = list(ids)
-        for token in sample(self.model, list(ids), max_new_tokens, **sampling):
+        for token in sample(self.model, list(ids), max_new_tokens, compile=self.compile, **sampling):
             if token in ends:
                 return
             ids.append(token)
