@@ -74,12 +74,8 @@ class Writer:
         Raises:
             ConfigError: the prompt cannot be used.
         """
-        # In most vocabularies a space belongs to the token after it: "def " and then " f" would be text that never was.
-        stem = prompt.rstrip(" ")
-        ids = self.tokenizer.encode(stem) or [self.tokenizer.eos_id]  # without a prompt, a document begins
-        before = stem if stem else ""
-        texts = self._texts(ids, before, max_new_tokens, sampling)
-        spaces = prompt[len(stem) :]
+        texts = self._texts(self.tokenizer.encode_prompt(prompt), max_new_tokens, sampling)
+        spaces = prompt[len(prompt.rstrip(" ")) :]  # which it is not given, and writes itself
         yield from until(stop, (text.removeprefix(spaces) for text in texts))
 
     def write_all(
@@ -94,13 +90,13 @@ class Writer:
         Raises:
             ConfigError: a prompt cannot be used.
         """
-        stems = [prompt.rstrip(" ") for prompt in prompts]
-        ids = [self.tokenizer.encode(stem) or [self.tokenizer.eos_id] for stem in stems]
+        ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
         completed = self.complete(ids, max_new_tokens, stop=stop, **options)
         found = []
-        for prompt, stem, before, written in zip(prompts, stems, ids, completed, strict=True):
-            text = self.tokenizer.decode([*before, *written.ids]).removeprefix(stem).rstrip(_INCOMPLETE)
-            text = "".join(until(stop, [text.removeprefix(prompt[len(stem) :])]))
+        for prompt, before, written in zip(prompts, ids, completed, strict=True):
+            text = self.tokenizer.decode([*before, *written.ids]).removeprefix(self.tokenizer.decode(before))
+            text = text.rstrip(_INCOMPLETE).removeprefix(prompt[len(prompt.rstrip(" ")) :])
+            text = "".join(until(stop, [text]))
             found.append(replace(written, text=text))
         return found
 
@@ -164,12 +160,11 @@ class Writer:
                 f"{self.name}: has no chat template (chat_template.jinja); `fiddlehead generate` takes plain text"
             )
         ids = self.tokenizer.encode_with_special(self.template.render(messages, add_generation_prompt=True))
-        before = self.tokenizer.decode(ids)
-        yield from until((), self._texts(ids, before, max_new_tokens, sampling))
+        yield from until((), self._texts(ids, max_new_tokens, sampling))
 
-    def _texts(self, ids: list[int], before: str, max_new_tokens: int, sampling: dict[str, Any]) -> Iterator[str]:
+    def _texts(self, ids: list[int], max_new_tokens: int, sampling: dict[str, Any]) -> Iterator[str]:
         """Yields all of the new text so far, each time that it has become longer."""
-        ends = self._end_ids()
+        ends, before = self._end_ids(), self.tokenizer.decode(ids)
         ids = list(ids)
         for token in sample(self.model, list(ids), max_new_tokens, compile=self.compile, **sampling):
             if token in ends:
@@ -242,8 +237,9 @@ def likelihood(
 ) -> Likelihood:
     """How likely a text is, in windows of the model's `seq_length`.
 
-    Each token but the first is predicted once, from all that its window has before it: the first window's from the
-    beginning, those of each further window from at least `seq_length - stride` tokens.
+    Each token is predicted once, from all that its window has before it: the first window's from the beginning, those
+    of each further window from at least `seq_length - stride` tokens. The text's first is not, where the tokenizer puts
+    nothing in front from which to predict it.
 
     Args:
         stride: how far apart the windows begin; half of `seq_length` if None.
@@ -252,14 +248,16 @@ def likelihood(
     Raises:
         ConfigError: the text has fewer than two tokens, or the stride makes no sense.
     """
-    ids = torch.tensor(writer.tokenizer.encode(text), device=writer.model.embedding.weight.device)
+    begin, own = writer.tokenizer.begin_ids, writer.tokenizer.encode(text)
+    ids = torch.tensor(begin + own, device=writer.model.embedding.weight.device)
     length = writer.model.config.seq_length or len(ids)
     stride = max(1, length // 2) if stride is None else stride
     if not 1 <= stride <= length:
         raise ConfigError(f"stride={stride}: must be from 1 to seq_length={length}")
-    if len(ids) < 2:
+    if len(own) < 2:
         raise ConfigError("the text has fewer than two tokens")
-    nats, done = 0.0, 1
+    first = done = max(1, len(begin))
+    nats = 0.0
     for start in range(0, len(ids) - 1, stride):
         window = ids[start : start + length + 1]
         new = start + len(window) - done
@@ -269,4 +267,4 @@ def likelihood(
         advance(new)
         if done == len(ids):
             break
-    return Likelihood(nats, done - 1, len(text.encode()))
+    return Likelihood(nats, done - first, len(text.encode()))

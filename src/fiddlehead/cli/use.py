@@ -177,7 +177,7 @@ def _decoded(line: bytes) -> tuple[str, str]:
 
 def _refuse_long(prompts: dict[str, str], writer: Writer) -> None:
     limit = writer.model.config.seq_length
-    lengths = map(len, writer.tokenizer.encode_batch(list(prompts.values())))
+    lengths = [len(writer.tokenizer.encode_prompt(prompt)) for prompt in prompts.values()]
     problems = [
         f"{place}: has {length} tokens; the model sees seq_length={limit}, those that it writes included"
         for place, length in zip(prompts, lengths, strict=True)
