@@ -19,6 +19,7 @@ from fiddlehead.training import AdamW, Checkpoint, LanguageModel, Log, NonFinite
 from fiddlehead.training.checkpoint import restore_progress
 from fiddlehead.training.checkpoint_folder import newest_good, read_state, verify
 from fiddlehead.training.console import is_rank_zero, say
+from fiddlehead.training.frozen import halve_frozen, halves_frozen
 from fiddlehead.training.metrics import Metrics
 from fiddlehead.training.parallel import Sizes
 from fiddlehead.training.phases import Phases
@@ -83,6 +84,7 @@ def pretrain(
     model.optim, model.seed = optim, seed
     checkpoint.directory = run.checkpoints
     trainer.strategy.checkpoint_io = checkpoint.io
+    halve_frozen(model, trainer)
     if isinstance(trainer.val_check_interval, int):  # users count in steps, Lightning in micro-batches
         trainer.val_check_interval *= plan.accumulate_grad_batches
     trainer.loggers = log.loggers(run, step)
@@ -153,7 +155,9 @@ class Plan:
     @property
     def flops(self) -> float:
         """What the whole run computes, without recomputation."""
-        return self.config.train_flops_per_token(self.config.seq_length or 0) * self.tokens_per_step * self.max_steps
+        adapters = None if self.trained == self.parameters else self.trained
+        a_token = self.config.train_flops_per_token(self.config.seq_length or 0, adapters=adapters)
+        return a_token * self.tokens_per_step * self.max_steps
 
     def rows(self) -> list[tuple[str, str]]:
         """Name and value of each line of a summary."""
@@ -270,7 +274,9 @@ def plan_pretrain(
             choices = attention.choose(seen, dtype, Target.of(trainer.strategy.root_device), packed=packed)
     except ConfigError as error:
         raise error.under("model.config") from error
-    # Parameters, gradients and two moments, all in the parameters' dtype.
+    trained_bytes = frozen_bytes = 2 if precision == "bf16-true" else 4
+    if halves_frozen(model, trainer):
+        frozen_bytes = 2
     return Plan(
         config=config,
         parameters=parameters,
@@ -282,7 +288,8 @@ def plan_pretrain(
         accumulate_grad_batches=accumulate,
         tokens_per_step=data.global_batch_size * data.seq_length,
         attention=choices,
-        state_gib=(parameters + 3 * trained) * (2 if precision == "bf16-true" else 4) / 2**30,
+        # Of what is trained also gradients and two moments, all in the parameters' dtype.
+        state_gib=((parameters - trained) * frozen_bytes + 4 * trained * trained_bytes) / 2**30,
         shards=world_size // sizes.replicate,
         warmup_steps=optim.lr_scheduler.warmup_steps,
     )

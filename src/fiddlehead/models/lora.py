@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fiddlehead.attention.reference import without_autocast
 from fiddlehead.errors import ConfigError, nearest, unknown
-from fiddlehead.models.autocast import autocasts
+from fiddlehead.models.autocast import product_dtype
 from fiddlehead.models.transformer import Transformer
 
 PEFT_NAMES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -119,14 +119,17 @@ class LoRALinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype that the layer without the adapter would return."""
-        base = F.linear(input, self.weight, self.bias)
+        # The adapter's two matrices are small, and what they are multiplied with is not: it is they that are scaled and
+        # turned into the products' dtype. Their gradients are summed up in their own.
+        x = input.to(product_dtype(input))
+        base = F.linear(x, self.weight, self.bias)
         if not self.enabled:
             return base
-        dropped = F.dropout(input, self.lora.dropout, self.training)
-        x = dropped if autocasts(input) else dropped.to(self.lora_a.dtype)  # autocast needs no float32 copy on the way
-        change = F.linear(F.linear(x, self.lora_a) * self.lora.scaling, self.lora_b)
+        dropped = F.dropout(x, self.lora.dropout, self.training)
+        a, b = self.lora_a.to(x.dtype), (self.lora_b * self.lora.scaling).to(x.dtype)
+        change = F.linear(F.linear(dropped, a), b)
         if self.magnitude is None:
-            return (base + change).to(base.dtype)
+            return base + change
         # As in PEFT, the layer's own output is from what was not dropped, and what DoRA adds from what was.
         if self.training and self.lora.dropout:
             plain = F.linear(dropped, self.weight)

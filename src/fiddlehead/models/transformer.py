@@ -298,9 +298,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., size) to the same, in x's dtype."""
-        if x.dtype == self.weight.dtype:
-            return super().forward(x)
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)  # autocast would leave it in float32
 
 
 class ZeroCenteredRMSNorm(nn.Module):
