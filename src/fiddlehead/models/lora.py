@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fiddlehead.attention.reference import without_autocast
 from fiddlehead.errors import ConfigError, nearest, unknown
 from fiddlehead.models.autocast import product_dtype
+from fiddlehead.models.linear import Linear
 from fiddlehead.models.transformer import Transformer
 
 PEFT_NAMES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -218,7 +219,7 @@ def merge(transformer: Transformer) -> None:
     """Folds the adapters into the weights, in place: an ordinary model, with nothing frozen, that computes the same."""
     for name, layer in list(transformer.named_modules()):
         if isinstance(layer, LoRALinear):
-            linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            linear = Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             weight = _merged(layer.weight, layer.lora_a, layer.lora_b, layer.magnitude, layer.lora.scaling)
             linear.weight, linear.bias = nn.Parameter(weight), layer.bias
             transformer.set_submodule(name, linear.train(layer.training))
