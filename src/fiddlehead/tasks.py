@@ -20,6 +20,7 @@ from fiddlehead.training import Checkpoint, LanguageModel, Log, NonFiniteError, 
 from fiddlehead.training.checkpoint import restore_progress
 from fiddlehead.training.checkpoint_folder import newest_good, read_state, verify
 from fiddlehead.training.console import is_rank_zero, say
+from fiddlehead.training.frozen import halve_frozen, halves_frozen
 from fiddlehead.training.garbage import CollectGarbage
 from fiddlehead.training.kernel_cache import keep_compiled_kernels
 from fiddlehead.training.metrics import Metrics
@@ -89,6 +90,7 @@ def pretrain(
     model.optim, model.seed = optim, seed
     checkpoint.directory = run.checkpoints
     trainer.strategy.checkpoint_io = checkpoint.io
+    halve_frozen(model, trainer)
     if isinstance(trainer.val_check_interval, int):  # users count in steps, Lightning in micro-batches
         trainer.val_check_interval *= plan.accumulate_grad_batches
     trainer.loggers = log.loggers(run, step)
@@ -159,7 +161,9 @@ class Plan:
     @property
     def flops(self) -> float:
         """What the whole run computes, without recomputation."""
-        return self.config.train_flops_per_token(self.config.seq_length or 0) * self.tokens_per_step * self.max_steps
+        adapters = None if self.trained == self.parameters else self.trained
+        a_token = self.config.train_flops_per_token(self.config.seq_length or 0, adapters=adapters)
+        return a_token * self.tokens_per_step * self.max_steps
 
     def rows(self) -> list[tuple[str, str]]:
         """Name and value of each line of a summary."""
@@ -277,8 +281,9 @@ def plan_pretrain(
             choices = attention.choose(seen, dtype, Target.of(trainer.strategy.root_device), packed=packed)
     except ConfigError as error:
         raise error.under("model.config") from error
-    state_bytes = (parameters + trained) * (2 if precision == "bf16-true" else 4)
-    state_gib = (state_bytes + optim.state_bytes(learned, precision)) / 2**30
+    each = 2 if precision == "bf16-true" else 4
+    frozen_bytes = (parameters - trained) * (2 if halves_frozen(model, trainer) else each)
+    state_gib = (frozen_bytes + 2 * each * trained + optim.state_bytes(learned, precision)) / 2**30  # 2: the gradients
     held = sum(p.numel() / sizes.parts(splits_over(name, config)) for name, p in transformer.named_parameters())
     return Plan(
         config=config,

@@ -18,6 +18,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.models.autocast import product_dtype
 from fiddlehead.models.collectives import HeadExchange, SequenceSplit
 from fiddlehead.models.config import TransformerConfig
+from fiddlehead.models.linear import Linear, linear
 from fiddlehead.models.linear_cross_entropy import linear_cross_entropy
 from fiddlehead.models.moe import Experts, GroupedLinear, MoE, activate
 from fiddlehead.models.rope import Rope, Rotary, rotate
@@ -43,7 +44,7 @@ class Transformer(nn.Module):
         self.final_layernorm = _norm(config)
         self.output_layer = None  # None: logits reuse the embedding's weights
         if not config.share_embeddings_and_output_weights:
-            self.output_layer = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.output_layer = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compiled = False
         """Whether what is done to each logit in training is compiled into one kernel."""
         self.initialize()
@@ -123,7 +124,7 @@ class Transformer(nn.Module):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """What `hidden` returns, or part of it, (..., C), to logits (..., V)."""
-        logits = F.linear(x, self._output_weight())
+        logits = linear(x, self._output_weight())
         if self.config.logits_scaling != 1:
             logits = logits / self.config.logits_scaling
         cap = self.config.final_logit_softcapping
@@ -230,8 +231,8 @@ class Attention(nn.Module):
         self.exchange: HeadExchange | None = None
         H, G, D = config.num_attention_heads, config.groups, config.head_dim
         bias = config.add_bias_linear
-        self.linear_qkv = nn.Linear(config.hidden_size, (H + 2 * G) * D, bias=bias or config.add_qkv_bias)
-        self.linear_proj = nn.Linear(H * D, config.hidden_size, bias=bias)
+        self.linear_qkv: nn.Linear = Linear(config.hidden_size, (H + 2 * G) * D, bias=bias or config.add_qkv_bias)
+        self.linear_proj: nn.Linear = Linear(H * D, config.hidden_size, bias=bias)
         self.q_layernorm = self.k_layernorm = None
         if config.qk_layernorm is not None:
             whole = config.qk_layernorm == "projection"
@@ -297,8 +298,8 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = config.activation
         width = 2 * config.ffn_size if config.gated else config.ffn_size
-        self.linear_fc1 = nn.Linear(config.hidden_size, width, bias=config.add_bias_linear)
-        self.linear_fc2 = nn.Linear(config.ffn_size, config.hidden_size, bias=config.add_bias_linear)
+        self.linear_fc1: nn.Linear = Linear(config.hidden_size, width, bias=config.add_bias_linear)
+        self.linear_fc2: nn.Linear = Linear(config.ffn_size, config.hidden_size, bias=config.add_bias_linear)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) to (B, T, C)."""
@@ -310,9 +311,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., size) to the same, in x's dtype."""
-        if x.dtype == self.weight.dtype:
-            return super().forward(x)
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)  # autocast would leave it in float32
 
 
 class ZeroCenteredRMSNorm(nn.Module):
