@@ -28,7 +28,7 @@ from fiddlehead.recipes.tiny import tiny
 from fiddlehead.tasks import pretrain
 from fiddlehead.training import Muon
 
-RATES = {"AdamW": (5e-4, 1e-3, 2e-3), "Muon": (2e-3, 4e-3, 8e-3)}
+RATES = {"AdamW": (2.5e-4, 5e-4, 1e-3), "Muon": (2e-3, 4e-3, 8e-3)}
 PICTURE = Path(__file__).parents[1] / "docs" / "muon.png"
 
 
