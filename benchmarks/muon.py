@@ -54,7 +54,7 @@ def main() -> None:
     for name, runs in figures["runs"].items():
         for rate in RATES[name]:
             runs[f"{rate:g}"] = train(name, rate, arguments.steps, arguments.sequences)
-            save("muon", figures, ["torch"])
+    save("muon", figures, ["torch"])
     draw(figures)
     rows = [
         [name, rate, f"{last(run):.3f}", f"{run['seconds_per_step']:.2f}"]

@@ -46,6 +46,13 @@ def test_each_figure_is_compared_with_the_same_one_before():
     assert list(compare(NOW, NOW).lines()) == ["4 of 4 figures within 2% of before"]
 
 
+def test_many_without_a_counterpart_are_counted():
+    many = {"figures": {"losses": list(range(1, 31))}}
+    *_, last = compare({"figures": {"losses": [1]}}, many).lines()
+    assert last.startswith("in one of the two only: losses[1], losses[2],")
+    assert last.endswith("losses[20], and 9 more")
+
+
 def test_what_was_nothing_has_changed_wholly():
     zero, one = ({"figures": {"errors": count}} for count in (0, 1))
     assert [change.relative for change in compare(zero, one).changes] == [1.0]

@@ -12,6 +12,8 @@ from fiddlehead.errors import ConfigError
 
 UNCHANGED = 0.02
 """A figure that differs by less is taken for the same."""
+LISTED = 20
+"""Names of figures, of those without a counterpart."""
 TIME_AND_LOAD = ("date", "load_average", "revision", "sm_mhz", "memory_mhz", "watts", "celsius")
 """What differs between any two measurements, and makes them no measurements of different things."""
 
@@ -52,7 +54,9 @@ class Comparison:
         same = len(self.changes) - len(changed)
         yield f"{same} of {len(self.changes)} figures within {UNCHANGED:.0%} of before"
         if self.missing:
-            yield f"in one of the two only: {', '.join(self.missing)}"
+            more = len(self.missing) - LISTED
+            listed = ", ".join(self.missing[:LISTED]) + (f", and {more} more" if more > 0 else "")
+            yield f"in one of the two only: {listed}"
 
 
 def read(file: Path) -> dict[str, Any]:
