@@ -221,7 +221,7 @@ def plan_pretrain(
             raise error.under("trainer.strategy") from error
         if world_size > 1 and model.compile_mode == "model":
             problems.append("model.compile='model': a model cut over several devices takes 'layers' or None")
-    accumulate = 1
+    accumulate, micro_batches = 1, None
     try:
         model.take_shape()
     except ConfigError as error:
@@ -231,7 +231,7 @@ def plan_pretrain(
             raise ConfigError("model.init_from=None: fine-tuning begins with a model that can write already; give one")
         data.default_tokenizer = find_tokenizer(Path(model.init_from))
     try:
-        accumulate = data.accumulate_grad_batches(sizes.data)
+        accumulate = micro_batches = data.accumulate_grad_batches(sizes.data)
     except ConfigError as error:
         problems += error.under("data").problems
     problems += _trainer_problems(trainer, accumulate, sizes.data)
@@ -246,7 +246,8 @@ def plan_pretrain(
     problems += _model_problems(model.config, data, vocab_size)
     problems += model.problems(str(trainer.precision), sizes)
     if isinstance(trainer.strategy, Parallel):
-        problems += [f"trainer.strategy.{each}" for each in trainer.strategy.problems(model.config, data.seq_length)]
+        split = trainer.strategy.problems(model.config, data.seq_length, micro_batches)
+        problems += [f"trainer.strategy.{each}" for each in split]
     if problems:
         raise ConfigError(*problems)
 

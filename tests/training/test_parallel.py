@@ -197,11 +197,12 @@ def test_the_norm_is_that_of_all_gradients_however_they_are_cut() -> None:
 @pytest.mark.parametrize(
     ("strategy", "devices", "sizes"),
     [
-        ({}, 1, (1, 1, 1, 1, 1)),
-        ({}, 8, (1, 8, 1, 1, 1)),
-        ({"data_parallel": 8}, 8, (1, 8, 1, 1, 1)),
-        ({"data_parallel_replicate": 2}, 8, (2, 4, 1, 1, 1)),
-        ({"expert_parallel": 2, "tensor_parallel": 2}, 8, (1, 2, 2, 1, 2)),
+        ({}, 1, (1, 1, 1, 1, 1, 1)),
+        ({}, 8, (1, 1, 8, 1, 1, 1)),
+        ({"data_parallel": 8}, 8, (1, 1, 8, 1, 1, 1)),
+        ({"data_parallel_replicate": 2}, 8, (1, 2, 4, 1, 1, 1)),
+        ({"expert_parallel": 2, "tensor_parallel": 2}, 8, (1, 1, 2, 2, 1, 2)),
+        ({"pipeline_parallel": 2, "tensor_parallel": 2}, 8, (2, 1, 2, 1, 1, 2)),
     ],
 )
 def test_the_data_parallel_ranks_are_what_the_devices_allow(
@@ -211,10 +212,10 @@ def test_the_data_parallel_ranks_are_what_the_devices_allow(
 
 
 def test_ranks_that_share_a_layer_or_a_sequence_train_on_the_same_samples() -> None:
-    sizes = Sizes(data=4, replicate=2, expert=2, context=2, tensor=2)
-    mesh = torch.arange(16).view(sizes.mesh)
-    assert [sizes.data_rank(rank) for rank in range(16)] == [rank // 4 for rank in range(16)]
-    assert {sizes.data_rank(int(rank)) for rank in mesh[1, 0].flatten()} == {2}
+    sizes = Sizes(data=4, replicate=2, expert=2, context=2, tensor=2, pipeline=2)
+    mesh = torch.arange(32).view(sizes.mesh)
+    assert [sizes.data_rank(rank) for rank in range(32)] == [rank // 4 for rank in range(16)] * 2
+    assert {sizes.data_rank(int(rank)) for rank in mesh[:, 1, 0].flatten()} == {2}
 
 
 @pytest.mark.parametrize(

@@ -111,12 +111,13 @@ class AdamW:
     def optimizer(self, named_parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """The optimizer: PyTorch's, in one launch, or for bfloat16 parameters one that keeps float32 weights."""
         parameters = [parameter for _, parameter in named_parameters]
-        groups = self._groups(parameters)
+        groups = self.groups(parameters)
         if parameters and all(parameter.dtype == torch.bfloat16 for parameter in parameters):
             return BFloat16AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
-    def _groups(self, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    def groups(self, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+        """The parameters as the optimizer groups them, and numbers them: one group after another."""
         parameters = list(parameters)
         return [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.weight_decay},

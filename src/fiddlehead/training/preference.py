@@ -47,9 +47,9 @@ class PreferenceModel(LanguageModel):
     def problems(self, precision: str, sizes: Sizes) -> list[str]:
         """As `LanguageModel.problems`."""
         problems = super().problems(precision, sizes)
-        for field, size in (("context_parallel", sizes.context), ("tensor_parallel", sizes.tensor)):
-            if size > 1:
-                problems.append(f"trainer.strategy.{field}={size}: answers are compared whole; allowed: 1")
+        for field in ("context", "tensor", "pipeline"):
+            if (size := getattr(sizes, field)) > 1:
+                problems.append(f"trainer.strategy.{field}_parallel={size}: answers are compared whole; allowed: 1")
         return problems
 
     def on_fit_start(self) -> None:
