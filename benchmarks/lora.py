@@ -2,8 +2,9 @@
 
     python benchmarks/lora.py            # --tiny: on a CPU, to try the script
 
-The weights are bfloat16 and frozen, the adapters (rank 16, on every linear layer) float32 in PEFT and as the run's
-precision in ours. Each arm is a process of its own.
+Both begin with the same random weights, in bfloat16, and have adapters of rank 16 on every linear layer, in float32.
+Ours is what `fiddlehead finetune -f lora model.compile=layers` trains, under Lightning; PEFT's is in a bare loop under
+autocast. Each arm is a process of its own.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 from measure import save, table
-from train import SHAPE, TINY, Clock, batches
+from train import PEAK, SHAPE, TINY, Clock, batches, fit
 
 ARMS = ["ours", "ours, full", "peft, eager", "peft, compiled"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -29,67 +32,34 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     shape = (TINY if given.tiny else SHAPE) | {"B": given.batch, "T": 64 if given.tiny else 4096}
     if given.child:
-        print(json.dumps(measure(given.child, shape)))
+        print(json.dumps(measure(given.child, shape, given.weights)))
         return
     figures = {}
-    for arm in given.arms:
-        command = [sys.executable, "-W", "ignore", __file__, "--child", arm, "--batch", str(given.batch)]
-        done = subprocess.run([*command, *(["--tiny"] if given.tiny else [])], capture_output=True, text=True)
-        failed = {"failed": done.stderr.strip()[-400:]}
-        figures[arm] = json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else failed
-        print(arm, figures[arm], file=sys.stderr, flush=True)
-    rows = [[arm, f"{r['tokens_per_s']:,.0f}", f"{r['gib']:.1f}"] for arm, r in figures.items() if "failed" not in r]
-    print(table(["", "tokens/s", "peak GiB"], rows))
-    save("lora", figures, ["torch", "transformers", "peft"])
+    with tempfile.TemporaryDirectory() as weights:
+        write_weights(shape, Path(weights))
+        for arm in given.arms:
+            command = [sys.executable, "-W", "ignore", __file__, "--child", arm, "--weights", weights]
+            command += ["--batch", str(given.batch), *(["--tiny"] if given.tiny else [])]
+            done = subprocess.run(command, capture_output=True, text=True)
+            failed = {"failed": done.stderr.strip()[-400:]}
+            figures[arm] = json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else failed
+            print(arm, figures[arm], file=sys.stderr, flush=True)
+    rows = [
+        [arm, f"{r['tokens_per_s']:,.0f}", f"{r['mfu']:.1%}", f"{r['gib']:.1f}", f"{r['loss']:.3f}"]
+        for arm, r in figures.items()
+        if "failed" not in r
+    ]
+    print(table(["", "tokens/s", "MFU", "peak GiB", "loss"], rows))
+    save("lora", figures, ["torch", "lightning", "transformers", "peft"])
 
 
-def measure(arm: str, shape: dict[str, int]) -> dict[str, float]:
-    """Trains one arm, and returns its figures."""
-    torch.manual_seed(0)
-    clock = Clock(10)
-    (peft if arm.startswith("peft") else ours)(arm, shape, clock)
-    on_gpu = torch.cuda.is_available()
-    return {
-        "tokens_per_s": 10 * shape["B"] * shape["T"] / clock.seconds,
-        "gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
-    }
-
-
-def ours(arm: str, shape: dict[str, int], clock: Clock) -> None:
-    """Our Transformer with our adapters, its layers compiled, and our optimizer."""
-    from fiddlehead.models import LoRA, Transformer, TransformerConfig
-    from fiddlehead.models.speed import compile_transformer
-    from fiddlehead.training import AdamW
-
-    config = TransformerConfig(
-        num_layers=shape["layers"],
-        hidden_size=shape["hidden"],
-        ffn_hidden_size=shape["ffn"],
-        num_attention_heads=shape["heads"],
-        num_query_groups=shape["groups"],
-        vocab_size=shape["vocab"],
-        seq_length=shape["T"],
-        rotary_base=500_000.0,
-        share_embeddings_and_output_weights=True,
-    )
-    with torch.device(_device()):
-        model = Transformer(config).bfloat16()
-        if arm == "ours":
-            LoRA(rank=16).apply(model)
-    if torch.cuda.is_available():
-        compile_transformer(model, "layers")
-    step(model, lambda ids, labels: model(ids, labels=labels) / labels.numel(), AdamW(lr=1e-4), shape, clock)
-
-
-def peft(arm: str, shape: dict[str, int], clock: Clock) -> None:
-    """transformers' Llama with PEFT's adapters."""
-    from peft import LoraConfig, get_peft_model
+def write_weights(shape: dict[str, int], folder: Path) -> None:
+    """A Llama as transformers writes it, with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from fiddlehead.training import AdamW
 
     config = LlamaConfig(
         num_hidden_layers=shape["layers"],
@@ -100,31 +70,71 @@ def peft(arm: str, shape: dict[str, int], clock: Clock) -> None:
         vocab_size=shape["vocab"],
         max_position_embeddings=shape["T"],
         tie_word_embeddings=True,
-        attn_implementation="sdpa",
     )
+    torch.manual_seed(0)
     with torch.device(_device()):
-        base = LlamaForCausalLM(config).bfloat16()
-        model: Any = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
+        LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+
+
+def measure(arm: str, shape: dict[str, int], weights: Path) -> dict[str, float]:
+    """Trains one arm, and returns its figures."""
+    from fiddlehead.training.weights import open_weights
+
+    torch.manual_seed(0)
+    clock = Clock(10)
+    loss, adapters = (peft if arm.startswith("peft") else ours)(arm, shape, weights, clock)
+    on_gpu = torch.cuda.is_available()
+    tokens_per_s = 10 * shape["B"] * shape["T"] / clock.seconds
+    flops = open_weights(weights).config.train_flops_per_token(shape["T"], adapters=adapters)
+    peak = next((p for n, p in PEAK.items() if on_gpu and n in torch.cuda.get_device_name()), float("inf"))
+    return {
+        "tokens_per_s": tokens_per_s,
+        "mfu": tokens_per_s * flops / peak,
+        "gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
+        "loss": loss,
+    }
+
+
+def ours(arm: str, shape: dict[str, int], weights: Path, clock: Clock) -> tuple[float, int | None]:
+    """A run from a recipe, its layers compiled; the full step has bfloat16 parameters."""
+    from fiddlehead.models import LoRA
+    from fiddlehead.training import LanguageModel
+    from fiddlehead.training.metrics import num_adapted
+
+    adapted = arm == "ours"
+    compile = "layers" if torch.cuda.is_available() else None
+    model = LanguageModel(init_from=weights, lora=LoRA(rank=16, alpha=32) if adapted else None, compile=compile)
+    model.take_shape()
+    loss = fit(model, 1e-4, shape, "bf16-mixed" if adapted else "bf16-true", clock)
+    return loss, num_adapted(model)
+
+
+def peft(arm: str, shape: dict[str, int], weights: Path, clock: Clock) -> tuple[float, int | None]:
+    """transformers' Llama with PEFT's adapters, in a bare loop."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    from fiddlehead.training import AdamW
+
+    base: Any = LlamaForCausalLM.from_pretrained(weights, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model: Any = get_peft_model(base.to(_device()), LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
+    model.train()
     run = torch.compile(model) if arm == "peft, compiled" else model
-
-    def loss(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(_device(), dtype=torch.bfloat16):
-            logits = run(input_ids=ids).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-
-    step(model, loss, AdamW(lr=1e-4), shape, clock)
-
-
-def step(model: Any, loss_of: Any, optim: Any, shape: dict[str, int], clock: Clock) -> None:
-    """Trains in a bare loop."""
-    optimizer = optim.optimizer([(n, p) for n, p in model.named_parameters() if p.requires_grad])
-    source = batches(shape, _device())
+    adapters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    optimizer = AdamW(lr=1e-4).optimizer(adapters)
+    loss = torch.zeros(())
+    source = batches(shape, "cpu", 0)
     while clock.done < clock.steps:
-        loss_of(*next(source)).backward()
+        ids, labels = (tokens.to(_device()) for tokens in next(source))
+        with torch.autocast(_device(), dtype=torch.bfloat16):
+            logits = run(input_ids=ids, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         clock()
+    return float(loss), sum(parameter.numel() for _, parameter in adapters)
 
 
 def _device() -> str:

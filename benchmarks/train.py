@@ -145,12 +145,45 @@ def batches(shape: dict[str, int], device: str, seed: int = 1) -> Iterator[tuple
 
 def fiddlehead(shape: dict[str, int], precision: str, options: dict[str, str], accumulate: int, clock: Clock) -> float:
     """Our LightningModule under Lightning's Trainer, as a recipe has it."""
-    from lightning.pytorch import Callback, LightningDataModule, Trainer
-
     from fiddlehead.models import RopeScaling, TransformerConfig
-    from fiddlehead.training import AdamW, LanguageModel, Parallel
+    from fiddlehead.training import LanguageModel
 
     devices, shared = int(options.pop("devices", 1)), int(options.pop("context_parallel", 1))
+    config = TransformerConfig(
+        num_layers=shape["layers"],
+        hidden_size=shape["hidden"],
+        ffn_hidden_size=shape["ffn"],
+        num_attention_heads=shape["heads"],
+        num_query_groups=shape["groups"],
+        vocab_size=shape["vocab"],
+        seq_length=shape["T"],
+        rotary_base=500_000.0,
+        rope_scaling=RopeScaling(scale_factor=32.0),
+        share_embeddings_and_output_weights=shape["layers"] <= 16,
+        attention_backend=options.pop("attention", "auto"),
+    )
+    chosen: dict[str, Any] = {"compile": "layers" if torch.cuda.is_available() else None} | options
+    if "activation_checkpointing" in chosen and chosen["activation_checkpointing"][0].isdigit():
+        chosen["activation_checkpointing"] = float(chosen["activation_checkpointing"])
+    model = LanguageModel(config, **{k: None if v == "None" else v for k, v in chosen.items()})
+    return fit(model, 3e-4, shape, precision, clock, accumulate, devices, shared)
+
+
+def fit(
+    model: Any,
+    lr: float,
+    shape: dict[str, int],
+    precision: str,
+    clock: Clock,
+    accumulate: int = 1,
+    devices: int = 1,
+    shared: int = 1,
+) -> float:
+    """Trains a LanguageModel as a recipe's run does, on random tokens; returns the last loss."""
+    from lightning.pytorch import Callback, LightningDataModule, Trainer
+
+    from fiddlehead.training import AdamW, Parallel
+    from fiddlehead.training.frozen import halve_frozen
 
     class Tokens(LightningDataModule):
         token_bytes = None
@@ -177,24 +210,7 @@ def fiddlehead(shape: dict[str, int], precision: str, options: dict[str, str], a
                 self.loss = pl_module.take_loss()
                 clock()
 
-    config = TransformerConfig(
-        num_layers=shape["layers"],
-        hidden_size=shape["hidden"],
-        ffn_hidden_size=shape["ffn"],
-        num_attention_heads=shape["heads"],
-        num_query_groups=shape["groups"],
-        vocab_size=shape["vocab"],
-        seq_length=shape["T"],
-        rotary_base=500_000.0,
-        rope_scaling=RopeScaling(scale_factor=32.0),
-        share_embeddings_and_output_weights=shape["layers"] <= 16,
-        attention_backend=options.pop("attention", "auto"),
-    )
-    chosen: dict[str, Any] = {"compile": "layers" if torch.cuda.is_available() else None} | options
-    if "activation_checkpointing" in chosen and chosen["activation_checkpointing"][0].isdigit():
-        chosen["activation_checkpointing"] = float(chosen["activation_checkpointing"])
-    model = LanguageModel(config, **{k: None if v == "None" else v for k, v in chosen.items()})
-    model.optim = AdamW(lr=3e-4)
+    model.optim = AdamW(lr=lr)
     ticks = Ticks()
     trainer = Trainer(
         accelerator="auto",
@@ -211,6 +227,7 @@ def fiddlehead(shape: dict[str, int], precision: str, options: dict[str, str], a
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    halve_frozen(model, trainer)
     trainer.fit(model, datamodule=Tokens())
     return float(ticks.loss)
 

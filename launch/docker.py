@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
+from fiddlehead.environment import cache_folder
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import docker_engine as engine
 from fiddlehead.launch import secrets
@@ -202,7 +203,7 @@ class _Mount(NamedTuple):
 
 def _mounts(run: RunDirectory, texts: Sequence[str]) -> list[_Mount]:
     """What the container sees of this machine; of two mounts in one place, the user's counts."""
-    cache = _cache()
+    cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)  # else the engine would, and as root
     mounts = [
         _Mount(str(Path.cwd()), str(Path.cwd()), True),
@@ -226,15 +227,10 @@ def _parsed(text: str) -> _Mount:
     return _Mount(source, match["target"] or source, match["mode"] == "ro")
 
 
-def _cache() -> Path:
-    """The folder of prepared data, kept from run to run."""
-    return Path(os.environ.get("FIDDLEHEAD_CACHE") or "~/.cache/fiddlehead").expanduser().absolute()
-
-
 def _environment() -> dict[str, str]:
     """Places for what is prepared or compiled once: they outlive the container."""
     return {
-        "FIDDLEHEAD_CACHE": str(_cache()),
-        "TORCHINDUCTOR_CACHE_DIR": str(_cache() / "torchinductor"),
-        "TRITON_CACHE_DIR": str(_cache() / "triton"),
+        "FIDDLEHEAD_CACHE": str(cache_folder()),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache_folder() / "torchinductor"),
+        "TRITON_CACHE_DIR": str(cache_folder() / "triton"),
     }

@@ -419,8 +419,9 @@ def test_of_this_package_only_the_parts_of_a_run_load():
     for module in pkgutil.walk_packages(fiddlehead.__path__, "fiddlehead."):
         if module.name.startswith(("fiddlehead.recipes", "fiddlehead.launch")):
             continue
-        if module.name == "fiddlehead.harness" and importlib.util.find_spec("lm_eval") is None:
-            continue  # an extra
+        extra = {"fiddlehead.harness": "lm_eval", "fiddlehead.training.adamw_8bit": "torchao"}.get(module.name)
+        if extra is not None and importlib.util.find_spec(extra) is None:
+            continue
         for name, value in vars(importlib.import_module(module.name)).items():
             if callable(value) and getattr(value, "__module__", "") == module.name and hasattr(value, "__qualname__"):
                 reference = f"{module.name}:{name}"

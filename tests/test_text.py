@@ -17,6 +17,7 @@ from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.generation import Sampling
 from fiddlehead.text import Writer, likelihood, until
 from tests.data.test_chat_template import CHATML
+from tests.data.test_examples import with_begin
 
 
 @pytest.fixture
@@ -104,6 +105,37 @@ def test_every_token_is_predicted_once(writer: Writer, stride: int | None) -> No
         logits = writer.model(ids[None, start:token])[0, -1].detach()
         expected += F.cross_entropy(logits, ids[token]).item()
     assert found.nats == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.fixture
+def beginning(writer: Writer, tmp_path: Path) -> Writer:
+    """A model whose tokenizer puts a token in front of every text."""
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        num_layers=2, hidden_size=16, num_attention_heads=4, vocab_size=258, seq_length=32, init_method_std=0.5
+    )
+    return Writer(Transformer(config).eval(), with_begin(tmp_path / "begin", writer.tokenizer), None, "test")
+
+
+def test_texts_begin_as_the_tokenizer_begins_them(beginning: Writer) -> None:
+    (begin,) = beginning.tokenizer.begin_ids
+    ids, expected = [begin, *b"fern"], b""
+    for _ in range(12):
+        token = int(beginning.model(torch.tensor([ids]))[0, -1].argmax())
+        ids, expected = [*ids, token], expected + bytes([token] if token < 256 else [])
+    text = expected.decode(errors="replace").rstrip("\N{REPLACEMENT CHARACTER}")
+    assert "".join(beginning.write("fern", 12, temperature=0)) == text
+    (written,) = beginning.write_all(["fern"], 12, sampling=Sampling(temperature=0))
+    assert (written.text, written.ids) == (text, ids[5:])
+    assert isinstance("".join(beginning.write("", 4)), str)
+
+
+def test_with_a_token_in_front_the_first_is_predicted_too(beginning: Writer) -> None:
+    ids = torch.tensor([*beginning.tokenizer.begin_ids, *b"ferns and mosses"])
+    found = likelihood(beginning, "ferns and mosses")
+    expected = F.cross_entropy(beginning.model(ids[None, :-1])[0].detach(), ids[1:], reduction="sum")
+    assert (found.tokens, found.text_bytes) == (16, 16)
+    assert found.nats == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_a_text_of_nothing_and_a_stride_of_none_are_refused(writer: Writer) -> None:

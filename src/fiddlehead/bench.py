@@ -19,9 +19,10 @@ from fiddlehead.environment import describe_gpus, describe_machine
 from fiddlehead.errors import ConfigError
 from fiddlehead.recipe import Recipe
 from fiddlehead.runs import RunDirectory, write_atomically
-from fiddlehead.training import AdamW, Checkpoint, LanguageModel, Log, attention
+from fiddlehead.training import Checkpoint, LanguageModel, Log, attention
 from fiddlehead.training.checkpoint import at_step_end
-from fiddlehead.training.metrics import Metrics, peak_memory, speed
+from fiddlehead.training.metrics import Metrics, num_adapted, peak_memory, speed
+from fiddlehead.training.optim import Optim
 from fiddlehead.training.phases import Window, exposed_communication
 
 PACKAGES = ("fiddlehead", "torch", "lightning", "triton", "flash-attn", "flash-attn-3", "flash-attn-4")
@@ -75,7 +76,7 @@ def benchmark(
     model: LanguageModel,
     data: PreTrainingDataModule | FineTuningDataModule,
     trainer: Trainer,
-    optim: AdamW,
+    optim: Optim,
     log: Log,
     checkpoint: Checkpoint,
     resume: str | Path = "auto",
@@ -100,7 +101,7 @@ def benchmark(
     window = Window(0.0, metrics.window.steps[-steps:])
     seconds = [sum(step.values()) for step in window.steps]
     rate = metrics.tokens_per_step * len(seconds) / sum(seconds)
-    rates = speed(model.config, data.seq_length, rate, trainer.world_size, device)
+    rates = speed(model.config, data.seq_length, rate, trainer.world_size, device, num_adapted(model))
     figures = {
         **rates,
         "tokens_per_s_per_device": rate / trainer.world_size,

@@ -17,6 +17,11 @@ from typing import Any
 MAX_PATCH_BYTES = 2_000_000
 
 
+def cache_folder() -> Path:
+    """Where what is made once is kept for later runs: `$FIDDLEHEAD_CACHE`, or `~/.cache/fiddlehead`."""
+    return Path(os.environ.get("FIDDLEHEAD_CACHE") or "~/.cache/fiddlehead").expanduser().absolute()
+
+
 def describe_environment(directory: Path) -> dict[str, Any]:
     """The environment of this process, as JSON values; `directory` is where the user's code is."""
     return {

@@ -14,12 +14,17 @@ from fiddlehead.attention import Target
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models.parallel import splits_over
 from fiddlehead.runs import RunDirectory, find_run, reserve_name, write_atomically
-from fiddlehead.training import AdamW, Checkpoint, LanguageModel, Log, NonFiniteError, Parallel, attention
+from fiddlehead.training import Checkpoint, LanguageModel, Log, NonFiniteError, Parallel, attention
 from fiddlehead.training.checkpoint import restore_progress
 from fiddlehead.training.checkpoint_folder import newest_good, read_state, verify
 from fiddlehead.training.console import is_rank_zero, say
+from fiddlehead.training.frozen import halve_frozen, halves_frozen
+from fiddlehead.training.garbage import CollectGarbage
+from fiddlehead.training.kernel_cache import keep_compiled_kernels
 from fiddlehead.training.metrics import Metrics
+from fiddlehead.training.optim import Optim, kind_of
 from fiddlehead.training.parallel import Sizes
 from fiddlehead.training.phases import Phases
 from fiddlehead.training.profile import Profile
@@ -36,7 +41,7 @@ def pretrain(
     model: LanguageModel,
     data: PreTrainingDataModule | FineTuningDataModule,
     trainer: Trainer,
-    optim: AdamW,
+    optim: Optim,
     log: Log,
     checkpoint: Checkpoint,
     resume: str | Path = "auto",
@@ -66,6 +71,7 @@ def pretrain(
         state = read_state(start)
         step = int(state["step"])
         _refuse_another_model(start, state["config"], plan.config)
+        _refuse_another_optimizer(start, state, optim)
         _warn_of_another_rate(state, optim, plan.max_steps)
         # What a run's name stands for may have gone on since; this run goes on with what it began with.
         model.init_from = state.get("init_from") or model.init_from
@@ -75,6 +81,8 @@ def pretrain(
     say(f"run {run.path}: {'starts anew' if start is None else f'continues from {start}'}")
 
     run.path.mkdir(parents=True, exist_ok=True)
+    if model.compile_mode is not None or optim.compiles(str(trainer.precision)):
+        keep_compiled_kernels()
     _record_attention(run, plan)
     if resume not in ("auto", "never"):
         write_atomically(run.path / "resumed_from", str(resume))
@@ -82,6 +90,7 @@ def pretrain(
     model.optim, model.seed = optim, seed
     checkpoint.directory = run.checkpoints
     trainer.strategy.checkpoint_io = checkpoint.io
+    halve_frozen(model, trainer)
     if isinstance(trainer.val_check_interval, int):  # users count in steps, Lightning in micro-batches
         trainer.val_check_interval *= plan.accumulate_grad_batches
     trainer.loggers = log.loggers(run, step)
@@ -93,7 +102,7 @@ def pretrain(
     callbacks.append(metrics)
     if log.profile_steps:
         callbacks.append(Profile(log.profile_steps, run.path / "profile", phases, shapes=log.profile_shapes))
-    callbacks += [checkpoint, StopOnRequest(checkpoint, run), phases]
+    callbacks += [checkpoint, CollectGarbage(), StopOnRequest(checkpoint, run), phases]
     if start is not None:
         restore_progress(trainer, step)
     try:
@@ -111,7 +120,7 @@ def finetune(
     model: LanguageModel,
     data: FineTuningDataModule,
     trainer: Trainer,
-    optim: AdamW,
+    optim: Optim,
     log: Log,
     checkpoint: Checkpoint,
     resume: str | Path = "auto",
@@ -145,14 +154,16 @@ class Plan:
     """Empty where the device that trains is not known."""
     state_gib: float
     """Parameters, gradients and optimizer state of one full copy, without activations."""
-    shards: int
-    """How many devices share a copy."""
+    device_gib: float
+    """What each device holds of it."""
     warmup_steps: int
 
     @property
     def flops(self) -> float:
         """What the whole run computes, without recomputation."""
-        return self.config.train_flops_per_token(self.config.seq_length or 0) * self.tokens_per_step * self.max_steps
+        adapters = None if self.trained == self.parameters else self.trained
+        a_token = self.config.train_flops_per_token(self.config.seq_length or 0, adapters=adapters)
+        return a_token * self.tokens_per_step * self.max_steps
 
     def rows(self) -> list[tuple[str, str]]:
         """Name and value of each line of a summary."""
@@ -182,9 +193,9 @@ class Plan:
         return f"{self.data_parallel} groups of {self.world_size // self.data_parallel} devices"
 
     def _memory(self) -> str:
-        if self.shards == 1:
+        if self.device_gib == self.state_gib:
             return f"{self.state_gib:.2f} GiB"
-        return f"{self.state_gib / self.shards:.2f} GiB on each device (of {self.state_gib:.2f} GiB in all)"
+        return f"{self.device_gib:.2f} GiB on each device (of {self.state_gib:.2f} GiB in all)"
 
     def _attention_rows(self) -> list[str]:
         return attention.rows(self.attention) or [f"{self.config.attention_backend}, on the GPU that trains"]
@@ -194,7 +205,7 @@ def plan_pretrain(
     model: LanguageModel,
     data: PreTrainingDataModule | FineTuningDataModule,
     trainer: Trainer,
-    optim: AdamW,
+    optim: Optim,
     log: Log | None = None,
     *,
     elsewhere: bool = False,
@@ -248,13 +259,18 @@ def plan_pretrain(
     if isinstance(trainer.strategy, Parallel):
         split = trainer.strategy.problems(model.config, data.seq_length, micro_batches)
         problems += [f"trainer.strategy.{each}" for each in split]
+    sharded = trainer.strategy if isinstance(trainer.strategy, Parallel) and world_size > 1 else None
+    problems += optim.problems(str(trainer.precision), sharded, adapters=model.lora is not None)
     if problems:
         raise ConfigError(*problems)
 
     model.config = replace(model.config, vocab_size=model.config.vocab_size or vocab_size)
     model.config = replace(model.config, seq_length=model.config.seq_length or data.seq_length)
     trainer.accumulate_grad_batches = accumulate
-    parameters, trained = _count(model)
+    transformer = _on_meta(model)
+    learned = [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    trained = sum(parameter.numel() for _, parameter in learned)
     config, precision = model.config, str(trainer.precision)
     dtype, packed = attention.compute_dtype(precision), data.separate_documents
     seen = replace(config, seq_length=data.seq_length)  # a model may have learned longer sequences than these
@@ -266,7 +282,10 @@ def plan_pretrain(
             choices = attention.choose(seen, dtype, Target.of(trainer.strategy.root_device), packed=packed)
     except ConfigError as error:
         raise error.under("model.config") from error
-    # Parameters, gradients and two moments, all in the parameters' dtype.
+    each = 2 if precision == "bf16-true" else 4
+    frozen_bytes = (parameters - trained) * (2 if halves_frozen(model, trainer) else each)
+    state_gib = (frozen_bytes + 2 * each * trained + optim.state_bytes(learned, precision)) / 2**30  # 2: the gradients
+    held = sum(p.numel() / sizes.parts(splits_over(name, config)) for name, p in transformer.named_parameters())
     return Plan(
         config=config,
         parameters=parameters,
@@ -278,14 +297,14 @@ def plan_pretrain(
         accumulate_grad_batches=accumulate,
         tokens_per_step=data.global_batch_size * data.seq_length,
         attention=choices,
-        state_gib=(parameters + 3 * trained) * (2 if precision == "bf16-true" else 4) / 2**30,
-        shards=world_size // sizes.replicate,
+        state_gib=state_gib,
+        device_gib=state_gib * held / parameters,
         warmup_steps=optim.lr_scheduler.warmup_steps,
     )
 
 
-def _count(model: LanguageModel) -> tuple[int, int]:
-    """How many parameters a model has, and how many of them are trained."""
+def _on_meta(model: LanguageModel) -> Transformer:
+    """The model as it will be trained, without values."""
     with torch.device("meta"):
         transformer = Transformer(model.config)
         if model.lora is not None:
@@ -293,8 +312,7 @@ def _count(model: LanguageModel) -> tuple[int, int]:
                 model.lora.apply(transformer)
             except ConfigError as error:
                 raise error.under("model.lora") from error
-    counts = [(parameter.numel(), parameter.requires_grad) for parameter in transformer.parameters()]
-    return sum(count for count, _ in counts), sum(count for count, trained in counts if trained)
+    return transformer
 
 
 def resume_point(run: RunDirectory, resume: str | Path) -> Path | None:
@@ -364,7 +382,17 @@ def _refuse_another_model(checkpoint: Path, saved: dict[str, Any], config: Trans
         raise ConfigError(*problems)
 
 
-def _warn_of_another_rate(state: dict[str, Any], optim: AdamW, max_steps: int) -> None:
+def _refuse_another_optimizer(checkpoint: Path, state: dict[str, Any], optim: Optim) -> None:
+    """Raises ConfigError if what the checkpoint's optimizer kept is of no use to the one that is to go on."""
+    saved = kind_of(state["optimizer_states"][0]["param_groups"])
+    if saved != optim.kind:
+        raise ConfigError(
+            f"optim is {optim.kind}, but {checkpoint} was trained with {saved}; set that, or begin a run of its own "
+            "with model.init_from"
+        )
+
+
+def _warn_of_another_rate(state: dict[str, Any], optim: Optim, max_steps: int) -> None:
     """Says so if the schedule goes on elsewhere than it left off, as it does when `max_steps` was changed."""
     left_off = state["lr_schedulers"][0]["_last_lr"][0]
     goes_on = optim.lr * optim.lr_scheduler(int(state["step"]), max_steps, optim.lr)

@@ -16,6 +16,7 @@ from fiddlehead.data import TokenizerFile
 from fiddlehead.data.chat_template import ChatTemplate, Message
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer
+from fiddlehead.models.compiled_step import refuse_compiled_step
 from fiddlehead.models.generation import Sampling, sample, sample_batch
 from fiddlehead.training.weights import find_tokenizer, find_weights, load_transformer, open_weights
 
@@ -40,21 +41,26 @@ class Writer:
     tokenizer: TokenizerFile
     template: ChatTemplate | None
     name: str
+    compile: bool = False
+    """Whether each step is one launch, as `models.generation.sample` takes it."""
 
     @classmethod
-    def open(cls, source: str | Path, runs: str | Path = "runs") -> Writer:
+    def open(cls, source: str | Path, runs: str | Path = "runs", *, compile: bool = False) -> Writer:
         """The model of a run, of a checkpoint, of what was imported, or in a folder of Hugging Face's.
 
         Raises:
-            ConfigError: there is none, or it has no tokenizer.
+            ConfigError: there is none, it has no tokenizer, or it cannot be compiled.
         """
         path = find_weights(source, runs)
         folder = find_tokenizer(path)
         if folder is None:
             raise ConfigError(f"{source}: has no tokenizer.json beside its weights")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_transformer(open_weights(path)).to(device).eval()
-        return cls(model, TokenizerFile(folder), ChatTemplate.load(folder), str(source))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        weights = open_weights(path)
+        if compile:
+            refuse_compiled_step(weights.config, device, torch.get_default_dtype())
+        model = load_transformer(weights).to(device).eval()
+        return cls(model, TokenizerFile(folder), ChatTemplate.load(folder), str(source), compile)
 
     def write(
         self, prompt: str, max_new_tokens: int = 200, *, stop: Sequence[str] = (), **sampling: Any
@@ -68,12 +74,8 @@ class Writer:
         Raises:
             ConfigError: the prompt cannot be used.
         """
-        # In most vocabularies a space belongs to the token after it: "def " and then " f" would be text that never was.
-        stem = prompt.rstrip(" ")
-        ids = self.tokenizer.encode(stem) or [self.tokenizer.eos_id]  # without a prompt, a document begins
-        before = stem if stem else ""
-        texts = self._texts(ids, before, max_new_tokens, sampling)
-        spaces = prompt[len(stem) :]
+        texts = self._texts(self.tokenizer.encode_prompt(prompt), max_new_tokens, sampling)
+        spaces = prompt[len(prompt.rstrip(" ")) :]  # which it is not given, and writes itself
         yield from until(stop, (text.removeprefix(spaces) for text in texts))
 
     def write_all(
@@ -88,13 +90,13 @@ class Writer:
         Raises:
             ConfigError: a prompt cannot be used.
         """
-        stems = [prompt.rstrip(" ") for prompt in prompts]
-        ids = [self.tokenizer.encode(stem) or [self.tokenizer.eos_id] for stem in stems]
+        ids = [self.tokenizer.encode_prompt(prompt) for prompt in prompts]
         completed = self.complete(ids, max_new_tokens, stop=stop, **options)
         found = []
-        for prompt, stem, before, written in zip(prompts, stems, ids, completed, strict=True):
-            text = self.tokenizer.decode([*before, *written.ids]).removeprefix(stem).rstrip(_INCOMPLETE)
-            text = "".join(until(stop, [text.removeprefix(prompt[len(stem) :])]))
+        for prompt, before, written in zip(prompts, ids, completed, strict=True):
+            text = self.tokenizer.decode([*before, *written.ids]).removeprefix(self.tokenizer.decode(before))
+            text = text.rstrip(_INCOMPLETE).removeprefix(prompt[len(prompt.rstrip(" ")) :])
+            text = "".join(until(stop, [text]))
             found.append(replace(written, text=text))
         return found
 
@@ -138,6 +140,7 @@ class Writer:
                 ends,
                 seeds=[sampling.seed if seeds is None else seeds[number] for number in batch],
                 ends=stopped,
+                compile=self.compile,
             )
             for number, ids in zip(batch, texts, strict=True):
                 full = len(ids) == min(max_new_tokens, limit - len(prompts[number]))
@@ -157,14 +160,13 @@ class Writer:
                 f"{self.name}: has no chat template (chat_template.jinja); `fiddlehead generate` takes plain text"
             )
         ids = self.tokenizer.encode_with_special(self.template.render(messages, add_generation_prompt=True))
-        before = self.tokenizer.decode(ids)
-        yield from until((), self._texts(ids, before, max_new_tokens, sampling))
+        yield from until((), self._texts(ids, max_new_tokens, sampling))
 
-    def _texts(self, ids: list[int], before: str, max_new_tokens: int, sampling: dict[str, Any]) -> Iterator[str]:
+    def _texts(self, ids: list[int], max_new_tokens: int, sampling: dict[str, Any]) -> Iterator[str]:
         """Yields all of the new text so far, each time that it has become longer."""
-        ends = self._end_ids()
+        ends, before = self._end_ids(), self.tokenizer.decode(ids)
         ids = list(ids)
-        for token in sample(self.model, list(ids), max_new_tokens, **sampling):
+        for token in sample(self.model, list(ids), max_new_tokens, compile=self.compile, **sampling):
             if token in ends:
                 return
             ids.append(token)
@@ -235,8 +237,9 @@ def likelihood(
 ) -> Likelihood:
     """How likely a text is, in windows of the model's `seq_length`.
 
-    Each token but the first is predicted once, from all that its window has before it: the first window's from the
-    beginning, those of each further window from at least `seq_length - stride` tokens.
+    Each token is predicted once, from all that its window has before it: the first window's from the beginning, those
+    of each further window from at least `seq_length - stride` tokens. The text's first is not, where the tokenizer puts
+    nothing in front from which to predict it.
 
     Args:
         stride: how far apart the windows begin; half of `seq_length` if None.
@@ -245,14 +248,16 @@ def likelihood(
     Raises:
         ConfigError: the text has fewer than two tokens, or the stride makes no sense.
     """
-    ids = torch.tensor(writer.tokenizer.encode(text), device=writer.model.embedding.weight.device)
+    begin, own = writer.tokenizer.begin_ids, writer.tokenizer.encode(text)
+    ids = torch.tensor(begin + own, device=writer.model.embedding.weight.device)
     length = writer.model.config.seq_length or len(ids)
     stride = max(1, length // 2) if stride is None else stride
     if not 1 <= stride <= length:
         raise ConfigError(f"stride={stride}: must be from 1 to seq_length={length}")
-    if len(ids) < 2:
+    if len(own) < 2:
         raise ConfigError("the text has fewer than two tokens")
-    nats, done = 0.0, 1
+    first = done = max(1, len(begin))
+    nats = 0.0
     for start in range(0, len(ids) - 1, stride):
         window = ids[start : start + length + 1]
         new = start + len(window) - done
@@ -262,4 +267,4 @@ def likelihood(
         advance(new)
         if done == len(ids):
             break
-    return Likelihood(nats, done - 1, len(text.encode()))
+    return Likelihood(nats, done - first, len(text.encode()))

@@ -118,3 +118,10 @@ def test_prompts_that_cannot_be_read_are_told_all_at_once(fiddlehead, ours, tmp_
 
 def test_generate_needs_a_prompt(fiddlehead, ours):  # noqa: F811
     assert "give --prompt TEXT or --prompt-file FILE" in fiddlehead("generate", "ours", rc=2)
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "ab"], ["chat"]])
+def test_compiling_without_a_gpu_is_refused_before_the_weights_are_read(fiddlehead, ours, monkeypatch, command):  # noqa: F811
+    monkeypatch.setattr("fiddlehead.text.load_transformer", None)
+    said = fiddlehead(*command, "ours", "--compile", rc=2)
+    assert said == "error: compile=True: a step is captured on a GPU, and the model is on cpu; leave compile out\n"

@@ -108,6 +108,13 @@ def test_parts_and_executors_are_configured_by_name(fiddlehead):
     assert "3 of them warm-up" in output and "257 tokens" in output and "2 devices" in output
 
 
+def test_another_optimizer_is_a_part_by_name(fiddlehead):
+    edits = ["optim=Muon", "optim.lr=2e-3", "optim.lr_scheduler=CosineAnnealing", "optim.lr_scheduler.warmup_steps=4"]
+    assert "4 of them warm-up" in fiddlehead("pretrain", "-f", "tiny_test", *edits, "--dryrun")
+    shown = fiddlehead("show", "tiny_test", *edits)
+    assert "Muon(...)" in shown and "0.002" in shown
+
+
 def test_what_users_write_is_no_markup(fiddlehead):
     assert "[bold]x" in fiddlehead("show", "tiny_test", "data.cache_dir=[bold]x")
 
@@ -162,6 +169,9 @@ def test_all_mistakes_of_a_recipe_at_once(fiddlehead):
             ["pretrain", "-f", "tiny", "optim.lr_scheduler=CosineAnealing", "--dryrun"],
             "did you mean 'CosineAnnealing'?",
         ),
+        (["pretrain", "-f", "tiny", "optim=Moun", "--dryrun"], "did you mean 'Muon'?"),
+        (["pretrain", "-f", "tiny", "optim=ByteTokenizer", "--dryrun"], "expects Optim"),
+        (["pretrain", "-f", "tiny", "optim=Muon", "trainer.precision=bf16-true", "--dryrun"], "optim=AdamW"),
         (["pretrain", "-f", "tiny", "executor=local", "executor=slurm", "--dryrun"], "discards the earlier"),
         (["runs", "--dir", "elsewhere", "show", "x"], "--dir elsewhere"),
         (["pretrain"], "--factory"),

@@ -29,6 +29,22 @@ def lines(path: Path, *records: Any) -> Path:
     return path
 
 
+def with_begin(path: Path, tokenizer: TokenizerFile) -> TokenizerFile:
+    """The same one, that puts a token in front of every text."""
+    spec = json.loads((tokenizer.path if tokenizer.path.is_file() else tokenizer.path / "tokenizer.json").read_text())
+    end = spec["added_tokens"][0]
+    spec["added_tokens"].append({**end, "id": tokenizer.vocab_size, "content": "<s>"})
+    spec["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [tokenizer.vocab_size], "tokens": ["<s>"]}},
+    }
+    path.mkdir()
+    (path / "tokenizer.json").write_text(json.dumps(spec))
+    return TokenizerFile(path)
+
+
 @pytest.fixture
 def chat_tokenizer(tmp_path: Path) -> TokenizerFile:
     """Bytes, and the two tokens of ChatML."""
@@ -225,3 +241,26 @@ def test_progress_is_shown_for_many(
     many = tokenize_records(records, chat_tokenizer, template, progress=True)
     assert "tokenizing: 0.0 of 0.0 MB" in capsys.readouterr().err
     assert [text.ids.tolist() for (text,) in many] == [text.ids.tolist() for (text,) in few] and len(many) == 5
+
+
+@pytest.mark.parametrize("begin", [True, False])
+@pytest.mark.parametrize("prompt", ["the fern", "the fern  ", "", " "])
+def test_what_is_learned_from_is_what_the_model_is_asked(
+    prompt: str, begin: bool, tmp_path: Path, chat_tokenizer: TokenizerFile
+) -> None:
+    tokenizer = with_begin(tmp_path / "begin", chat_tokenizer) if begin else chat_tokenizer
+    records = read_records([lines(tmp_path / "a.jsonl", {"prompt": prompt, "completion": "ivy"})], preference=False)
+    ((text,),) = tokenize_records(records, tokenizer, None)
+    asked = text.ids[~text.learned].tolist()
+    assert asked == tokenizer.encode_prompt(prompt) == text.ids[: len(asked)].tolist()
+    assert len(asked) == begin + len(prompt.strip()) or asked == [tokenizer.eos_id]
+    spaces = prompt[len(prompt.rstrip(" ")) :]
+    assert text.ids[text.learned].tolist() == [*tokenizer.encode(spaces + "ivy"), tokenizer.eos_id]
+
+
+def test_a_template_begins_a_text_itself(tmp_path: Path, chat_tokenizer: TokenizerFile) -> None:
+    tokenizer = with_begin(tmp_path / "begin", chat_tokenizer)
+    template = ChatTemplate("{{ bos_token }}" + CHATML, {"bos_token": "<s>"})
+    records = read_records([lines(tmp_path / "a.jsonl", CHAT)], preference=False)
+    ((text,),) = tokenize_records(records, tokenizer, template)
+    assert text.ids.tolist().count(tokenizer.begin_ids[0]) == 1 and text.ids[0] == tokenizer.begin_ids[0]

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as LibraryTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from fiddlehead.data.token_writer import encode_documents
 from fiddlehead.data.tokenizers import BPETokenizer, ByteTokenizer, JSONTokenizer, Tokenizer, TokenizerFile
 from fiddlehead.errors import ConfigError
 
@@ -164,3 +166,87 @@ def test_missing_files(tmp_path: Path) -> None:
     (tmp_path / "latin.json").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="cannot be read"):
         TokenizerFile(tmp_path / "latin.json")
+
+
+def like_llama3(begin: bool) -> LibraryTokenizer:
+    """Byte-level BPE; if asked a token begins every text."""
+    made = LibraryTokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    special = ["<|begin_of_text|>", "<|end_of_text|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    )
+    byte_level = processors.ByteLevel(trim_offsets=False)
+    template = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", made.token_to_id("<|begin_of_text|>"))]
+    )
+    made.post_processor = processors.Sequence([byte_level, template]) if begin else byte_level
+    return made
+
+
+def like_llama2(begin: bool) -> LibraryTokenizer:
+    """SentencePiece's BPE: words begin with a mark for the space before, and what has no token is bytes."""
+    made = _with_bytes(pre_tokenizers.Metaspace(prepend_scheme="first", split=False), begin)
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return made
+
+
+def like_gemma(begin: bool) -> LibraryTokenizer:
+    """The same with spaces as they are."""
+    made = _with_bytes(pre_tokenizers.Split(" ", "merged_with_previous"), begin)
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return made
+
+
+def _with_bytes(pre_tokenizer: Any, begin: bool) -> LibraryTokenizer:
+    words = ["\u2581", "\u2581d", "e", "f", "\u2581de", "\u2581def", "r", "t", "u", "n", "\u2581x", "\u2581r", "re"]
+    merges = [("\u2581", "d"), ("\u2581d", "e"), ("\u2581de", "f"), ("\u2581", "x"), ("\u2581", "r"), ("r", "e")]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words, "d", "x"]
+    vocab = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    made = LibraryTokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizer
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    if begin:
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
+    return made
+
+
+@pytest.mark.parametrize("begin", [True, False])
+@pytest.mark.parametrize("kind", [like_llama3, like_llama2, like_gemma])
+def test_a_prompt_is_that_of_transformers(kind: Any, begin: bool, tmp_path: Path) -> None:
+    import transformers
+
+    kind(begin).save(str(tmp_path / "tokenizer.json"))
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"} if kind is like_llama3 else {
+        "bos_token": "<s>", "eos_token": "</s>"
+    }  # fmt: skip
+    # Which transformers passes over where there is a tokenizer.json, and so do we.
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, **names}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), TokenizerFile(tmp_path)
+    assert ours.begin_ids == ([theirs.bos_token_id] if begin else [])
+    for text in ["def return x", "def f_3(x):\n    return x", "  stra\u00dfe\t\u6f22 ", "\n", "x"]:
+        ids = theirs(text.rstrip(" ")).input_ids
+        assert ours.encode_prompt(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.encode_prompt("") == ([theirs.bos_token_id] if begin else [ours.eos_id])
+    documents = [*theirs("x").input_ids, ours.eos_id, *theirs("def\n").input_ids, ours.eos_id]
+    assert encode_documents(ours, ["x", "def\n"]).tolist() == documents
+    assert ours.begin_ids == pickle.loads(pickle.dumps(ours)).begin_ids
+
+
+def test_the_end_of_a_document_is_not_said_twice(tmp_path: Path) -> None:
+    made = like_llama3(False)
+    end = made.token_to_id("<|end_of_text|>")
+    made.post_processor = processors.TemplateProcessing(
+        single="<|end_of_text|> $A", special_tokens=[("<|end_of_text|>", end)]
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    ours = TokenizerFile(tmp_path)
+    assert ours.encode_prompt("x") == [end, *ours.encode("x")]
+    assert encode_documents(ours, ["x", "y"]).tolist() == [*ours.encode("x"), end, *ours.encode("y"), end]

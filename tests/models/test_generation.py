@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from fiddlehead.errors import ConfigError
-from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models import Transformer, TransformerConfig, compiled_step, generation
 from fiddlehead.models.generation import Sampling, sample, sample_batch
 
 PROMPT = [3, 1, 4]
@@ -182,3 +183,32 @@ def test_greedy_text_is_that_of_transformers() -> None:
         prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=40, do_sample=False, eos_token_id=None
     )
     assert sample_batch(ours, prompts.tolist(), 40, Sampling(temperature=0)) == expected[:, 4:].tolist()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_compiled_step_is_one_graph_and_changes_no_token(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but inductor's kernels and the capture, which take a GPU: the compiler refuses what breaks the graph."""
+    dtype = torch.bfloat16 if name == "experts" else torch.float32
+    model, prompts = shaped(name).to(dtype), [PROMPT, [5, 6, 7, 8, 9, 10]]
+    steps: list[int] = []
+
+    class Traced(compiled_step.CompiledStep):
+        def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+            steps.append(len(tokens))
+            return super().__call__(tokens)
+
+    monkeypatch.setattr(compiled_step, "refuse_compiled_step", lambda *arguments: None)
+    monkeypatch.setattr(compiled_step, "_WARM_UP", 99)
+    monkeypatch.setattr(generation, "CompiledStep", Traced)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    assert list(sample(model, PROMPT, 12, temperature=0, compile=True)) == uncached(model, PROMPT, 12)
+    written = sample_batch(model, prompts, 12, Sampling(temperature=0), compile=True)
+    assert written == [uncached(model, prompt, 12) for prompt in prompts]
+    assert steps == [1] * 11 + [2] * 11
+
+
+def test_without_a_gpu_no_step_is_captured(model: Transformer) -> None:
+    with pytest.raises(ConfigError, match="captured on a GPU, and the model is on cpu; leave compile out"):
+        next(sample(model, PROMPT, 1, compile=True))
+    with pytest.raises(ConfigError, match="experts' products are compiled in bfloat16 only"):
+        next(sample(shaped("experts"), PROMPT, 1, compile=True))

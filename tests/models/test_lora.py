@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
@@ -108,6 +109,48 @@ def test_a_layer_and_its_gradients_are_pefts(dora: bool, bias: bool, dropout: fl
     ours.eval()
     assert (ours(x) - outputs[0]).abs().max() > 0.1 or not dropout, "dropout was to be seen in training"
     torch.testing.assert_close(ours(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "mixed"])
+def test_in_bfloat16_a_layer_is_pefts_under_autocast(autocast: bool) -> None:
+    """Its adapters are float32 and so are their gradients, whoever makes the products bfloat16."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = nn.Linear(96, 80, bias=False).bfloat16()
+    ours = LoRALinear(base, LoRA(rank=8, alpha=16))
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["0"])
+    theirs = peft.inject_adapter_in_model(config, nn.Sequential(nn.Linear(96, 80, bias=False)))[0]
+    randomize(nn.ModuleList([ours]))
+    pairs = [(ours.lora_a, theirs.lora_A.default.weight), (ours.lora_b, theirs.lora_B.default.weight)]
+    with torch.no_grad():
+        for mine, other in [*pairs, (ours.weight, theirs.base_layer.weight)]:
+            other.copy_(mine)
+    x, target = torch.randn(64, 96).bfloat16(), torch.randn(64, 80)
+    outputs = []
+    for layer, given, enabled in ((ours, x, autocast), (theirs, x.float(), True), (theirs, x.float(), False)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outputs.append(layer(given))
+        theirs.zero_grad()
+        ((outputs[-1].float() - target) ** 2).mean().backward()
+        outputs += [other.grad.clone() for _, other in pairs] if layer is theirs else [mine.grad for mine, _ in pairs]
+    assert outputs[0].dtype == torch.bfloat16 and outputs[1].dtype == outputs[2].dtype == torch.float32
+    for mine, theirs_too, exact in zip(outputs[:3], outputs[3:6], outputs[6:], strict=True):
+        error, allowed = ((each.float() - exact).norm() for each in (mine, theirs_too))
+        assert 0 < error < 1.5 * allowed + 1e-6
+
+
+def test_what_is_frozen_has_no_gradient_and_none_is_computed() -> None:
+    model = transformer(attention_backend="reference")
+    LoRA(rank=3).apply(model)
+    with FlopCounterMode(display=False) as counter:
+        model(IDS).sum().backward()
+    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    flops = model.config.train_flops_per_token(IDS.shape[1], causal=False, adapters=adapters)
+    first = model.get_submodule("layers.0.self_attention.linear_qkv")
+    assert isinstance(first, LoRALinear)
+    # Nothing before the first layer learns: what goes into it gets no gradient.
+    spared = 2 * (first.weight.numel() + first.lora_a.numel())
+    assert counter.get_total_flops() == IDS.numel() * (flops - spared)
 
 
 @BOTH

@@ -52,7 +52,9 @@ def make_parts(dataset: Path, runs: Path, **changes: Any) -> dict[str, Any]:
     config |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_backend": "auto"}
     fields = TransformerConfig.__dataclass_fields__.keys() - {"seq_length"}  # that is the data's
     config |= {name: changes.pop(name) for name in list(changes) if name in fields}
-    start = take(init_from=None, lora=None, compile=None, activation_checkpointing=None)
+    start = take(init_from=None, lora=None, compile=None, activation_checkpointing=None, fp8=None)
+    optim = changes.pop("optim", AdamW)
+    bits = take(state_bits=32) if optim is AdamW else {}
     made = {
         "model": LanguageModel(None if start["init_from"] else TransformerConfig(**config), **start),
         "data": PreTrainingDataModule(
@@ -65,7 +67,7 @@ def make_parts(dataset: Path, runs: Path, **changes: Any) -> dict[str, Any]:
                 separate_documents=False,
             )
         ),
-        "optim": AdamW(**take(lr=1e-2, lr_scheduler=CosineAnnealing(warmup_steps=2))),
+        "optim": optim(**take(lr=1e-2, lr_scheduler=CosineAnnealing(warmup_steps=2)), **bits),
         "log": Log(
             **take(name="run", dir=str(runs), tensorboard=False, wandb=False, profile=None, profile_shapes=False)
         ),

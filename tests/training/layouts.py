@@ -10,7 +10,7 @@ import torch
 
 from fiddlehead import tasks
 from fiddlehead.runs import RunDirectory
-from fiddlehead.training import Parallel
+from fiddlehead.training import Muon, Parallel
 from tests.training.conftest import KillAfter, Killed, make_parts, rows
 from tests.training.ranks import on_ranks
 
@@ -44,6 +44,7 @@ SETTINGS = {
     "plain": {},
     "documents": {"separate_documents": True},
     "experts": {"num_moe_experts": 4, "attention_sinks": True, "add_bias_linear": True},
+    "muon": {"optim": Muon, "num_moe_experts": 4},
 }
 
 

@@ -36,7 +36,7 @@ def questions(tmp_path: Path) -> Path:
 
 
 def tuning(parts: Parts, model: LanguageModel, path: Path, **changes: Any) -> dict[str, Any]:
-    options = {"preference": True} if isinstance(model, PreferenceModel) else {}
+    options: dict[str, Any] = {"preference": True} if isinstance(model, PreferenceModel) else {}
     data = FineTuningDataModule(
         path, seq_length=16, micro_batch_size=4, global_batch_size=4, val_samples=8, **options
     )  # fmt: skip
@@ -53,6 +53,25 @@ def test_answers_are_learned_and_shown(
     assert losses[-1] < 0.8 * losses[0]
     assert "asked 't:', it answers" in capsys.readouterr().out
     assert (run.path / "tokenizer.json").read_bytes() == base.tokenizer.read_bytes()
+
+
+def test_adapters_alone_are_float32_in_mixed_precision(
+    base: RunDirectory, parts: Parts, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {}
+    for halved in (True, False):
+        model = LanguageModel(init_from=base.path, lora=LoRA(rank=4))
+        given = tuning(parts, model, questions, lr=2e-3, precision="bf16-mixed")
+        if not halved:  # all float32, and autocast makes it bfloat16 for each product
+            monkeypatch.setattr(tasks, "halve_frozen", lambda model, trainer: None)
+        run = tasks.finetune(**given)
+        losses[halved] = [float(loss) for (loss,) in rows(run, "loss") if loss]
+        run.path.rename(run.path.with_name(f"halved {halved}"))
+        kinds = {(p.requires_grad, p.dtype) for p in model.parameters()}
+        assert kinds == {(True, torch.float32), (False, torch.bfloat16 if halved else torch.float32)}
+    assert losses[True] == pytest.approx(losses[False], rel=1e-2)
+    written = load_transformer(open_weights(run.path.with_name("halved True")))
+    assert {p.dtype for p in written.parameters()} == {torch.float32}
 
 
 def test_longer_sequences_than_were_learned_are_said(

@@ -37,6 +37,7 @@ from tests.training.ranks import on_ranks
         ("fsdp-4", "plain"),
         ("hsdp-2x2", "plain"),
         ("fsdp-2", "experts"),
+        ("fsdp-2", "muon"),
         ("hsdp-2x2", "documents"),
         ("cp-2", "plain"),
         ("fsdp-2-cp-2", "documents"),
@@ -48,6 +49,14 @@ from tests.training.ranks import on_ranks
         pytest.param("fsdp-2-ep-2", "experts", marks=pytest.mark.slow),
         pytest.param("hsdp-2x2-ep-2", "experts", marks=pytest.mark.slow),
         pytest.param("ep-2-tp-2", "experts", marks=pytest.mark.slow),
+        ("pp-2", "documents"),
+        ("pp-2-twice", "plain"),
+        ("pp-4", "plain"),
+        ("pp-2-fsdp-2", "documents"),
+        ("pp-2-twice-fsdp-2", "documents"),
+        ("pp-2-tp-2", "documents"),
+        ("pp-2-cp-2", "documents"),
+        ("pp-2-ep-2", "experts"),
     ],
 )
 def test_the_losses_are_those_of_one_process(

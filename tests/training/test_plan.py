@@ -13,6 +13,7 @@ import torch
 from fiddlehead import tasks
 from fiddlehead.data import ByteTokenizer
 from fiddlehead.errors import ConfigError
+from fiddlehead.models import LoRA
 from fiddlehead.training import Parallel
 from fiddlehead.training.attention import ranges
 from fiddlehead.training.weights import open_weights
@@ -39,8 +40,12 @@ def test_the_ranks_share_what_the_strategy_says(parts: Parts) -> None:
     settings: dict[str, Any] = {"devices": 4, "micro_batch_size": 2, "global_batch_size": 16}
     shared = plan(parts(strategy=Parallel(data_parallel_replicate=2), **settings))
     copies = plan(parts(strategy="ddp", **settings))
-    assert (shared.world_size, shared.data_parallel, shared.shards, shared.accumulate_grad_batches) == (4, 4, 2, 2)
-    assert (copies.data_parallel, copies.shards, copies.accumulate_grad_batches) == (4, 1, 2)
+    split = plan(parts(strategy=Parallel(tensor_parallel=2), **settings))
+    assert (shared.world_size, shared.data_parallel, shared.accumulate_grad_batches) == (4, 4, 2)
+    assert (copies.data_parallel, copies.accumulate_grad_batches) == (4, 2)
+    assert shared.device_gib == pytest.approx(shared.state_gib / 2) and copies.device_gib == copies.state_gib
+    # What the layers' products do not multiply with is cut over the data-parallel ranks only.
+    assert split.state_gib / 4 < split.device_gib < split.state_gib / 2
     assert dict(shared.rows())["memory"].startswith(
         f"{shared.state_gib / 2:.2f} GiB on each device (of {copies.state_gib:.2f} GiB in all) for"
     )
@@ -196,3 +201,40 @@ def test_a_sequence_is_shared_by_as_many_ranks_as_divide_it_and_the_heads(parts:
     heads, length = refused.value.problems
     assert heads.startswith("trainer.strategy.context_parallel=3: must divide") and "allowed: 1, 2, 4" in heads
     assert length == "trainer.strategy.context_parallel=3: does not divide data.seq_length=16"
+
+
+@pytest.mark.parametrize(
+    ("split", "changes", "problem"),
+    [
+        (
+            {"tensor_parallel": 4},
+            {"num_attention_heads": 2},
+            "trainer.strategy.tensor_parallel=4: must divide num_atten",
+        ),
+        ({"expert_parallel": 2}, {}, "trainer.strategy.expert_parallel=2: num_moe_experts=None, there are no experts"),
+        (
+            {"tensor_parallel": 2, "context_parallel": 2},
+            {"seq_length": 18},
+            "x context_parallel=2: does not divide data.",
+        ),
+        ({"tensor_parallel": 2}, {"fp8": "tensorwise"}, "model.fp8='tensorwise': not for split layers"),
+        (
+            {"expert_parallel": 2},
+            {"num_moe_experts": 4, "compile": "layers"},
+            "model.compile='layers': ranks wait to know",
+        ),
+    ],
+)
+def test_what_does_not_go_with_a_split_is_refused(
+    parts: Parts, split: dict[str, int], changes: dict[str, Any], problem: str
+) -> None:
+    made = {"devices": 4, "micro_batch_size": 1, "precision": "bf16-mixed", "strategy": Parallel(**split)}
+    with pytest.raises(ConfigError) as refused:
+        plan(parts(**made, **changes))
+    assert any(problem in said for said in refused.value.problems), refused.value.problems
+
+
+def test_adapters_are_not_split(parts: Parts, pretrain: Any) -> None:
+    base = pretrain(max_steps=4).path
+    with pytest.raises(ConfigError, match="adapters cannot be split"):
+        plan(parts(devices=2, strategy=Parallel(tensor_parallel=2), init_from=base, lora=LoRA(rank=2)))

@@ -18,7 +18,7 @@ from fiddlehead.errors import ConfigError, StopRequested
 from fiddlehead.models import RopeScaling
 from fiddlehead.runs import RunDirectory, State, Status, StopRequest
 from fiddlehead.signals import SIGNALS
-from fiddlehead.training import WarmupStableDecay
+from fiddlehead.training import Muon, WarmupStableDecay
 from fiddlehead.training.checkpoint_folder import DamagedCheckpointError
 from tests.training.conftest import KillAfter, Killed, Parts, parameters, rows
 
@@ -46,6 +46,7 @@ def assert_same_parameters(found: dict[str, torch.Tensor], expected: dict[str, t
         {"precision": "bf16-mixed"},
         {"val_check_interval": 3, "lr_scheduler": WarmupStableDecay(warmup_steps=5, decay_fraction=0.5)},
         {"val_samples": 0},
+        {"optim": Muon},
         {
             "separate_documents": True,
             "seq_length": 48,
@@ -55,7 +56,16 @@ def assert_same_parameters(found: dict[str, torch.Tensor], expected: dict[str, t
             "rope_scaling": RopeScaling(),
         },
     ],
-    ids=["plain", "dropout", "accumulation", "bf16", "validation-elsewhere", "no-validation", "documents-and-windows"],
+    ids=[
+        "plain",
+        "dropout",
+        "accumulation",
+        "bf16",
+        "validation-elsewhere",
+        "no-validation",
+        "muon",
+        "documents-and-windows",
+    ],
 )
 @pytest.mark.parametrize("killed_after", [6, 8])
 def test_a_killed_run_goes_on_exactly(

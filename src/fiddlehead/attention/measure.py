@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ import torch
 
 from fiddlehead.attention.backend import Backend, Extras
 from fiddlehead.attention.spec import AttentionSpec, Target
+from fiddlehead.environment import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -158,8 +158,7 @@ def _inputs(spec: AttentionSpec, device: torch.device, shape: Shape) -> tuple[In
 
 
 def _file() -> Path:
-    folder = os.environ.get("FIDDLEHEAD_CACHE") or "~/.cache/fiddlehead"
-    return Path(folder).expanduser() / "attention.json"
+    return cache_folder() / "attention.json"
 
 
 def _key(spec: AttentionSpec, target: Target, shape: Shape, candidates: dict[str, Backend]) -> str:

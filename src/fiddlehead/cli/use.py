@@ -24,6 +24,12 @@ SourceArgument = typer.Argument(
 _TEMPERATURE = typer.Option(0.8, min=0.0, help="0 always takes the likeliest token.")
 _TOP_K = typer.Option(50, min=0, help="Choose among the k likeliest tokens; 0: all.")
 _TOP_P = typer.Option(1.0, min=0.0, max=1.0, help="Choose among the likeliest that have this probability together.")
+_COMPILE = typer.Option(
+    False,
+    "--compile",
+    help="On a GPU: run each step as one captured graph. The first tokens take some seconds, in which it compiles, and "
+    "again those of a second batch or answer; so it pays for hundreds of tokens.",
+)
 _SEED = typer.Option(0, help="The same seed writes the same text.")
 
 
@@ -42,6 +48,7 @@ def generate(
     seed: int = typer.Option(0, help="The same seed writes the same text to the same prompt, whatever the others are."),
     stop: list[str] = typer.Option(None, "--stop", help="End before this text; may be given several times."),
     batch_size: int = typer.Option(16, min=1, help="How many texts to write at once."),
+    compile: bool = _COMPILE,
     as_json: bool = typer.Option(
         False, "--json", help="A JSON object on each line: prompt, text, tokens, finish_reason."
     ),
@@ -69,7 +76,7 @@ def generate(
     ends = [text.encode().decode("unicode_escape") if "\\" in text else text for text in stop or ()]
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     sampling = Sampling(**options)
-    writer = Writer.open(checkpoint or source, directory)
+    writer = Writer.open(checkpoint or source, directory, compile=compile)
     if len(prompts) == 1 and not as_json:
         (text,) = prompts.values()
         print(text, end="", flush=True)  # noqa: T201
@@ -92,6 +99,7 @@ def chat(
     top_k: int = _TOP_K,
     top_p: float = _TOP_P,
     seed: int = _SEED,
+    compile: bool = _COMPILE,
     directory: str = DirOption,
 ) -> None:
     """Talk with a model that has a chat template; /reset forgets what was said, /exit or Ctrl-D ends.
@@ -100,7 +108,7 @@ def chat(
     """
     from fiddlehead.text import Writer
 
-    writer = Writer.open(source, directory)
+    writer = Writer.open(source, directory, compile=compile)
     begin: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     if writer.template is None:
         next(writer.answer(begin))  # which says what is missing
@@ -169,7 +177,7 @@ def _decoded(line: bytes) -> tuple[str, str]:
 
 def _refuse_long(prompts: dict[str, str], writer: Writer) -> None:
     limit = writer.model.config.seq_length
-    lengths = map(len, writer.tokenizer.encode_batch(list(prompts.values())))
+    lengths = [len(writer.tokenizer.encode_prompt(prompt)) for prompt in prompts.values()]
     problems = [
         f"{place}: has {length} tokens; the model sees seq_length={limit}, those that it writes included"
         for place, length in zip(prompts, lengths, strict=True)

@@ -258,7 +258,8 @@ def _message_problems(messages: list[Any]) -> Iterator[str]:
 def _texts(record: Record, template: ChatTemplate | None) -> list[Turns]:
     if not record.is_chat:
         prompt, *answers = record.values.values()
-        return [[(prompt, False), (answer, True)] for answer in answers]
+        stem = prompt.rstrip(" ")  # a model that is asked writes these spaces itself (`encode_prompt`)
+        return [[(stem, False), (prompt[len(stem) :] + answer, True)] for answer in answers]
     if "messages" in record.values:
         return [_conversation(record.values["messages"], template)]
     prompt, *answers = record.values.values()
@@ -288,8 +289,9 @@ def _encode(
         True: iter(tokenizer.encode_batch_with_special(pieces[True])),
     }
     for record, each in zip(records, texts, strict=True):
-        end = [] if record.is_chat else [([tokenizer.eos_id], True)]
-        found = [[(next(encoded[record.is_chat]), learned) for _, learned in turns] + end for turns in each]
+        found = [[(next(encoded[record.is_chat]), learned) for _, learned in turns] for turns in each]
+        if not record.is_chat:  # a template's text has what begins and ends a turn in it
+            found = [_as_a_document(turns, tokenizer) for turns in found]
         yield tuple(
             Example(
                 np.concatenate([np.asarray(ids, dtype=np.int32) for ids, _ in turns]),
@@ -297,3 +299,9 @@ def _encode(
             )
             for turns in found
         )
+
+
+def _as_a_document(turns: list[tuple[list[int], bool]], tokenizer: JSONTokenizer) -> list[tuple[list[int], bool]]:
+    """A prompt as `encode_prompt` has it, and an answer that ends."""
+    (prompt, _), *answers = turns
+    return [([*tokenizer.begin_ids, *prompt] or [tokenizer.eos_id], False), *answers, ([tokenizer.eos_id], True)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +14,7 @@ from fiddlehead.data.corpus import StandardLibrary, tokenize_corpus
 from fiddlehead.data.steps import StepDataModule
 from fiddlehead.data.token_file import FORMAT_VERSION, SPLITS, TokenDatasetInfo, TokenFile
 from fiddlehead.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer
+from fiddlehead.environment import cache_folder
 from fiddlehead.errors import ConfigError
 
 T = TypeVar("T")
@@ -143,5 +143,5 @@ class PreTrainingDataModule(StepDataModule):
             return self.paths
         assert self._given_tokenizer is not None
         key = f"{self._corpus.identity} {self._given_tokenizer.fingerprint} {FORMAT_VERSION}"
-        cache = self.cache_dir or os.environ.get("FIDDLEHEAD_CACHE") or "~/.cache/fiddlehead"
-        return Path(cache).expanduser() / f"{self._corpus.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        cache = Path(self.cache_dir).expanduser() if self.cache_dir else cache_folder()
+        return cache / f"{self._corpus.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

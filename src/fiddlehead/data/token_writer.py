@@ -165,10 +165,15 @@ def _fsync(path: Path) -> None:
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
-    """The tokens of all `texts`, each followed by the end-of-document token; (tokens,) of uint16 or uint32."""
+    """The tokens of all `texts`, (tokens,) of uint16 or uint32.
+
+    Each has the tokenizer's `begin_ids` in front, and the end-of-document token behind it. Where that is the one that
+    begins, too, the end of the document before is enough.
+    """
     eos = [tokenizer.eos_id]
+    begin = [] if tokenizer.begin_ids == eos else tokenizer.begin_ids
     dtype = np.dtype(_token_dtype(tokenizer.vocab_size)).newbyteorder("<")
-    documents = [np.array(ids + eos, dtype=dtype) for ids in tokenizer.encode_batch(texts)]
+    documents = [np.array(begin + ids + eos, dtype=dtype) for ids in tokenizer.encode_batch(texts)]
     return np.concatenate(documents) if documents else np.empty(0, dtype=dtype)
 
 

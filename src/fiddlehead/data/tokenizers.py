@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,6 +35,11 @@ class Tokenizer(Protocol):
     @property
     def eos_id(self) -> int:
         """The token that ends every document."""
+        ...
+
+    @property
+    def begin_ids(self) -> list[int]:
+        """What stands in front of every document and every prompt, such as Llama's <|begin_of_text|>; often nothing."""
         ...
 
     @property
@@ -67,6 +73,10 @@ class ByteTokenizer:
 
     vocab_size = 257
     eos_id = 256
+
+    @property
+    def begin_ids(self) -> list[int]:
+        return []
 
     @property
     def fingerprint(self) -> str:
@@ -150,12 +160,24 @@ class JSONTokenizer:
         return _fingerprint(self._spec, self.eos_id)
 
     @property
+    def begin_ids(self) -> list[int]:
+        return self._begin_ids
+
+    @property
     def eos_token(self) -> str:
         """The text of the token that ends a document."""
         return next(token for token, i in self._ids.items() if i == self.eos_id)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The token ids that a model is given to go on from `text`: with `begin_ids`, without spaces at the end.
+
+        In most vocabularies a space belongs to the token after it: "def " and then " f" would be text that never was.
+        Where there is no token, a document begins: after the end of another.
+        """
+        return [*self.begin_ids, *self.encode(text.rstrip(" "))] or [self.eos_id]
 
     def encode_with_special(self, text: str, *, complete: bool = False) -> list[int]:
         """The token ids of `text`, in which the names of special tokens are these tokens: of a chat's markup.
@@ -189,6 +211,13 @@ class JSONTokenizer:
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self._text, encoding="utf-8")
+
+    @cached_property
+    def _begin_ids(self) -> list[int]:
+        # Of the file's post-processor, as transformers 5 has it: what tokenizer_config.json says of it does not count.
+        encoding = self._tokenizer.encode("a")
+        added = takewhile(lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True))
+        return [token for token, _ in added]
 
     @cached_property
     def _tokenizer(self) -> tokenizers.Tokenizer:

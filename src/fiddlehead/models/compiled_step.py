@@ -8,11 +8,31 @@ import torch
 
 from fiddlehead.attention import KVCache
 from fiddlehead.errors import ConfigError
+from fiddlehead.models.config import TransformerConfig
 from fiddlehead.models.rope import LongRopeScaling
 from fiddlehead.models.transformer import Transformer
 
 _WARM_UP = 3
 """Steps before the capture: the compiler sees a length, then that lengths differ, and then runs what it made."""
+
+_COMPILED = 64
+"""Kinds of layer, each compiled up to four times in all: a length, lengths, another length of the cache, a batch."""
+
+
+def refuse_compiled_step(config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ConfigError if a model with weights of this dtype on this device cannot have a `CompiledStep`."""
+    problems = []
+    if device.type != "cuda":
+        problems.append(f"compile=True: a step is captured on a GPU, and the model is on {device}; leave compile out")
+    if isinstance(config.rope_scaling, LongRopeScaling):
+        problems.append("compile=True: LongRope turns with the length of the text; leave compile out")
+    if config.num_moe_experts is not None and dtype != torch.bfloat16:
+        problems.append(
+            f"compile=True: experts' products are compiled in bfloat16 only, and the weights are {dtype}; "
+            "leave compile out"
+        )
+    if problems:
+        raise ConfigError(*problems)
 
 
 class CompiledStep:
@@ -23,17 +43,14 @@ class CompiledStep:
     yield the same tokens.
 
     Raises:
-        ConfigError: the model is not on a GPU, or its positions depend on the length of the whole text.
+        ConfigError: `refuse_compiled_step` does.
     """
 
     def __init__(self, model: Transformer, caches: Sequence[KVCache]) -> None:
-        device = model.embedding.weight.device
-        if device.type != "cuda":
-            raise ConfigError(f"compile=True: a step is captured on a GPU, and the model is on {device}")
-        if isinstance(model.config.rope_scaling, LongRopeScaling):
-            raise ConfigError("compile=True: LongRope turns with the length of the text; leave compile out")
+        weight = model.embedding.weight
+        refuse_compiled_step(model.config, weight.device, weight.dtype)
         self._model, self._caches = model, caches
-        self._ids = torch.zeros(caches[0].batch, 1, dtype=torch.int64, device=device)
+        self._ids = torch.zeros(caches[0].batch, 1, dtype=torch.int64, device=weight.device)
         self._logits = torch.empty(0)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._steps = 0
@@ -57,5 +74,6 @@ class CompiledStep:
         return self._logits
 
     def _run(self) -> torch.Tensor:
-        x = self._model.hidden(self._ids, caches=self._caches, run_layer=self._layer)
+        with torch._dynamo.config.patch(recompile_limit=_COMPILED):  # pyright: ignore
+            x = self._model.hidden(self._ids, caches=self._caches, run_layer=self._layer)
         return self._model.logits(x[:, -1])

@@ -197,23 +197,30 @@ class TransformerConfig:
             mlp = self.hidden_size * (matrices * self.expert_size * self.moe_router_topk + self.num_moe_experts)
         return self.num_layers * (attention + mlp) + self.hidden_size * (self.vocab_size or 0)
 
-    def train_flops_per_token(self, seq_length: int, *, causal: bool = True) -> float:
+    def train_flops_per_token(self, seq_length: int, *, causal: bool = True, adapters: int | None = None) -> float:
         """Model FLOPs that one token costs in training, forward and backward, recomputation not counted.
 
         6 per matmul parameter (Kaplan et al. 2020) plus attention's two products, 12 x heads x head_dim for each key
         that a token sees. Under a causal mask that is half of seq_length on average, and less in a layer with a
         window; documents that are kept apart are counted as if they were not. Without `causal` every token is counted
         as if it saw all keys in all layers, as PaLM (Chowdhery et al. 2022, appendix B), nanoGPT and torchtitan do.
+
+        Args:
+            adapters: how many parameters adapters have, which alone are trained; the gradients of all others are not
+                computed, so that these cost 4 each.
         """
+        products = 6.0 * self.num_matmul_parameters()
+        if adapters is not None:
+            products = 4.0 * self.num_matmul_parameters() + 6.0 * adapters
         if not causal:
             attention = 12.0 * seq_length * self.num_layers * self.num_attention_heads * self.head_dim
-            return 6.0 * self.num_matmul_parameters() + attention
+            return products + attention
         keys = 0.0
         for layer in range(self.num_layers):
             left, _ = self.window(layer)
             seen = seq_length if left < 0 else min(left + 1, seq_length)
             keys += seen * (1 - seen / (2 * max(1, seq_length)))
-        return 6.0 * self.num_matmul_parameters() + 12 * keys * self.num_attention_heads * self.head_dim
+        return products + 12 * keys * self.num_attention_heads * self.head_dim
 
     def _problems(self) -> Iterator[str]:
         """Yields a line for each impossible value; the comparisons between fields only look at sound ones."""

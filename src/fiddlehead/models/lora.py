@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from fiddlehead.attention.reference import without_autocast
 from fiddlehead.errors import ConfigError, nearest, unknown
-from fiddlehead.models.autocast import autocasts
+from fiddlehead.models.autocast import product_dtype
+from fiddlehead.models.linear import Linear
 from fiddlehead.models.transformer import Transformer
 
 PEFT_NAMES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -119,14 +120,17 @@ class LoRALinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype that the layer without the adapter would return."""
-        base = F.linear(input, self.weight, self.bias)
+        # The adapter's two matrices are small, and what they are multiplied with is not: it is they that are scaled and
+        # turned into the products' dtype. Their gradients are summed up in their own.
+        x = input.to(product_dtype(input))
+        base = F.linear(x, self.weight, self.bias)
         if not self.enabled:
             return base
-        dropped = F.dropout(input, self.lora.dropout, self.training)
-        x = dropped if autocasts(input) else dropped.to(self.lora_a.dtype)  # autocast needs no float32 copy on the way
-        change = F.linear(F.linear(x, self.lora_a) * self.lora.scaling, self.lora_b)
+        dropped = F.dropout(x, self.lora.dropout, self.training)
+        a, b = self.lora_a.to(x.dtype), (self.lora_b * self.lora.scaling).to(x.dtype)
+        change = F.linear(F.linear(dropped, a), b)
         if self.magnitude is None:
-            return (base + change).to(base.dtype)
+            return base + change
         # As in PEFT, the layer's own output is from what was not dropped, and what DoRA adds from what was.
         if self.training and self.lora.dropout:
             plain = F.linear(dropped, self.weight)
@@ -215,7 +219,7 @@ def merge(transformer: Transformer) -> None:
     """Folds the adapters into the weights, in place: an ordinary model, with nothing frozen, that computes the same."""
     for name, layer in list(transformer.named_modules()):
         if isinstance(layer, LoRALinear):
-            linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            linear = Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             weight = _merged(layer.weight, layer.lora_a, layer.lora_b, layer.magnitude, layer.lora.scaling)
             linear.weight, linear.bias = nn.Parameter(weight), layer.bias
             transformer.set_submodule(name, linear.train(layer.training))

@@ -56,7 +56,7 @@ def convert_to_float8(transformer: Transformer, recipe: Float8) -> None:
             convert_to_float8_training,
         )
     except ImportError as error:
-        raise ConfigError(f"fp8={recipe!r} needs torchao: pip install 'fiddlehead[float8]' ({error})") from error
+        raise ConfigError(f"fp8={recipe!r} needs torchao: pip install 'fiddlehead[torchao]' ({error})") from error
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
         raise ConfigError(f"fp8={recipe!r}: {torch.cuda.get_device_name()} has no float8; set fp8=None")
 

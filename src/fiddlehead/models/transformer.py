@@ -18,8 +18,9 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.models.autocast import product_dtype
 from fiddlehead.models.collectives import HeadExchange, SequenceSplit
 from fiddlehead.models.config import TransformerConfig
+from fiddlehead.models.linear import Linear, linear
 from fiddlehead.models.linear_cross_entropy import linear_cross_entropy
-from fiddlehead.models.moe import GroupedLinear, MoE, activate
+from fiddlehead.models.moe import Experts, GroupedLinear, MoE, activate
 from fiddlehead.models.rope import Rope, Rotary, rotate
 
 
@@ -43,7 +44,7 @@ class Transformer(nn.Module):
         self.final_layernorm = _norm(config)
         self.output_layer = None  # None: logits reuse the embedding's weights
         if not config.share_embeddings_and_output_weights:
-            self.output_layer = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.output_layer = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compiled = False
         """Whether what is done to each logit in training is compiled into one kernel."""
         self.initialize()
@@ -151,7 +152,7 @@ class Transformer(nn.Module):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """What `hidden` returns, or part of it, (..., C), to logits (..., V)."""
-        logits = F.linear(x, self._output_weight())
+        logits = linear(x, self._output_weight())
         if self.config.logits_scaling != 1:
             logits = logits / self.config.logits_scaling
         cap = self.config.final_logit_softcapping
@@ -176,6 +177,18 @@ class Transformer(nn.Module):
         mixtures = [module for module in self.modules() if isinstance(module, MoE)]
         losses = [mixture.aux_loss for mixture in mixtures if mixture.aux_loss is not None]
         return sum(losses[1:], losses[0]) if losses else None
+
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        """The weights that are several matrices in one, by name: how many rows belong to each of these."""
+        rows = {}
+        for name, module in self.named_modules():
+            if isinstance(module, Attention):
+                H, G, D = module.config.num_attention_heads, module.config.groups, module.config.head_dim
+                rows[f"{name}.linear_qkv.weight"] = (H * D, G * D, G * D)
+            elif isinstance(module, MLP | Experts) and self.config.gated:
+                width = module.linear_fc1.weight.shape[-2] // 2
+                rows[f"{name}.linear_fc1.weight"] = (width, width)
+        return rows
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -247,8 +260,8 @@ class Attention(nn.Module):
         self.exchange: HeadExchange | None = None
         H, G, D = config.num_attention_heads, config.groups, config.head_dim
         bias = config.add_bias_linear
-        self.linear_qkv = nn.Linear(config.hidden_size, (H + 2 * G) * D, bias=bias or config.add_qkv_bias)
-        self.linear_proj = nn.Linear(H * D, config.hidden_size, bias=bias)
+        self.linear_qkv: nn.Linear = Linear(config.hidden_size, (H + 2 * G) * D, bias=bias or config.add_qkv_bias)
+        self.linear_proj: nn.Linear = Linear(H * D, config.hidden_size, bias=bias)
         self.q_layernorm = self.k_layernorm = None
         if config.qk_layernorm is not None:
             whole = config.qk_layernorm == "projection"
@@ -314,8 +327,8 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = config.activation
         width = 2 * config.ffn_size if config.gated else config.ffn_size
-        self.linear_fc1 = nn.Linear(config.hidden_size, width, bias=config.add_bias_linear)
-        self.linear_fc2 = nn.Linear(config.ffn_size, config.hidden_size, bias=config.add_bias_linear)
+        self.linear_fc1: nn.Linear = Linear(config.hidden_size, width, bias=config.add_bias_linear)
+        self.linear_fc2: nn.Linear = Linear(config.ffn_size, config.hidden_size, bias=config.add_bias_linear)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) to (B, T, C)."""
@@ -327,9 +340,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., size) to the same, in x's dtype."""
-        if x.dtype == self.weight.dtype:
-            return super().forward(x)
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)  # autocast would leave it in float32
 
 
 class ZeroCenteredRMSNorm(nn.Module):

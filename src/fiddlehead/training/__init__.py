@@ -3,7 +3,7 @@
 from fiddlehead.training.checkpoint import Checkpoint
 from fiddlehead.training.language_model import LanguageModel, NonFiniteError
 from fiddlehead.training.loggers import Log
-from fiddlehead.training.optim import AdamW, CosineAnnealing, WarmupStableDecay
+from fiddlehead.training.optim import AdamW, CosineAnnealing, Muon, WarmupStableDecay
 from fiddlehead.training.parallel import Parallel
 from fiddlehead.training.preference import PreferenceModel
 
@@ -13,6 +13,7 @@ __all__ = [
     "CosineAnnealing",
     "LanguageModel",
     "Log",
+    "Muon",
     "NonFiniteError",
     "Parallel",
     "PreferenceModel",

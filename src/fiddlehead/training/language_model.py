@@ -26,7 +26,7 @@ from fiddlehead.models.speed import (
 )
 from fiddlehead.training import sharding
 from fiddlehead.training.gradients import global_norm, gradients_of, scale
-from fiddlehead.training.optim import AdamW
+from fiddlehead.training.optim import Optim
 from fiddlehead.training.parallel import Parallel, Sizes
 from fiddlehead.training.pipeline import Pipeline
 from fiddlehead.training.weights import (
@@ -83,7 +83,7 @@ class LanguageModel(LightningModule):
         self.compile_mode: Compile | None = compile
         self._recompute: Recompute | None = activation_checkpointing
         self._fp8: Float8 | None = fp8
-        self.optim: AdamW | None = None
+        self.optim: Optim | None = None
         self.seed = 0
         self.transformer: Transformer | None = None
         self.lr = 0.0
@@ -290,9 +290,10 @@ class LanguageModel(LightningModule):
             torch.manual_seed(hash((self.seed, self.trainer.global_step, micro_batch, rank)) % 2**63)
 
     def configure_optimizers(self) -> Any:
-        """AdamW and its schedule, over the trainer's `max_steps`."""
-        assert self.optim is not None
-        return self.optim.build(self.named_parameters(), self.trainer.max_steps)
+        """The optimizer and its schedule, over the trainer's `max_steps`."""
+        assert self.optim is not None and self.transformer is not None
+        fused = {f"transformer.{name}": rows for name, rows in self.transformer.fused_rows().items()}
+        return self.optim.build(self.named_parameters(), self.trainer.max_steps, fused)
 
     def on_train_start(self) -> None:
         """Puts the schedule in force at once where a resumed run has another length than before."""

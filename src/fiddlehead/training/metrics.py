@@ -87,9 +87,8 @@ class Metrics(Callback):
     def _measure(self, trainer: Trainer, module: LightningModule, loss: float) -> dict[str, float]:
         seconds_per_step = self.window.seconds / len(self.window.steps)
         config: Any = module.config
-        rates = speed(
-            config, self.seq_length, self.tokens_per_step / seconds_per_step, trainer.world_size, module.device
-        )
+        rate = self.tokens_per_step / seconds_per_step
+        rates = speed(config, self.seq_length, rate, trainer.world_size, module.device, num_adapted(module))
         metrics = {
             "loss": loss,
             "lr": float(module.lr),  # type: ignore[arg-type]
@@ -107,16 +106,33 @@ class Metrics(Callback):
 
 
 def speed(
-    config: TransformerConfig, seq_length: int, tokens_per_s: float, devices: int, device: torch.device
+    config: TransformerConfig,
+    seq_length: int,
+    tokens_per_s: float,
+    devices: int,
+    device: torch.device,
+    adapters: int | None = None,
 ) -> dict[str, float]:
-    """What `tokens_per_s` on `devices` like `device` amount to: `tflops_per_s`, and both MFUs if the peak is known."""
+    """What `tokens_per_s` on `devices` like `device` amount to: `tflops_per_s`, and both MFUs if the peak is known.
+
+    Args:
+        adapters: as `TransformerConfig.train_flops_per_token` takes it.
+    """
     flops, full = (
-        tokens_per_s / devices * config.train_flops_per_token(seq_length, causal=causal) for causal in (True, False)
+        tokens_per_s / devices * config.train_flops_per_token(seq_length, causal=causal, adapters=adapters)
+        for causal in (True, False)
     )
     rates = {"tokens_per_s": tokens_per_s, "tflops_per_s": flops / 1e12}
     if peak := peak_flops(device):
         rates |= {"mfu": flops / peak, "mfu_full": full / peak}
     return rates
+
+
+def num_adapted(module: Any) -> int | None:
+    """How many parameters the adapters of a LanguageModel have; None if all of it is trained."""
+    if getattr(module, "lora", None) is None:
+        return None
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -20,7 +20,7 @@ from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.parallel import Layout, local_batch, parallelize, reduce_gradients, refuse_sizes
 from fiddlehead.models.safetensors_files import DTYPES, Stored
 from fiddlehead.training import sharding
-from fiddlehead.training.optim import AdamW
+from fiddlehead.training.optim import Optim
 from fiddlehead.training.pipeline import Pipeline, refuse_pipeline
 from fiddlehead.training.sharding import Sharded
 from fiddlehead.training.team import Team
@@ -50,6 +50,10 @@ class Sizes:
         """In the order of `MESH`."""
         shard = self.data // self.replicate // self.expert
         return self.pipeline, self.replicate, shard, self.expert, self.context, self.tensor
+
+    def parts(self, split_over: str | None) -> int:
+        """Into how many parts a parameter is cut that tensor or expert parallelism splits, "tp" or "ep", or neither."""
+        return self.data // self.replicate * self.context * (self.tensor if split_over == "tp" else 1)
 
     def data_rank(self, rank: int) -> int:
         """Which samples a rank trains on: ranks that share a model's layers or a sequence have the same."""
@@ -157,10 +161,9 @@ class Parallel(ModelParallelStrategy):
             problems += [names.get(problem[:3], problem[:3]) + problem[3:] for problem in error.problems]
         parts = self.tensor_parallel * self.context_parallel
         if seq_length % parts:
-            problems.append(
-                f"tensor_parallel={self.tensor_parallel} x context_parallel={self.context_parallel} does not divide "
-                f"data.seq_length={seq_length}"
-            )
+            sharing = {"tensor_parallel": self.tensor_parallel, "context_parallel": self.context_parallel}
+            product = " x ".join(f"{name}={size}" for name, size in sharing.items() if size > 1)
+            problems.append(f"{product}: does not divide data.seq_length={seq_length}")
         return problems
 
     # -- the model
@@ -353,7 +356,7 @@ class Parallel(ModelParallelStrategy):
         return [(names[id(parameter)], parameter) for group in optimizer.param_groups for parameter in group["params"]]
 
     @property
-    def _optim(self) -> AdamW:
+    def _optim(self) -> Optim:
         """By which parameters are numbered."""
         module: Any = self.lightning_module
         return module.optim

@@ -13,7 +13,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.parallel import Stage, keep_stages, refuse_stages, stage_of
-from fiddlehead.training.optim import AdamW
+from fiddlehead.training.optim import Optim
 from fiddlehead.training.sharding import Sharded
 
 Batch = Mapping[str, Any]
@@ -119,12 +119,12 @@ class Pipeline:
             completed[full] = Sharded(full, own[full].local if full in own else parameter.detach(), layout, holder)
         return completed
 
-    def numbered(self, optim: AdamW) -> list[list[str]]:
+    def numbered(self, optim: Optim) -> list[list[str]]:
         """The names of the parameters in each of an optimizer's groups, as one process numbers them."""
         names = {id(parameter): f"transformer.{name}" for name, parameter in self.whole.items()}
         return [[names[id(parameter)] for parameter in group["params"]] for group in optim.groups(self.whole.values())]
 
-    def complete_state(self, state: Mapping[str, Any], own: Sequence[str], optim: AdamW) -> dict[str, Any]:
+    def complete_state(self, state: Mapping[str, Any], own: Sequence[str], optim: Optim) -> dict[str, Any]:
         """An optimizer's state with that of all parameters, as one process numbers them.
 
         Args:
@@ -147,7 +147,7 @@ class Pipeline:
             ],
         }
 
-    def own_state(self, saved: Mapping[str, Any], own: Sequence[str], optim: AdamW) -> dict[str, Any]:
+    def own_state(self, saved: Mapping[str, Any], own: Sequence[str], optim: Optim) -> dict[str, Any]:
         """The reverse of `complete_state`: what this rank needs of what was saved."""
         names = [name for group in self.numbered(optim) for name in group]
         numbers = {name: number for number, name in enumerate(names)}

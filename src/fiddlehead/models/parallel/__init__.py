@@ -28,7 +28,7 @@ for each micro-batch, and as much backward.
 
 from fiddlehead.models.parallel.gradients import reduce_gradients
 from fiddlehead.models.parallel.layers import local_batch, parallelize
-from fiddlehead.models.parallel.shards import Layout, Slices, refuse_sizes
+from fiddlehead.models.parallel.shards import Layout, Slices, refuse_sizes, splits_over
 from fiddlehead.models.parallel.stages import Stage, keep_stages, refuse_stages, stage_of
 
 __all__ = [
@@ -41,5 +41,6 @@ __all__ = [
     "reduce_gradients",
     "refuse_sizes",
     "refuse_stages",
+    "splits_over",
     "stage_of",
 ]

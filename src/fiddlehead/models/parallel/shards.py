@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,30 +43,15 @@ class Layout:
 
     def __init__(self, config: TransformerConfig, mesh: DeviceMesh) -> None:
         self.config, self.mesh = config, mesh
+        self._known: dict[tuple[Any, ...], list[Piece]] = {}
 
     def pieces(self, name: str, tensor: torch.Tensor) -> list[Piece]:
         """What this process has of a parameter, which is not in one place where layers are fused."""
-        sizes, starts, ranks = tuple(tensor.shape), (0,) * tensor.dim(), self.mesh.size()
-        if isinstance(tensor, DTensor):
-            sizes, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-            ranks //= _parts(tensor)
-        within = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
-        own = self._part(name)
-        if own is None:
-            return [Piece(tuple(slice(size) for size in sizes), tuple(within), ranks, 1)]
-        dim, at, pieces = own.dim, 0, []
-        for each in own.ranges:
-            # Those of the range that are also within what FSDP2 left; here they count from the range's beginning.
-            first, last = (min(max(edge - at, 0), each.size) for edge in (within[dim].start, within[dim].stop))
-            local = [slice(size) for size in sizes]
-            local[dim] = slice(at + first - within[dim].start, at + last - within[dim].start)
-            whole = [*within]
-            whole[dim] = slice(each.start + first, each.start + last)
-            if first < last:
-                having = ranks // size_of(self.mesh, own.mesh_dim) * each.copies
-                pieces.append(Piece(tuple(local), tuple(whole), having, each.copies))
-            at += each.size
-        return pieces
+        cut = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
+        key = name, tensor.shape, cut
+        if key not in self._known:  # it is asked for every gradient of every step
+            self._known[key] = self._find_pieces(name, tensor)
+        return self._known[key]
 
     def shape(self, name: str, tensor: torch.Tensor) -> torch.Size:
         """The whole parameter's."""
@@ -97,6 +82,29 @@ class Layout:
             for each, piece in zip(ranges, part.split([each.size for each in ranges], dim=own.dim), strict=True):
                 whole.narrow(own.dim, each.start, each.size).copy_(piece)
         return whole
+
+    def _find_pieces(self, name: str, tensor: torch.Tensor) -> list[Piece]:
+        sizes, starts, ranks = tuple(tensor.shape), (0,) * tensor.dim(), self.mesh.size()
+        if isinstance(tensor, DTensor):
+            sizes, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+            ranks //= _parts(tensor)
+        within = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        own = self._part(name)
+        if own is None:
+            return [Piece(tuple(slice(size) for size in sizes), tuple(within), ranks, 1)]
+        dim, at, pieces = own.dim, 0, []
+        for each in own.ranges:
+            # Those of the range that are also within what FSDP2 left; here they count from the range's beginning.
+            first, last = (min(max(edge - at, 0), each.size) for edge in (within[dim].start, within[dim].stop))
+            local = [slice(size) for size in sizes]
+            local[dim] = slice(at + first - within[dim].start, at + last - within[dim].start)
+            whole = [*within]
+            whole[dim] = slice(each.start + first, each.start + last)
+            if first < last:
+                having = ranks // size_of(self.mesh, own.mesh_dim) * each.copies
+                pieces.append(Piece(tuple(local), tuple(whole), having, each.copies))
+            at += each.size
+        return pieces
 
     def _part(self, name: str) -> Part | None:
         split_over = splits_over(name, self.config)

@@ -1,0 +1,135 @@
+"""Muon against AdamW: the losses of one model, on the same batches, over as many steps.
+
+A GQA model of 19 M parameters learns Python's standard library. Each optimizer first trains for a few steps with each
+of some rates; the one whose validation loss is then the lowest is taken for the whole run.
+
+    python benchmarks/muon.py            trains, and draws docs/muon.png
+    python benchmarks/muon.py --draw     draws the picture again from the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import fiddle as fdl
+import torch
+from measure import RESULTS, save, table
+
+from fiddlehead.data import BPETokenizer
+from fiddlehead.recipe import Recipe
+from fiddlehead.recipes.tiny import tiny
+from fiddlehead.tasks import pretrain
+from fiddlehead.training import Muon
+
+RATES = (1e-3, 2e-3, 4e-3)
+PICTURE = Path(__file__).parents[1] / "docs" / "muon.png"
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--tuning-steps", type=int, default=30, help="of the runs that choose a rate")
+    parser.add_argument("--sequences", type=int, default=8, help="in a batch")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--draw", action="store_true", help="only draw the picture")
+    arguments = parser.parse_args()
+    if arguments.draw:
+        draw(json.loads((RESULTS / "muon.json").read_text())["figures"])
+        return
+    torch.set_num_threads(arguments.threads)
+
+    figures: dict[str, Any] = {
+        "steps": arguments.steps,
+        "tuning_steps": arguments.tuning_steps,
+        "tokens_per_step": 128 * arguments.sequences,
+        "threads": arguments.threads,
+        "tuning": {"AdamW": {}, "Muon": {}},
+        "runs": {},
+    }
+    for name, tried in figures["tuning"].items():
+        for rate in arguments.rates:
+            found = train(name, rate, arguments.tuning_steps, arguments.sequences, validations=1)
+            tried[str(rate)] = found["val_loss"][-1][1]
+    for name, tried in figures["tuning"].items():
+        rate = float(min(tried, key=tried.get))
+        figures["runs"][name] = {"lr": rate, **train(name, rate, arguments.steps, arguments.sequences)}
+    save("muon", figures, ["torch"])
+    draw(figures)
+    rows = [
+        [name, f"{run['lr']:g}", f"{run['val_loss'][-1][1]:.3f}", f"{run['seconds_per_step']:.2f}"]
+        for name, run in figures["runs"].items()
+    ]
+    print(table(["optimizer", "rate", "validation loss", "seconds a step"], rows))
+
+
+def train(name: str, rate: float, steps: int, sequences: int, validations: int = 8) -> dict[str, Any]:
+    """A run's losses in nats a token, of each step and of validations, and the median seconds of a step."""
+    recipe = model(rate, steps, sequences)
+    recipe.trainer.val_check_interval = steps // validations
+    if name == "Muon":
+        fdl.update_callable(recipe.optim, Muon)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
+        recipe.log.dir, recipe.log.name = directory, "run"
+        with contextlib.redirect_stdout(io.StringIO()):
+            run = pretrain(**recipe.build_arguments())
+        with run.metrics.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    found: dict[str, Any] = {
+        "loss": [float(row["loss"]) for row in rows if row.get("loss")],
+        "val_loss": [[int(row["step"]), float(row["val_loss"])] for row in rows if row.get("val_loss")],
+    }
+    seconds = sorted(float(row["seconds_per_step"]) for row in rows if row.get("seconds_per_step"))
+    found["seconds_per_step"] = seconds[len(seconds) // 2]
+    took = time.perf_counter() - start
+    print(f"{name}, {rate:g}, {steps} steps: {found['val_loss'][-1][1]:.4f} after {took:.0f} s", flush=True)
+    return found
+
+
+def model(rate: float, steps: int, sequences: int) -> Recipe:
+    """The run, with AdamW."""
+    recipe = tiny()
+    config = recipe.model.config
+    config.num_layers, config.hidden_size, config.ffn_hidden_size = 8, 384, 1024
+    config.num_attention_heads, config.num_query_groups = 6, 2
+    config.share_embeddings_and_output_weights = False
+    recipe.data.tokenizer = fdl.Config(BPETokenizer, vocab_size=8192)
+    recipe.data.micro_batch_size = recipe.data.global_batch_size = sequences
+    recipe.data.val_samples = 64
+    recipe.optim.lr, recipe.optim.lr_scheduler.warmup_steps = rate, max(1, steps // 15)
+    recipe.trainer.max_steps, recipe.trainer.log_every_n_steps = steps, 1
+    recipe.checkpoint.every_n_steps, recipe.checkpoint.keep_best = steps, False
+    return recipe
+
+
+def draw(figures: dict[str, Any]) -> None:
+    """The validation losses of both runs, and faintly those of the training steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for (name, run), color in zip(figures["runs"].items(), ("#6699cc", "#b3400f"), strict=True):
+        axes.plot(range(1, len(run["loss"]) + 1), run["loss"], color=color, alpha=0.3, linewidth=1)
+        label = f"{name}, rate {run['lr']:g}: {run['val_loss'][-1][1]:.2f} at the end"
+        axes.plot(*zip(*run["val_loss"], strict=True), color=color, marker="o", label=label)
+    axes.set_xlabel(f"step of {figures['tokens_per_step']:,} tokens")
+    axes.set_ylabel("validation loss, nats a token")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(PICTURE, dpi=130)
+
+
+if __name__ == "__main__":
+    main()

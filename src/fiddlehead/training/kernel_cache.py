@@ -1,0 +1,23 @@
+"""Where compiled kernels are kept from run to run."""
+
+from __future__ import annotations
+
+import os
+
+from fiddlehead.environment import cache_folder
+
+FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "TRITON_CACHE_DIR": "triton"}
+"""The variables that PyTorch and Triton read, and the folders in ours that they are to name."""
+
+
+def keep_compiled_kernels() -> None:
+    """Lets this process find what earlier ones compiled, and keep what it compiles, in the cache folder.
+
+    PyTorch's own choice is a folder in /tmp, which on clusters is often each job's own. Another that is set stays.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    for variable, folder in FOLDERS.items():
+        # Its own choice may be there too: parts of PyTorch set the variable when they are imported.
+        if os.environ.get(variable) in (None, "", os.path.abspath(default_cache_dir())):  # noqa: PTH100  as it does
+            os.environ[variable] = str(cache_folder() / folder)
