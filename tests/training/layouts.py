@@ -45,6 +45,7 @@ SETTINGS = {
     "documents": {"separate_documents": True},
     "experts": {"num_moe_experts": 4, "attention_sinks": True, "add_bias_linear": True},
     "muon": {"optim": Muon, "num_moe_experts": 4},
+    "deep": {"num_layers": 4, "separate_documents": True},
 }
 
 

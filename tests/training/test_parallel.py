@@ -50,13 +50,18 @@ from tests.training.ranks import on_ranks
         pytest.param("hsdp-2x2-ep-2", "experts", marks=pytest.mark.slow),
         pytest.param("ep-2-tp-2", "experts", marks=pytest.mark.slow),
         ("pp-2", "documents"),
-        ("pp-2-twice", "plain"),
-        ("pp-4", "plain"),
+        ("pp-2-twice", "deep"),
         ("pp-2-fsdp-2", "documents"),
-        ("pp-2-twice-fsdp-2", "documents"),
-        ("pp-2-tp-2", "documents"),
-        ("pp-2-cp-2", "documents"),
-        ("pp-2-ep-2", "experts"),
+        *(
+            pytest.param(layout, settings, marks=pytest.mark.slow)
+            for layout, settings in (
+                ("pp-4", "deep"),
+                ("pp-2-twice-fsdp-2", "deep"),
+                ("pp-2-tp-2", "documents"),
+                ("pp-2-cp-2", "documents"),
+                ("pp-2-ep-2", "experts"),
+            )
+        ),
     ],
 )
 def test_the_losses_are_those_of_one_process(

@@ -282,24 +282,23 @@ class Parallel(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The model's tensors, of which this rank holds a part, or which are in another stage."""
-        state, layout = Strategy.lightning_module_state_dict(self), self.layout
-        if layout is None:
+        state = Strategy.lightning_module_state_dict(self)
+        if self.layout is None:
             return state
-        own = {name: Sharded(name, tensor, layout) for name, tensor in state.items()}
+        own = {name: self._sharded(name, tensor) for name, tensor in state.items()}
         return own if self.pipeline is None else self.pipeline.completed(own)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's tensors, of which this rank holds a part."""
         state: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
-        layout = self.layout
-        if layout is None:
+        if self.layout is None:
             return state
         parameters = self._parameters_of(optimizer)
 
         def sharded(number: int, value: Any) -> Any:
             name, parameter = parameters[number]
             like_it = isinstance(value, torch.Tensor) and value.shape == parameter.shape
-            return Sharded(name, value, layout) if like_it else value
+            return self._sharded(name, value) if like_it else value
 
         of_parameters = {
             number: {key: sharded(number, value) for key, value in values.items()}
@@ -328,9 +327,8 @@ class Parallel(ModelParallelStrategy):
         stored, own = checkpoint["state_dict"], self.lightning_module_state_dict()
         assert stored.keys() == own.keys(), "a checkpoint of another model"
         for name, tensor in own.items():
-            if tensor.is_here and isinstance(
-                stored[name], Stored
-            ):  # else it is here already: what adapters were trained on
+            # What is not in a file is here already: what adapters were trained on.
+            if tensor.is_here and isinstance(stored[name], Stored):
                 sharding.read(name, tensor.local, stored[name], tensor.layout)
         return None
 
@@ -348,6 +346,10 @@ class Parallel(ModelParallelStrategy):
             }
             optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
         return None
+
+    def _sharded(self, name: str, tensor: torch.Tensor) -> Sharded:
+        assert self.layout is not None
+        return Sharded(name, tensor, self.layout, 0 if self.pipeline is None else self.pipeline.holder(name))
 
     def _parameters_of(self, optimizer: Optimizer) -> list[tuple[str, torch.Tensor]]:
         """The optimizer's parameters and their names, as it numbers them."""

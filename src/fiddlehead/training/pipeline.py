@@ -106,18 +106,19 @@ class Pipeline:
 
     # -- what others have
 
+    def holder(self, name: str) -> int:
+        """The rank that has a parameter."""
+        return stage_of(name, self.config, self.count) % self.ranks
+
     def completed(self, own: Mapping[str, Sharded]) -> dict[str, Sharded]:
         """Also the parameters that other ranks have; all under their names in a `LanguageModel`, in the model's order.
 
         Args:
             own: what this rank has.
         """
-        layout = next(iter(own.values())).layout
-        completed = {}
-        for name, parameter in self.whole.items():
-            full, holder = f"transformer.{name}", self._holder(name)
-            completed[full] = Sharded(full, own[full].local if full in own else parameter.detach(), layout, holder)
-        return completed
+        like = next(iter(own.values()))
+        names = [f"transformer.{name}" for name in self.whole]
+        return {name: own[name] if name in own else self._absent(name, like) for name in names}
 
     def numbered(self, optim: Optim) -> list[list[str]]:
         """The names of the parameters in each of an optimizer's groups, as one process numbers them."""
@@ -164,13 +165,8 @@ class Pipeline:
         """What others keep of a parameter, as this rank keeps `like` of one; what is not of its shape all have."""
         if not isinstance(like, Sharded):
             return like
-        whole = self.whole[name.removeprefix("transformer.")]
-        tensor = torch.empty_like(whole, dtype=like.dtype, device="meta", requires_grad=False)
-        return Sharded(name, tensor, like.layout, self._holder(name))
-
-    def _holder(self, name: str) -> int:
-        """The rank that has a parameter."""
-        return stage_of(name, self.config, self.count) % self.ranks
+        shape = self.whole[name.removeprefix("transformer.")].shape
+        return Sharded(name, torch.empty(shape, dtype=like.dtype, device="meta"), like.layout, self.holder(name))
 
 
 def refuse_pipeline(
