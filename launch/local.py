@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shlex
 import shutil
 import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -70,21 +71,23 @@ class LocalExecutor(Executor):
             raise ConfigError("executor=local: starts a job at once; to wait for another run is the launcher's part")
         import nemo_run
 
-        experiment = nemo_run.Experiment(
-            run.name,
-            executor=nemo_run.LocalExecutor(),
-            base_dir=str(run.path / "nemo_run"),
-            log_level="ERROR",
-            clean_mode=True,
-            enable_goodbye_message=False,
-            skip_status_at_exit=True,
-            serialize_metadata_for_scripts=False,
-        )
-        with experiment:
-            experiment.add(nemo_run.Script(inline=f"exec bash {shlex.quote(str(run.script))}"), name="job")
-            experiment.run()
-            experiment.detach = True  # only that leaving this block does not wait
-            return str(_release(experiment))
+        with _logging_kept():
+            experiment = nemo_run.Experiment(
+                run.name,
+                executor=nemo_run.LocalExecutor(),
+                base_dir=str(run.path / "nemo_run"),
+                log_level="ERROR",
+                clean_mode=True,
+                enable_goodbye_message=False,
+                skip_status_at_exit=True,
+                serialize_metadata_for_scripts=False,
+            )
+            _experiments.append(experiment)
+            with experiment:
+                experiment.add(nemo_run.Script(inline=f"exec bash {shlex.quote(str(run.script))}"), name="job")
+                experiment.run()
+                experiment.detach = True  # only that leaving this block does not wait
+                return str(_release(experiment))
 
     def states(self, runs: Sequence[RunDirectory]) -> list[Status | None]:
         """What each run's status file says, corrected by a look at its process."""
@@ -138,6 +141,23 @@ def _is_job(run: RunDirectory) -> bool:
         return os.fsencode(run.path) in Path(f"/proc/{run.job_id}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+_experiments: list[Experiment] = []
+"""Kept until this process ends: an `Experiment` that is deleted takes a handler from the root logger with it."""
+
+
+@contextlib.contextmanager
+def _logging_kept() -> Iterator[None]:
+    """In the block NeMo-Run may set the root logger's handlers and level, which are the notebook's or the program's."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    root.handlers.clear()  # it would close them
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 def _release(experiment: Experiment) -> int:

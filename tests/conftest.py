@@ -10,6 +10,14 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.start import sitecustomize
+
+# The processes that tests start, and those that these start, do the same first.
+START = str(Path(sitecustomize.__file__).parent)
+if START not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [START, os.environ.get("PYTHONPATH")]))
+
+
 # One thread: sums are then taken in the same order in every run, and test processes do not fight for cores.
 torch.set_num_threads(1)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gc
 import hashlib
+import logging
 import os
 import random
 import re
@@ -332,6 +334,15 @@ def test_a_script_that_finds_no_interpreter_has_failed(pending):
     (status,) = LocalExecutor().states([pending])
     assert status and (status.state, status.exit_code) == (State.FAILED, 2)
     assert status.reason == "executor.python: none"
+
+
+def test_the_loggers_of_the_program_that_launches_stay_as_they_are(pending):
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    for _ in range(2):
+        submitted(pending, "exit 0")
+        gc.collect()  # NeMo-Run's experiment takes a handler with it
+        assert (root.handlers, root.level) == before
 
 
 def test_cancelled_before_it_began(pending):

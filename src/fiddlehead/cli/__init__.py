@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -52,6 +53,7 @@ app.command("doctor", rich_help_panel="Kernels")(attention.doctor)
 
 def main() -> None:
     """Runs the command; a user's mistake is a few lines and exit code 2, a failed job has its own exit code."""
+    gc.set_threshold(100_000)  # or importing PyTorch and Lightning spends a tenth of its time looking at what stays
     if str(Path.cwd()) not in sys.path:  # where a user's own modules are, and `python -m` would look for them
         sys.path.insert(0, str(Path.cwd()))
     try:
