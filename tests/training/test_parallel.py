@@ -21,7 +21,7 @@ from fiddlehead.models import LoRA, TransformerConfig
 from fiddlehead.models.parallel import Layout
 from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
 from fiddlehead.training.gradients import global_norm, scale
-from fiddlehead.training.parallel import Sizes
+from fiddlehead.training.sizes import Sizes
 from fiddlehead.training.weights import open_weights
 from tests.training.conftest import Killed, make_parts
 from tests.training.layouts import SETTINGS, TRAINED, losses, train

@@ -27,8 +27,9 @@ from fiddlehead.models.speed import (
 from fiddlehead.training import sharding
 from fiddlehead.training.gradients import global_norm, gradients_of, scale
 from fiddlehead.training.optim import Optim
-from fiddlehead.training.parallel import Parallel, Sizes
+from fiddlehead.training.parallel import Parallel
 from fiddlehead.training.pipeline import Pipeline
+from fiddlehead.training.sizes import Sizes
 from fiddlehead.training.weights import (
     Weights,
     find_tokenizer,
@@ -94,7 +95,6 @@ class LanguageModel(LightningModule):
         self._losses = 0
         self._labelled: list[torch.Tensor] = []
         self._share: torch.Tensor | float = 1.0
-        self._waiting: list[dict[str, Any]] = []
         self._first_bad_step: torch.Tensor | None = None
 
     @property
@@ -238,7 +238,7 @@ class LanguageModel(LightningModule):
         if "cu_seqlens" in batch:
             self._labelled.append((labels != NO_LABEL).float().mean())
         if self._pipeline is not None:
-            self._waiting.append(batch)
+            self._pipeline.waiting.append(batch)
             return torch.zeros((), device=labels.device)
         loss = self._nats(batch) / labels.numel()
         assert self.transformer is not None
@@ -250,10 +250,9 @@ class LanguageModel(LightningModule):
         """The backward pass; in a pipeline both passes of all micro-batches, once they are there."""
         if self._pipeline is None:
             super().backward(loss, *args, **kwargs)
-        elif len(self._waiting) == self.trainer.accumulate_grad_batches:
-            batches, self._waiting = self._waiting, []
+        elif len(self._pipeline.waiting) == self.trainer.accumulate_grad_batches:
             with self.trainer.precision_plugin.train_step_context():
-                self._note_loss(self._pipeline.train(batches))
+                self._note_loss(self._pipeline.train())
 
     @property
     def _pipeline(self) -> Pipeline | None:

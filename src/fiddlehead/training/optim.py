@@ -280,6 +280,11 @@ class Muon(Optim):
                 f"optim=Muon: trainer.strategy.tensor_parallel={strategy.tensor_parallel} reorders the rows of its "
                 "matrices; allowed: 1, or optim=AdamW"
             )
+        if strategy is not None and strategy.pipeline_parallel > 1:
+            problems.append(
+                f"optim=Muon: trainer.strategy.pipeline_parallel={strategy.pipeline_parallel} numbers the parameters "
+                "of a checkpoint as AdamW has them; allowed: 1, or optim=AdamW"
+            )
         if adapters:
             problems.append(
                 "optim=Muon: adapters are factors of a change, and to make each factor orthogonal is not to make the "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,41 +22,8 @@ from fiddlehead.training import sharding
 from fiddlehead.training.optim import Optim
 from fiddlehead.training.pipeline import Pipeline, refuse_pipeline
 from fiddlehead.training.sharding import Sharded
+from fiddlehead.training.sizes import MESH, Sizes
 from fiddlehead.training.team import Team
-
-MESH = ("pp", "dp_replicate", "dp_shard", "ep", "cp", "tp")
-"""The dimensions of the device mesh, from the slowest to the fastest: tensor parallelism talks most, so that its ranks
-are neighbours, and a pipeline least."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How many ranks there are along each dimension."""
-
-    data: int
-    """Ranks that train on different samples."""
-    replicate: int
-    """Copies of the model among them."""
-    expert: int = 1
-    """Ranks, among those of a copy, that have different experts."""
-    context: int = 1
-    tensor: int = 1
-    pipeline: int = 1
-    """Ranks that have different layers of a copy."""
-
-    @property
-    def mesh(self) -> tuple[int, ...]:
-        """In the order of `MESH`."""
-        shard = self.data // self.replicate // self.expert
-        return self.pipeline, self.replicate, shard, self.expert, self.context, self.tensor
-
-    def parts(self, split_over: str | None) -> int:
-        """Into how many parts a parameter is cut that tensor or expert parallelism splits, "tp" or "ep", or neither."""
-        return self.data // self.replicate * self.context * (self.tensor if split_over == "tp" else 1)
-
-    def data_rank(self, rank: int) -> int:
-        """Which samples a rank trains on: ranks that share a model's layers or a sequence have the same."""
-        return rank // (self.context * self.tensor) % self.data
 
 
 class Parallel(ModelParallelStrategy):
@@ -148,8 +114,15 @@ class Parallel(ModelParallelStrategy):
             copy, name = copy // value, "data-parallel ranks of each copy"
         if problems:
             raise ConfigError(*problems)
-        inner = self.expert_parallel, self.context_parallel, self.tensor_parallel, self.pipeline_parallel
-        return Sizes(data, self.data_parallel_replicate, *inner)
+        return Sizes(
+            data,
+            self.data_parallel_replicate,
+            self.expert_parallel,
+            self.context_parallel,
+            self.tensor_parallel,
+            self.pipeline_parallel,
+            self.pipeline_parallel * self.pipeline_stages_per_rank,
+        )
 
     def problems(self, config: TransformerConfig, seq_length: int, micro_batches: int | None = None) -> list[str]:
         """Why a model, sequences of this length, or so many micro-batches cannot be split so; empty if they can."""

@@ -40,15 +40,18 @@ class Pipeline:
         numbers = range(self.rank, self.count, self.ranks)
         keep_stages(transformer, numbers, self.count)
         self.stages = [Stage(transformer, number, self.count) for number in numbers]
+        self.waiting: list[Batch] = []
+        """Micro-batches of the step, until all of them are there."""
         self._schedule: Any = None
 
     # -- training
 
-    def train(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """Adds the gradients of the mean loss of a step's micro-batches; returns it, on every rank.
+    def train(self) -> torch.Tensor:
+        """Adds the gradients of the mean loss of the micro-batches that wait; returns it, on every rank.
 
         A loss is the sum of the cross-entropy over the number of all tokens; all micro-batches are of one size.
         """
+        batches, self.waiting = self.waiting, []
         device = batches[0]["input_ids"].device
         if self._schedule is None:
             self._schedule = self._make_schedule(batches)
@@ -188,7 +191,7 @@ def refuse_pipeline(
     try:
         refuse_stages(config, ranks * stages_per_rank)
     except ConfigError as error:
-        problems += [f"{named}: {problem}" for problem in error.problems]
+        problems += [f"{named}: model.config.{problem}" for problem in error.problems]
     if micro_batches is not None:
         change = "change data.micro_batch_size or data.global_batch_size"
         if micro_batches < ranks:

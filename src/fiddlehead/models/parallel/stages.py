@@ -86,10 +86,10 @@ def refuse_stages(config: TransformerConfig, count: int) -> None:
     problems = []
     if config.num_layers % count:
         allowed = ", ".join(str(n) for n in range(1, config.num_layers + 1) if config.num_layers % n == 0)
-        problems.append(f"{count} stages do not divide num_layers={config.num_layers}; allowed: {allowed}")
+        problems.append(f"num_layers={config.num_layers}: {count} stages do not divide it; allowed: {allowed}")
     if count > 1:
         if config.share_embeddings_and_output_weights:
-            problems.append("share_embeddings_and_output_weights=True: the first and the last stage cannot share them")
+            problems.append("share_embeddings_and_output_weights=True: the first and last stage cannot share them")
         if config.num_moe_experts is not None and config.moe_aux_loss_coeff:
             problems.append(
                 f"moe_aux_loss_coeff={config.moe_aux_loss_coeff}: only the last stage adds to the loss; allowed: 0"
