@@ -266,7 +266,7 @@ def test_a_sequence_is_shared_by_as_many_ranks_as_divide_it_and_the_heads(parts:
         (
             {"pipeline_parallel": 2},
             {"micro_batch_size": 2},
-            "pipeline_parallel=2: a step has 1 micro-batches on each data-parallel rank; allowed: 2 or more; change data.m",
+            "pipeline_parallel=2: a step has 1 micro-batches on each data-parallel rank; allowed: 2 or more; change",
         ),
         (
             {"pipeline_parallel": 2, "pipeline_stages_per_rank": 2},

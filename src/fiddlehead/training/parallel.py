@@ -157,10 +157,10 @@ class Parallel(ModelParallelStrategy):
         parallelize(transformer, mesh)
         self.layout = Layout(transformer.config, mesh)
         everyone, experts = (
-            mesh[dims]._flatten("_".join(dims)) for dims in (("dp_shard", "ep", "cp"), ("dp_shard", "cp"))
+            self.device_mesh[dims]._flatten("_".join(dims)) for dims in (("dp_shard", "ep", "cp"), ("dp_shard", "cp"))
         )
         if self.data_parallel_replicate > 1:
-            everyone, experts = (mesh["dp_replicate", name] for name in ("dp_shard_ep_cp", "dp_shard_cp"))
+            everyone, experts = (self.device_mesh["dp_replicate", name] for name in ("dp_shard_ep_cp", "dp_shard_cp"))
         for module in [transformer] if self.pipeline is None else self.pipeline.stages:
             sharding.shard(
                 module,

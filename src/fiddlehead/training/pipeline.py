@@ -58,11 +58,12 @@ class Pipeline:
         for stage in self.stages:
             stage.take(batches)
         # Stages have the batches already: what is given here is only divided, and counted.
-        inputs = [torch.zeros(len(batches), device=device)] if self.stages[0].first else []
-        labels = torch.zeros(len(batches), device=device) if self.stages[-1].last else None
+        counted = torch.zeros(len(batches), device=device)
+        inputs, labels = [counted] if self.stages[0].first else [], counted if self.stages[-1].last else None
         losses: list[torch.Tensor] = []
         self._schedule.step(*inputs, target=labels, losses=losses)
-        loss = torch.stack([torch.zeros((), device=device), *(each.detach() for each in losses)]).sum()
+        # The ranks without the last stage have no loss; in float32, whatever they make new tensors in.
+        loss = sum((each.detach().float() for each in losses), torch.zeros((), dtype=torch.float32, device=device))
         dist.all_reduce(loss, group=self.group)
         return loss
 
@@ -85,7 +86,8 @@ class Pipeline:
         # NCCL connects a group when all of it first meet; in the schedule only neighbours do.
         dist.all_reduce(torch.zeros((), device=device), group=self.group)
         stream = self._like_stream(batches[0], torch.device("meta")).requires_grad_()
-        counted, nats = torch.empty(1, device="meta"), torch.empty(1, device="meta", requires_grad=True)
+        counted = torch.empty(1, device="meta")
+        nats = torch.empty(1, dtype=torch.float32, device="meta", requires_grad=True)
         stages = [
             PipelineStage(
                 stage,
