@@ -1,4 +1,4 @@
-"""One transformer on several processes: tensor, context and expert parallelism over a `DeviceMesh`.
+"""One transformer on several processes: tensor, context, expert and pipeline parallelism.
 
 A mesh has the dimensions that a run uses, of "dp_replicate", "dp_shard", "ep", "cp" and "tp". The processes along the
 first three have different samples; those along "cp" and "tp" share each sequence: outside attention and feed-forward a
@@ -22,8 +22,8 @@ Once a step: the gradients of what is whole on several processes, see `reduce_gr
 tensors, so that FSDP2's `fully_shard` can go over the data-parallel dimensions (and cp) afterwards. A `Layout` knows
 where they lie in the parameters of one process, which have the same names.
 
-Pipeline parallel: a process has some `Stage`s, consecutive layers each. Between two of them (B, t, C) travels forward
-for each micro-batch, and as much backward.
+Pipeline parallel: a process has some `Stage`s, consecutive layers each, and all of a batch. Between two of them
+x / (cp x tp) travels forward for each micro-batch, and as much backward.
 """
 
 from fiddlehead.models.parallel.gradients import reduce_gradients
