@@ -6,7 +6,7 @@ RUN ?= demo
 # Which of the tests on Slurm or Docker: `make test-slurm ONLY='and not slow'` runs the quick ones.
 ONLY ?=
 
-.PHONY: help demo test test-fast test-slurm test-docker lint format wheel clean
+.PHONY: help demo test test-fast test-long test-slurm test-docker lint format wheel clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -15,11 +15,14 @@ demo: $(VENV)/.installed  ## Train a tiny GQA model on the Python standard libra
 	$(BIN)/fiddlehead pretrain --factory tiny log.name=$(RUN) --yes
 	$(BIN)/fiddlehead generate $(RUN) --prompt "def "
 
-test: $(VENV)/.installed-dev  ## The whole test suite, in three processes, which often wait for jobs
-	$(BIN)/python -m pytest -n 3 --dist worksteal
+test: $(VENV)/.installed-dev  ## The test suite, in three processes, which often wait for jobs
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not long"
 
 test-fast: $(VENV)/.installed-dev  ## Without the tests that take more than ten seconds
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow and not long"
+
+test-long: $(VENV)/.installed-dev  ## What `make test` holds in small: ten kills, more processes, more layouts
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m long
 
 # The sandboxes are removed at the end, however it ends; the exit code is that of pytest.
 test-slurm test-docker: SHELL := /bin/bash

@@ -223,7 +223,7 @@ def two_tasks() -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_stopped_killed_and_started_again_it_ends_equal(make: Make, undisturbed: Losses, devices: int) -> None:
     job = make(devices=devices)
     for step, signum in ((3, signal.SIGTERM), (13, signal.SIGUSR1), (17, signal.SIGKILL)):
@@ -242,7 +242,7 @@ def test_stopped_killed_and_started_again_it_ends_equal(make: Make, undisturbed:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", [two_nodes, two_tasks])
+@pytest.mark.parametrize("place", [two_nodes, pytest.param(two_tasks, marks=pytest.mark.long)])
 def test_two_nodes_or_two_tasks_are_one_run(make: Make, undisturbed: Losses, place: Callable) -> None:
     job = make(nodes=2) if place is two_nodes else make(devices=2)
     job.start(*place()).at_step(3).signal(signal.SIGUSR1)

@@ -108,12 +108,13 @@ def test_two_processes_are_the_same_run(undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_ten_times_it_ends_equal(undisturbed, tmp_path):
+@pytest.mark.parametrize("times", [3, pytest.param(10, marks=pytest.mark.long)])
+def test_killed_many_times_it_ends_equal(undisturbed, tmp_path, times):
     """SIGKILL at random moments, start-up included; then the same command once more."""
     chance = random.Random(0)
     killed = RunDirectory(tmp_path / "runs" / "killed")
     kills = 0
-    while kills < 10:
+    while kills < times:
         # Direct, so that the process that is killed is the one that trains.
         process = subprocess.Popen(
             pretrain("killed", "--direct"), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -51,6 +51,7 @@ def test_several_processes_learn_what_one_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_kind_of_model_learns_the_same_on_every_kind_of_mesh(tmp_path: Path) -> None:
     learn(THOROUGH, tmp_path)
 

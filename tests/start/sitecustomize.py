@@ -1,7 +1,7 @@
 """What every Python process of the tests does first: keeps torchmetrics from importing what it would do without.
 
-Lightning imports torchmetrics, which imports transformers and matplotlib.pyplot where they are installed. The tests start
-hundreds of processes in an environment that has both, and most users' has neither: 1.3 s less of CPU time for each.
+Lightning imports torchmetrics, which imports transformers and matplotlib.pyplot where they are installed. The tests
+start hundreds of processes in an environment that has both, as users' need not: 1.3 s less of CPU time for each.
 """
 
 from __future__ import annotations

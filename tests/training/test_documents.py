@@ -93,11 +93,11 @@ def test_a_micro_batch_without_a_label_is_counted_as_none(pretrain: Pretrain) ->
 @pytest.mark.slow
 def test_two_processes_are_the_same_run(dataset: Path, tmp_path: Path) -> None:
     settings = ["trainer.max_steps=5", "data.separate_documents=true", "data.seq_length=48", "data.micro_batch_size=2"]
-    settings += [f"data.paths={dataset}", "data.tokenizer=None", "log.tensorboard=false", "executor=local", "--yes"]
+    settings += [f"data.paths={dataset}", "data.tokenizer=None", "log.tensorboard=false", "--yes"]
     start = [sys.executable, "-c", "from fiddlehead.cli import main; main()", "pretrain", "--factory", "tiny_test"]
     found = []
-    for processes in (1, 2):
-        own = [f"log.name=on-{processes}", f"executor.ntasks_per_node={processes}"]
+    for processes, executor in ((1, ["--direct"]), (2, ["executor=local", "executor.ntasks_per_node=2"])):
+        own = [f"log.name=on-{processes}", *executor]
         result = subprocess.run([*start, *settings, *own], cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stdout + result.stderr
         run = RunDirectory(tmp_path / "runs" / f"on-{processes}")

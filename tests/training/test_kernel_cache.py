@@ -31,6 +31,7 @@ print(json.dumps(counters))
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_second_process_finds_what_the_first_compiled(dataset: Path, tmp_path: Path) -> None:
     """Also where each has a /tmp of its own."""
     found = []
