@@ -229,7 +229,7 @@ def test_ranks_that_share_a_layer_or_a_sequence_train_on_the_same_samples() -> N
     sizes = Sizes(data=4, replicate=2, expert=2, context=2, tensor=2, pipeline=2)
     mesh = torch.arange(32).view(sizes.mesh)
     assert [sizes.data_rank(rank) for rank in range(32)] == [rank // 4 for rank in range(16)] * 2
-    assert {sizes.data_rank(int(rank)) for rank in mesh[:, 1, 0].flatten()} == {2}
+    assert {sizes.data_rank(int(rank)) for rank in mesh[:, 1, 0, 0].flatten()} == {2}
 
 
 @pytest.mark.parametrize(
