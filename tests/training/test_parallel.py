@@ -232,6 +232,13 @@ def test_ranks_that_share_a_layer_or_a_sequence_train_on_the_same_samples() -> N
     assert {sizes.data_rank(int(rank)) for rank in mesh[:, 1, 0, 0].flatten()} == {2}
 
 
+@pytest.mark.parametrize("dimension", ["context", "tensor", "pipeline"])
+def test_answers_are_not_compared_in_parts(dimension: str) -> None:
+    sizes = Sizes(data=1, replicate=1, **{dimension: 2})
+    (problem,) = PreferenceModel(init_from="some").problems("32-true", sizes)
+    assert problem == f"trainer.strategy.{dimension}_parallel=2: answers are compared whole; allowed: 1"
+
+
 @pytest.mark.parametrize(
     ("strategy", "problem"),
     [

@@ -33,11 +33,11 @@ class Pipeline:
 
     def __init__(self, transformer: Transformer, mesh: DeviceMesh, stages_per_rank: int, dtype: torch.dtype) -> None:
         self.config, self.dtype = transformer.config, dtype
-        self.group, self.rank, self.ranks = mesh.get_group("pp"), mesh.get_local_rank("pp"), mesh["pp"].size()
+        self.group, self.ranks = mesh.get_group("pp"), mesh["pp"].size()
         self.count = self.ranks * stages_per_rank
         self.whole = dict(transformer.named_parameters())
         """The parameters of the whole model, without values."""
-        numbers = range(self.rank, self.count, self.ranks)
+        numbers = range(mesh.get_local_rank("pp"), self.count, self.ranks)
         keep_stages(transformer, numbers, self.count)
         self.stages = [Stage(transformer, number, self.count) for number in numbers]
         self.waiting: list[Batch] = []
