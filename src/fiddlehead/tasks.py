@@ -14,7 +14,6 @@ from fiddlehead.attention import Target
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
-from fiddlehead.models.parallel import splits_over
 from fiddlehead.runs import RunDirectory, find_run, reserve_name, write_atomically
 from fiddlehead.training import Checkpoint, LanguageModel, Log, NonFiniteError, Parallel, attention
 from fiddlehead.training.checkpoint import restore_progress
@@ -25,10 +24,10 @@ from fiddlehead.training.garbage import CollectGarbage
 from fiddlehead.training.kernel_cache import keep_compiled_kernels
 from fiddlehead.training.metrics import Metrics
 from fiddlehead.training.optim import Optim, kind_of
-from fiddlehead.training.parallel import Sizes
 from fiddlehead.training.phases import Phases
 from fiddlehead.training.profile import Profile
 from fiddlehead.training.samples import SampleAnswer
+from fiddlehead.training.sizes import Sizes
 from fiddlehead.training.stop import StopOnRequest
 from fiddlehead.training.team import Team
 from fiddlehead.training.weights import find_tokenizer
@@ -232,7 +231,7 @@ def plan_pretrain(
             raise error.under("trainer.strategy") from error
         if world_size > 1 and model.compile_mode == "model":
             problems.append("model.compile='model': a model cut over several devices takes 'layers' or None")
-    accumulate = 1
+    accumulate, micro_batches = 1, None
     try:
         model.take_shape()
     except ConfigError as error:
@@ -242,7 +241,7 @@ def plan_pretrain(
             raise ConfigError("model.init_from=None: fine-tuning begins with a model that can write already; give one")
         data.default_tokenizer = find_tokenizer(Path(model.init_from))
     try:
-        accumulate = data.accumulate_grad_batches(sizes.data)
+        accumulate = micro_batches = data.accumulate_grad_batches(sizes.data)
     except ConfigError as error:
         problems += error.under("data").problems
     problems += _trainer_problems(trainer, accumulate, sizes.data)
@@ -257,7 +256,8 @@ def plan_pretrain(
     problems += _model_problems(model.config, data, vocab_size)
     problems += model.problems(str(trainer.precision), sizes)
     if isinstance(trainer.strategy, Parallel):
-        problems += [f"trainer.strategy.{each}" for each in trainer.strategy.problems(model.config, data.seq_length)]
+        split = trainer.strategy.problems(model.config, data.seq_length, micro_batches)
+        problems += [f"trainer.strategy.{each}" for each in split]
     sharded = trainer.strategy if isinstance(trainer.strategy, Parallel) and world_size > 1 else None
     problems += optim.problems(str(trainer.precision), sharded, adapters=model.lora is not None)
     if problems:
@@ -284,7 +284,7 @@ def plan_pretrain(
     each = 2 if precision == "bf16-true" else 4
     frozen_bytes = (parameters - trained) * (2 if halves_frozen(model, trainer) else each)
     state_gib = (frozen_bytes + 2 * each * trained + optim.state_bytes(learned, precision)) / 2**30  # 2: the gradients
-    held = sum(p.numel() / sizes.parts(splits_over(name, config)) for name, p in transformer.named_parameters())
+    gathered_gib = sizes.gathered(transformer) * ((4 if precision == "32-true" else 2) + 4) / 2**30
     return Plan(
         config=config,
         parameters=parameters,
@@ -297,7 +297,7 @@ def plan_pretrain(
         tokens_per_step=data.global_batch_size * data.seq_length,
         attention=choices,
         state_gib=state_gib,
-        device_gib=state_gib * held / parameters,
+        device_gib=state_gib * sizes.held(transformer) / parameters + gathered_gib,
         warmup_steps=optim.lr_scheduler.warmup_steps,
     )
 

@@ -27,6 +27,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp-4": (4, {"tensor_parallel": 4}),
     "fsdp-2-tp-2": (4, {"tensor_parallel": 2}),
     "cp-2-tp-2": (4, {"context_parallel": 2, "tensor_parallel": 2}),
+    "pp-2": (2, {"pipeline_parallel": 2}),
+    "pp-2-twice": (2, {"pipeline_parallel": 2, "pipeline_stages_per_rank": 2}),
+    "pp-4": (4, {"pipeline_parallel": 4}),
+    "pp-2-fsdp-2": (4, {"pipeline_parallel": 2}),
+    "pp-2-twice-fsdp-2": (4, {"pipeline_parallel": 2, "pipeline_stages_per_rank": 2}),
+    "pp-2-tp-2": (4, {"pipeline_parallel": 2, "tensor_parallel": 2}),
+    "pp-2-cp-2": (4, {"pipeline_parallel": 2, "context_parallel": 2}),
+    "pp-2-ep-2": (4, {"pipeline_parallel": 2, "expert_parallel": 2}),
     "ep-2": (2, {"expert_parallel": 2}),
     "fsdp-2-ep-2": (4, {"expert_parallel": 2}),
     "hsdp-2x2-ep-2": (8, {"data_parallel_replicate": 2, "expert_parallel": 2}),
@@ -37,6 +45,7 @@ SETTINGS = {
     "documents": {"separate_documents": True},
     "experts": {"num_moe_experts": 4, "attention_sinks": True, "add_bias_linear": True},
     "muon": {"optim": Muon, "num_moe_experts": 4},
+    "deep": {"num_layers": 4, "separate_documents": True},
 }
 
 

@@ -21,7 +21,7 @@ from fiddlehead.models import LoRA, TransformerConfig
 from fiddlehead.models.parallel import Layout
 from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
 from fiddlehead.training.gradients import global_norm, scale
-from fiddlehead.training.parallel import Sizes
+from fiddlehead.training.sizes import Sizes
 from fiddlehead.training.weights import open_weights
 from tests.training.conftest import Killed, make_parts
 from tests.training.layouts import SETTINGS, TRAINED, losses, train
@@ -49,6 +49,19 @@ from tests.training.ranks import on_ranks
         pytest.param("fsdp-2-ep-2", "experts", marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param("hsdp-2x2-ep-2", "experts", marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param("ep-2-tp-2", "experts", marks=pytest.mark.slow),
+        ("pp-2", "documents"),
+        ("pp-2-twice", "deep"),
+        ("pp-2-fsdp-2", "documents"),
+        *(
+            pytest.param(layout, settings, marks=pytest.mark.slow)
+            for layout, settings in (
+                ("pp-4", "deep"),
+                ("pp-2-twice-fsdp-2", "deep"),
+                ("pp-2-tp-2", "documents"),
+                ("pp-2-cp-2", "documents"),
+                ("pp-2-ep-2", "experts"),
+            )
+        ),
     ],
 )
 def test_the_losses_are_those_of_one_process(
@@ -198,11 +211,12 @@ def test_the_norm_is_that_of_all_gradients_however_they_are_cut() -> None:
 @pytest.mark.parametrize(
     ("strategy", "devices", "sizes"),
     [
-        ({}, 1, (1, 1, 1, 1, 1)),
-        ({}, 8, (1, 8, 1, 1, 1)),
-        ({"data_parallel": 8}, 8, (1, 8, 1, 1, 1)),
-        ({"data_parallel_replicate": 2}, 8, (2, 4, 1, 1, 1)),
-        ({"expert_parallel": 2, "tensor_parallel": 2}, 8, (1, 2, 2, 1, 2)),
+        ({}, 1, (1, 1, 1, 1, 1, 1)),
+        ({}, 8, (1, 1, 8, 1, 1, 1)),
+        ({"data_parallel": 8}, 8, (1, 1, 8, 1, 1, 1)),
+        ({"data_parallel_replicate": 2}, 8, (1, 2, 4, 1, 1, 1)),
+        ({"expert_parallel": 2, "tensor_parallel": 2}, 8, (1, 1, 2, 2, 1, 2)),
+        ({"pipeline_parallel": 2, "tensor_parallel": 2}, 8, (2, 1, 2, 1, 1, 2)),
     ],
 )
 def test_the_data_parallel_ranks_are_what_the_devices_allow(
@@ -212,10 +226,17 @@ def test_the_data_parallel_ranks_are_what_the_devices_allow(
 
 
 def test_ranks_that_share_a_layer_or_a_sequence_train_on_the_same_samples() -> None:
-    sizes = Sizes(data=4, replicate=2, expert=2, context=2, tensor=2)
-    mesh = torch.arange(16).view(sizes.mesh)
-    assert [sizes.data_rank(rank) for rank in range(16)] == [rank // 4 for rank in range(16)]
-    assert {sizes.data_rank(int(rank)) for rank in mesh[1, 0, 0].flatten()} == {2}
+    sizes = Sizes(data=4, replicate=2, expert=2, context=2, tensor=2, pipeline=2)
+    mesh = torch.arange(32).view(sizes.mesh)
+    assert [sizes.data_rank(rank) for rank in range(32)] == [rank // 4 for rank in range(16)] * 2
+    assert {sizes.data_rank(int(rank)) for rank in mesh[:, 1, 0, 0].flatten()} == {2}
+
+
+@pytest.mark.parametrize("dimension", ["context", "tensor", "pipeline"])
+def test_answers_are_not_compared_in_parts(dimension: str) -> None:
+    sizes = Sizes(data=1, replicate=1, **{dimension: 2})
+    (problem,) = PreferenceModel(init_from="some").problems("32-true", sizes)
+    assert problem == f"trainer.strategy.{dimension}_parallel=2: answers are compared whole; allowed: 1"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from fiddlehead import tasks
 from fiddlehead.data import ByteTokenizer
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA
-from fiddlehead.training import Parallel
+from fiddlehead.training import Muon, Parallel
 from fiddlehead.training.attention import ranges
 from fiddlehead.training.weights import open_weights
 from tests.training.conftest import Parts, parameters
@@ -49,6 +49,16 @@ def test_the_ranks_share_what_the_strategy_says(parts: Parts) -> None:
     assert dict(shared.rows())["memory"].startswith(
         f"{shared.state_gib / 2:.2f} GiB on each device (of {copies.state_gib:.2f} GiB in all) for"
     )
+    settings["num_layers"] = 4
+    whole = plan(parts(**settings | {"devices": 1}))
+    in_stages = plan(parts(strategy=Parallel(pipeline_parallel=4), **settings))
+    both = plan(parts(strategy=Parallel(pipeline_parallel=2), **settings))
+    assert (in_stages.data_parallel, in_stages.accumulate_grad_batches) == (1, 8)
+    output = 16 * (ByteTokenizer().vocab_size + 1)  # with the norm before it; the embedding has less
+    layer = (whole.parameters - 2 * output + 16) // 4
+    assert in_stages.device_gib * 2**30 == pytest.approx(16 * (layer + output))
+    # The layers of a rank are cut over two, and in a step gathered, and so are their gradients.
+    assert both.device_gib * 2**30 == pytest.approx((16 / 2 + 8) * (2 * layer + output))
     with pytest.raises(ConfigError, match="'model': a model cut over several devices takes 'layers' or None"):
         plan(parts(strategy=Parallel(), compile="model", **settings))
     with pytest.raises(ConfigError, match=r"^trainer\.strategy\.data_parallel=3: with"):
@@ -223,6 +233,53 @@ def test_a_sequence_is_shared_by_as_many_ranks_as_divide_it_and_the_heads(parts:
             {"num_moe_experts": 4, "compile": "layers"},
             "model.compile='layers': ranks wait to know",
         ),
+        (
+            {"pipeline_parallel": 4},
+            {},
+            "_parallel=4: model.config.num_layers=2: 4 stages do not divide it; allowed: 1, 2",
+        ),
+        (
+            {"pipeline_parallel": 2, "pipeline_stages_per_rank": 2},
+            {"num_layers": 6},
+            "pipeline_parallel=2 x pipeline_stages_per_rank=2: model.config.num_layers=6: 4 stages do not divide it",
+        ),
+        (
+            {"pipeline_parallel": 2},
+            {"share_embeddings_and_output_weights": True},
+            "trainer.strategy.pipeline_parallel=2: model.config.share_embeddings_and_output_weights=True: the first",
+        ),
+        (
+            {"pipeline_parallel": 2},
+            {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.1},
+            "trainer.strategy.pipeline_parallel=2: model.config.moe_aux_loss_coeff=0.1: only the last stage",
+        ),
+        (
+            {"pipeline_parallel": 2},
+            {"hidden_dropout": 0.1},
+            "trainer.strategy.pipeline_parallel=2: model.config.hidden_dropout=0.1: stages would drop",
+        ),
+        (
+            {"pipeline_parallel": 2},
+            {"attention_dropout": 0.1},
+            "trainer.strategy.pipeline_parallel=2: model.config.attention_dropout=0.1: stages would drop",
+        ),
+        (
+            {"pipeline_parallel": 2},
+            {"micro_batch_size": 2},
+            "pipeline_parallel=2: a step has 1 micro-batches on each data-parallel rank; allowed: 2 or more; change",
+        ),
+        (
+            {"pipeline_parallel": 2, "pipeline_stages_per_rank": 2},
+            {"num_layers": 4, "global_batch_size": 6},
+            "a step has 3 micro-batches on each data-parallel rank; allowed with several stages: a multiple of 2;",
+        ),
+        (
+            {"pipeline_stages_per_rank": 2},
+            {},
+            "trainer.strategy.pipeline_stages_per_rank=2: without a pipeline it is 1",
+        ),
+        ({"pipeline_parallel": 2}, {"optim": Muon}, "optim=Muon: trainer.strategy.pipeline_parallel=2 numbers"),
+        ({"pipeline_parallel": 2}, {"state_bits": 8}, "optim.state_bits=8: the scales of 8-bit moments cannot be cut"),
     ],
 )
 def test_what_does_not_go_with_a_split_is_refused(
@@ -230,11 +287,14 @@ def test_what_does_not_go_with_a_split_is_refused(
 ) -> None:
     made = {"devices": 4, "micro_batch_size": 1, "precision": "bf16-mixed", "strategy": Parallel(**split)}
     with pytest.raises(ConfigError) as refused:
-        plan(parts(**made, **changes))
+        plan(parts(**made | changes))
     assert any(problem in said for said in refused.value.problems), refused.value.problems
 
 
-def test_adapters_are_not_split(parts: Parts, pretrain: Any) -> None:
+@pytest.mark.parametrize("dimension", ["tensor_parallel", "pipeline_parallel"])
+def test_adapters_are_not_split(parts: Parts, pretrain: Any, dimension: str) -> None:
     base = pretrain(max_steps=4).path
-    with pytest.raises(ConfigError, match="adapters cannot be split"):
-        plan(parts(devices=2, strategy=Parallel(tensor_parallel=2), init_from=base, lora=LoRA(rank=2)))
+    problem = f"model.lora: adapters cannot be split; set trainer.strategy.{dimension}=1"
+    with pytest.raises(ConfigError, match=problem):
+        split = Parallel(**{dimension: 2})
+        plan(parts(devices=2, micro_batch_size=1, strategy=split, init_from=base, lora=LoRA(rank=2)))

@@ -42,6 +42,7 @@ from tests.training.ranks import on_ranks
         ("fsdp-2-tp-2", "fsdp-2", "plain"),
         ("tp-4", "ep-2", "experts"),
         ("fsdp-2-ep-2", "1", "experts"),
+        ("pp-2-twice", "pp-2", "deep"),
     ],
 )
 def test_a_run_goes_on_with_another_number_of_ranks(

@@ -6,7 +6,7 @@ Shapes: B batch, T time, C hidden size, H query heads, G key/value heads, D head
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -71,7 +71,7 @@ class Transformer(nn.Module):
             new_lengths: with caches: how many of the T tokens each sequence keeps, as `attend` takes it.
         """
         x = self.hidden(input_ids, cu_seqlens, max_seqlen, caches=caches, new_lengths=new_lengths)
-        return self.logits(x) if labels is None else self._nats(x, labels)
+        return self.logits(x) if labels is None else self.nats(x, labels)
 
     def hidden(
         self,
@@ -87,40 +87,68 @@ class Transformer(nn.Module):
 
         `run_layer` is called with each layer and its arguments where they are to be run in another way.
         """
-        config, split = self.config, self.split
+        places = self.places(input_ids, cu_seqlens, max_seqlen, caches)
+        x = self.embed(input_ids, places)
+        x = self.run_layers(self.layers, x, places, caches=caches, new_lengths=new_lengths, run_layer=run_layer)
+        return self.final_layernorm(x)
+
+    def places(
+        self,
+        input_ids: torch.Tensor,
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        caches: Sequence[KVCache] | None = None,
+    ) -> Places:
+        """Where the tokens stand, of which this process has `input_ids`; the arguments are those of `forward`."""
+        split = self.split
         length = split.parts * input_ids.shape[1]
-        documents = None
         if caches is not None:
             if split.parts > 1:
                 raise ConfigError("caches: a model whose sequences are split over processes keeps none")
-            positions = caches[0].next_positions(length)
-            length += caches[0].length
-        elif cu_seqlens is not None:
-            documents = Documents(cu_seqlens, max_seqlen)
+            return Places(caches[0].next_positions(length), length + caches[0].length, None)
+        if cu_seqlens is not None:
             positions = positions_in_documents(cu_seqlens, split.parts * input_ids.numel())
-            positions = positions.view(-1, length)
-            length = min(max_seqlen or length, length)
-        else:
-            positions = torch.arange(length, device=input_ids.device)
+            documents = Documents(cu_seqlens, max_seqlen)
+            return Places(positions.view(-1, length), min(max_seqlen or length, length), documents)
+        return Places(torch.arange(length, device=input_ids.device), length, None)
+
+    def embed(self, input_ids: torch.Tensor, places: Places) -> torch.Tensor:
+        """Token ids (B, T) to what the first layer is given, (B, T, C)."""
+        config = self.config
         x = _scaled(self.embedding(input_ids), config.embedding_multiplier)
-        ropes: dict[Rotary, Rope] = {}
         if self.position_embedding is not None:
-            if self.position_embedding.num_embeddings < length:
+            if self.position_embedding.num_embeddings < places.length:
                 raise ConfigError(
-                    f"seq_length={self.position_embedding.num_embeddings}: the model has no position for {length} "
-                    "tokens"
+                    f"seq_length={self.position_embedding.num_embeddings}: the model has no position for "
+                    f"{places.length} tokens"
                 )
-            x = x + self.position_embedding(split.own(positions))
-        elif config.position_embedding_type == "rope":
-            kinds = dict.fromkeys(config.rotary(layer) for layer in range(config.num_layers))
-            ropes = {rotary: rotary.tables(split.gathered(positions), length) for rotary in kinds}
+            x = x + self.position_embedding(self.split.own(places.positions))
         # In mixed precision too the stream between the layers is as wide as their products: half the memory to move.
-        x = F.dropout(x.to(product_dtype(x)), config.hidden_dropout, self.training)
-        for number, layer in enumerate(self.layers):
+        return F.dropout(x.to(product_dtype(x)), config.hidden_dropout, self.training)
+
+    def run_layers(
+        self,
+        layers: Iterable[nn.Module],
+        x: torch.Tensor,
+        places: Places,
+        *,
+        caches: Sequence[KVCache] | None = None,
+        new_lengths: torch.Tensor | None = None,
+        run_layer: Callable[..., torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """What the first of `layers`, which are this model's, is given to what the last returns, (B, T, C) both."""
+        config = self.config
+        ropes: dict[Rotary, Rope] = {}
+        if config.position_embedding_type == "rope":
+            kinds = dict.fromkeys(config.rotary(layer) for layer in range(config.num_layers))
+            positions = self.split.gathered(places.positions)
+            ropes = {rotary: rotary.tables(positions, places.length) for rotary in kinds}
+        for layer in layers:
+            number: int = layer.number  # type: ignore[assignment]
             rope = ropes[config.rotary(number)] if ropes else None
-            arguments = x, rope, documents, None if caches is None else caches[number], new_lengths
+            arguments = x, rope, places.documents, None if caches is None else caches[number], new_lengths
             x = layer(*arguments) if run_layer is None else run_layer(layer, *arguments)
-        return self.final_layernorm(x)
+        return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """What `hidden` returns, or part of it, (..., C), to logits (..., V)."""
@@ -130,7 +158,7 @@ class Transformer(nn.Module):
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def _nats(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def nats(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The sum of the cross-entropy of what `hidden` returns, without all of its logits in memory at once."""
         return linear_cross_entropy(
             x.flatten(0, -2),
@@ -184,6 +212,7 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
+        self.number = layer
         self.dropout, self.multiplier = config.hidden_dropout, config.residual_multiplier
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
         self.input_layernorm = _norm(config) if before else None
@@ -332,6 +361,16 @@ class Documents(NamedTuple):
 
     cu_seqlens: torch.Tensor
     max_seqlen: int | None
+
+
+class Places(NamedTuple):
+    """Where the tokens of a batch stand."""
+
+    positions: torch.Tensor
+    """In their sequence or document, (T,) or (B, T), of whole sequences."""
+    length: int
+    """Which all positions are below."""
+    documents: Documents | None
 
 
 def positions_in_documents(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:

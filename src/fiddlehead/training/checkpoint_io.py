@@ -1,7 +1,8 @@
 """How Lightning's state becomes the folder that `checkpoint_folder` describes, and is read back.
 
 Ranks that hold parts of the tensors deal these out: a tensor is gathered, and the rank that it fell to keeps it until
-it is written. So a rank has no more in main memory than its share and one tensor.
+it is written. So a rank has no more in main memory than its share and one tensor. In a pipeline the ranks of each stage
+do so among themselves.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class SafetensorsIO(CheckpointIO):
         self.asynchronous = asynchronous
         self.team = Team()
         """Those who save together; all of them have to call `save_checkpoint`."""
+        self.pipeline_ranks = 1
+        """How many parts of the model there are, each with as many of them, in order."""
         self._thread: Thread | None = None
         self._error: BaseException | None = None
 
@@ -120,13 +123,23 @@ class SafetensorsIO(CheckpointIO):
         self, kind: str, tensors: Mapping[str, torch.Tensor | Sharded]
     ) -> dict[str, dict[str, torch.Tensor]]:
         """The files that this rank writes: their tensors, gathered, and for a thread copied to main memory."""
-        shares = deal({name: tensors[name].nbytes for name in in_order(tensors)}, self.team.size)
+        holders: dict[int, list[str]] = {0: []}
+        for name in in_order(tensors):
+            holders.setdefault(getattr(tensors[name], "pipeline_rank", 0), []).append(name)
+        ranks = self.team.size // self.pipeline_ranks
+        shares = [
+            (holder * ranks + rank, names)
+            for holder in sorted(holders)
+            for rank, names in enumerate(deal({name: tensors[name].nbytes for name in holders[holder]}, ranks))
+        ]
         files: dict[str, dict[str, torch.Tensor]] = {}
-        for number, names in enumerate(shares):
+        for number, (rank, names) in enumerate(shares):
             file = (
                 f"{kind}.safetensors" if len(shares) == 1 else f"{kind}-{number + 1:05}-of-{len(shares):05}.safetensors"
             )
-            own = number == self.team.rank
+            if rank // ranks != self.team.rank // ranks:
+                continue
+            own = rank == self.team.rank
             if own:
                 files[file] = {}
             for name in names:  # in the same order on every rank, as all of them gather

@@ -27,7 +27,9 @@ from fiddlehead.models.speed import (
 from fiddlehead.training import sharding
 from fiddlehead.training.gradients import global_norm, gradients_of, scale
 from fiddlehead.training.optim import Optim
-from fiddlehead.training.parallel import Parallel, Sizes
+from fiddlehead.training.parallel import Parallel
+from fiddlehead.training.pipeline import Pipeline
+from fiddlehead.training.sizes import Sizes
 from fiddlehead.training.weights import (
     Weights,
     find_tokenizer,
@@ -129,8 +131,9 @@ class LanguageModel(LightningModule):
     def problems(self, precision: str, sizes: Sizes) -> list[str]:
         """Why the model cannot be trained so, with the recipe's names; empty if it can."""
         problems = []
-        if sizes.tensor > 1 and self.lora is not None:
-            problems.append("model.lora: adapters cannot be split; set trainer.strategy.tensor_parallel=1")
+        for field, size in (("tensor_parallel", sizes.tensor), ("pipeline_parallel", sizes.pipeline)):
+            if size > 1 and self.lora is not None:
+                problems.append(f"model.lora: adapters cannot be split; set trainer.strategy.{field}=1")
         if sizes.tensor > 1 and self._fp8 is not None:
             problems.append(
                 f"model.fp8={self._fp8!r}: not for split layers; set trainer.strategy.tensor_parallel=1, or None here"
@@ -180,6 +183,7 @@ class LanguageModel(LightningModule):
             return transformer
         with torch.device("meta"):
             transformer = Transformer(self.config)
+            strategy.keep_stages(transformer)
             names = list(transformer.state_dict())
             if lora is not None:
                 lora.apply(transformer)
@@ -226,24 +230,49 @@ class LanguageModel(LightningModule):
 
         Where some have none, the sum is divided by the number of all tokens. That number is the same in every
         micro-batch and on every rank, so each label weighs the same in the step; `_scale_and_clip` does the rest.
+
+        In a pipeline a micro-batch only waits here for the others of its step.
         """
-        nats, labels = self._nats(batch)
-        loss = nats / labels.numel()
-        assert self.transformer is not None
-        spread = self.transformer.aux_loss()
+        batch = self._own_tokens(batch)
+        labels = batch["labels"]
         if "cu_seqlens" in batch:
             self._labelled.append((labels != NO_LABEL).float().mean())
-        self._loss_sum = self._loss_sum.to(loss.device) + loss.detach()
-        self._losses += 1
+        if self._pipeline is not None:
+            self._pipeline.waiting.append(batch)
+            return torch.zeros((), device=labels.device)
+        loss = self._nats(batch) / labels.numel()
+        assert self.transformer is not None
+        spread = self.transformer.aux_loss()
+        self._note_loss(loss.detach())
         return loss if spread is None else loss + spread
 
-    def _nats(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum of the cross-entropy over a batch, and its labels, (B x T,)."""
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """The backward pass; in a pipeline both passes of all micro-batches, once they are there."""
+        if self._pipeline is None:
+            super().backward(loss, *args, **kwargs)
+        elif len(self._pipeline.waiting) == self.trainer.accumulate_grad_batches:
+            with self.trainer.precision_plugin.train_step_context():
+                self._note_loss(self._pipeline.train())
+
+    @property
+    def _pipeline(self) -> Pipeline | None:
+        strategy = self.trainer.strategy
+        return strategy.pipeline if isinstance(strategy, Parallel) else None
+
+    def _own_tokens(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What this rank has of a batch."""
+        strategy = self.trainer.strategy
+        return dict(strategy.own_tokens(batch)) if isinstance(strategy, Parallel) else batch
+
+    def _nats(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The sum of the cross-entropy over what this rank has of a batch."""
         assert self.transformer is not None
-        if isinstance(self.trainer.strategy, Parallel):
-            batch = dict(self.trainer.strategy.own_tokens(batch))
-        labels, documents = batch["labels"], (batch.get("cu_seqlens"), batch.get("max_seqlen"))
-        return self.transformer(batch["input_ids"], *documents, labels=labels), labels.flatten()
+        documents = batch.get("cu_seqlens"), batch.get("max_seqlen")
+        return self.transformer(batch["input_ids"], *documents, labels=batch["labels"])
+
+    def _note_loss(self, loss: torch.Tensor) -> None:
+        self._loss_sum = self._loss_sum.to(loss.device) + loss
+        self._losses += 1
 
     def take_loss(self) -> torch.Tensor:
         """The mean loss since it was last taken, of which the mean over the ranks is that of the step."""
@@ -328,8 +357,12 @@ class LanguageModel(LightningModule):
         self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Adds one batch to the sums."""
-        nats, labels = self._nats(batch)
+        """Adds one batch to the sums; in a pipeline, to those of the rank that has the last stage."""
+        batch = self._own_tokens(batch)
+        nats = self._nats(batch) if self._pipeline is None else self._pipeline.nats(batch)
+        if nats is None:
+            return
+        labels = batch["labels"].flatten()
         counted = labels != NO_LABEL
         self._validation[0] += nats
         self._validation[1] += counted.sum()

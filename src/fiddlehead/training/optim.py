@@ -155,7 +155,8 @@ class Optim:
             problems.append(f"lr_scheduler.min_lr={self.lr_scheduler.min_lr!r}: is above lr={self.lr!r}")
         return problems
 
-    def _groups(self, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    def groups(self, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+        """The parameters as the optimizer groups them, and numbers them: one group after another."""
         parameters = list(parameters)
         return [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.weight_decay},
@@ -188,7 +189,7 @@ class AdamW(Optim):
             ConfigError: torchao is not installed.
         """
         parameters = [parameter for _, parameter in named_parameters]
-        groups = self._groups(parameters)
+        groups = self.groups(parameters)
         settings: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "eps": self.eps}
         if self.state_bits == 8:
             try:
@@ -259,7 +260,7 @@ class Muon(Optim):
             if _is_inner_matrix(name, parameter):
                 by_rows.setdefault(fused.get(name), []).append(parameter)
         muon = {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
-        rest = self._groups(p for name, p in named_parameters if not _is_inner_matrix(name, p))
+        rest = self.groups(p for name, p in named_parameters if not _is_inner_matrix(name, p))
         adamw = {"lr": self.adamw_lr or self.lr, "betas": self.betas, "eps": self.eps, "fused": True}
         return MuonWithAdamW(
             [{"params": params, "rows": rows, **muon} for rows, params in by_rows.items()]
@@ -278,6 +279,11 @@ class Muon(Optim):
             problems.append(
                 f"optim=Muon: trainer.strategy.tensor_parallel={strategy.tensor_parallel} reorders the rows of its "
                 "matrices; allowed: 1, or optim=AdamW"
+            )
+        if strategy is not None and strategy.pipeline_parallel > 1:
+            problems.append(
+                f"optim=Muon: trainer.strategy.pipeline_parallel={strategy.pipeline_parallel} numbers the parameters "
+                "of a checkpoint as AdamW has them; allowed: 1, or optim=AdamW"
             )
         if adapters:
             problems.append(

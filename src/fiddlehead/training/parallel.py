@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +19,11 @@ from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.parallel import Layout, local_batch, parallelize, reduce_gradients, refuse_sizes
 from fiddlehead.models.safetensors_files import DTYPES, Stored
 from fiddlehead.training import sharding
+from fiddlehead.training.optim import Optim
+from fiddlehead.training.pipeline import Pipeline, refuse_pipeline
 from fiddlehead.training.sharding import Sharded
+from fiddlehead.training.sizes import MESH, Sizes
 from fiddlehead.training.team import Team
-
-MESH = ("dp_replicate", "dp_shard", "ep", "cp", "tp")
-"""The dimensions of the device mesh, from the slowest to the fastest: tensor parallelism talks most, so that its ranks
-are neighbours."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How many ranks there are along each dimension."""
-
-    data: int
-    """Ranks that train on different samples."""
-    replicate: int
-    """Copies of the model among them."""
-    expert: int = 1
-    """Ranks, among those of a copy, that have different experts."""
-    context: int = 1
-    tensor: int = 1
-
-    @property
-    def mesh(self) -> tuple[int, ...]:
-        """In the order of `MESH`."""
-        shard = self.data // self.replicate // self.expert
-        return self.replicate, shard, self.expert, self.context, self.tensor
-
-    def parts(self, split_over: str | None) -> int:
-        """Into how many parts a parameter is cut that tensor or expert parallelism splits, "tp" or "ep", or neither."""
-        return self.data // self.replicate * self.context * (self.tensor if split_over == "tp" else 1)
-
-    def data_rank(self, rank: int) -> int:
-        """Which samples a rank trains on: ranks that share a model's layers or a sequence have the same."""
-        return rank // (self.context * self.tensor)
 
 
 class Parallel(ModelParallelStrategy):
@@ -70,6 +40,9 @@ class Parallel(ModelParallelStrategy):
         tensor_parallel: how many ranks share each layer, and between the products each sequence.
         context_parallel: how many ranks share each sequence.
         expert_parallel: how many of the data-parallel ranks share the experts of a mixture, to which tokens travel.
+        pipeline_parallel: how many ranks, or groups of ranks, have different layers, and pass micro-batches on.
+        pipeline_stages_per_rank: in how many places of the model each of these has layers; with more of them ranks wait
+            less for each other, and communicate more.
         reshard_after_forward: free a layer's gathered parameters after its forward pass, and gather them again for the
             backward pass; without, a step communicates a third less, and memory holds a whole copy of the parameters.
     """
@@ -81,6 +54,8 @@ class Parallel(ModelParallelStrategy):
         tensor_parallel: int = 1,
         context_parallel: int = 1,
         expert_parallel: int = 1,
+        pipeline_parallel: int = 1,
+        pipeline_stages_per_rank: int = 1,
         reshard_after_forward: bool = True,
     ) -> None:
         given = {
@@ -89,6 +64,8 @@ class Parallel(ModelParallelStrategy):
             "tensor_parallel": tensor_parallel,
             "context_parallel": context_parallel,
             "expert_parallel": expert_parallel,
+            "pipeline_parallel": pipeline_parallel,
+            "pipeline_stages_per_rank": pipeline_stages_per_rank,
         }
         problems = [f"{n}={v!r}: must be 1 or more" for n, v in given.items() if v is not None and v < 1]
         if problems:
@@ -96,10 +73,13 @@ class Parallel(ModelParallelStrategy):
         super().__init__()
         self.data_parallel, self.data_parallel_replicate = data_parallel, data_parallel_replicate
         self.tensor_parallel, self.context_parallel = tensor_parallel, context_parallel
-        self.expert_parallel = expert_parallel
+        self.expert_parallel, self.pipeline_parallel = expert_parallel, pipeline_parallel
+        self.pipeline_stages_per_rank = pipeline_stages_per_rank
         self.reshard_after_forward = reshard_after_forward
         self.layout: Layout | None = None
         """Where this rank's parts of the parameters lie; None if it has them whole."""
+        self.pipeline: Pipeline | None = None
+        """The layers that this rank has of them; None if it has all."""
         self._team: Team | None = None
 
     def sizes(self, devices: int) -> Sizes:
@@ -108,19 +88,21 @@ class Parallel(ModelParallelStrategy):
         Raises:
             ConfigError: they do not multiply to that; it says what would.
         """
-        shared = self.tensor_parallel * self.context_parallel
+        shared = self.tensor_parallel * self.context_parallel * self.pipeline_parallel
+        named = [f"tensor_parallel={self.tensor_parallel}", f"context_parallel={self.context_parallel}"]
+        if self.pipeline_parallel > 1:
+            named.append(f"pipeline_parallel={self.pipeline_parallel}")
         if devices % shared:
             counts = ", ".join(map(str, _divisors(devices)))
             raise ConfigError(
-                f"tensor_parallel={self.tensor_parallel} x context_parallel={self.context_parallel} does not divide "
-                f"the {devices} devices; allowed: a product of {counts}"
+                f"{' x '.join(named)} does not divide the {devices} devices; allowed: a product of {counts}"
             )
         data = devices // shared
         problems = []
         if self.data_parallel not in (None, data):
             problems.append(
-                f"data_parallel={self.data_parallel}: with tensor_parallel={self.tensor_parallel} and "
-                f"context_parallel={self.context_parallel}, {devices} devices make it {data}; allowed: {data} or None"
+                f"data_parallel={self.data_parallel}: with {' and '.join(named)}, {devices} devices make it {data}; "
+                f"allowed: {data} or None"
             )
         copy, name = data, "data-parallel ranks"
         for field in ("data_parallel_replicate", "expert_parallel"):
@@ -133,12 +115,18 @@ class Parallel(ModelParallelStrategy):
         if problems:
             raise ConfigError(*problems)
         return Sizes(
-            data, self.data_parallel_replicate, self.expert_parallel, self.context_parallel, self.tensor_parallel
+            data,
+            self.data_parallel_replicate,
+            self.expert_parallel,
+            self.context_parallel,
+            self.tensor_parallel,
+            self.pipeline_parallel,
+            self.pipeline_parallel * self.pipeline_stages_per_rank,
         )
 
-    def problems(self, config: TransformerConfig, seq_length: int) -> list[str]:
-        """Why a model, or sequences of this length, cannot be split so; empty if they can."""
-        problems = []
+    def problems(self, config: TransformerConfig, seq_length: int, micro_batches: int | None = None) -> list[str]:
+        """Why a model, sequences of this length, or so many micro-batches cannot be split so; empty if they can."""
+        problems = refuse_pipeline(config, self.pipeline_parallel, self.pipeline_stages_per_rank, micro_batches)
         try:
             refuse_sizes(config, tp=self.tensor_parallel, cp=self.context_parallel, ep=self.expert_parallel)
         except ConfigError as error:
@@ -153,28 +141,35 @@ class Parallel(ModelParallelStrategy):
 
     # -- the model
 
+    def keep_stages(self, transformer: Transformer) -> None:
+        """Leaves of a model on the meta device the layers that this rank has, where it is not to have all."""
+        if self.pipeline_parallel > 1:
+            dtype = torch.float32 if str(self.precision_plugin.precision) == "32-true" else torch.bfloat16
+            self.pipeline = Pipeline(transformer, self.device_mesh, self.pipeline_stages_per_rank, dtype)
+
     def shard(self, transformer: Transformer) -> Layout:
         """Cuts a model on the meta device over the mesh, in place; `sharding` gives it values by the layout.
 
         Ranks that share a sequence have all parameters in common, so that these are cut over them too, and so do those
         that have different experts, but for these.
         """
-        mesh, precision = self.device_mesh, str(self.precision_plugin.precision)
+        mesh, precision = self.device_mesh[MESH[1:]], str(self.precision_plugin.precision)
         parallelize(transformer, mesh)
         self.layout = Layout(transformer.config, mesh)
         everyone, experts = (
-            mesh[dims]._flatten("_".join(dims)) for dims in (("dp_shard", "ep", "cp"), ("dp_shard", "cp"))
+            self.device_mesh[dims]._flatten("_".join(dims)) for dims in (("dp_shard", "ep", "cp"), ("dp_shard", "cp"))
         )
         if self.data_parallel_replicate > 1:
-            everyone, experts = (mesh["dp_replicate", name] for name in ("dp_shard_ep_cp", "dp_shard_cp"))
-        sharding.shard(
-            transformer,
-            everyone,
-            everyone if self.expert_parallel == 1 else experts,
-            self.root_device,
-            precision,
-            reshard_after_forward=self.reshard_after_forward,
-        )
+            everyone, experts = (self.device_mesh["dp_replicate", name] for name in ("dp_shard_ep_cp", "dp_shard_cp"))
+        for module in [transformer] if self.pipeline is None else self.pipeline.stages:
+            sharding.shard(
+                module,
+                everyone,
+                everyone if self.expert_parallel == 1 else experts,
+                self.root_device,
+                precision,
+                reshard_after_forward=self.reshard_after_forward,
+            )
         return self.layout
 
     def reduce_gradients(self) -> None:
@@ -238,6 +233,7 @@ class Parallel(ModelParallelStrategy):
         self.lightning_module._device_mesh = self._device_mesh
         io: Any = self.checkpoint_io
         io.team = self._team = self._team or Team.of_all_ranks()
+        io.pipeline_ranks = self.pipeline_parallel
         if isinstance(self.precision_plugin, MixedPrecision):
             self.precision_plugin = _CastByShards("bf16-mixed", self.root_device.type)
 
@@ -258,28 +254,33 @@ class Parallel(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The model's tensors, of which this rank holds a part."""
-        state, layout = Strategy.lightning_module_state_dict(self), self.layout
-        return state if layout is None else {name: Sharded(name, tensor, layout) for name, tensor in state.items()}
+        """The model's tensors, of which this rank holds a part, or which are in another stage."""
+        state = Strategy.lightning_module_state_dict(self)
+        if self.layout is None:
+            return state
+        own = {name: self._sharded(name, tensor) for name, tensor in state.items()}
+        return own if self.pipeline is None else self.pipeline.completed(own)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's tensors, of which this rank holds a part."""
         state: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
-        layout = self.layout
-        if layout is None:
+        if self.layout is None:
             return state
         parameters = self._parameters_of(optimizer)
 
         def sharded(number: int, value: Any) -> Any:
             name, parameter = parameters[number]
             like_it = isinstance(value, torch.Tensor) and value.shape == parameter.shape
-            return Sharded(name, value, layout) if like_it else value
+            return self._sharded(name, value) if like_it else value
 
         of_parameters = {
             number: {key: sharded(number, value) for key, value in values.items()}
             for number, values in state["state"].items()
         }
-        return state | {"state": of_parameters}
+        state |= {"state": of_parameters}
+        if self.pipeline is None:
+            return state
+        return self.pipeline.complete_state(state, [name for name, _ in parameters], self._optim)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Saves with all ranks together."""
@@ -299,7 +300,8 @@ class Parallel(ModelParallelStrategy):
         stored, own = checkpoint["state_dict"], self.lightning_module_state_dict()
         assert stored.keys() == own.keys(), "a checkpoint of another model"
         for name, tensor in own.items():
-            if isinstance(stored[name], Stored):  # else it is here already: what adapters were trained on
+            # What is not in a file is here already: what adapters were trained on.
+            if tensor.is_here and isinstance(stored[name], Stored):
                 sharding.read(name, tensor.local, stored[name], tensor.layout)
         return None
 
@@ -309,6 +311,8 @@ class Parallel(ModelParallelStrategy):
             return Strategy.load_optimizer_state_dict(self, checkpoint)
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = self._parameters_of(optimizer)
+            if self.pipeline is not None:
+                saved = self.pipeline.own_state(saved, [name for name, _ in parameters], self._optim)
             state = {
                 number: {key: self._own_part(parameters[number], value) for key, value in values.items()}
                 for number, values in saved["state"].items()
@@ -316,11 +320,21 @@ class Parallel(ModelParallelStrategy):
             optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
         return None
 
+    def _sharded(self, name: str, tensor: torch.Tensor) -> Sharded:
+        assert self.layout is not None
+        return Sharded(name, tensor, self.layout, 0 if self.pipeline is None else self.pipeline.holder(name))
+
     def _parameters_of(self, optimizer: Optimizer) -> list[tuple[str, torch.Tensor]]:
         """The optimizer's parameters and their names, as it numbers them."""
         assert self.lightning_module is not None
         names = {id(parameter): name for name, parameter in self.lightning_module.named_parameters()}
         return [(names[id(parameter)], parameter) for group in optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def _optim(self) -> Optim:
+        """By which parameters are numbered."""
+        module: Any = self.lightning_module
+        return module.optim
 
     def _own_part(self, named: tuple[str, torch.Tensor], stored: Any) -> Any:
         """What this rank has of something that an optimizer keeps: a tensor of the parameter's shape is cut like it."""

@@ -13,7 +13,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
 from fiddlehead.models.lora import without_adapters
 from fiddlehead.training.language_model import LanguageModel
-from fiddlehead.training.parallel import Sizes
+from fiddlehead.training.sizes import Sizes
 
 
 class PreferenceModel(LanguageModel):
@@ -47,9 +47,9 @@ class PreferenceModel(LanguageModel):
     def problems(self, precision: str, sizes: Sizes) -> list[str]:
         """As `LanguageModel.problems`."""
         problems = super().problems(precision, sizes)
-        for field, size in (("context_parallel", sizes.context), ("tensor_parallel", sizes.tensor)):
-            if size > 1:
-                problems.append(f"trainer.strategy.{field}={size}: answers are compared whole; allowed: 1")
+        for field in ("context", "tensor", "pipeline"):
+            if (size := getattr(sizes, field)) > 1:
+                problems.append(f"trainer.strategy.{field}_parallel={size}: answers are compared whole; allowed: 1")
         return problems
 
     def on_fit_start(self) -> None:
@@ -61,8 +61,7 @@ class PreferenceModel(LanguageModel):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         """The mean of -log sigmoid(beta x the change of the difference between the two answers), over the pairs."""
         loss = self._preference(batch)[0].mean()
-        self._loss_sum = self._loss_sum.to(loss.device) + loss.detach()
-        self._losses += 1
+        self._note_loss(loss.detach())
         return loss
 
     def on_validation_epoch_start(self) -> None:

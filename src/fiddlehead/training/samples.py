@@ -28,8 +28,10 @@ class SampleAnswer(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         model: Any = pl_module.transformer
         sharded = is_sharded(model)
-        if trainer.sanity_checking or not isinstance(data, FineTuningDataModule) or model.split.parts > 1:
-            return  # ranks that share a sequence write none together
+        if trainer.sanity_checking or not isinstance(data, FineTuningDataModule):
+            return
+        if model.split.parts > 1 or len(model.layers) < model.config.num_layers:
+            return  # ranks that share a sequence, or have different layers, write none together
         prompt = data.first_question()
         if not prompt or not (sharded or trainer.is_global_zero):
             return

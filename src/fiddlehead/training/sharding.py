@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fiddlehead.models import LoRA, Transformer
 from fiddlehead.models.moe import MoE
-from fiddlehead.models.parallel import Layout, Slices
+from fiddlehead.models.parallel import Layout, Slices, Stage
 from fiddlehead.models.safetensors_files import Stored
 from fiddlehead.training.weights import Weights
 
@@ -30,7 +30,10 @@ class Sharded:
     name: str
     """Of the parameter that it is, or whose shape it has."""
     local: torch.Tensor
+    """On the meta device, and whole, if it is in a stage of other ranks."""
     layout: Layout
+    pipeline_rank: int = 0
+    """Of the ranks that have it."""
 
     @property
     def shape(self) -> torch.Size:
@@ -47,13 +50,18 @@ class Sharded:
         """The whole tensor's."""
         return self.shape.numel() * self.dtype.itemsize
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this rank has a part of it."""
+        return not self.local.is_meta
+
     def gather(self) -> torch.Tensor:
-        """The whole tensor; all ranks call it together."""
+        """The whole tensor; all ranks that have it call this together."""
         return self.layout.gather(self.name, self.local)
 
 
 def shard(
-    transformer: Transformer,
+    transformer: Transformer | Stage,
     mesh: DeviceMesh,
     experts_mesh: DeviceMesh,
     device: torch.device,
@@ -95,7 +103,9 @@ def draw(transformer: Transformer, layout: Layout) -> None:
     parameters = dict(transformer.named_parameters())
     for parameter in parameters.values():
         parameter.zero_()
-    with _Draw({id(parameter): (name, parameters[name]) for name, parameter in whole.named_parameters()}, layout):
+    # What is in a stage of other ranks is drawn too, and not kept.
+    targets = {id(drawn): (name, parameters.get(name, drawn)) for name, drawn in whole.named_parameters()}
+    with _Draw(targets, layout):
         for module in whole.modules():  # in the order in which their constructors draw
             if isinstance(reset := getattr(module, "reset_parameters", None), Callable):
                 reset()
@@ -155,6 +165,7 @@ class _Draw(TorchDispatchMode):
     def __init__(self, parameters: Mapping[int, tuple[str, torch.Tensor]], layout: Layout) -> None:
         super().__init__()
         self.parameters, self.layout = parameters, layout
+        self.device = next(parameter.device for _, parameter in parameters.values() if not parameter.is_meta)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, parameter = self.parameters.get(id(args[0]) if args else 0, ("", None))
@@ -164,7 +175,7 @@ class _Draw(TorchDispatchMode):
             func(parameter if parameter is args[0] else local(parameter), *args[1:], **(kwargs or {}))
             return args[0]
         shape = self.layout.shape(name, parameter)
-        whole = func(torch.empty(shape, dtype=parameter.dtype, device=parameter.device), *args[1:], **(kwargs or {}))
-        for piece in self.layout.pieces(name, parameter):
+        whole = func(torch.empty(shape, dtype=parameter.dtype, device=self.device), *args[1:], **(kwargs or {}))
+        for piece in [] if parameter.is_meta else self.layout.pieces(name, parameter):
             local(parameter)[piece.local] = whole[piece.whole]
         return args[0]

@@ -1,4 +1,4 @@
-"""One transformer on several processes: tensor, context and expert parallelism over a `DeviceMesh`.
+"""One transformer on several processes: tensor, context, expert and pipeline parallelism.
 
 A mesh has the dimensions that a run uses, of "dp_replicate", "dp_shard", "ep", "cp" and "tp". The processes along the
 first three have different samples; those along "cp" and "tp" share each sequence: outside attention and feed-forward a
@@ -21,10 +21,26 @@ is the size of a (B, T, C) tensor of whole sequences, B T C x 2 in bfloat16:
 Once a step: the gradients of what is whole on several processes, see `reduce_gradients`. Parameters stay plain local
 tensors, so that FSDP2's `fully_shard` can go over the data-parallel dimensions (and cp) afterwards. A `Layout` knows
 where they lie in the parameters of one process, which have the same names.
+
+Pipeline parallel: a process has some `Stage`s, consecutive layers each, and all of a batch. Between two of them
+x / (cp x tp) travels forward for each micro-batch, and as much backward.
 """
 
 from fiddlehead.models.parallel.gradients import reduce_gradients
 from fiddlehead.models.parallel.layers import local_batch, parallelize
 from fiddlehead.models.parallel.shards import Layout, Slices, refuse_sizes, splits_over
+from fiddlehead.models.parallel.stages import Stage, keep_stages, refuse_stages, stage_of
 
-__all__ = ["Layout", "Slices", "local_batch", "parallelize", "reduce_gradients", "refuse_sizes", "splits_over"]
+__all__ = [
+    "Layout",
+    "Slices",
+    "Stage",
+    "keep_stages",
+    "local_batch",
+    "parallelize",
+    "reduce_gradients",
+    "refuse_sizes",
+    "refuse_stages",
+    "splits_over",
+    "stage_of",
+]

@@ -1,0 +1,107 @@
+"""Consecutive layers of a transformer, to be run one after another by different processes."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fiddlehead.errors import ConfigError
+from fiddlehead.models.config import TransformerConfig
+from fiddlehead.models.transformer import Transformer
+
+
+class Stage(nn.Module):
+    """Some of a transformer's modules, which stay in it too: the first stage has the embedding, the last the loss.
+
+    All processes have all of a batch; only what layers give travels between them.
+
+    Args:
+        number: of this stage, of `count` in all.
+    """
+
+    def __init__(self, transformer: Transformer, number: int, count: int) -> None:
+        super().__init__()
+        self.number, self.first, self.last = number, number == 0, number == count - 1
+        self._transformer = [transformer]  # in a list, so that it is no part of this module
+        children = dict(transformer.layers.named_children())
+        self.layers = nn.ModuleList(children[str(layer)] for layer in layers_of(transformer.config, number, count))
+        for name in (_BEFORE if self.first else ()) + (_AFTER if self.last else ()):
+            self.add_module(name, getattr(transformer, name))
+        self._batches: deque[Mapping[str, Any]] = deque()
+
+    def take(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Makes these the batches of the next calls, one each: `input_ids`, `labels` and what keeps documents apart."""
+        self._batches = deque(batches)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the stage before returned, (B, T, C), to the same; the first takes any tensor.
+
+        The last returns the sum of the cross-entropy, in nats, (1,).
+        """
+        transformer, batch = self._transformer[0], self._batches.popleft()
+        places = transformer.places(batch["input_ids"], batch.get("cu_seqlens"), batch.get("max_seqlen"))
+        if self.first:
+            x = transformer.embed(batch["input_ids"], places)
+        x = transformer.run_layers(self.layers, x, places)
+        if not self.last:
+            return x
+        return torch.stack([transformer.nats(transformer.final_layernorm(x), batch["labels"])])
+
+
+def layers_of(config: TransformerConfig, number: int, count: int) -> range:
+    """The layers of a stage."""
+    each = config.num_layers // count
+    return range(number * each, (number + 1) * each)
+
+
+def stage_of(name: str, config: TransformerConfig, count: int) -> int:
+    """The stage of `count` that has a parameter, by its name in `Transformer`; a prefix counts for nothing."""
+    if found := re.search(r"\blayers\.(\d+)\.", name):
+        return int(found[1]) // (config.num_layers // count)
+    return 0 if any(f"{part}." in name for part in _BEFORE) else count - 1
+
+
+def keep_stages(transformer: Transformer, numbers: Iterable[int], count: int) -> None:
+    """Leaves of a transformer what these of `count` stages have, in place, under the same names.
+
+    Raises:
+        ConfigError: the model cannot be cut so.
+    """
+    config, numbers = transformer.config, set(numbers)
+    refuse_stages(config, count)
+    kept = {layer for number in numbers for layer in layers_of(config, number, count)}
+    for layer in set(range(config.num_layers)) - kept:
+        delattr(transformer.layers, str(layer))  # the others keep their names, which `del layers[...]` would change
+    for name in (() if 0 in numbers else _BEFORE) + (() if count - 1 in numbers else _AFTER):
+        setattr(transformer, name, None)
+
+
+def refuse_stages(config: TransformerConfig, count: int) -> None:
+    """Raises ConfigError if a model cannot be cut into so many stages."""
+    problems = []
+    if config.num_layers % count:
+        allowed = ", ".join(str(n) for n in range(1, config.num_layers + 1) if config.num_layers % n == 0)
+        problems.append(f"num_layers={config.num_layers}: {count} stages do not divide it; allowed: {allowed}")
+    if count > 1:
+        if config.share_embeddings_and_output_weights:
+            problems.append("share_embeddings_and_output_weights=True: the first and last stage cannot share them")
+        if config.num_moe_experts is not None and config.moe_aux_loss_coeff:
+            problems.append(
+                f"moe_aux_loss_coeff={config.moe_aux_loss_coeff}: only the last stage adds to the loss; allowed: 0"
+            )
+        for name in ("hidden_dropout", "attention_dropout"):
+            if value := getattr(config, name):
+                problems.append(f"{name}={value}: stages would drop other values than one process does; allowed: 0")
+    if problems:
+        raise ConfigError(*problems)
+
+
+_BEFORE = ("embedding", "position_embedding")
+"""What the first stage has besides layers."""
+_AFTER = ("final_layernorm", "output_layer")
+"""What the last has."""
