@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 RUN ?= demo
 # Which of the tests on Slurm or Docker: `make test-slurm ONLY='and not slow'` runs the quick ones.
 ONLY ?=
+# One test at a time to whichever process is free: the slow ones, which come first, are then spread over all of them.
+DEALT := --dist load --maxschedchunk 1
 
 .PHONY: help demo test test-fast test-long test-slurm test-docker lint format wheel clean
 
@@ -15,14 +17,14 @@ demo: $(VENV)/.installed  ## Train a tiny GQA model on the Python standard libra
 	$(BIN)/fiddlehead pretrain --factory tiny log.name=$(RUN) --yes
 	$(BIN)/fiddlehead generate $(RUN) --prompt "def "
 
-test: $(VENV)/.installed-dev  ## The test suite, in three processes, which often wait for jobs
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not long"
+test: $(VENV)/.installed-dev  ## The test suite, in three processes, as they often wait for jobs
+	$(BIN)/python -m pytest -n 3 $(DEALT) -m "not long"
 
 test-fast: $(VENV)/.installed-dev  ## Without the tests that take more than ten seconds
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow and not long"
+	$(BIN)/python -m pytest -n 3 $(DEALT) -m "not slow and not long"
 
 test-long: $(VENV)/.installed-dev  ## What `make test` holds in small: ten kills, more processes, more layouts
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m long
+	$(BIN)/python -m pytest -n 2 $(DEALT) -m long
 
 # The sandboxes are removed at the end, however it ends; the exit code is that of pytest.
 test-slurm test-docker: SHELL := /bin/bash
