@@ -20,6 +20,7 @@ from fiddlehead.models import TransformerConfig
 from fiddlehead.runs import RunDirectory
 from fiddlehead.training import AdamW, Checkpoint, CosineAnnealing, LanguageModel, Log
 from fiddlehead.training.weights import CheckpointWeights
+from tests.conftest import once
 
 Parts = Callable[..., dict[str, Any]]
 
@@ -102,10 +103,11 @@ def one(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs of one process, by the name of their settings."""
     from tests.training.layouts import SETTINGS, train
 
-    runs = tmp_path_factory.mktemp("one")
-    for name, settings in SETTINGS.items():
-        train("1", dataset, runs, name=name, **settings)
-    return runs
+    def train_all(runs: Path) -> None:
+        for name, settings in SETTINGS.items():
+            train("1", dataset, runs, name=name, **settings)
+
+    return once(tmp_path_factory, "one", train_all)
 
 
 class Killed(BaseException):

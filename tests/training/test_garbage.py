@@ -47,10 +47,12 @@ class Cycle:
 
 @pytest.fixture
 def cycles() -> Iterator[Cycles]:
-    made = Cycles()
+    made, before = Cycles(), gc.get_threshold()
+    gc.set_threshold(700, 10, 10)  # Python's own, of which the command makes another
     gc.callbacks.append(made.note)
     yield made
     gc.callbacks.remove(made.note)
+    gc.set_threshold(*before)
 
 
 def test_it_collects_at_its_steps_and_after_validation_and_at_no_other_time(

@@ -35,12 +35,12 @@ from tests.training.ranks import on_ranks
     [
         ("fsdp-2", "1", "plain"),
         ("1", "fsdp-2", "plain"),
-        ("fsdp-2", "hsdp-2x2", "plain"),
-        ("hsdp-2x2", "fsdp-2", "plain"),
-        ("fsdp-4", "1", "plain"),
+        pytest.param("fsdp-2", "hsdp-2x2", "plain", marks=pytest.mark.long),
+        pytest.param("hsdp-2x2", "fsdp-2", "plain", marks=pytest.mark.long),
+        pytest.param("fsdp-4", "1", "plain", marks=pytest.mark.long),
         ("1", "tp-2", "plain"),
-        ("fsdp-2-tp-2", "fsdp-2", "plain"),
-        ("tp-4", "ep-2", "experts"),
+        pytest.param("fsdp-2-tp-2", "fsdp-2", "plain", marks=pytest.mark.long),
+        pytest.param("tp-4", "ep-2", "experts", marks=pytest.mark.long),
         ("fsdp-2-ep-2", "1", "experts"),
         ("pp-2-twice", "pp-2", "deep"),
     ],
@@ -64,7 +64,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     [
         ("1", True, "32-true"),
         ("fsdp-2", False, "bf16-mixed"),
-        ("fsdp-2", True, "bf16-true"),
+        pytest.param("fsdp-2", True, "bf16-true", marks=pytest.mark.long),
         pytest.param("hsdp-2x2", True, "32-true", marks=pytest.mark.slow),
     ],
 )
