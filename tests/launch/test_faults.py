@@ -81,6 +81,7 @@ def test_a_missing_interpreter_is_said_within_seconds(cluster: Cluster):
     assert (ended - began).total_seconds() <= 5
 
 
+@pytest.mark.slow
 def test_the_children_of_a_failed_parent_end_cancelled(cluster: Cluster):
     blocker = cluster.block("--nodes=2")
     parent = cluster.submit("parent", "executor.python=/nowhere/python")
@@ -314,6 +315,7 @@ def test_thirty_runs_swept_at_once_are_tracked(cluster: Cluster):
 # --- states
 
 
+@pytest.mark.slow
 def test_states_of_every_kind_also_without_accounting(cluster: Cluster):
     """The same with `sacct` and without; the tests are run once on either cluster."""
     bad = cluster.submit("bad", "executor.python=/nowhere/python")
@@ -334,6 +336,7 @@ def test_states_of_every_kind_also_without_accounting(cluster: Cluster):
 # --- what reaches a job, and how fast
 
 
+@pytest.mark.slow
 def test_secrets_reach_the_job_and_no_file(cluster: Cluster, tmp_path: Path):
     marks = {name: secrets.token_hex(8) for name in ("WANDB_API_KEY", "HF_TOKEN", "MINE")}
     values = {name: f'it\'s "{mark}" $(id -u)\n`id`' for name, mark in marks.items()}
