@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fiddlehead.models.parallel import local
+
 
 class BFloat16AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019) over float32 weights of which the parameters are the upper half of the bits.
@@ -56,7 +58,7 @@ class BFloat16AdamW(torch.optim.Optimizer):
                 state = self.state[parameter]
                 state["step"] = step
                 tensors = [parameter, parameter.grad, state["low_bits"], state["exp_avg"], state["exp_avg_sq"]]
-                flat = [_local(tensor).view(-1) for tensor in tensors]
+                flat = [local(tensor).view(-1) for tensor in tensors]
                 update(*flat, *scalars, beta1, beta2)  # pyright: ignore[reportCallIssue]
         return loss
 
@@ -108,11 +110,6 @@ def update_weight(
 @functools.cache
 def _compiled() -> Any:
     return torch.compile(update_weight, fullgraph=True, dynamic=True)  # one kernel, whatever the number of weights
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor that is spread over several."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from fiddlehead.models.parallel import Layout
-from fiddlehead.training.sharding import local
+from fiddlehead.models.parallel import Layout, local
 
 
 def gradients_of(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from fiddlehead.training.sharding import local, part
+from fiddlehead.models.parallel import local, local_slices
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the polynomial; they draw all singular values to between 0.7 and 1.2 in few steps rather than to 1 in many."""
@@ -60,7 +60,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         update = gradient.lerp(momentum, group["momentum"])  # type: ignore[union-attr]  # Nesterov's
         if isinstance(update, DTensor):
             update = update.to(_product_dtype(update)).full_tensor()  # type: ignore[attr-defined]
-        update = orthogonal_update(update, group["rows"])[part(parameter)]
+        update = orthogonal_update(update, group["rows"])[local_slices(parameter)]
         own = local(parameter)
         own.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 

@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fiddlehead.models import LoRA, Transformer
 from fiddlehead.models.moe import MoE
-from fiddlehead.models.parallel import Layout, Slices, Stage
+from fiddlehead.models.parallel import Layout, Stage, local
 from fiddlehead.models.safetensors_files import Stored
 from fiddlehead.training.weights import Weights
 
@@ -135,19 +133,6 @@ def read(name: str, tensor: torch.Tensor, stored: Stored, layout: Layout) -> Non
     """Copies this rank's part of a tensor in a file into `tensor`, without reading the rest."""
     for piece in layout.pieces(name, tensor):
         local(tensor)[piece.local] = stored.load(piece.whole)
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part, in the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def part(tensor: torch.Tensor) -> Slices:
-    """Where that part lies in a tensor that FSDP2 has cut."""
-    if not isinstance(tensor, DTensor):
-        return tuple(slice(0, size) for size in tensor.shape)
-    sizes, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 
 def is_sharded(transformer: torch.nn.Module | None) -> bool:

@@ -7,9 +7,8 @@ from collections.abc import Collection, Sequence
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from fiddlehead.models.parallel.shards import Layout, size_of, splits_over
+from fiddlehead.models.parallel.shards import Layout, local, size_of, splits_over
 
 DIMS = ("dp_replicate", "dp_shard", "ep", "cp", "tp")
 
@@ -24,7 +23,7 @@ def reduce_gradients(transformer: nn.Module, layout: Layout, averaged: Collectio
         averaged: dimensions of the mesh over which FSDP2 or DDP has averaged the gradients of all parameters that are
             not split over them: those are left as they are.
     """
-    gradients = {name: _local(p.grad) for name, p in transformer.named_parameters() if p.grad is not None}
+    gradients = {name: local(p.grad) for name, p in transformer.named_parameters() if p.grad is not None}
     for dim in DIMS:
         size = size_of(layout.mesh, dim)
         if size == 1:
@@ -49,7 +48,7 @@ def _sum_copies(transformer: nn.Module, layout: Layout) -> None:
             if piece.copies == 1:
                 continue
             # One sum over all processes, with a place for each group of copies, needs no groups of its own.
-            rows, place = _local(parameter.grad)[piece.local], layout.mesh.get_local_rank("tp") // piece.copies
+            rows, place = local(parameter.grad)[piece.local], layout.mesh.get_local_rank("tp") // piece.copies
             own.append(rows)
             everyone.append(rows.new_zeros(tp // piece.copies, *rows.shape))
             everyone[-1][place] = rows
@@ -58,10 +57,6 @@ def _sum_copies(transformer: nn.Module, layout: Layout) -> None:
         _sum(everyone, layout.mesh.get_group("tp"))
     for rows, all_rows, place in zip(own, everyone, places, strict=True):
         rows.copy_(all_rows[place])
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _sum(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:

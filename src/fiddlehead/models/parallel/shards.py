@@ -17,6 +17,19 @@ from fiddlehead.models.config import TransformerConfig
 Slices = tuple[slice, ...]
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of a tensor that FSDP2 may have cut."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_slices(tensor: torch.Tensor) -> Slices:
+    """Where that lies in the tensor."""
+    sizes, starts = tuple(tensor.shape), (0,) * tensor.dim()
+    if isinstance(tensor, DTensor):
+        sizes, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+
+
 class Piece(NamedTuple):
     """Something that a process has of a tensor."""
 
@@ -69,40 +82,39 @@ class Layout:
 
     def gather(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The whole parameter; all processes call it together."""
-        local = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         own = self._part(name)
         if own is None:
-            return local
+            return tensor
         size = size_of(self.mesh, own.mesh_dim)
-        locals_ = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(size)]
-        dist.all_gather(locals_, local.contiguous(), group=self.mesh.get_group(own.mesh_dim))
-        whole = local.new_empty(self.shape(name, local))
-        for rank, part in enumerate(locals_):
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(size)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.mesh.get_group(own.mesh_dim))
+        whole = tensor.new_empty(self.shape(name, tensor))
+        for rank, part in enumerate(parts):
             ranges = part_of(name, self.config, size, rank).ranges  # pyright: ignore[reportOptionalMemberAccess]
             for each, piece in zip(ranges, part.split([each.size for each in ranges], dim=own.dim), strict=True):
                 whole.narrow(own.dim, each.start, each.size).copy_(piece)
         return whole
 
     def _find_pieces(self, name: str, tensor: torch.Tensor) -> list[Piece]:
-        sizes, starts, ranks = tuple(tensor.shape), (0,) * tensor.dim(), self.mesh.size()
+        within, ranks = local_slices(tensor), self.mesh.size()
         if isinstance(tensor, DTensor):
-            sizes, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
             ranks //= _parts(tensor)
-        within = [slice(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        everything = tuple(slice(each.stop - each.start) for each in within)
         own = self._part(name)
         if own is None:
-            return [Piece(tuple(slice(size) for size in sizes), tuple(within), ranks, 1)]
+            return [Piece(everything, within, ranks, 1)]
         dim, at, pieces = own.dim, 0, []
         for each in own.ranges:
             # Those of the range that are also within what FSDP2 left; here they count from the range's beginning.
             first, last = (min(max(edge - at, 0), each.size) for edge in (within[dim].start, within[dim].stop))
-            local = [slice(size) for size in sizes]
-            local[dim] = slice(at + first - within[dim].start, at + last - within[dim].start)
+            here = [*everything]
+            here[dim] = slice(at + first - within[dim].start, at + last - within[dim].start)
             whole = [*within]
             whole[dim] = slice(each.start + first, each.start + last)
             if first < last:
                 having = ranks // size_of(self.mesh, own.mesh_dim) * each.copies
-                pieces.append(Piece(tuple(local), tuple(whole), having, each.copies))
+                pieces.append(Piece(tuple(here), tuple(whole), having, each.copies))
             at += each.size
         return pieces
 
