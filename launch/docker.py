@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
-from fiddlehead.environment import cache_folder
+from fiddlehead.environment import cache_folder, kernel_folders
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import docker_engine as engine
 from fiddlehead.launch import secrets
@@ -229,8 +229,4 @@ def _parsed(text: str) -> _Mount:
 
 def _environment() -> dict[str, str]:
     """Places for what is prepared or compiled once: they outlive the container."""
-    return {
-        "FIDDLEHEAD_CACHE": str(cache_folder()),
-        "TORCHINDUCTOR_CACHE_DIR": str(cache_folder() / "torchinductor"),
-        "TRITON_CACHE_DIR": str(cache_folder() / "triton"),
-    }
+    return {"FIDDLEHEAD_CACHE": str(cache_folder()), **kernel_folders()}

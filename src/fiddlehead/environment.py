@@ -22,6 +22,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FIDDLEHEAD_CACHE") or "~/.cache/fiddlehead").expanduser().absolute()
 
 
+def kernel_folders() -> dict[str, str]:
+    """The folders in it for compiled kernels, by the variables in which PyTorch and Triton look for them."""
+    folders = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "TRITON_CACHE_DIR": "triton"}
+    return {variable: str(cache_folder() / folder) for variable, folder in folders.items()}
+
+
 def describe_environment(directory: Path) -> dict[str, Any]:
     """The environment of this process, as JSON values; `directory` is where the user's code is."""
     return {

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from torch._inductor.runtime import cache_dir_utils
 
+from fiddlehead.environment import kernel_folders
 from fiddlehead.runs import RunDirectory
-from fiddlehead.training.kernel_cache import FOLDERS, keep_compiled_kernels
+from fiddlehead.training.kernel_cache import keep_compiled_kernels
 from tests.training.conftest import KillAfter, Killed
 
 Pretrain = Callable[..., RunDirectory]
@@ -37,7 +38,7 @@ def test_a_second_process_finds_what_the_first_compiled(dataset: Path, tmp_path:
     found = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        environment = {name: value for name, value in os.environ.items() if name not in FOLDERS}
+        environment = {name: value for name, value in os.environ.items() if name not in kernel_folders()}
         environment |= {"FIDDLEHEAD_CACHE": str(tmp_path / "cache"), "TMPDIR": str(tmp_path / name)}
         command = [sys.executable, "-c", COMPILE, str(dataset), str(tmp_path / name / "runs")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
@@ -51,7 +52,7 @@ def test_a_second_process_finds_what_the_first_compiled(dataset: Path, tmp_path:
 
 @pytest.fixture
 def unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in FOLDERS:
+    for name in kernel_folders():
         monkeypatch.setenv(name, "")  # so that it is as before afterwards
         monkeypatch.delenv(name)
     monkeypatch.setenv("FIDDLEHEAD_CACHE", str(tmp_path / "cache"))
@@ -79,4 +80,4 @@ def test_only_a_run_that_compiles_sets_it(
 ) -> None:
     with pytest.raises(Killed):
         pretrain(callbacks=[KillAfter(0)], **settings)
-    assert all((name in os.environ) == kept for name in FOLDERS)
+    assert all((name in os.environ) == kept for name in kernel_folders())

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 
-from fiddlehead.environment import cache_folder
-
-FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "TRITON_CACHE_DIR": "triton"}
-"""The variables that PyTorch and Triton read, and the folders in ours that they are to name."""
+from fiddlehead.environment import kernel_folders
 
 
 def keep_compiled_kernels() -> None:
@@ -17,7 +14,7 @@ def keep_compiled_kernels() -> None:
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    for variable, folder in FOLDERS.items():
+    for variable, folder in kernel_folders().items():
         # Its own choice may be there too: parts of PyTorch set the variable when they are imported.
         if os.environ.get(variable) in (None, "", os.path.abspath(default_cache_dir())):  # noqa: PTH100  as it does
-            os.environ[variable] = str(cache_folder() / folder)
+            os.environ[variable] = folder
