@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 from measure import save, table
-from train import PEAK, SHAPE, TINY, Clock, batches, fit
+from train import SHAPE, TINY, Clock, batches, fit, llama, on_device, run_arm
 
 ARMS = ["ours", "ours, full", "peft, eager", "peft, compiled"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -44,10 +43,7 @@ def main() -> None:
         for arm in given.arms:
             command = [sys.executable, "-W", "ignore", __file__, "--child", arm, "--weights", weights]
             command += ["--batch", str(given.batch), *(["--tiny"] if given.tiny else [])]
-            done = subprocess.run(command, capture_output=True, text=True)
-            failed = {"failed": done.stderr.strip()[-400:]}
-            figures[arm] = json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else failed
-            print(arm, figures[arm], file=sys.stderr, flush=True)
+            figures[arm] = run_arm(arm, command)
     rows = [
         [arm, f"{r['tokens_per_s']:,.0f}", f"{r['mfu']:.1%}", f"{r['gib']:.1f}", f"{r['loss']:.3f}"]
         for arm, r in figures.items()
@@ -59,21 +55,11 @@ def main() -> None:
 
 def write_weights(shape: dict[str, int], folder: Path) -> None:
     """A Llama as transformers writes it, with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        num_hidden_layers=shape["layers"],
-        hidden_size=shape["hidden"],
-        intermediate_size=shape["ffn"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["groups"],
-        vocab_size=shape["vocab"],
-        max_position_embeddings=shape["T"],
-        tie_word_embeddings=True,
-    )
     torch.manual_seed(0)
     with torch.device(_device()):
-        LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+        LlamaForCausalLM(llama(shape)).bfloat16().save_pretrained(folder)
 
 
 def measure(arm: str, shape: dict[str, int], weights: Path) -> dict[str, float]:
@@ -83,16 +69,9 @@ def measure(arm: str, shape: dict[str, int], weights: Path) -> dict[str, float]:
     torch.manual_seed(0)
     clock = Clock(10)
     loss, adapters = (peft if arm.startswith("peft") else ours)(arm, shape, weights, clock)
-    on_gpu = torch.cuda.is_available()
     tokens_per_s = 10 * shape["B"] * shape["T"] / clock.seconds
     flops = open_weights(weights).config.train_flops_per_token(shape["T"], adapters=adapters)
-    peak = next((p for n, p in PEAK.items() if on_gpu and n in torch.cuda.get_device_name()), float("inf"))
-    return {
-        "tokens_per_s": tokens_per_s,
-        "mfu": tokens_per_s * flops / peak,
-        "gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
-        "loss": loss,
-    }
+    return {**on_device(tokens_per_s, flops), "loss": loss}
 
 
 def ours(arm: str, shape: dict[str, int], weights: Path, clock: Clock) -> tuple[float, int | None]:

@@ -67,10 +67,7 @@ def main() -> None:
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices[1]}"] if devices else []
         command = [sys.executable, "-W", "ignore", *start, __file__, "--child", arm, "--steps", str(arguments.steps)]
         command += ["--seq-length", str(arguments.seq_length), *(["--tiny"] if arguments.tiny else [])]
-        done = subprocess.run(command, capture_output=True, text=True)
-        last = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()[-1]
-        figures[arm] = json.loads(last) if done.returncode == 0 else {"failed": done.stderr.strip()[-400:] or last}
-        print(arm, figures[arm], file=sys.stderr, flush=True)
+        figures[arm] = run_arm(arm, command)
     rows = [
         [arm, f"{r['tokens_per_s']:,.0f}", f"{r['mfu']:.1%}", f"{r['gib']:.1f}", f"{r['first_step_s']:.1f}"]
         for arm, r in figures.items()
@@ -79,6 +76,15 @@ def main() -> None:
     print(table(["", "tokens/s", "MFU", "peak GiB", "first step s"], rows))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     save("train", figures, ["torch", "lightning"], {"gpu": gpu}, arguments.out)
+
+
+def run_arm(arm: str, command: list[str]) -> dict[str, Any]:
+    """The figures that a process prints last, or why it `failed`."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    last = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()[-1]
+    figures = json.loads(last) if done.returncode == 0 else {"failed": done.stderr.strip()[-400:] or last}
+    print(arm, figures, file=sys.stderr, flush=True)
+    return figures
 
 
 def measure(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -101,15 +107,15 @@ def measure(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
     per_layer = C * C * 2 + C * 2 * shape["groups"] * D + 3 * C * shape["ffn"]
     untied = 0 if shape["layers"] <= 16 else shape["vocab"] * C
     flops = 6 * (L * per_layer + shape["vocab"] * C + untied) + 6 * L * shape["T"] * C
+    return {**on_device(tokens_per_s, flops / devices), "first_step_s": clock.first - began, "loss": loss}
+
+
+def on_device(tokens_per_s: float, flops: float) -> dict[str, float]:
+    """The rate, what part of this device's peak it takes with so many FLOPs a token, and the peak of memory."""
     on_gpu = torch.cuda.is_available()
     peak = next((p for n, p in PEAK.items() if on_gpu and n in torch.cuda.get_device_name()), float("inf"))
-    return {
-        "tokens_per_s": tokens_per_s,
-        "mfu": tokens_per_s * flops / peak / devices,
-        "gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
-        "first_step_s": clock.first - began,
-        "loss": loss,
-    }
+    gib = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+    return {"tokens_per_s": tokens_per_s, "mfu": tokens_per_s * flops / peak, "gib": gib}
 
 
 class Clock:
@@ -293,12 +299,11 @@ def litgpt(shape: dict[str, int], precision: str, options: dict[str, str], accum
     return loop(model, loss, shape, precision, accumulate, clock)
 
 
-def huggingface(shape: dict[str, int], precision: str, options: dict[str, str], accumulate: int, clock: Clock) -> float:
-    """transformers' Llama as a LightningModule under Lightning's Trainer."""
-    from lightning.pytorch import Callback, LightningModule, Trainer
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama(shape: dict[str, int], **more: Any) -> Any:
+    """A shape as transformers' configuration."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         num_hidden_layers=shape["layers"],
         hidden_size=shape["hidden"],
         intermediate_size=shape["ffn"],
@@ -307,8 +312,16 @@ def huggingface(shape: dict[str, int], precision: str, options: dict[str, str], 
         vocab_size=shape["vocab"],
         max_position_embeddings=shape["T"],
         tie_word_embeddings=True,
-        attn_implementation="sdpa",
+        **more,
     )
+
+
+def huggingface(shape: dict[str, int], precision: str, options: dict[str, str], accumulate: int, clock: Clock) -> float:
+    """transformers' Llama as a LightningModule under Lightning's Trainer."""
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from transformers import LlamaForCausalLM
+
+    config = llama(shape, attn_implementation="sdpa")
 
     class Module(LightningModule):
         def configure_model(self) -> None:
