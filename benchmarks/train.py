@@ -50,7 +50,8 @@ def main() -> None:
     """Prints the table and writes `results/train.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=ARMS, metavar="NAME:BATCH:PRECISION[:OPTION=VALUE,...]")
-    parser.add_argument("--steps", type=int, default=15, help="timed steps, after five that are not")
+    parser.add_argument("--steps", type=int, default=15, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before them")
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--tiny", action="store_true", help="a model of nothing, on a CPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -65,8 +66,10 @@ def main() -> None:
     for arm in arguments.arms:
         devices = re.search(r"devices=(\d+)", arm)
         start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices[1]}"] if devices else []
-        command = [sys.executable, "-W", "ignore", *start, __file__, "--child", arm, "--steps", str(arguments.steps)]
-        command += ["--seq-length", str(arguments.seq_length), *(["--tiny"] if arguments.tiny else [])]
+        command = [sys.executable, "-W", "ignore", *start, __file__, "--child", arm]
+        for name in ("steps", "warmup", "seq_length"):
+            command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+        command += ["--tiny"] if arguments.tiny else []
         figures[arm] = run_arm(arm, command)
     rows = [
         [arm, f"{r['tokens_per_s']:,.0f}", f"{r['mfu']:.1%}", f"{r['gib']:.1f}", f"{r['first_step_s']:.1f}"]
@@ -99,7 +102,7 @@ def measure(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_float32_matmul_precision("high")
     began = time.perf_counter()
     run = {"fiddlehead": fiddlehead, "torchtitan": torchtitan, "litgpt": litgpt, "huggingface": huggingface}[name]
-    clock = Clock(arguments.steps)
+    clock = Clock(arguments.steps, arguments.warmup)
     loss = run(shape, precision, options, accumulate, clock)
     seconds = clock.seconds / arguments.steps
     tokens_per_s = shape["B"] * shape["T"] * accumulate * devices / shared / seconds
@@ -107,7 +110,8 @@ def measure(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
     per_layer = C * C * 2 + C * 2 * shape["groups"] * D + 3 * C * shape["ffn"]
     untied = 0 if shape["layers"] <= 16 else shape["vocab"] * C
     flops = 6 * (L * per_layer + shape["vocab"] * C + untied) + 6 * L * shape["T"] * C
-    return {**on_device(tokens_per_s, flops / devices), "first_step_s": clock.first - began, "loss": loss}
+    kernel = {"attention": attention_kernel(shape, precision)} if name == "fiddlehead" else {}
+    return {**on_device(tokens_per_s, flops / devices), "first_step_s": clock.first - began, "loss": loss, **kernel}
 
 
 def on_device(tokens_per_s: float, flops: float) -> dict[str, float]:
@@ -118,26 +122,33 @@ def on_device(tokens_per_s: float, flops: float) -> dict[str, float]:
     return {"tokens_per_s": tokens_per_s, "mfu": tokens_per_s * flops / peak, "gib": gib}
 
 
-class Clock:
-    """Times `steps` steps after five: call it after each."""
+def attention_kernel(shape: dict[str, int], precision: str) -> list[str]:
+    """What `attend` takes for our arms, with its version."""
+    from fiddlehead.training import attention
 
-    def __init__(self, steps: int) -> None:
-        self.steps, self.done = 5 + steps, 0
+    target = attention.Target.of(torch.device(_device()))
+    return attention.rows(attention.choose(config(shape), attention.compute_dtype(precision), target, packed=False))
+
+
+class Clock:
+    """Times `steps` steps after `warmup` ones: call it after each."""
+
+    def __init__(self, steps: int, warmup: int = 5) -> None:
+        self.steps, self.warmup, self.done = warmup + steps, warmup, 0
         self.first = self.start = self.seconds = 0.0
 
     def __call__(self) -> None:
         """One more step is done."""
         self.done += 1
-        if self.done in (1, 5, self.steps):
+        if self.done in (1, self.warmup, self.steps):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             now = time.perf_counter()
             if self.done == 1:
                 self.first = now
-            elif self.done == 5:
+            if self.done == self.warmup:
                 self.start = now
-            else:
-                self.seconds = now - self.start
+            self.seconds = now - self.start
 
 
 def batches(shape: dict[str, int], device: str, seed: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -151,11 +162,21 @@ def batches(shape: dict[str, int], device: str, seed: int = 1) -> Iterator[tuple
 
 def fiddlehead(shape: dict[str, int], precision: str, options: dict[str, str], accumulate: int, clock: Clock) -> float:
     """Our LightningModule under Lightning's Trainer, as a recipe has it."""
-    from fiddlehead.models import RopeScaling, TransformerConfig
     from fiddlehead.training import LanguageModel
 
     devices, shared = int(options.pop("devices", 1)), int(options.pop("context_parallel", 1))
-    config = TransformerConfig(
+    chosen: dict[str, Any] = {"compile": "layers" if torch.cuda.is_available() else None} | options
+    if "activation_checkpointing" in chosen and chosen["activation_checkpointing"][0].isdigit():
+        chosen["activation_checkpointing"] = float(chosen["activation_checkpointing"])
+    model = LanguageModel(config(shape), **{k: None if v == "None" else v for k, v in chosen.items()})
+    return fit(model, 3e-4, shape, precision, clock, accumulate, devices, shared)
+
+
+def config(shape: dict[str, int]) -> Any:
+    """A shape as our configuration."""
+    from fiddlehead.models import RopeScaling, TransformerConfig
+
+    return TransformerConfig(
         num_layers=shape["layers"],
         hidden_size=shape["hidden"],
         ffn_hidden_size=shape["ffn"],
@@ -166,13 +187,7 @@ def fiddlehead(shape: dict[str, int], precision: str, options: dict[str, str], a
         rotary_base=500_000.0,
         rope_scaling=RopeScaling(scale_factor=32.0),
         share_embeddings_and_output_weights=shape["layers"] <= 16,
-        attention_backend=options.pop("attention", "auto"),
     )
-    chosen: dict[str, Any] = {"compile": "layers" if torch.cuda.is_available() else None} | options
-    if "activation_checkpointing" in chosen and chosen["activation_checkpointing"][0].isdigit():
-        chosen["activation_checkpointing"] = float(chosen["activation_checkpointing"])
-    model = LanguageModel(config, **{k: None if v == "None" else v for k, v in chosen.items()})
-    return fit(model, 3e-4, shape, precision, clock, accumulate, devices, shared)
 
 
 def fit(
@@ -271,7 +286,7 @@ def litgpt(shape: dict[str, int], precision: str, options: dict[str, str], accum
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy
 
-    config = Config(
+    settings = Config(
         name="twin",
         block_size=shape["T"],
         padded_vocab_size=shape["vocab"],
@@ -288,7 +303,7 @@ def litgpt(shape: dict[str, int], precision: str, options: dict[str, str], accum
         mlp_class_name="LLaMAMLP",
     )
     with torch.device(_device()):
-        model = GPT(config)
+        model = GPT(settings)
         model.apply(model._init_weights)
     model.lm_head.weight = model.transformer.wte.weight
     compiled = torch.compile(model)
@@ -321,11 +336,11 @@ def huggingface(shape: dict[str, int], precision: str, options: dict[str, str], 
     from lightning.pytorch import Callback, LightningModule, Trainer
     from transformers import LlamaForCausalLM
 
-    config = llama(shape, attn_implementation="sdpa")
+    settings = llama(shape, attn_implementation="sdpa")
 
     class Module(LightningModule):
         def configure_model(self) -> None:
-            self.model = LlamaForCausalLM(config)
+            self.model = LlamaForCausalLM(settings)
             self.run = torch.compile(self.model) if options.get("compile") else self.model
 
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
