@@ -16,6 +16,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import fiddle as fdl
@@ -70,27 +71,31 @@ def last(run: dict[str, Any]) -> float:
 
 
 def train(name: str, rate: float, steps: int, sequences: int, validations: int = 8) -> dict[str, Any]:
-    """A run's losses in nats a token, of each step and of validations, and the median seconds of a step."""
+    """A run with an optimizer at a rate, as `losses` has it."""
     recipe = model(rate, steps, sequences)
     recipe.trainer.val_check_interval = steps // validations
     if name == "Muon":
         fdl.update_callable(recipe.optim, Muon)
     start = time.perf_counter()
+    found = losses(recipe)
+    took = time.perf_counter() - start
+    print(f"{name}, {rate:g}, {steps} steps: {last(found):.4f} after {took:.0f} s", flush=True)
+    return found
+
+
+def losses(recipe: Recipe) -> dict[str, Any]:
+    """Trains, and returns the losses in nats a token, of each step and of validations, and the seconds of a step."""
     with tempfile.TemporaryDirectory() as directory:
         recipe.log.dir, recipe.log.name = directory, "run"
         with contextlib.redirect_stdout(io.StringIO()):
             run = pretrain(**recipe.build_arguments())
         with run.metrics.open(newline="") as file:
             rows = list(csv.DictReader(file))
-    found: dict[str, Any] = {
+    return {
         "loss": [float(row["loss"]) for row in rows if row.get("loss")],
         "val_loss": [[int(row["step"]), float(row["val_loss"])] for row in rows if row.get("val_loss")],
+        "seconds_per_step": median(float(row["seconds_per_step"]) for row in rows if row.get("seconds_per_step")),
     }
-    seconds = sorted(float(row["seconds_per_step"]) for row in rows if row.get("seconds_per_step"))
-    found["seconds_per_step"] = seconds[len(seconds) // 2]
-    took = time.perf_counter() - start
-    print(f"{name}, {rate:g}, {steps} steps: {found['val_loss'][-1][1]:.4f} after {took:.0f} s", flush=True)
-    return found
 
 
 def model(rate: float, steps: int, sequences: int) -> Recipe:

@@ -113,10 +113,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def shaped(name: str) -> Transformer:
+def shaped(name: str, hidden_size: int = 16) -> Transformer:
     torch.manual_seed(0)
     config = TransformerConfig(
-        num_layers=2, hidden_size=16, num_attention_heads=4, vocab_size=23, seq_length=24, init_method_std=0.5,
+        num_layers=2, hidden_size=hidden_size, num_attention_heads=4, vocab_size=23, seq_length=24, init_method_std=0.5,
         **SHAPES[name],
     )  # fmt: skip
     return Transformer(config).eval()
@@ -127,7 +127,7 @@ def uncached(model: Transformer, prompt: list[int], count: int) -> list[int]:
     """The likeliest tokens, with the whole text passed through the model for each."""
     ids = list(prompt)
     for _ in range(count):
-        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        ids.append(int(model(torch.tensor([ids], device=model.embedding.weight.device))[0, -1].argmax()))
     return ids[len(prompt) :]
 
 
@@ -205,6 +205,24 @@ def test_a_compiled_step_is_one_graph_and_changes_no_token(name: str, monkeypatc
     written = sample_batch(model, prompts, 12, Sampling(temperature=0), compile=True)
     assert written == [uncached(model, prompt, 12) for prompt in prompts]
     assert steps == [1] * 11 + [2] * 11
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("name", ["gqa", "learned"])
+def test_on_a_gpu_the_tokens_are_those_without_a_cache(name: str, compile: bool) -> None:
+    """Also compiled and captured: of fourteen steps the first three are compiled, and the others replayed."""
+    model = shaped(name, hidden_size=64).cuda()
+    prompts = [PROMPT, [5, 6, 7, 8, 9, 10]]
+    assert list(sample(model, PROMPT, 14, temperature=0, compile=compile)) == uncached(model, PROMPT, 14)
+    written = sample_batch(model, prompts, 14, Sampling(temperature=0), compile=compile)
+    assert written == [uncached(model, prompt, 14) for prompt in prompts]
+    assert list(sample(model, PROMPT, 14, seed=3, compile=compile)) == list(sample(model, PROMPT, 14, seed=3))
+    stop = written[0][5]  # by then the next step is under way
+    stopped = sample_batch(model, prompts[:1], 14, Sampling(temperature=0), [stop], compile=compile)
+    assert stopped == [written[0][: written[0].index(stop)]]
 
 
 def test_without_a_gpu_no_step_is_captured(model: Transformer) -> None:

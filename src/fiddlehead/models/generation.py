@@ -173,10 +173,30 @@ def _continuations(
     logits = model.logits(x[torch.arange(len(prompts), device=weight.device), last - 1])
     for number in range(max_new_tokens):
         tokens = sampling.choose(logits, generators)
-        yield tokens.tolist()
-        if max(lengths) + number >= room or number + 1 == max_new_tokens:
+        chosen = _on_host(tokens)
+        more = max(lengths) + number < room and number + 1 < max_new_tokens
+        if more and weight.is_cuda:  # the GPU goes on while the host looks at what was chosen
+            logits = step(tokens)
+        yield chosen()
+        if not more:
             return
-        logits = step(tokens)
+        if not weight.is_cuda:
+            logits = step(tokens)
+
+
+def _on_host(tokens: torch.Tensor) -> Callable[[], list[int]]:
+    """Begins to copy what is on a GPU; the result waits for the copy alone, and not for what comes after it."""
+    if not tokens.is_cuda:
+        return tokens.tolist
+    copy = torch.empty_like(tokens, device="cpu", pin_memory=True).copy_(tokens, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> list[int]:
+        done.synchronize()
+        return copy.tolist()
+
+    return wait
 
 
 def _step(model: Transformer, caches: Sequence[KVCache], tokens: torch.Tensor) -> torch.Tensor:
