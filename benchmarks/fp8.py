@@ -64,7 +64,7 @@ def recipe(arm: str, steps: int, small: bool) -> Recipe:
         run.model.config.vocab_size = None  # the tokenizer's
         run.data = tiny().data
         run.data.tokenizer.vocab_size = 16_384
-        run.data.seq_length, run.data.micro_batch_size, run.data.global_batch_size = 2048, 4, 4
+        run.data.seq_length, run.data.micro_batch_size, run.data.global_batch_size = 2048, 2, 2
         run.trainer.devices, run.trainer.strategy = 1, "auto"
         if arm != "bf16":
             run.model.fp8 = arm
