@@ -1,6 +1,7 @@
 """Greedy decoding on a CPU: ours and transformers', with the same weights, in turns.
 
     python benchmarks/generate.py        # --batches 1 8, --tokens 64, --rounds 5
+    python benchmarks/generate.py --gpu  # --tokens 300: a Llama 3.2 1B, compiled, against the memory's bandwidth
 
 A Llama of 120 M parameters with 12 heads in 4 groups writes after a prompt of 64 tokens; the texts are checked to be
 the same.
@@ -9,15 +10,19 @@ the same.
 from __future__ import annotations
 
 import argparse
+import time
+from dataclasses import replace
 
+import fiddle as fdl
 import torch
 import transformers
 from measure import Spread, alternate, ratio, save, table
 
 from fiddlehead.models import Transformer
 from fiddlehead.models.families import FAMILIES
-from fiddlehead.models.generation import Sampling, sample_batch
+from fiddlehead.models.generation import Sampling, sample, sample_batch
 from fiddlehead.models.tensor_map import tensor_map
+from fiddlehead.recipes.llama import LLAMA32_1B
 
 SETTINGS = {
     "vocab_size": 32000,
@@ -37,8 +42,12 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--gpu", action="store_true")
     given = parser.parse_args()
     torch.manual_seed(0)
+    if given.gpu:
+        on_gpu(given.tokens, given.rounds)
+        return
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SETTINGS)).eval()
     config, state = FAMILIES["llama"].config(theirs.config.to_dict()), theirs.state_dict()
     ours = Transformer(config).eval()
@@ -74,6 +83,38 @@ def main() -> None:
         figures[f"batch {batch}"] = {"tokens_per_s": speed, "ratio": times_as_many}
     print(table(["batch", "ours, tokens/s", "transformers, tokens/s", "times as many"], rows))
     save("generate", figures, ["torch", "transformers"], {"parameters": parameters, "threads": torch.get_num_threads()})
+
+
+@torch.no_grad()
+def on_gpu(tokens: int, rounds: int) -> None:
+    """One sequence of a 1B in bfloat16, whose every weight is read once for each token."""
+    config = replace(fdl.build(LLAMA32_1B), vocab_size=128_256, seq_length=4096)
+    with torch.device("cuda"):
+        model = Transformer(config).bfloat16().eval()
+    bytes_of_weights = sum(parameter.nbytes for parameter in model.parameters())
+    prompt = torch.randint(config.vocab_size or 0, (128,)).tolist()
+    rates = []
+    for _ in range(rounds + 1):
+        times = [time.perf_counter() for _ in sample(model, prompt, tokens, temperature=0, compile=True)]
+        rates.append((len(times) - 21) / (times[-1] - times[20]))  # the first steps compile and capture
+    rate = Spread.of(rates[1:])
+    bandwidth = copied_per_second()
+    figures = {"tokens_per_s": rate, "of_copying": rate.median * bytes_of_weights / bandwidth, "copying": bandwidth}
+    print(table(["", "tokens/s", "of copying's bandwidth"], [["1B", f"{rate:.0f}", f"{figures['of_copying']:.2f}"]]))
+    save("generate_gpu", figures, ["torch"], {"gpu": torch.cuda.get_device_name()})
+
+
+def copied_per_second(times: int = 20) -> float:
+    """Bytes read and written when a GiB is copied on the GPU."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    target.copy_(source)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        target.copy_(source)
+    torch.cuda.synchronize()
+    return 2 * times * source.nbytes / (time.perf_counter() - start)
 
 
 if __name__ == "__main__":
