@@ -209,7 +209,7 @@ def test_a_compiled_step_is_one_graph_and_changes_no_token(name: str, monkeypatc
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32:UserWarning")
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("name", ["gqa", "learned"])
 def test_on_a_gpu_the_tokens_are_those_without_a_cache(name: str, compile: bool) -> None:
