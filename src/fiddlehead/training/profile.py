@@ -101,7 +101,8 @@ class Profile(Callback):
         if trainer.strategy.root_device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history(stacks="python", max_entries=MAX_ALLOCATIONS)
-        self._profiler = torch.profiler.profile(activities=activities, record_shapes=self.shapes)
+        # torch 2.11 warns where events are not kept from cycle to cycle, of which there is one.
+        self._profiler = torch.profiler.profile(activities=activities, record_shapes=self.shapes, acc_events=True)
         self._profiler.start()
         self._others, trainer.profiler = trainer.profiler, _Ranges()  # type: ignore[attr-defined]
 
