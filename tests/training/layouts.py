@@ -39,6 +39,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp-2-ep-2": (4, {"expert_parallel": 2}),
     "hsdp-2x2-ep-2": (8, {"data_parallel_replicate": 2, "expert_parallel": 2}),
     "ep-2-tp-2": (4, {"expert_parallel": 2, "tensor_parallel": 2}),
+    "ep-2-cp-2": (4, {"expert_parallel": 2, "context_parallel": 2}),
+    "hsdp-2x2-tp-2": (8, {"data_parallel_replicate": 2, "tensor_parallel": 2}),
+    "hsdp-2x2-cp-2": (8, {"data_parallel_replicate": 2, "context_parallel": 2}),
 }
 SETTINGS = {
     "plain": {},

@@ -55,6 +55,9 @@ from tests.training.ranks import on_ranks
         *(
             pytest.param(layout, settings, marks=pytest.mark.long)
             for layout, settings in (
+                ("ep-2-cp-2", "experts"),
+                ("hsdp-2x2-tp-2", "documents"),
+                ("hsdp-2x2-cp-2", "documents"),
                 ("pp-4", "deep"),
                 ("pp-2-twice-fsdp-2", "deep"),
                 ("pp-2-tp-2", "documents"),
