@@ -134,7 +134,7 @@ def main() -> None:
 
 def measured(device: torch.device, length: int, batches: list[int], rounds: int) -> dict[str, Any]:
     """The bandwidth of a copy, and a row for each cache and backend."""
-    bandwidth = _copy_bandwidth(device, rounds)
+    bandwidth = copy_bandwidth(device, rounds)
     rows = []
     for paged in (False, True):
         for kind in HEADS:
@@ -230,7 +230,7 @@ def _seconds(step: Step, repeats: int, device: torch.device) -> float:
     return start.elapsed_time(end) / repeats / 1e3
 
 
-def _copy_bandwidth(device: torch.device, rounds: int) -> float:
+def copy_bandwidth(device: torch.device, rounds: int) -> float:
     """Bytes read and written a second by a copy much larger than any cache of the processor."""
     size = 2**31 if device.type == "cuda" else 2**27
     source = torch.ones(size, dtype=torch.uint8, device=device)

@@ -15,7 +15,6 @@ import subprocess
 import sys
 
 import fiddle as fdl
-import torch
 from measure import save, table
 from muon import losses
 
@@ -38,7 +37,15 @@ def main() -> None:
     if given.child:
         print(json.dumps(losses(recipe(given.child, given.steps, given.tiny))))
         return
-    command = [sys.executable, "-W", "ignore", __file__, "--steps", str(given.steps), *["--tiny"][: given.tiny]]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        __file__,
+        "--steps",
+        str(given.steps),
+        *(["--tiny"] if given.tiny else []),
+    ]
     children = {
         arm: subprocess.Popen([*command, "--child", arm], stdout=subprocess.PIPE, text=True) for arm in given.arms
     }
@@ -53,8 +60,8 @@ def main() -> None:
         for arm, (loss, val) in ends.items()
     ]
     print(table(["", "loss, last 20 steps", "", "validation loss", ""], rows))
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    save("fp8", {"steps": given.steps, "runs": runs}, ["torch", "torchao"], {"gpu": gpu})
+    if not given.tiny:
+        save("fp8", {"steps": given.steps, "runs": runs}, ["torch", "torchao"])
 
 
 def recipe(arm: str, steps: int, small: bool) -> Recipe:

@@ -16,6 +16,7 @@ from dataclasses import replace
 import fiddle as fdl
 import torch
 import transformers
+from decode import copy_bandwidth
 from measure import Spread, alternate, ratio, save, table
 
 from fiddlehead.models import Transformer
@@ -44,6 +45,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gpu", action="store_true")
     given = parser.parse_args()
+    if given.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: there is no GPU here")
     torch.manual_seed(0)
     if given.gpu:
         on_gpu(given.tokens, given.rounds)
@@ -98,23 +101,10 @@ def on_gpu(tokens: int, rounds: int) -> None:
         times = [time.perf_counter() for _ in sample(model, prompt, tokens, temperature=0, compile=True)]
         rates.append((len(times) - 21) / (times[-1] - times[20]))  # the first steps compile and capture
     rate = Spread.of(rates[1:])
-    bandwidth = copied_per_second()
+    bandwidth = copy_bandwidth(torch.device("cuda"), rounds)
     figures = {"tokens_per_s": rate, "of_copying": rate.median * bytes_of_weights / bandwidth, "copying": bandwidth}
     print(table(["", "tokens/s", "of copying's bandwidth"], [["1B", f"{rate:.0f}", f"{figures['of_copying']:.2f}"]]))
-    save("generate_gpu", figures, ["torch"], {"gpu": torch.cuda.get_device_name()})
-
-
-def copied_per_second(times: int = 20) -> float:
-    """Bytes read and written when a GiB is copied on the GPU."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    target.copy_(source)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(times):
-        target.copy_(source)
-    torch.cuda.synchronize()
-    return 2 * times * source.nbytes / (time.perf_counter() - start)
+    save("generate_gpu", figures, ["torch"])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from measure import save, table
-from train import SHAPE, TINY, Clock, batches, fit, llama, on_device, run_arm
+from train import SHAPE, TINY, Clock, accelerator, batches, fit, llama, on_device, run_arm
 
 ARMS = ["ours", "ours, full", "peft, eager", "peft, compiled"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -50,7 +50,8 @@ def main() -> None:
         if "failed" not in r
     ]
     print(table(["", "tokens/s", "MFU", "peak GiB", "loss"], rows))
-    save("lora", figures, ["torch", "lightning", "transformers", "peft"])
+    if not given.tiny:
+        save("lora", figures, ["torch", "lightning", "transformers", "peft"])
 
 
 def write_weights(shape: dict[str, int], folder: Path) -> None:
@@ -58,7 +59,7 @@ def write_weights(shape: dict[str, int], folder: Path) -> None:
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    with torch.device(_device()):
+    with torch.device(accelerator()):
         LlamaForCausalLM(llama(shape)).bfloat16().save_pretrained(folder)
 
 
@@ -96,7 +97,7 @@ def peft(arm: str, shape: dict[str, int], weights: Path, clock: Clock) -> tuple[
     from fiddlehead.training import AdamW
 
     base: Any = LlamaForCausalLM.from_pretrained(weights, dtype=torch.bfloat16, attn_implementation="sdpa")
-    model: Any = get_peft_model(base.to(_device()), LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
+    model: Any = get_peft_model(base.to(accelerator()), LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
     model.train()
     run = torch.compile(model) if arm == "peft, compiled" else model
     adapters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -104,8 +105,8 @@ def peft(arm: str, shape: dict[str, int], weights: Path, clock: Clock) -> tuple[
     loss = torch.zeros(())
     source = batches(shape, "cpu", 0)
     while clock.done < clock.steps:
-        ids, labels = (tokens.to(_device()) for tokens in next(source))
-        with torch.autocast(_device(), dtype=torch.bfloat16):
+        ids, labels = (tokens.to(accelerator()) for tokens in next(source))
+        with torch.autocast(accelerator(), dtype=torch.bfloat16):
             logits = run(input_ids=ids, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         loss.backward()
@@ -114,10 +115,6 @@ def peft(arm: str, shape: dict[str, int], weights: Path, clock: Clock) -> tuple[
         optimizer.zero_grad()
         clock()
     return float(loss), sum(parameter.numel() for _, parameter in adapters)
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

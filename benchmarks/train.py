@@ -51,12 +51,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=ARMS, metavar="NAME:BATCH:PRECISION[:OPTION=VALUE,...]")
     parser.add_argument("--steps", type=int, default=15, help="timed steps")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before them")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before them, at least 1")
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--tiny", action="store_true", help="a model of nothing, on a CPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.warmup < 1:
+        parser.error(f"--warmup {arguments.warmup}: at least 1")
     if arguments.child:
         figures = measure(arguments.child, arguments)
         if os.environ.get("RANK", "0") == "0":
@@ -103,6 +105,7 @@ def measure(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     run = {"fiddlehead": fiddlehead, "torchtitan": torchtitan, "litgpt": litgpt, "huggingface": huggingface}[name]
     clock = Clock(arguments.steps, arguments.warmup)
+    backend = options.get("attention", "auto")
     loss = run(shape, precision, options, accumulate, clock)
     seconds = clock.seconds / arguments.steps
     tokens_per_s = shape["B"] * shape["T"] * accumulate * devices / shared / seconds
@@ -110,7 +113,7 @@ def measure(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
     per_layer = C * C * 2 + C * 2 * shape["groups"] * D + 3 * C * shape["ffn"]
     untied = 0 if shape["layers"] <= 16 else shape["vocab"] * C
     flops = 6 * (L * per_layer + shape["vocab"] * C + untied) + 6 * L * shape["T"] * C
-    kernel = {"attention": attention_kernel(shape, precision)} if name == "fiddlehead" else {}
+    kernel = {"attention": attention_kernel(config(shape, backend), precision)} if name == "fiddlehead" else {}
     return {**on_device(tokens_per_s, flops / devices), "first_step_s": clock.first - began, "loss": loss, **kernel}
 
 
@@ -122,12 +125,12 @@ def on_device(tokens_per_s: float, flops: float) -> dict[str, float]:
     return {"tokens_per_s": tokens_per_s, "mfu": tokens_per_s * flops / peak, "gib": gib}
 
 
-def attention_kernel(shape: dict[str, int], precision: str) -> list[str]:
-    """What `attend` takes for our arms, with its version."""
+def attention_kernel(config: Any, precision: str) -> list[str]:
+    """What `attend` takes for one of our arms."""
     from fiddlehead.training import attention
 
-    target = attention.Target.of(torch.device(_device()))
-    return attention.rows(attention.choose(config(shape), attention.compute_dtype(precision), target, packed=False))
+    target = attention.Target.of(torch.device(accelerator()))
+    return attention.rows(attention.choose(config, attention.compute_dtype(precision), target, packed=False))
 
 
 class Clock:
@@ -165,15 +168,16 @@ def fiddlehead(shape: dict[str, int], precision: str, options: dict[str, str], a
     from fiddlehead.training import LanguageModel
 
     devices, shared = int(options.pop("devices", 1)), int(options.pop("context_parallel", 1))
+    shaped = config(shape, options.pop("attention", "auto"))
     chosen: dict[str, Any] = {"compile": "layers" if torch.cuda.is_available() else None} | options
     if "activation_checkpointing" in chosen and chosen["activation_checkpointing"][0].isdigit():
         chosen["activation_checkpointing"] = float(chosen["activation_checkpointing"])
-    model = LanguageModel(config(shape), **{k: None if v == "None" else v for k, v in chosen.items()})
+    model = LanguageModel(shaped, **{k: None if v == "None" else v for k, v in chosen.items()})
     return fit(model, 3e-4, shape, precision, clock, accumulate, devices, shared)
 
 
-def config(shape: dict[str, int]) -> Any:
-    """A shape as our configuration."""
+def config(shape: dict[str, int], backend: str) -> Any:
+    """A shape as our configuration, with an attention backend."""
     from fiddlehead.models import RopeScaling, TransformerConfig
 
     return TransformerConfig(
@@ -187,6 +191,7 @@ def config(shape: dict[str, int]) -> Any:
         rotary_base=500_000.0,
         rope_scaling=RopeScaling(scale_factor=32.0),
         share_embeddings_and_output_weights=shape["layers"] <= 16,
+        attention_backend=backend,
     )
 
 
@@ -269,7 +274,7 @@ def torchtitan(shape: dict[str, int], precision: str, options: dict[str, str], a
         rope_theta=500_000,
         max_seq_len=shape["T"],
     )
-    with torch.device(_device()):
+    with torch.device(accelerator()):
         model = Transformer(args)
         model.init_weights()
     model.output.weight = model.tok_embeddings.weight
@@ -302,7 +307,7 @@ def litgpt(shape: dict[str, int], precision: str, options: dict[str, str], accum
         norm_class_name="RMSNorm",
         mlp_class_name="LLaMAMLP",
     )
-    with torch.device(_device()):
+    with torch.device(accelerator()):
         model = GPT(settings)
         model.apply(model._init_weights)
     model.lm_head.weight = model.transformer.wte.weight
@@ -374,7 +379,7 @@ def huggingface(shape: dict[str, int], precision: str, options: dict[str, str], 
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Module(), train_dataloaders=batches(shape, _device()))
+    trainer.fit(Module(), train_dataloaders=batches(shape, accelerator()))
     return float(ticks.loss)
 
 
@@ -390,12 +395,12 @@ def loop(
     if precision == "bf16-true":
         model.bfloat16()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    source = batches(shape, _device())
+    source = batches(shape, accelerator())
     loss = torch.zeros(())
     while clock.done < clock.steps:
         for _ in range(accumulate):
             ids, labels = next(source)
-            with torch.autocast(_device(), dtype=torch.bfloat16, enabled=precision == "bf16-mixed"):
+            with torch.autocast(accelerator(), dtype=torch.bfloat16, enabled=precision == "bf16-mixed"):
                 loss = loss_of(ids, labels)
             (loss / accumulate).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -409,7 +414,8 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
-def _device() -> str:
+def accelerator() -> str:
+    """The kind of device that all arms train on."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
