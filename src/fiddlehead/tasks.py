@@ -82,7 +82,7 @@ def pretrain(
     run.path.mkdir(parents=True, exist_ok=True)
     if model.compile_mode is not None or optim.compiles(str(trainer.precision)):
         keep_compiled_kernels()
-    _record_attention(run, plan)
+    _record_attention(run, plan, trainer.strategy.root_device)
     if resume not in ("auto", "never"):
         write_atomically(run.path / "resumed_from", str(resume))
     seed_everything(seed, workers=True, verbose=False)
@@ -360,12 +360,20 @@ def _checkpoint_at(resume: str | Path, runs: Path) -> Path:
     return checkpoint
 
 
-def _record_attention(run: RunDirectory, plan: Plan) -> None:
-    """Says and writes down which kernel serves which layers, on the machine that trains."""
+def _record_attention(run: RunDirectory, plan: Plan, device: torch.device) -> None:
+    """Tries the chosen kernels on this rank's device; says and writes down which serves which layers, and the errors.
+
+    Raises:
+        ConfigError: a kernel's output or gradient is wrong.
+    """
+    try:
+        trials = attention.try_out(plan.attention, device)
+    except ConfigError as error:
+        raise error.under("model.config") from error
     if is_rank_zero():
         for line in attention.rows(plan.attention):
             say(f"attention: {line}")
-        text = json.dumps(attention.record(plan.attention), indent=1) + "\n"
+        text = json.dumps(attention.record(plan.attention, trials), indent=1) + "\n"
         write_atomically(run.path / "attention.json", text)
 
 

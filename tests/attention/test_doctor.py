@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -76,12 +77,21 @@ def _not_a_number(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object)
     return q + (k.sum() + v.sum()) * float("nan")
 
 
+def _wrong_gradients_at_odd_head_dims(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> torch.Tensor:
+    k = k.detach() + 0 * k if k.shape[-1] % 32 else k
+    return doctor.BACKENDS["reference"].run(q, k, *rest)
+
+
 @pytest.mark.parametrize(
     ("run", "detail"),
     [
         (_raising, "it fails: RuntimeError: no kernel image is available"),
         (_wrong, "it fails: RuntimeError: The differentiated Tensor"),
-        (_not_a_number, "it is wrong: relative error nan, above 1e-04"),
+        (_not_a_number, "it is wrong: head_dim=64: relative error of out nan, dq "),
+        (
+            _wrong_gradients_at_odd_head_dims,
+            "it is wrong: head_dim=80: relative error of dk 1.0e+00, above 1e-04; head",
+        ),
     ],
 )
 def test_a_kernel_that_fails_or_is_wrong_is_broken(

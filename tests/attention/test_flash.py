@@ -319,6 +319,7 @@ def package(name: str, monkeypatch: pytest.MonkeyPatch) -> StandIn:
     package = STAND_INS[name]()
     monkeypatch.setattr(MODULES[name], "function", lambda _package, function: getattr(package, function))
     monkeypatch.setattr(flash4, "_splits", lambda _device: 0)
+    monkeypatch.setattr(flash4, "_padding_of_gradients", lambda _head_dim, _device: 0)
     torch._dynamo.reset()
     return package
 
@@ -414,6 +415,39 @@ def test_flash4_splits_the_keys_only_where_it_can(monkeypatch: pytest.MonkeyPatc
         flash4._splits.cache_clear()
         assert flash4._splits(torch.device("cuda", 0)) == splits
     flash4._splits.cache_clear()
+
+
+def test_flash4_pads_gradients_on_hopper_where_tiles_of_16_and_32_channels_differ(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def padding(gpu: str, head_dim: int) -> int:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: GPUS[gpu])
+        flash4._padding_of_gradients.cache_clear()
+        return flash4._padding_of_gradients(head_dim, torch.device("cuda", 0))
+
+    for head_dim in range(8, 257, 8):
+        in_16s, in_32s = -(-head_dim // 16) * 16, -(-head_dim // 32) * 32
+        assert padding("h100", head_dim) == (in_32s - head_dim if head_dim <= 128 and in_16s != in_32s else 0)
+        assert padding("b200", head_dim) == padding("rtx5090", head_dim) == 0
+    flash4._padding_of_gradients.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["flash4"], indirect=True)
+def test_gradients_of_padded_heads_are_those_of_the_heads(
+    name: str, package: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    backward = package._flash_attn_bwd  # type: ignore[attr-defined]
+    monkeypatch.setattr(package, "lse", lambda q: torch.zeros(q.shape[:-1], dtype=torch.float32))
+    monkeypatch.setattr(
+        package, "_flash_attn_bwd", lambda q, *rest, **o: (seen.append(q.shape[-1]), backward(q, *rest, **o))[1]
+    )
+    monkeypatch.setattr(flash4, "_padding_of_gradients", lambda head_dim, _device: -head_dim % 32)
+    for s, extras, inputs in cases(name):
+        actual = outcome(flash4.run, s, extras, inputs)
+        assert_equal(actual, outcome(reference.run, s, extras, inputs))
+        assert all(x.is_contiguous() for x in actual[1:])
+    assert set(seen) == {32}
 
 
 def recording(call: Callable[..., Any], graphs: list[list[str]]) -> Callable[..., Any]:

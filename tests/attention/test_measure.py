@@ -13,7 +13,8 @@ import torch
 
 from fiddlehead.attention import BACKENDS, AttentionSpec, Target, attend
 from fiddlehead.attention.backend import Backend, Extras
-from fiddlehead.attention.measure import Shape, fastest
+from fiddlehead.attention.measure import fastest
+from fiddlehead.attention.sample import Shape
 
 CPU = torch.device("cpu")
 SPEC = AttentionSpec(dtype=torch.float32, head_dim=8, num_attention_heads=4, num_query_groups=2)

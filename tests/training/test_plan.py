@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fiddlehead import tasks
+from fiddlehead.attention import BACKENDS
 from fiddlehead.data import ByteTokenizer
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA
@@ -188,9 +189,24 @@ def test_a_run_writes_down_which_kernel_served_it(parts: Parts, capsys: pytest.C
     assert (entry["spec"]["dtype"], entry["spec"]["num_query_groups"]) == ("float32", 2)
     assert entry["reasons"]["cudnn"] and entry["packages"]["torch"] == torch.__version__
     assert entry["target"] == {"device_type": "cpu", "name": "cpu", "capability": [0, 0]}
+    errors = entry["trials"]["sdpa_flash"]
+    assert errors.keys() == {"out", "dq", "dk", "dv"} and 0 < max(errors.values()) < entry["limit"] / 10
     run = tasks.pretrain(**parts(max_steps=1, name="measured", attention_backend="measured"))
     (entry,) = json.loads((run.path / "attention.json").read_text())
     assert entry["backend"] is None and set(entry["candidates"]) >= {"sdpa_flash", "reference"}
+    assert entry["trials"].keys() == {"sdpa_flash"}  # the reference would only be taken if there were nothing else
+
+
+def test_a_run_whose_kernel_has_wrong_gradients_does_not_begin(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = BACKENDS["sdpa_flash"].run
+    monkeypatch.setattr(
+        BACKENDS["sdpa_flash"], "run", lambda q, k, v, *rest: right(q, k, 1.1 * v - 0.1 * v.detach(), *rest)
+    )
+    monkeypatch.setenv("FIDDLEHEAD_CACHE", str(Path(parts(max_steps=1)["log"].dir) / "cache"))
+    with pytest.raises(
+        ConfigError, match=r"^model\.config\.attention_backend: sdpa_flash is wrong on cpu .* of dv 1\.0e-01"
+    ):
+        tasks.pretrain(**parts(max_steps=1))
 
 
 def test_what_cannot_be_compiled_with_experts_is_said_before(parts: Parts) -> None:

@@ -13,7 +13,8 @@ import torch
 
 from fiddlehead.attention.backend import Backend, Extras
 from fiddlehead.attention.kv_cache import KVCache
-from fiddlehead.attention.measure import Shape, fastest
+from fiddlehead.attention.measure import fastest
+from fiddlehead.attention.sample import Shape
 from fiddlehead.attention.selection import BACKENDS, explain, select
 from fiddlehead.attention.spec import AttentionSpec, Target, length_class
 from fiddlehead.attention.switches import Setting, must_be_deterministic, setting

@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
 from fiddlehead.attention.backend import Extras
 from fiddlehead.attention.operators import contiguous_like, register
@@ -107,6 +108,9 @@ def _backward(
     extras: Extras,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     left, right = _window(spec)
+    D, padding = spec.head_dim, _padding_of_gradients(spec.head_dim, q.device)
+    if padding:
+        dout, q, k, v, out = (F.pad(x, (0, padding)) for x in (dout, q, k, v, out))
     dq, dk, dv = contiguous_like(q, k, v)
     gradients = function("flash4", "_flash_attn_bwd")(
         q,
@@ -130,6 +134,8 @@ def _backward(
         dv=dv,
         learnable_sink=extras.sinks,
     )
+    if padding:
+        dq, dk, dv = (x[..., :D].contiguous() for x in (dq, dk, dv))
     return dq, dk, dv, gradients[3] if extras.sinks is not None else None
 
 
@@ -153,6 +159,19 @@ def _window(spec: AttentionSpec) -> tuple[int | None, int | None]:
     """The window with None for no limit: of one side alone, -1 would be a limit."""
     left, right = spec.window_size
     return (left if left >= 0 else None, right if right >= 0 else None)
+
+
+@lru_cache
+def _padding_of_gradients(head_dim: int, device: torch.device) -> int:
+    """How many channels of zeros the backward pass on Hopper needs to be right.
+
+    Up to 128 channels its kernel writes sums of the gradients in tiles of a multiple of 16 channels, which what reads
+    them takes for tiles of a multiple of 32 (4.0.0b36; flash_bwd_sm90.py and flash_bwd_postprocess.py). Where the two
+    differ, as for 80, the gradients are wrong and nothing says so.
+    """
+    if torch.cuda.get_device_capability(device)[0] != 9 or head_dim > 128:
+        return 0
+    return -head_dim % 32 if -head_dim % 32 >= 16 else 0
 
 
 @lru_cache

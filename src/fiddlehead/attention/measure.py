@@ -10,18 +10,16 @@ from __future__ import annotations
 import json
 import logging
 import statistics
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 
+from fiddlehead.attention import kept
 from fiddlehead.attention.backend import Backend, Extras
+from fiddlehead.attention.sample import Inputs, Shape, sample
 from fiddlehead.attention.spec import AttentionSpec, Target
-from fiddlehead.environment import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -30,16 +28,13 @@ LAST_RESORTS = ("flex", "reference")
 ROUNDS = 5
 SECONDS_PER_ROUND = 0.02
 
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+FILE = "attention.json"
 
 
-class Shape(NamedTuple):
-    """The sizes of one call that a spec leaves open."""
-
-    batch: int
-    """Sequences; of a packed call as many as of the longest would hold its tokens."""
-    length_q: int
-    length_k: int
+def contenders(candidates: Iterable[str]) -> list[str]:
+    """The names of those that are timed: all but the last resorts, or these if there is nothing else."""
+    names = list(candidates)
+    return [name for name in names if name not in LAST_RESORTS] or names
 
 
 def fastest(
@@ -49,16 +44,16 @@ def fastest(
 
     One that fails is left out with a warning.
     """
-    fast = {name: backend for name, backend in candidates.items() if name not in LAST_RESORTS} or candidates
+    fast = {name: candidates[name] for name in contenders(candidates)}
     if len(fast) == 1:
         return next(iter(fast))
     key = _key(spec, target, shape, fast)
-    times = _read().get(key)
+    times = kept.read(FILE).get(key)
     if times is None:
         times = _measure(fast, spec, device, shape)
         if not times:  # the call itself will say what is wrong
             return next(iter(fast))
-        _keep(key, times)
+        kept.keep(FILE, key, times)
     return min(times, key=lambda name: times[name])
 
 
@@ -67,7 +62,7 @@ def _measure(
 ) -> dict[str, float]:
     """Milliseconds of each candidate that works."""
     times: dict[str, float] = {}
-    inputs, extras = _inputs(spec, device, shape)
+    inputs, extras = sample(spec, device, shape)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.autocast(device.type, enabled=False):  # dropout draws numbers
         for name, backend in candidates.items():
@@ -120,71 +115,8 @@ def _milliseconds(step: Callable[[], object], device: torch.device) -> float:
     return statistics.median(rounds) * 1e3
 
 
-def _inputs(spec: AttentionSpec, device: torch.device, shape: Shape) -> tuple[Inputs, Extras]:
-    """q, k and v with the sizes of the call, and what else it has."""
-    B, T, S = shape.batch, shape.length_q, shape.length_k
-    H, G, D = spec.num_attention_heads, spec.num_query_groups, spec.head_dim
-    generator = torch.Generator(device).manual_seed(0)  # its own: the model's numbers must not depend on a timing
-    int32: dict[str, Any] = {"dtype": torch.int32, "device": device}
-
-    def draw(*size: int) -> torch.Tensor:
-        made = torch.randn(*size, generator=generator, device=device, dtype=torch.float32).to(spec.dtype)
-        return made.requires_grad_(spec.training)
-
-    extras = Extras(
-        padding_mask=torch.ones(B, S, dtype=torch.bool, device=device) if spec.padding_mask else None,
-        alibi_slopes=torch.linspace(0.01, 1, H, device=device) if spec.alibi else None,
-        sinks=torch.zeros(H, device=device, dtype=spec.dtype) if spec.sinks else None,
-    )
-    if spec.packed:
-        extras = extras._replace(
-            cu_seqlens_q=torch.arange(0, B + 1, **int32) * T,
-            cu_seqlens_k=torch.arange(0, B + 1, **int32) * S,
-            max_seqlen_q=T,
-            max_seqlen_k=S,
-        )
-        return (draw(B * T, H, D), draw(B * S, G, D), draw(B * S, G, D)), extras
-    if spec.cached:
-        extras = extras._replace(cache_lengths=torch.full((B,), S, **int32))
-    if spec.page_size:
-        pages = -(-S // spec.page_size)
-        extras = extras._replace(page_table=torch.arange(B * pages, **int32).view(B, pages))
-        stored = (B * pages, spec.page_size, G, D)
-        return (draw(B, T, H, D), draw(*stored), draw(*stored)), extras
-    return (draw(B, T, H, D), draw(B, S, G, D), draw(B, S, G, D)), extras
-
-
-# -- what was measured before
-
-
-def _file() -> Path:
-    return cache_folder() / "attention.json"
-
-
 def _key(spec: AttentionSpec, target: Target, shape: Shape, candidates: dict[str, Backend]) -> str:
     """All that the times depend on, as text."""
     sizes = [1 << (size - 1).bit_length() for size in (shape.batch, shape.length_q, shape.length_k)]
     facts = {**asdict(spec), "dtype": str(spec.dtype), "sizes": sizes, "candidates": list(candidates)}
     return json.dumps({"device": target.name, "packages": asdict(target.packages), **facts}, sort_keys=True)
-
-
-def _read() -> dict[str, dict[str, float]]:
-    try:
-        return json.loads(_file().read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        logger.warning("attention: %s cannot be read and is begun anew: %s", _file(), error)
-        return {}
-
-
-def _keep(key: str, times: dict[str, float]) -> None:
-    """Adds an outcome; a folder that cannot be written costs another measurement next time, not the run."""
-    path = _file()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({**_read(), key: times}, file, indent=1)
-        Path(file.name).replace(path)
-    except OSError as error:
-        logger.warning("attention: the measured times are not kept: %s", error)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from fiddlehead.attention import BACKENDS, GPUS, Choice, Package, Packages, Target, explain
+from fiddlehead.attention.measure import contenders
 from fiddlehead.attention.packages import CUDNN_OF_CUDA_BUILDS, NEWEST_KNOWN
+from fiddlehead.attention.trial import LIMITS, Errors, require_right
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import TransformerConfig
 
@@ -69,9 +71,29 @@ def rows(chosen: LayerChoices) -> list[str]:
     return lines
 
 
-def record(chosen: LayerChoices) -> list[dict[str, Any]]:
-    """The choices as JSON: of each different spec the layers that have it, and what `Choice.to_dict` says."""
-    return [{"layers": list(layers), **choice.to_dict()} for layers, choice in chosen]
+def try_out(chosen: LayerChoices, device: torch.device) -> list[dict[str, Errors]]:
+    """For each choice, the errors that the kernels which may serve make in a small call on this device.
+
+    Raises:
+        ConfigError: an output or a gradient is wrong.
+    """
+    trials = []
+    for _, choice in chosen:
+        names = contenders(choice.candidates) if choice.measured else choice.candidates[:1]
+        trials.append({name: require_right(name, choice.spec, choice.target, device) for name in names})
+    return trials
+
+
+def record(chosen: LayerChoices, trials: list[dict[str, Errors]]) -> list[dict[str, Any]]:
+    """The choices as JSON: of each different spec the layers that have it, what `Choice.to_dict` says, and the trials.
+
+    Args:
+        trials: what `try_out` returned.
+    """
+    return [
+        {"layers": list(layers), **choice.to_dict(), "trials": errors, "limit": LIMITS[choice.spec.dtype]}
+        for (layers, choice), errors in zip(chosen, trials, strict=True)
+    ]
 
 
 def ranges(numbers: list[int]) -> str:

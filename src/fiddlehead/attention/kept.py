@@ -1,0 +1,41 @@
+"""Outcomes that are kept from run to run, by what they depend on, in a JSON file of the cache folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fiddlehead.environment import cache_folder
+
+logger = logging.getLogger(__name__)
+
+
+def read(name: str) -> dict[str, Any]:
+    """All outcomes in the file `name` of the cache folder; none if it cannot be read."""
+    path = _path(name)
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("attention: %s cannot be read and is begun anew: %s", path, error)
+        return {}
+
+
+def keep(name: str, key: str, outcome: Any) -> None:
+    """Adds an outcome; where the folder cannot be written, the next run has to find it out again."""
+    path = _path(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump({**read(name), key: outcome}, file, indent=1)
+        Path(file.name).replace(path)
+    except OSError as error:
+        logger.warning("attention: the outcome is not kept in %s: %s", path, error)
+
+
+def _path(name: str) -> Path:
+    return cache_folder() / name
