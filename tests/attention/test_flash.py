@@ -319,7 +319,7 @@ def package(name: str, monkeypatch: pytest.MonkeyPatch) -> StandIn:
     package = STAND_INS[name]()
     monkeypatch.setattr(MODULES[name], "function", lambda _package, function: getattr(package, function))
     monkeypatch.setattr(flash4, "_splits", lambda _device: 0)
-    monkeypatch.setattr(flash4, "_padding_of_gradients", lambda _head_dim, _device: 0)
+    monkeypatch.setattr(flash4, "_on_hopper", lambda _device: False)
     torch._dynamo.reset()
     return package
 
@@ -417,19 +417,11 @@ def test_flash4_splits_the_keys_only_where_it_can(monkeypatch: pytest.MonkeyPatc
     flash4._splits.cache_clear()
 
 
-def test_flash4_pads_gradients_on_hopper_where_tiles_of_16_and_32_channels_differ(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def padding(gpu: str, head_dim: int) -> int:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: GPUS[gpu])
-        flash4._padding_of_gradients.cache_clear()
-        return flash4._padding_of_gradients(head_dim, torch.device("cuda", 0))
-
+def test_flash4_pads_gradients_where_tiles_of_16_and_32_channels_differ() -> None:
     for head_dim in range(8, 257, 8):
         in_16s, in_32s = -(-head_dim // 16) * 16, -(-head_dim // 32) * 32
-        assert padding("h100", head_dim) == (in_32s - head_dim if head_dim <= 128 and in_16s != in_32s else 0)
-        assert padding("b200", head_dim) == padding("rtx5090", head_dim) == 0
-    flash4._padding_of_gradients.cache_clear()
+        differ = head_dim <= 128 and in_16s != in_32s
+        assert flash4.gradient_padding(head_dim) == (in_32s - head_dim if differ else 0)
 
 
 @pytest.mark.parametrize("name", ["flash4"], indirect=True)
@@ -442,7 +434,7 @@ def test_gradients_of_padded_heads_are_those_of_the_heads(
     monkeypatch.setattr(
         package, "_flash_attn_bwd", lambda q, *rest, **o: (seen.append(q.shape[-1]), backward(q, *rest, **o))[1]
     )
-    monkeypatch.setattr(flash4, "_padding_of_gradients", lambda head_dim, _device: -head_dim % 32)
+    monkeypatch.setattr(flash4, "_on_hopper", lambda _device: True)
     for s, extras, inputs in cases(name):
         actual = outcome(flash4.run, s, extras, inputs)
         assert_equal(actual, outcome(reference.run, s, extras, inputs))

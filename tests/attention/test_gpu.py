@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,9 +21,10 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
 
-from fiddlehead.attention import BACKENDS, AttentionSpec, Target, attend
+from fiddlehead.attention import BACKENDS, AttentionSpec, Target, attend, flash4
 from fiddlehead.attention.backend import Extras
 from fiddlehead.attention.masks import alibi_bias, gathered, visible
+from fiddlehead.attention.trial import trial, wrong
 from fiddlehead.errors import ConfigError
 
 pytestmark = [
@@ -107,6 +109,22 @@ FEATURES = [
     Case("paged", T=1, S=1024, extras=("cached", "paged"), training=False),
 ]
 FEATURES = [replace(case, D=D) for D in (64, 128) for case in FEATURES]
+EVERY_HEAD_DIM = [
+    replace(case, D=D, dtype=dtype)
+    for D in range(8, 257, 8)
+    for dtype in (torch.bfloat16, torch.float16)
+    for case in (
+        Case("causal", T=301, S=301, H=20, G=5, B=1),
+        Case("causal", T=173, S=173, H=3, G=3),
+        Case("full", T=301, S=301, H=6, G=2, causal=False),
+        Case("more-keys", T=200, S=333, H=8, G=1, B=1),
+        Case("window", T=301, S=301, H=6, G=2, options={"window_size": (100, -1)}),
+        Case("window-both-sides", T=301, S=301, H=4, G=4, causal=False, options={"window_size": (30, 70)}),
+        Case("packed", T=517, S=517, H=6, G=2, extras=("packed",)),
+        Case("packed-more-keys", T=331, S=473, H=3, G=3, extras=("packed",)),
+    )
+]
+"""Kernels work in tiles of 16, 32 or 64 channels: what holds for multiples of 32 need not for the others."""
 
 
 class Call:
@@ -264,10 +282,11 @@ def _errors(actual: list[torch.Tensor], call: Call) -> list[str]:
 
 
 cases = pytest.mark.parametrize("case", [*PLAIN, *FEATURES], ids=str)
+all_cases = pytest.mark.parametrize("case", [*PLAIN, *FEATURES, *EVERY_HEAD_DIM], ids=str)
 backends = pytest.mark.parametrize("backend", ON_GPU)
 
 
-@cases
+@all_cases
 @backends
 def test_what_a_backend_claims_is_right(backend: str, case: Case) -> None:
     call = Call(case)
@@ -289,6 +308,30 @@ def test_what_a_backend_claims_is_right(backend: str, case: Case) -> None:
     if case.options.get("deterministic"):
         again = call.by_attend(backend)
         assert all(torch.equal(a, b) for a, b in zip(actual, again, strict=True))
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 80, 112])
+def test_flash4_itself_still_has_wrong_gradients_where_we_pad(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Call(Case("causal", D=head_dim))
+    if (reason := BACKENDS["flash4"].why_not(call.spec, _target())) or _target().sm != 90:
+        pytest.skip(reason or "its kernels for Hopper")
+    assert not _errors(call.by_backend("flash4"), call)
+    monkeypatch.setattr(flash4, "gradient_padding", lambda _head_dim: 0)
+    assert [problem.partition(":")[0] for problem in _errors(call.by_backend("flash4"), call)] == ["dq", "dk", "dv"]
+
+
+@backends
+def test_a_trial_is_passed_and_takes_less_than_two_seconds_once_compiled(backend: str) -> None:
+    spec = Call(Case("causal", H=32, G=8, D=112)).spec
+    if reason := BACKENDS[backend].why_not(spec, _target()):
+        pytest.skip(reason)
+    if backend == "flash2" and FLASH2_BUILD:
+        pytest.skip("this flash-attn 2 is built without these kernels, and does not say so")
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert not wrong(trial(backend, spec, device), spec)
+    start = time.perf_counter()
+    trial(backend, spec, device)
+    assert time.perf_counter() - start < 2
 
 
 def _check_dropout(call: Call, run: Callable[[], list[torch.Tensor]]) -> None:

@@ -33,6 +33,7 @@ SPEC = AttentionSpec(dtype=torch.bfloat16, head_dim=128, num_attention_heads=32,
 NEMO = Packages(torch="2.11.0", cudnn="9.19.0", flash2=Package("2.8.3"))
 """What NeMo's users have: flash-attn 2 and cuDNN."""
 ALL = replace(NEMO, flash3=Package("3.0.0"), flash4=Package("4.0.0b36"))
+WITHOUT_3 = replace(ALL, flash3=Package())
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +133,16 @@ PREFERRED = [
     ("h100", ALL, {"head_dim": 64, "length": 1024}, "flash4"),
     ("h100", ALL, {"head_dim": 128, "length": 1024}, "cudnn"),
     ("h100", ALL, {"head_dim": 128, "length": 4096}, "flash3"),
+    # Where flash-attn 4 pads its gradients.
+    *(("h100", ALL, {"head_dim": head_dim, "length": 1024}, "cudnn") for head_dim in (40, 80, 112)),
+    *(("h100", ALL, {"head_dim": head_dim, "length": 2048}, "flash3") for head_dim in (40, 80, 112)),
+    *(("h100", WITHOUT_3, {"head_dim": head_dim, "length": 2048}, "cudnn") for head_dim in (40, 80, 112)),
+    ("h100", WITHOUT_3, {"head_dim": 80, "length": 4096}, "flash4"),
+    ("h100", WITHOUT_3, {"head_dim": 112, "length": 4096}, "cudnn"),
+    ("h100", WITHOUT_3, {"head_dim": 112, "length": 8192}, "flash4"),
+    ("h100", WITHOUT_3, {"head_dim": 80, "length": 2048, "packed": True}, "flash4"),
+    ("h100", WITHOUT_3, {"head_dim": 80, "length": 2048, "training": False}, "flash4"),
+    ("h100", WITHOUT_3, {"head_dim": 96, "length": 2048}, "flash4"),
     ("h100", ALL, {"head_dim": 64, "length": 1024, "training": False}, "cudnn"),
     ("h100", ALL, {"head_dim": 64, "length": 4096, "training": False}, "flash4"),
     ("h100", ALL, {"head_dim": 64, "length": 4096, "training": False, "num_query_groups": 32}, "flash3"),

@@ -108,7 +108,7 @@ def _backward(
     extras: Extras,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     left, right = _window(spec)
-    D, padding = spec.head_dim, _padding_of_gradients(spec.head_dim, q.device)
+    D, padding = spec.head_dim, gradient_padding(spec.head_dim) if _on_hopper(q.device) else 0
     if padding:
         dout, q, k, v, out = (F.pad(x, (0, padding)) for x in (dout, q, k, v, out))
     dq, dk, dv = contiguous_like(q, k, v)
@@ -161,17 +161,20 @@ def _window(spec: AttentionSpec) -> tuple[int | None, int | None]:
     return (left if left >= 0 else None, right if right >= 0 else None)
 
 
-@lru_cache
-def _padding_of_gradients(head_dim: int, device: torch.device) -> int:
+def gradient_padding(head_dim: int) -> int:
     """How many channels of zeros the backward pass on Hopper needs to be right.
 
     Up to 128 channels its kernel writes sums of the gradients in tiles of a multiple of 16 channels, which what reads
     them takes for tiles of a multiple of 32 (4.0.0b36; flash_bwd_sm90.py and flash_bwd_postprocess.py). Where the two
     differ, as for 80, the gradients are wrong and nothing says so.
     """
-    if torch.cuda.get_device_capability(device)[0] != 9 or head_dim > 128:
-        return 0
-    return -head_dim % 32 if -head_dim % 32 >= 16 else 0
+    missing = -head_dim % 32
+    return missing if head_dim <= 128 and missing >= 16 else 0
+
+
+@lru_cache
+def _on_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @lru_cache

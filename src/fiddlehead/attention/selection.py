@@ -79,8 +79,12 @@ def _hopper(spec: AttentionSpec) -> Sequence[str]:
         if multi_head and not spec.packed and 0 < spec.length <= 4096:
             return HOPPER
         return _first("flash4", HOPPER) if narrow else HOPPER
-    if shortest and not narrow and 1 < spec.num_query_groups < spec.num_attention_heads:
+    padded = flash4.gradient_padding(spec.head_dim) > 0
+    if shortest and (padded or not narrow) and 1 < spec.num_query_groups < spec.num_attention_heads:
         return _first("cudnn", HOPPER)
+    if padded:  # flash-attn 4 makes padded copies for its gradients, which only longer sequences are worth
+        short = 0 < spec.length <= (2048 if spec.head_dim <= 80 else 4096)
+        return _first("flash3", _first("cudnn", HOPPER)) if short else HOPPER
     return _first("flash4", HOPPER) if 0 < spec.length <= 2048 or (narrow and spec.packed) else HOPPER
 
 
