@@ -51,7 +51,7 @@ GPT_OSS_20B = fdl.Config(
     rope_scaling=fdl.Config(YarnRopeScaling, scale_factor=32.0, old_context_len=4096, truncate=False),
     num_moe_experts=32,
     moe_router_topk=4,
-    moe_aux_loss_coeff=0.9,
+    moe_aux_loss_coeff=0.15,  # transformers' router_aux_loss_coef of 0.9, x topk / layers
 )
 
 

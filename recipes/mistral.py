@@ -24,7 +24,12 @@ MISTRAL_NEMO_12B = fdl.copy_with(
 )
 
 MIXTRAL_8X7B = fdl.copy_with(
-    MISTRAL_7B, rotary_base=1e6, window_size=None, num_moe_experts=8, moe_router_topk=2, moe_aux_loss_coeff=0.02
+    MISTRAL_7B,
+    rotary_base=1e6,
+    window_size=None,
+    num_moe_experts=8,
+    moe_router_topk=2,
+    moe_aux_loss_coeff=0.00125,  # transformers' router_aux_loss_coef of 0.02, x topk / layers
 )
 
 

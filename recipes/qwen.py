@@ -101,7 +101,7 @@ QWEN3_30B_A3B = fdl.copy_with(
     num_moe_experts=128,
     moe_router_topk=8,
     moe_ffn_hidden_size=768,
-    moe_aux_loss_coeff=0.001,
+    moe_aux_loss_coeff=0.000166666666667,  # transformers' router_aux_loss_coef of 0.001, x topk / layers
 )
 
 

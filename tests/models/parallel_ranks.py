@@ -47,6 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_moe_experts": 8,
         "moe_router_topk": 1,
         "moe_router_pre_softmax": True,
+        "moe_aux_loss_coeff": 0.1,
         "ffn_hidden_size": 16,
         "add_bias_linear": True,
         "activation": "clamped_swiglu",
@@ -69,7 +70,7 @@ MESHES: dict[str, dict[str, int]] = {
     "fsdp over dp=2 ep=2": {"dp_shard": 2, "ep": 2},
     "fsdp over dp=2 cp=2": {"dp_shard": 2, "cp": 2},
 }
-PACKED = ("multi-query", "sinks", "window")
+PACKED = ("multi-query", "sinks", "window", "experts with biases")
 """Models that are trained on documents kept apart."""
 STEPS = 20
 B, T = 4, 16
@@ -107,9 +108,8 @@ def compare(model_name: str, mesh_name: str) -> None:
         batch = random_batch(generator, packed=model_name in PACKED)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        samples = list(shares(batch, sizes))
-        # With experts, one process too has as many micro-batches: the auxiliary loss is not linear in the samples.
-        expected = torch.stack([loss_of(alone, share) for share in samples]).mean()
+        (whole,), samples = shares(batch, {}), list(shares(batch, sizes))
+        expected = loss_of(alone, whole)
         expected.backward()
         mine = local_batch(samples[sample_share(mesh)], mesh)
         loss = loss_of(split, mine)
@@ -132,8 +132,8 @@ def loss_of(model: Transformer, batch: dict[str, Any]) -> torch.Tensor:
     """The mean cross-entropy over a batch, and what the experts add."""
     logits = model(batch["input_ids"], batch.get("cu_seqlens"), batch.get("max_seqlen"))
     loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
-    spread = model.aux_loss()
-    return loss if spread is None else loss + spread
+    balance = model.aux_loss()
+    return loss if balance is None else loss + balance / batch["labels"].numel()
 
 
 def random_batch(generator: torch.Generator, *, packed: bool) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fiddlehead.models.parallel import Layout, local_batch, parallelize, refuse_
 from fiddlehead.models.parallel.shards import part_of, splits_over
 from tests.models import parallel_ranks
 
-QUICK = [("sinks", "tp=2"), ("multi-query", "cp=2")]
+QUICK = [("sinks", "tp=2"), ("multi-query", "cp=2"), ("experts", "cp=2")]
 THOROUGH = [
     *((model, "cp=2 tp=2") for model in ("grouped", "multi-query", "sinks", "projection norms", "window", "experts")),
     *((model, "tp=4") for model in ("multi-query", "biases", "projection norms")),
@@ -29,6 +29,7 @@ THOROUGH = [
     ("multi-head", "dp=2 tp=2"),
     ("head norms", "dp=2 cp=2"),
     ("experts with biases", "ep=4"),
+    ("experts with biases", "ep=2 cp=2"),
     ("experts", "ep=2 tp=2"),
     ("experts with biases", "fsdp over dp=2 ep=2"),
     *((model, "fsdp=2 tp=2") for model in ("biases", "projection norms")),

@@ -35,8 +35,8 @@ def loss_and_gradients(model: Transformer, width: torch.dtype = torch.float32) -
     ids = torch.arange(48).view(2, 24) % 61
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=width == torch.bfloat16):
         loss = model(ids, labels=ids.roll(-1, 1)) / ids.numel()
-    spread = model.aux_loss()
-    loss = loss if spread is None else loss + spread
+    balance = model.aux_loss()
+    loss = loss if balance is None else loss + balance / ids.numel()
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 

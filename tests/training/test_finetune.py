@@ -8,16 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fiddlehead import tasks
 from fiddlehead.data import FineTuningDataModule
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA
 from fiddlehead.runs import RunDirectory
-from fiddlehead.training import LanguageModel, PreferenceModel
+from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
 from fiddlehead.training.preference import answer_log_probabilities
 from fiddlehead.training.weights import load_transformer, open_weights
-from tests.training.conftest import KillAfter, Killed, Parts, rows
+from tests.training.conftest import KillAfter, Killed, Parts, make_parts, rows
+from tests.training.ranks import on_ranks
+from tests.training.test_language_model import Probe
 
 
 @pytest.fixture
@@ -153,3 +156,102 @@ def test_what_cannot_be_is_refused(base: RunDirectory, parts: Parts, tmp_path: P
         tasks.finetune(**tuning(parts, LanguageModel(init_from=base.path), bad))
     with pytest.raises(ConfigError, match="paths is empty"):
         FineTuningDataModule()
+
+
+# -- what a step's mean is over
+
+LENGTHS = (60, 3, 4, 5, 58, 8, 30, 24)
+"""Of prompts, of which some fill a row alone, and up to four share one."""
+
+
+def uneven(kind: str, folder: Path) -> Path:
+    """Examples, or pairs of answers."""
+    text = "the better of two answers is the one that is learned from pairs of them"
+    records = []
+    for number, length in enumerate(LENGTHS):
+        answer = "yes"[: 1 + number % 3]
+        if kind == "pairs":
+            records.append({"prompt": text[: min(length // 2, 28)], "chosen": answer, "rejected": "no"})
+        else:
+            records.append({"prompt": text[:length], "completion": answer})
+    path = folder / f"{kind}.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def one_step(
+    base: Path, path: Path, runs: Path, *, packed: bool, micro: int, split: dict[str, Any] | None = None
+) -> tuple[list[float], torch.Tensor]:
+    """What two steps log that have every example once: loss and gradient norm of each, validation loss; and a gradient.
+
+    Args:
+        split: those of `Parallel`, on two ranks; None: there is one.
+    """
+    pairs, probe = path.stem == "pairs", Probe()
+    changes = {} if split is None else {"devices": 2, "strategy": Parallel(**split)}
+    made = make_parts(
+        base, runs, max_steps=2, val_check_interval=2, gradient_clip_val=None, callbacks=[probe], **changes
+    )
+    made["model"] = PreferenceModel(init_from=base, beta=0.3) if pairs else LanguageModel(init_from=base)
+    rows_ = 4 if packed else len(LENGTHS)
+    made["data"] = FineTuningDataModule(
+        path, path, seq_length=64, micro_batch_size=micro, global_batch_size=rows_, packed=packed, preference=pairs
+    )
+    run = tasks.finetune(**made)
+    assert made["data"]._train is not None and len(made["data"]._train) == rows_
+    logged = [float(value) for row in rows(run, "loss", "grad_norm", "val_loss") for value in row if value]
+    return logged, torch.empty(0) if split is not None else probe.gradients[0]
+
+
+def each_alone(base: Path, path: Path) -> tuple[list[float], torch.Tensor]:
+    """The same, one text at a time."""
+    pairs = path.stem == "pairs"
+    now, then = (load_transformer(open_weights(base)) for _ in range(2))
+    data = FineTuningDataModule(path, path, tokenizer=base, seq_length=64, packed=False, preference=pairs)
+    data.setup()
+    losses, balances, count, tokens = [], [], 0, 0
+    for texts in data._train.examples:  # pyright: ignore
+        gained = []
+        for text in texts:
+            ids, learned = torch.from_numpy(text.ids).long(), torch.from_numpy(text.learned[1:])
+            before, after = (-F.cross_entropy(m(ids[None, :-1])[0], ids[1:], reduction="none") for m in (then, now))
+            gained.append(((after - before.detach() * pairs) * learned).sum())
+            balances.append(now.aux_loss())
+            tokens += len(ids) - 1
+            count += int(learned.sum())
+        losses.append(-F.logsigmoid(0.3 * (gained[0] - gained[1])) if pairs else -gained[0])
+    loss = torch.stack(losses).sum() / (len(losses) if pairs else count)
+    balanced = loss + torch.stack(balances).sum() / tokens
+    gradients = torch.autograd.grad(balanced, list(now.parameters()), allow_unused=True)
+    gradient = torch.cat([x.flatten() for x in gradients if x is not None])
+    return [loss.item(), gradient.norm().item()], gradient
+
+
+@pytest.fixture
+def mixture(parts: Parts) -> Path:
+    """A mixture of experts, whose balancing loss is as large as the other."""
+    shape = {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.5, "ffn_hidden_size": 16, "init_method_std": 0.3}
+    return tasks.pretrain(**parts(name="mixture", max_steps=1, val_samples=0, **shape)).path
+
+
+@pytest.mark.parametrize("kind", ["examples", "pairs"])
+def test_a_step_is_the_mean_over_its_examples_however_they_are_cut(mixture: Path, tmp_path: Path, kind: str) -> None:
+    """Of labels or pairs, and of tokens for the balancing loss, of which micro-batches have different numbers."""
+    path = uneven(kind, tmp_path)
+    (loss, norm), expected = each_alone(mixture, path)
+    for packed, micro in ((True, 1), (True, 4), (False, 2)):
+        logged, gradient = one_step(mixture, path, tmp_path / f"{packed}{micro}", packed=packed, micro=micro)
+        assert logged[:2] == pytest.approx([loss, norm], rel=1e-4), (packed, micro)
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "split"),
+    [("examples", {}), ("examples", {"context_parallel": 2}), ("examples", {"tensor_parallel": 2}), ("pairs", {})],
+)
+def test_it_is_on_two_ranks_what_it_is_on_one(mixture: Path, tmp_path: Path, kind: str, split: dict[str, int]) -> None:
+    path = uneven(kind, tmp_path)
+    expected, _ = one_step(mixture, path, tmp_path / "one", packed=True, micro=4)
+    for logged, _ in on_ranks(2, one_step, mixture, path, tmp_path / "two", packed=True, micro=1, split=split):
+        assert logged == pytest.approx(expected, rel=1e-4)

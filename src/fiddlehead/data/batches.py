@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Protocol, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fiddlehead import signals
-from fiddlehead.data.documents import separate
+from fiddlehead.data.documents import NO_LABEL, separate
 from fiddlehead.data.sampler import GlobalBatchSampler
 from fiddlehead.data.token_file import TokenFile
 
@@ -59,9 +60,22 @@ class Batches:
     Lightning rebuilds the samplers of what it knows as a `DataLoader`, and warns when it has no worker processes; these
     batches are slices of mapped memory and want none. The position is the trainer's step, so the state is empty; having
     one tells Lightning that a run may continue in the middle.
+
+    Args:
+        counted_over: how many batches are one step. Each of them then has `in_step`, the sum of `counts` over the step:
+            what a mean over the step is divided by, known before its first batch is. None: batches have no such thing.
     """
 
-    def __init__(self, samples: Samples, batch_sampler: Any, *, num_workers: int = 0, pin_memory: bool = False) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        batch_sampler: Any,
+        *,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        counted_over: int | None = None,
+    ) -> None:
+        self._counted_over = counted_over
         self._loader = DataLoader(
             cast(Any, samples),
             batch_sampler=batch_sampler,
@@ -76,7 +90,13 @@ class Batches:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        batches = iter(self._loader)
+        if self._counted_over is None:
+            yield from batches
+            return
+        while step := list(islice(batches, self._counted_over)):
+            in_step = torch.stack([counts(batch) for batch in step]).sum(dim=0)
+            yield from (batch | {"in_step": in_step} for batch in step)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -101,6 +121,14 @@ class FromGlobalStep:
 
     def __iter__(self) -> Iterator[list[int]]:
         return self._sampler.batches(self._global_step())
+
+
+def counts(batch: Batch) -> torch.Tensor:
+    """How many labels, tokens that are not padding, and pairs of answers a batch has, (3,) int64."""
+    labels, padding = batch["labels"], batch.get("padding")
+    labelled = int((labels != NO_LABEL).sum())
+    tokens = labels.numel() - (0 if padding is None else int(padding.sum()))
+    return torch.tensor([labelled, tokens, len(batch.get("pairs", ()))])
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -34,7 +34,8 @@ class FineTuningDataModule(StepDataModule):
 
     `tokenizer` is a folder with a `tokenizer.json`; None is that of the model to begin with, `default_tokenizer`.
 
-    A batch is as pretraining's with documents kept apart, and `index` are rows. With `preference` it also has `pairs`,
+    A batch is as pretraining's with documents kept apart, `index` are rows, and `padding`, (micro_batch_size,
+    seq_length) bool, says which tokens only fill a row. With `preference` it also has `pairs`,
     (pairs, 2) int64: the numbers of the documents, in `cu_seqlens`, that are the better and the worse answer.
     """
 
@@ -176,6 +177,7 @@ class Rows:
         T = self.seq_length
         input_ids = np.full((len(indices), T), self.pad_id, dtype=np.int64)
         labels = np.full((len(indices), T), NO_LABEL, dtype=np.int64)
+        padding = np.zeros((len(indices), T), dtype=bool)
         after: list[int] = []
         pairs: list[tuple[int, ...]] = []
         for row, index in enumerate(indices):
@@ -190,11 +192,13 @@ class Rows:
                     after.append(row * T + end)
                     at = end
                 pairs.append(tuple(documents))
+            padding[row, at:] = True
             if at < T:
                 after.append((row + 1) * T)
         batch: dict[str, Any] = {
             "input_ids": torch.from_numpy(input_ids),
             "labels": torch.from_numpy(labels),
+            "padding": torch.from_numpy(padding),
             "index": torch.tensor(indices),
             **borders(torch.tensor(after), T),
         }

@@ -25,6 +25,9 @@ class StepDataModule(pl.LightningDataModule):
     Raises one `ConfigError` for all sizes that make no sense.
     """
 
+    separate_documents: bool
+    """Whether batches have `cu_seqlens`, and labels or tokens that do not count."""
+
     def __init__(
         self,
         seq_length: int,
@@ -95,7 +98,8 @@ class StepDataModule(pl.LightningDataModule):
                 f"{world_size} data-parallel ranks"
             )
         sampler = FromGlobalStep(self._sampler(rank, world_size, trainer.max_steps), lambda: trainer.global_step)
-        return self._batches(self._train, sampler)
+        # Where all tokens have a label, all batches have as many.
+        return self._batches(self._train, sampler, counted_over=accumulate if self.separate_documents else None)
 
     def val_dataloader(self) -> Batches | list[Batches]:
         """The validation windows of this rank."""
@@ -132,9 +136,15 @@ class StepDataModule(pl.LightningDataModule):
             raise RuntimeError("the data loaders are for a trainer: give it this data module")
         return self.trainer
 
-    def _batches(self, windows: Samples | None, batch_sampler: Any) -> Batches:
+    def _batches(self, windows: Samples | None, batch_sampler: Any, counted_over: int | None = None) -> Batches:
         on_gpu = self._trainer().strategy.root_device.type == "cuda"
-        return Batches(opened(windows), batch_sampler, num_workers=self.num_workers, pin_memory=on_gpu)
+        return Batches(
+            opened(windows),
+            batch_sampler,
+            num_workers=self.num_workers,
+            pin_memory=on_gpu,
+            counted_over=counted_over,
+        )
 
 
 def opened(value: T | None) -> T:

@@ -89,7 +89,11 @@ class TransformerConfig:
     moe_router_pre_softmax: bool = False
     """Experts are weighed by their probability among all of them, and not among the chosen ones alone."""
     moe_aux_loss_coeff: float = 0.0
-    """Weight, in training, of the loss that spreads tokens over the experts evenly (Fedus et al. 2021)."""
+    """Weight, in training, of the loss that spreads tokens over the experts evenly (Fedus et al. 2021).
+
+    As Megatron's `seq_aux_loss`: for each sequence and layer `num_moe_experts` x the sum over experts of the part of
+    all assignments that an expert has x its mean probability, 1 with an even load whatever `moe_router_topk` is. The
+    layers are added up, and the mean over sequences is taken, in which each token weighs the same."""
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     init_method_std: float = 0.02

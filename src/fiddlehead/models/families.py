@@ -456,23 +456,53 @@ def _write_granite(config: TransformerConfig) -> Fields:
     return _write_rope(config) | {"attention_multiplier": config.softmax_scale or config.head_dim**-0.5}
 
 
+def _read_balance(settings: Fields) -> Fields:
+    """The weight of the balancing loss, which transformers has for the mean over layers, and k times as large.
+
+    With an even load transformers' loss is k = `num_experts_per_tok`, and the one here is 1 for each layer. (It also
+    takes the mean over all layers of an expert's load and probability before it multiplies them.)
+    """
+    weight, k, layers = (settings[n] for n in ("router_aux_loss_coef", "num_experts_per_tok", "num_hidden_layers"))
+    if all(isinstance(number, int | float) for number in (weight, k, layers)) and layers:
+        weight = _rounded(weight * k / layers)
+    return {"moe_aux_loss_coeff": weight}  # `TransformerConfig` refuses what is no number
+
+
+def _write_balance(config: TransformerConfig) -> Fields:
+    return {"router_aux_loss_coef": _rounded(config.moe_aux_loss_coeff * config.num_layers / config.moe_router_topk)}
+
+
+def _rounded(number: float) -> float:
+    """Without the last digits, so that a number is the same after the way there and back."""
+    return float(f"{number:.12g}")
+
+
+def _read_mixtral(settings: Fields) -> Fields:
+    return _read_window(settings) | _read_balance(settings)
+
+
+def _write_mixtral(config: TransformerConfig) -> Fields:
+    return _write_window(config) | _write_balance(config)
+
+
 def _read_qwen3_moe(settings: Fields) -> Fields:
-    return _read_qwen(settings) | {"moe_router_pre_softmax": not settings.get("norm_topk_prob", False)}
+    unnormed = not settings.get("norm_topk_prob", False)
+    return _read_qwen(settings) | _read_balance(settings) | {"moe_router_pre_softmax": unnormed}
 
 
 def _write_qwen3_moe(config: TransformerConfig) -> Fields:
-    return _write_qwen(config) | {"norm_topk_prob": not config.moe_router_pre_softmax}
+    return _write_qwen(config) | _write_balance(config) | {"norm_topk_prob": not config.moe_router_pre_softmax}
 
 
 def _read_gpt_oss(settings: Fields) -> Fields:
     types = settings.get("layer_types") or [
         "full_attention" if layer % 2 else "sliding_attention" for layer in range(settings["num_hidden_layers"])
     ]
-    return _read_rope(settings) | _read_layer_types(settings, types)
+    return _read_rope(settings) | _read_layer_types(settings, types) | _read_balance(settings)
 
 
 def _write_gpt_oss(config: TransformerConfig) -> Fields:
-    return _write_window(config) | {"layer_types": _layer_types(config)}
+    return _write_window(config) | _write_balance(config) | {"layer_types": _layer_types(config)}
 
 
 _SILU = {"hidden_act": ("silu",)}
@@ -658,12 +688,11 @@ FAMILIES = {
                 **SETTINGS,
                 "num_local_experts": "num_moe_experts",
                 "num_experts_per_tok": "moe_router_topk",
-                "router_aux_loss_coef": "moe_aux_loss_coeff",
             },
-            defaults={"num_local_experts": 8, "num_experts_per_tok": 2},
+            defaults={"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001},
             required=_SILU | {"router_jitter_noise": (0.0, 0)},
-            read=_read_window,
-            write=_write_window,
+            read=_read_mixtral,
+            write=_write_mixtral,
         ),
         Family(
             model_type="qwen3_moe",
@@ -681,8 +710,8 @@ FAMILIES = {
                 "num_local_experts": "num_moe_experts",  # what transformers 5 writes
                 "num_experts_per_tok": "moe_router_topk",
                 "moe_intermediate_size": "moe_ffn_hidden_size",
-                "router_aux_loss_coef": "moe_aux_loss_coeff",
             },
+            defaults={"num_experts_per_tok": 8, "router_aux_loss_coef": 0.001},
             required=_SILU | _NO_BIAS | {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
             read=_read_qwen3_moe,
             write=_write_qwen3_moe,
@@ -706,9 +735,8 @@ FAMILIES = {
                 **SETTINGS,
                 "num_local_experts": "num_moe_experts",
                 "num_experts_per_tok": "moe_router_topk",
-                "router_aux_loss_coef": "moe_aux_loss_coeff",
             },
-            defaults={"head_dim": 64},
+            defaults={"head_dim": 64, "num_experts_per_tok": 4, "router_aux_loss_coef": 0.001},
             required=_SILU | {"attention_bias": (True,), "swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
             read=_read_gpt_oss,
             write=_write_gpt_oss,

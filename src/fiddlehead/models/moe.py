@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -9,6 +11,17 @@ from torch import nn
 from fiddlehead.models.autocast import product_dtype
 from fiddlehead.models.collectives import Group, all_reduce, exchange_counts, exchange_rows
 from fiddlehead.models.config import TransformerConfig
+
+
+class Sequences(NamedTuple):
+    """Which of a process's tokens belong together where experts are to share the work."""
+
+    number: torch.Tensor
+    """Of the sequence that a token belongs to, (tokens,)."""
+    total: int
+    """How many sequences there are, of which some may be empty."""
+    counted: torch.Tensor | None
+    """Whether a token counts, (tokens,) bool: padding does not. None: all do."""
 
 
 class MoE(nn.Module):
@@ -27,12 +40,16 @@ class MoE(nn.Module):
             E, C, width, activation=config.activation, gated=config.gated, bias=config.add_bias_linear
         )
         self.sequence_groups: tuple[Group, ...] = ()
-        """The processes that share sequences: `aux_loss` spreads the tokens of all of them together."""
+        """The processes that share sequences: a sequence's tokens are counted over all of them."""
         self.aux_loss: torch.Tensor | None = None
-        """Of the latest forward pass in training, already weighed; None without a weight."""
+        """This process's part of the latest forward pass's balancing loss, as `Transformer.aux_loss` defines it."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) to (B, T, C)."""
+    def forward(self, x: torch.Tensor, sequences: Sequences | None = None) -> torch.Tensor:
+        """(B, T, C) to (B, T, C).
+
+        Args:
+            sequences: over which the load is to be balanced; None: there is no balancing loss.
+        """
         tokens = x.flatten(0, -2)
         scores = self.router(tokens).float()
         k, E = self.config.moe_router_topk, scores.shape[-1]
@@ -44,15 +61,26 @@ class MoE(nn.Module):
         expert, order = chosen.flatten().sort(stable=True)
         counts = torch.zeros(E, dtype=torch.int32, device=x.device)
         counts = counts.scatter_add(0, expert, torch.ones_like(expert, dtype=torch.int32))
-        if self.training and self.config.moe_aux_loss_coeff:
-            # Switch Transformer's: least where tokens, and the router's probability, are spread evenly.
-            fraction, probability = counts / expert.numel(), scores.softmax(dim=-1).mean(dim=0)
-            for group in self.sequence_groups:
-                fraction = all_reduce(fraction, group) / group.size
-            self.aux_loss = self.config.moe_aux_loss_coeff * E * (fraction * probability).sum()
+        self.aux_loss = None if sequences is None else self._balancing_loss(scores, chosen, sequences)
         h = self.experts(tokens[order // k], expert, counts)
         out = torch.empty_like(h).index_copy(0, order, h)  # back in the tokens' order: a sum that is always the same
         return (out.view(-1, k, out.shape[-1]) * weights[..., None]).sum(dim=1).to(x.dtype).view_as(x)
+
+    def _balancing_loss(self, scores: torch.Tensor, chosen: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        """The sum over this process's tokens, from router logits (tokens, E) and chosen experts (tokens, k)."""
+        E = scores.shape[-1]
+        number, total, counted = sequences
+        place = number[:, None] * E + chosen
+        served = scores.new_ones(place.shape) if counted is None else counted[:, None].expand_as(place).to(scores.dtype)
+        # Whole numbers, so that the sum is the same in any order.
+        load = scores.new_zeros(total * E).scatter_add(0, place.flatten(), served.flatten())
+        for group in self.sequence_groups:
+            load = all_reduce(load, group)
+        load = load.view(total, E)
+        fraction = load / load.sum(dim=-1, keepdim=True).clamp(min=1)
+        each = (fraction[number] * scores.softmax(dim=-1)).sum(dim=-1)
+        balance = each.sum() if counted is None else (each * counted).sum()
+        return self.config.moe_aux_loss_coeff * E * balance
 
 
 class Experts(nn.Module):

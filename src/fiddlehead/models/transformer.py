@@ -20,7 +20,7 @@ from fiddlehead.models.collectives import HeadExchange, SequenceSplit
 from fiddlehead.models.config import TransformerConfig
 from fiddlehead.models.linear import Linear, linear
 from fiddlehead.models.linear_cross_entropy import linear_cross_entropy
-from fiddlehead.models.moe import Experts, GroupedLinear, MoE, activate
+from fiddlehead.models.moe import Experts, GroupedLinear, MoE, Sequences, activate
 from fiddlehead.models.rope import Rope, Rotary, rotate
 
 
@@ -56,6 +56,7 @@ class Transformer(nn.Module):
         max_seqlen: int | None = None,
         *,
         labels: torch.Tensor | None = None,
+        padding: torch.Tensor | None = None,
         caches: Sequence[KVCache] | None = None,
         new_lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -63,6 +64,7 @@ class Transformer(nn.Module):
 
         Args:
             labels: the token to predict at each place, (B, T); -100 where there is none.
+            padding: which tokens only fill a row, (B, T) bool: `aux_loss` leaves them out. None: there are none.
             cu_seqlens: keeps documents apart: where each begins among the B x T tokens, and the end of the last,
                 (N + 1,) int32. A token sees its own document only, and its position is that in the document. Empty
                 documents may be among them.
@@ -70,7 +72,7 @@ class Transformer(nn.Module):
             caches: one for each layer, which hold the tokens before these and take these; not with `cu_seqlens`.
             new_lengths: with caches: how many of the T tokens each sequence keeps, as `attend` takes it.
         """
-        x = self.hidden(input_ids, cu_seqlens, max_seqlen, caches=caches, new_lengths=new_lengths)
+        x = self.hidden(input_ids, cu_seqlens, max_seqlen, padding=padding, caches=caches, new_lengths=new_lengths)
         return self.logits(x) if labels is None else self.nats(x, labels)
 
     def hidden(
@@ -79,6 +81,7 @@ class Transformer(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
         *,
+        padding: torch.Tensor | None = None,
         caches: Sequence[KVCache] | None = None,
         new_lengths: torch.Tensor | None = None,
         run_layer: Callable[..., torch.Tensor] | None = None,
@@ -87,7 +90,7 @@ class Transformer(nn.Module):
 
         `run_layer` is called with each layer and its arguments where they are to be run in another way.
         """
-        places = self.places(input_ids, cu_seqlens, max_seqlen, caches)
+        places = self.places(input_ids, cu_seqlens, max_seqlen, caches, padding)
         x = self.embed(input_ids, places)
         x = self.run_layers(self.layers, x, places, caches=caches, new_lengths=new_lengths, run_layer=run_layer)
         return self.final_layernorm(x)
@@ -98,6 +101,7 @@ class Transformer(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
         caches: Sequence[KVCache] | None = None,
+        padding: torch.Tensor | None = None,
     ) -> Places:
         """Where the tokens stand, of which this process has `input_ids`; the arguments are those of `forward`."""
         split = self.split
@@ -106,11 +110,17 @@ class Transformer(nn.Module):
             if split.parts > 1:
                 raise ConfigError("caches: a model whose sequences are split over processes keeps none")
             return Places(caches[0].next_positions(length), length + caches[0].length, None)
+        balanced = self.training and self.config.num_moe_experts is not None and self.config.moe_aux_loss_coeff > 0
+        padding = None if padding is None else padding.flatten().logical_not()
         if cu_seqlens is not None:
-            positions = positions_in_documents(cu_seqlens, split.parts * input_ids.numel())
+            number = documents_of(cu_seqlens, split.parts * input_ids.numel()).view(-1, length)
+            positions = positions_in_documents(cu_seqlens, split.parts * input_ids.numel()).view(-1, length)
             documents = Documents(cu_seqlens, max_seqlen)
-            return Places(positions.view(-1, length), min(max_seqlen or length, length), documents)
-        return Places(torch.arange(length, device=input_ids.device), length, None)
+            sequences = Sequences(split.own(number).flatten(), len(cu_seqlens) - 1, padding) if balanced else None
+            return Places(positions, min(max_seqlen or length, length), documents, sequences)
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        sequences = Sequences(rows.repeat_interleave(input_ids.shape[1]), len(rows), padding) if balanced else None
+        return Places(torch.arange(length, device=input_ids.device), length, None, sequences)
 
     def embed(self, input_ids: torch.Tensor, places: Places) -> torch.Tensor:
         """Token ids (B, T) to what the first layer is given, (B, T, C)."""
@@ -146,7 +156,8 @@ class Transformer(nn.Module):
         for layer in layers:
             number: int = layer.number  # type: ignore[assignment]
             rope = ropes[config.rotary(number)] if ropes else None
-            arguments = x, rope, places.documents, None if caches is None else caches[number], new_lengths
+            cache = None if caches is None else caches[number]
+            arguments = x, rope, places.documents, cache, new_lengths, places.sequences
             x = layer(*arguments) if run_layer is None else run_layer(layer, *arguments)
         return x
 
@@ -173,7 +184,15 @@ class Transformer(nn.Module):
         return (self.embedding if self.output_layer is None else self.output_layer).weight
 
     def aux_loss(self) -> torch.Tensor | None:
-        """What the latest forward pass in training adds to the loss so that experts share the work; None if nothing."""
+        """The balancing loss of the latest forward pass, if in training, summed over tokens; None if there is none.
+
+        It is Megatron's `seq_aux_loss`. For one layer and one sequence of n tokens it is n x `moe_aux_loss_coeff` x
+        E x the sum over the E experts of f x P: f is the part of the sequence's n x `moe_router_topk` assignments that
+        an expert has, and P the mean over the tokens of its probability, a softmax over all experts. With an even load
+        that is n x `moe_aux_loss_coeff`. All layers are added up. A sequence is a row or, where documents are kept
+        apart, a document; padding is no part of it. As a sum over sequences it does not depend on how they are split
+        into batches. Of a sequence that processes share each returns the part of its own tokens.
+        """
         mixtures = [module for module in self.modules() if isinstance(module, MoE)]
         losses = [mixture.aux_loss for mixture in mixtures if mixture.aux_loss is not None]
         return sum(losses[1:], losses[0]) if losses else None
@@ -229,13 +248,15 @@ class Block(nn.Module):
         documents: Documents | None,
         cache: KVCache | None = None,
         new_lengths: torch.Tensor | None = None,
+        sequences: Sequences | None = None,
     ) -> torch.Tensor:
         """(B, T, C) to (B, T, C)."""
         normed = x if self.input_layernorm is None else self.input_layernorm(x)
         attended = self.self_attention(normed, rope, documents, cache, new_lengths)
         x = self._add(x, attended, self.post_attention_layernorm)
         normed = x if self.pre_mlp_layernorm is None else self.pre_mlp_layernorm(x)
-        return self._add(x, self.mlp(normed), self.post_mlp_layernorm)
+        served = self.mlp(normed, sequences) if isinstance(self.mlp, MoE) else self.mlp(normed)
+        return self._add(x, served, self.post_mlp_layernorm)
 
     def _add(self, x: torch.Tensor, new: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
         if norm is not None:
@@ -371,13 +392,20 @@ class Places(NamedTuple):
     length: int
     """Which all positions are below."""
     documents: Documents | None
+    sequences: Sequences | None = None
+    """Over which experts are to share the work; None without a balancing loss."""
+
+
+def documents_of(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The number of the document that each token belongs to, (tokens,) int64."""
+    token = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens, token, right=True) - 1
 
 
 def positions_in_documents(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
     """How many tokens of its own document come before each token, (tokens,)."""
     token = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    document = torch.searchsorted(cu_seqlens, token, right=True) - 1
-    return token - cu_seqlens[document]
+    return token - cu_seqlens[documents_of(cu_seqlens, tokens)]
 
 
 def _scaled(x: torch.Tensor, multiplier: float) -> torch.Tensor:

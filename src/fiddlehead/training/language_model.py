@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -42,6 +42,19 @@ from fiddlehead.training.weights import (
 
 class NonFiniteError(RunError):
     """The loss or the gradient of a step is infinite or not a number."""
+
+
+class Divisors(NamedTuple):
+    """What sums over a micro-batch's part on this rank are divided by, to be means over the whole step.
+
+    Lightning averages over the micro-batches, and the strategy over the ranks: each divisor is the number in the step
+    over the number of these parts.
+    """
+
+    labels: torch.Tensor | int
+    tokens: torch.Tensor | int
+    """Without padding."""
+    pairs: torch.Tensor | int
 
 
 class LanguageModel(LightningModule):
@@ -93,8 +106,7 @@ class LanguageModel(LightningModule):
         self._weights: tuple[Path, Weights] | None = None
         self._loss_sum = torch.zeros(())
         self._losses = 0
-        self._labelled: list[torch.Tensor] = []
-        self._share: torch.Tensor | float = 1.0
+        self._step_divisors: Divisors | None = None
         self._first_bad_step: torch.Tensor | None = None
 
     @property
@@ -226,33 +238,30 @@ class LanguageModel(LightningModule):
         return self.transformer(input_ids, cu_seqlens, max_seqlen)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        """The cross-entropy, in nats a token: the mean over the tokens that have a label.
+        """The cross-entropy, in nats a token, and the balancing loss of a mixture.
 
-        Where some have none, the sum is divided by the number of all tokens. That number is the same in every
-        micro-batch and on every rank, so each label weighs the same in the step; `_scale_and_clip` does the rest.
+        Each is a mean over the whole step, of the tokens that have a label, and of all that are not padding, however
+        many of them a micro-batch or a rank has. What is logged is the cross-entropy.
 
         In a pipeline a micro-batch only waits here for the others of its step.
         """
         batch = self._own_tokens(batch)
-        labels = batch["labels"]
-        if "cu_seqlens" in batch:
-            self._labelled.append((labels != NO_LABEL).float().mean())
+        divisors = self._divisors(batch, batch_idx)
         if self._pipeline is not None:
             self._pipeline.waiting.append(batch)
-            return torch.zeros((), device=labels.device)
-        loss = self._nats(batch) / labels.numel()
-        assert self.transformer is not None
-        spread = self.transformer.aux_loss()
+            return torch.zeros((), device=batch["labels"].device)
+        loss = self._nats(batch) / divisors.labels
         self._note_loss(loss.detach())
-        return loss if spread is None else loss + spread
+        return self._with_balance(loss, divisors)
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """The backward pass; in a pipeline both passes of all micro-batches, once they are there."""
         if self._pipeline is None:
             super().backward(loss, *args, **kwargs)
         elif len(self._pipeline.waiting) == self.trainer.accumulate_grad_batches:
+            assert self._step_divisors is not None
             with self.trainer.precision_plugin.train_step_context():
-                self._note_loss(self._pipeline.train())
+                self._note_loss(self._pipeline.train(self._step_divisors.labels))
 
     @property
     def _pipeline(self) -> Pipeline | None:
@@ -264,11 +273,32 @@ class LanguageModel(LightningModule):
         strategy = self.trainer.strategy
         return dict(strategy.own_tokens(batch)) if isinstance(strategy, Parallel) else batch
 
+    def _divisors(self, batch: dict[str, Any], batch_idx: int) -> Divisors:
+        """Those of a micro-batch, of which this rank has its part; all ranks call it together."""
+        accumulate = self.trainer.accumulate_grad_batches
+        if "in_step" not in batch:  # as many in every micro-batch, on every rank
+            size = batch["labels"].numel()
+            self._step_divisors = Divisors(size, size, 0)
+        elif batch_idx % accumulate == 0:
+            assert self.transformer is not None
+            # A rank has in its batches what the ranks that it shares a sequence with have: the mean counts that once.
+            counted = self.trainer.strategy.reduce(batch["in_step"].float(), reduce_op="mean")
+            parts = accumulate * self.transformer.split.parts
+            self._step_divisors = Divisors(*(torch.as_tensor(counted) / parts))
+        assert self._step_divisors is not None
+        return self._step_divisors
+
+    def _with_balance(self, loss: torch.Tensor, divisors: Divisors) -> torch.Tensor:
+        """The loss and, in a mixture, the balancing loss of the latest forward pass."""
+        assert self.transformer is not None
+        balance = self.transformer.aux_loss()
+        return loss if balance is None else loss + balance / divisors.tokens
+
     def _nats(self, batch: dict[str, Any]) -> torch.Tensor:
         """The sum of the cross-entropy over what this rank has of a batch."""
         assert self.transformer is not None
         documents = batch.get("cu_seqlens"), batch.get("max_seqlen")
-        return self.transformer(batch["input_ids"], *documents, labels=batch["labels"])
+        return self.transformer(batch["input_ids"], *documents, labels=batch["labels"], padding=batch.get("padding"))
 
     def _note_loss(self, loss: torch.Tensor) -> None:
         self._loss_sum = self._loss_sum.to(loss.device) + loss
@@ -276,7 +306,7 @@ class LanguageModel(LightningModule):
 
     def take_loss(self) -> torch.Tensor:
         """The mean loss since it was last taken, of which the mean over the ranks is that of the step."""
-        loss = self._loss_sum / max(self._losses, 1) / self._share
+        loss = self._loss_sum / max(self._losses, 1)
         self._loss_sum, self._losses = torch.zeros_like(self._loss_sum), 0
         return loss
 
@@ -310,26 +340,19 @@ class LanguageModel(LightningModule):
         """
         limit = float(gradient_clip_val or math.inf)
         self.lr = optimizer.param_groups[0]["lr"]  # noted here, as the schedule moves on before the step is logged
-        self.grad_norm = self._scale_and_clip(limit)
+        self.grad_norm = self._clip(limit)
         self._note_non_finite()
 
-    def _scale_and_clip(self, limit: float) -> torch.Tensor:
-        """Makes the gradients those of the mean over the labels of the whole step, and clips them to the norm `limit`.
-
-        One factor does both, as another pass over all gradients would take time. Returns the norm before clipping.
-        """
+    def _clip(self, limit: float) -> torch.Tensor:
+        """Completes the gradients of the step, and clips them to the norm `limit`; returns the norm before."""
         strategy, layout = self.trainer.strategy, None
         if isinstance(strategy, Parallel):
             strategy.reduce_gradients()
             layout = strategy.layout
         gradients = gradients_of(self.named_parameters())
         norm = global_norm(gradients, layout)
-        if self._labelled:
-            share = torch.stack(self._labelled).mean()
-            self._share = torch.as_tensor(self.trainer.strategy.reduce(share, reduce_op="mean"))
-            self._labelled = []
-            norm = norm / self._share
-        scale(gradients, (limit / (norm + 1e-6)).clamp(max=1.0) / self._share)
+        if limit < math.inf:
+            scale(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def _note_non_finite(self) -> None:

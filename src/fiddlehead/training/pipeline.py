@@ -43,15 +43,17 @@ class Pipeline:
         self.waiting: list[Batch] = []
         """Micro-batches of the step, until all of them are there."""
         self._schedule: Any = None
+        self._divisor: torch.Tensor | int = 1
 
     # -- training
 
-    def train(self) -> torch.Tensor:
+    def train(self, divisor: torch.Tensor | int) -> torch.Tensor:
         """Adds the gradients of the mean loss of the micro-batches that wait; returns it, on every rank.
 
-        A loss is the sum of the cross-entropy over the number of all tokens; all micro-batches are of one size.
+        A loss is the sum of the cross-entropy over `divisor`; all micro-batches are of one shape.
         """
         batches, self.waiting = self.waiting, []
+        self._divisor = divisor * len(batches)
         device = batches[0]["input_ids"].device
         if self._schedule is None:
             self._schedule = self._make_schedule(batches)
@@ -81,7 +83,7 @@ class Pipeline:
         return None
 
     def _make_schedule(self, batches: Sequence[Batch]) -> Any:
-        count, labels = len(batches), batches[0]["labels"].numel()
+        count = len(batches)
         device = batches[0]["input_ids"].device
         # NCCL connects a group when all of it first meet; in the schedule only neighbours do.
         dist.all_reduce(torch.zeros((), device=device), group=self.group)
@@ -100,7 +102,7 @@ class Pipeline:
             )
             for stage in self.stages
         ]
-        how: dict[str, Any] = {"loss_fn": lambda nats, _: nats.sum() / (labels * count), "scale_grads": False}
+        how: dict[str, Any] = {"loss_fn": lambda nats, _: nats.sum() / self._divisor, "scale_grads": False}
         if len(stages) == 1:
             return Schedule1F1B(stages[0], count, **how)
         return ScheduleInterleaved1F1B([*stages], count, **how)

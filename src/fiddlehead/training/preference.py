@@ -12,6 +12,7 @@ from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
 from fiddlehead.models.lora import without_adapters
+from fiddlehead.models.transformer import documents_of
 from fiddlehead.training.language_model import LanguageModel
 from fiddlehead.training.sizes import Sizes
 
@@ -59,10 +60,15 @@ class PreferenceModel(LanguageModel):
             self._reference = [self._make_transformer(None).to(self.device).requires_grad_(False).eval()]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        """The mean of -log sigmoid(beta x the change of the difference between the two answers), over the pairs."""
-        loss = self._preference(batch)[0].mean()
+        """The mean of -log sigmoid(beta x the change of the difference between the two answers).
+
+        It is the mean over all pairs of the step, however many of them a micro-batch or a rank has. The balancing loss
+        of a mixture is added, over the tokens of both answers with their prompts.
+        """
+        divisors = self._divisors(batch, batch_idx)
+        loss = self._preference(batch)[0].sum() / divisors.pairs
         self._note_loss(loss.detach())
-        return loss
+        return self._with_balance(loss, divisors)
 
     def on_validation_epoch_start(self) -> None:
         """Starts the sums of a validation: the loss, the pairs, and those that are in the right order."""
@@ -99,8 +105,7 @@ class PreferenceModel(LanguageModel):
 def answer_log_probabilities(transformer: Transformer, batch: dict[str, Any]) -> torch.Tensor:
     """The log-probability of the labels of each document, (documents,) float32."""
     labels, cu_seqlens = batch["labels"].flatten(), batch["cu_seqlens"]
-    logits = transformer(batch["input_ids"], cu_seqlens, batch["max_seqlen"]).flatten(0, 1).float()
-    nats = F.cross_entropy(logits, labels, reduction="none", ignore_index=NO_LABEL)
-    token = torch.arange(labels.numel(), device=labels.device, dtype=cu_seqlens.dtype)
-    document = torch.searchsorted(cu_seqlens, token, right=True) - 1
+    logits = transformer(batch["input_ids"], cu_seqlens, batch["max_seqlen"], padding=batch.get("padding"))
+    nats = F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="none", ignore_index=NO_LABEL)
+    document = documents_of(cu_seqlens, labels.numel())
     return torch.zeros(len(cu_seqlens) - 1, device=nats.device).index_add(0, document, -nats)

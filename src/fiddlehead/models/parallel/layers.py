@@ -66,7 +66,7 @@ def parallelize(transformer: Transformer, mesh: DeviceMesh) -> None:
 
 
 def local_batch(batch: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
-    """A batch with this process's part of `input_ids` and `labels`, (B, T) to (B, T / (cp x tp)).
+    """A batch with this process's part of `input_ids`, `labels` and `padding`, (B, T) to (B, T / (cp x tp)).
 
     All processes along "cp" and "tp" must have the same batch. `cu_seqlens` remain those of the whole sequences.
 
@@ -75,7 +75,7 @@ def local_batch(batch: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
     """
     split = SequenceSplit(Group.of(mesh, "cp"), Group.of(mesh, "tp"))
     local = dict(batch)
-    for name in ("input_ids", "labels"):
+    for name in ("input_ids", "labels", "padding"):
         if name not in batch:
             continue
         length = batch[name].shape[1]
