@@ -116,13 +116,22 @@ def ask(run: RunDirectory, request: StopRequest) -> None:
 def restored() -> Iterator[None]:
     """Gives the signals back, when the block ends, to whom they belonged before it."""
     global _ignored, _unheard
-    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
     ignored = _ignored
+    with handlers_restored():
+        try:
+            yield
+        finally:
+            training.clear()
+            _ignored, _unheard = ignored, None
+
+
+@contextlib.contextmanager
+def handlers_restored() -> Iterator[None]:
+    """Restores the handlers of the signals when the block ends."""
+    before = {signum: signal.getsignal(signum) for signum in SIGNALS}
     try:
         yield
     finally:
-        training.clear()
-        _ignored, _unheard = ignored, None
         if _in_main_thread():
             for signum, handler in before.items():
                 signal.signal(signum, handler)

@@ -14,6 +14,7 @@ from fiddlehead.attention import Target
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.numbers import is_whole
 from fiddlehead.runs import RunDirectory, find_run, reserve_name, write_atomically
 from fiddlehead.training import Checkpoint, LanguageModel, Log, NonFiniteError, Parallel, attention
 from fiddlehead.training.checkpoint import restore_progress
@@ -25,6 +26,7 @@ from fiddlehead.training.kernel_cache import keep_compiled_kernels
 from fiddlehead.training.metrics import Metrics
 from fiddlehead.training.optim import Optim, kind_of
 from fiddlehead.training.phases import Phases
+from fiddlehead.training.process import process_restored
 from fiddlehead.training.profile import Profile
 from fiddlehead.training.samples import SampleAnswer
 from fiddlehead.training.sizes import Sizes
@@ -79,37 +81,38 @@ def pretrain(
         return run
     say(f"run {run.path}: {'starts anew' if start is None else f'continues from {start}'}")
 
-    run.path.mkdir(parents=True, exist_ok=True)
-    if model.compile_mode is not None or optim.compiles(str(trainer.precision)):
-        keep_compiled_kernels()
-    _record_attention(run, plan, trainer.strategy.root_device)
-    if resume not in ("auto", "never"):
-        write_atomically(run.path / "resumed_from", str(resume))
-    seed_everything(seed, workers=True, verbose=False)
-    model.optim, model.seed = optim, seed
-    checkpoint.directory = run.checkpoints
-    trainer.strategy.checkpoint_io = checkpoint.io
-    halve_frozen(model, trainer)
-    if isinstance(trainer.val_check_interval, int):  # users count in steps, Lightning in micro-batches
-        trainer.val_check_interval *= plan.accumulate_grad_batches
-    trainer.loggers = log.loggers(run, step)
-    every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    phases = Phases()
-    metrics = Metrics(plan.tokens_per_step, data.seq_length, every_n_steps, phases)
-    # The order matters: a step is measured, then saved, and only then may the run stop; none of it is a phase.
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it dynamically
-    callbacks.append(metrics)
-    if log.profile_steps:
-        callbacks.append(Profile(log.profile_steps, run.path / "profile", phases, shapes=log.profile_shapes))
-    callbacks += [checkpoint, CollectGarbage(), StopOnRequest(checkpoint, run), phases]
-    if start is not None:
-        restore_progress(trainer, step)
-    try:
-        trainer.fit(model, datamodule=data, ckpt_path=start, weights_only=True)
-    except NonFiniteError as error:
-        good = newest_good(run.checkpoints)
-        last = f"The last good checkpoint is {good}" if good else "There is no checkpoint yet"
-        raise NonFiniteError(f"{error}. {last}") from error
+    with process_restored():
+        run.path.mkdir(parents=True, exist_ok=True)
+        if model.compile_mode is not None or optim.compiles(str(trainer.precision)):
+            keep_compiled_kernels()
+        _record_attention(run, plan, trainer.strategy.root_device)
+        if resume not in ("auto", "never"):
+            write_atomically(run.path / "resumed_from", str(resume))
+        seed_everything(seed, workers=True, verbose=False)
+        model.optim, model.seed = optim, seed
+        checkpoint.directory = run.checkpoints
+        trainer.strategy.checkpoint_io = checkpoint.io
+        halve_frozen(model, trainer)
+        if isinstance(trainer.val_check_interval, int):  # users count in steps, Lightning in micro-batches
+            trainer.val_check_interval *= plan.accumulate_grad_batches
+        trainer.loggers = log.loggers(run, step)
+        every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        phases = Phases()
+        metrics = Metrics(plan.tokens_per_step, data.seq_length, every_n_steps, phases)
+        # The order matters: a step is measured, then saved, and only then may the run stop; none of it is a phase.
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it dynamically
+        callbacks.append(metrics)
+        if log.profile_steps:
+            callbacks.append(Profile(log.profile_steps, run.path / "profile", phases, shapes=log.profile_shapes))
+        callbacks += [checkpoint, CollectGarbage(), StopOnRequest(checkpoint, run), phases]
+        if start is not None:
+            restore_progress(trainer, step)
+        try:
+            trainer.fit(model, datamodule=data, ckpt_path=start, weights_only=True)
+        except NonFiniteError as error:
+            good = newest_good(run.checkpoints)
+            last = f"The last good checkpoint is {good}" if good else "There is no checkpoint yet"
+            raise NonFiniteError(f"{error}. {last}") from error
     if start is None or trainer.global_step > step:
         _report(trainer)
     return run
@@ -412,13 +415,16 @@ def _warn_of_another_rate(state: dict[str, Any], optim: Optim, max_steps: int) -
 
 def _trainer_problems(trainer: Trainer, accumulate: int, data_parallel: int) -> list[str]:
     problems = []
-    if trainer.max_steps < 1:
+    if not (is_whole(trainer.max_steps) and trainer.max_steps >= 1):
         problems.append(f"trainer.max_steps={trainer.max_steps}: must be 1 or more; a run ends by steps, not by epochs")
     if trainer.accumulate_grad_batches not in (1, accumulate):
         problems.append(
             f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: leave it out; the data's batch sizes "
             f"on {data_parallel} data-parallel ranks make it {accumulate}"
         )
+    every: Any = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if not (is_whole(every) and every >= 1):
+        problems.append(f"trainer.log_every_n_steps={every!r}: must be a whole number of steps, 1 or more")
     interval = trainer.val_check_interval
     if interval != 1.0 and (not isinstance(interval, int) or interval < 1):
         problems.append(f"trainer.val_check_interval={interval!r}: must be a whole number of steps, 1 or more")

@@ -28,7 +28,6 @@ CONFIG: dict[str, Any] = {
 def compiler() -> Iterator[None]:
     yield
     torch._dynamo.reset()
-    torch._functorch.config.activation_memory_budget = 1.0  # pyright: ignore
 
 
 def loss_and_gradients(model: Transformer, width: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -89,6 +88,31 @@ def test_a_compiled_model_is_the_same(compile: Any, recompute: Any) -> None:
     assert list(other.state_dict()) == list(plain.state_dict())
     for ours, theirs in zip(loss_and_gradients(other), loss_and_gradients(plain), strict=True):
         assert float((ours - theirs).norm()) <= 1e-5 * float(theirs.norm())
+    assert torch._functorch.config.activation_memory_budget == 1.0  # pyright: ignore
+
+
+def test_a_part_of_the_activations_is_kept_by_its_own_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler works in the first call of each, and finds there what that model asked for."""
+    seen: list[float] = []
+
+    def compiled(function: Any, **options: Any) -> Any:
+        def run(*args: Any) -> Any:
+            seen.append(torch._functorch.config.activation_memory_budget)  # pyright: ignore
+            return function(*args)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    models = [Transformer(TransformerConfig(**({**CONFIG, "num_layers": 1}))) for _ in range(3)]
+    for model, part in zip(models, (0.3, None, 0.6), strict=True):
+        if part is not None:
+            recompute_activations(model, part)
+        compile_transformer(model, "layers")
+        model.compiled = False
+    for model in models:
+        loss_and_gradients(model)
+    assert seen == [0.3, 1.0, 0.6]
+    assert torch._functorch.config.activation_memory_budget == 1.0  # pyright: ignore
 
 
 @pytest.mark.parametrize(

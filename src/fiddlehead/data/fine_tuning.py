@@ -17,6 +17,7 @@ from fiddlehead.data.examples import Example, Record, read_records, tokenize_rec
 from fiddlehead.data.steps import StepDataModule, opened
 from fiddlehead.data.tokenizers import TokenizerFile
 from fiddlehead.errors import ConfigError
+from fiddlehead.numbers import is_number
 
 
 class FineTuningDataModule(StepDataModule):
@@ -57,7 +58,7 @@ class FineTuningDataModule(StepDataModule):
         seed: int = 1234,
     ) -> None:
         problems = [] if _listed(paths) else ["paths is empty; give JSONL or Parquet files with examples"]
-        if not 0 <= val_fraction < 1:
+        if not (is_number(val_fraction) and 0 <= val_fraction < 1):
             problems.append(f"val_fraction={val_fraction!r}; allowed: at least 0 and below 1")
         super().__init__(
             seq_length, micro_batch_size, global_batch_size, val_samples, num_workers, seed, problems=problems

@@ -9,6 +9,7 @@ import torch
 from fiddlehead.data.batches import Batch
 from fiddlehead.data.steps import StepDataModule
 from fiddlehead.data.tokenizers import ByteTokenizer
+from fiddlehead.numbers import is_whole
 
 
 class RandomTokens(StepDataModule):
@@ -29,7 +30,8 @@ class RandomTokens(StepDataModule):
         num_workers: int = 0,
         seed: int = 1234,
     ) -> None:
-        problems = [f"vocab_size={vocab_size}; allowed: 1 or more"] if vocab_size < 1 else []
+        sound = is_whole(vocab_size) and vocab_size >= 1
+        problems = [] if sound else [f"vocab_size={vocab_size}; allowed: 1 or more, a whole number"]
         super().__init__(seq_length, micro_batch_size, global_batch_size, 0, num_workers, seed, problems)
         self.vocab_size = vocab_size
 

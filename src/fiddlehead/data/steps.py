@@ -12,6 +12,7 @@ from fiddlehead.data.batches import Batches, FromGlobalStep, Samples
 from fiddlehead.data.sampler import GlobalBatchSampler, micro_batches
 from fiddlehead.data.tokenizers import Tokenizer
 from fiddlehead.errors import ConfigError
+from fiddlehead.numbers import is_whole
 
 T = TypeVar("T")
 
@@ -45,9 +46,14 @@ class StepDataModule(pl.LightningDataModule):
             "global_batch_size": global_batch_size,
         }
         natural = {"val_samples": val_samples, "num_workers": num_workers, "seed": seed}
-        wrong = [f"{name}={value}; allowed: 1 or more" for name, value in positive.items() if value < 1]
-        wrong += [f"{name}={value}; allowed: 0 or more" for name, value in natural.items() if value < 0]
-        if min(micro_batch_size, global_batch_size) >= 1 and global_batch_size % micro_batch_size:
+        wrong = [
+            f"{name}={value}; allowed: {least} or more" + ("" if is_whole(value) else ", a whole number")
+            for least, values in ((1, positive), (0, natural))
+            for name, value in values.items()
+            if not (is_whole(value) and value >= least)
+        ]
+        sizes = (micro_batch_size, global_batch_size)
+        if all(is_whole(size) and size >= 1 for size in sizes) and global_batch_size % micro_batch_size:
             wrong.append(
                 f"global_batch_size={global_batch_size} is no multiple of micro_batch_size={micro_batch_size}; "
                 f"allowed: {micro_batch_size}, {2 * micro_batch_size}, {3 * micro_batch_size}, ..."

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.numbers import is_whole
 
 if TYPE_CHECKING:
     import tokenizers
@@ -107,7 +108,7 @@ class BPETokenizer:
     """
 
     def __init__(self, vocab_size: int = 1024) -> None:
-        if vocab_size < 257:
+        if not (is_whole(vocab_size) and vocab_size >= 257):
             raise ConfigError(f"vocab_size={vocab_size} is too small; allowed: 257 (256 bytes and one special) or more")
         self.vocab_size = vocab_size
 

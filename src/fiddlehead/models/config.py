@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -12,6 +12,7 @@ from fiddlehead.attention import CHOICES, AttentionSpec
 from fiddlehead.attention.spec import length_class
 from fiddlehead.errors import ConfigError, unknown
 from fiddlehead.models.rope import LongRopeScaling, Rotary, Scaling, scaling_from_dict
+from fiddlehead.numbers import is_number, is_whole
 
 Normalization = Literal["RMSNorm", "LayerNorm"]
 NormPlacement = Literal["pre", "post", "both"]
@@ -238,7 +239,7 @@ class TransformerConfig:
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
-            if not (_is_whole(value) and value >= 1):
+            if not (is_whole(value) and value >= 1):
                 bad.add(name)
                 yield f"{name}={value!r}: must be a whole number of 1 or more{' or None' if name in optional else ''}"
         choices = {
@@ -254,7 +255,7 @@ class TransformerConfig:
                 yield f"{name}={value!r}: {unknown('value', str(value), get_args(kind))}"
         for name in ("attention_dropout", "hidden_dropout"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value < 1:
+            if not is_number(value) or not 0 <= value < 1:
                 yield f"{name}={value!r}: must be a number of at least 0 and below 1"
         above_zero = ("layernorm_epsilon", "rotary_base", "init_method_std", "rotary_percent")
         multipliers = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
@@ -263,7 +264,7 @@ class TransformerConfig:
             value = getattr(self, name)
             if value is None and name in or_none:
                 continue
-            if not _is_number(value) or not value > 0:
+            if not is_number(value) or not value > 0:
                 yield f"{name}={value!r}: must be a number above 0{' or None' if name in or_none else ''}"
         yield from self._norm_problems()
         yield from self._moe_problems(bad)
@@ -284,7 +285,7 @@ class TransformerConfig:
                 f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={heads}; "
                 f"the nearest: {nearest}; or set kv_channels"
             )
-        elif self.position_embedding_type == "rope" and _is_number(self.rotary_percent):
+        elif self.position_embedding_type == "rope" and is_number(self.rotary_percent):
             yield from self._rotary_problems()
 
     def _rotary_problems(self) -> Iterator[str]:
@@ -313,7 +314,7 @@ class TransformerConfig:
             yield f"rotary_base_local={self.rotary_base_local!r}: no layer has a window; set window_size"
 
     def _moe_problems(self, bad: set[str]) -> Iterator[str]:
-        if not _is_number(self.moe_aux_loss_coeff) or self.moe_aux_loss_coeff < 0:
+        if not is_number(self.moe_aux_loss_coeff) or self.moe_aux_loss_coeff < 0:
             yield f"moe_aux_loss_coeff={self.moe_aux_loss_coeff!r}: must be a number of 0 or more"
         experts, topk = self.num_moe_experts or 0, self.moe_router_topk
         if experts and not bad & {"num_moe_experts", "moe_router_topk"} and topk > experts:
@@ -324,7 +325,7 @@ class TransformerConfig:
         if window is not None and (
             not isinstance(window, tuple)
             or len(window) != 2
-            or not all(_is_whole(side) and side >= -1 for side in window)
+            or not all(is_whole(side) and side >= -1 for side in window)
         ):
             yield f"window_size={window!r}: must be two whole numbers of -1 or more, (left, right), or None"
         if skip is None:
@@ -336,13 +337,5 @@ class TransformerConfig:
                 yield f"window_attn_skip_freq={list(skip)!r}: each must be 1, with the window, or 0, without"
             elif "num_layers" not in bad and len(skip) != self.num_layers:
                 yield f"window_attn_skip_freq has {len(skip)} numbers; num_layers={self.num_layers} needs as many"
-        elif not _is_whole(skip) or skip < 1:
+        elif not is_whole(skip) or skip < 1:
             yield f"window_attn_skip_freq={skip!r}: must be a whole number of 1 or more, a list of 0 and 1, or None"
-
-
-def _is_whole(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -12,6 +12,7 @@ from fiddlehead.attention import KVCache
 from fiddlehead.errors import ConfigError
 from fiddlehead.models.compiled_step import CompiledStep
 from fiddlehead.models.transformer import Transformer
+from fiddlehead.numbers import is_number, is_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +30,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name}={value}: must not be negative"
-            for name, value in (("temperature", self.temperature), ("top_k", self.top_k))
-            if value < 0
+            f"{name}={value}: must not be negative, and {kind}"
+            for name, value, sound, kind in (
+                ("temperature", self.temperature, is_number, "finite"),
+                ("top_k", self.top_k, is_whole, "a whole number"),
+                ("seed", self.seed, is_whole, "a whole number"),
+            )
+            if not (sound(value) and value >= 0)
         ]
-        if not 0 < self.top_p <= 1:
+        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
             problems.append(f"top_p={self.top_p}: must be above 0 and at most 1")
         if problems:
             raise ConfigError(*problems)

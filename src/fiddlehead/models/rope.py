@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fiddlehead.errors import ConfigError
+from fiddlehead.numbers import is_number
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 """Cosine and sine of each position's angles, (T, 1, R / 2) or (B, T, 1, R / 2) each, float32; R channels turn."""
@@ -200,7 +201,7 @@ def _refuse_unless_positive(scaling: Scaling) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, bool) or number is None:
                 continue
-            if not isinstance(number, int | float) or not number > 0:
+            if not is_number(number) or not number > 0:
                 problems.append(f"{name}={value!r}: must be a number above 0")
                 break
     if problems:

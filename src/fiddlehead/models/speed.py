@@ -76,7 +76,7 @@ def recompute_activations(transformer: Transformer, recompute: Recompute) -> Non
     chooses by what they cost.
     """
     if isinstance(recompute, int | float):
-        torch._functorch.config.activation_memory_budget = float(recompute)  # pyright: ignore
+        transformer.activation_memory_budget = float(recompute)
         return
     contexts: dict[str, Any] = {}
     if recompute == "selective":
@@ -92,12 +92,25 @@ def compile_transformer(transformer: Transformer, compile: Compile) -> None:
     All layers are alike to the compiler, which sees one: the first step is minutes sooner with many of them.
     """
     transformer.compiled = True
+    budget = transformer.activation_memory_budget
     if compile == "model":
-        transformer.hidden = torch.compile(transformer.hidden, fullgraph=True)
+        transformer.hidden = _within(budget, torch.compile(transformer.hidden, fullgraph=True))
         return
     for layer in transformer.layers:
         # What a strategy hangs on the layer itself, gathering its parameters, is not to be compiled with it.
-        layer.forward = torch.compile(layer.forward, fullgraph=True)
+        layer.forward = _within(budget, torch.compile(layer.forward, fullgraph=True))
+
+
+def _within(budget: float | None, compiled: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Lets the compiler, which works when it is called, keep this part of the activations; others keep their own."""
+    if budget is None:
+        return compiled
+
+    def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch._functorch.config.patch(activation_memory_budget=budget):  # pyright: ignore
+            return compiled(*args, **kwargs)
+
+    return run
 
 
 def _checkpointed(forward: Callable[..., torch.Tensor], contexts: dict[str, Any]) -> Callable[..., torch.Tensor]:

@@ -47,6 +47,8 @@ class Transformer(nn.Module):
             self.output_layer = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compiled = False
         """Whether what is done to each logit in training is compiled into one kernel."""
+        self.activation_memory_budget: float | None = None
+        """The part of the activations that the compiler may keep for the backward pass; None: as it likes."""
         self.initialize()
 
     def forward(

@@ -14,6 +14,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fiddlehead.errors import ConfigError, StopRequested
+from fiddlehead.numbers import is_whole
 from fiddlehead.training.checkpoint_folder import (
     TEMPORARY,
     DamagedCheckpointError,
@@ -40,9 +41,9 @@ class Checkpoint(Callback):
         self, every_n_steps: int = 1000, keep_last: int = 2, keep_best: bool = True, asynchronous: bool = False
     ) -> None:
         problems = [
-            f"{name}={value!r}: must be 1 or more"
+            f"{name}={value!r}: must be a whole number of 1 or more"
             for name, value in (("every_n_steps", every_n_steps), ("keep_last", keep_last))
-            if value < 1
+            if not (is_whole(value) and value >= 1)
         ]
         if problems:
             raise ConfigError(*problems)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fiddlehead.errors import ConfigError
+from fiddlehead.numbers import is_number, is_whole
 from fiddlehead.training.bfloat16_adamw import BFloat16AdamW
 from fiddlehead.training.muon import MuonWithAdamW
 
@@ -49,7 +50,7 @@ class CosineAnnealing:
     min_lr: float = 0.0
 
     def __post_init__(self) -> None:
-        _refuse_negative(warmup_steps=self.warmup_steps, min_lr=self.min_lr)
+        _refuse(_schedule_problems(self))
 
     def __call__(self, step: int, max_steps: int, lr: float) -> float:
         """The factor on `lr` for the step after `step` finished ones."""
@@ -72,9 +73,10 @@ class WarmupStableDecay:
     min_lr: float = 0.0
 
     def __post_init__(self) -> None:
-        _refuse_negative(warmup_steps=self.warmup_steps, min_lr=self.min_lr)
-        if not 0 <= self.decay_fraction <= 1:
-            raise ConfigError(f"decay_fraction={self.decay_fraction!r}: must be from 0 to 1")
+        problems = _schedule_problems(self)
+        if not (is_number(self.decay_fraction) and 0 <= self.decay_fraction <= 1):
+            problems.append(f"decay_fraction={self.decay_fraction!r}: must be from 0 to 1")
+        _refuse(problems)
 
     def __call__(self, step: int, max_steps: int, lr: float) -> float:
         """The factor on `lr` for the step after `step` finished ones."""
@@ -96,9 +98,7 @@ class Optim:
     lr_scheduler: Schedule = field(default_factory=CosineAnnealing)
 
     def __post_init__(self) -> None:
-        problems = self._refused()
-        if problems:
-            raise ConfigError(*problems)
+        _refuse(self._refused())
 
     @property
     def kind(self) -> str:
@@ -143,15 +143,15 @@ class Optim:
 
     def _refused(self) -> list[str]:
         problems = []
-        if self.weight_decay < 0:
-            problems.append(f"weight_decay={self.weight_decay!r}: must not be negative")
-        if not 0 < self.lr < math.inf:
+        if not (is_number(self.weight_decay) and self.weight_decay >= 0):
+            problems.append(f"weight_decay={self.weight_decay!r}: must not be negative, and finite")
+        if not (is_number(self.lr) and self.lr > 0):
             problems.append(f"lr={self.lr!r}: must be above 0 and finite")
-        if not self.eps > 0:
-            problems.append(f"eps={self.eps!r}: must be above 0")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            problems.append(f"betas={self.betas!r}: each must be at least 0 and below 1")
-        if self.lr > 0 and self.lr_scheduler.min_lr > self.lr:
+        if not (is_number(self.eps) and self.eps > 0):
+            problems.append(f"eps={self.eps!r}: must be above 0 and finite")
+        if not (len(self.betas) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in self.betas)):
+            problems.append(f"betas={self.betas!r}: must be two numbers, each at least 0 and below 1")
+        if is_number(self.lr) and self.lr > 0 and self.lr_scheduler.min_lr > self.lr:
             problems.append(f"lr_scheduler.min_lr={self.lr_scheduler.min_lr!r}: is above lr={self.lr!r}")
         return problems
 
@@ -298,9 +298,9 @@ class Muon(Optim):
 
     def _refused(self) -> list[str]:
         problems = super()._refused()
-        if not 0 <= self.momentum < 1:
+        if not (is_number(self.momentum) and 0 <= self.momentum < 1):
             problems.append(f"momentum={self.momentum!r}: must be at least 0 and below 1")
-        if self.adamw_lr is not None and not 0 < self.adamw_lr < math.inf:
+        if self.adamw_lr is not None and not (is_number(self.adamw_lr) and self.adamw_lr > 0):
             problems.append(f"adamw_lr={self.adamw_lr!r}: must be above 0 and finite, or None")
         return problems
 
@@ -323,7 +323,15 @@ def _is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
     return "layers" in name.split(".") and name.endswith(".weight") and parameter.dim() >= 2
 
 
-def _refuse_negative(**values: float) -> None:
-    problems = [f"{name}={value!r}: must not be negative" for name, value in values.items() if value < 0]
+def _schedule_problems(schedule: Schedule) -> list[str]:
+    problems = []
+    if not (is_whole(schedule.warmup_steps) and schedule.warmup_steps >= 0):
+        problems.append(f"warmup_steps={schedule.warmup_steps!r}: must not be negative, and a whole number")
+    if not (is_number(schedule.min_lr) and schedule.min_lr >= 0):
+        problems.append(f"min_lr={schedule.min_lr!r}: must not be negative, and finite")
+    return problems
+
+
+def _refuse(problems: Sequence[str]) -> None:
     if problems:
         raise ConfigError(*problems)

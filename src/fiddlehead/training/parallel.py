@@ -18,6 +18,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.parallel import Layout, local_batch, parallelize, reduce_gradients, refuse_sizes
 from fiddlehead.models.safetensors_files import DTYPES, Stored
+from fiddlehead.numbers import is_whole
 from fiddlehead.training import sharding
 from fiddlehead.training.optim import Optim
 from fiddlehead.training.pipeline import Pipeline, refuse_pipeline
@@ -67,7 +68,11 @@ class Parallel(ModelParallelStrategy):
             "pipeline_parallel": pipeline_parallel,
             "pipeline_stages_per_rank": pipeline_stages_per_rank,
         }
-        problems = [f"{n}={v!r}: must be 1 or more" for n, v in given.items() if v is not None and v < 1]
+        problems = [
+            f"{name}={value!r}: must be a whole number of 1 or more"
+            for name, value in given.items()
+            if not (is_whole(value) and value >= 1) and not (name == "data_parallel" and value is None)
+        ]
         if problems:
             raise ConfigError(*problems)
         super().__init__()

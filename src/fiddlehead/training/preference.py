@@ -13,6 +13,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
 from fiddlehead.models.lora import without_adapters
 from fiddlehead.models.transformer import documents_of
+from fiddlehead.numbers import is_number
 from fiddlehead.training.language_model import LanguageModel
 from fiddlehead.training.sizes import Sizes
 
@@ -37,8 +38,8 @@ class PreferenceModel(LanguageModel):
         problems = []
         if init_from is None:
             problems.append("init_from=None: preferences are learned by a model that can answer already; give one")
-        if not beta > 0:
-            problems.append(f"beta={beta!r}: must be above 0")
+        if not (is_number(beta) and beta > 0):
+            problems.append(f"beta={beta!r}: must be above 0 and finite")
         if problems:
             raise ConfigError(*problems)
         super().__init__(config, init_from, lora)

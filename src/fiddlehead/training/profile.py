@@ -120,6 +120,13 @@ class Profile(Callback):
         profiler, self._profiler = self._profiler, None
         profiler.stop()
         trainer.profiler = self._others  # type: ignore[attr-defined]
+        try:
+            self._write(trainer, profiler)
+        finally:
+            if trainer.strategy.root_device.type == "cuda":
+                torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _write(self, trainer: Trainer, profiler: torch.profiler.profile) -> None:
         step = trainer.global_step
         self.folder.mkdir(exist_ok=True)
         timeline = self.folder / f"rank0-steps-{self.first}-{step}.json.gz"
@@ -131,7 +138,6 @@ class Profile(Callback):
         if trainer.strategy.root_device.type == "cuda":
             memory = timeline.with_name(timeline.name.replace(".json.gz", ".memory.pickle"))
             torch.cuda.memory._dump_snapshot(str(memory))
-            torch.cuda.memory._record_memory_history(enabled=None)
             say(f"profile: the GPU's memory is in {memory}; open it at https://pytorch.org/memory_viz")
 
 
