@@ -290,12 +290,12 @@ def test_a_checkpoint_with_some_of_the_adapters_is_refused() -> None:
 @BOTH
 def test_a_merged_model_is_ordinary_and_computes_the_same(dora: bool) -> None:
     lora = LoRA(rank=3, dora=dora, target_modules=("linear_qkv", "linear_fc2"))
-    model = adapted(lora, add_bias_linear=True).eval()
+    model = adapted(lora, add_bias_linear=True).double().eval()
     expected, state = model(IDS), merge_state(model.state_dict(), lora)
-    base = transformer(add_bias_linear=True)
+    base = transformer(add_bias_linear=True).double()
     assert (base(IDS) - expected).abs().max() > 0.1, "the adapters were to matter"
     base.load_state_dict(state)
-    torch.testing.assert_close(base(IDS), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(base(IDS), expected, rtol=1e-9, atol=1e-9)
 
     merge(model)
     assert not any(isinstance(module, LoRALinear) or module.training for module in model.modules())
@@ -305,7 +305,7 @@ def test_a_merged_model_is_ordinary_and_computes_the_same(dora: bool) -> None:
         assert torch.equal(tensor, state[name]), name
     lora.apply(model)
     assert not any(module.training for module in model.modules())
-    torch.testing.assert_close(model(IDS), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(IDS), expected, rtol=1e-9, atol=1e-9)
 
 
 @BOTH
