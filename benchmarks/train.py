@@ -113,7 +113,10 @@ def measure(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
     per_layer = C * C * 2 + C * 2 * shape["groups"] * D + 3 * C * shape["ffn"]
     untied = 0 if shape["layers"] <= 16 else shape["vocab"] * C
     flops = 6 * (L * per_layer + shape["vocab"] * C + untied) + 6 * L * shape["T"] * C
-    kernel = {"attention": attention_kernel(config(shape, backend), precision)} if name == "fiddlehead" else {}
+    ours = name == "fiddlehead"
+    kernel = (
+        {"attention": attention_kernel(config(shape, backend), precision, shared if devices > 1 else 1)} if ours else {}
+    )
     return {**on_device(tokens_per_s, flops / devices), "first_step_s": clock.first - began, "loss": loss, **kernel}
 
 
@@ -125,12 +128,14 @@ def on_device(tokens_per_s: float, flops: float) -> dict[str, float]:
     return {"tokens_per_s": tokens_per_s, "mfu": tokens_per_s * flops / peak, "gib": gib}
 
 
-def attention_kernel(config: Any, precision: str) -> list[str]:
-    """What `attend` takes for one of our arms."""
+def attention_kernel(config: Any, precision: str, context: int) -> list[str]:
+    """What `attend` takes for one of our arms, of whose ranks `context` share each sequence."""
+    from fiddlehead.attention import Target
     from fiddlehead.training import attention
+    from fiddlehead.training.attention_calls import Calls, compute_dtype
 
-    target = attention.Target.of(torch.device(accelerator()))
-    return attention.rows(attention.choose(config, attention.compute_dtype(precision), target, packed=False))
+    calls = Calls(config=config, dtype=compute_dtype(precision), seq_length=config.seq_length, context=context)
+    return attention.rows(attention.choose(calls, Target.of(torch.device(accelerator()))))
 
 
 class Clock:

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fiddlehead import tasks
+from fiddlehead.attention import Target
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.data.random_tokens import RandomTokens
 from fiddlehead.environment import describe_gpus, describe_machine
@@ -20,6 +21,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.recipe import Recipe
 from fiddlehead.runs import RunDirectory, write_atomically
 from fiddlehead.training import Checkpoint, LanguageModel, Log, attention
+from fiddlehead.training.attention_calls import calls_of
 from fiddlehead.training.checkpoint import at_step_end
 from fiddlehead.training.metrics import Metrics, num_adapted, peak_memory, speed
 from fiddlehead.training.optim import Optim
@@ -122,13 +124,8 @@ def benchmark(
 def _what(model: LanguageModel, data: Any, trainer: Trainer, steps: int) -> dict[str, Any]:
     """What was timed, as JSON values."""
     assert model.transformer is not None
-    dtype = attention.compute_dtype(str(trainer.precision))
-    chosen = attention.choose(
-        model.config,
-        dtype,
-        attention.Target.of(trainer.strategy.root_device),
-        packed=data.separate_documents,
-    )
+    calls = calls_of(model, data, str(trainer.precision), trainer.strategy)
+    chosen = attention.choose(calls, Target.of(trainer.strategy.root_device))
     return {
         "data": type(data).__name__,
         "seq_length": data.seq_length,

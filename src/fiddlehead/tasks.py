@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,10 +14,11 @@ from lightning.pytorch import Trainer, seed_everything
 from fiddlehead.attention import Target
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.errors import ConfigError
-from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models import TransformerConfig
 from fiddlehead.numbers import is_whole
 from fiddlehead.runs import RunDirectory, find_run, reserve_name, write_atomically
 from fiddlehead.training import Checkpoint, LanguageModel, Log, NonFiniteError, Parallel, attention
+from fiddlehead.training.attention_calls import calls_of
 from fiddlehead.training.checkpoint import restore_progress
 from fiddlehead.training.checkpoint_folder import newest_good, read_state, verify
 from fiddlehead.training.console import is_rank_zero, say
@@ -108,7 +110,8 @@ def pretrain(
         if start is not None:
             restore_progress(trainer, step)
         try:
-            trainer.fit(model, datamodule=data, ckpt_path=start, weights_only=True)
+            with attention.compared(plan.attention):
+                trainer.fit(model, datamodule=data, ckpt_path=start, weights_only=True)
         except NonFiniteError as error:
             good = newest_good(run.checkpoints)
             last = f"The last good checkpoint is {good}" if good else "There is no checkpoint yet"
@@ -152,7 +155,7 @@ class Plan:
     micro_batch_size: int
     accumulate_grad_batches: int
     tokens_per_step: int
-    attention: attention.LayerChoices
+    attention: attention.Choices
     """Empty where the device that trains is not known."""
     state_gib: float
     """Parameters, gradients and optimizer state of one full copy, without activations."""
@@ -186,7 +189,7 @@ class Plan:
             ("the run", f"{self.max_steps:,} steps, {warmup}"),
             ("", f"{self.tokens_per_step * self.max_steps:,} tokens, {self.flops:.2e} FLOPs"),
             ("memory", f"{self._memory()} for parameters, gradients and optimizer, plus activations"),
-            *zip(["attention"] + [""] * self.config.num_layers, self._attention_rows(), strict=False),
+            *zip(itertools.chain(["attention"], itertools.repeat("")), self._attention_rows(), strict=False),
         ]
 
     def _ranks(self) -> str:
@@ -269,19 +272,21 @@ def plan_pretrain(
     model.config = replace(model.config, vocab_size=model.config.vocab_size or vocab_size)
     model.config = replace(model.config, seq_length=model.config.seq_length or data.seq_length)
     trainer.accumulate_grad_batches = accumulate
-    transformer = _on_meta(model)
+    try:
+        transformer = model.on_meta()
+    except ConfigError as error:
+        raise error.under("model") from error
     learned = [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
     parameters = sum(parameter.numel() for parameter in transformer.parameters())
     trained = sum(parameter.numel() for _, parameter in learned)
     config, precision = model.config, str(trainer.precision)
-    dtype, packed = attention.compute_dtype(precision), data.separate_documents
-    seen = replace(config, seq_length=data.seq_length)  # a model may have learned longer sequences than these
-    choices: attention.LayerChoices = ()
+    calls = calls_of(model, data, precision, trainer.strategy)
+    choices: attention.Choices = ()
     try:
         if elsewhere:
-            attention.refuse_impossible(seen, dtype, packed=packed)
+            attention.refuse_impossible(calls)
         else:
-            choices = attention.choose(seen, dtype, Target.of(trainer.strategy.root_device), packed=packed)
+            choices = attention.choose(calls, Target.of(trainer.strategy.root_device))
     except ConfigError as error:
         raise error.under("model.config") from error
     each = 2 if precision == "bf16-true" else 4
@@ -303,18 +308,6 @@ def plan_pretrain(
         device_gib=state_gib * sizes.held(transformer) / parameters + gathered_gib,
         warmup_steps=optim.lr_scheduler.warmup_steps,
     )
-
-
-def _on_meta(model: LanguageModel) -> Transformer:
-    """The model as it will be trained, without values."""
-    with torch.device("meta"):
-        transformer = Transformer(model.config)
-        if model.lora is not None:
-            try:
-                model.lora.apply(transformer)
-            except ConfigError as error:
-                raise error.under("model.lora") from error
-    return transformer
 
 
 def resume_point(run: RunDirectory, resume: str | Path) -> Path | None:

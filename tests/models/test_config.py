@@ -213,10 +213,9 @@ def test_impossible_windowed_layers_are_named(skip: Any, said: str) -> None:
     assert problem.startswith("window_attn_skip_freq") and said in problem
 
 
-def test_layers_that_ask_the_same_of_attention_are_together() -> None:
+def test_a_layer_asks_of_attention_what_it_is_configured_for() -> None:
     config = small(num_layers=5, window_size=(3, 0), window_attn_skip_freq=2, seq_length=64, attention_dropout=0.1)
-    (windowed, first), (full, second) = config.attention_specs(torch.bfloat16, packed=True).items()
-    assert (first, second) == ([0, 2, 4], [1, 3])
+    windowed, full = (config.attention_spec(layer, torch.bfloat16, packed=True) for layer in range(2))
     assert (windowed.window_size, full.window_size) == ((3, 0), (-1, -1))
     assert windowed.packed and windowed.training and (windowed.dtype, windowed.dropout) == (torch.bfloat16, 0.1)
     inference = config.attention_spec(0, torch.bfloat16, training=False)
@@ -224,8 +223,11 @@ def test_layers_that_ask_the_same_of_attention_are_together() -> None:
 
 
 def test_a_window_as_long_as_the_sequence_is_none() -> None:
-    assert len(small(window_size=(7, 0), window_attn_skip_freq=2, seq_length=8).attention_specs(torch.float32)) == 1
-    assert len(small(window_size=(6, 0), window_attn_skip_freq=2, seq_length=8).attention_specs(torch.float32)) == 2
+    for left, seen in ((7, (-1, -1)), (6, (6, 0))):
+        config = small(window_size=(left, 0), seq_length=8)
+        assert config.attention_spec(0, torch.float32).window_size == seen
+    assert config.attention_spec(0, torch.float32, packed=True, longest=7).window_size == (-1, -1)
+    assert small(window_size=(9999, 0)).attention_spec(0, torch.float32).window_size == (9999, 0)  # nothing is known
 
 
 def test_train_flops_of_a_window_are_those_of_the_keys_it_leaves() -> None:

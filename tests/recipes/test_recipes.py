@@ -42,7 +42,7 @@ def test_the_plan_can_be_made_on_any_machine(name):
     plan = plan_of(name)
     assert plan.parameters > 0
     if recipe.trainer.accelerator == "cpu":
-        assert all(choice.backend for _, choice in plan.attention)
+        assert all(served.choice.backend for served in plan.attention)
 
 
 def test_it_loads_back_equal(name, tmp_path):

@@ -16,7 +16,7 @@ from fiddlehead.data import ByteTokenizer
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA
 from fiddlehead.training import Muon, Parallel
-from fiddlehead.training.attention import ranges
+from fiddlehead.training.attention import on_longest, ranges
 from fiddlehead.training.weights import open_weights
 from tests.training.conftest import Parts, parameters
 
@@ -33,7 +33,10 @@ def test_the_parts_complete_each_other(parts: Parts) -> None:
     assert made["model"].config == found.config
     assert (found.accumulate_grad_batches, made["trainer"].accumulate_grad_batches) == (3, 3)
     assert (found.tokens_per_step, found.max_steps, found.world_size) == (6 * 16, 12, 1)
-    assert [(layers, choice.backend) for layers, choice in found.attention] == [((0, 1), "sdpa_flash")]
+    assert [(served.during, served.layers, served.choice.backend) for served in found.attention] == [
+        ("training", (0, 1), "sdpa_flash"),
+        ("validation", (0, 1), "sdpa_flash"),
+    ]
     assert found.state_gib * 2**30 == 16 * found.parameters
 
 
@@ -143,8 +146,9 @@ def test_rows_are_for_people(parts: Parts) -> None:
 def test_layers_with_another_window_are_told_apart(parts: Parts) -> None:
     made = parts(window_size=(3, 0), window_attn_skip_freq=2, separate_documents=True)
     found = plan(made)
-    (windowed, first), (full, second) = found.attention
-    assert (windowed, full) == ((0,), (1,))
+    windowed, full = on_longest(found.attention)
+    assert (windowed.layers, full.layers) == ((0,), (1,))
+    first, second = windowed.choice, full.choice
     assert first.spec.window_size == (3, 0) and second.spec.window_size == (-1, -1)
     assert first.spec.packed and second.spec.packed
     assert dict(found.rows())["attention"] == "sdpa_flash on cpu"  # said once, as it serves both
@@ -152,11 +156,12 @@ def test_layers_with_another_window_are_told_apart(parts: Parts) -> None:
 
 def test_different_kernels_are_said_with_their_layers(parts: Parts) -> None:
     found = plan(parts(window_size=(3, 0), window_attn_skip_freq=2))
-    (first, windowed), (second, full) = found.attention
-    mixed = ((first, windowed), (second, replace(full, candidates=("reference",))))
+    windowed, full = on_longest(found.attention)
+    mixed = (windowed, full._replace(choice=replace(full.choice, candidates=("reference",))))
     rows = replace(found, attention=mixed).rows()
     assert rows[-2:] == [("attention", "sdpa_flash on cpu: layers 0"), ("", "reference on cpu: layers 1")]
-    measured = replace(found, attention=((first, replace(windowed, asked="measured", candidates=("flex", "cudnn"))),))
+    choice = replace(windowed.choice, asked="measured", candidates=("flex", "cudnn"))
+    measured = replace(found, attention=(windowed._replace(layers=(0, 1), choice=choice),))
     assert measured.rows()[-1] == ("attention", "the fastest of flex, cudnn on cpu")
 
 
@@ -184,7 +189,10 @@ def test_on_another_machine_only_what_no_gpu_can_do_is_refused(parts: Parts) -> 
 def test_a_run_writes_down_which_kernel_served_it(parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:
     run = tasks.pretrain(**parts(max_steps=1))
     assert "attention: sdpa_flash on cpu\n" in capsys.readouterr().out
-    (entry,) = json.loads((run.path / "attention.json").read_text())
+    entry, validation = json.loads((run.path / "attention.json").read_text())
+    assert (entry["during"], validation["during"]) == ("training", "validation")
+    assert (entry["lengths"], entry["layers_by_pipeline_rank"]) == ([16], [[0, 1]])
+    assert validation["spec"] == entry["spec"] | {"training": False}
     assert (entry["layers"], entry["asked"], entry["backend"]) == ([0, 1], "auto", "sdpa_flash")
     assert (entry["spec"]["dtype"], entry["spec"]["num_query_groups"]) == ("float32", 2)
     assert entry["reasons"]["cudnn"] and entry["packages"]["torch"] == torch.__version__
@@ -192,7 +200,7 @@ def test_a_run_writes_down_which_kernel_served_it(parts: Parts, capsys: pytest.C
     errors = entry["trials"]["sdpa_flash"]
     assert errors.keys() == {"out", "dq", "dk", "dv"} and 0 < max(errors.values()) < entry["limit"] / 10
     run = tasks.pretrain(**parts(max_steps=1, name="measured", attention_backend="measured"))
-    (entry,) = json.loads((run.path / "attention.json").read_text())
+    entry, _ = json.loads((run.path / "attention.json").read_text())
     assert entry["backend"] is None and set(entry["candidates"]) >= {"sdpa_flash", "reference"}
     assert entry["trials"].keys() == {"sdpa_flash"}  # the reference would only be taken if there were nothing else
 

@@ -6,21 +6,21 @@ Shapes: B batch, T queries, S keys, H query heads, G key/value heads, D head dim
 from __future__ import annotations
 
 import math
-import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from fiddlehead.attention.backend import Backend, Extras
+from fiddlehead.attention.call import NO_LIMIT, call_fields
 from fiddlehead.attention.kv_cache import KVCache
 from fiddlehead.attention.measure import fastest
 from fiddlehead.attention.sample import Shape
 from fiddlehead.attention.selection import BACKENDS, explain, select
-from fiddlehead.attention.spec import AttentionSpec, Target, length_class
-from fiddlehead.attention.switches import Setting, must_be_deterministic, setting
+from fiddlehead.attention.spec import AttentionSpec, Target
+from fiddlehead.attention.switches import Setting, setting
 from fiddlehead.errors import ConfigError
-
-NO_LIMIT = (-1, -1)
 
 
 def attend(
@@ -163,11 +163,12 @@ def _check_new(
 NOTHING = Extras()
 _chosen: dict[Any, tuple[AttentionSpec, Backend, bool]] = {}
 """How each kind of call is served: asking again would take longer than a small kernel runs."""
+_watchers: list[Callable[[AttentionSpec, str], None]] = []
 
 
 def _choose(call: tuple[Any, ...], device: torch.device, backend: str) -> tuple[AttentionSpec, Backend, bool]:
     """The spec of a call, the backend that serves it, and whether it has extras."""
-    spec = AttentionSpec(**_fields(*call))
+    spec = AttentionSpec(**call_fields(*call))
     return spec, BACKENDS[_serving(spec, device, backend, _shape(call, spec))], spec.has_extras
 
 
@@ -175,7 +176,7 @@ def _choose_while_tracing(
     call: tuple[Any, ...], device: torch.device, backend: str
 ) -> tuple[AttentionSpec, Backend, bool]:
     """The same under torch.compile, which traces the call again whenever the setting or the spec changes."""
-    fields = _fields(*call)
+    fields = call_fields(*call)
     spec = AttentionSpec(**fields)
     # Lengths may be symbolic and stay so, unless the choice depends on them.
     shape = _shape(call, spec) if backend == "measured" else ()
@@ -199,11 +200,26 @@ def _serving(spec: AttentionSpec, device: torch.device, backend: str, shape: Sha
     """The backend that serves the spec; raises ConfigError if none does."""
     target = Target.of(device)
     if backend != "measured":
-        return select(spec, target, backend)
-    choice = explain(spec, target, backend)
-    choice.required()
-    assert shape is not None
-    return fastest({name: BACKENDS[name] for name in choice.candidates}, spec, target, device, shape)
+        name = select(spec, target, backend)
+    else:
+        choice = explain(spec, target, backend)
+        choice.required()
+        assert shape is not None
+        name = fastest({name: BACKENDS[name] for name in choice.candidates}, spec, target, device, shape)
+    for watcher in _watchers:
+        watcher(spec, name)
+    return name
+
+
+@contextmanager
+def watched(watcher: Callable[[AttentionSpec, str], None]) -> Iterator[None]:
+    """Tells `watcher` of each kind of call that is made in the block, once, and of the backend that serves it."""
+    _chosen.clear()  # it would not be told of what was chosen before
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
 
 
 def _shape(call: tuple[Any, ...], spec: AttentionSpec) -> Shape:
@@ -212,87 +228,3 @@ def _shape(call: tuple[Any, ...], spec: AttentionSpec) -> Shape:
     if spec.packed:
         return Shape(max(1, q[0] // max_seqlen_q), max_seqlen_q, max_seqlen_k)
     return Shape(q[0], q[1], k[0] * k[1] // q[0] if spec.page_size else k[1])
-
-
-def _fields(
-    q: torch.Size,
-    k: torch.Size,
-    v: torch.Size,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    dtype: torch.dtype,
-    dtype_k: torch.dtype,
-    dtype_v: torch.dtype,
-    causal: bool,
-    window_size: tuple[int, int],
-    softcap: float,
-    alibi: bool,
-    sinks: bool,
-    padding_mask: bool,
-    dropout: float,
-    deterministic: bool,
-    training: bool,
-    packed: bool,
-    cached: bool,
-    page_size: int,
-) -> dict[str, Any]:
-    """The fields of the call's spec; raises ConfigError if its parts do not fit together."""
-    if packed:
-        if len(q) != 3 or len(k) != 3 or k[1] == 0 or k != v or q[2] != k[2] or q[1] % k[1]:
-            raise ConfigError(
-                f"q{tuple(q)}, k{tuple(k)}, v{tuple(v)} do not fit: "
-                "expected (tokens, H, D), (tokens, G, D), (tokens, G, D) with G dividing H"
-            )
-        if max_seqlen_q is None or max_seqlen_k is None:
-            raise ConfigError("max_seqlen_q=None: packed sequences need it, as reading it from the device would stall")
-        if padding_mask:
-            raise ConfigError("padding_mask is for sequences with padding; packed ones (cu_seqlens_q) have none")
-        T, S = max_seqlen_q, max_seqlen_k
-    else:
-        expected = len(q) == len(k) == 4 and k[2] > 0 and k == v and q[3] == k[3] and q[2] % k[2] == 0
-        if not expected or (q[0] != k[0] and not page_size):
-            raise ConfigError(
-                f"q{tuple(q)}, k{tuple(k)}, v{tuple(v)} do not fit: "
-                "expected (B, T, H, D), (B, S, G, D), (B, S, G, D) with G dividing H"
-            )
-        T, S = q[1], k[1]
-        if causal and T > S and not page_size:
-            raise ConfigError(
-                f"q has {T} positions and k only {S}: under a causal mask the first queries would see no key"
-            )
-    if dtype != dtype_k or dtype != dtype_v:
-        raise ConfigError(f"q is {dtype}, k {dtype_k} and v {dtype_v}: they must be of one dtype")
-    if min(window_size) < -1 or softcap < 0 or not 0 <= dropout < 1:
-        raise ConfigError(
-            f"window_size={window_size}, softcap={softcap}, dropout={dropout}: allowed: -1 or more, 0 or more, "
-            "and from 0 to below 1"
-        )
-    left, right = window_size
-    if not (page_size or cached):  # a window that leaves nothing out is none, and more backends do without
-        left = -1 if left >= S - 1 else left
-        right = -1 if right >= T - 1 else right
-        if causal and T == 1 and not packed:  # the only query sees every key anyway
-            causal, right = False, -1
-    if causal:
-        right = 0 if left >= 0 else -1
-    return {
-        "dtype": dtype,
-        # Under torch.compile(dynamic=True) numbers are symbolic; an index cannot be, nor a zero. Lengths may stay so.
-        "head_dim": operator.index(q[-1]),
-        "num_attention_heads": operator.index(q[-2]),
-        "num_query_groups": operator.index(k[-2]),
-        "causal": causal,
-        "window_size": (left, right),
-        "softcap": softcap or 0.0,
-        "alibi": alibi,
-        "sinks": sinks,
-        "dropout": dropout or 0.0,
-        "padding_mask": padding_mask,
-        "packed": packed,
-        "cached": cached,
-        "page_size": page_size,
-        "same_length": not cached if T == S else False,  # decided here: lengths may be symbolic under torch.compile
-        "length": 0 if page_size else length_class(S),
-        "training": training,
-        "deterministic": deterministic or must_be_deterministic(),
-    }

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -25,6 +25,7 @@ from fiddlehead.errors import ConfigError, unknown
 if TYPE_CHECKING:
     from fiddlehead.attention import Choice, Packages, Target
     from fiddlehead.recipe import Recipe
+    from fiddlehead.training.attention_calls import Calls
 
 app = typer.Typer(no_args_is_help=True, help="See which attention kernel serves a model, and why.")
 
@@ -66,7 +67,7 @@ def explain(
         print(json.dumps(explained.to_dict(), indent=1))  # noqa: T201
     else:
         explained.show()
-    if not all(choice.candidates for _, choice in explained.choices):
+    if not all(served.choice.candidates for served in explained.served):
         raise typer.Exit(1)
 
 
@@ -104,18 +105,13 @@ class _Explained:
     def __init__(self, recipe: Recipe, name: str, gpu: str | None, assume: Sequence[str]) -> None:
         import torch
 
-        from fiddlehead.attention import explain
-        from fiddlehead.attention.spec import length_class
-        from fiddlehead.tasks import PRECISIONS
-        from fiddlehead.training.attention import compute_dtype
+        from fiddlehead.training.attention import explain_calls, on_longest
 
-        config = _model_config(recipe)
-        precision = str(recipe.trainer.precision or "32-true")  # Lightning's default
-        if precision not in PRECISIONS:
-            raise ConfigError(f"trainer.precision={precision!r}: allowed: {', '.join(PRECISIONS)}")
+        calls = _calls(recipe)
         self.name = name
         self.micro_batch_size: int = recipe.data.micro_batch_size
-        self.seq_length: int = recipe.data.seq_length
+        self.seq_length = calls.seq_length
+        self.calls = calls
         target, self.note, here = _target(str(recipe.trainer.accelerator), gpu)
         self.target = replace(target, packages=_assumed(target.packages, assume))
         installed_here = "installed here" if here else "installed here, assumed there"
@@ -124,12 +120,8 @@ class _Explained:
         self.versions = (
             f"{_versions(self.target.packages)} ({'as --assume says, the rest ' * bool(assume)}{installed_here})"
         )
-        specs = config.attention_specs(compute_dtype(precision), packed=recipe.data.separate_documents)
-        length = length_class(self.seq_length)  # packed: at most; a batch of short documents counts as shorter
-        self.choices: list[tuple[list[int], Choice]] = [
-            (layers, explain(replace(spec, length=length), self.target, config.attention_backend))
-            for spec, layers in specs.items()
-        ]
+        self.served = explain_calls(calls, self.target)
+        self.steps = on_longest(self.served)
 
     def memory(self, choice: Choice, backend: str) -> int:
         """Bytes that a layer takes beside q, k and v."""
@@ -145,26 +137,35 @@ class _Explained:
             "note": self.note,
             "micro_batch_size": self.micro_batch_size,
             "seq_length": self.seq_length,
+            "tensor_parallel": self.calls.tensor,
+            "context_parallel": self.calls.context,
             "variables": dict(_variables()),
             "layers": [
                 {
-                    "layers": layers,
-                    **choice.to_dict(),
+                    **served.to_dict(),
                     "backends": [
-                        {"name": name, "verdict": verdict, "reason": reason, "extra_bytes": self.memory(choice, name)}
-                        for name, verdict, reason in choice.rows()
+                        {
+                            "name": name,
+                            "verdict": verdict,
+                            "reason": reason,
+                            "extra_bytes": self.memory(served.choice, name),
+                        }
+                        for name, verdict, reason in served.choice.rows()
                     ],
                 }
-                for layers, choice in self.choices
+                for served in self.steps
             ],
+            "other_calls": [served.to_dict() for served in self.served if served not in self.steps],
         }
 
     def show(self) -> None:
-        """Prints the facts, and a table for each different spec."""
-        from fiddlehead.training.attention import ranges
+        """Prints the facts, a table for each different spec of a step, and what other calls get instead."""
+        from fiddlehead.training.attention import ranges, rows
 
         facts = table(self.name, f"{self.target.name}{f', sm{self.target.sm}' if self.target.sm else ''}: {self.note}")
         add_row(facts, "versions", self.versions)
+        for fact in self._shares():
+            add_row(facts, *fact)
         sequences = f"{self.micro_batch_size} sequence{'s' if self.micro_batch_size > 1 else ''}"
         add_row(
             facts,
@@ -174,9 +175,28 @@ class _Explained:
         for variable, effect in _variables():
             add_row(facts, variable, effect)
         show(facts)
-        for layers, choice in self.choices:
-            show("", f"[bold]layers {ranges(layers)}[/bold]: {_escaped(str(choice.spec))}")
-            self._show_choice(choice)
+        for served in self.steps:
+            show("", f"[bold]layers {ranges(list(served.layers))}[/bold]: {_escaped(str(served.choice.spec))}")
+            self._show_choice(served.choice)
+        if others := rows(self.served)[len(rows(self.steps)) :]:
+            show("", "[bold]other calls[/bold]", *map(_escaped, others))
+
+    def _shares(self) -> Iterator[tuple[str, str]]:
+        """What a rank has of the model, where that is not all of it."""
+        from fiddlehead.training.attention import ranges
+
+        calls, config, spec = self.calls, self.calls.config, self.steps[0].choice.spec
+        sizes = {"tensor_parallel": calls.tensor, "context_parallel": calls.context}
+        if split := " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1):
+            yield (
+                "each rank",
+                f"attends with {spec.num_attention_heads} of {config.num_attention_heads} query heads and "
+                f"{spec.num_query_groups} of {config.groups} key/value heads, on whole sequences ({split})",
+            )
+        if calls.pipeline > 1:
+            of_ranks = calls.on_pipeline_ranks(range(config.num_layers))
+            listed = "; ".join(f"{rank}: layers {ranges(list(layers))}" for rank, layers in enumerate(of_ranks))
+            yield "pipeline ranks", listed
 
     def _show_choice(self, choice: Choice) -> None:
         from rich.text import Text
@@ -198,22 +218,50 @@ class _Explained:
             show("attention_backend='measured': the kept ones are timed when the run starts, all but the reference")
 
 
-def _model_config(recipe: Recipe) -> Any:
-    """The recipe's model as it would be trained, apart from its vocabulary, which attention does not see."""
+@dataclass(frozen=True)
+class _Trainer:
+    """What of a trainer can be built on a machine that has none of its devices."""
+
+    strategy: Any
+
+
+def _parts(model: Any, data: Any, trainer: Any) -> None:
+    """The parts of a training that decide what is asked of attention."""
+
+
+def _calls(recipe: Recipe) -> Calls:
+    """What a recipe's training asks of attention; nothing of it is started or read but the shape of `init_from`."""
     import fiddle as fdl
 
-    from fiddlehead.models import TransformerConfig
+    from fiddlehead.recipe import Recipe
+    from fiddlehead.tasks import PRECISIONS
+    from fiddlehead.training import LanguageModel, Parallel
+    from fiddlehead.training.attention_calls import calls_of
 
     missing = [name for name in ("model", "data", "trainer") if name not in recipe.__arguments__]
     if missing:
         raise ConfigError(f"the recipe has no {' and no '.join(missing)}: it is no training")
+    precision = str(recipe.trainer.precision or "32-true")  # Lightning's default
+    precision = {"32": "32-true", "bf16": "bf16-mixed"}.get(precision, precision)  # what it takes them for
+    if precision not in PRECISIONS:
+        raise ConfigError(f"trainer.precision={precision!r}: allowed: {', '.join(PRECISIONS)}")
+    trainer = fdl.Config(_Trainer, recipe.trainer.strategy)
+    parts = Recipe(_parts, model=recipe.model, data=recipe.data, trainer=trainer).build_arguments()
+    model, data, strategy = parts["model"], parts["data"], parts["trainer"].strategy
+    if not isinstance(model, LanguageModel):
+        raise ConfigError(f"model: is a {type(model).__name__}, not a LanguageModel")
     try:
-        config = fdl.build(recipe.model.config)
+        if recipe.model.config is None:
+            model.take_shape()
+        # Attention does not see the vocabulary, which follows from the data.
+        size, length = model.config.vocab_size or 1, model.config.seq_length or data.seq_length
+        model.config = replace(model.config, vocab_size=size, seq_length=length)
+        calls = calls_of(model, data, precision, strategy, deterministic=bool(recipe.trainer.deterministic))
     except ConfigError as error:
-        raise error.under("model.config") from None
-    if not isinstance(config, TransformerConfig):
-        raise ConfigError(f"model.config: is a {type(config).__name__}, not a TransformerConfig")
-    return replace(config, seq_length=config.seq_length or recipe.data.seq_length)
+        raise error.under("model") from None
+    if isinstance(strategy, Parallel) and (problems := strategy.problems(calls.config, data.seq_length)):
+        raise ConfigError(*(f"trainer.strategy.{problem}" for problem in problems))
+    return calls
 
 
 def _target(accelerator: str, gpu: str | None) -> tuple[Target, str, bool]:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from fiddlehead.attention import CHOICES, AttentionSpec
-from fiddlehead.attention.spec import length_class
+from fiddlehead.attention.call import call_fields
 from fiddlehead.errors import ConfigError, unknown
 from fiddlehead.models.rope import LongRopeScaling, Rotary, Scaling, scaling_from_dict
 from fiddlehead.numbers import is_number, is_whole
@@ -19,6 +19,9 @@ NormPlacement = Literal["pre", "post", "both"]
 QKLayernorm = Literal["head", "projection"]
 Activation = Literal["swiglu", "geglu", "gelu", "clamped_swiglu"]
 PositionEmbedding = Literal["rope", "learned_absolute", "none"]
+
+UNKNOWN = 1 << 62
+"""The length of a sequence of which no length is known; no window is as wide, and it is of no class of lengths."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,37 +163,45 @@ class TransformerConfig:
         return Rotary(channels, self.rotary_base, self.rope_scaling)
 
     def attention_spec(
-        self, layer: int, dtype: torch.dtype, *, packed: bool = False, training: bool = True
+        self,
+        layer: int,
+        dtype: torch.dtype,
+        *,
+        packed: bool = False,
+        training: bool = True,
+        gradients: bool | None = None,
+        deterministic: bool = False,
+        longest: int | None = None,
+        tp: int = 1,
+        cp: int = 1,
     ) -> AttentionSpec:
-        """What the layer of this index, from 0, asks of an attention kernel on sequences of `seq_length`.
+        """What the layer of this index, from 0, asks of an attention kernel: the spec of its call of `attend`.
 
-        It is the spec that `attend` finds in the layer's call; in a packed one if the longest document is as long.
+        Args:
+            training: whether the model is in training mode, and drops.
+            gradients: whether they will be asked for; None is as `training`.
+            deterministic: as `attend` takes it.
+            longest: the longest sequence or, `packed`, what `max_seqlen` says of the documents; `seq_length` if None.
+            tp: processes that share each layer.
+            cp: processes that share each sequence; they exchange heads for it, so that a kernel sees all of it.
         """
-        left, _ = self.window(layer)
-        if self.seq_length is not None and left >= self.seq_length - 1:
-            left = -1
+        heads, groups = split_heads(*split_heads(self.num_attention_heads, self.groups, tp), cp)
+        T = longest or self.seq_length or UNKNOWN
+        q, k = ((*((T,) if packed else (1, T)), count, self.head_dim) for count in (heads, groups))
         return AttentionSpec(
-            dtype=dtype,
-            head_dim=self.head_dim,
-            num_attention_heads=self.num_attention_heads,
-            num_query_groups=self.groups,
-            window_size=(left, 0 if left >= 0 else -1),
-            softcap=self.attn_logit_softcapping or 0.0,
-            sinks=self.attention_sinks,
-            dropout=self.attention_dropout if training else 0.0,
-            packed=packed,
-            length=length_class(self.seq_length) if self.seq_length else 0,
-            training=training,
+            **call_fields(
+                *(q, k, k),
+                *((T, T) if packed else (None, None)),
+                *(dtype, dtype, dtype),
+                window_size=self.window(layer),
+                softcap=self.attn_logit_softcapping or 0.0,
+                sinks=self.attention_sinks,
+                dropout=self.attention_dropout if training else 0.0,
+                deterministic=deterministic,
+                training=training if gradients is None else gradients,
+                packed=packed,
+            )
         )
-
-    def attention_specs(
-        self, dtype: torch.dtype, *, packed: bool = False, training: bool = True
-    ) -> dict[AttentionSpec, list[int]]:
-        """The different specs of the layers, each with the indices of the layers that have it."""
-        specs: dict[AttentionSpec, list[int]] = {}
-        for layer in range(self.num_layers):
-            specs.setdefault(self.attention_spec(layer, dtype, packed=packed, training=training), []).append(layer)
-        return specs
 
     def num_matmul_parameters(self) -> int:
         """Parameters that a token is multiplied with: all but norms, biases, the embedding, and experts not chosen."""
@@ -339,3 +350,11 @@ class TransformerConfig:
                 yield f"window_attn_skip_freq has {len(skip)} numbers; num_layers={self.num_layers} needs as many"
         elif not is_whole(skip) or skip < 1:
             yield f"window_attn_skip_freq={skip!r}: must be a whole number of 1 or more, a list of 0 and 1, or None"
+
+
+def split_heads(heads: int, groups: int, parts: int) -> tuple[int, int]:
+    """How many of so many query and key/value heads each of `parts` processes has.
+
+    Where there are fewer key/value heads than processes, several have the same one.
+    """
+    return heads // parts, max(groups // parts, 1)

@@ -2,97 +2,152 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
-from fiddlehead.attention import BACKENDS, GPUS, Choice, Package, Packages, Target, explain
+from fiddlehead.attention import BACKENDS, GPUS, AttentionSpec, Choice, Package, Packages, Target, explain, watched
 from fiddlehead.attention.measure import contenders
 from fiddlehead.attention.packages import CUDNN_OF_CUDA_BUILDS, NEWEST_KNOWN
 from fiddlehead.attention.trial import LIMITS, Errors, require_right
 from fiddlehead.errors import ConfigError
-from fiddlehead.models import TransformerConfig
-
-LayerChoices = tuple[tuple[tuple[int, ...], Choice], ...]
-"""For each different spec of a model's layers the indices of the layers that have it, and the choice."""
+from fiddlehead.training.attention_calls import TRAINING, Calls
 
 
-def compute_dtype(precision: str) -> torch.dtype:
-    """The dtype that attention sees under a trainer's precision."""
-    return torch.bfloat16 if precision.startswith("bf16") else torch.float32
+class Served(NamedTuple):
+    """Some layers whose calls ask the same, and the kernel that they get."""
+
+    layers: tuple[int, ...]
+    """Their indices."""
+    choice: Choice
+    during: str
+    """The pass: `TRAINING`, `VALIDATION` or `COMPARISON`."""
+    lengths: tuple[int, ...]
+    """What the longest sequence is in these calls, the greatest first. Where documents are kept apart, it is one thing
+    in one batch and another in the next."""
+    layers_by_pipeline_rank: tuple[tuple[int, ...], ...]
+    """Which of the layers each rank of the pipeline has; one has all of them without."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values, those of `Choice.to_dict` among them."""
+        fields = {name: value for name, value in self._asdict().items() if name != "choice"}
+        return {**fields, **self.choice.to_dict()}
 
 
-def choose(config: TransformerConfig, dtype: torch.dtype, target: Target, *, packed: bool) -> LayerChoices:
-    """The kernels that training `config` takes on `target`.
+Choices = tuple[Served, ...]
+"""All that a run asks, its steps on the longest sequences first."""
+
+
+def explain_calls(calls: Calls, target: Target) -> Choices:
+    """Which kernel each different call of a run takes on `target`, if any."""
+    name = calls.config.attention_backend
+    return tuple(
+        Served(layers, explain(spec, target, name), during, lengths, calls.on_pipeline_ranks(layers))
+        for during, spec, layers, lengths in calls.specs()
+    )
+
+
+def choose(calls: Calls, target: Target) -> Choices:
+    """The kernels that a run takes on `target`.
 
     Raises:
         ConfigError: no backend can serve a layer, or the one named cannot; it lists every reason.
     """
-    problems: list[str] = []
-    chosen = []
-    for spec, layers in config.attention_specs(dtype, packed=packed).items():
-        choice = explain(spec, target, config.attention_backend)
-        chosen.append((tuple(layers), choice))
+    chosen = explain_calls(calls, target)
+    refused: dict[str, ConfigError] = {}
+    for served in chosen:
         try:
-            choice.required()
+            served.choice.required()
         except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(*problems)
-    return tuple(chosen)
+            refused.setdefault(str(served.choice.reasons), error)
+    if refused:
+        raise ConfigError(*(problem for error in refused.values() for problem in error.problems))
+    return chosen
 
 
-def refuse_impossible(config: TransformerConfig, dtype: torch.dtype, *, packed: bool) -> None:
+def on_longest(chosen: Choices) -> Choices:
+    """Those of a run's steps on the longest sequences; every layer is in one of them."""
+    return tuple(served for served in chosen if served.during == TRAINING and served.lengths[0] == chosen[0].lengths[0])
+
+
+def refuse_impossible(calls: Calls) -> None:
     """Refuses a backend by name that no GPU could run; for a run on a machine of which nothing is known.
 
     Raises:
         ConfigError: it says why not, for each different reason.
     """
-    name = config.attention_backend
+    name = calls.config.attention_backend
     if name not in BACKENDS:
         return
     newest = {package: Package(version) for package, version in NEWEST_KNOWN.items()}
     packages = Packages(torch.__version__, CUDNN_OF_CUDA_BUILDS, **newest)
-    for spec in config.attention_specs(dtype, packed=packed):
+    for _, spec, _, _ in calls.specs():
         choices = [explain(spec, Target.gpu(gpu, packages), name) for gpu in GPUS]
         if not any(choice.backend for choice in choices):
             reasons = "; ".join(dict.fromkeys(choice.reasons[name] for choice in choices))
             raise ConfigError(f"attention_backend={name!r} cannot serve {spec} on any GPU: {reasons}")
 
 
-def rows(chosen: LayerChoices) -> list[str]:
-    """A line for each kernel and the layers that it serves, for people."""
-    lines = []
-    by_words: dict[str, list[int]] = {}
-    for layers, choice in chosen:
-        by_words.setdefault(_words(choice), []).extend(layers)
-    for words, layers in by_words.items():
-        lines.append(words if len(by_words) == 1 else f"{words}: layers {ranges(sorted(layers))}")
-    return lines
+def rows(chosen: Choices) -> list[str]:
+    """A line for each kernel and the layers that it serves, for people.
+
+    First those of the steps on the longest sequences, then whatever gets another kernel than the same layer there.
+    """
+    usual = {layer: _words(served.choice) for served in on_longest(chosen) for layer in served.layers}
+    lines: dict[tuple[str, str], list[int]] = {}
+    for layer in sorted(usual):
+        lines.setdefault((usual[layer], ""), []).append(layer)
+    for served in chosen:
+        words = _words(served.choice)
+        if others := [layer for layer in served.layers if usual[layer] != words]:
+            lines.setdefault((words, _when(served, chosen)), []).extend(others)
+    of_all = sorted(usual)
+    return [
+        f"{words}{when}{'' if sorted(layers) == of_all else f': layers {ranges(sorted(layers))}'}"
+        for (words, when), layers in lines.items()
+    ]
 
 
-def try_out(chosen: LayerChoices, device: torch.device) -> list[dict[str, Errors]]:
+def try_out(chosen: Choices, device: torch.device) -> list[dict[str, Errors]]:
     """For each choice, the errors that the kernels which may serve make in a small call on this device.
 
     Raises:
         ConfigError: an output or a gradient is wrong.
     """
     trials = []
-    for _, choice in chosen:
+    for _, choice, *_ in chosen:
         names = contenders(choice.candidates) if choice.measured else choice.candidates[:1]
         trials.append({name: require_right(name, choice.spec, choice.target, device) for name in names})
     return trials
 
 
-def record(chosen: LayerChoices, trials: list[dict[str, Errors]]) -> list[dict[str, Any]]:
-    """The choices as JSON: of each different spec the layers that have it, what `Choice.to_dict` says, and the trials.
+@contextmanager
+def compared(chosen: Choices) -> Iterator[None]:
+    """Warns in the block if a step asks of attention what is not among `chosen`, or gets another kernel; once each."""
+    known = {served.choice.spec: served.choice for served in chosen}
+
+    def compare(spec: AttentionSpec, backend: str) -> None:
+        choice = known.get(spec)
+        right = choice is not None and (backend in choice.candidates if choice.measured else backend == choice.backend)
+        if spec.training and not right:  # samples of what the model writes are not recorded
+            warnings.warn(f"attention: {backend} serves {spec}, which attention.json does not say", stacklevel=2)
+
+    with watched(compare):
+        yield
+
+
+def record(chosen: Choices, trials: list[dict[str, Errors]]) -> list[dict[str, Any]]:
+    """The choices as JSON: of each what `Served.to_dict` says, and its trials.
 
     Args:
         trials: what `try_out` returned.
     """
     return [
-        {"layers": list(layers), **choice.to_dict(), "trials": errors, "limit": LIMITS[choice.spec.dtype]}
-        for (layers, choice), errors in zip(chosen, trials, strict=True)
+        {**served.to_dict(), "trials": errors, "limit": LIMITS[served.choice.spec.dtype]}
+        for served, errors in zip(chosen, trials, strict=True)
     ]
 
 
@@ -105,6 +160,14 @@ def ranges(numbers: list[int]) -> str:
         else:
             runs.append([number])
     return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def _when(served: Served, chosen: Choices) -> str:
+    """In which calls it is, in words."""
+    shorter = served.lengths[0] < chosen[0].lengths[0]
+    parts = [] if served.during == TRAINING else [served.during]
+    parts += [f"batches whose documents have up to {served.lengths[0]:,} tokens"] if shorter else []
+    return f" ({', '.join(parts)})"
 
 
 def _words(choice: Choice) -> str:

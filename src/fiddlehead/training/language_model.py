@@ -176,6 +176,21 @@ class LanguageModel(LightningModule):
         path, weights = self._weights or (None, None)
         return weights if path == self.init_from else open_weights(self.init_from)
 
+    def on_meta(self) -> Transformer:
+        """The model as it will be trained, without values.
+
+        Raises:
+            ConfigError: the adapters match none of its layers.
+        """
+        with torch.device("meta"):
+            transformer = Transformer(self.config)
+            if self.lora is not None:
+                try:
+                    self.lora.apply(transformer)
+                except ConfigError as error:
+                    raise error.under("lora") from error
+        return transformer
+
     def configure_model(self) -> None:
         """Makes the parameters, once."""
         if self.transformer is None:

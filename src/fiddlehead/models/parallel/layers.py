@@ -19,6 +19,7 @@ from fiddlehead.models.collectives import (
     linear_of_whole,
     scatter_sequence,
 )
+from fiddlehead.models.config import split_heads
 from fiddlehead.models.lora import adapter_state
 from fiddlehead.models.moe import MoE
 from fiddlehead.models.parallel.shards import Layout, copies, refuse_sizes
@@ -51,7 +52,7 @@ def parallelize(transformer: Transformer, mesh: DeviceMesh) -> None:
             if cp.size > 1:
                 module.exchange = HeadExchange(cp)
             if tp.size > 1:
-                module.heads, module.groups = module.heads // tp.size, max(module.groups // tp.size, 1)
+                module.heads, module.groups = split_heads(module.heads, module.groups, tp.size)
                 module.linear_qkv = ColumnParallelLinear(module.linear_qkv, tp)
                 module.linear_proj = RowParallelLinear(module.linear_proj, tp)
                 if module.q_layernorm is not None and config.qk_layernorm == "projection":

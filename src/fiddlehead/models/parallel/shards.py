@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fiddlehead.errors import ConfigError
-from fiddlehead.models.config import TransformerConfig
+from fiddlehead.models.config import TransformerConfig, split_heads
 
 Slices = tuple[slice, ...]
 
@@ -243,7 +243,7 @@ def refuse_sizes(config: TransformerConfig, *, tp: int = 1, cp: int = 1, ep: int
         why += f", and divide num_query_groups={G} or be a multiple of it"
         refuse("tp", tp, why, [n for n in range(1, H + 1) if tp_fits(n)])
     else:
-        heads, groups = H // tp, max(G // tp, 1)
+        heads, groups = split_heads(H, G, tp)
         if not fits(heads, groups, cp):
             why = (
                 f"must divide the {heads} query heads of a process (tp={tp}), and divide its {groups} key/value heads "

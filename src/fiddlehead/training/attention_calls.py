@@ -1,0 +1,140 @@
+"""What the ranks of a run ask of attention kernels, before any of them does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fiddlehead.attention import AttentionSpec
+from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
+from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models.parallel import stage_of
+from fiddlehead.training.language_model import LanguageModel
+from fiddlehead.training.parallel import Parallel
+from fiddlehead.training.preference import PreferenceModel
+
+TRAINING, VALIDATION, COMPARISON = "training", "validation", "comparison"
+"""The passes through a model that a run consists of: those of its steps, of validations, and, where preferences are
+learned, through the model as it was."""
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """The dtype that attention sees under a trainer's precision."""
+    return torch.bfloat16 if precision.startswith("bf16") else torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calls:
+    """What the ranks of a run ask of attention kernels."""
+
+    config: TransformerConfig
+    dtype: torch.dtype
+    seq_length: int
+    packed: bool = False
+    """Documents are kept apart."""
+    deterministic: bool = False
+    """Asked for by the trainer; what is asked for elsewhere counts anyway."""
+    tensor: int = 1
+    context: int = 1
+    pipeline: int = 1
+    stages: int = 1
+    """As `Sizes` has them."""
+    without_gradients: int = 0
+    """How many of the first layers come before everything that is trained."""
+    passes: tuple[tuple[str, bool], ...] = ((TRAINING, True),)
+    """The passes, and whether the model is in training mode in each."""
+
+    def specs(self) -> Iterator[tuple[str, AttentionSpec, tuple[int, ...], tuple[int, ...]]]:
+        """Each different call: its pass, its spec, the layers that make it, and the lengths with which they do.
+
+        In each pass those on the longest sequences come first.
+        """
+        for name, training in self.passes:
+            alike: dict[tuple[AttentionSpec, tuple[int, ...]], list[int]] = {}
+            for layer in range(self.config.num_layers):
+                gradients = name == TRAINING and layer >= self.without_gradients
+                lengths: dict[AttentionSpec, list[int]] = {}
+                for length in self._lengths():
+                    lengths.setdefault(self._spec(layer, length, training, gradients), []).append(length)
+                for spec, those in lengths.items():
+                    alike.setdefault((spec, tuple(those)), []).append(layer)
+            for (spec, those), layers in sorted(alike.items(), key=lambda call: -call[0][1][0]):
+                yield name, spec, tuple(layers), those
+
+    def on_pipeline_ranks(self, layers: Iterable[int]) -> tuple[tuple[int, ...], ...]:
+        """Which of the layers each rank of the pipeline has."""
+        ranks: list[list[int]] = [[] for _ in range(self.pipeline)]
+        for layer in layers:
+            ranks[stage_of(f"layers.{layer}.", self.config, self.stages) % self.pipeline].append(layer)
+        return tuple(map(tuple, ranks))
+
+    def _lengths(self) -> list[int]:
+        """What the longest sequence of a batch can be, the greatest first; `borders` rounds that of documents."""
+        powers = [1 << n for n in range((self.seq_length - 1).bit_length())] if self.packed else []
+        return [self.seq_length, *reversed(powers)]
+
+    def _spec(self, layer: int, length: int, training: bool, gradients: bool) -> AttentionSpec:
+        return self.config.attention_spec(
+            layer,
+            self.dtype,
+            packed=self.packed,
+            training=training,
+            gradients=gradients,
+            deterministic=self.deterministic,
+            longest=length,
+            tp=self.tensor,
+            cp=self.context,
+        )
+
+
+def calls_of(
+    model: LanguageModel,
+    data: PreTrainingDataModule | FineTuningDataModule,
+    precision: str,
+    strategy: object,
+    *,
+    deterministic: bool = False,
+) -> Calls:
+    """What a run asks of attention kernels; `model.config` must be known.
+
+    Args:
+        precision: the trainer's.
+        strategy: the trainer's; all but `Parallel` leave a layer whole.
+        deterministic: the trainer's, where that is not made yet: it would turn PyTorch's own flag on.
+
+    Raises:
+        ConfigError: the model's adapters match none of its layers.
+    """
+    passes = [(TRAINING, True)]
+    if data.val_samples:
+        passes.append((VALIDATION, False))
+    if isinstance(model, PreferenceModel):
+        passes.append((COMPARISON, model.lora is not None))  # with adapters it is the model that is trained
+    split: dict[str, int] = {}
+    if isinstance(strategy, Parallel):
+        ranks = strategy.pipeline_parallel
+        split = {"tensor": strategy.tensor_parallel, "context": strategy.context_parallel, "pipeline": ranks}
+        split["stages"] = ranks * strategy.pipeline_stages_per_rank
+    return Calls(
+        config=model.config,
+        dtype=compute_dtype(precision),
+        seq_length=data.seq_length,
+        packed=data.separate_documents,
+        deterministic=deterministic,
+        without_gradients=0 if model.lora is None else _without_gradients(model.on_meta()),
+        passes=tuple(passes),
+        **split,
+    )
+
+
+def _without_gradients(transformer: Transformer) -> int:
+    """How many of the first layers come before every adapter that changes their queries, keys and values."""
+    for number, layer in enumerate(transformer.layers):
+        trained = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
+        if any("linear_qkv" in name for name in trained):
+            return number
+        if trained:
+            return number + 1
+    return len(transformer.layers)
