@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.multiprocessing.spawn import spawn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from fiddlehead.attention import BACKENDS, AttentionSpec, watched
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
 from fiddlehead.models.parallel import Layout, local_batch, parallelize, refuse_sizes
@@ -115,6 +116,37 @@ def test_a_model_on_the_meta_device_is_split_and_its_parts_are_those_of_the_valu
     gate, up = full["layers.0.mlp.linear_fc1.weight"].chunk(2)
     own = model.state_dict()["layers.0.mlp.linear_fc1.weight"]
     torch.testing.assert_close(own, torch.cat([gate[24:], up[24:]]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("model", ["grouped", "sinks", "window", "projection norms"])
+def test_a_rank_asks_of_attention_what_the_configuration_says(
+    mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch, model: str, groups: int, gradients: bool, packed: bool
+) -> None:
+    changes = parallel_ranks.MODELS[model] | {"num_attention_heads": 8, "num_query_groups": groups}
+    config = TransformerConfig(**(parallel_ranks.SMALL | changes))
+    asked: list[AttentionSpec] = []
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, *rest: Any) -> torch.Tensor:
+        assert (q.shape[-2:], k.shape[-2]) == ((spec.num_attention_heads, spec.head_dim), spec.num_query_groups)
+        asked.append(spec)
+        return torch.zeros_like(q)
+
+    for backend in BACKENDS.values():
+        monkeypatch.setattr(backend, "run", spy)
+    split = Transformer(config)
+    parallelize(split, mesh)
+    documents = (torch.tensor([0, 5, 16], dtype=torch.int32), 16) if packed else ()
+    with watched(lambda *_: None), torch.set_grad_enabled(gradients):  # which forgets the kinds of calls before
+        split(torch.zeros(1, 4, dtype=torch.int64), *documents)
+    said = [
+        config.attention_spec(layer, torch.float32, packed=packed, gradients=gradients, tp=2, cp=2)
+        for layer in range(config.num_layers)
+    ]
+    assert asked == said
+    assert (said[0].num_attention_heads, said[0].num_query_groups) == (2, max(groups // 4, 1))
 
 
 def test_a_batch_is_cut_cp_first(mesh: DeviceMesh) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,13 @@ def train_here(
     """Trains on the ranks that call this."""
     if changes["devices"] > 1:
         changes["strategy"] = Parallel(**strategy)
-    if killed_after is None:
-        tasks.pretrain(**make_parts(dataset, runs, **changes))
-    else:
-        with pytest.raises(Killed):
-            tasks.pretrain(**make_parts(dataset, runs, callbacks=[KillAfter(killed_after)], **changes))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="attention: ")  # of calls that the plan did not foresee, on any rank
+        if killed_after is None:
+            tasks.pretrain(**make_parts(dataset, runs, **changes))
+        else:
+            with pytest.raises(Killed):
+                tasks.pretrain(**make_parts(dataset, runs, callbacks=[KillAfter(killed_after)], **changes))
 
 
 def losses(run: Path) -> torch.Tensor:

@@ -166,7 +166,8 @@ def _when(served: Served, chosen: Choices) -> str:
     """In which calls it is, in words."""
     shorter = served.lengths[0] < chosen[0].lengths[0]
     parts = [] if served.during == TRAINING else [served.during]
-    parts += [f"batches whose documents have up to {served.lengths[0]:,} tokens"] if shorter else []
+    if shorter:  # each stands for what is rounded up to it
+        parts.append(f"longest document of {served.lengths[-1] // 2 + 1:,} to {served.lengths[0]:,} tokens")
     return f" ({', '.join(parts)})"
 
 
