@@ -6,10 +6,14 @@ import json
 import sys
 
 import pytest
+import torch
 
+from fiddlehead import launch
 from fiddlehead.attention import BACKENDS, doctor, switches
 from fiddlehead.attention.doctor import Finding, Report
+from fiddlehead.catalog import find_recipe
 from fiddlehead.cli import main
+from fiddlehead.overrides import apply_overrides
 
 NEMO = ("--assume", "cudnn=9.19.0", "--assume", "flash-attn=2.8.3", "--assume", "flash-attn-4=none")
 
@@ -83,6 +87,61 @@ def test_edits_change_the_layers(explained):
     assert "window" in windowed["reasons"]["cudnn"] and "packed" in full["reasons"]["cudnn"]
 
 
+RANKS = [*("data.seq_length=1024", "--gpu", "h100", "--assume", "cudnn=9.19.0"), *("--assume", "flash-attn-4=4.0.0b36")]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "heads", "backend"),
+    [((1, 1), (32, 8), "cudnn"), ((8, 1), (4, 1), "flash4"), ((4, 1), (8, 2), "cudnn"), ((2, 4), (4, 1), "flash4")],
+)
+def test_the_kernel_is_that_of_the_heads_that_a_rank_has(explained, typed, sizes, heads, backend):
+    names = ("tensor_parallel", "context_parallel")
+    edits = [f"trainer.strategy.{name}={size}" for name, size in zip(names, sizes, strict=True)]
+    answer = explained("llama3_8b", *edits, *RANKS)
+    assert tuple(answer[name] for name in names) == sizes
+    (layer,) = answer["layers"]
+    assert (layer["spec"]["num_attention_heads"], layer["spec"]["num_query_groups"]) == heads
+    assert (layer["backend"], layer["lengths"], layer["during"]) == (backend, [1024], "training")
+    assert [call["during"] for call in answer["other_calls"]] == ["validation"]
+    output = typed("attention", "explain", "-f", "llama3_8b", *edits, "trainer.strategy.pipeline_parallel=2", *RANKS)
+    shared = f"attends with {heads[0]} of 32 query heads and {heads[1]} of 8 key/value heads, on whole sequences"
+    assert (shared in output) == (sizes != (1, 1)) and "0: layers 0-15; 1: layers 16-31" in output
+
+
+@pytest.mark.filterwarnings("ignore:.precision=bf16. is supported for historical reasons")
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [],
+        ["trainer.deterministic=true"],
+        ["trainer.precision=bf16", "data.separate_documents=true", "model.config.attention_dropout=0.1"],
+        ["model.config.window_size=(20,0)", "model.config.window_attn_skip_freq=2", "data.separate_documents=true"],
+        ["data.val_samples=0", "trainer.precision=32"],
+    ],
+)
+def test_it_says_what_the_plan_says(explained, edits):
+    answer = explained("tiny", *edits)
+    recipe = apply_overrides(find_recipe("tiny")(), edits)
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        plan = launch.check(recipe)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    said = [{key: value for key, value in layer.items() if key != "backends"} for layer in answer["layers"]]
+    planned = json.loads(json.dumps([served.to_dict() for served in plan.attention]))
+    assert said + answer["other_calls"] == planned
+
+
+def test_adapters_and_preferences_are_explained_by_the_weights_they_begin_with(explained, typed):
+    assert "init_from" in typed("attention", "explain", "-f", "dpo", rc=2)  # they are not there
+    edits = ["model.lora.target_modules=[linear_fc1]", "model.config=TransformerConfig", "model.config.num_layers=3"]
+    edits += ["model.config.hidden_size=64", "model.config.num_attention_heads=2", "model.config.attention_dropout=0.1"]
+    answer = explained("dpo", *edits, "--gpu", "h100", *NEMO)
+    found = [(layer["layers"], layer["spec"]["training"]) for layer in answer["layers"]]
+    assert found == [([0], False), ([1, 2], True)]  # the first comes before every adapter
+    assert {call["during"] for call in answer["other_calls"]} == {"training", "validation", "comparison"}
+
+
 def test_without_a_gpu_one_is_assumed_for_a_recipe_that_wants_one(explained, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert explained("tiny")["layers"][0]["target"]["name"] == "cpu"
@@ -139,6 +198,11 @@ def test_a_recipe_file_is_explained_as_its_recipe(explained, typed):
         (["--assume", "torch=none"], "error: --assume torch=none: nothing runs without it"),
         (["model.config.num_query_groups=3"], "error: model.config.num_query_groups=3 does not divide"),
         (["model.config.attention_backend=cudn"], "error: model.config.attention_backend='cudn': unknown backend"),
+        (
+            ["trainer.strategy=Parallel", "trainer.strategy.tensor_parallel=3", "data.seq_length=8190"],
+            "error: trainer.strategy.tensor_parallel=3: must divide num_attention_heads=32",
+        ),
+        (["data.micro_batch_size=0"], "error: data.micro_batch_size=0; allowed: 1 or more"),
         (["trainer.precision=16-mixed"], "error: trainer.precision='16-mixed': allowed: 32-true"),
     ],
 )

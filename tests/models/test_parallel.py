@@ -125,7 +125,7 @@ def test_a_model_on_the_meta_device_is_split_and_its_parts_are_those_of_the_valu
 def test_a_rank_asks_of_attention_what_the_configuration_says(
     mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch, model: str, groups: int, gradients: bool, packed: bool
 ) -> None:
-    changes = parallel_ranks.MODELS[model] | {"num_attention_heads": 8, "num_query_groups": groups}
+    changes: dict[str, Any] = parallel_ranks.MODELS[model] | {"num_attention_heads": 8, "num_query_groups": groups}
     config = TransformerConfig(**(parallel_ranks.SMALL | changes))
     asked: list[AttentionSpec] = []
 

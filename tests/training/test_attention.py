@@ -38,7 +38,7 @@ def calls(seq_length: int = 1024, config: TransformerConfig = LLAMA, **rest: Any
     ],
 )
 def test_the_kernel_is_that_of_the_heads_that_a_rank_has(
-    ranks: dict[str, int], heads: tuple[int, int], backend: str
+    ranks: dict[str, Any], heads: tuple[int, int], backend: str
 ) -> None:
     (served,) = choose(calls(**ranks), H100)
     spec = served.choice.spec

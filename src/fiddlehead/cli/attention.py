@@ -6,11 +6,12 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from fiddlehead.cli.attention_calls import calls_of_recipe
 from fiddlehead.cli.common import (
     AllowOption,
     OverridesArgument,
@@ -25,7 +26,6 @@ from fiddlehead.errors import ConfigError, unknown
 if TYPE_CHECKING:
     from fiddlehead.attention import Choice, Packages, Target
     from fiddlehead.recipe import Recipe
-    from fiddlehead.training.attention_calls import Calls
 
 app = typer.Typer(no_args_is_help=True, help="See which attention kernel serves a model, and why.")
 
@@ -107,7 +107,7 @@ class _Explained:
 
         from fiddlehead.training.attention import explain_calls, on_longest
 
-        calls = _calls(recipe)
+        calls = calls_of_recipe(recipe)
         self.name = name
         self.micro_batch_size: int = recipe.data.micro_batch_size
         self.seq_length = calls.seq_length
@@ -216,52 +216,6 @@ class _Explained:
             show(f"nothing serves attention_backend={choice.asked!r}: the run would be refused")
         elif choice.measured:
             show("attention_backend='measured': the kept ones are timed when the run starts, all but the reference")
-
-
-@dataclass(frozen=True)
-class _Trainer:
-    """What of a trainer can be built on a machine that has none of its devices."""
-
-    strategy: Any
-
-
-def _parts(model: Any, data: Any, trainer: Any) -> None:
-    """The parts of a training that decide what is asked of attention."""
-
-
-def _calls(recipe: Recipe) -> Calls:
-    """What a recipe's training asks of attention; nothing of it is started or read but the shape of `init_from`."""
-    import fiddle as fdl
-
-    from fiddlehead.recipe import Recipe
-    from fiddlehead.tasks import PRECISIONS
-    from fiddlehead.training import LanguageModel, Parallel
-    from fiddlehead.training.attention_calls import calls_of
-
-    missing = [name for name in ("model", "data", "trainer") if name not in recipe.__arguments__]
-    if missing:
-        raise ConfigError(f"the recipe has no {' and no '.join(missing)}: it is no training")
-    precision = str(recipe.trainer.precision or "32-true")  # Lightning's default
-    precision = {"32": "32-true", "bf16": "bf16-mixed"}.get(precision, precision)  # what it takes them for
-    if precision not in PRECISIONS:
-        raise ConfigError(f"trainer.precision={precision!r}: allowed: {', '.join(PRECISIONS)}")
-    trainer = fdl.Config(_Trainer, recipe.trainer.strategy)
-    parts = Recipe(_parts, model=recipe.model, data=recipe.data, trainer=trainer).build_arguments()
-    model, data, strategy = parts["model"], parts["data"], parts["trainer"].strategy
-    if not isinstance(model, LanguageModel):
-        raise ConfigError(f"model: is a {type(model).__name__}, not a LanguageModel")
-    try:
-        if recipe.model.config is None:
-            model.take_shape()
-        # Attention does not see the vocabulary, which follows from the data.
-        size, length = model.config.vocab_size or 1, model.config.seq_length or data.seq_length
-        model.config = replace(model.config, vocab_size=size, seq_length=length)
-        calls = calls_of(model, data, precision, strategy, deterministic=bool(recipe.trainer.deterministic))
-    except ConfigError as error:
-        raise error.under("model") from None
-    if isinstance(strategy, Parallel) and (problems := strategy.problems(calls.config, data.seq_length)):
-        raise ConfigError(*(f"trainer.strategy.{problem}" for problem in problems))
-    return calls
 
 
 def _target(accelerator: str, gpu: str | None) -> tuple[Target, str, bool]:

@@ -1,0 +1,62 @@
+"""What a recipe asks of attention, on a machine that need not have its devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from fiddlehead.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fiddlehead.recipe import Recipe
+    from fiddlehead.training.attention_calls import Calls
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """What of a trainer can be built on a machine that has none of its devices."""
+
+    strategy: Any
+
+
+def _parts(model: Any, data: Any, trainer: Any) -> None:
+    """The parts of a training that decide what is asked of attention."""
+
+
+def calls_of_recipe(recipe: Recipe) -> Calls:
+    """What a recipe's training asks of attention; nothing of it is started or read but the shape of `init_from`.
+
+    Raises:
+        ConfigError: the recipe is not a training, or its parts do not fit together.
+    """
+    import fiddle as fdl
+
+    from fiddlehead.recipe import Recipe
+    from fiddlehead.tasks import PRECISIONS
+    from fiddlehead.training import LanguageModel, Parallel
+    from fiddlehead.training.attention_calls import calls_of
+
+    missing = [name for name in ("model", "data", "trainer") if name not in recipe.__arguments__]
+    if missing:
+        raise ConfigError(f"the recipe has no {' and no '.join(missing)}: it is no training")
+    precision = str(recipe.trainer.precision or "32-true")  # Lightning's default
+    precision = {"32": "32-true", "bf16": "bf16-mixed"}.get(precision, precision)  # what it takes them for
+    if precision not in PRECISIONS:
+        raise ConfigError(f"trainer.precision={precision!r}: allowed: {', '.join(PRECISIONS)}")
+    trainer = fdl.Config(_Trainer, recipe.trainer.strategy)
+    parts = Recipe(_parts, model=recipe.model, data=recipe.data, trainer=trainer).build_arguments()
+    model, data, strategy = parts["model"], parts["data"], parts["trainer"].strategy
+    if not isinstance(model, LanguageModel):
+        raise ConfigError(f"model: is a {type(model).__name__}, not a LanguageModel")
+    try:
+        if recipe.model.config is None:
+            model.take_shape()
+        # Attention does not see the vocabulary, which follows from the data.
+        size, length = model.config.vocab_size or 1, model.config.seq_length or data.seq_length
+        model.config = replace(model.config, vocab_size=size, seq_length=length)
+        calls = calls_of(model, data, precision, strategy, deterministic=bool(recipe.trainer.deterministic))
+    except ConfigError as error:
+        raise error.under("model") from None
+    if isinstance(strategy, Parallel) and (problems := strategy.problems(calls.config, data.seq_length)):
+        raise ConfigError(*(f"trainer.strategy.{problem}" for problem in problems))
+    return calls
