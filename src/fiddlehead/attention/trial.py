@@ -39,6 +39,7 @@ def require_right(backend: str, spec: AttentionSpec, target: Target, device: tor
     Raises:
         ConfigError: its output or a gradient is wrong.
     """
+    spec = _small(spec)
     packages = asdict(target.packages)
     call = {**asdict(spec), "dtype": str(spec.dtype)}
     key = json.dumps({"device": target.name, "packages": packages, "backend": backend, **call}, sort_keys=True)
@@ -63,12 +64,8 @@ def wrong(errors: Errors, spec: AttentionSpec) -> str | None:
 
 
 def trial(backend: str, spec: AttentionSpec, device: torch.device) -> Errors:
-    """The errors of a small call; whatever the kernel raises is raised.
-
-    Dropout is left out of it, as it has no right answer.
-    """
-    left, right = spec.window_size
-    spec = replace(spec, dropout=0.0, window_size=(min(left, WINDOW), min(right, WINDOW)), length=length_class(KEYS))
+    """The errors of a small call; whatever the kernel raises is raised."""
+    spec = _small(spec)
     inputs, extras = _call(spec, device)
     exact = replace(spec, dtype=torch.float64)
     with torch.autocast(device.type, enabled=False):
@@ -77,6 +74,12 @@ def trial(backend: str, spec: AttentionSpec, device: torch.device) -> Errors:
         got = _outcome(backend, inputs, spec, extras, gradient)
         wanted = _outcome("reference", tuple(x.double() for x in inputs), exact, extras, gradient.double())
     return {name: float((got[name].double() - right).norm() / right.norm()) for name, right in wanted.items()}
+
+
+def _small(spec: AttentionSpec) -> AttentionSpec:
+    """The spec of a trial: with its lengths, and without dropout, which has no right answer."""
+    left, right = spec.window_size
+    return replace(spec, dropout=0.0, window_size=(min(left, WINDOW), min(right, WINDOW)), length=length_class(KEYS))
 
 
 def _call(spec: AttentionSpec, device: torch.device) -> tuple[Inputs, Extras]:
