@@ -49,7 +49,7 @@ def launch(
         executor: where; None is this process.
         name: what the run is called, with date and time behind it, if `recipe.log.name` does not say; else its task.
         detach: return as soon as the job is handed over.
-        allow: modules, besides those of the recipe's own classes and functions, that the job may import.
+        allow: what the job's recipe may name, besides the recipe's own classes and functions.
         command: what to record as having started the run.
         after: runs of the same executor, one that queues jobs, that must have succeeded first.
         after_any: such runs that must have ended first, however.
@@ -61,10 +61,10 @@ def launch(
     if executor is None:
         if after or after_any:
             raise ConfigError("a run in this process starts at once; name an executor for one that waits")
-        modules = sorted({*recipe.modules(), *allow})
+        names = sorted({*recipe.names_to_allow(), *allow})
         run, recipe = prepare(recipe, None, name=name, command=command)
         with copied_to(run.log):
-            job.execute(run, lambda: job.run_recipe(run.recipe, modules))
+            job.execute(run, lambda: job.run_recipe(run.recipe, names))
         status = run.status()
     else:
         with contextlib.ExitStack() as held:
@@ -98,7 +98,7 @@ def start(
         lifetime: the job ends when this does, where the executor's jobs end with their launcher; None: it does not.
     """
     run, _ = prepare(
-        recipe, executor, sorted({*recipe.modules(), *allow}),
+        recipe, executor, sorted({*recipe.names_to_allow(), *allow}),
         name=name, command=command, detach=lifetime is None, waits=bool(after or after_any),
     )  # fmt: skip
     executor = watch.load_executor(run) or executor  # as it was fitted to the recipe

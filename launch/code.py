@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fiddlehead import project
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import secrets
 from fiddlehead.runs import RunDirectory, write_atomically
@@ -47,10 +48,13 @@ class CodeCopy:
     def python_path(self) -> list[str]:
         """The folders of the copy to import from, in place of those of the working tree that this process imports from.
 
-        An editable installation is one of them, however it was made; an environment with its packages is not.
+        An editable installation is one of them, however it was made; an environment with its packages is not, nor is
+        the working directory, unless this process was started to import from it: a job looks there last.
         """
-        folders = [self.directory, *map(Path, sys.path), *_folders_of_loaded_modules()]
+        folders = [*map(Path, filter(None, sys.path)), *_folders_of_loaded_modules()]
         found = dict.fromkeys(Path(os.path.realpath(folder)) for folder in folders)
+        if not project.comes_first(self.directory):
+            found.pop(self.directory, None)
         inside = [folder for folder in found if _within(folder, self.root) and "site-packages" not in folder.parts]
         return [str(copied) for folder in inside if (copied := self.counterpart(folder)).is_dir()]
 

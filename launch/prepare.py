@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fiddlehead import trust
 from fiddlehead.environment import describe_environment
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import code, secrets, watch
@@ -26,7 +27,7 @@ from fiddlehead.runs import RunDirectory, State, exclusive, reserve_name, this_p
 def prepare(
     recipe: Recipe,
     executor: Executor | None,
-    modules: Sequence[str] = (),
+    allow: Sequence[str] = (),
     *,
     name: str | None = None,
     command: str | None = None,
@@ -38,7 +39,7 @@ def prepare(
     Returns the directory and the recipe as it will run.
 
     Args:
-        modules: what the job may import beside what is trusted anyway.
+        allow: what the job's recipe may name beside what any recipe may.
         detach: the job shall outlive its launcher.
         waits: the run waits for others, so what it resumes from need not be there yet.
 
@@ -65,13 +66,15 @@ def prepare(
                     file.write((command or shlex.join(sys.argv)) + "\n")
                 write_atomically(run.environment, json.dumps(describe_environment(Path.cwd()), indent=1) + "\n")
                 if executor is not None:
-                    _prepare_job(run, recipe, executor, modules, detach=detach)
+                    _prepare_job(run, recipe, executor, allow, detach=detach)
+                trust.remember(run, recipe.names_to_allow())
                 attempt = 1 if before is None else before.attempt + 1
                 status = this_process(attempt, "direct" if executor is None else executor.kind)
                 run.write_status(replace(status, state=State.PENDING, started=time.time()))
         except BaseException:
             secrets.remove(run)
             if new:
+                trust.forget(run)
                 shutil.rmtree(run.path)
             raise
     except OSError as error:
@@ -97,14 +100,12 @@ def rehearse(recipe: Recipe, executor: Executor) -> str:
         run.path.mkdir()
         executor = executor.fitted(int(recipe.trainer.devices), str(recipe.trainer.accelerator))
         copy = code.ship(Path.cwd(), run.code, exclude=[Path(recipe.log.dir)]) if executor.ships_code else None
-        write_atomically(run.script, job_script(run, executor, sorted(recipe.modules()), copy=copy), mode=0o600)
+        write_atomically(run.script, job_script(run, executor, recipe.names_to_allow(), copy=copy), mode=0o600)
         executor.check(run)
         return copy.describe() if copy else ""
 
 
-def _prepare_job(
-    run: RunDirectory, recipe: Recipe, executor: Executor, modules: Sequence[str], *, detach: bool
-) -> None:
+def _prepare_job(run: RunDirectory, recipe: Recipe, executor: Executor, allow: Sequence[str], *, detach: bool) -> None:
     """Writes what a job needs beside the recipe: its code, its secrets, its script."""
     executor = executor.fitted(int(recipe.trainer.devices), str(recipe.trainer.accelerator))
     executor.save(run)
@@ -115,7 +116,7 @@ def _prepare_job(
     script = job_script(
         run,
         executor,
-        modules,
+        allow,
         copy=copy,
         secrets_file=secrets_file,
         lock=lock,
@@ -229,8 +230,10 @@ def refuse_taken(run: RunDirectory, recipe: Recipe) -> None:
             f"cancel it with `fiddlehead runs cancel {run.name}`, or choose another name"
         )
     if not run.recipe.exists():
+        if run.path.exists() and (not run.path.is_dir() or any(each.name != ".lock" for each in run.path.iterdir())):
+            raise ConfigError(f"log.name={run.name!r}: {run.path} is there and is not a run; choose another name")
         return
-    earlier = Recipe.load(run.recipe, allow=sorted(recipe.modules()))
+    earlier = Recipe.load(run.recipe, allow=recipe.names_to_allow())
     differences = [
         difference
         for difference in recipe.diff(earlier)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
+from fiddlehead import project
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch.code import CodeCopy
 from fiddlehead.launch.executor import Executor
@@ -16,7 +17,7 @@ from fiddlehead.runs import RunDirectory
 def job_script(
     run: RunDirectory,
     executor: Executor,
-    modules: Sequence[str],
+    allow: Sequence[str],
     *,
     copy: CodeCopy | None,
     secrets_file: str = "",
@@ -28,7 +29,7 @@ def job_script(
     where it started. Variables arrive as they are, whatever characters are in them.
 
     Args:
-        modules: what the job may import beside what is trusted anyway.
+        allow: what the job's recipe may name beside what any recipe may.
         copy: the code to import; None is the working directory itself.
         secrets_file: what `Executor.deliver_secrets` returned.
         lock: what the launcher holds for as long as it lives, if the job is to end with it.
@@ -43,12 +44,15 @@ def job_script(
         return str(place / Path(path).relative_to(run.path))
 
     work = Path.cwd()
-    code = [str(work)] if copy is None else [there(folder) for folder in copy.python_path()]
+    if copy is None:
+        code = [str(work)] if project.comes_first(work) else []
+    else:
+        code = [there(folder) for folder in copy.python_path()]
     for folder in code:
         if ":" in folder:
             raise ConfigError(f"{folder!r} has a colon in it, and PYTHONPATH cannot hold that; move it, or log.dir")
     counterpart = str(work) if copy is None else there(copy.counterpart(work))
-    options = "".join(f" --allow {quote(module)}" for module in modules)
+    options = "".join(f" --allow {quote(name)}" for name in allow)
     parts = [
         _HEAD.format(name=" ".join(run.name.split())),
         _NO_SLURM if executor.kind != "slurm" else "",
@@ -58,7 +62,8 @@ def job_script(
         _HOME,
         f"cd {quote(str(work))} 2> /dev/null || cd {quote(counterpart)} || exit 1\n",
         _interpreter(executor),
-        f'export PYTHONPATH={quote(":".join(code))}"${{PYTHONPATH:+:$PYTHONPATH}}" PYTHONSAFEPATH=1\n',
+        f'export PYTHONPATH={quote(":".join(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"' if code else "",
+        f"export PYTHONSAFEPATH=1 {project.VARIABLE}={quote(counterpart)}\n",
         _CHECK,
         "trap '' USR1  # Slurm's warning must not kill Python before it listens; where it is missed, SIGTERM follows",
         f'exec "$_python" -u -m fiddlehead.job {quote(there(run.recipe))}{options}\n',

@@ -49,6 +49,12 @@ def load_executor(run: RunDirectory) -> Executor | None:
         raise ConfigError(f"{run.executor} cannot be read: {error!r}") from error
 
 
+def is_plain(run: RunDirectory) -> bool:
+    """Whether a run went no further than this machine, without any command of its own."""
+    executor = load_executor(run)
+    return executor is None or executor == LocalExecutor(ntasks_per_node=executor.ntasks_per_node)
+
+
 def states(runs: Sequence[RunDirectory]) -> list[Status | None]:
     """What has become of each run; every executor is asked once for all that it has.
 

@@ -15,7 +15,6 @@ from fiddlehead.errors import ConfigError
 @pytest.fixture(autouse=True)
 def project(working_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A user's project as the working directory; what it imports is forgotten afterwards."""
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "recipes").exists()])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     for name in ("recipes", "launch"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -152,15 +151,94 @@ def test_an_unknown_name_is_refused_with_the_nearest() -> None:
         catalog.find_executor("my_llama")
 
 
+BROKEN = {
+    "syntax": (b"x = 1\ndef f(:\ndef mine(): pass\n", ":2: "),
+    "utf-8": (b"x = '\xff'\ndef mine(): pass\n", ":1: "),
+    "null": (b"x = '\0'\ndef mine(): pass\n", ":"),
+    "deep": (b"x = " + b"-" * 100_000 + b"1\ndef mine(): pass\n", ":"),
+    "link": (None, ": it is a link to nowhere"),
+    "folder": (None, ": Is a directory"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_file_that_is_not_python_stops_nobody_who_did_not_ask_for_it(kind: str) -> None:
+    content, said = BROKEN[kind]
+    built_in = catalog.recipes()[0].name
+    file = Path.cwd() / "recipes" / "bad.py"
+    file.parent.mkdir()
+    if content is not None:
+        file.write_bytes(content)
+    elif kind == "link":
+        file.symlink_to("nowhere")
+    else:
+        file.mkdir()
+    write("recipes/good.py", "def good() -> 'Recipe':\n    return 'good'\n")
+    assert [entry.name for entry in own(catalog.recipes())] == ["good"]
+    assert catalog.find_recipe("good")() == "good" and catalog.find_recipe(built_in)
+    (broken,) = catalog.broken_recipes()
+    assert str(broken).startswith(f"{file}{said}")
+    with pytest.raises(ConfigError) as asked:
+        catalog.find_recipe("mine")
+    assert str(broken) in str(asked.value)
+
+
+def test_a_broken_file_that_has_the_name_is_not_passed_over_for_a_built_in_recipe() -> None:
+    built_in = catalog.recipes()[0].name
+    write("recipes/bad.py", f"def {built_in}() -> Recipe:\n    return (\n")
+    with pytest.raises(ConfigError, match=rf"recipe '{built_in}': .*/recipes/bad.py:2: "):
+        catalog.find_recipe(built_in)
+
+
+def test_what_an_editor_leaves_is_passed_over() -> None:
+    write("recipes/mine.py", "def mine() -> 'Recipe': ...\n")
+    Path("recipes/.#mine.py").symlink_to("somebody@host.1234:5678")
+    write("recipes/.mine.py", "def (")
+    assert [entry.name for entry in own(catalog.recipes())] == ["mine"]
+    assert catalog.broken_recipes() == []
+
+
 @pytest.mark.parametrize(
-    ("content", "line"),
-    [(b"x = 1\ndef f(:\n", ":2"), (b"x = '\xff'\n", ":1"), (b"x = '\0'\n", "")],
-    ids=["syntax", "utf-8", "null"],
+    ("definition", "why"),
+    [
+        ("def mine():", "mine does not say what it returns; write `def mine(...) -> Recipe:`"),
+        ("def mine() -> int:", "mine says that it returns int; write `def mine(...) -> Recipe:`"),
+        ("def mine(size: int) -> Recipe:", "mine has arguments without a default"),
+        ("def mine(*, size: int) -> Recipe:", "mine has arguments without a default"),
+    ],
 )
-def test_a_file_that_is_no_python_is_named(content: bytes, line: str) -> None:
-    write("recipes/bad.py", "").write_bytes(content)
-    with pytest.raises(ConfigError, match=f"^{Path.cwd()}/recipes/bad.py{line}"):
-        catalog.recipes()
+def test_a_function_that_is_not_a_recipe_is_named_with_the_reason(definition: str, why: str) -> None:
+    file = write("recipes/some.py", f"x = 1\n{definition}\n    return 1\n").resolve()
+    with pytest.raises(ConfigError) as error:
+        catalog.find_recipe("mine")
+    assert str(error.value).startswith(f"recipe 'mine': {file}:2: {why}")
+
+
+def test_a_function_that_is_not_an_executor_or_a_part_is_named_too() -> None:
+    write("launch/some.py", "def mine():\n    return 1\n")
+    write("recipes/some.py", "def part():\n    return 1\n")
+    with pytest.raises(ConfigError, match=r"executor 'mine': .*/launch/some.py:1: .* -> Executor"):
+        catalog.find_executor("mine")
+    with pytest.raises(ConfigError, match=r"part of a recipe 'part': .*/recipes/some.py:1: .* -> Config"):
+        catalog.find_part("part")
+
+
+def test_a_part_has_a_short_name_and_a_whole_one_but_nothing_else_is_imported() -> None:
+    write("recipes/some.py", "def part() -> 'Config':\n    return 1\ndef helper():\n    return 2\n")
+    assert catalog.find_part("part")() == catalog.find_part("recipes.some:part")() == 1
+    for name in ("recipes.some:helper", "os:getcwd", "antigravity:fly"):
+        with pytest.raises(ConfigError, match="unknown part"):
+            catalog.find_part(name)
+    assert "antigravity" not in sys.modules
+
+
+def test_what_is_installed_comes_before_the_working_directory() -> None:
+    """A file that bears the name of a library's module is never that module."""
+    for name in ("csv", "rich", "torch", "queue"):
+        write(f"{name}.py", "raise RuntimeError('the wrong one')\n")
+    write("beside.py", "value = 7\n")
+    write("recipes/mine.py", "import csv, queue, rich, beside\ndef mine() -> 'Recipe':\n    return beside.value\n")
+    assert catalog.find_recipe("mine")() == 7
 
 
 def test_anything_importable_has_a_path() -> None:

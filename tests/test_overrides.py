@@ -32,7 +32,7 @@ def find(name: str):
 
 
 def edit(*overrides: str) -> Recipe:
-    return apply_overrides(recipe(), overrides, find=find, allow=["tests"])
+    return apply_overrides(recipe(), overrides, find=find, allow=["tests", "torch.nn:Bilinear"])
 
 
 def value_of(root: Recipe, path: str):
@@ -161,8 +161,11 @@ def test_values_are_what_the_annotation_asks_for(override, value):
         (CONFIG + "extra={a: 1, a: 2}", "two keys 'a'"),
         (CONFIG + "color=BLU", "unknown Color 'BLU'; did you mean 'BLUE'?"),
         (CONFIG + "dtype=bfloat61", "unknown dtype 'bfloat61'; did you mean 'bfloat16'?"),
-        (CONFIG + "activation=torch.nn.functional.sillu", "has no 'sillu'; did you mean 'silu'?"),
-        (CONFIG + "activation=no.such.module", "there is no module 'no'"),
+        (CONFIG + "activation=torch.nn.functional.sillu", "did you mean 'torch.nn.functional:silu'?"),
+        (CONFIG + "activation=no.such.module", "no.such.module is not trusted"),
+        (CONFIG + "activation=tests.nowhere:f", "there is no module 'tests.nowhere'"),
+        (CONFIG + "activation=os:system", "--allow os:system"),
+        (CONFIG + "kind=collections:OrderedDict", "--allow collections:OrderedDict"),
         (CONFIG + "kind=torch.optim.AdamW", "expects type[torch.nn.modules.module.Module], not"),
         ("odd.level=hihg", "did you mean 'high'?"),
         ("odd.positive=0", "Input should be greater than 0"),
@@ -278,7 +281,7 @@ def test_a_name_and_a_text_in_one_union():
         ("model=wsd", "expects Model | None, not a configuration of Optim"),
         ("model=broken", "broken returned 3, not a configuration"),
         ("model=whole", "whole makes a whole recipe"),
-        ("model=os:getcwd", "os:getcwd returned"),
+        ("model=os:getcwd", "os:getcwd is not trusted"),
         ("loss=nothing", "unknown name 'nothing'"),
     ],
 )
@@ -287,7 +290,7 @@ def test_mistaken_factories(override, problem):
 
 
 def test_without_find_only_importable_names():
-    with pytest.raises(ConfigError, match="unknown name 'tiny'; anything importable is written"):
+    with pytest.raises(ConfigError, match="unknown name 'tiny'; yours are written package"):
         apply_overrides(recipe(), ["model=tiny"])
 
 

@@ -6,21 +6,24 @@ on each node one process starts those that train, as torchrun does, unless they 
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  # the imports below would fail, and nobody would know why
+    sys.exit(f"error: {sys.executable} is Python {sys.version.split()[0]}, and fiddlehead needs 3.11 or later")
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # the working directory: a file `csv.py` in it must not take the place of the standard library's
+
 import argparse
 import contextlib
 import fcntl
 import gc
 import os
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-if sys.version_info < (3, 11):  # noqa: UP036  # the imports below would fail, and nobody would know why
-    sys.exit(f"error: {sys.executable} is Python {sys.version.split()[0]}, and fiddlehead needs 3.11 or later")
 
 from fiddlehead import outcomes, preflight, signals, workers
 from fiddlehead.errors import ConfigError, RunError, StopRequested
@@ -42,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="python -m fiddlehead.job", description=main.__doc__)
     parser.add_argument("recipe", type=Path, help="RUN/recipe.yaml")
-    parser.add_argument("--allow", action="append", default=[], metavar="MODULE", help="a module the recipe may import")
+    parser.add_argument(
+        "--allow", action="append", default=[], metavar="MODULE[:NAME]", help="what of yours the recipe may name"
+    )
     arguments = parser.parse_args(argv)
     run = RunDirectory(arguments.recipe.resolve().parent)
 

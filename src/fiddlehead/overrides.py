@@ -15,11 +15,12 @@ import fiddle as fdl
 from fiddle import history
 
 from fiddlehead.configuration import reader
-from fiddlehead.configuration.coercion import CALL, MismatchError, coerce
+from fiddlehead.configuration.coercion import CALL, Make, MismatchError, coerce
 from fiddlehead.configuration.hints import Unevaluated, parameter_hint
+from fiddlehead.configuration.kinds import check_kind
 from fiddlehead.configuration.leaves import leaves, show
 from fiddlehead.configuration.literals import Bare, literal, split_arguments, typed
-from fiddlehead.configuration.references import locate
+from fiddlehead.configuration.references import named
 from fiddlehead.configuration.slots import Slot, find_slot
 from fiddlehead.errors import ConfigError, unknown
 from fiddlehead.recipe import Recipe
@@ -49,9 +50,9 @@ def apply_overrides(
 
     An edit is ``path=value``, or ``path+=value`` and likewise ``-= *= /=`` for numbers; ``+=`` also extends lists and
     texts. A path is dotted names, with ``[0]`` or ``[key]`` for members of lists and dicts. The value is read as the
-    parameter's annotation asks: quotes make it a text, ``@file.yaml`` a file's content (its names must be of trusted
-    modules or of `allow`), and where a configuration belongs, ``name`` or ``name(argument=value)`` calls the function
-    that `find` gives for the name, or configures the class; ``package.module:name`` is imported.
+    parameter's annotation asks: quotes make it a text, ``@file.yaml`` a file's content, and where a configuration
+    belongs, ``name`` or ``name(argument=value)`` calls the function that `find` gives for the name, or configures the
+    class. ``package.module:name`` must be one of the parts that a recipe file may name, or be in `allow`.
 
     Raises one ConfigError with the mistakes of all edits. An edit that a later one would discard is a mistake too.
     """
@@ -88,13 +89,13 @@ class _Editor:
         slot = find_slot(self._recipe, override.path)
         here = _location(override)
         if override.sign:
-            value = _computed(override, slot, self._maker(slot, here))
+            value = _computed(override, slot, self._names(here))
         else:
             for earlier, edited in self._edits:
                 if slot.holds(edited):
                     raise ConfigError(f"discards the earlier {earlier.text}; give only one of them")
             value = self._value(override.value, slot, here)
-        slot.check_class(value)
+        check_kind(value, slot.hint)
         with history.custom_location(lambda: here):
             slot.set(value)
         reachable = {id(leaf.owner) for leaf in leaves(self._recipe)}
@@ -104,7 +105,7 @@ class _Editor:
         self._edits.append((override, slot))
 
     def _value(self, text: str, slot: Slot, here: history.Location) -> Any:
-        make = self._maker(slot, here)
+        make = self._names(here)
         if text.startswith("@"):
             return coerce(self._file(text[1:]), slot.hint_for_file, make)
         given = typed(text)
@@ -119,7 +120,7 @@ class _Editor:
                 return coerce(given, slot.hint, make)  # 'auto' for a `Strategy | str`
         return coerce(given, slot.hint, make)
 
-    def _unannotated(self, given: Bare | str, slot: Slot, make: Callable[[str], Any]) -> Any:
+    def _unannotated(self, given: Bare | str, slot: Slot, make: Make) -> Any:
         """Where the annotation does not help: None, a configuration, or what is like the present value."""
         if isinstance(given, Bare):
             if given in ("None", "null") and (slot.hint is Any or slot.value is None):
@@ -143,41 +144,49 @@ class _Editor:
             ) from None
         return reader.load(text, allow=self._allow, source=name)
 
-    def _maker(self, slot: Slot, here: history.Location) -> Callable[[str], fdl.Buildable]:
-        def make(text: str) -> fdl.Buildable:
-            match = CALL.fullmatch(text.strip())
-            if not match:
-                raise ConfigError(f"{text!r} is not of the form name or name(argument=value)")
-            factory = self._factory(match["name"])
-            arguments = _arguments(factory, match["arguments"] or "", make)
-            if inspect.isclass(factory):
-                with history.custom_location(lambda: here):
-                    return fdl.Config(factory, **arguments)
-            made = _called(factory, arguments, match["name"])
-            if isinstance(made, Recipe):
-                raise ConfigError(f"{match['name']} makes a whole recipe, not a part of one")
-            if not isinstance(made, fdl.Buildable):
-                raise ConfigError(f"{match['name']} returned {show(made)}, not a configuration such as fdl.Config")
-            return made
+    def _names(self, here: history.Location) -> _Names:
+        return _Names(self._find, self._allow, here)
 
-        return make
+
+@dataclass(frozen=True)
+class _Names:
+    """What names mean in an edit: `coerce` asks it."""
+
+    find: Find | None
+    allow: Sequence[str]
+    here: history.Location
+
+    def __call__(self, text: str) -> fdl.Buildable:
+        match = CALL.fullmatch(text.strip())
+        if not match:
+            raise ConfigError(f"{text!r} is not of the form name or name(argument=value)")
+        factory = self._factory(match["name"])
+        arguments = _arguments(factory, match["arguments"] or "", self)
+        if inspect.isclass(factory):
+            with history.custom_location(lambda: self.here):
+                return fdl.Config(factory, **arguments)
+        made = _called(factory, arguments, match["name"])
+        if isinstance(made, Recipe):
+            raise ConfigError(f"{match['name']} makes a whole recipe, not a part of one")
+        if not isinstance(made, fdl.Buildable):
+            raise ConfigError(f"{match['name']} returned {show(made)}, not a configuration such as fdl.Config")
+        return made
+
+    def named(self, reference: str) -> Any:
+        return named(reference, self.allow)
 
     def _factory(self, name: str) -> Callable[..., Any]:
-        if self._find is not None:
+        problems: tuple[str, ...] = (
+            f"unknown name {name!r}; yours are written package.module:name, and --allow names them",
+        )
+        if self.find is not None:
             try:
-                factory = self._find(name)
+                return self.find(name)
             except ConfigError as error:
-                if "." not in name and ":" not in name:
-                    raise _UnknownNameError(*error.problems) from error
-            else:
-                if factory is not None:
-                    return factory
+                problems = error.problems
         if "." not in name and ":" not in name:
-            raise _UnknownNameError(f"unknown name {name!r}; anything importable is written package.module:name")
-        factory = locate(name)
-        if not callable(factory):
-            raise ConfigError(f"{name} is a {type(factory).__name__}, not a class or a function")
-        return factory
+            raise _UnknownNameError(*problems)
+        return self.named(name)
 
 
 class _UnknownNameError(ConfigError):
@@ -188,7 +197,7 @@ def _location(override: _Override) -> history.Location:
     return history.Location(f"command line: {override.text}", 0, None)
 
 
-def _arguments(function: Callable[..., Any], text: str, make: Callable[[str], Any]) -> dict[str, Any]:
+def _arguments(function: Callable[..., Any], text: str, make: Make) -> dict[str, Any]:
     """The keyword arguments of a call, each read as the annotation of its parameter asks."""
     parameters = inspect.signature(function).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -229,7 +238,7 @@ def _called(factory: Callable[..., Any], arguments: dict[str, Any], name: str) -
         raise ConfigError(f"{name}: {error}") from error
 
 
-def _computed(override: _Override, slot: Slot, make: Callable[[str], Any]) -> Any:
+def _computed(override: _Override, slot: Slot, make: Make) -> Any:
     """The present value of `slot` with the operator applied, as the annotation asks."""
     now = slot.value
     sign = override.sign
@@ -258,7 +267,7 @@ def _computed(override: _Override, slot: Slot, make: Callable[[str], Any]) -> An
     return result if slot.hint is Any or isinstance(slot.hint, Unevaluated) else coerce(result, slot.hint, make)
 
 
-def _extended(override: _Override, slot: Slot, make: Callable[[str], Any]) -> Any:
+def _extended(override: _Override, slot: Slot, make: Make) -> Any:
     """The list or tuple with the value's members at its end, or with the value itself if it is not a list of them."""
     now, given = slot.value, typed(override.value)
     hint = slot.list_hint

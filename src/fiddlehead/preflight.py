@@ -17,6 +17,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
+from fiddlehead import project
+from fiddlehead.configuration.references import BY_NAME_ONLY
 from fiddlehead.errors import ConfigError
 from fiddlehead.runs import RunDirectory, plain_recipe
 
@@ -25,17 +27,20 @@ DEVICES = Path("/dev")
 MIN_FREE_BYTES = 2**30
 
 
-def check(run: RunDirectory, modules: Sequence[str] = ()) -> None:
+def check(run: RunDirectory, names: Sequence[str] = ()) -> None:
     """Refuses a machine on which `run` cannot work, and warns of what may go wrong.
 
     Args:
-        modules: what its recipe imports beside the packages that every run needs.
+        names: what its recipe names beside its own parts: modules, or names, ``package.module:name``.
 
     Raises:
         ConfigError: with every problem, each naming the machine.
     """
     host = socket.gethostname()
-    missing = [name for name in (*PACKAGES, *modules) if not importable(name)]
+    if any(name.partition(":")[0].partition(".")[0] not in BY_NAME_ONLY for name in names):
+        project.make_importable()
+    modules = dict.fromkeys((*PACKAGES, *(name.partition(":")[0] for name in names)))
+    missing = [module for module in modules if not importable(module)]
     if missing:
         raise ConfigError(
             f"{host} cannot import {', '.join(missing)} (the interpreter is {sys.executable}); is it the environment "

@@ -15,6 +15,7 @@ import fiddle as fdl
 import yaml
 from fiddle import daglish, history
 
+from fiddlehead import trust
 from fiddlehead.configuration import reader, writer
 from fiddlehead.configuration.leaves import Leaf, items, join, leaves, same, show
 from fiddlehead.errors import ConfigError, unknown
@@ -64,26 +65,27 @@ class Recipe(fdl.Partial):
     def from_yaml(cls, text: str, *, allow: Sequence[str] = (), source: str = "recipe.yaml") -> Self:
         """The recipe written in `text`; nothing that it names is called.
 
-        Names may be of fiddlehead, of the trusted parts of torch and lightning, and of packages in `allow`. `source`
-        stands for the text in errors and in `sources`. Raises ConfigError with line and column.
+        It may name the parts that recipes are made of, and what `allow` has: modules of the user's, and names,
+        ``package.module:name``. `source` stands for the text in errors and in `sources`. Raises ConfigError with line
+        and column.
         """
-        loaded = reader.load(text, allow=allow, source=source)
+        loaded = reader.load(text, allow=allow, source=source, task=True)
         if not isinstance(loaded, fdl.Partial):
             raise ConfigError(f"{source}: not a recipe; its first keys must be _target_ and _partial_: true")
         return cls.__unflatten__(*loaded.__flatten__())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, allow: Sequence[str] = ()) -> Self:
-        """The recipe saved at `path`; see `from_yaml`."""
+        """The recipe saved at `path`; see `from_yaml`. A run that this user has launched may name what it did."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
-        return cls.from_yaml(text, allow=allow, source=str(path))
+        return cls.from_yaml(text, allow=(*allow, *trust.names(Path(path), text)), source=str(path))
 
-    def modules(self) -> set[str]:
-        """The top-level modules that must be allowed when the recipe is loaded, beyond those trusted anyway."""
-        return writer.untrusted(self)
+    def names_to_allow(self) -> list[str]:
+        """The names, ``package.module:name``, that must be allowed when the recipe is loaded: those of a user's own."""
+        return writer.unlisted(self)
 
     def diff(self, other: fdl.Buildable) -> Differences:
         """Where `other` has another value, a nested configuration more or less, or shares one elsewhere."""

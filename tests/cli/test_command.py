@@ -40,9 +40,12 @@ def fiddlehead(tmp_path, monkeypatch, capsys):
             del sys.modules[name]
 
 
-def modules_after(code: str) -> set[str]:
+def modules_after(code: str, folder: Path) -> set[str]:
+    """What is imported in a process that starts in `folder` as the installed command does: its path is not there."""
     probe = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\nprint('MODULES', *sys.modules)"
-    result = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-P", "-c", probe]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder)
+    assert "the wrong one" not in result.stderr
     line = next(line for line in result.stdout.splitlines() if line.startswith("MODULES"))
     return set(line.split())
 
@@ -50,9 +53,11 @@ def modules_after(code: str) -> set[str]:
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["recipes"], ["runs"], ["pretrain", "--help"], ["bench", "--help"], ["--version"]]
 )
-def test_what_needs_no_torch_imports_none(arguments):
+def test_what_needs_no_torch_imports_none_and_nothing_that_lies_around(arguments, tmp_path):
+    for name in (*sys.stdlib_module_names, "rich", "typer", "click", "yaml", "fiddlehead", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('the wrong one')\n")
     code = f"sys.argv = ['fiddlehead', *{arguments!r}]; from fiddlehead.cli import main; main()"
-    loaded = modules_after(code)
+    loaded = modules_after(code, tmp_path)
     assert "typer" in loaded
     assert not loaded & {"torch", "lightning", "nemo_run", "wandb", "transformers", "numpy"}
 
@@ -235,7 +240,7 @@ def test_an_error_in_a_users_recipe_is_named_by_file_and_line(fiddlehead, tmp_pa
     output = fiddlehead("pretrain", "-f", "slip", rc=2)
     assert "recipes/mine.py:5" in output and "'trainer'" in output
     (tmp_path / "recipes" / "mine.py").write_text("def slip() -> Recipe:\n    return (\n")
-    assert "mine.py:2" in fiddlehead("recipes", rc=2)
+    assert "mine.py:2" in fiddlehead("recipes") and "mine.py:2" in fiddlehead("pretrain", "-f", "slip", rc=2)
 
 
 def test_completion_knows_the_recipes():

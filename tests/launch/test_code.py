@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fiddlehead import project
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import code
 from fiddlehead.launch.code import CodeCopy, ship, shipped
@@ -257,8 +258,26 @@ def test_what_is_imported_from_the_tree_is_imported_from_the_copy(
     monkeypatch.setitem(sys.modules, "package", package)
     monkeypatch.chdir(tree / "here")
     copy = ship(Path.cwd(), run.code)
-    expected = [run.code / "here", run.code / "src", run.code / "flat"]
-    assert [Path(folder) for folder in copy.python_path()] == expected
+    assert [Path(folder) for folder in copy.python_path()] == [run.code / "src", run.code / "flat"]
+    assert copy.counterpart(Path.cwd()) == run.code / "here"
+
+
+def test_the_working_directory_comes_first_in_a_job_only_where_it_does_so_here(
+    tree: Path, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tree / "csv.py", "raise RuntimeError")
+    monkeypatch.chdir(tree)
+    monkeypatch.setattr(sys, "path", ["/usr/lib/python"])
+    copy = ship(tree, run.code)
+    assert copy.python_path() == []
+    project.make_importable()  # as for a recipe of the user's
+    module = types.ModuleType("mine")
+    module.__file__ = str(tree / "mine.py")
+    monkeypatch.setitem(sys.modules, "mine", module)
+    assert sys.path[-1] == str(tree) and copy.python_path() == []
+    monkeypatch.setattr(sys, "path", [str(tree), "/usr/lib/python"])  # as under PYTHONPATH
+    monkeypatch.setattr(project, "_added", [])
+    assert copy.python_path() == [str(run.code)]
 
 
 def test_sizes_are_readable() -> None:

@@ -64,6 +64,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
     (package / "__init__.py").write_text("")
     (package / "job.py").write_text(JOB)
     monkeypatch.chdir(package.parent)
+    monkeypatch.syspath_prepend(str(package.parent))
     run = RunDirectory(tmp_path / "it's runs" / "a")
     run.path.mkdir(parents=True)
     return run
@@ -98,6 +99,22 @@ def test_the_job_runs_the_shipped_code_where_it_was_launched(run: RunDirectory) 
     assert found["cwd"] == str(Path.cwd()) and str(Path.cwd()) not in found["path"]
     assert found["path"].index(str(run.code)) < found["path"].index("/usr/lib/another")
     assert found["executable"] == sys.executable
+
+
+@pytest.mark.parametrize("shipped", [True, False])
+def test_the_working_directory_comes_after_all_that_is_installed(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, shipped: bool
+) -> None:
+    """A file that bears the name of a library's module is not that module in a job either."""
+    package = Path("fiddlehead").rename(run.path.parent / "fiddlehead").parent
+    for name in ("csv", "json", "sitecustomize", "fiddlehead"):
+        Path(f"{name}.py").write_text("raise RuntimeError('the wrong one')\n")
+    monkeypatch.setattr(sys, "path", [str(package), *(path for path in sys.path if path != str(Path.cwd()))])
+    copy = ship(Path.cwd(), run.code) if shipped else None
+    run.script.write_text(job_script(run, LocalExecutor(), ["mine:Model"], copy=copy))
+    found = seen(run, ["bash", str(run.script)], PYTHONPATH=str(package))
+    here = str(run.code if shipped else Path.cwd())
+    assert here not in found["path"] and found["environment"]["FIDDLEHEAD_PROJECT"] == here
 
 
 def test_without_a_copy_it_runs_the_working_directory(run: RunDirectory) -> None:
@@ -282,5 +299,7 @@ def test_all_paths_of_the_run_directory_are_the_jobs(run: RunDirectory) -> None:
 def test_a_path_that_python_cannot_have_is_refused(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("a:b").mkdir()
     monkeypatch.chdir("a:b")
+    job_script(run, LocalExecutor(), [], copy=None)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
     with pytest.raises(ConfigError, match="a:b' has a colon in it"):
         job_script(run, LocalExecutor(), [], copy=None)

@@ -49,7 +49,7 @@ def test_it_loads_back_equal(name, tmp_path):
     recipe = make(name)
     recipe.save(tmp_path / "r.yaml")
     assert Recipe.load(tmp_path / "r.yaml") == recipe
-    assert not recipe.modules()
+    assert not recipe.names_to_allow()
 
 
 def test_it_says_what_it_is(name):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
-from pathlib import Path
 
 import typer
 
@@ -54,8 +54,9 @@ app.command("doctor", rich_help_panel="Kernels")(attention.doctor)
 def main() -> None:
     """Runs the command; a user's mistake is a few lines and exit code 2, a failed job has its own exit code."""
     gc.set_threshold(100_000)  # or importing PyTorch and Lightning spends a tenth of its time looking at what stays
-    if str(Path.cwd()) not in sys.path:  # where a user's own modules are, and `python -m` would look for them
-        sys.path.insert(0, str(Path.cwd()))
+    # Nothing is imported from the working directory unasked: not here under `python -c`, nor in processes started here.
+    sys.path[:] = filter(None, sys.path)
+    os.environ["PYTHONSAFEPATH"] = "1"
     try:
         app()
     except ConfigError as error:

@@ -30,7 +30,9 @@ def complete_recipe(incomplete: str) -> list[tuple[str, str]]:
 
 
 OverridesArgument = typer.Argument(None, metavar="[KEY=VALUE]...", show_default=False, help="Edits, in this order.")
-AllowOption = typer.Option(None, "--allow", metavar="MODULE", help="A module of yours that a YAML recipe may import.")
+AllowOption = typer.Option(
+    None, "--allow", metavar="MODULE[:NAME]", help="What of yours a YAML recipe, or an edit, may name."
+)
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), allow: Sequence[str] = ()) -> tuple[Recipe, str]:

@@ -38,6 +38,9 @@ def recipes(
 
     columns = ["name", "task", "where", "what"]
     made = table(*columns[:3], *(["parameters", "devices"] if long else []), columns[3])
+    for broken in catalog.broken_recipes() if pattern is None else []:
+        where = f"{_short(broken.file)}{f':{broken.line}' if broken.line else ''}"
+        add_row(made, Text("broken", style="red"), "", where, *([""] * 2 if long else []), broken.problem)
     for entry in _matching(catalog.recipes(), pattern):
         extra = _measure(entry) if long else []
         where = f"{_short(entry.file)}:{entry.line}"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fiddlehead.cli.common import add_row, phases_table, table
+from fiddlehead.cli.common import AllowOption, add_row, phases_table, table
 from fiddlehead.cli.common import show as show_things
 from fiddlehead.errors import ConfigError
 from fiddlehead.runs import RunDirectory, State, Status, find_run, list_runs
@@ -165,15 +165,24 @@ def cancel(names: list[str] = RunsArgument, directory: str = DirOption) -> None:
 def rerun(
     run: str = RunArgument,
     detach: bool = typer.Option(False, "--detach", help="Return as soon as the job is handed over."),
-    allow: list[str] = typer.Option(None, "--allow", metavar="MODULE", help="A module of yours that it may import."),
+    allow: list[str] = AllowOption,
+    trust_executor: bool = typer.Option(
+        False, "--trust-executor", help="The run came from elsewhere: do what its executor.json says all the same."
+    ),
     directory: str = DirOption,
 ) -> None:
     """Start a run again where it ran before, from its saved recipe: it continues from its newest checkpoint."""
-    from fiddlehead import launch
+    from fiddlehead import launch, trust
     from fiddlehead.launch import watch
     from fiddlehead.recipe import Recipe
 
     found = find_run(run, directory)
+    if not (trust_executor or trust.knows_executor(found) or watch.is_plain(found)):
+        raise ConfigError(
+            f"{found.executor}: you did not launch this run from here, and where a run goes can have commands in it; "
+            "read that file, then add --trust-executor, or start the recipe anew where you say: "
+            f"--factory @{found.recipe} log.name=NAME executor=..."
+        )
     recipe = Recipe.load(found.recipe, allow=tuple(allow or ()))
     recipe.log.dir, recipe.log.name = str(found.path.parent), found.name
     executor = watch.load_executor(found)
@@ -201,6 +210,7 @@ def clean(
 
     Example:  fiddlehead runs clean --state FAILED --older-than 7d
     """
+    from fiddlehead import trust
     from fiddlehead.launch import secrets, watch
 
     if not (names or older_than or state):
@@ -231,6 +241,7 @@ def clean(
         raise typer.Exit(0)
     for run, _ in chosen:
         secrets.remove(run)
+        trust.forget(run)
         shutil.rmtree(run.path)
 
 

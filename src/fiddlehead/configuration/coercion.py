@@ -11,17 +11,27 @@ from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from enum import Enum
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Protocol
 
 import fiddle as fdl
 
 from fiddlehead.configuration.hints import Unevaluated
 from fiddlehead.configuration.leaves import show
 from fiddlehead.configuration.literals import Bare, is_bracketed, literal, parse, parse_list
-from fiddlehead.configuration.references import locate
 from fiddlehead.errors import ConfigError, nearest, unknown
 
-Make = Callable[[str], Any]
+
+class Make(Protocol):
+    """What names mean where they are typed."""
+
+    def __call__(self, text: str) -> Any:
+        """The configuration that ``name`` or ``name(argument=...)`` makes."""
+        ...
+
+    def named(self, reference: str) -> Any:
+        """The class or function that ``package.module:name`` is."""
+        ...
+
 
 CALL = re.compile(r"(?P<name>[A-Za-z_][\w.]*(:[A-Za-z_][\w.]*)?)(\((?P<arguments>.*)\))?", re.DOTALL)
 
@@ -247,7 +257,7 @@ def _literal(given: Any, hint: Any) -> Any:
                 return value
             if not isinstance(value, str):
                 try:
-                    if coerce(given, type(value), _no_make) == value:
+                    if coerce(given, type(value), _NoNames()) == value:
                         return value
                 except ConfigError:
                     pass
@@ -288,7 +298,7 @@ def _callable(given: Any, hint: Any, origin: Any, make: Make) -> Any:
             if CALL.fullmatch(given) and given not in _NONE:
                 return make(given)
             raise MismatchError(given, hint, "write package.module:name")
-        value = locate(given)
+        value = make.named(given)
     bound = (typing.get_args(hint) or (object,))[0]
     if not callable(value) or isinstance(value, str) or (origin is type and not _is_subclass(value, bound)):
         raise MismatchError(given, hint)
@@ -334,11 +344,18 @@ def _torch(given: str, hint: Any) -> Any:
         except RuntimeError:
             raise MismatchError(given, hint) from None
     name = given.removeprefix("torch.")
-    dtype = getattr(torch, _DTYPES.get(name, name), None)
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    names = [name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)]
-    raise ConfigError(unknown("dtype", name, names))
+    return dtype(_DTYPES.get(name, name))
+
+
+def dtype(name: str) -> Any:
+    """The `torch.dtype` of this name; ConfigError if there is none."""
+    import torch
+
+    # Not getattr, for which torch imports modules of its own.
+    dtypes = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+    if name not in dtypes:
+        raise ConfigError(unknown("dtype", name, sorted(dtypes)))
+    return dtypes[name]
 
 
 def _validated(value: Any, hint: Any, given: Any) -> Any:
@@ -366,5 +383,11 @@ def _is_subclass(value: Any, bound: Any) -> bool:
     return inspect.isclass(value) and (not inspect.isclass(bound) or issubclass(value, bound))
 
 
-def _no_make(text: str) -> Any:
-    raise MismatchError(Bare(text), Any)
+class _NoNames:
+    """For places where nothing can be named."""
+
+    def __call__(self, text: str) -> Any:
+        raise MismatchError(Bare(text), Any)
+
+    def named(self, reference: str) -> Any:
+        raise MismatchError(Bare(reference), Any)

@@ -9,6 +9,8 @@ import types
 import typing
 from typing import Any
 
+import fiddle as fdl
+
 
 @dataclasses.dataclass(frozen=True)
 class Unevaluated:
@@ -41,6 +43,17 @@ def parameter_hint(function: Any, name: str) -> Any:
     if parameter.default is None and hint is not Any and not isinstance(hint, Unevaluated):
         hint = typing.Optional[hint]  # noqa: UP045  | fails for annotations that are not types
     return hint
+
+
+def argument_hint(config: fdl.Buildable, key: str | int) -> Any:
+    """The annotation of the argument `key` of a configuration, which may be one of ``*args`` or ``**kwargs``."""
+    info = config.__signature_info__
+    if isinstance(key, int):
+        start = info.var_positional_start
+        name = list(info.parameters)[key if start is None else min(key, start)]
+    else:
+        name = key if key in info.parameters else info.var_keyword_name
+    return parameter_hint(fdl.get_callable(config), name) if name else Any
 
 
 def _signature(function: Any) -> inspect.Signature:

@@ -1,4 +1,4 @@
-"""From YAML to a configuration, without running anything that it names."""
+"""From YAML to a configuration; what it names is imported only if it is listed or allowed, and never called."""
 
 from __future__ import annotations
 
@@ -15,22 +15,25 @@ from fiddle import history
 from yaml.constructor import SafeConstructor
 from yaml.nodes import MappingNode, Node, SequenceNode
 
+from fiddlehead.configuration.coercion import dtype
+from fiddlehead.configuration.hints import argument_hint
+from fiddlehead.configuration.kinds import check_kind
 from fiddlehead.configuration.leaves import join
-from fiddlehead.configuration.references import reference_to, trusted
+from fiddlehead.configuration.references import is_listed, named, reference_to
 from fiddlehead.configuration.schema import ARGS, FORMAT, HEADER, MAX_VALUES, PARTIAL, TARGET, Loader, nameless_keys
 from fiddlehead.errors import ConfigError, unknown
 
 
-def load(text: str, *, allow: Sequence[str] = (), source: str = "recipe.yaml") -> Any:
+def load(text: str, *, allow: Sequence[str] = (), source: str = "recipe.yaml", task: bool = False) -> Any:
     """The value that `dump` wrote; `source` names the text in errors and in the history of what it sets.
 
-    Only modules of the trusted packages and of `allow` are imported, and nothing is called. Raises ConfigError with
-    line and column for each thing that is wrong.
+    Only what is listed, and what `allow` has, is imported, and nothing is called. With `task`, the text is a whole
+    recipe, which begins with its task. Raises ConfigError with line and column for each thing that is wrong.
     """
     header = HEADER.match(text)
     if header and int(header[1]) > FORMAT:
         raise ConfigError(f"{source}: written in format {header[1]}; this version of fiddlehead reads up to {FORMAT}")
-    reader = _Reader(tuple(allow), source)
+    reader = _Reader(tuple(allow), source, task=task)
     try:
         root = yaml.compose(text, Loader=Loader)
         value = reader.value(root, "") if root else None
@@ -62,9 +65,10 @@ class _ProblemError(Exception):
 class _Reader:
     """Turns YAML nodes into values and keeps the problems, each with its line, column and path."""
 
-    def __init__(self, allow: tuple[str, ...], source: str) -> None:
+    def __init__(self, allow: tuple[str, ...], source: str, *, task: bool) -> None:
         self.problems: list[str] = []
         self._allow = allow
+        self._task = task
         self._source = source
         self._configs: dict[int, Any] = {}
         self._open: set[int] = set()
@@ -132,7 +136,7 @@ class _Reader:
             case "!path":
                 return Path(text)
             case "!ref":
-                return trusted(text, self._allow)
+                return named(text, self._allow)
             case "!enum":
                 return self._enum(text)
             case "!dtype" | "!device":
@@ -141,7 +145,7 @@ class _Reader:
 
     def _enum(self, text: str) -> Enum:
         name, _, member = text.rpartition(".")
-        kind = trusted(name, self._allow)
+        kind = named(name, self._allow)
         if not (inspect.isclass(kind) and issubclass(kind, Enum)):
             raise _ProblemError(f"{name} is not an enum")
         if member not in kind.__members__:
@@ -164,8 +168,8 @@ class _Reader:
         return pairs
 
     def _partial(self, pairs: dict[Any, Node], path: str) -> functools.partial:
-        function, positional, named = self._call(pairs, path)
-        return functools.partial(function, *positional, **named)
+        function, positional, by_name = self._call(pairs, path)
+        return functools.partial(function, *positional, **by_name)
 
     def _call(self, pairs: dict[Any, Node], path: str) -> tuple[Any, list[Any], dict[str, Any]]:
         """The target, the positional and the named arguments of a mapping; all are read before any error counts."""
@@ -177,20 +181,20 @@ class _Reader:
         positional = self.value(pairs.pop(ARGS), path) if ARGS in pairs else []
         if not isinstance(positional, list):
             raise _ProblemError(f"{ARGS} must be a list")
-        named = {}
+        by_name = {}
         for key, item in pairs.items():
             if isinstance(key, str):
-                named[key] = self.value(item, join(path, key))
+                by_name[key] = self.value(item, join(path, key))
             else:
                 self._note(item, path, f"the name of an argument must be a text, not {key!r}")
-        return trusted(reference, self._allow), positional, named
+        return named(reference, self._allow, task=self._task and not path), positional, by_name
 
     def _config(self, node: Node, pairs: dict[Any, Node], path: str) -> fdl.Buildable | None:
         partial = self.value(pairs.pop(PARTIAL), path) if PARTIAL in pairs else False
         if not isinstance(partial, bool):
             raise _ProblemError(f"{PARTIAL} must be true or false")
         places = dict(pairs)
-        function, positional, named = self._call(pairs, path)
+        function, positional, by_name = self._call(pairs, path)
         location = history.Location(self._source, node.start_mark.line + 1, None)
         with history.custom_location(lambda: location):
             try:
@@ -202,7 +206,7 @@ class _Reader:
             raise _ProblemError(
                 f"{function.__qualname__} takes {len(positions)} arguments in {ARGS}, not {len(positional)}"
             )
-        for key, value in (*zip(positions, positional, strict=True), *named.items()):
+        for key, value in (*zip(positions, positional, strict=True), *by_name.items()):
             place = places[ARGS if isinstance(key, int) else key]
             location = history.Location(self._source, place.start_mark.line + 1, None)
             with history.custom_location(lambda location=location: location):
@@ -212,24 +216,29 @@ class _Reader:
     def _set(self, config: fdl.Buildable, key: str | int, value: Any, place: Node, path: str) -> None:
         if isinstance(key, int):
             config._arguments_set_value(key, value)  # item assignment cannot add to *args one by one
-            return
+        else:
+            try:
+                setattr(config, key, value)
+            except AttributeError:
+                names = config.__signature_info__.valid_param_names
+                what = f"parameter of {fdl.get_callable(config).__qualname__}"
+                self._note(place, join(path, key), unknown(what, key, names))
+                return
         try:
-            setattr(config, key, value)
-        except AttributeError:
-            names = config.__signature_info__.valid_param_names
-            what = f"parameter of {fdl.get_callable(config).__qualname__}"
-            self._note(place, join(path, key), unknown(what, key, names))
+            # What the reader has allowed is theirs to place: it may do what a part does without being a subclass.
+            check_kind(value, argument_hint(config, key), is_free=lambda function: not is_listed(function))
+        except ConfigError as error:
+            self._note(place, join(path, key), str(error))
 
 
 def _torch_value(tag: str, text: str) -> Any:
     import torch
 
     if tag == "!dtype":
-        dtype = getattr(torch, text, None)
-        if isinstance(dtype, torch.dtype):
-            return dtype
-        names = [name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)]
-        raise _ProblemError(unknown("dtype", text, names))
+        try:
+            return dtype(text)
+        except ConfigError as error:
+            raise _ProblemError(str(error)) from error
     try:
         return torch.device(text)
     except RuntimeError as error:

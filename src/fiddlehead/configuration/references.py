@@ -1,176 +1,124 @@
-"""Names of classes and functions: from an object to its name, and back, without importing what is not trusted.
+"""Names of classes and functions: from an object to its name, and back, for nothing but what is listed or allowed.
 
-A recipe file may come from anybody. Loading one imports modules and, once it is run, calls what it names; so only
-classes and functions of trusted packages may be named, and of those not the ones that load, fetch or start things.
+A recipe file may come from anybody. What it names is imported and, once the recipe is checked or run, called; so it may
+name the parts that recipes are made of, which are listed here, and what its reader allows by name.
 """
 
 from __future__ import annotations
 
-import builtins
+import functools
 import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+from fiddlehead import project
 from fiddlehead.errors import ConfigError, nearest
 
-# Of this package a recipe may name what these export: the parts of a run, which start and write nothing when built.
-PARTS = ("fiddlehead.models", "fiddlehead.data", "fiddlehead.training")
-
-# And the tasks: a recipe says which one it is for, and the command that is typed must agree.
-TASKS = ("fiddlehead.tasks:pretrain", "fiddlehead.tasks:finetune")
-
-# What else a recipe may name unasked. Of torch only the areas that a run is made of: too much of the rest runs code.
-TRUSTED = (
-    "lightning.pytorch",
-    "lightning.fabric",
-    "torch.nn",
-    "torch._C._nn",
-    "torch.optim",
-    "torch.utils.data",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
-    "torch.profiler",
-)
-
-# Packages whose front module only passes on what trusted modules define.
-FRONTS = ("lightning", "torch", "torch.distributed", "torch.utils")
-
-SAFE_BUILTINS = ("bool", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple")
-
-_RUNS_FILES = "it runs code from a file"
-_FETCHES = "it downloads, and may run what it downloaded"
-_STARTS = "it starts programs"
-_OPENS = "it would let a recipe load and name anything else"
-
-# Never, even when a caller trusts the package: the module, or the module and name, and why.
-REFUSED = {
-    "torch.load": _RUNS_FILES,
-    "torch.serialization": _RUNS_FILES,
-    "torch.storage": _RUNS_FILES,
-    "torch.jit": _RUNS_FILES,
-    "torch.package": _RUNS_FILES,
-    "torch.export": _RUNS_FILES,
-    "torch._export": _RUNS_FILES,
-    "torch._inductor": _RUNS_FILES,
-    "torch._dynamo": _RUNS_FILES,
-    "torch.fx": "it compiles source text",
-    "torch._ops": _RUNS_FILES,
-    "torch._classes": _RUNS_FILES,
-    "torch.distributed.checkpoint": _RUNS_FILES,
-    "torch.from_file": "it maps and may overwrite a file",
-    "torch.hub": _FETCHES,
-    "torch.utils.model_zoo": _FETCHES,
-    "torch.utils.data.datapipes": _FETCHES,
-    "torch.utils.cpp_extension": "it compiles and runs code",
-    "torch.utils.benchmark": "it runs source text",
-    "torch.utils.collect_env": _STARTS,
-    "torch.testing": _STARTS,
-    "torch.distributed.run": _STARTS,
-    "torch.distributed.launch": _STARTS,
-    "torch.distributed.launcher": _STARTS,
-    "torch.distributed.elastic": _STARTS,
-    "torch.distributed.rpc": _STARTS,
-    "torch.multiprocessing": _STARTS,
-    "lightning.pytorch.cli": _STARTS,
-    "lightning.fabric.cli": _STARTS,
-    "lightning.pytorch.core.saving": _RUNS_FILES,
-    "lightning.pytorch.demos": _FETCHES,
-    "lightning.pytorch.utilities.model_registry": _FETCHES,
-    "lightning.fabric.utilities.cloud_io": _RUNS_FILES,
-    "lightning.fabric.utilities.load": _RUNS_FILES,
-    "fiddlehead.cli": _STARTS,
-    "fiddlehead.launch": _STARTS,
-    "fiddlehead.job": _STARTS,
-    "fiddlehead.workers": _STARTS,
-    "fiddlehead.recipe": _OPENS,
-    "fiddlehead.configuration": _OPENS,
-    "fiddlehead.overrides": _OPENS,
-    "builtins": "only these builtins may be named: " + ", ".join(SAFE_BUILTINS),
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "fiddlehead.data": (
+        "BPETokenizer",
+        "ByteTokenizer",
+        "FineTuningDataModule",
+        "PreTrainingDataModule",
+        "TokenizerFile",
+    ),
+    "fiddlehead.models": (
+        "LinearRopeScaling",
+        "LoRA",
+        "LongRopeScaling",
+        "RopeScaling",
+        "TransformerConfig",
+        "YarnRopeScaling",
+    ),
+    "fiddlehead.training": (
+        "AdamW",
+        "Checkpoint",
+        "CosineAnnealing",
+        "LanguageModel",
+        "Log",
+        "Muon",
+        "Parallel",
+        "PreferenceModel",
+        "WarmupStableDecay",
+    ),
+    "lightning": ("Trainer",),
+    "lightning.pytorch": ("Trainer",),
+    # Those that take no function, and write no file.
+    "lightning.pytorch.callbacks": (
+        "DeviceStatsMonitor",
+        "EarlyStopping",
+        "LearningRateMonitor",
+        "ModelSummary",
+        "TQDMProgressBar",
+        "Timer",
+    ),
+    # For a user's own parts: an optimizer's class, an activation, a type.
+    "torch.optim": ("Adam", "AdamW", "NAdam", "RAdam", "SGD"),
+    "torch.nn.functional": ("gelu", "relu", "silu"),
+    "builtins": ("bool", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple"),
 }
+"""What a recipe may name unasked, by the package that exports it: nothing that runs or writes when it is built."""
+
+TASKS: Mapping[str, tuple[str, ...]] = {"fiddlehead.tasks": ("finetune", "pretrain")}
+"""What a whole recipe may be for."""
+
+BY_NAME_ONLY = frozenset({*sys.stdlib_module_names, "fiddle", "fiddlehead", "lightning", "numpy", "torch"})
+"""Packages too large to be allowed whole: somewhere in each is a function that runs, loads or imports anything."""
 
 
-def trusted(reference: str, allow: Sequence[str] = ()) -> Any:
-    """The class or function named by `reference`, of a trusted module or one below a package of `allow`.
+def named(reference: str, allow: Sequence[str] = (), *, task: bool = False) -> Any:
+    """The class or function that ``package.module:name`` or ``package.module.name`` names.
 
-    Both the module that is named and the one that defines the object must be trusted: ``torch.os.system`` is not
-    torch's. Raises ConfigError if not, and if there is no such thing.
+    Args:
+        allow: what else may be named: modules, with those below them, and names, ``package.module:name``.
+        task: whether it may also be a task.
+
+    Raises:
+        ConfigError: it may not be named, and nothing was imported for it; or it is allowed, and there is no such thing.
     """
-
-    def may_import(module: str) -> None:
-        if module != "builtins" and module not in FRONTS and not _under(module, ("fiddlehead",)):
-            _check(module, reference, allow)
-
-    if any(part.startswith("__") for part in reference.replace(":", ".").split(".")):
-        raise ConfigError(f"{reference}: names with two leading underscores may not be used in a recipe file")
-    value = locate(reference, may_import)
-    check_trusted(value, reference, allow)
+    dotted = _dotted(reference)
+    found = _listed(reference, task=task)
+    if found is not None:
+        return found
+    exact = next((entry for entry in allow if entry.replace(":", ".") == dotted), None)
+    module = reference.partition(":")[0]
+    if exact is None and not _is_below(module, allow):
+        raise ConfigError(f"{reference} is not trusted: {_advice(reference)}")
+    value = locate(reference if exact is None else exact)
+    if not (inspect.isclass(value) or inspect.isroutine(value)):
+        raise ConfigError(f"{reference} is a {type(value).__name__}, not a class or a function")
+    if exact is None and not _is_below(value.__module__ or "", allow) and not is_listed(value):
+        home = value.__module__ or "no module"
+        raise ConfigError(f"{reference} belongs to {home}, which is not trusted; if you trust it, --allow {reference}")
+    if _is_method(value):
+        raise ConfigError(f"{reference} is a method; name a class or a function")
     return value
 
 
-def check_trusted(value: Any, reference: str, allow: Sequence[str] = ()) -> None:
-    """Raises ConfigError unless `value`, named by `reference`, is a class or function that a recipe file may name."""
-    name = getattr(value, "__name__", "")
-    if any(value is getattr(builtins, safe) for safe in SAFE_BUILTINS):
-        return
-    if not (inspect.isclass(value) or inspect.isroutine(value)):
-        raise ConfigError(f"{reference} is a {type(value).__name__}, not a class or a function")
-    module = value.__module__ or ""
-    if name == "load_from_checkpoint":
-        raise ConfigError(f"{reference} may not be used in a recipe file: {_RUNS_FILES}")
-    _check_refused(f"{module}.{name}", reference)
-    if module.partition(".")[0] == "fiddlehead" and not _under(module, allow):
-        _check_exported(value, reference)
-        return
-    if module == "torch" and inspect.isbuiltin(value) and not name.startswith("_"):
-        return  # plain mathematics: torch.tanh and its like
-    _check(module, reference, allow)
-    if inspect.isclass(value):
-        return
-    if _is_method(value):
-        raise ConfigError(f"{reference} is a method; name a class or a function")
-    package = module.partition(".")[0]
-    if package == "lightning" or (package == "torch" and (name.startswith("_") or "." in value.__qualname__)):
-        raise ConfigError(f"{reference}: of {package} a recipe file may name classes, but not this function")
-
-
-def _check_exported(value: Any, reference: str) -> None:
-    """Raises ConfigError unless `value` is a task, or a part of a run that its package exports."""
-    if f"{value.__module__}:{value.__qualname__}" in TASKS:
-        return
-    for package in PARTS:
-        if value.__module__.startswith(f"{package}."):
-            exported = importlib.import_module(package)
-            if value.__name__ in exported.__all__ and getattr(exported, value.__name__) is value:
-                return
-    raise ConfigError(
-        f"{reference} may not be used in a recipe file: of fiddlehead only {', '.join(PARTS)} export to it"
-    )
-
-
-def _is_method(function: Any) -> bool:
-    """Whether `function` is an instance's method, which takes any object as its first argument."""
-    owner, _, name = function.__qualname__.rpartition(".")
-    if not owner or not inspect.isfunction(function) or "<locals>" in owner:
+def is_listed(value: Any, *, task: bool = False) -> bool:
+    """Whether a recipe file may name the class or function `value` without any `allow`."""
+    try:
+        return _listed(reference_to(value), task=task) is value
+    except ConfigError:
         return False
-    return not isinstance(inspect.getattr_static(locate(f"{function.__module__}:{owner}"), name), staticmethod)
 
 
-def locate(reference: str, may_import: Callable[[str], None] = lambda _: None) -> Any:
-    """What ``package.module:name`` or ``package.module.name`` names.
+def locate(reference: str) -> Any:
+    """What ``package.module:name`` or ``package.module.name`` names; the user's modules come after the installed ones.
 
-    `may_import` sees the name of each module before it is imported and raises to forbid it. Raises ConfigError if
-    there is no such module or name, or if the way there leads through another module's imports.
+    Raises ConfigError if there is no such module or name, or if the way there leads through another module's imports.
     """
-    module_name, colon, qualname = reference.partition(":")
-    if not all(part.isidentifier() for part in f"{module_name}.{qualname or 'x'}".split(".")):
-        raise ConfigError(f"{reference!r} is not of the form package.module:name")
-    if not colon:
-        module_name, qualname = _split(reference, may_import)
-    module = _import(module_name, reference, may_import)
+    _dotted(reference)
+    if reference.partition(":")[0].partition(".")[0] not in BY_NAME_ONLY:
+        project.make_importable()
+    module_name, _, qualname = reference.partition(":")
+    if not qualname:
+        module_name, qualname = _split(reference)
+    module = _import(module_name, reference)
     value: Any = module
     for part in qualname.split("."):
         if isinstance(value, ModuleType) and value is not module:
@@ -208,51 +156,74 @@ def reference_to(value: Any) -> str:
     raise ConfigError(f"{value!r} cannot be imported by its name; define it at the top of a module")
 
 
-def is_trusted(value: Any) -> bool:
-    """Whether a recipe file may name the class or function `value` without any `allow`."""
-    try:
-        check_trusted(value, "")
-    except ConfigError:
-        return False
-    return True
+def _dotted(reference: str) -> str:
+    """`reference` with dots alone; ConfigError if it is not a name, or one of Python's own machinery."""
+    module, colon, qualname = reference.partition(":")
+    parts = f"{module}.{qualname}".split(".") if colon else module.split(".")
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        raise ConfigError(f"{reference!r} is not of the form package.module:name")
+    if any(part.startswith("__") for part in parts):
+        raise ConfigError(f"{reference}: a name with two leading underscores may not be used")
+    return ".".join(parts)
 
 
-def _under(module: str, packages: Sequence[str]) -> bool:
+@functools.cache
+def _listed(reference: str, *, task: bool) -> Any:
+    """The listed class or function of this name, that of the package which exports it or its own; None if it is not."""
+    dotted = reference.replace(":", ".")
+    top, _, rest = dotted.partition(".")
+    name = rest.rpartition(".")[2]
+    for names in (PARTS, TASKS) if task else (PARTS,):
+        for package, exported in names.items():
+            if name in exported and package.partition(".")[0] == top:
+                value = getattr(importlib.import_module(package), name)
+                if dotted in (f"{package}.{name}", reference_to(value).replace(":", ".")):
+                    return value
+    return None
+
+
+def _is_below(module: str, allow: Sequence[str]) -> bool:
+    """Whether `module` is one of those that may be imported whole."""
+    packages = [entry for entry in allow if entry.partition(".")[0] not in BY_NAME_ONLY]
     return any(module == package or module.startswith(package + ".") for package in packages)
 
 
-def _check_refused(name: str, reference: str) -> None:
-    for refused, reason in REFUSED.items():
-        if _under(name, (refused,)):
-            raise ConfigError(f"{reference} may not be used in a recipe file: {reason}")
+def _advice(reference: str) -> str:
+    """How the author of a file, or its reader, can mend a name that may not be used."""
+    package, _, name = reference.replace(":", ".").rpartition(".")
+    close = nearest(name, PARTS.get(package, ()))
+    similar = [f"{package}:{close}"] if close else [f"{home}:{name}" for home, parts in PARTS.items() if name in parts]
+    meant = f"did you mean {similar[0]!r}? Else, " if similar else ""
+    module = reference.partition(":")[0]
+    whole = ":" in reference and module.partition(".")[0] not in BY_NAME_ONLY
+    return f"{meant}if you trust who wrote it, --allow {module if whole else reference}"
 
 
-def _check(module: str, reference: str, allow: Sequence[str]) -> None:
-    _check_refused(module, reference)
-    if not _under(module, (*TRUSTED, *allow)):
-        raise ConfigError(
-            f"{reference} belongs to {module or 'no module'}, which is not trusted; "
-            f"if you trust the file, allow {module.partition('.')[0]!r}"
-        )
+def _is_method(function: Any) -> bool:
+    """Whether `function` is an instance's method, which takes any object as its first argument."""
+    owner, _, name = function.__qualname__.rpartition(".")
+    if not owner or not inspect.isfunction(function) or "<locals>" in owner:
+        return False
+    holder: Any = sys.modules.get(function.__module__)
+    for part in owner.split("."):
+        holder = getattr(holder, part, None)
+    return holder is None or not isinstance(inspect.getattr_static(holder, name, None), staticmethod)
 
 
-def _split(reference: str, may_import: Callable[[str], None]) -> tuple[str, str]:
+def _split(reference: str) -> tuple[str, str]:
     """The longest importable module of a dotted name, and the rest."""
     parts = reference.split(".")
-    if len(parts) == 1:
-        raise ConfigError(f"{reference!r} is not of the form package.module:name")
     end = 1
-    module = _import(parts[0], reference, may_import)
+    module = _import(parts[0], reference)
     while end < len(parts) - 1:
         if not hasattr(module, "__path__") or importlib.util.find_spec(f"{module.__name__}.{parts[end]}") is None:
             break
-        module = _import(f"{module.__name__}.{parts[end]}", reference, may_import)
+        module = _import(f"{module.__name__}.{parts[end]}", reference)
         end += 1
     return module.__name__, ".".join(parts[end:])
 
 
-def _import(module: str, reference: str, may_import: Callable[[str], None]) -> ModuleType:
-    may_import(module)
+def _import(module: str, reference: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

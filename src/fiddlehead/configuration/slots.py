@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
-import inspect
 import re
-import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +12,9 @@ from typing import Any
 import fiddle as fdl
 from fiddle import daglish
 
-from fiddlehead.configuration.coercion import CALL, describe
-from fiddlehead.configuration.hints import Unevaluated, parameter_hint
+from fiddlehead.configuration.coercion import CALL
+from fiddlehead.configuration.hints import Unevaluated, argument_hint
+from fiddlehead.configuration.kinds import item_hint, members
 from fiddlehead.configuration.leaves import show
 from fiddlehead.configuration.literals import typed
 from fiddlehead.errors import ConfigError, unknown
@@ -54,19 +53,11 @@ class Slot:
         same = self.owner is other.owner and self.key == other.key
         return same and other.inside[: len(self.inside)] == self.inside
 
-    def check_class(self, value: Any) -> None:
-        """Raises ConfigError if `value` configures a class that is not what the annotation asks for."""
-        if not isinstance(value, fdl.Config) or not inspect.isclass(made := fdl.get_callable(value)):
-            return
-        wanted = [typing.get_origin(member) or member for member in _members(self.hint)]
-        if wanted and all(inspect.isclass(kind) for kind in wanted) and not _is_one_of(made, wanted):
-            raise ConfigError(f"expects {describe(self.hint)}, not a configuration of {made.__qualname__}")
-
     def wants_name(self, text: str) -> bool:
         """Whether `text`, for a place that holds a configuration, is first of all the name of another one."""
         match = CALL.fullmatch(text)
         callables = any(
-            (typing.get_origin(member) or member) in (collections.abc.Callable, type) for member in _members(self.hint)
+            (typing.get_origin(member) or member) in (collections.abc.Callable, type) for member in members(self.hint)
         )
         return bool(match) and text not in ("None", "null") and not (callables and match["arguments"] is None)
 
@@ -78,7 +69,7 @@ class Slot:
     @property
     def list_hint(self) -> Any:
         """The type of the members of a list or tuple."""
-        return _item_hint(self.hint, self.value, 0)
+        return item_hint(self.hint, self.value, 0)
 
 
 def find_slot(root: fdl.Buildable, path: str) -> Slot:
@@ -102,7 +93,7 @@ def find_slot(root: fdl.Buildable, path: str) -> Slot:
 def _step(value: Any, slot: Slot | None, at: str, name: str | None, item: str | None, path: str) -> Slot:
     if isinstance(value, fdl.Buildable):
         key = _argument_key(value, name, item)
-        return Slot(path, value, key, (), _argument(value, key), _argument_hint(value, key))
+        return Slot(path, value, key, (), _argument(value, key), argument_hint(value, key))
     assert slot is not None, "the root is a Buildable"
     if isinstance(value, dict):
         key = _dict_key(value, name if item is None else item)
@@ -116,7 +107,7 @@ def _step(value: Any, slot: Slot | None, at: str, name: str | None, item: str | 
         kind = show(value) if value is None else f"{show(value)} ({type(value).__name__})"
         advice = f"write {at}[0]" if isinstance(value, (list, tuple)) else f"set it whole first: {at}=..."
         raise ConfigError(f"{at} is {kind} and has no field {name or item!r}; {advice}")
-    return Slot(path, slot.owner, slot.key, (*slot.inside, key), present, _item_hint(slot.hint, value, key))
+    return Slot(path, slot.owner, slot.key, (*slot.inside, key), present, item_hint(slot.hint, value, key))
 
 
 def _argument_key(config: fdl.Buildable, name: str | None, item: str | None) -> str | int:
@@ -157,18 +148,6 @@ def _argument(config: fdl.Buildable, key: str | int) -> Any:
     return fdl.NO_VALUE if repr(value) == "<factory>" else value  # what a dataclass makes its default with
 
 
-def _argument_hint(config: fdl.Buildable, key: str | int) -> Any:
-    parameters = list(config.__signature_info__.parameters.values())
-    if isinstance(key, int):
-        start = config.__signature_info__.var_positional_start
-        name = parameters[key if start is None else min(key, start)].name
-    elif key in config.__signature_info__.parameters:
-        name = key
-    else:
-        name = config.__signature_info__.var_keyword_name
-    return parameter_hint(fdl.get_callable(config), name) if name else Any
-
-
 def _dict_key(container: dict[Any, Any], text: str | None) -> Any:
     text = str(typed(text or ""))
     return next((key for key in container if str(key) == text), text)
@@ -184,38 +163,3 @@ def _replaced(container: Any, key: Any, value: Any) -> Any:
     if isinstance(container, dict):
         return {**container, key: value}
     return type(container)([*container[:key], value, *container[key + 1 :]])
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, without None; of another type only itself, of none nothing."""
-    if hint is Any or isinstance(hint, Unevaluated):
-        return ()
-    if typing.get_origin(hint) is typing.Annotated:
-        return _members(typing.get_args(hint)[0])
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return tuple(kind for member in typing.get_args(hint) if member is not type(None) for kind in _members(member))
-    return (hint,)
-
-
-def _is_one_of(made: type, wanted: list[Any]) -> bool:
-    for kind in wanted:
-        try:
-            if issubclass(made, kind) or issubclass(kind, fdl.Buildable):
-                return True
-        except TypeError:  # a protocol that is for type checkers only
-            return True
-    return False
-
-
-def _item_hint(hint: Any, container: Any, key: Any) -> Any:
-    """The type of the member `key` of a `container` whose own type is `hint`."""
-    for member in _members(hint):
-        origin, arguments = typing.get_origin(member), typing.get_args(member)
-        if not inspect.isclass(origin) or not isinstance(container, origin) or not arguments:
-            continue
-        if isinstance(container, dict):
-            return arguments[1]
-        if origin is tuple and arguments[-1] is not Ellipsis:
-            return arguments[key] if key < len(arguments) else Any
-        return arguments[0]
-    return Any

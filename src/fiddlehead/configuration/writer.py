@@ -15,7 +15,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from yaml.representer import SafeRepresenter
 
 from fiddlehead.configuration.leaves import holds_configuration, items, join
-from fiddlehead.configuration.references import is_trusted, reference_to
+from fiddlehead.configuration.references import is_listed, reference_to
 from fiddlehead.configuration.schema import ARGS, FORMAT, PARTIAL, TARGET, Dumper, nameless_keys
 from fiddlehead.errors import ConfigError
 
@@ -35,11 +35,12 @@ def dump(value: Any, *, what: str = "recipe") -> str:
     return header + yaml.serialize(node, Dumper=Dumper, allow_unicode=True, width=120)
 
 
-def untrusted(config: fdl.Buildable) -> set[str]:
-    """The top-level modules that `load` must be allowed to import for `config`."""
+def unlisted(recipe: fdl.Buildable) -> list[str]:
+    """The names, ``package.module:name``, that `load` must be allowed to read for `recipe`."""
     writer = _Writer()
-    writer.node(config, "")
-    return {function.__module__.partition(".")[0] for function in writer.named if not is_trusted(function)}
+    writer.node(recipe, "")
+    task = fdl.get_callable(recipe)
+    return sorted({reference_to(each) for each in writer.named if not is_listed(each, task=each is task)})
 
 
 class _Writer:
