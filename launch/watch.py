@@ -50,9 +50,11 @@ def load_executor(run: RunDirectory) -> Executor | None:
 
 
 def is_plain(run: RunDirectory) -> bool:
-    """Whether a run went no further than this machine, without any command of its own."""
+    """Whether a run went no further than this machine, with no command and no variable of its own."""
     executor = load_executor(run)
-    return executor is None or executor == LocalExecutor(ntasks_per_node=executor.ntasks_per_node)
+    if executor is None:
+        return True
+    return executor.kind == LocalExecutor.kind and not (executor.setup_lines or executor.python or executor.env_vars)
 
 
 def states(runs: Sequence[RunDirectory]) -> list[Status | None]:

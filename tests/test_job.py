@@ -71,7 +71,7 @@ class Job:
         self.attempt += 1
         common = {
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(self.modules),
+            "PYTHONPATH": f"{self.modules}{os.pathsep}{os.environ['PYTHONPATH']}",
             "SLURM_RESTART_COUNT": str(self.attempt),
             **self.variables,
         }
@@ -452,7 +452,11 @@ def test_the_signals_are_given_back(run: RunDirectory) -> None:
 # -- preflight
 
 
-def test_a_missing_module_is_named_in_a_moment(make: Make) -> None:
+def test_a_missing_module_is_named_in_a_moment(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever lies in the working directory: what bears a library's name there does not take its place."""
+    for name in ("argparse", "csv", "fcntl", "json", "queue", "socket", "torch", "yaml", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('the wrong one')\n")
+    monkeypatch.chdir(tmp_path)
     job = make()
     job.modules = job.run.path  # where there is none
     began = time.monotonic()

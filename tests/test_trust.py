@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,9 @@ from fiddlehead import catalog, trust
 from fiddlehead.cli import runs as command
 from fiddlehead.cli.common import load_recipe
 from fiddlehead.errors import ConfigError
-from fiddlehead.launch import prepare
+from fiddlehead.launch import prepare, watch
 from fiddlehead.launch.local import local
+from fiddlehead.launch.slurm import slurm
 from fiddlehead.recipe import Recipe
 from fiddlehead.runs import RunDirectory
 
@@ -125,6 +127,16 @@ def test_where_a_run_went_is_not_gone_to_again_on_its_own_word() -> None:
     assert not trust.knows_executor(run)
     with pytest.raises(ConfigError, match="you did not launch this run from here"):
         command.rerun(str(run.path), detach=False, allow=[], trust_executor=False, directory="runs")
+
+
+@pytest.mark.parametrize("setting", [{"setup_lines": "x"}, {"python": "x"}, {"env_vars": {"LD_PRELOAD": "x"}}, {}])
+def test_a_run_that_only_this_machine_had_has_no_commands(setting: dict[str, Any], tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert watch.is_plain(run), "it ran in its launcher"
+    local(2, **setting).save(run)
+    assert watch.is_plain(run) == (not setting)
+    slurm().save(run)
+    assert not watch.is_plain(run)
 
 
 def test_a_folder_that_is_not_a_run_is_not_made_one(tmp_path: Path) -> None:
