@@ -49,7 +49,7 @@ class CodeCopy:
         """The folders of the copy to import from, in place of those of the working tree that this process imports from.
 
         An editable installation is one of them, however it was made; an environment with its packages is not, nor is
-        the working directory, unless this process was started to import from it: a job looks there last.
+        the working directory, where a job looks last, unless PYTHONPATH says otherwise.
         """
         folders = [*map(Path, filter(None, sys.path)), *_folders_of_loaded_modules()]
         found = dict.fromkeys(Path(os.path.realpath(folder)) for folder in folders)

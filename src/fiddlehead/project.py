@@ -6,16 +6,18 @@ import os
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
+from pathlib import Path
 
 VARIABLE = "FIDDLEHEAD_PROJECT"
 """The environment variable that names the folder in a job, which imports a copy of it."""
 
-_added: list[str] = []
+HOME = str(Path(__file__).resolve().parents[1])
+"""Where this package is imported from."""
 
 
 def folder() -> str:
     """Where the user's modules are: what `VARIABLE` says, or else the working directory."""
-    return os.environ.get(VARIABLE) or os.getcwd()  # noqa: PTH109  # `sys.path` holds texts
+    return os.environ.get(VARIABLE) or str(Path.cwd())
 
 
 def make_importable() -> None:
@@ -26,13 +28,12 @@ def make_importable() -> None:
     """
     if folder() not in sys.path:
         sys.path.append(folder())
-        _added.append(folder())
 
 
 def comes_first(directory: str | os.PathLike[str]) -> bool:
-    """Whether this process was started to import from `directory`, as by PYTHONPATH, and did not only come to it."""
-    entries = [entry for entry in sys.path if entry and entry not in _added]
-    return os.path.realpath(directory) in map(os.path.realpath, entries)
+    """Whether a job imports from `directory` before what is installed: PYTHONPATH has it, or this package is there."""
+    listed = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return os.path.realpath(directory) in (HOME, *map(os.path.realpath, listed))
 
 
 def places(package: str) -> list[str]:

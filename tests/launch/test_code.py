@@ -262,7 +262,7 @@ def test_what_is_imported_from_the_tree_is_imported_from_the_copy(
     assert copy.counterpart(Path.cwd()) == run.code / "here"
 
 
-def test_the_working_directory_comes_first_in_a_job_only_where_it_does_so_here(
+def test_the_working_directory_comes_first_in_a_job_only_where_pythonpath_says_so(
     tree: Path, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tree / "csv.py", "raise RuntimeError")
@@ -275,8 +275,9 @@ def test_the_working_directory_comes_first_in_a_job_only_where_it_does_so_here(
     module.__file__ = str(tree / "mine.py")
     monkeypatch.setitem(sys.modules, "mine", module)
     assert sys.path[-1] == str(tree) and copy.python_path() == []
-    monkeypatch.setattr(sys, "path", [str(tree), "/usr/lib/python"])  # as under PYTHONPATH
-    monkeypatch.setattr(project, "_added", [])
+    monkeypatch.setattr(sys, "path", [str(tree), "/usr/lib/python"])  # of a script that lies there
+    assert copy.python_path() == []
+    monkeypatch.setenv("PYTHONPATH", f"/usr/lib/python:{tree}")
     assert copy.python_path() == [str(run.code)]
 
 

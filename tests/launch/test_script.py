@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from fiddlehead import project
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import secrets
 from fiddlehead.launch.code import ship
@@ -65,6 +66,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
     (package / "job.py").write_text(JOB)
     monkeypatch.chdir(package.parent)
     monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.setattr(project, "HOME", str(package.parent))
     run = RunDirectory(tmp_path / "it's runs" / "a")
     run.path.mkdir(parents=True)
     return run
@@ -109,7 +111,7 @@ def test_the_working_directory_comes_after_all_that_is_installed(
     package = Path("fiddlehead").rename(run.path.parent / "fiddlehead").parent
     for name in ("csv", "json", "sitecustomize", "fiddlehead"):
         Path(f"{name}.py").write_text("raise RuntimeError('the wrong one')\n")
-    monkeypatch.setattr(sys, "path", [str(package), *(path for path in sys.path if path != str(Path.cwd()))])
+    monkeypatch.setattr(project, "HOME", str(package))
     copy = ship(Path.cwd(), run.code) if shipped else None
     run.script.write_text(job_script(run, LocalExecutor(), ["mine:Model"], copy=copy))
     found = seen(run, ["bash", str(run.script)], PYTHONPATH=str(package))
@@ -300,6 +302,6 @@ def test_a_path_that_python_cannot_have_is_refused(run: RunDirectory, monkeypatc
     Path("a:b").mkdir()
     monkeypatch.chdir("a:b")
     job_script(run, LocalExecutor(), [], copy=None)
-    monkeypatch.syspath_prepend(str(Path.cwd()))
+    monkeypatch.setattr(project, "HOME", str(Path.cwd()))
     with pytest.raises(ConfigError, match="a:b' has a colon in it"):
         job_script(run, LocalExecutor(), [], copy=None)
