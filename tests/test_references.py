@@ -315,6 +315,27 @@ def test_what_is_listed_stands_where_an_annotation_asks_for_it(place: str, value
     assert problem in str(caught.value)
 
 
+class Mine(lightning.pytorch.Trainer):
+    """A user's own."""
+
+
+@pytest.mark.parametrize("trainer", [lightning.pytorch.Trainer, Mine])
+@pytest.mark.parametrize(
+    ("name", "value"), [("default_root_dir", "reference::http://evil.example/x.json"), ("model_registry", "evil/model")]
+)
+def test_a_file_cannot_say_what_lightning_opens_or_where_it_sends_to(trainer: type, name: str, value: str) -> None:
+    recipe = Recipe(recipe_parts.pretrain, anything=fdl.Config(trainer, max_steps=1))
+    text = recipe.to_yaml()
+    with pytest.raises(ConfigError, match=f"anything.{name}: may not be set in a recipe file"):
+        Recipe.from_yaml(f"{text.rstrip()}\n  {name}: '{value}'\n", allow=["tests"])
+    nested = f"_target_: tests.test_references:Mine\n  {name}: '{value}'\n"
+    with pytest.raises(ConfigError, match="may not be set in a recipe file"):
+        reader.load(f"x: !partial\n  {nested}", allow=["tests"])
+    setattr(recipe.anything, name, value)
+    with pytest.raises(ConfigError, match=f"anything.{name}: may not be set in a recipe file"):
+        recipe.to_yaml()
+
+
 def test_what_is_allowed_may_stand_anywhere() -> None:
     """A user's own part may do what another does without being one."""
     text = "_target_: fiddlehead.tasks:pretrain\n_partial_: true\ndata: {_target_: tests.recipe_parts:Data}\n"

@@ -19,7 +19,7 @@ from fiddlehead.configuration.coercion import dtype
 from fiddlehead.configuration.hints import argument_hint
 from fiddlehead.configuration.kinds import check_kind
 from fiddlehead.configuration.leaves import join
-from fiddlehead.configuration.references import is_listed, named, reference_to
+from fiddlehead.configuration.references import check_argument, is_listed, named, reference_to
 from fiddlehead.configuration.schema import ARGS, FORMAT, HEADER, MAX_VALUES, PARTIAL, TARGET, Loader, nameless_keys
 from fiddlehead.errors import ConfigError, unknown
 
@@ -169,6 +169,8 @@ class _Reader:
 
     def _partial(self, pairs: dict[Any, Node], path: str) -> functools.partial:
         function, positional, by_name = self._call(pairs, path)
+        for key in by_name:
+            check_argument(function, key)
         return functools.partial(function, *positional, **by_name)
 
     def _call(self, pairs: dict[Any, Node], path: str) -> tuple[Any, list[Any], dict[str, Any]]:
@@ -225,6 +227,7 @@ class _Reader:
                 self._note(place, join(path, key), unknown(what, key, names))
                 return
         try:
+            check_argument(fdl.get_callable(config), key)
             # What the reader has allowed is theirs to place: it may do what a part does without being a subclass.
             check_kind(value, argument_hint(config, key), is_free=lambda function: not is_listed(function))
         except ConfigError as error:

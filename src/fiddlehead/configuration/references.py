@@ -66,6 +66,12 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 TASKS: Mapping[str, tuple[str, ...]] = {"fiddlehead.tasks": ("finetune", "pretrain")}
 """What a whole recipe may be for."""
 
+WITHHELD = {
+    "default_root_dir": "it can be an address, which a trainer opens; a run's files are in its folder",
+    "model_registry": "it would send checkpoints away",
+}
+"""Arguments of Lightning's Trainer that a recipe file may not set, and why."""
+
 BY_NAME_ONLY = frozenset({*sys.stdlib_module_names, "fiddle", "fiddlehead", "lightning", "numpy", "torch"})
 """Packages too large to be allowed whole: somewhere in each is a function that runs, loads or imports anything."""
 
@@ -105,6 +111,15 @@ def is_listed(value: Any, *, task: bool = False) -> bool:
         return _listed(reference_to(value), task=task) is value
     except ConfigError:
         return False
+
+
+def check_argument(function: Any, name: str | int) -> None:
+    """Raises ConfigError if a recipe file may not set the argument `name` of a class or function."""
+    if name in WITHHELD and any(
+        base.__name__ == "Trainer" and base.__module__.startswith("lightning.")
+        for base in getattr(function, "__mro__", ())
+    ):
+        raise ConfigError(f"may not be set in a recipe file: {WITHHELD[name]}")
 
 
 def locate(reference: str) -> Any:

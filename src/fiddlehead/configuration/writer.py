@@ -15,7 +15,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from yaml.representer import SafeRepresenter
 
 from fiddlehead.configuration.leaves import holds_configuration, items, join
-from fiddlehead.configuration.references import is_listed, reference_to
+from fiddlehead.configuration.references import check_argument, is_listed, reference_to
 from fiddlehead.configuration.schema import ARGS, FORMAT, PARTIAL, TARGET, Dumper, nameless_keys
 from fiddlehead.errors import ConfigError
 
@@ -147,12 +147,17 @@ class _Writer:
                 raise ConfigError("a positional argument before the ones that are set is not set")
             nodes = [self.node(arguments[key], join(path, key)) for key in positions]
             pairs.append(_pair(ARGS, SequenceNode(_SEQ, nodes)))
-        pairs += [
-            _pair(_free(key), self.node(item, join(path, key)))
-            for key, item in arguments.items()
-            if isinstance(key, str)
-        ]
+        for key, item in arguments.items():
+            if isinstance(key, str):
+                pairs.append(_pair(_free(key), self._argument(function, key, item, join(path, key))))
         return MappingNode(_MAP, pairs, flow_style=False)
+
+    def _argument(self, function: Any, key: str, value: Any, path: str) -> Node:
+        try:
+            check_argument(function, key)
+        except ConfigError as error:
+            return self._problem(path, str(error))
+        return self.node(value, path)
 
     def _reference(self, function: Any, tag: str = _STR) -> Node:
         self.named.append(function)
