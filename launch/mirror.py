@@ -136,6 +136,10 @@ def _store(mirror: Path, name: str, start: int, modified: int, content: bytes) -
     if name not in FETCHED and not re.fullmatch(r"logs/[\w-]+\.txt", name):
         raise ConfigError(f"{mirror}: was sent a file called {name!r}, which no run has")
     file = mirror / name
+    if any(
+        (mirror / part).is_symlink() for part in ("logs", name)
+    ):  # in a folder from elsewhere it could lead anywhere
+        raise ConfigError(f"{file}: is a link or lies in one, and what another machine sends is not written there")
     file.parent.mkdir(exist_ok=True)
     if name.endswith(".txt"):
         with file.open("r+b" if file.exists() else "wb") as stream:
