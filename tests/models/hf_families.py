@@ -135,7 +135,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "granite": granite,
     "mixtral": lambda: config("MixtralConfig", rope_parameters=DEFAULT, num_local_experts=5),
     "qwen3_moe": lambda: qwen3_moe(norm_topk_prob=True),
-    "qwen3_moe_unnormed": lambda: qwen3_moe(norm_topk_prob=False),
+    "qwen3_moe_unnormed": lambda: qwen3_moe(norm_topk_prob=False, use_sliding_window=True, sliding_window=WINDOW),
     "gpt_oss": gpt_oss,
 }
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from fiddlehead.errors import ConfigError, unknown
 from fiddlehead.models.config import TransformerConfig
+from fiddlehead.models.family_defaults import Fields, completed
 from fiddlehead.models.rope import LinearRopeScaling, LongRopeScaling, RopeScaling, Scaling, YarnRopeScaling
 
-Fields = dict[str, Any]
 Modules = Mapping[str, str | tuple[str, ...]]
 
 SETTINGS = {
@@ -72,8 +72,8 @@ class Family:
     fixed: Fields = field(default_factory=dict)
     """Fields of `TransformerConfig` that are the same in all models of the family."""
     settings: Mapping[str, str] = field(default_factory=lambda: SETTINGS)
-    defaults: Fields = field(default_factory=dict)
-    """What a setting is where `config.json` does not say."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names that `config.json` may have for a setting, each with its usual one."""
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Settings that change a model in a way not known here, and the values that do not, the default first."""
     read: Callable[[Fields], Fields] = _nothing
@@ -87,7 +87,13 @@ class Family:
         Raises:
             ConfigError: it says something that no model here can be.
         """
-        problems = [
+        twice = [
+            f"{name}={settings[name]!r}: is the same setting as {usual}={settings[usual]!r}"
+            for name, usual in self.aliases.items()
+            if name in settings and settings.get(usual, settings[name]) != settings[name]
+        ]
+        settings = {self.aliases.get(name, name): value for name, value in settings.items()}
+        problems = twice + [
             f"{name}={settings[name]!r}: allowed: {', '.join(map(repr, values))}"
             for name, values in self.required.items()
             if settings.get(name, values[0]) not in values
@@ -97,12 +103,14 @@ class Family:
                 "quantization_config: quantized weights are not read; load them with transformers, dequantized, and "
                 "save them from there"
             )
-        settings = self.defaults | {name: value for name, value in settings.items() if value is not None}
-        missing = [theirs for theirs, ours in self.settings.items() if ours in _REQUIRED and theirs not in settings]
-        problems += [f"{name}: is missing" for name in missing]
+        try:
+            settings = completed(self.model_type, settings)
+        except ConfigError as error:
+            problems += error.problems
         if problems:
             raise ConfigError(*problems)
-        renamed = {ours: settings[theirs] for theirs, ours in self.settings.items() if theirs in settings}
+        given = {ours: settings.get(theirs) for theirs, ours in self.settings.items()}
+        renamed = {name: value for name, value in given.items() if value is not None}
         fields = renamed | self.fixed | self.read(settings)
         if fields.get("num_query_groups") == fields["num_attention_heads"]:
             fields["num_query_groups"] = None
@@ -130,9 +138,6 @@ class Family:
             return same_model(self.config(self.config_json(config)), config)
         except (ConfigError, KeyError):
             return False
-
-
-_REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
 _INCIDENTAL = (
@@ -188,39 +193,66 @@ def family_for(config: TransformerConfig) -> Family:
 # -- what several families share
 
 
-def _rope_parameters(settings: Fields, kind: str = "full_attention") -> Fields:
-    """Hugging Face's `rope_parameters`, also where they are written the older way."""
-    parameters = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    parameters = parameters.get(kind, parameters)
-    older = {name: settings[name] for name in ("rope_theta", "partial_rotary_factor") if name in settings}
-    if "original_max_position_embeddings" in settings:  # Phi-3's
-        older["original_max_position_embeddings"] = settings["original_max_position_embeddings"]
-    if "type" in parameters:
-        older["rope_type"] = parameters["type"]
-    return {"rope_theta": 10_000.0, "rope_type": "default"} | older | parameters
+_KINDS_OF_LAYER = ("full_attention", "sliding_attention")
 
 
-def _read_rope(settings: Fields, kind: str = "full_attention") -> Fields:
-    parameters = _rope_parameters(settings, kind)
-    if (part := parameters.get("partial_rotary_factor", 1.0)) != 1.0 and settings["model_type"] != "phi3":
+def _read_rope(settings: Fields) -> Fields:
+    """What the rotary positions of all layers are; the older `rope_scaling` counts before `rope_parameters`."""
+    parameters = settings["rope_scaling"] or settings["rope_parameters"] or {}
+    if nested := [kind for kind in _KINDS_OF_LAYER if kind in parameters]:
+        raise ConfigError(f"rope_parameters: differ between layers ({', '.join(nested)}); only Gemma 3's may")
+    return _rotary(parameters, settings)
+
+
+def _rotary(parameters: Fields, settings: Fields) -> Fields:
+    older = ("rope_theta", "partial_rotary_factor")
+    parameters = {name: settings[name] for name in older if settings.get(name) is not None} | parameters
+    part = parameters.get("partial_rotary_factor", 1.0)
+    if part != 1.0 and settings["model_type"] != "phi3":
         raise ConfigError(f"partial_rotary_factor={part!r}: only Phi-3 has it")
-    base = float(parameters["rope_theta"])
-    return {"rotary_base": base, "rotary_percent": part, "rope_scaling": _scaling(parameters, settings)}
+    base = _number(parameters, "rope_theta")
+    return {"rotary_base": float(base), "rotary_percent": part, "rope_scaling": _scaling(parameters, settings)}
+
+
+def _number(parameters: Fields, name: str) -> float:
+    value = parameters.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        raise ConfigError(f"rope_parameters.{name}={value!r}: must be a number; rope_type={kind!r} needs it")
+    return value
+
+
+def _factors(parameters: Fields, name: str) -> tuple[float, ...]:
+    values = parameters.get(name)
+    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+        raise ConfigError(f"rope_parameters.{name}={values!r}: must be a list of numbers")
+    return tuple(values)
 
 
 def _scaling(parameters: Fields, settings: Fields) -> Scaling | None:
-    kind, longest = parameters["rope_type"], settings.get("max_position_embeddings", 0)
-    original: int = parameters.get("original_max_position_embeddings") or longest
-    factor: float = parameters.get("factor") or (longest / original if original else 1.0)
-    match "longrope" if kind == "su" else kind:
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if settings["model_type"] == "phi3" and kind in ("su", "yarn"):  # as Phi-3 first called it
+        kind = "longrope"
+    if settings["model_type"] == "phi3" and kind not in ("default", "longrope"):
+        raise ConfigError(f"rope_type={kind!r}: Phi-3 has 'default' or 'longrope'")
+    # Beside the parameters it counts before what is among them.
+    original = settings.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
+    original = original or settings["max_position_embeddings"]
+    factor = settings["max_position_embeddings"] / original
+    by_length = kind == "longrope" or (kind == "yarn" and "factor" in parameters)
+    if kind in ("linear", "llama3", "yarn", "longrope") and not (by_length and parameters.get("factor") is None):
+        factor = _number(parameters, "factor")
+    match kind:
         case "default":
             return None
         case "linear":
             return LinearRopeScaling(scale_factor=factor)
         case "llama3":
-            low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
             return RopeScaling(
-                scale_factor=factor, low_freq_factor=low, high_freq_factor=high, old_context_len=original
+                scale_factor=factor,
+                low_freq_factor=_number(parameters, "low_freq_factor"),
+                high_freq_factor=_number(parameters, "high_freq_factor"),
+                old_context_len=original,
             )
         case "yarn":
             scaling = YarnRopeScaling(
@@ -233,13 +265,13 @@ def _scaling(parameters: Fields, settings: Fields) -> Scaling | None:
             )
             over, under = parameters.get("mscale"), parameters.get("mscale_all_dim")
             if scaling.mscale is None and over and under:
-                growth = 0.1 * math.log(scaling.scale_factor)
+                growth = 0.1 * math.log(max(scaling.scale_factor, 1.0))
                 scaling = replace(scaling, mscale=(over * growth + 1) / (under * growth + 1))
             return scaling
         case "longrope":
             return LongRopeScaling(
-                short_factor=tuple(parameters["short_factor"]),
-                long_factor=tuple(parameters["long_factor"]),
+                short_factor=_factors(parameters, "short_factor"),
+                long_factor=_factors(parameters, "long_factor"),
                 scale_factor=factor,
                 old_context_len=original,
                 mscale=parameters.get("attention_factor"),
@@ -289,8 +321,14 @@ def _write_rope(config: TransformerConfig) -> Fields:
 
 
 def _read_window(settings: Fields) -> Fields:
-    window = settings.get("sliding_window")
-    return _read_rope(settings) | {"window_size": None if window is None else (window - 1, 0)}
+    return _read_rope(settings) | {"window_size": _window_size(settings)}
+
+
+def _window_size(settings: Fields) -> tuple[int, int] | None:
+    window = settings["sliding_window"]
+    if window is not None and not (isinstance(window, int) and window >= 1):
+        raise ConfigError(f"sliding_window={window!r}: must be a whole number of 1 or more, or null")
+    return None if window is None else (window - 1, 0)
 
 
 def _write_window(config: TransformerConfig) -> Fields:
@@ -308,21 +346,29 @@ def _layer_types(config: TransformerConfig) -> list[str]:
 
 def _read_layer_types(settings: Fields, types: list[str] | None) -> Fields:
     """The window, and which layers have it: as a number where it is every N-th layer that has none."""
-    if settings.get("sliding_window") is None or types is None or "sliding_attention" not in types:
+    if types is not None and (other := sorted({str(kind) for kind in types} - set(_KINDS_OF_LAYER))):
+        raise ConfigError(f"layer_types: {', '.join(other)}: allowed: {', '.join(_KINDS_OF_LAYER)}")
+    if types is not None and len(types) != settings["num_hidden_layers"]:
+        raise ConfigError(f"layer_types has {len(types)} names; num_hidden_layers={settings['num_hidden_layers']!r}")
+    fields: Fields = {"window_size": _window_size(settings)}
+    if fields["window_size"] is None or types is None or "sliding_attention" not in types:
         return {"window_size": None}
     marks = tuple(int(kind == "sliding_attention") for kind in types)
-    fields: Fields = {"window_size": (settings["sliding_window"] - 1, 0)}
     for every in (2, 3, 4, 5, 6, 7, 8):
         if marks == tuple(int((layer + 1) % every != 0) for layer in range(len(marks))):
             return fields | {"window_attn_skip_freq": every}
     return fields | {"window_attn_skip_freq": None if all(marks) else marks}
 
 
+def _types(settings: Fields, has_window: Callable[[int], bool]) -> list[str]:
+    return [_KINDS_OF_LAYER[has_window(layer)] for layer in range(settings["num_hidden_layers"])]
+
+
 # -- the families
 
 
 def _read_llama(settings: Fields) -> Fields:
-    biases = [bool(settings.get(name)) for name in ("attention_bias", "mlp_bias")]
+    biases = [settings[name] for name in ("attention_bias", "mlp_bias")]
     if biases[0] != biases[1]:
         raise ConfigError(f"attention_bias={biases[0]}, mlp_bias={biases[1]}: both or none")
     return _read_rope(settings) | {"add_bias_linear": biases[0]}
@@ -334,15 +380,12 @@ def _write_llama(config: TransformerConfig) -> Fields:
 
 
 def _read_qwen(settings: Fields) -> Fields:
-    types = settings.get("layer_types")
-    if not settings.get("use_sliding_window"):
+    types = settings["layer_types"]
+    if not settings["use_sliding_window"]:
         settings = settings | {"sliding_window": None}
     elif types is None:
-        first = settings.get("max_window_layers", 28)
-        types = [
-            "sliding_attention" if layer >= first else "full_attention"
-            for layer in range(settings["num_hidden_layers"])
-        ]
+        first = settings["max_window_layers"]
+        types = _types(settings, lambda layer: layer >= first)
     return _read_rope(settings) | _read_layer_types(settings, types)
 
 
@@ -381,19 +424,13 @@ _GEMMA_REQUIRED = {
 
 
 def _read_gemma(settings: Fields, full_every: int) -> Fields:
-    every = settings.get("sliding_window_pattern", settings.get("_sliding_window_pattern", full_every))
-    types = settings.get("layer_types") or [
-        "sliding_attention" if (layer + 1) % every else "full_attention"
-        for layer in range(settings["num_hidden_layers"])
-    ]
-    return (
-        _read_rope(settings)
-        | _read_layer_types(settings, types)
-        | {
-            "softmax_scale": settings.get("query_pre_attn_scalar", 256) ** -0.5,
-            "embedding_multiplier": settings["hidden_size"] ** 0.5,
-        }
-    )
+    types = settings["layer_types"] or _types(settings, lambda layer: (layer + 1) % full_every != 0)
+    if settings["query_pre_attn_scalar"] <= 0:
+        raise ConfigError(f"query_pre_attn_scalar={settings['query_pre_attn_scalar']!r}: must be above 0")
+    return _read_layer_types(settings, types) | {
+        "softmax_scale": settings["query_pre_attn_scalar"] ** -0.5,
+        "embedding_multiplier": settings["hidden_size"] ** 0.5,
+    }
 
 
 def _write_gemma(config: TransformerConfig) -> Fields:
@@ -407,13 +444,24 @@ def _write_gemma(config: TransformerConfig) -> Fields:
     }
 
 
+def _read_gemma2(settings: Fields) -> Fields:
+    return _read_rope(settings) | _read_gemma(settings, full_every=2)
+
+
 def _read_gemma3(settings: Fields) -> Fields:
-    local = (settings.get("rope_parameters") or {}).get("sliding_attention") or {}
-    base = local.get("rope_theta", settings.get("rope_local_base_freq", 10_000.0))
-    if "rope_parameters" not in settings:
-        settings = {"rope_theta": 1_000_000.0} | settings
-    fields = _read_gemma(settings, full_every=6)
-    return fields | {"rotary_base_local": base if fields["window_size"] is not None else None}
+    parameters = settings["rope_parameters"] or {}
+    if parameters and not any(kind in parameters for kind in _KINDS_OF_LAYER):
+        raise ConfigError(f"rope_parameters: Gemma 3's have {' and '.join(_KINDS_OF_LAYER)}")
+    scaling = settings["rope_scaling"] or {}
+    if "type" in scaling and "rope_type" not in scaling:
+        raise ConfigError(f"rope_scaling.type={scaling['type']!r}: Gemma 3's is called rope_type")
+    full, local = (parameters.get(kind) or {} for kind in _KINDS_OF_LAYER)
+    fields = _read_gemma(settings, full_every=settings["sliding_window_pattern"])
+    local = _rotary(local, settings | {"rope_theta": settings["rope_local_base_freq"]})
+    if local["rope_scaling"] is not None:
+        raise ConfigError("rope_parameters.sliding_attention: only rope_type='default' is known there")
+    base = local["rotary_base"] if fields["window_size"] is not None else None
+    return fields | _rotary(full | scaling, settings) | {"rotary_base_local": base}
 
 
 def _write_gemma3(config: TransformerConfig) -> Fields:
@@ -434,7 +482,7 @@ def _write_phi3(config: TransformerConfig) -> Fields:
 
 
 def _read_starcoder2(settings: Fields) -> Fields:
-    return _read_window(settings) | {"hidden_dropout": settings.get("residual_dropout", 0.0)}
+    return _read_window(settings) | {"hidden_dropout": settings["residual_dropout"]}
 
 
 def _write_starcoder2(config: TransformerConfig) -> Fields:
@@ -449,7 +497,7 @@ def _write_gpt2(config: TransformerConfig) -> Fields:
 
 
 def _read_granite(settings: Fields) -> Fields:
-    return _read_rope(settings) | {"softmax_scale": settings.get("attention_multiplier", 1.0)}
+    return _read_rope(settings) | {"softmax_scale": settings["attention_multiplier"]}
 
 
 def _write_granite(config: TransformerConfig) -> Fields:
@@ -486,18 +534,30 @@ def _write_mixtral(config: TransformerConfig) -> Fields:
 
 
 def _read_qwen3_moe(settings: Fields) -> Fields:
-    unnormed = not settings.get("norm_topk_prob", False)
-    return _read_qwen(settings) | _read_balance(settings) | {"moe_router_pre_softmax": unnormed}
+    window = _window_size(settings) if settings["use_sliding_window"] else None
+    return (
+        _read_rope(settings)
+        | _read_balance(settings)
+        | {
+            "window_size": window,  # of all layers
+            "moe_router_pre_softmax": not settings["norm_topk_prob"],
+        }
+    )
 
 
 def _write_qwen3_moe(config: TransformerConfig) -> Fields:
-    return _write_qwen(config) | _write_balance(config) | {"norm_topk_prob": not config.moe_router_pre_softmax}
+    return (
+        _write_window(config)
+        | _write_balance(config)
+        | {
+            "use_sliding_window": config.window_size is not None,
+            "norm_topk_prob": not config.moe_router_pre_softmax,
+        }
+    )
 
 
 def _read_gpt_oss(settings: Fields) -> Fields:
-    types = settings.get("layer_types") or [
-        "full_attention" if layer % 2 else "sliding_attention" for layer in range(settings["num_hidden_layers"])
-    ]
+    types = settings["layer_types"] or _types(settings, lambda layer: layer % 2 == 0)
     return _read_rope(settings) | _read_layer_types(settings, types) | _read_balance(settings)
 
 
@@ -540,7 +600,6 @@ FAMILIES = {
             model_type="qwen3",
             architecture="Qwen3ForCausalLM",
             fixed=_QWEN3,
-            defaults={"head_dim": 128},
             required=_SILU | _NO_BIAS,
             read=_read_qwen,
             write=_write_qwen,
@@ -551,9 +610,8 @@ FAMILIES = {
             modules=_GEMMA_MODULES,
             fixed=_GEMMA,
             settings=_GEMMA_SETTINGS,
-            defaults={"head_dim": 256, "tie_word_embeddings": True},
             required=_GEMMA_REQUIRED,
-            read=lambda settings: _read_gemma(settings, full_every=2),
+            read=_read_gemma2,
             write=_write_gemma,
         ),
         Family(
@@ -562,7 +620,6 @@ FAMILIES = {
             modules=_GEMMA_MODULES,
             fixed=_GEMMA | {"qk_layernorm": "head"},
             settings=_GEMMA_SETTINGS,
-            defaults={"head_dim": 256, "tie_word_embeddings": True, "sliding_window": 4096},
             required=_GEMMA_REQUIRED,
             read=_read_gemma3,
             write=_write_gemma3,
@@ -595,7 +652,6 @@ FAMILIES = {
                 for theirs, ours in SETTINGS.items()
                 if theirs != "head_dim"
             },
-            defaults={"tie_word_embeddings": True},
             required={"hidden_act": ("gelu_pytorch_tanh",), "use_bias": (True,)},
             read=_read_starcoder2,
             write=_write_starcoder2,
@@ -623,6 +679,12 @@ FAMILIES = {
                 "add_bias_linear": True,
                 "position_embedding_type": "learned_absolute",
             },
+            aliases={
+                "num_hidden_layers": "n_layer",
+                "hidden_size": "n_embd",
+                "num_attention_heads": "n_head",
+                "max_position_embeddings": "n_positions",
+            },
             settings={
                 "n_layer": "num_layers",
                 "n_embd": "hidden_size",
@@ -636,7 +698,6 @@ FAMILIES = {
                 "resid_pdrop": "hidden_dropout",
                 "tie_word_embeddings": "share_embeddings_and_output_weights",
             },
-            defaults={"tie_word_embeddings": True, "attn_pdrop": 0.1, "resid_pdrop": 0.1},
             required={
                 "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
                 "scale_attn_weights": (True,),
@@ -684,12 +745,12 @@ FAMILIES = {
                 ),
                 "layers.*.mlp.experts.linear_fc2": _LAYER + "block_sparse_moe.experts.#.w2",
             },
+            aliases={"num_experts": "num_local_experts"},
             settings={
                 **SETTINGS,
                 "num_local_experts": "num_moe_experts",
                 "num_experts_per_tok": "moe_router_topk",
             },
-            defaults={"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001},
             required=_SILU | {"router_jitter_noise": (0.0, 0)},
             read=_read_mixtral,
             write=_write_mixtral,
@@ -704,14 +765,13 @@ FAMILIES = {
                 "layers.*.mlp.experts.linear_fc2": _MLP + "experts.#.down_proj",
             },
             fixed=_QWEN3,
+            aliases={"num_experts": "num_local_experts"},
             settings={
                 **SETTINGS,
-                "num_experts": "num_moe_experts",
-                "num_local_experts": "num_moe_experts",  # what transformers 5 writes
+                "num_local_experts": "num_moe_experts",
                 "num_experts_per_tok": "moe_router_topk",
                 "moe_intermediate_size": "moe_ffn_hidden_size",
             },
-            defaults={"num_experts_per_tok": 8, "router_aux_loss_coef": 0.001},
             required=_SILU | _NO_BIAS | {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
             read=_read_qwen3_moe,
             write=_write_qwen3_moe,
@@ -731,12 +791,12 @@ FAMILIES = {
             transposed=("experts.linear_fc1.weight", "experts.linear_fc2.weight"),
             interleaved=("experts.linear_fc1.weight", "experts.linear_fc1.bias"),
             fixed={"activation": "clamped_swiglu", "add_bias_linear": True, "attention_sinks": True},
+            aliases={"num_experts": "num_local_experts"},
             settings={
                 **SETTINGS,
                 "num_local_experts": "num_moe_experts",
                 "num_experts_per_tok": "moe_router_topk",
             },
-            defaults={"head_dim": 64, "num_experts_per_tok": 4, "router_aux_loss_coef": 0.001},
             required=_SILU | {"attention_bias": (True,), "swiglu_alpha": (1.702,), "swiglu_limit": (7.0,)},
             read=_read_gpt_oss,
             write=_write_gpt_oss,
