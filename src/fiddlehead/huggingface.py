@@ -92,7 +92,8 @@ def export_checkpoint(
     mapped = tensor_map(chosen, weights.config)
     cast = None if dtype is None else _dtype(dtype)
     settings["dtype"] = _dtype_name(cast or weights.dtype(mapped[0].name))
-    settings.pop("torch_dtype", None)  # as it was called before
+    for name in ("torch_dtype", "transformers_weights"):  # as dtype was called before; other files than are written
+        settings.pop(name, None)
     tensors = {name: tensor for each in mapped for name, tensor in _theirs(weights, each, cast).items()}
     total = sum(tensor.nbytes for tensor in tensors.values())
     with ByteProgress(f"export {source}", total, progress) as bar, write_folder(out) as folder:
@@ -141,6 +142,10 @@ def find_checkpoint(source: str, *, progress: bool = True) -> Path:
     """
     if Path(source).is_dir():
         return Path(source)
+    if Path(source).is_file():
+        raise ConfigError(
+            f"{source!r}: is a file; name its folder, which has config.json too: {str(Path(source).parent)!r}"
+        )
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ConfigError(f"{source!r}: there is no such folder, and it is not a model's name on the Hub (OWNER/NAME)")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -150,9 +155,10 @@ def find_checkpoint(source: str, *, progress: bool = True) -> Path:
     if not progress:
         disable_progress_bars()
     try:
-        # No pickled weights, no code.
-        files = ["*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES, *OTHER_FILES]
-        return Path(snapshot_download(source, allow_patterns=files))
+        # No pickled weights, no code; nor weights in other formats' folders or names, which are not read.
+        files = ["*.safetensors", "*.safetensors.index.json", "adapter_config.json", *TOKENIZER_FILES, *OTHER_FILES]
+        others = ["*/*", "consolidated*.safetensors"]
+        return Path(snapshot_download(source, allow_patterns=files, ignore_patterns=others))
     except Exception as error:  # of the Hub, of the network, of the disk: many kinds
         raise ConfigError(f"{source!r} is no folder here, and the Hub does not give it: {error}") from error
 

@@ -28,9 +28,10 @@ def import_hf(
 
     checkpoint = import_checkpoint(source, out)
     config = checkpoint.config
+    unread = "".join(f"not read: {name}\n" for name in checkpoint.unread)
     print(  # noqa: T201
         f"{out}: {checkpoint.family.model_type}, {config.num_layers} layers, {config.num_attention_heads} heads in "
-        f"{_groups(config.groups)}, {checkpoint.nbytes / 1e9:,.2f} GB\n"
+        f"{_groups(config.groups)}, {checkpoint.nbytes / 1e9:,.2f} GB\n{unread}"
         f"write with it:  fiddlehead generate {out} --prompt ...\n"
         f"start from it:  model.init_from={out}"
     )

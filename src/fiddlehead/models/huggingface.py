@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +28,8 @@ class HuggingFaceCheckpoint:
     """By the names that the family's modules have."""
     mapped: dict[str, Mapped]
     """By the names of our parameters."""
+    unread: tuple[str, ...] = ()
+    """Other safetensors files in the folder, which transformers does not read either."""
 
     @classmethod
     def open(cls, directory: Path) -> HuggingFaceCheckpoint:
@@ -35,21 +38,21 @@ class HuggingFaceCheckpoint:
         Raises:
             ConfigError: something is not there or not what it says; it lists everything.
         """
-        try:
-            settings = json.loads((directory / "config.json").read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{directory}/config.json cannot be read: {error}") from error
+        refuse_adapters(directory)
+        settings = _json(directory / "config.json")
         family = family_of(settings, f"{directory}/config.json")
         try:
             config = family.config(settings)
         except ConfigError as error:
             raise ConfigError(*(f"{directory}/config.json: {problem}" for problem in error.problems)) from error
         mapped = tensor_map(family, config)
-        tensors = _with_prefix(_headers(directory), family)
+        files = weight_files(directory, settings.get("transformers_weights"))
+        tensors = _with_prefix(_headers(files), family)
         problems = _problems(tensors, mapped, family, config)
         if problems:
             raise ConfigError(f"{directory}: the tensors are not those of config.json:", *problems)
-        return cls(directory, family, config, tensors, {each.name: each for each in mapped})
+        unread = sorted({file.name for file in directory.glob("*.safetensors")} - {file.name for file in files})
+        return cls(directory, family, config, tensors, {each.name: each for each in mapped}, tuple(unread))
 
     def load(self, name: str, part: Sequence[slice] = ()) -> torch.Tensor:
         """The parameter of ours that has this name, or the part of it that has a slice of each dimension."""
@@ -66,32 +69,94 @@ class HuggingFaceCheckpoint:
         return sum(self.tensors[name].nbytes for mapped in self.mapped.values() for name, _ in mapped.theirs)
 
 
-def _headers(directory: Path) -> dict[str, Stored]:
-    """The tensors of a folder, in one file or many."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            listed: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise ConfigError(f"{index}: cannot be read: {error!r}") from error
-        files = sorted(set(listed.values()))
-        if missing := [name for name in files if not (directory / name).is_file()]:
-            raise ConfigError(*(f"{directory}/{name}: is missing, and {index.name} names it" for name in missing))
-    else:
-        files = [file.name for file in sorted(directory.glob("*.safetensors"))]
-    if not files:
-        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
-        if pickled:
-            raise ConfigError(
-                f"{directory}: has only pickled weights ({', '.join(pickled[:3])}), and unpickling runs what they "
-                'say. If you trust them, convert them: python -c "from transformers import AutoModelForCausalLM as M; '
-                f"M.from_pretrained('{directory}').save_pretrained('CONVERTED')\""
-            )
-        raise ConfigError(f"{directory}: has no *.safetensors")
+def refuse_adapters(directory: Path) -> None:
+    """Raises ConfigError if the folder holds PEFT's adapters, which transformers adds to the model that they name."""
+    file = directory / "adapter_config.json"
+    if file.is_file():
+        base = _json(file).get("base_model_name_or_path")
+        raise ConfigError(
+            f"{file}: the folder holds adapters for {base!r}, not a whole model. Merge them with PEFT "
+            "(merge_and_unload, then save_pretrained) and take that folder; if the folder has the whole model too, "
+            "move its adapter_* files away"
+        )
+
+
+def weight_files(directory: Path, named: Any = None) -> list[Path]:
+    """The files that transformers loads from a folder: one of a fixed name, or those that an index lists.
+
+    Args:
+        named: the file or the index that `config.json` asks for as `transformers_weights`.
+
+    Raises:
+        ConfigError: there are none, a file that the index lists is missing, or a listed tensor is in none of them.
+    """
+    names = ("model.safetensors", "model.safetensors.index.json") if named is None else (named,)
+    if not all(_is_inside(name) and name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        raise ConfigError(f"transformers_weights={named!r}: must name a safetensors file, or its index, in {directory}")
+    found = next((directory / name for name in names if (directory / name).is_file()), None)
+    if found is None:
+        raise ConfigError(_no_weights(directory, names))
+    return [found] if found.suffix == ".safetensors" else _listed(found)
+
+
+def _listed(index: Path) -> list[Path]:
+    """The files that an index lists."""
+    listed = _json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise ConfigError(f"{index}: weight_map must say for each tensor which file has it")
+    names = sorted(set(listed.values()))
+    if outside := [name for name in names if not _is_inside(name)]:
+        raise ConfigError(*(f"{index}: {name!r} is not in the folder" for name in outside))
+    files = [index.parent / name for name in names]
+    if missing := [file for file in files if not file.is_file()]:
+        raise ConfigError(*(f"{file}: is missing, and {index.name} names it" for file in missing))
+    there = {name for file in files for name in read_header(file)}
+    if absent := [name for name in listed if name not in there]:
+        raise ConfigError(*_first([f"{index}: {name} is in none of the files that it lists" for name in absent]))
+    return files
+
+
+def _is_inside(name: Any) -> bool:
+    return isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def _no_weights(directory: Path, names: Sequence[str]) -> str:
+    there = sorted(file.name for file in directory.glob("*.safetensors"))
+    if there:
+        said = ", ".join(there[:3]) + (f" and {len(there) - 3} more" if len(there) > 3 else "")
+        return f"{directory}: has no {' and no '.join(names)}; {said} is not what transformers loads"
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
+    if pickled:
+        return (
+            f"{directory}: has only pickled weights ({', '.join(pickled[:3])}), and unpickling runs what they "
+            'say. If you trust them, convert them: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{directory}').save_pretrained('CONVERTED')\""
+        )
+    return f"{directory}: has no *.safetensors"
+
+
+def _headers(files: Sequence[Path]) -> dict[str, Stored]:
+    """The tensors of some files, each of which is in one of them."""
     tensors: dict[str, Stored] = {}
-    for name in files:
-        tensors |= read_header(directory / name)
+    problems = []
+    for file in files:
+        for name, tensor in read_header(file).items():
+            if name in tensors:
+                problems.append(f"{name}: is in {tensors[name].file} and in {file}")
+            tensors[name] = tensor
+    if problems:
+        raise ConfigError(*_first(problems))
     return tensors
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: must hold a JSON object")
+    return values
 
 
 def _with_prefix(tensors: dict[str, Stored], family: Family) -> dict[str, Stored]:
@@ -121,10 +186,12 @@ def _problems(tensors: dict[str, Stored], mapped: list[Mapped], family: Family, 
                 problems.append(f"{name}: differs from {embedding}, and tie_word_embeddings makes them one")
             continue
         problems.append(f"{name} {list(tensors[name].shape)}: is not part of such a model")
+    return _first(problems)
+
+
+def _first(problems: list[str]) -> list[str]:
     shown = 20
-    if len(problems) > shown:
-        problems[shown:] = [f"and {len(problems) - shown} more"]
-    return problems
+    return problems if len(problems) <= shown else [*problems[:shown], f"and {len(problems) - shown} more"]
 
 
 def _same_bytes(one: Stored, other: Stored) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
-from fiddlehead.models.huggingface import HuggingFaceCheckpoint
+from fiddlehead.models.huggingface import HuggingFaceCheckpoint, refuse_adapters
 from fiddlehead.models.lora import LoRA, merge_state
 from fiddlehead.models.safetensors_files import Stored
 from fiddlehead.runs import RunDirectory, find_run
@@ -114,6 +114,7 @@ def find_weights(source: str | Path, runs: str | Path = "runs") -> Path:
     path = Path(source).expanduser()
     if (path / "state.json").is_file() or (path / "config.json").is_file():
         return path
+    refuse_adapters(path)
     run = RunDirectory(path) if (path / "checkpoints").is_dir() else find_run(str(source), runs)
     checkpoint = newest_good(run.checkpoints)
     if checkpoint is None:
