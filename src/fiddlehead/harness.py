@@ -168,7 +168,8 @@ class HarnessModel(TemplateLM):
         """Yields for each text the log probabilities, (N, V), that its N last tokens give what comes after them."""
         longest = max(len(ids) for ids, _ in batch)
         padded = [[*ids, *[0] * (longest - len(ids))] for ids, _ in batch]  # on the right, which nothing else sees
-        hidden = self.writer.model.hidden(torch.tensor(padded, device=self._device))
+        lengths = torch.tensor([len(ids) for ids, _ in batch], device=self._device)
+        hidden = self.writer.model.hidden(torch.tensor(padded, device=self._device), new_lengths=lengths)
         for row, (ids, count) in zip(hidden, batch, strict=True):
             yield self.writer.model.logits(row[len(ids) - count : len(ids)]).float().log_softmax(dim=-1)
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models import LongRopeScaling, Transformer, TransformerConfig
 from fiddlehead.models.parallel import Layout, local_batch, parallelize, reduce_gradients
 from fiddlehead.training.gradients import global_norm, gradients_of
 
@@ -33,10 +33,14 @@ SMALL: dict[str, Any] = {
     "seq_length": 16,
     "init_method_std": 0.2,
 }
+# Documents of both kinds are in a batch: those of up to five tokens, and longer ones.
+LONGROPE = LongRopeScaling(
+    short_factor=(1.0, 1.1, 1.2, 1.3), long_factor=(2.0, 4.0, 6.0, 8.0), scale_factor=3.2, old_context_len=5, mscale=1.0
+)
 MODELS: dict[str, dict[str, Any]] = {
     "grouped": {},
     "multi-head": {"num_query_groups": None, "normalization": "LayerNorm", "activation": "gelu"},
-    "multi-query": {"num_query_groups": 1, "share_embeddings_and_output_weights": True},
+    "multi-query": {"num_query_groups": 1, "share_embeddings_and_output_weights": True, "rope_scaling": LONGROPE},
     "biases": {"add_bias_linear": True, "position_embedding_type": "learned_absolute"},
     "sinks": {"attention_sinks": True, "add_bias_linear": True, "activation": "clamped_swiglu"},
     "head norms": {"qk_layernorm": "head", "norm_placement": "both", "layernorm_zero_centered_gamma": True},

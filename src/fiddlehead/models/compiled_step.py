@@ -9,7 +9,6 @@ import torch
 from fiddlehead.attention import KVCache
 from fiddlehead.errors import ConfigError
 from fiddlehead.models.config import TransformerConfig
-from fiddlehead.models.rope import LongRopeScaling
 from fiddlehead.models.transformer import Transformer
 
 _WARM_UP = 3
@@ -24,8 +23,8 @@ def refuse_compiled_step(config: TransformerConfig, device: torch.device, dtype:
     problems = []
     if device.type != "cuda":
         problems.append(f"compile=True: a step is captured on a GPU, and the model is on {device}; leave compile out")
-    if isinstance(config.rope_scaling, LongRopeScaling):
-        problems.append("compile=True: LongRope turns with the length of the text; leave compile out")
+    if config.longrope_length is not None:
+        problems.append("compile=True: LongRoPE turns with the length of the text; leave compile out")
     if config.num_moe_experts is not None and dtype != torch.bfloat16:
         problems.append(
             f"compile=True: experts' products are compiled in bfloat16 only, and the weights are {dtype}; "

@@ -162,6 +162,13 @@ class TransformerConfig:
             return Rotary(channels, self.rotary_base_local)
         return Rotary(channels, self.rotary_base, self.rope_scaling)
 
+    @property
+    def longrope_length(self) -> int | None:
+        """The longest sequence that has LongRoPE's short factors; None if the model turns alike at all lengths."""
+        if self.position_embedding_type != "rope" or not isinstance(self.rope_scaling, LongRopeScaling):
+            return None
+        return self.rope_scaling.old_context_len
+
     def attention_spec(
         self,
         layer: int,

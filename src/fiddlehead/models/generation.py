@@ -169,24 +169,41 @@ def _continuations(
         KVCache.allocate(len(prompts), room, config.groups, config.head_dim, weight.dtype, weight.device)
         for _ in range(config.num_layers)
     ]
-    padded = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
-    ids, last = torch.tensor(padded, device=weight.device), torch.tensor(lengths, device=weight.device)
-    alike = min(lengths) == max(lengths)
     step = CompiledStep(model, caches) if compile else partial(_step, model, caches)
-    alike = alike and not compile  # a captured step finds the lengths on the device
-    x = model.hidden(ids, caches=caches, new_lengths=None if alike else last)
-    logits = model.logits(x[torch.arange(len(prompts), device=weight.device), last - 1])
+    texts = [list(prompt) for prompt in prompts]
+    logits = _begin(model, caches, texts, compile)
     for number in range(max_new_tokens):
         tokens = sampling.choose(logits, generators)
         chosen = _on_host(tokens)
         more = max(lengths) + number < room and number + 1 < max_new_tokens
-        if more and weight.is_cuda:  # the GPU goes on while the host looks at what was chosen
+        # With its next token LongRoPE turns all keys of a text by other factors than those in the cache.
+        anew = config.longrope_length is not None and config.longrope_length - number in lengths
+        if more and weight.is_cuda and not anew:  # the GPU goes on while the host looks at what was chosen
             logits = step(tokens)
-        yield chosen()
+        new = chosen()
+        yield new
         if not more:
             return
-        if not weight.is_cuda:
+        for text, token in zip(texts, new, strict=True):
+            text.append(token)
+        if anew:
+            logits = _begin(model, caches, texts, compile)
+        elif not weight.is_cuda:
             logits = step(tokens)
+
+
+def _begin(
+    model: Transformer, caches: Sequence[KVCache], texts: Sequence[Sequence[int]], compile: bool
+) -> torch.Tensor:
+    """Fills the caches with whole texts; what follows each of them, (B, V)."""
+    for cache in caches:
+        cache.reset()
+    device, lengths = model.embedding.weight.device, [len(text) for text in texts]
+    padded = [[*text, *[0] * (max(lengths) - len(text))] for text in texts]
+    ids, last = torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
+    alike = min(lengths) == max(lengths) and not compile  # a captured step finds the lengths on the device
+    x = model.hidden(ids, caches=caches, new_lengths=None if alike else last)
+    return model.logits(x[torch.arange(len(texts), device=device), last - 1])
 
 
 def _on_host(tokens: torch.Tensor) -> Callable[[], list[int]]:

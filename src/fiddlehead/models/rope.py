@@ -20,8 +20,11 @@ class Scaling(ABC):
     """A change of the angles by which channels turn from one position to the next."""
 
     @abstractmethod
-    def frequencies(self, frequencies: torch.Tensor, base: float, length: int) -> torch.Tensor:
-        """The angles, (R / 2,) float32, instead of `frequencies` for sequences of up to `length` tokens."""
+    def frequencies(self, frequencies: torch.Tensor, base: float, length: int | torch.Tensor) -> torch.Tensor:
+        """The angles instead of `frequencies`, (R / 2,) float32, in sequences of `length` tokens.
+
+        Where `length` is a tensor, and the angles change with it, there are those for each of its elements.
+        """
 
     @property
     def attention_factor(self) -> float:
@@ -48,7 +51,7 @@ class RopeScaling(Scaling):
             high = self.high_freq_factor
             raise ConfigError(f"low_freq_factor={self.low_freq_factor!r}: must be below high_freq_factor={high!r}")
 
-    def frequencies(self, frequencies: torch.Tensor, base: float, length: int) -> torch.Tensor:
+    def frequencies(self, frequencies: torch.Tensor, base: float, length: int | torch.Tensor) -> torch.Tensor:
         """As `Scaling.frequencies`."""
         turns = self.old_context_len * frequencies / (2 * math.pi)
         kept = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
@@ -64,7 +67,7 @@ class LinearRopeScaling(Scaling):
     def __post_init__(self) -> None:
         _refuse_unless_positive(self)
 
-    def frequencies(self, frequencies: torch.Tensor, base: float, length: int) -> torch.Tensor:
+    def frequencies(self, frequencies: torch.Tensor, base: float, length: int | torch.Tensor) -> torch.Tensor:
         """As `Scaling.frequencies`."""
         return frequencies / self.scale_factor
 
@@ -88,7 +91,7 @@ class YarnRopeScaling(Scaling):
     def __post_init__(self) -> None:
         _refuse_unless_positive(self)
 
-    def frequencies(self, frequencies: torch.Tensor, base: float, length: int) -> torch.Tensor:
+    def frequencies(self, frequencies: torch.Tensor, base: float, length: int | torch.Tensor) -> torch.Tensor:
         """As `Scaling.frequencies`."""
         pairs = frequencies.shape[-1]
         low, high = (
@@ -133,10 +136,15 @@ class LongRopeScaling(Scaling):
                 "each needs one for every two channels that turn"
             )
 
-    def frequencies(self, frequencies: torch.Tensor, base: float, length: int) -> torch.Tensor:
-        """As `Scaling.frequencies`."""
-        factors = self.long_factor if length > self.old_context_len else self.short_factor
-        return frequencies / torch.tensor(factors, dtype=torch.float32, device=frequencies.device)
+    def frequencies(self, frequencies: torch.Tensor, base: float, length: int | torch.Tensor) -> torch.Tensor:
+        """As `Scaling.frequencies`; each sequence has the factors of its own length, whatever is beside it."""
+        short, long = (
+            frequencies / torch.tensor(factors, dtype=torch.float32, device=frequencies.device)
+            for factors in (self.short_factor, self.long_factor)
+        )
+        if isinstance(length, int):
+            return long if length > self.old_context_len else short
+        return torch.where((length > self.old_context_len)[..., None], long, short)
 
     @property
     def attention_factor(self) -> float:
@@ -169,10 +177,11 @@ class Rotary:
     base: float
     scaling: Scaling | None = None
 
-    def tables(self, positions: torch.Tensor, length: int) -> Rope:
-        """The angles of `positions`, (T,) or (B, T), in sequences of up to `length` tokens.
+    def tables(self, positions: torch.Tensor, length: int | torch.Tensor) -> Rope:
+        """The angles of `positions`, (T,) or (B, T), in sequences of `length` tokens; cheap enough for every pass.
 
-        It is cheap enough to do in every forward pass.
+        Args:
+            length: of all sequences, or for each position that of its sequence, (B, T).
         """
         # Computed on the device in float32: positions times frequencies need the precision.
         channel = torch.arange(0, self.channels, 2, device=positions.device, dtype=torch.float32)

@@ -72,7 +72,12 @@ class Transformer(nn.Module):
                 documents may be among them.
             max_seqlen: at least the length of the longest document; needed with `cu_seqlens`.
             caches: one for each layer, which hold the tokens before these and take these; not with `cu_seqlens`.
-            new_lengths: with caches: how many of the T tokens each sequence keeps, as `attend` takes it.
+            new_lengths: how many of the T tokens each sequence has, (B,); what is right of them is padding. Caches keep
+                that many, as `attend` takes it.
+
+        Raises:
+            ConfigError: a sequence in the caches grows beyond the length up to which LongRoPE has its short factors:
+                its keys were turned by these, and must be computed anew.
         """
         x = self.hidden(input_ids, cu_seqlens, max_seqlen, padding=padding, caches=caches, new_lengths=new_lengths)
         return self.logits(x) if labels is None else self.nats(x, labels)
@@ -92,9 +97,10 @@ class Transformer(nn.Module):
 
         `run_layer` is called with each layer and its arguments where they are to be run in another way.
         """
-        places = self.places(input_ids, cu_seqlens, max_seqlen, caches, padding)
+        places = self.places(input_ids, cu_seqlens, max_seqlen, caches, padding, new_lengths)
         x = self.embed(input_ids, places)
-        x = self.run_layers(self.layers, x, places, caches=caches, new_lengths=new_lengths, run_layer=run_layer)
+        kept = None if caches is None else new_lengths
+        x = self.run_layers(self.layers, x, places, caches=caches, new_lengths=kept, run_layer=run_layer)
         return self.final_layernorm(x)
 
     def places(
@@ -104,25 +110,46 @@ class Transformer(nn.Module):
         max_seqlen: int | None = None,
         caches: Sequence[KVCache] | None = None,
         padding: torch.Tensor | None = None,
+        new_lengths: torch.Tensor | None = None,
     ) -> Places:
         """Where the tokens stand, of which this process has `input_ids`; the arguments are those of `forward`."""
         split = self.split
-        length = split.parts * input_ids.shape[1]
+        T = split.parts * input_ids.shape[1]
+        of_each = self.config.longrope_length is not None
         if caches is not None:
             if split.parts > 1:
                 raise ConfigError("caches: a model whose sequences are split over processes keeps none")
-            return Places(caches[0].next_positions(length), length + caches[0].length, None)
+            cache = caches[0]
+            lengths = self._lengths_in_cache(cache, T, new_lengths) if of_each else None
+            return Places(cache.next_positions(T), T + cache.length, lengths, None)
         balanced = self.training and self.config.num_moe_experts is not None and self.config.moe_aux_loss_coeff > 0
         padding = None if padding is None else padding.flatten().logical_not()
         if cu_seqlens is not None:
-            number = documents_of(cu_seqlens, split.parts * input_ids.numel()).view(-1, length)
-            positions = positions_in_documents(cu_seqlens, split.parts * input_ids.numel()).view(-1, length)
+            number = documents_of(cu_seqlens, split.parts * input_ids.numel()).view(-1, T)
+            positions = positions_in_documents(cu_seqlens, split.parts * input_ids.numel()).view(-1, T)
+            lengths = cu_seqlens.diff()[number] if of_each else None
             documents = Documents(cu_seqlens, max_seqlen)
             sequences = Sequences(split.own(number).flatten(), len(cu_seqlens) - 1, padding) if balanced else None
-            return Places(positions, min(max_seqlen or length, length), documents, sequences)
+            return Places(positions, min(max_seqlen or T, T), lengths, documents, sequences)
         rows = torch.arange(len(input_ids), device=input_ids.device)
+        lengths = new_lengths[:, None].expand(-1, T) if of_each and new_lengths is not None else None
         sequences = Sequences(rows.repeat_interleave(input_ids.shape[1]), len(rows), padding) if balanced else None
-        return Places(torch.arange(length, device=input_ids.device), length, None, sequences)
+        return Places(torch.arange(T, device=input_ids.device), T, lengths, None, sequences)
+
+    def _lengths_in_cache(self, cache: KVCache, T: int, new_lengths: torch.Tensor | None) -> torch.Tensor:
+        """How long the sequence of each of T new tokens becomes, (B, T)."""
+        before = cache.lengths
+        after = before + (T if new_lengths is None else new_lengths)
+        limit = self.config.longrope_length or 0
+        # The device is asked only where the longest sequence may be one that grows beyond the limit.
+        if cache.length and cache.length + T > limit:
+            crossing = (before > 0) & (before <= limit) & (after > limit)
+            if bool(crossing.any()):
+                raise ConfigError(
+                    f"caches: a sequence grows beyond old_context_len={limit}, and LongRoPE then turns all of its keys "
+                    "by other factors; pass the whole sequence with empty caches"
+                )
+        return after[:, None].expand(-1, T)
 
     def embed(self, input_ids: torch.Tensor, places: Places) -> torch.Tensor:
         """Token ids (B, T) to what the first layer is given, (B, T, C)."""
@@ -154,7 +181,8 @@ class Transformer(nn.Module):
         if config.position_embedding_type == "rope":
             kinds = dict.fromkeys(config.rotary(layer) for layer in range(config.num_layers))
             positions = self.split.gathered(places.positions)
-            ropes = {rotary: rotary.tables(positions, places.length) for rotary in kinds}
+            lengths = places.length if places.lengths is None else self.split.gathered(places.lengths)
+            ropes = {rotary: rotary.tables(positions, lengths) for rotary in kinds}
         for layer in layers:
             number: int = layer.number  # type: ignore[assignment]
             rope = ropes[config.rotary(number)] if ropes else None
@@ -393,6 +421,8 @@ class Places(NamedTuple):
     """In their sequence or document, (T,) or (B, T), of whole sequences."""
     length: int
     """Which all positions are below."""
+    lengths: torch.Tensor | None
+    """For each position how long its sequence or document is, (B, T), where that changes what is computed."""
     documents: Documents | None
     sequences: Sequences | None = None
     """Over which experts are to share the work; None without a balancing loss."""
