@@ -94,18 +94,20 @@ def test_prompts_come_from_options_and_files(fiddlehead, ours, tmp_path):  # noq
     ("name", "content", "said"),
     [
         ("a.txt", b" \n\n", ["prompt_file='a.txt': has no prompt"]),
-        ("a.txt", b"fine\nno \xff\n", ["a.txt:2: is no UTF-8: byte 0xff at 3"]),
+        ("a.txt", b"fine\nno \xff\n", ["a.txt:2: is not valid UTF-8: byte 0xff at 3"]),
         ("a.txt", b"moss\n" + b"m" * 200, ["a.txt:2: has 200 tokens; the model sees seq_length=128"]),
         (
             "a.jsonl",
             b'{"prompt": "x"}\n{"prompt": }\n[1]\n{"prompt": 3}\n{"promt": "x"}\n',
             [
-                "a.jsonl:2: is no JSON: column 12",
+                "a.jsonl:2: is not valid JSON: column 12",
                 "a.jsonl:3: is a list",
                 "a.jsonl:4: needs",
                 "a.jsonl:5: needs a text prompt, and has promt",
             ],
         ),
+        ("a.JSONL", b'{"prompt": }\n', ["a.JSONL:1: is not valid JSON: column 12"]),
+        ("a.json", b'[{"prompt": "x"},\n{"promt": "x"}]', ["a.json:2: needs a text prompt, and has promt"]),
         ("b.txt", b"", ["prompt_file='a.txt': cannot be read: No such file"]),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,7 @@ MESSAGES = [
 def folder_with(template: str, tmp_path: Path, **settings: object) -> Path:
     ByteTokenizer().save(tmp_path / "tokenizer.json")
     tokens = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, **settings}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens} | settings
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "chat_template.jinja").write_text(template)
     return tmp_path
@@ -70,20 +71,48 @@ def test_text_is_that_of_transformers(template: str, add_generation_prompt: bool
         assert ours.render(messages, add_generation_prompt) == expected
 
 
-def test_answers_are_told_from_what_is_asked(tmp_path: Path) -> None:
+def test_an_answer_is_told_from_what_asks_for_it(tmp_path: Path) -> None:
     template = ChatTemplate.load(folder_with(CHATML, tmp_path))
     assert template is not None
-    turns = template.turns(MESSAGES)
-    assert "".join(text for text, _ in turns) == template.render(MESSAGES)
-    assert [text for text, learned in turns if learned] == ["A plant\nwith fronds.<|im_end|>\n", "Another.<|im_end|>\n"]
-    assert turns[0][0].endswith("<|im_start|>assistant\n")
+    asked, whole = template.answer(MESSAGES, 1)
+    assert asked == template.render(MESSAGES[:1], add_generation_prompt=True)
+    assert whole == asked + "A plant\nwith fronds.<|im_end|>\n"
 
 
-def test_a_template_that_rewrites_the_past_is_refused(tmp_path: Path) -> None:
-    template = ChatTemplate.load(folder_with("{{ messages | length }}{{ messages }}", tmp_path))
-    assert template is not None
-    with pytest.raises(ConfigError, match="writes what came before otherwise"):
-        template.turns(MESSAGES)
+NOTHING_IS_REFUSED = "{% if messages[0]['role'] != 'system' %}{{ 'Be kind.' }}{% endif %}" + CHATML
+"""As most do, it asks for the first message's role, which an empty conversation has not."""
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, NOTHING_IS_REFUSED, CHATML + "{% if not add_generation_prompt %}</s>{% endif %}"]
+)
+def test_a_conversation_can_begin_with_an_answer(template: str) -> None:
+    ours = ChatTemplate(template, {})
+    asked, whole = ours.answer(MESSAGES[1:], 0)
+    assert whole == ours.render(MESSAGES[1:2]) and asked.endswith("<|im_start|>assistant\n")
+    assert whole.removeprefix(asked).startswith("A plant\nwith fronds.<|im_end|>\n")
+
+
+def test_an_answer_that_is_not_written_after_what_asks_for_it_is_refused() -> None:
+    template = ChatTemplate(CHATML.replace("assistant\\n'", "assistant\\n<think>'"), {}, "mine.jinja")
+    with pytest.raises(ConfigError, match=r"mine\.jinja: asks for an answer with .*<think>'"):
+        template.answer(MESSAGES, 1)
+
+
+@pytest.mark.parametrize(
+    "tools", [None, [{"type": "function", "function": {"name": "f", "parameters": {"b": 1, "a": None}}}]]
+)
+def test_tools_reach_the_template_for_them_as_in_transformers(
+    tools: list[dict[str, Any]] | None, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    written = "{{ tools | tojson }}{{ messages[0].content }}"
+    named = [{"name": "default", "template": "plain " + written}, {"name": "tool_use", "template": "tools " + written}]
+    folder = folder_with("", tmp_path, chat_template=named, eos_token="</s>")
+    (folder / "chat_template.jinja").unlink()
+    ours, theirs = ChatTemplate.load(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours is not None
+    assert ours.render(MESSAGES, tools=tools) == theirs.apply_chat_template(MESSAGES, tools=tools, tokenize=False)
 
 
 def test_a_template_s_own_refusal_and_mistakes_are_said(tmp_path: Path) -> None:

@@ -1,32 +1,27 @@
-"""Examples in files: read, checked, and told apart into what is asked and what is answered."""
+"""Examples as tokens, told apart into what is asked and what is answered."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tokenizers import Tokenizer
 
-from fiddlehead.data import BPETokenizer, ByteTokenizer, TokenizerFile
+from fiddlehead.data import ByteTokenizer, TokenizerFile
 from fiddlehead.data import examples as module
 from fiddlehead.data.chat_template import ChatTemplate
-from fiddlehead.data.examples import Example, read_records, tokenize_records
+from fiddlehead.data.examples import Example, tokenize_records
+from fiddlehead.data.records import read_records
 from fiddlehead.errors import ConfigError
+from tests.data import small_tokenizers
+from tests.data.small_tokenizers import KINDS, change
 from tests.data.test_chat_template import CHATML, MESSAGES
-
-USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
-COMPLETION: dict[str, Any] = {"prompt": "2+2=", "completion": "4"}
-CHAT: dict[str, Any] = {"messages": [USER, ANSWER]}
-PAIR: dict[str, Any] = {"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]}
-
-
-def lines(path: Path, *records: Any) -> Path:
-    texts = (record if isinstance(record, bytes) else json.dumps(record).encode() for record in records)
-    path.write_bytes(b"".join(text + b"\n" for text in texts))
-    return path
+from tests.data.test_records import ANSWER, CHAT, USER, lines
 
 
 def with_begin(path: Path, tokenizer: TokenizerFile) -> TokenizerFile:
@@ -55,116 +50,6 @@ def chat_tokenizer(tmp_path: Path) -> TokenizerFile:
     spec["added_tokens"] += [{**end, "id": 257, "content": "<|im_start|>"}, {**end, "id": 258, "content": "<|im_end|>"}]
     path.write_text(json.dumps(spec))
     return TokenizerFile(path)
-
-
-def saved(folder: Path, table: pyarrow.Table) -> Path:
-    """A folder as `datasets.save_to_disk` writes it."""
-    folder.mkdir()
-    name = "data-00000-of-00001.arrow"
-    with pyarrow.ipc.new_stream(str(folder / name), table.schema) as file:
-        file.write_table(table, max_chunksize=2)
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
-    return folder
-
-
-@pytest.mark.parametrize("example", [COMPLETION, CHAT])
-def test_files_of_all_kinds_give_the_same(example: dict[str, Any], tmp_path: Path) -> None:
-    table = pyarrow.Table.from_pylist([example] * 3)
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
-    first = b"\xef\xbb\xbf" + json.dumps(example).encode()  # a byte order mark, as some editors write
-    jsonl = lines(tmp_path / "a.jsonl", first, b"", example, example)
-    for path in (jsonl, tmp_path / "a.parquet", saved(tmp_path / "saved", table)):
-        records = read_records([path], preference=False)
-        assert [record.values for record in records] == [example] * 3
-        assert records[2].where.endswith(":4" if path == jsonl else ":3")
-
-
-@pytest.mark.parametrize(
-    ("record", "said"),
-    [
-        (b"{", "is no JSON: column "),
-        (b"[" * 100_000, "nested too deep"),
-        (b'{"prompt": "a", "completion": "\xff"}', "is no UTF-8: byte 0xff at 31"),
-        (b'{"prompt": "a", "completion": "\\ud800"}', "is no Unicode: has half a surrogate pair"),
-        ([1], "is a list, not an object with fields"),
-        ("prompt", "is a str, not an object with fields"),
-        ({"promt": "a", "completion": "b"}, "has promt, completion: unknown field 'promt'; did you mean 'prompt'?"),
-        ({"prompt": "a", "completion": ""}, "completion: is empty"),
-        ({"prompt": "a", "completion": 3}, "completion: is a int"),
-        ({"prompt": [USER], "completion": [USER]}, "completion: none is the assistant's"),
-        ({"messages": "hi"}, "messages: is text; allowed: a list of messages"),
-        (CHAT, "has messages, and the examples before prompt, completion; allowed: one kind for all"),
-        ({"messages": [USER]}, "none is the assistant's"),
-        ({"messages": [{"role": "asistant", "content": "a"}]}, "did you mean 'assistant'?"),
-        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content: is a NoneType"),
-        ({"messages": [{"role": "assistant", "content": ""}]}, "messages[0].content: is empty"),
-        ({"messages": ["hi"]}, "messages[0]: is no message with a role and a content"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "needs the fields messages or prompt, completion"),
-    ],
-)
-def test_a_bad_line_is_named(record: Any, said: str, tmp_path: Path) -> None:
-    path = lines(tmp_path / "a.jsonl", COMPLETION, record, COMPLETION)
-    with pytest.raises(ConfigError) as error:
-        read_records([path], preference=False)
-    assert all(problem.startswith(f"{path}:2: ") for problem in error.value.problems) and said in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"chosen": [USER]}, "chosen: none is the assistant's"),
-        ({"rejected": []}, "rejected: none is the assistant's"),
-        ({"rejected": "b"}, "either all are text or all are lists of messages"),
-        ({"rejected": None}, "needs the fields prompt, chosen, rejected, and has prompt, chosen"),
-    ],
-)
-def test_a_bad_pair_is_named(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
-    path = lines(tmp_path / "a.jsonl", PAIR, PAIR | changes)
-    with pytest.raises(ConfigError) as error:
-        read_records([path], preference=True)
-    assert str(error.value).startswith(f"{path}:2: ") and said in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("record", "others", "preference"),
-    [
-        (COMPLETION, {"chosen": "b", "id": 3}, False),
-        (CHAT, {"prompt": "hi", "prompt_id": "x"}, False),
-        (PAIR, {"messages": [USER, ANSWER]}, True),
-    ],
-)
-def test_other_columns_say_nothing(record: dict[str, Any], others: Any, preference: bool, tmp_path: Path) -> None:
-    plain, more = (lines(tmp_path / f"{n}.jsonl", r) for n, r in (("a", record), ("b", others | record)))
-    found = [read_records([path], preference=preference)[0].values for path in (plain, more)]
-    assert found[0] == found[1] == record
-
-
-def test_all_bad_lines_are_named_at_once(tmp_path: Path) -> None:
-    paths = [lines(tmp_path / f"{name}.jsonl", *[b"{"] * 15) for name in "ab"]
-    with pytest.raises(ConfigError) as error:
-        read_records([*paths, tmp_path / "none.jsonl"], preference=False)
-    said = str(error.value)
-    assert f"{paths[0]}:1: " in said and f"{paths[1]}:5: " in said and said.endswith("and 11 more")
-    assert len(error.value.problems) == 21
-
-
-def test_files_and_folders_that_hold_no_examples_are_named(tmp_path: Path) -> None:
-    table = pyarrow.Table.from_pylist([COMPLETION])
-    broken, several = saved(tmp_path / "broken", table), tmp_path / "several"
-    (broken / "state.json").write_text("{}")
-    several.mkdir()
-    (several / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
-    half = saved(tmp_path / "half", table) / "data-00000-of-00001.arrow"
-    half.write_bytes(half.read_bytes()[:100])
-    (tmp_path / "a.parquet").write_text("none")
-    paths = [broken, several, half.parent, tmp_path, *(tmp_path / f"a.{end}" for end in ("parquet", "csv", "jsonl"))]
-    (tmp_path / "a.csv").touch()
-    with pytest.raises(ConfigError) as error:
-        read_records(paths, preference=False)
-    assert len(error.value.problems) == len(paths)
-    assert f"one or more of {several / 'train'}, {several / 'test'}" in error.value.problems[1]
-    with pytest.raises(ConfigError, match="there is no example"):
-        read_records([lines(tmp_path / "a.jsonl")], preference=False)
 
 
 def test_tokens_and_answers_are_those_of_transformers(tmp_path: Path, chat_tokenizer: TokenizerFile) -> None:
@@ -197,15 +82,89 @@ def test_answers_in_the_prompt_are_not_learned(tmp_path: Path, chat_tokenizer: T
     assert [learned(text) for text in both] == [[*b"yes", 258, 10], [*b"ho", 258, 10]]
 
 
-def test_text_is_tokenized_piece_by_piece_and_its_special_names_are_text(tmp_path: Path) -> None:
-    tokenizer = BPETokenizer(275).train(["the ferns and the mosses of the forest" * 3] * 10)
-    given = [{"prompt": f"the fern{i}", "completion": "s <|endoftext|> the moss"} for i in range(5)]
+def with_a_first_mark(scheme: str) -> Callable[[Path], Path]:
+    """Like `save_llama2`, with the space put in front of a text by what cuts it into words: T5's and new Mistrals'."""
+
+    def save(folder: Path) -> Path:
+        pre_tokenizer = {
+            "type": "Metaspace",
+            "replacement": "\u2581",
+            "prepend_scheme": scheme,
+            "split": scheme == "always",
+        }
+        change(small_tokenizers.save_llama2(folder) / "tokenizer.json", pre_tokenizer=pre_tokenizer)
+        spec = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps(spec | {"normalizer": None}))
+        return folder
+
+    return save
+
+
+def save_bytes_with_prefix(folder: Path) -> Path:
+    """Byte-level BPE with a space in front of every text, as in RoBERTa's."""
+    pre_tokenizer = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    change(small_tokenizers.save_qwen(folder) / "tokenizer.json", pre_tokenizer=pre_tokenizer)
+    return folder
+
+
+ALL_KINDS = {
+    **KINDS,
+    "first": with_a_first_mark("first"),
+    "always": with_a_first_mark("always"),
+    "prefix": save_bytes_with_prefix,
+}
+TEXTS = [
+    ("What is a fern?", "A plant."),
+    ("What is a fern?", " A plant."),
+    ("def f_1(x):\n", "    return x"),
+    ("def f_1(x):\n    ", "return x"),
+    ("4 * 2 = ", "8"),
+    ("A stra\u00dfe", "\u6f22 </s> <|im_end|> <eos>"),
+    ("", "A plant."),
+]
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_a_text_has_the_tokens_of_the_whole_and_begins_as_a_model_is_asked(kind: str, tmp_path: Path) -> None:
+    folder = ALL_KINDS[kind](tmp_path / "tokenizer")
+    theirs, ours = Tokenizer.from_file(str(folder / "tokenizer.json")), TokenizerFile(folder)
+    theirs.encode_special_tokens = True
+    given = [{"prompt": prompt, "completion": completion} for prompt, completion in TEXTS]
     records = read_records([lines(tmp_path / "a.jsonl", *given)], preference=False)
-    for (text,), example in zip(tokenize_records(records, tokenizer, None), given, strict=True):
-        prompt, completion = tokenizer.encode(example["prompt"]), tokenizer.encode(example["completion"])
-        assert text.ids.tolist() == [*prompt, *completion, tokenizer.eos_id]
-        assert text.learned.tolist() == [False] * len(prompt) + [True] * (len(completion) + 1)
-        assert text.ids.tolist().count(tokenizer.eos_id) == 1
+    for (text,), (prompt, completion) in zip(tokenize_records(records, ours, None), TEXTS, strict=True):
+        whole = theirs.encode(prompt + completion).ids
+        begin = [] if prompt or ours.begin_ids else [ours.eos_id]
+        assert text.ids.tolist() == [*begin, *whole, ours.eos_id]
+        asked = ours.encode_prompt(prompt)
+        assert text.learned.tolist() == [False] * len(asked) + [True] * (len(text.ids) - len(asked))
+        assert text.ids[: len(asked)].tolist() == asked
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_both_answers_of_a_pair_have_the_tokens_of_the_whole(kind: str, tmp_path: Path) -> None:
+    ours = TokenizerFile(ALL_KINDS[kind](tmp_path / "tokenizer"))
+    pair = {"prompt": "What is a fern?\n", "chosen": "A plant.", "rejected": "    return"}
+    ((better, worse),) = tokenize_records(
+        read_records([lines(tmp_path / "a.jsonl", pair)], preference=True), ours, None
+    )
+    for text, answer in ((better, "A plant."), (worse, "    return")):
+        assert text.ids.tolist() == [*ours.begin_ids, *ours.encode(pair["prompt"] + answer), ours.eos_id]
+        assert text.ids[~text.learned].tolist() == ours.encode_prompt(pair["prompt"])
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize(("prompt", "answer"), [("A pla", "nt."), ("What is a fer", "n? A plant"), ("d", "ef f_1")])
+def test_a_model_is_asked_with_the_same_tokens_if_the_answer_goes_on_within_a_word(
+    prompt: str, answer: str, kind: str, tmp_path: Path
+) -> None:
+    ours = TokenizerFile(ALL_KINDS[kind](tmp_path / "tokenizer"))
+    records = read_records([lines(tmp_path / "a.jsonl", {"prompt": prompt, "completion": answer})], preference=False)
+    ((text,),) = tokenize_records(records, ours, None)
+    asked = ours.encode_prompt(prompt)
+    assert text.ids[: len(asked)].tolist() == asked and not text.learned[: len(asked)].any()
+    assert ours.decode(text.ids[:-1].tolist()).strip(" ") == prompt + answer
+    marked = ours.encode("x\n" + answer)
+    assert text.ids[len(asked) : -1].tolist() == marked[len(ours.encode("x\n")) :]
 
 
 def test_a_table_s_empty_columns_are_not_in_the_messages(tmp_path: Path, chat_tokenizer: TokenizerFile) -> None:
@@ -217,6 +176,93 @@ def test_a_table_s_empty_columns_are_not_in_the_messages(tmp_path: Path, chat_to
     (text,), (other,) = tokenize_records(records, chat_tokenizer, template)
     assert "tool_calls" in chat_tokenizer.decode(text.ids.tolist())
     assert "tool_calls" not in chat_tokenizer.decode(other.ids.tolist())
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"x": {"type": "integer"}}}}
+CHATS: list[list[dict[str, Any]]] = [
+    [USER, ANSWER, {**USER, "content": " more\n"}, {**ANSWER, "content": "A plant."}],
+    [{"role": "system", "content": "Be kind."}, USER, ANSWER, USER, {**ANSWER, "content": "    return x"}, USER],
+    [{**ANSWER, "content": "\nWhat is it?"}, USER, ANSWER],
+    [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}, USER, ANSWER],
+]
+
+
+GENERATION_PROMPTS = {
+    "qwen": "<|im_start|>assistant\n",
+    "llama3": "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "gemma": "<start_of_turn>model\n",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("messages", CHATS)
+def test_each_answer_has_the_tokens_and_comes_after_those_of_transformers(
+    messages: list[dict[str, Any]], kind: str, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = KINDS[kind](tmp_path / "tokenizer")
+    theirs, ours, template = (
+        transformers.AutoTokenizer.from_pretrained(folder), TokenizerFile(folder), ChatTemplate.load(folder)
+    )  # fmt: skip
+    assert template is not None
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), chat_template=template.text, **template.special_tokens
+    )
+    records = read_records([lines(tmp_path / "a.jsonl", {"messages": messages})], preference=False)
+    if kind == "llama2" and messages[0]["role"] != "user":
+        with pytest.raises(ConfigError, match="roles must alternate"):
+            tokenize_records(records, ours, template)
+        return
+    found = tokenize_records(records, ours, template)
+    sent = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
+    answers = [n for n, each in enumerate(messages) if each["role"] == "assistant" and each.get("weight", 1)]
+    assert len(found) == (len(answers) if kind == "qwen" else 1)
+    learned: list[list[int]] = []
+    for number in answers:
+        whole = theirs.apply_chat_template(sent[: number + 1], return_dict=False)
+        (text,) = found[len(learned)] if kind == "qwen" else found[0]
+        assert text.ids[: len(whole)].tolist() == whole
+        if number:
+            asked = theirs.apply_chat_template(sent[:number], add_generation_prompt=True, return_dict=False)
+            assert whole[: len(asked)] == asked
+        else:
+            before, prompt, _ = template.render(sent[:1]).partition(GENERATION_PROMPTS[kind])
+            asked = ours.encode_with_special(before + prompt)
+        assert not text.learned[len(asked) - 1] and text.learned[len(asked) : len(whole)].all()
+        learned.append(whole[len(asked) :])
+    assert sum(int(text.learned.sum()) for (text,) in found) == sum(map(len, learned))
+
+
+def test_tools_are_in_the_text_and_all_rounds_of_a_call_are_learned(
+    tmp_path: Path, chat_tokenizer: TokenizerFile
+) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    messages = [USER, call, {"role": "tool", "content": "5"}, ANSWER]
+    template = ChatTemplate("{{ tools | tojson }}" + CHATML.replace("message.content +", "message | tojson +"), {})
+    for tools in ([TOOL], json.dumps([TOOL])):  # a list, or its text, as tables have it
+        path = lines(tmp_path / "a.jsonl", {"messages": messages, "tools": tools})
+        ((text,),) = tokenize_records(read_records([path], preference=False), chat_tokenizer, template)
+        whole = template.render(messages, tools=[TOOL])
+        assert text.ids.tolist() == chat_tokenizer.encode_with_special(whole) and whole.startswith(json.dumps([TOOL]))
+        answers = "".join(json.dumps(message) + "<|im_end|>\n" for message in (call, ANSWER))
+        assert text.ids[text.learned].tolist() == chat_tokenizer.encode_with_special(answers)
+
+
+def test_a_pair_is_compared_after_the_tokens_that_ask_for_it(tmp_path: Path) -> None:
+    folder = KINDS["qwen"](tmp_path / "tokenizer")
+    ours, template = TokenizerFile(folder), ChatTemplate.load(folder)
+    assert template is not None
+    asked = [USER, ANSWER, USER]
+    pair = {"prompt": asked, "chosen": [{**ANSWER, "content": "yes"}], "rejected": [ANSWER]}
+    path = lines(tmp_path / "a.jsonl", pair)
+    ((better, worse),) = tokenize_records(read_records([path], preference=True), ours, template)
+    for text, answer in ((better, pair["chosen"]), (worse, pair["rejected"])):
+        assert text.ids.tolist() == ours.encode_with_special(template.render([*asked, *answer]))
+        question = ours.encode_with_special(template.render(asked, add_generation_prompt=True))
+        assert text.ids[~text.learned].tolist() == question == text.ids[: len(question)].tolist()
+    path = lines(tmp_path / "b.jsonl", pair | {"chosen": [ANSWER, USER, ANSWER]})
+    with pytest.raises(ConfigError, match=r"b\.jsonl:1: chosen, rejected: one has several answers"):
+        tokenize_records(read_records([path], preference=True), ours, template)
 
 
 def test_all_that_a_template_refuses_is_named(tmp_path: Path, chat_tokenizer: TokenizerFile) -> None:

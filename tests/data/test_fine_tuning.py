@@ -19,8 +19,9 @@ from fiddlehead.data.examples import Example
 from fiddlehead.data.fine_tuning import Rows, pack
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
+from tests.data.small_tokenizers import KINDS
 from tests.data.test_chat_template import CHATML
-from tests.data.test_examples import CHAT, COMPLETION, lines
+from tests.data.test_records import CHAT, COMPLETION, lines
 
 
 @pytest.fixture
@@ -59,6 +60,18 @@ def test_only_answers_are_to_be_predicted(tmp_path: Path, tokenizer: Path) -> No
     assert texts(chat) == [(asked, "ho<|im_end|>\n")]
     assert texts(completion) == [("2+2=4", "4")]
     assert completion["labels"][completion["labels"] != NO_LABEL].tolist() == [ord("4"), ByteTokenizer.eos_id]
+
+
+def test_answers_that_a_template_writes_otherwise_later_are_rows_of_their_own(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", {"messages": [*CHAT["messages"], *CHAT["messages"]]})
+    learned = {}
+    for kind in ("qwen", "llama3"):
+        data = module(path, KINDS[kind](tmp_path / kind), packed=False, seq_length=128)
+        rows: Any = data._train
+        batch = rows.__getitems__(list(range(len(rows))))
+        learned[kind] = data.tokenizer.decode(batch["labels"][batch["labels"] != NO_LABEL].tolist())
+        assert len(rows) == (2 if kind == "qwen" else 1)
+    assert learned["llama3"] == "hoho" and learned["qwen"] == "<think>\n\n</think>\n\nho\n" * 2
 
 
 def test_messages_without_a_template_are_refused(tmp_path: Path, tokenizer: Path) -> None:

@@ -19,6 +19,7 @@ from fiddlehead.data.token_file import TokenDatasetInfo, TokenFile
 from fiddlehead.data.tokenize import parse_tokenizer, tokenize
 from fiddlehead.data.tokenizers import BPETokenizer, ByteTokenizer, TokenizerFile
 from fiddlehead.errors import ConfigError
+from tests.data.test_record_files import compressed
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -108,6 +109,21 @@ def test_another_field_and_empty_documents(tmp_path: Path) -> None:
     assert info.train.documents == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [("a.jsonl.zst", False), ("a.JSONL", False), ("a.json", False), ("a.json", True), ("a.Json.Zst", True)],
+)
+def test_json_of_all_kinds(name: str, array: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [{"text": f"fern {i}"} for i in range(1500)]
+    text = json.dumps(records) if array else "".join(json.dumps(record) + "\n" for record in records)
+    path = compressed(tmp_path / name, text.encode())
+    monkeypatch.setattr(readers, "_BLOCK_BYTES", 1000)
+    blocks = list(readers.read_blocks(path, "text"))
+    assert len(blocks) > 1 and sum(block.size for block in blocks) == path.stat().st_size
+    assert run([path], tmp_path / "out").train.documents == 1500
+    assert documents(tmp_path / "out") == [record["text"] for record in records]
+
+
 def problems(paths: list[Path], out: Path, **options: Any) -> list[str]:
     """The lines of the error that these inputs make, after which nothing is left."""
     with pytest.raises(ConfigError) as caught:
@@ -158,8 +174,18 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     table.write_bytes(b"no parquet")
     other = write_parquet(tmp_path / "c.parquet", texts=["a"])
     empty_rows = write_parquet(tmp_path / "d.parquet", text=["a", None])
-    lines = problems([zipped, table, other, empty_rows], tmp_path / "out")
-    assert len(lines) == 4
+    archive = compressed(tmp_path / "e.jsonl.zst", b'{"text": "a"}\n' * 100)
+    os.truncate(archive, archive.stat().st_size - 9)
+    array = tmp_path / "f.json"
+    array.write_text('[{"text": "a"},\n{"text": 5}, {"txt": "a"},\n{"text": }]')
+    lines = problems([zipped, table, other, empty_rows, archive, array], tmp_path / "out")
+    assert len(lines) == 6
+    assert lines[4].startswith(f"{archive}: cannot be read: Truncated compressed stream")
+    assert lines[5].startswith(f"{array}: cannot be read: not a JSON array: line 3, column 10")
+    array.write_text('[{"text": "a"},\n{"text": 5}, {"txt": "a"}]')
+    assert problems([array], tmp_path / "out") == [
+        f"{array}:2: the text is not a string but int", f"{array}:2: no field 'text'; did you mean 'txt'?"
+    ]  # fmt: skip
     assert lines[0].startswith(f"{zipped}: cannot be read: Compressed file ended")
     assert lines[1].startswith(f"{table}: cannot be read: ")
     assert lines[2] == f"{other}: no field 'text'; did you mean 'texts'?"

@@ -39,7 +39,9 @@ def generate(
         None, "--prompt", "-p", help="The text to go on from; may be given several times."
     ),
     prompt_file: Path = typer.Option(
-        None, "--prompt-file", help='A file with a prompt on each line, or .jsonl with objects that have a "prompt".'
+        None,
+        "--prompt-file",
+        help='A file with a prompt on each line, or JSON (.jsonl, .json) with objects that have a "prompt".',
     ),
     max_new_tokens: int = typer.Option(200, min=1, help="How many tokens to write."),
     temperature: float = _TEMPERATURE,
@@ -136,31 +138,21 @@ def chat(
 
 
 def _read_prompts(file: Path) -> dict[str, str]:
-    """The prompts of a file, by where they are in it; all that is wrong with it is told at once."""
-    from fiddlehead.data.examples import parse_line
+    """The prompts of a file, by where they are in it; raises one `ConfigError` for all that is wrong with it."""
+    from fiddlehead.data.readers import LINES_SUFFIXES, known_suffix
+    from fiddlehead.data.record_files import read_rows
 
-    try:
-        lines = file.read_bytes().splitlines()
-    except OSError as error:
-        raise ConfigError(f"prompt_file={str(file)!r}: cannot be read: {error.strerror}") from error
     found: dict[str, str] = {}
     problems = []
-    for number, line in enumerate(lines, start=1):
-        place = f"{file}:{number}"
-        if not line.strip():
-            continue
-        if file.suffix == ".jsonl":
-            values, problem = parse_line(line)
-            if not problem and not isinstance(values, dict):
-                problem = f"is a {type(values).__name__}, not an object with a prompt"
-            elif not problem and not isinstance(values.get("prompt"), str):
-                problem = f"needs a text prompt, and has {', '.join(values) or 'nothing'}"
-            text = "" if problem else values["prompt"]
-        else:
-            text, problem = _decoded(line)
+    is_json = known_suffix(file) in LINES_SUFFIXES and file.is_file()
+    for place, values, problem in read_rows(file) if is_json else _text_rows(file):
+        if not problem and not isinstance(values, dict):
+            problem = f"is a {type(values).__name__}, not an object with a prompt"
+        elif not problem and not isinstance(values.get("prompt"), str):
+            problem = f"needs a text prompt, and has {', '.join(values) or 'nothing'}"
         if problem:
             problems.append(f"{place}: {problem}")
-        found[place] = text
+        found[place] = "" if problem else values["prompt"]
     if problems:
         raise ConfigError(*problems[:20], *([f"and {len(problems) - 20} more"] if len(problems) > 20 else []))
     if not found:
@@ -168,11 +160,18 @@ def _read_prompts(file: Path) -> dict[str, str]:
     return found
 
 
-def _decoded(line: bytes) -> tuple[str, str]:
+def _text_rows(file: Path) -> Iterator[tuple[str, dict[str, str], str]]:
+    """As `read_rows`, of a file whose lines are prompts."""
     try:
-        return line.decode("utf-8-sig"), ""
-    except UnicodeDecodeError as error:
-        return "", f"is no UTF-8: byte {line[error.start]:#04x} at {error.start}"
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise ConfigError(f"prompt_file={str(file)!r}: cannot be read: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield f"{file}:{number}", {"prompt": line.decode("utf-8-sig")}, ""
+            except UnicodeDecodeError as error:
+                yield f"{file}:{number}", {}, f"is not valid UTF-8: byte {line[error.start]:#04x} at {error.start}"
 
 
 def _refuse_long(prompts: dict[str, str], writer: Writer) -> None:

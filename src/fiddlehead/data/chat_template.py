@@ -23,6 +23,8 @@ class ChatTemplate:
     special_tokens: Mapping[str, str]
     """Such as `bos_token`, by the names that templates use."""
     source: str = "chat_template"
+    tool_use: str | None = None
+    """The template for conversations with tools, where it is another one."""
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:
@@ -39,20 +41,25 @@ class ChatTemplate:
             text = own.read_text(encoding="utf-8") if own.is_file() else settings.get("chat_template")
         except (OSError, ValueError) as error:
             raise ConfigError(f"{folder}: the chat template cannot be read: {error}") from error
+        tool_use = None
         if isinstance(text, list):  # several by name
-            text = next((each["template"] for each in text if each.get("name") == "default"), None)
+            named = {each.get("name"): each.get("template") for each in text}
+            text, tool_use = named.get("default"), named.get("tool_use")
         if not text:
             return None
         tokens = {name: value for name, value in settings.items() if name.endswith("_token") and value}
         contents = {name: value["content"] if isinstance(value, dict) else value for name, value in tokens.items()}
         strings = {name: value for name, value in contents.items() if isinstance(value, str)}
-        return cls(text, strings, str(own if own.is_file() else config))
+        return cls(text, strings, str(own if own.is_file() else config), tool_use)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
+    ) -> str:
         """The text of a conversation.
 
         Args:
             add_generation_prompt: end with what comes before an answer.
+            tools: JSON schemas of the functions that the assistant can call.
 
         Raises:
             ConfigError: the template refuses the messages, or is broken.
@@ -61,9 +68,9 @@ class ChatTemplate:
 
         try:
             # Templates ask whether tools and documents are none, so they have to be there.
-            return _compiled(self.text).render(
+            return _compiled(self.tool_use if tools and self.tool_use else self.text).render(
                 messages=messages,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
@@ -71,29 +78,39 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:  # the latter from what it computes
             raise ConfigError(f"{self.source}: {error}") from error
 
-    def turns(self, messages: Sequence[Message]) -> list[tuple[str, bool]]:
-        """A conversation in pieces of text, each with whether it is an answer of the assistant's, its end included.
+    def answer(self, messages: Sequence[Message], number: int, tools: Sequence[Any] | None = None) -> tuple[str, str]:
+        """The text that asks for the answer `messages[number]`, and the text that this answer ends.
 
-        What comes before an answer is the very text with which one is asked for.
+        The latter begins with the former, and has no message after the answer: earlier messages are written as they
+        are when the model is asked for this one.
 
         Raises:
-            ConfigError: the template does not write a conversation as the beginning of a longer one.
+            ConfigError: the template refuses the messages, or the answer does not begin with what asks for it.
         """
-        pieces: list[tuple[str, bool]] = []
-        done = ""
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            question = self.render(messages[:number], add_generation_prompt=True)
-            whole = self.render(messages[: number + 1])
-            if not question.startswith(done) or not whole.startswith(question):
-                raise ConfigError(
-                    f"{self.source}: writes what came before otherwise once an answer follows, so that the answer "
-                    "cannot be told apart"
-                )
-            pieces += [(question[len(done) :], False), (whole[len(question) :], True)]
-            done = whole
-        return pieces
+        whole = self.render(messages[: number + 1], tools=tools)
+        if number:
+            asked = self.render(messages[:number], add_generation_prompt=True, tools=tools)
+        else:  # most templates cannot write a conversation without a message
+            prompt = self._generation_prompt()
+            asked = whole[: whole.index(prompt) + len(prompt)] if prompt in whole else prompt
+        if not whole.startswith(asked):
+            raise ConfigError(
+                f"{self.source}: asks for an answer with {asked[-40:]!r}, and does not write the answer after it, so "
+                "that it cannot be learned"
+            )
+        return asked, whole
+
+    def _generation_prompt(self) -> str:
+        """What follows a question to ask for an answer."""
+        question = [{"role": "user", "content": "?"}]
+        plain, asked = self.render(question), self.render(question, add_generation_prompt=True)
+        return asked[shared_length(plain, asked) :]
+
+
+def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many characters or items two texts or lists begin alike with."""
+    same = (number for number, (ours, theirs) in enumerate(zip(one, other, strict=False)) if ours != theirs)
+    return next(same, min(len(one), len(other)))
 
 
 @lru_cache(maxsize=8)

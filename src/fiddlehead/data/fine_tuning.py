@@ -13,7 +13,8 @@ import torch
 from fiddlehead.data.batches import Batch
 from fiddlehead.data.chat_template import ChatTemplate
 from fiddlehead.data.documents import NO_LABEL, borders
-from fiddlehead.data.examples import Example, Record, read_records, tokenize_records
+from fiddlehead.data.examples import Example, tokenize_records
+from fiddlehead.data.records import Record, read_records
 from fiddlehead.data.steps import StepDataModule, opened
 from fiddlehead.data.tokenizers import TokenizerFile
 from fiddlehead.errors import ConfigError
@@ -23,15 +24,16 @@ from fiddlehead.numbers import is_number
 class FineTuningDataModule(StepDataModule):
     """Rows of `seq_length` tokens, made of whole examples; only the answers are to be predicted.
 
-    `paths` are JSONL or Parquet files, or folders that `datasets` saved to disk. An example is `messages`, each with a
-    `role` and a `content`, which the tokenizer's chat template turns to text; or a `prompt` and a `completion`, which
-    are text as they are, ended by the end-of-document token. With `preference` it is a `prompt`, a `chosen` and a
-    `rejected` answer, text or messages.
+    `paths` are files of JSON lines, JSON arrays (both also with `.gz` or `.zst`) or Parquet, or folders that `datasets`
+    saved to disk. An example is a conversation, which the tokenizer's chat template turns into text, or a prompt and a
+    completion, which are text as they are, ended by the end-of-document token; docs/finetune.md lists the fields of all
+    accepted shapes. With `preference` it is a prompt, a `chosen` and a `rejected` answer, text or messages. If the
+    template writes an answer otherwise once more messages follow, each answer of a conversation has a text of its own.
 
     With `packed` as many examples as fit share a row, and attention keeps them apart, so that each is as if it were
     alone; without, each has a row of its own, padded. An example of more tokens is cut there, each answer of a pair at
     half of it; one of which no answer is left is dropped; how many is said. Validation is on `val_paths`, or else on
-    every so manieth example as `val_fraction` asks for, which are then not trained on.
+    every n-th example, as `val_fraction` asks, which are then not trained on.
 
     `tokenizer` is a folder with a `tokenizer.json`; None is that of the model to begin with, `default_tokenizer`.
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
+import io
 import json
+import re
 import warnings
 import zlib
 from collections import Counter
@@ -20,7 +23,12 @@ TEXT_SUFFIXES = frozenset(
     | {".jsx", ".tsx", ".rb", ".php", ".pl", ".lua", ".r", ".jl", ".scala", ".swift", ".hs", ".ml"}
 )
 """A file is one document."""
-LINES_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz"})
+_COMPRESSED = ("", ".gz", ".zst")
+JSON_ARRAY_SUFFIXES = frozenset(f".json{end}" for end in _COMPRESSED)
+"""A JSON array of objects, or an object on each line."""
+LINES_SUFFIXES = JSON_ARRAY_SUFFIXES | frozenset(
+    f"{name}{end}" for name in (".jsonl", ".ndjson") for end in _COMPRESSED
+)
 """A line is a JSON object with a document."""
 PARQUET_SUFFIX = ".parquet"
 """A row is a document."""
@@ -30,12 +38,12 @@ _BLOCK_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class Block:
-    """Documents of one file as they were read: a whole text, lines of JSON, or values of a column."""
+    """Documents of one file as they were read: a whole text, JSON objects, or values of a column."""
 
     path: str
     items: bytes | list[bytes] | list[Any]
-    first: int
-    """The number of the first line or row, from 1."""
+    numbers: Sequence[int]
+    """The line or row of each item, from 1."""
     size: int
     """Bytes of the file that this block stands for."""
 
@@ -53,13 +61,13 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
         found: list[Path] = []
         if path.is_dir():
             inside = [p for p in sorted(path.rglob("*")) if p.is_file() and not _hidden(p.relative_to(path))]
-            found = [p for p in inside if _suffix(p)]
-            skipped.update(p.suffix or p.name for p in inside if not _suffix(p))
+            found = [p for p in inside if known_suffix(p)]
+            skipped.update(p.suffix or p.name for p in inside if not known_suffix(p))
             if not found:
                 problems.append(f"paths: {path} holds no file that can be read; {_kinds()}")
         elif not path.exists():
             problems.append(f"paths: there is no file or folder {path}")
-        elif not _suffix(path):
+        elif not known_suffix(path):
             problems.append(f"paths: {path} is of an unknown kind; {_kinds()}")
         else:
             found = [path]
@@ -79,16 +87,18 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
 
 def read_blocks(file: Path, text_field: str) -> Iterator[Block]:
     """The blocks of `file` in order; raises `ConfigError` when it cannot be read."""
-    suffix = _suffix(file)
+    suffix = known_suffix(file)
     try:
         if suffix == PARQUET_SUFFIX:
             yield from _read_parquet(file, text_field)
         elif suffix in LINES_SUFFIXES:
-            yield from _read_lines(file)
+            yield from _read_lines(file, suffix)
         else:
             content = file.read_bytes()
-            yield Block(str(file), content, 1, len(content))
-    except (OSError, EOFError, zlib.error) as error:
+            yield Block(str(file), content, (1,), len(content))
+    except ConfigError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
 
 
@@ -97,8 +107,8 @@ def parse(block: Block, text_field: str) -> tuple[list[str], list[str]]:
     texts: list[str] = []
     problems: list[str] = []
     items: list[Any] = [block.items] if isinstance(block.items, bytes) else block.items
-    is_lines = _suffix(Path(block.path)) in LINES_SUFFIXES
-    for number, item in enumerate(items, block.first):
+    is_lines = known_suffix(Path(block.path)) in LINES_SUFFIXES
+    for number, item in zip(block.numbers, items, strict=True):
         try:
             text = _line_text(item, text_field) if is_lines else _text(item)
         except ValueError as error:
@@ -140,13 +150,75 @@ def _text(value: Any) -> str:
     return value
 
 
-def _read_lines(file: Path) -> Iterator[Block]:
+def uncompressed(raw: io.BufferedReader, suffix: str) -> io.BufferedReader | gzip.GzipFile:
+    """The content of an open file, decompressed if its suffix ends with .gz or .zst; a broken one raises `OSError`."""
+    if suffix.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    if suffix.endswith(".zst"):
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"))  # pyright: ignore[reportArgumentType]
+    return raw
+
+
+def begins_array(content: io.BufferedReader | gzip.GzipFile) -> bool:
+    """Whether the content begins as a JSON array does; nothing of it is consumed."""
+    return content.peek(1).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def array_elements(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yields the line, from 1, and the JSON text of each element of a JSON array.
+
+    Raises:
+        ValueError: the content is not a JSON array; it says in which line.
+    """
+    text = _text(content)
+    decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
+
+    def skip_blank(at: int) -> int:
+        return blank.match(text, at).end()  # type: ignore[union-attr]
+
+    at = skip_blank(skip_blank(0) + 1)
+    line, separator = 1 + text.count("\n", 0, at), ","
+    if text[at : at + 1] == "]":
+        at, separator = skip_blank(at + 1), "]"
+    while separator == ",":
+        try:
+            _, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not a JSON array: line {error.lineno}, column {error.colno}: {error.msg}") from None
+        except RecursionError:
+            raise ValueError(f"not a JSON array that can be read: line {line}: nested too deep") from None
+        yield line, text[at:end].encode()
+        end = skip_blank(end)
+        separator = text[end : end + 1]
+        if separator not in (",", "]"):
+            line += text.count("\n", at, end)
+            raise ValueError(f"not a JSON array: line {line}: an element is followed by neither a comma nor a bracket")
+        after = skip_blank(end + 1)
+        line, at = line + text.count("\n", at, after), after
+    if at < len(text):
+        raise ValueError(f"not a JSON array: line {line}: something follows its end")
+
+
+def _read_array(file: Path, content: bytes) -> Iterator[Block]:
+    elements, size = list(array_elements(content)), file.stat().st_size
+    for first in range(0, len(elements), 1024):
+        chosen = elements[first : first + 1024]
+        share = size * (first + len(chosen)) // len(elements) - size * first // len(elements)
+        yield Block(str(file), [text for _, text in chosen], [line for line, _ in chosen], share)
+
+
+def _read_lines(file: Path, suffix: str) -> Iterator[Block]:
     with file.open("rb") as raw:
-        lines = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
+        lines = uncompressed(raw, suffix)
+        if suffix in JSON_ARRAY_SUFFIXES and begins_array(lines):
+            yield from _read_array(file, lines.read())
+            return
         first, position = 1, 0
         while items := lines.readlines(_BLOCK_BYTES):
             here = raw.tell()
-            yield Block(str(file), items, first, here - position)
+            yield Block(str(file), items, range(first, first + len(items)), here - position)
             first, position = first + len(items), here
 
 
@@ -163,7 +235,9 @@ def _read_parquet(file: Path, text_field: str) -> Iterator[Block]:
                 items = batch.column(0).to_pylist()
                 last = first + len(items)
                 # Whole-number shares of the file's size that add up to it.
-                yield Block(str(file), items, first, size * (last - 1) // rows - size * (first - 1) // rows)
+                yield Block(
+                    str(file), items, range(first, last), size * (last - 1) // rows - size * (first - 1) // rows
+                )
                 first = last
     except pa.ArrowException as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
@@ -174,8 +248,8 @@ def _no_field(name: str, names: Sequence[str]) -> str:
     return f"no field {name!r}; " + (f"did you mean {match!r}?" if match else f"fields: {', '.join(names) or 'none'}")
 
 
-def _suffix(path: Path) -> str:
-    """The known suffix of `path`, or nothing."""
+def known_suffix(path: Path) -> str:
+    """The suffix of `path` in lower case, or "" if no file with it can be read; `.jsonl.gz` is one suffix."""
     double = "".join(path.suffixes[-2:]).lower()
     single = path.suffix.lower()
     known = TEXT_SUFFIXES | LINES_SUFFIXES | {PARQUET_SUFFIX}
@@ -188,4 +262,4 @@ def _hidden(relative: Path) -> bool:
 
 def _kinds() -> str:
     lines = ", ".join(sorted(LINES_SUFFIXES))
-    return f"allowed: {PARQUET_SUFFIX}; {lines} (a JSON object a line); text such as .txt, .md, .py"
+    return f"allowed: {PARQUET_SUFFIX}; {lines} (JSON objects); text such as .txt, .md, .py"

@@ -41,11 +41,11 @@ def tokenize(
 ) -> TokenDatasetInfo:
     """Writes the documents of `paths` as a token dataset to the folder `out`.
 
-    `paths` are files or folders: text files (a document each), `.jsonl`, `.jsonl.gz` and `.json` (a line each, its
-    `text_field`) and `.parquet` (a row each). Empty documents are left out. A document belongs to the validation split
-    if its hash falls into `val_fraction`, so copies of a document never end up in both. An untrained tokenizer learns
-    from the training split first. `workers` processes, by default one for each core, encode; the files written are the
-    same to the byte for any number of them.
+    `paths` are files or folders: text files (a document each), JSON objects (`.jsonl` or `.json`: one a line, or an
+    array in `.json`; also with `.gz` or `.zst`), of which `text_field` is the document, and `.parquet` (a row each).
+    Empty documents are left out. A document belongs to the validation split if its hash falls into `val_fraction`, so
+    copies of a document never end up in both. An untrained tokenizer learns from the training split first. `workers`
+    processes, by default one for each core, encode; the files written are the same to the byte for any number of them.
 
     Either `out` is complete afterwards or there is none: a run that fails or is interrupted removes what it wrote, and
     what a killed one left is removed by the next. Raises `ConfigError` for bad input, with file and line of the first

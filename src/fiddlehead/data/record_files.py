@@ -1,0 +1,117 @@
+"""Rows in files: lines and arrays of JSON, Parquet, and folders that `datasets` saved to disk."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fiddlehead.data.readers import (
+    JSON_ARRAY_SUFFIXES,
+    LINES_SUFFIXES,
+    PARQUET_SUFFIX,
+    array_elements,
+    begins_array,
+    known_suffix,
+    uncompressed,
+)
+from fiddlehead.errors import ConfigError
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
+    """Yields for each row where it is (file and line, or file and row), its values, and why it cannot be read, or "".
+
+    Raises:
+        ConfigError: the file or folder is missing, of an unknown kind or broken.
+    """
+    suffix = known_suffix(path)
+    if path.is_dir():
+        for file in _saved_files(path):
+            yield from _arrow_rows(file, is_parquet=False)
+    elif not path.is_file():
+        raise ConfigError(f"paths: there is no file or folder {path}")
+    elif suffix in LINES_SUFFIXES:
+        yield from _json_rows(path, suffix)
+    elif suffix == PARQUET_SUFFIX:
+        yield from _arrow_rows(path, is_parquet=True)
+    else:
+        allowed = ", ".join(sorted(LINES_SUFFIXES | {PARQUET_SUFFIX}))
+        raise ConfigError(f"paths: {path} is of an unknown kind; allowed: {allowed}, a folder of `datasets`")
+
+
+def parse_line(line: bytes) -> tuple[Any, str]:
+    """The values of a line of JSONL, and why they cannot be read, or ""."""
+    try:
+        values = json.loads(line.decode("utf-8-sig"))
+        if b"\\u" in line:
+            json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        return None, f"is not valid UTF-8: byte {error.object[error.start]:#04x} at {error.start}"
+    except UnicodeEncodeError:
+        return None, "is not valid Unicode: has half a surrogate pair"
+    except json.JSONDecodeError as error:
+        return None, f"is not valid JSON: column {error.colno}: {error.msg}"
+    except RecursionError:
+        return None, "is not JSON that can be read: nested too deep"
+    return values, ""
+
+
+def _json_rows(path: Path, suffix: str) -> Iterator[tuple[str, Any, str]]:
+    try:
+        with path.open("rb") as raw:
+            lines = uncompressed(raw, suffix)
+            if suffix in JSON_ARRAY_SUFFIXES and begins_array(lines):
+                numbered = array_elements(lines.read())
+            else:
+                numbered = enumerate(lines, start=1)
+            for number, text in numbered:
+                if text.strip():
+                    yield f"{path}:{number}", *parse_line(text)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The Arrow files of a data set that `datasets` saved to disk."""
+    state, splits = folder / "state.json", folder / "dataset_dict.json"
+    try:
+        if splits.is_file():
+            names = ", ".join(str(folder / name) for name in json.loads(splits.read_text(encoding="utf-8"))["splits"])
+            raise ConfigError(f"paths: {folder} has several data sets; allowed: one or more of {names}")
+        if not state.is_file():
+            raise ConfigError(f"paths: {folder} is a folder that `datasets` did not save: it has no state.json")
+        return [folder / file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"paths: {folder} is not a folder that `datasets` saved: {error!r}") from error
+
+
+def _arrow_rows(file: Path, *, is_parquet: bool) -> Iterator[tuple[str, Any, str]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.memory_map(str(file)) as source:
+            if is_parquet:
+                batches = pyarrow.parquet.ParquetFile(source).iter_batches()
+            else:
+                batches = pyarrow.ipc.open_stream(source)
+            for batch in batches:
+                for values in batch.to_pylist():
+                    number += 1
+                    yield f"{file}:{number}", _without_nulls(values), ""
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read after row {number}: {error}") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """A row without the fields that it only has because another row of the table has them.
+
+    Templates write all fields of a tool, and ask whether a message has some. The `content` of a message stays.
+    """
+    if isinstance(value, dict):
+        kept = {name: field for name, field in value.items() if field is not None or name == "content"}
+        return {name: _without_nulls(field) for name, field in kept.items()}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
