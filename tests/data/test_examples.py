@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer
 from fiddlehead.data import ByteTokenizer, TokenizerFile
 from fiddlehead.data import examples as module
 from fiddlehead.data.chat_template import ChatTemplate
-from fiddlehead.data.examples import Example, tokenize_records
+from fiddlehead.data.examples import Example, find_cuts, tokenize_records
 from fiddlehead.data.records import read_records
 from fiddlehead.errors import ConfigError
 from tests.data import small_tokenizers
@@ -176,6 +177,35 @@ def test_a_table_s_empty_columns_are_not_in_the_messages(tmp_path: Path, chat_to
     (text,), (other,) = tokenize_records(records, chat_tokenizer, template)
     assert "tool_calls" in chat_tokenizer.decode(text.ids.tolist())
     assert "tool_calls" not in chat_tokenizer.decode(other.ids.tolist())
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_pieces_between_special_tokens_have_the_tokens_of_the_whole(kind: str, tmp_path: Path) -> None:
+    tokenizer = TokenizerFile(ALL_KINDS[kind](tmp_path / "tokenizer"))
+    names = [token.content for token in tokenizer.added_tokens()]
+    cuts = find_cuts(tokenizer, "".join(names))
+    assert cuts
+    choices, generator = [*names, " ", "\n", "\n\n", "def f", "A plant.", "s", "[INST] "], random.Random(0)
+    for _ in range(200):
+        text = "".join(generator.choices(choices, k=9))
+        assert [i for piece in cuts.split(text) for i in tokenizer.encode_with_special(piece)] == (
+            tokenizer.encode_with_special(text)
+        )
+
+
+def test_a_text_is_not_cut_within_a_token(tmp_path: Path, chat_tokenizer: TokenizerFile) -> None:
+    path = tmp_path / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    end = spec["added_tokens"][0]
+    longer = [("<|im_end|>\n", {}), ("x<|im", {}), ("<|left|>", {"lstrip": True}), ("<|plain|>", {"special": False})]
+    spec["added_tokens"] += [{**end, "id": 259 + n, "content": name, **how} for n, (name, how) in enumerate(longer)]
+    path.write_text(json.dumps(spec))
+    tokenizer = TokenizerFile(path)
+    cuts = find_cuts(tokenizer, "".join(token.content for token in tokenizer.added_tokens()))
+    assert cuts and cuts.split("a<|endoftext|>b <|left|><|plain|><|im_end|>\n<|im_start|>") == [
+        "a", "<|endoftext|>b <|left|><|plain|><|im_end|>\n<|im_start|>"
+    ]  # fmt: skip
+    assert find_cuts(tokenizer, "plain") is None
 
 
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"x": {"type": "integer"}}}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ def tokenize_records(
     """
     examples: list[tuple[Example, ...]] = []
     problems: list[str] = []
+    cuts = template and find_cuts(tokenizer, "".join((template.text, *template.special_tokens.values())))
     many = len(records) >= _MANY
     with ByteProgress("tokenizing", sum(r.num_bytes for r in records) if many else 0, progress and many) as bar:
         for start in range(0, len(records), _AT_ONCE):
@@ -61,7 +63,7 @@ def tokenize_records(
                 with _naming(record, problems):
                     texts.append(_texts(record, template))
             if not problems:
-                encoded = _encoded(here, texts, tokenizer)
+                encoded = _encoded(here, texts, tokenizer, cuts)
                 for record, each in zip(here, texts, strict=True):
                     with _naming(record, problems):
                         examples += _examples(record, each, encoded[record.is_chat], tokenizer)
@@ -100,19 +102,50 @@ def _answers(
 
 
 def _encoded(
-    records: Sequence[Record], texts: Sequence[list[list[Asked]]], tokenizer: JSONTokenizer
+    records: Sequence[Record],
+    texts: Sequence[list[list[Asked]]],
+    tokenizer: JSONTokenizer,
+    cuts: re.Pattern[str] | None,
 ) -> dict[bool, dict[str, list[int]]]:
     """The tokens of every text, those of conversations apart: only in these are names of special tokens such tokens."""
     found: dict[bool, dict[str, list[int]]] = {}
     for is_chat in (False, True):
-        all_texts = list({
-            text: None
+        all_texts = dict.fromkeys(
+            text
             for record, each in zip(records, texts, strict=True) if record.is_chat == is_chat
             for answers in each for asked in answers for text in asked
-        })  # fmt: skip
+        )  # fmt: skip
+        pieces = {text: cuts.split(text) if cuts and is_chat else [text] for text in all_texts}
         encode = tokenizer.encode_batch_with_special if is_chat else tokenizer.encode_batch
-        found[is_chat] = dict(zip(all_texts, encode(all_texts), strict=True))
+        different = list(dict.fromkeys(piece for each in pieces.values() for piece in each))
+        ids = dict(zip(different, encode(different), strict=True))
+        found[is_chat] = {text: [i for piece in each for i in ids[piece]] for text, each in pieces.items()}
     return found
+
+
+def find_cuts(tokenizer: JSONTokenizer, markup: str) -> re.Pattern[str] | None:
+    """What matches before each special token that a template writes: there a text can be cut and tokenized in pieces.
+
+    The texts that ask for the answers of a conversation begin alike, so that most of their pieces are the same. Tokens
+    that take in what is before them, or that another added token may take in, are none at which to cut.
+
+    Args:
+        markup: a text that has these special tokens in it.
+    """
+    added = tokenizer.added_tokens()
+    names = [token.content for token in added]
+    cuts = [
+        re.escape(token.content)
+        for token in added
+        if token.special and token.content in markup and not (token.lstrip or token.normalized or token.single_word)
+        if not any(_takes_in(other, token.content) for other in names if other != token.content)
+    ]
+    return re.compile(f"(?={'|'.join(cuts)})") if cuts else None
+
+
+def _takes_in(other: str, token: str) -> bool:
+    """Whether one token may be found in a text instead of another that begins later or at the same place."""
+    return token in other or any(other.endswith(token[:size]) for size in range(1, len(token)))
 
 
 def _examples(

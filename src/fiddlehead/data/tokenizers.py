@@ -192,6 +192,10 @@ class JSONTokenizer:
         """`encode_with_special` of each text."""
         return [encoding.ids for encoding in self._with_special.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def added_tokens(self) -> list[tokenizers.AddedToken]:
+        """The tokens, special ones and others, that are found in a chat's text before the rest of it is tokenized."""
+        return list(self._with_special.get_added_tokens_decoder().values())
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
