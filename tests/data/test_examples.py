@@ -263,6 +263,33 @@ def test_each_answer_has_the_tokens_and_comes_after_those_of_transformers(
     assert sum(int(text.learned.sum()) for (text,) in found) == sum(map(len, learned))
 
 
+def test_an_answer_that_a_token_would_begin_too_early_comes_after_what_asks_for_it(tmp_path: Path) -> None:
+    folder = KINDS["gemma"](tmp_path / "tokenizer")  # whose token for two line breaks would be half of the question
+    ours, given = TokenizerFile(folder), ChatTemplate.load(folder)
+    assert given is not None
+    template = ChatTemplate(given.text.replace("| trim", ""), given.special_tokens)
+    messages = [USER, {**ANSWER, "content": "\nho"}, USER, ANSWER]
+    records = read_records([lines(tmp_path / "a.jsonl", {"messages": messages})], preference=False)
+    asked = ours.encode_with_special(template.render(messages[:1], add_generation_prompt=True))
+    (first,), (second,) = tokenize_records(records, ours, template)
+    assert first.ids.tolist() == [*asked, *ours.encode_with_special("\nho<end_of_turn>\n")]
+    assert first.learned.tolist() == [False] * len(asked) + [True] * (len(first.ids) - len(asked))
+    assert second.ids.tolist() == ours.encode_with_special(template.render(messages))
+
+
+PHI = CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+"""As Phi 3's, it ends every conversation with the end of a document."""
+
+
+def test_every_answer_ends_as_the_template_ends_it(tmp_path: Path, chat_tokenizer: TokenizerFile) -> None:
+    template = ChatTemplate(PHI, {"eos_token": "<|endoftext|>"})
+    records = read_records([lines(tmp_path / "a.jsonl", {"messages": MESSAGES})], preference=False)
+    for (text,), number in zip(tokenize_records(records, chat_tokenizer, template), (1, 3), strict=True):
+        assert text.ids.tolist() == chat_tokenizer.encode_with_special(template.render(MESSAGES[: number + 1]))
+        answer = MESSAGES[number]["content"] + "<|im_end|>\n<|endoftext|>"
+        assert text.ids[text.learned].tolist() == chat_tokenizer.encode_with_special(answer)
+
+
 def test_tools_are_in_the_text_and_all_rounds_of_a_call_are_learned(
     tmp_path: Path, chat_tokenizer: TokenizerFile
 ) -> None:
