@@ -69,7 +69,7 @@ def test_files_of_all_kinds_give_the_same(example: dict[str, Any], tmp_path: Pat
         ({"messages": ["hi"]}, "messages[0]: is not a message with a role and a content"),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},
-            "needs the fields messages or conversations or prompt, completion or instruction, output or",
+            "needs the fields messages; or conversations; or prompt, completion; or instruction, output; or",
         ),
     ],
 )
@@ -86,7 +86,7 @@ def test_a_bad_line_is_named(record: Any, said: str, tmp_path: Path) -> None:
         ({"chosen": [USER]}, "chosen: has no message of the assistant's"),
         ({"rejected": []}, "rejected: has no message of the assistant's"),
         ({"rejected": "b"}, "either all are text or all are lists of messages"),
-        ({"rejected": None}, "needs the fields prompt, chosen, rejected or chosen, rejected, and has prompt, chosen"),
+        ({"rejected": None}, "needs the fields prompt, chosen, rejected; or chosen, rejected; and has prompt, chosen"),
     ],
 )
 def test_a_bad_pair_is_named(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_pairs_of_all_shapes_get_one_form(given: dict[str, Any], values: dict[st
     [
         (
             {"question": "a", "answer": "b"},
-            "needs the fields messages or conversations or prompt, completion or instru",
+            "needs the fields messages; or conversations; or prompt, completion; or instru",
         ),
         ({"conversation": [USER, ANSWER]}, "unknown field 'conversation'; did you mean 'conversations'?"),
         ({"conversations": "hi"}, "conversations: is text; allowed: a list of messages"),

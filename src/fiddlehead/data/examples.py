@@ -207,7 +207,7 @@ def _example(ids: list[int], learned: Iterable[tuple[int, int]]) -> Example:
 def _as_a_document(text: Example, tokenizer: JSONTokenizer) -> Example:
     """A prompt as `encode_prompt` has it, and an answer that ends."""
     begin = tokenizer.begin_ids
-    if not begin and text.learned[0]:
+    if not begin and text.learned[:1].all():
         begin = [tokenizer.eos_id]
     ids = [*begin, *text.ids.tolist(), tokenizer.eos_id]
     return Example(np.asarray(ids, dtype=np.int32), np.concatenate([np.zeros(len(begin), bool), text.learned, [True]]))

@@ -127,7 +127,7 @@ def _no_shape(given: Sequence[str], shapes: Sequence[Shape]) -> str:
     known = {name for shape in shapes for name in shape}
     near = ((name, nearest(name, known)) for name in given if name not in known)
     meant = next((f": unknown field {name!r}; did you mean {match!r}?" for name, match in near if match), "")
-    return f"needs the fields {' or '.join(map(_names, shapes))}, and has {_names(given) or 'none'}{meant}"
+    return f"needs the fields {'; or '.join(map(_names, shapes))}; and has {_names(given) or 'none'}{meant}"
 
 
 def _names(fields: Sequence[str]) -> str:
