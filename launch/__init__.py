@@ -16,11 +16,23 @@ from fiddlehead import job
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import secrets, watch
 from fiddlehead.launch.executor import Executor
-from fiddlehead.launch.prepare import check, fit_to_executor, prepare, rehearse
+from fiddlehead.launch.fit import fit_to_executor, missing_here, yielded
+from fiddlehead.launch.prepare import check, prepare, rehearse
 from fiddlehead.recipe import Recipe
 from fiddlehead.runs import RunDirectory, State, Status, write_atomically
 
-__all__ = ["Executor", "RunFailedError", "check", "fit_to_executor", "launch", "prepare", "rehearse", "start"]
+__all__ = [
+    "Executor",
+    "RunFailedError",
+    "check",
+    "fit_to_executor",
+    "launch",
+    "missing_here",
+    "prepare",
+    "rehearse",
+    "start",
+    "yielded",
+]
 
 
 class RunFailedError(RuntimeError):

@@ -43,6 +43,7 @@ def docker(image: str, gpus: int = 0, mounts: Sequence[str] = (), **settings: An
 class DockerExecutor(Executor):
     """A container on this machine, gone when its job has ended."""
 
+    nodes: int = 1
     image: str
     gpus: int = 0
     mounts: Sequence[str] = ()
@@ -82,7 +83,11 @@ class DockerExecutor(Executor):
         """How many devices the container gives the run; 0 follows `trainer.devices`."""
         return self.ntasks_per_node or self.gpus
 
-    def fitted(self, devices: int, accelerator: str) -> Self:
+    def gpus_of_a_node(self, nodes: int = 1) -> int:
+        """How many GPUs the container gets, or else this machine has."""
+        return self.gpus or super().gpus_of_a_node(nodes)
+
+    def fitted(self, devices: int, accelerator: str, nodes: int = 1) -> Self:
         """These settings with as many processes as the recipe has devices, and GPUs for them if it uses any."""
         gpus = self.gpus or (devices if accelerator in ("gpu", "cuda") else 0)
         return replace(self, ntasks_per_node=devices, gpus=gpus)

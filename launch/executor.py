@@ -18,12 +18,19 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
 
 
+def gpus_here() -> int:
+    """How many GPUs this machine has for this process."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Executor(ABC):
     """Where a run goes. One kind is one file of `launch/`, with a function of the same name that returns it."""
 
-    nodes: int = 1
-    """How many machines."""
+    nodes: int | None = None
+    """How many machines; None follows `trainer.num_nodes`."""
     ntasks_per_node: int = 0
     """Processes on each, each with a device of its own; 0 follows the GPUs that are asked for, or `trainer.devices`."""
     env_vars: dict[str, str] = field(default_factory=dict)
@@ -49,7 +56,7 @@ class Executor(ABC):
         problems = [
             f"{name}={getattr(self, name)!r}: must be {least} or more"
             for name, least in (("nodes", 1), ("ntasks_per_node", 0))
-            if isinstance(getattr(self, name), bool) or getattr(self, name) < least
+            if (value := getattr(self, name)) is not None and value < least
         ]
         for name in (*self.env_vars, *self.secrets):
             if not _NAME.fullmatch(name):
@@ -79,9 +86,17 @@ class Executor(ABC):
         """How many devices each machine gives the run; 0 follows `trainer.devices`."""
         return self.ntasks_per_node
 
-    def fitted(self, devices: int, accelerator: str) -> Self:
-        """These settings with what follows from a recipe that uses `devices` on each node."""
-        return replace(self, ntasks_per_node=devices)
+    def gpus_of_a_node(self, nodes: int = 1) -> int:
+        """How many GPUs each of `nodes` machines has for a run that wants all; 0 is a machine without.
+
+        Raises:
+            ConfigError: that cannot be known.
+        """
+        return gpus_here()
+
+    def fitted(self, devices: int, accelerator: str, nodes: int = 1) -> Self:
+        """These settings with what follows from a recipe that uses `devices` on each of `nodes`."""
+        return replace(self, ntasks_per_node=devices, nodes=self.nodes or nodes)
 
     def queue(self) -> str:
         """What tells whom to ask for a job's state: executors with the same answer are asked together."""

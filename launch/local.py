@@ -40,6 +40,8 @@ def local(ntasks_per_node: int = 0, **settings: Any) -> LocalExecutor:
 class LocalExecutor(Executor):
     """Processes on this machine. A job's id is its process's."""
 
+    nodes: int = 1
+
     kind: ClassVar[str] = "local"
     ships_code: ClassVar[bool] = False
 

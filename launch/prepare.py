@@ -19,6 +19,7 @@ from fiddlehead.environment import describe_environment
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import code, secrets, watch
 from fiddlehead.launch.executor import Executor
+from fiddlehead.launch.fit import GPU, fit_to_executor, missing_here, yielded
 from fiddlehead.launch.script import job_script
 from fiddlehead.recipe import Recipe
 from fiddlehead.runs import RunDirectory, State, exclusive, reserve_name, this_process, write_atomically
@@ -47,7 +48,9 @@ def prepare(
         ConfigError: the recipe is wrong, does not fit the executor, or its run is running or was another recipe's, or
             the executor has not what it takes; a new run leaves no directory then.
     """
-    recipe = fit_to_executor(recipe, executor)
+    given, recipe = recipe, fit_to_executor(recipe, executor)
+    for sentence in yielded(given, recipe):
+        print(f"changed: {sentence}")  # noqa: T201
     check(recipe, here=executor is None or not executor.ships_code, waits=waits)
     directory = Path(recipe.log.dir)
     try:
@@ -93,21 +96,27 @@ def rehearse(recipe: Recipe, executor: Executor) -> str:
         ConfigError: the recipe does not fit the executor, or the executor has not what it takes.
     """
     recipe = fit_to_executor(recipe, executor)
-    check(recipe, here=not executor.ships_code)
+    check(recipe, here=not executor.ships_code and not missing_here(recipe))
     secrets.collect(executor.secrets)
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(Path(folder) / (recipe.log.name or "rehearsal"))
         run.path.mkdir()
-        executor = executor.fitted(int(recipe.trainer.devices), str(recipe.trainer.accelerator))
+        executor = _fitted(executor, recipe)
         copy = code.ship(Path.cwd(), run.code, exclude=[Path(recipe.log.dir)]) if executor.ships_code else None
         write_atomically(run.script, job_script(run, executor, recipe.names_to_allow(), copy=copy), mode=0o600)
         executor.check(run)
         return copy.describe() if copy else ""
 
 
+def _fitted(executor: Executor, recipe: Recipe) -> Executor:
+    """The executor with what follows from a recipe that was fitted to it."""
+    trainer = recipe.trainer
+    return executor.fitted(int(trainer.devices), str(trainer.accelerator), int(trainer.num_nodes))
+
+
 def _prepare_job(run: RunDirectory, recipe: Recipe, executor: Executor, allow: Sequence[str], *, detach: bool) -> None:
     """Writes what a job needs beside the recipe: its code, its secrets, its script."""
-    executor = executor.fitted(int(recipe.trainer.devices), str(recipe.trainer.accelerator))
+    executor = _fitted(executor, recipe)
     executor.save(run)
     copy = code.ship(Path.cwd(), run.code, exclude=[run.path.parent]) if executor.ships_code else None
     secrets_file = executor.deliver_secrets(run, secrets.collect(executor.secrets))
@@ -134,8 +143,6 @@ def check(recipe: Recipe, *, here: bool = True, waits: bool = False) -> Any:
     Raises:
         ConfigError: with every problem, each under its path.
     """
-    import torch
-
     from fiddlehead import bench, tasks
 
     trainings = (tasks.pretrain, tasks.finetune, bench.benchmark)
@@ -144,7 +151,10 @@ def check(recipe: Recipe, *, here: bool = True, waits: bool = False) -> Any:
         known = ", ".join(f"{task.__module__}:{task.__name__}" for task in planners)
         raise ConfigError(f"the recipe configures {recipe.__fn_or_cls__.__qualname__}; what can be launched: {known}")
     recipe = recipe.clone()
-    elsewhere = recipe.trainer.accelerator == "gpu" and not torch.cuda.is_available() and not here
+    missing = missing_here(recipe)
+    if here and missing:
+        raise ConfigError(missing)
+    elsewhere = recipe.trainer.accelerator in GPU and (not here or bool(missing))
     if elsewhere:
         recipe.trainer.accelerator = "cpu"
     plan = planners[recipe.__fn_or_cls__](**recipe.build_arguments(), elsewhere=elsewhere)
@@ -157,50 +167,6 @@ def check(recipe: Recipe, *, here: bool = True, waits: bool = False) -> Any:
     if not os.access(existing, os.W_OK) or not existing.is_dir():
         raise ConfigError(f"log.dir={recipe.log.dir!r}: {existing} cannot be written")
     return plan
-
-
-def fit_to_executor(recipe: Recipe, executor: Executor | None) -> Recipe:
-    """A copy of the recipe whose trainer uses the executor's nodes and devices.
-
-    Raises:
-        ConfigError: the recipe says otherwise, or in a way that is not understood.
-    """
-    recipe = recipe.clone()
-    if executor is not None and not isinstance(executor, Executor):
-        raise ConfigError(
-            f"executor: is a {type(executor).__module__}.{type(executor).__name__}; give what "
-            "fiddlehead.launch.local.local, .slurm.slurm or .docker.docker return; settings are called as NeMo-Run's"
-        )
-    if "trainer" not in recipe.__arguments__:
-        return recipe
-    trainer = recipe.trainer
-    offered, nodes = (1, 1) if executor is None else (executor.devices_per_node(), executor.nodes)
-    problems = []
-    devices = trainer.devices
-    if devices in ("auto", -1):
-        devices = "auto"
-    elif not isinstance(devices, int) or isinstance(devices, bool) or devices < 1:
-        problems.append(f"trainer.devices={devices!r}: must be how many there are on a node (1 or more), or 'auto'")
-    if not offered:
-        offered = _devices_here(trainer.accelerator) if devices == "auto" else devices
-    elif devices not in ("auto", offered) and not problems:
-        where = "one process without an executor" if executor is None else f"the executor gives {offered} on each node"
-        problems.append(f"trainer.devices={devices!r}: {where}; set one of them, or both alike")
-    if trainer.num_nodes not in (1, nodes):
-        problems.append(
-            f"trainer.num_nodes={trainer.num_nodes}: executor.nodes={nodes}; set one of them, or both alike"
-        )
-    if problems:
-        raise ConfigError(*problems)
-    trainer.devices, trainer.num_nodes = offered, nodes
-    return recipe
-
-
-def _devices_here(accelerator: str) -> int:
-    """What "auto" means on this machine: all GPUs, or one process on a CPU."""
-    import torch
-
-    return max(1, torch.cuda.device_count()) if accelerator in ("gpu", "cuda", "auto") else 1
 
 
 FREE_TO_CHANGE = (

@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Self
 
 from fiddlehead.errors import ConfigError
-from fiddlehead.launch import mirror, secrets, slurm_queue
+from fiddlehead.launch import mirror, secrets, slurm_offer, slurm_queue
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.shell import Shell
-from fiddlehead.launch.slurm_queue import seconds
+from fiddlehead.launch.slurm_offer import seconds
 from fiddlehead.launch.slurm_script import batch_script
 from fiddlehead.runs import RunDirectory, Status, write_atomically
 
@@ -22,7 +22,7 @@ from fiddlehead.runs import RunDirectory, Status, write_atomically
 def slurm(
     account: str | None = None,
     partition: str | None = None,
-    nodes: int = 1,
+    nodes: int | None = None,
     gpus_per_node: int | None = None,
     time: str = "01:00:00",
     container: str | None = None,
@@ -33,8 +33,9 @@ def slurm(
     Args:
         account: whom the time is charged to.
         partition: which nodes; None is the cluster's default.
-        nodes: how many.
-        gpus_per_node: how many of each; None is as many as the recipe's devices, if they are GPUs.
+        nodes: how many; None is as many as the recipe's `trainer.num_nodes`.
+        gpus_per_node: how many of each; None is as many as the recipe's devices, if they are GPUs; for
+            `trainer.devices=auto` all that the partition's nodes have.
         time: the most that one attempt may take, as `sbatch --time` has it; the run goes on in another.
         container: an image, for Pyxis or Apptainer; None is the environment of this process.
         settings: more of `SlurmExecutor`'s.
@@ -133,16 +134,29 @@ class SlurmExecutor(Executor):
 
     def devices_per_node(self) -> int:
         """How many devices each node gives the run; 0 follows `trainer.devices`."""
-        return self.ntasks_per_node or self.gpus_per_node or 0
+        return self.ntasks_per_node or self._named_gpus()
 
-    def fitted(self, devices: int, accelerator: str) -> Self:
+    def gpus_of_a_node(self, nodes: int = 1) -> int:
+        """How many GPUs are asked for, or else how many the partition's nodes have.
+
+        Raises:
+            ConfigError: nothing is asked for, and Slurm does not say.
+        """
+        return self._named_gpus() or slurm_offer.gpus_of_a_node(self.shell(), self.partition, nodes)
+
+    def _named_gpus(self) -> int:
+        """How many GPUs the settings ask for on each node."""
+        return self.gpus_per_node or slurm_offer.count_gpus(self.gres or "")
+
+    def fitted(self, devices: int, accelerator: str, nodes: int = 1) -> Self:
         """These settings with as many processes as the recipe has devices, and GPUs for them if it uses any."""
         gpus = self.gpus_per_node
         if gpus is None and not self.gres and accelerator in ("gpu", "cuda"):
             gpus = devices
         # The environment of this process may be mounted in a container, but is not what the image is for.
         python = self.python or ("python3" if self.container else "")
-        return replace(self, ntasks_per_node=devices, gpus_per_node=gpus, python=python)
+        nodes = self.nodes or nodes
+        return replace(self, nodes=nodes, ntasks_per_node=devices, gpus_per_node=gpus, python=python)
 
     @property
     def time_limit(self) -> int | None:
@@ -184,7 +198,9 @@ class SlurmExecutor(Executor):
         if not shell.succeeds("command -v sbatch"):
             where = f"over SSH it is looked for as in `ssh {self.host} sbatch`" if self.host else "or set executor.host"
             raise ConfigError(f"executor=slurm: there is no sbatch on {shell.name}; launch from a login node, {where}")
-        problems = slurm_queue.problems(shell, self.partition, self.account, self.nodes, self.time, self.gpus_per_node)
+        problems = slurm_offer.problems(
+            shell, self.partition, self.account, self.nodes or 1, self.time, self.gpus_per_node
+        )
         pyxis = self.container and self.container_runtime == "pyxis"
         if pyxis and not shell.succeeds("srun --help | grep -q -e --container-image"):
             problems.append(

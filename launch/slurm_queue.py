@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fiddlehead.errors import ConfigError, unknown
 from fiddlehead.launch.shell import Shell
+from fiddlehead.launch.slurm_offer import rows
 from fiddlehead.runs import RunDirectory, State, Status
 
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT", "CONFIGURING"}
@@ -101,12 +100,12 @@ def find(shell: Shell, ids: Sequence[str]) -> dict[str, Job] | None:
     if answer is None:
         return None
     jobs = dict.fromkeys(ids, Job(UNKNOWN))
-    for job_id, state, code, reason, nodes, _ in _rows(answer, 5):
+    for job_id, state, code, reason, nodes, _ in rows(answer, 5):
         jobs[job_id] = Job(state, *_exit(int(code)), reason, nodes)
     missing = [job_id for job_id in ids if jobs[job_id].state == UNKNOWN]
     if missing:
         answer = shell.ask(f"sacct -X -n -P -o JobID,State,ExitCode,Reason,NodeList -j {','.join(missing)}")
-        for job_id, state, code, reason, nodes in _rows(answer.out, 4) if answer.code == 0 else ():
+        for job_id, state, code, reason, nodes in rows(answer.out, 4) if answer.code == 0 else ():
             # "CANCELLED by 1000"; a job that is unknown to squeue has no next attempt.
             jobs[job_id] = Job(state.split()[0], *_pair(code), reason, nodes)
     missing = [job_id for job_id in missing if jobs[job_id].state == UNKNOWN]
@@ -146,76 +145,6 @@ def unanswered(shell: Shell, said: str) -> None:
     _silent.add(shell)
 
 
-def problems(
-    shell: Shell, partition: str | None, account: str | None, nodes: int, time: str, gpus: int | None
-) -> list[str]:
-    """Why the cluster cannot take a job of this size, as far as it says."""
-    found = [*_partition_problems(shell, partition, nodes, time, gpus)]
-    if account:
-        answer = shell.ask('sacctmgr --noheader --parsable2 show assoc user="$(id -un)" format=account')
-        accounts = sorted(set(answer.out.split())) if answer.code == 0 else []
-        if accounts and account not in accounts:  # without accounting there are none
-            found.append(f"executor.account: {unknown('account', account, accounts)}")
-    return found
-
-
-def seconds(time: str) -> int | None:
-    """A time limit as sbatch reads it; None is no limit.
-
-    Raises:
-        ConfigError: it is no time.
-    """
-    if time.lower() in ("unlimited", "infinite", "0"):
-        return None
-    match = re.fullmatch(r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?)|(?:(?:(\d+):)?(\d+):(\d+))|(\d+)", time)
-    if not match:
-        raise ConfigError(
-            f"time={time!r}: allowed: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, "
-            "days-hours:minutes:seconds, UNLIMITED"
-        )
-    days, day_hours, day_minutes, day_seconds, hours, minutes, rest, only = (
-        int(group or 0) for group in match.groups()
-    )
-    return ((days * 24 + day_hours + hours) * 60 + day_minutes + minutes + only) * 60 + day_seconds + rest
-
-
-def _partition_problems(shell: Shell, partition: str | None, nodes: int, time: str, gpus: int | None) -> list[str]:
-    answer = shell.ask("sinfo --noheader --format='%P|%l|%D|%G|%a'")
-    if answer.code:
-        return [f"executor=slurm: sinfo on {shell.name}: {answer.said}"]
-    rows = _rows(answer.out, 4)
-    names = sorted({row[0].rstrip("*") for row in rows})
-    if partition is not None and partition not in names:
-        return [f"executor.partition: {unknown('partition', partition, names)}"]
-    ours = [row for row in rows if (row[0].endswith("*") if partition is None else row[0].rstrip("*") == partition)]
-    if not ours:
-        return [f"executor.partition: {shell.name} has no default; allowed: {', '.join(names)}"]
-    name = ours[0][0].rstrip("*")
-    found = []
-    if all(row[4] != "up" for row in ours):
-        found.append(f"executor.partition={name!r} is {ours[0][4]}")
-    limit, most = seconds(time), seconds(ours[0][1])
-    if most is not None and (limit is None or limit > most):
-        found.append(f"executor.time={time!r}: partition {name!r} allows {ours[0][1]}")
-    count = sum(int(row[2]) for row in ours)
-    if nodes > count:
-        found.append(f"executor.nodes={nodes}: partition {name!r} has {count}")
-    enough = sum(int(row[2]) for row in ours if _gpus(row[3]) >= (gpus or 0))
-    if gpus and enough < nodes <= count:
-        most_gpus = max(_gpus(row[3]) for row in ours)
-        found.append(
-            f"executor.gpus_per_node={gpus}: the nodes of partition {name!r} have {most_gpus} at most"
-            if not enough
-            else f"executor.nodes={nodes}: partition {name!r} has {enough} with {gpus} GPUs"
-        )
-    return found
-
-
-def _gpus(gres: str) -> int:
-    """How many GPUs a node has whose generic resources sinfo shows as this: `gpu:a100:4(S:0-1),shard:8`."""
-    return sum(int(count) for count in re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", gres))
-
-
 def _ask(shell: Shell, command: str) -> str | None:
     """What squeue prints; None if the controller does not answer."""
     answer = shell.ask(command)
@@ -224,11 +153,6 @@ def _ask(shell: Shell, command: str) -> str | None:
         return None
     _silent.discard(shell)
     return answer.out
-
-
-def _rows(text: str, bars: int) -> list[list[str]]:
-    """The lines of a table with so many bars; others are a login script's."""
-    return [line.split("|") for line in text.splitlines() if line.count("|") == bars]
 
 
 def _pair(code: str) -> tuple[int, int]:

@@ -46,7 +46,7 @@ def batch_script(
         account=executor.account or "",
         partition=executor.partition,
         time=executor.time,
-        nodes=executor.nodes,
+        nodes=executor.nodes or 1,
         ntasks_per_node=_tasks(executor),
         gpus_per_node=executor.gpus_per_node,
         cpus_per_task=_cpus(executor),

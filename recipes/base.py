@@ -79,10 +79,10 @@ def finetune(
     max_steps: int = 1000,
     lr: float,
     devices: int | str = "auto",
-    accelerator: str = "auto",
+    accelerator: str = "gpu",
     precision: str = "bf16-mixed",
 ) -> Recipe:
-    """A fine-tuning run of what `model.init_from` names on the examples of `data.paths`."""
+    """A fine-tuning run of what `model.init_from` names on the examples of `data.paths`, on all GPUs of a machine."""
     recipe = pretrain(
         fdl.Config(TransformerConfig),
         seq_length=seq_length,
@@ -96,7 +96,7 @@ def finetune(
         precision=precision,
     )
     recipe = Recipe(tasks.finetune, **fdl.ordered_arguments(recipe))
-    recipe.model = fdl.Config(LanguageModel, config=None, init_from="model")
+    recipe.model.config, recipe.model.init_from = None, "model"
     fdl.update_callable(recipe.data, FineTuningDataModule)
     recipe.data.paths = ["train.jsonl"]
     recipe.trainer.val_check_interval = recipe.checkpoint.every_n_steps = 100

@@ -33,6 +33,7 @@ def dora() -> Recipe:
 def dpo() -> Recipe:
     """Adapters learn which of two answers is the better one (direct preference optimization)."""
     recipe = lora()
+    del recipe.model.compile  # answers are compared whole, whatever their length
     fdl.update_callable(recipe.model, PreferenceModel)
     recipe.data.preference = True
     recipe.optim.lr = 5e-5

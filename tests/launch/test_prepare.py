@@ -11,14 +11,20 @@ import pytest
 
 from fiddlehead.cli.common import configure_executor
 from fiddlehead.errors import ConfigError
-from fiddlehead.launch import fit_to_executor, launch, rehearse
+from fiddlehead.launch import check, fit_to_executor, launch, missing_here, rehearse, yielded
 from fiddlehead.launch.docker import docker
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.local import local
+from fiddlehead.launch.shell import Answer
 from fiddlehead.launch.slurm import slurm
 from fiddlehead.launch.watch import load_executor
+from fiddlehead.overrides import apply_overrides
+from fiddlehead.recipe import Recipe
+from fiddlehead.recipes.finetune import dora, dpo, full, lora
+from fiddlehead.recipes.llama import llama2_13b
 from fiddlehead.recipes.tiny import tiny_test
 from fiddlehead.runs import RunDirectory
+from fiddlehead.training import Parallel
 
 
 def test_the_trainer_follows_the_executor():
@@ -37,6 +43,97 @@ def test_a_contradiction_is_an_error():
         fit_to_executor(recipe, slurm(nodes=2, gpus_per_node=4))
     assert len(error.value.problems) == 2
     assert "gives 4 on each node" in str(error.value) and "executor.nodes=2" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("executor", "devices", "nodes"),
+    [
+        (docker("image", gpus=1), 1, 1),
+        (slurm(nodes=4, gpus_per_node=4), 4, 4),
+        (slurm(gres="gpu:a100:2"), 2, 2),  # its machines, where the executor names none
+        (slurm(), 8, 2),
+        (local(2), 2, 1),
+        (None, 1, 1),
+    ],
+    ids=lambda value: getattr(value, "kind", value),
+)
+def test_what_the_recipe_itself_has_set_yields(executor: Executor | None, devices: int, nodes: int):
+    recipe = llama2_13b()  # 2 nodes of 8 GPUs
+    fitted = fit_to_executor(recipe, executor)
+    assert (fitted.trainer.devices, fitted.trainer.num_nodes) == (devices, nodes)
+    assert fitted.data.global_batch_size == recipe.data.global_batch_size
+    sentences = yielded(recipe, fitted)
+    assert ("trainer.devices" in " ".join(sentences)) == (devices != 8)
+    assert ("trainer.num_nodes" in " ".join(sentences)) == (nodes != 2)
+    assert not yielded(fitted, fit_to_executor(fitted, executor))  # once is enough
+
+
+@pytest.mark.parametrize("setting", ["trainer.devices=8", "trainer.num_nodes=2"])
+def test_what_was_typed_does_not_yield_though_it_is_what_the_recipe_has(setting: str):
+    recipe = apply_overrides(llama2_13b(), [setting])
+    with pytest.raises(ConfigError, match=f"^{setting}: .*set one of them"):
+        fit_to_executor(recipe, docker("image", gpus=1))
+
+
+def test_a_recipe_file_yields_as_its_function_does(tmp_path: Path):
+    llama2_13b().save(tmp_path / "r.yaml")
+    assert fit_to_executor(Recipe.load(tmp_path / "r.yaml"), docker("image", gpus=1)).trainer.devices == 1
+
+
+@pytest.mark.parametrize("devices", [0, 2.5, True, "two", None, [0, 1]])
+def test_devices_that_are_not_a_number_are_refused(devices):
+    recipe = tiny_test()
+    recipe.trainer.devices = devices
+    with pytest.raises(ConfigError, match=r"^trainer.devices="):
+        fit_to_executor(recipe, local())
+
+
+@pytest.mark.parametrize("make", [full, lora, dora, dpo])
+def test_fine_tuning_takes_all_gpus_of_where_it_runs(make, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fiddlehead.launch.executor.gpus_here", lambda: 3)  # of a login node, which do not count
+    monkeypatch.setattr("fiddlehead.launch.slurm_offer.gpus_of_a_node", lambda shell, partition, nodes: 4)
+    for executor, gpus in ((slurm(), 4), (slurm(gpus_per_node=2), 2), (docker("i"), 3), (docker("i", gpus=2), 2)):
+        fitted = fit_to_executor(make(), executor)
+        assert (fitted.trainer.accelerator, fitted.trainer.devices) == ("gpu", gpus)
+        asked = executor.fitted(gpus, "gpu")
+        assert getattr(asked, "gpus_per_node", 0) == gpus or getattr(asked, "gpus", 0) == gpus
+    assert fitted.trainer.strategy.__fn_or_cls__ is Parallel
+    assert make is dpo or fitted.model.compile == "layers"
+
+
+def test_on_a_cpu_nothing_is_compiled_that_only_the_recipe_wants_compiled():
+    recipe = apply_overrides(lora(), ["trainer.accelerator=cpu"])
+    fitted = fit_to_executor(recipe, local())
+    assert (fitted.trainer.devices, fitted.model.compile) == (1, None)
+    assert yielded(recipe, fitted) == ["model.compile=None; the recipe has 'layers'"]
+    recipe = apply_overrides(recipe, ["model.compile=layers"])
+    assert fit_to_executor(recipe, local()).model.compile == "layers"
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_automatic_is_what_is_there(gpus: int, monkeypatch: pytest.MonkeyPatch):
+    recipe = apply_overrides(lora(), ["trainer.accelerator=auto"])
+    monkeypatch.setattr("fiddlehead.launch.executor.gpus_here", lambda: gpus)
+    fitted = fit_to_executor(recipe, local())
+    assert (fitted.trainer.accelerator, fitted.trainer.devices) == (("gpu", 2) if gpus else ("cpu", 1))
+
+
+def test_a_cluster_that_does_not_say_what_it_has_is_not_guessed_at(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fiddlehead.launch.slurm.slurm_offer.Shell.ask", lambda *_, **__: Answer(127, "", "no sinfo"))
+    with pytest.raises(ConfigError, match=r"executor.gpus_per_node: say how many"):
+        fit_to_executor(lora(), slurm())
+
+
+@pytest.mark.parametrize("executor", [None, local()], ids=["direct", "local"])
+def test_a_run_that_asks_for_gpus_and_finds_none_fails_at_once(
+    executor: Executor | None, working_directory: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("fiddlehead.launch.fit.gpus_here", lambda: 0)
+    with pytest.raises(ConfigError, match=r"^trainer.devices=.* no GPUs; set trainer.accelerator=cpu"):
+        launch(llama2_13b(), executor)
+    assert not list(working_directory.iterdir())
+    recipe = fit_to_executor(llama2_13b(), executor)
+    assert missing_here(recipe) and check(recipe, here=False).parameters > 1e10  # which shows it all the same
 
 
 def test_gpus_are_asked_for_as_the_recipe_needs_them():

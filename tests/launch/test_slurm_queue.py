@@ -12,7 +12,8 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.launch import slurm_queue
 from fiddlehead.launch.shell import Shell
 from fiddlehead.launch.slurm import _refusal, _would_wait, slurm
-from fiddlehead.launch.slurm_queue import UNKNOWN, Job, corrected, find, problems, seconds
+from fiddlehead.launch.slurm_offer import count_gpus, gpus_of_a_node, problems, seconds
+from fiddlehead.launch.slurm_queue import UNKNOWN, Job, corrected, find
 from fiddlehead.runs import RunDirectory, State, Status
 
 HERE = Shell()
@@ -211,6 +212,44 @@ def test_problems_name_the_setting(answer, asked, said: list[str]):
     answer("sinfo", SINFO)
     answer("sacctmgr", "printf '%s\\n' research teaching research")
     assert problems(HERE, *asked) == said
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("cpu,h100", None, 4, "UNLIMITED", 8), []),  # one that can is enough
+        (("h100, cpu", None, 1, "60", None), []),
+        (("cpu,h10", None, 1, "60", None), ["executor.partition: unknown partition 'h10'; did you mean 'h100'?"]),
+        (("cpu,h100", None, 20, "2-0", 8), 3),
+        ((",", None, 1, "60", None), ["executor.partition=',': names none; allowed: cpu, h100"]),
+    ],
+    ids=str,
+)
+def test_several_partitions_may_be_named(answer, asked, said: list[str] | int):
+    answer("sinfo", SINFO)
+    found = problems(HERE, *asked)
+    assert (len(found) if isinstance(said, int) else found) == said
+
+
+def test_hidden_partitions_are_known(answer):
+    answer("sinfo", """case " $* " in *" --all "*) echo 'secret|infinite|1|gpu:2|up' ;; esac""")
+    assert problems(HERE, "secret", None, 1, "60", 2) == []
+
+
+def test_all_gpus_of_a_node(answer):
+    answer("sinfo", SINFO)
+    assert gpus_of_a_node(HERE, "h100", 4) == 8
+    assert gpus_of_a_node(HERE, "h100", 5) == 4  # each of five nodes has
+    assert gpus_of_a_node(HERE, None, 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("gres", "gpus"),
+    [("gpu", 1), ("gpu:4", 4), ("gpu:a100", 1), ("gpu:a100:4(S:0-1),shard:8", 4), ("gpu:a:2,gpu:b:3", 5),
+     ("(null)", 0), ("shard:4", 0), ("mygpu:4", 0), ("", 0)],
+)  # fmt: skip
+def test_gpus_among_generic_resources(gres: str, gpus: int):
+    assert count_gpus(gres) == gpus
 
 
 def test_several_problems_at_once(answer):

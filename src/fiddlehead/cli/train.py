@@ -119,12 +119,16 @@ def pretrain(
 
     before = _successes(after or (), recipe.log.dir)
     fitted = launch.fit_to_executor(recipe, None if direct else executor)
-    plan = launch.check(fitted, here=direct or not executor.ships_code, waits=bool(before))
+    here = direct or not executor.ships_code
+    missing = launch.missing_here(fitted) if here and (dryrun or to_yaml) else ""
+    plan = launch.check(fitted, here=here and not missing, waits=bool(before))
     if to_yaml is not None:
         recipe.save(to_yaml)
         print(f"wrote {to_yaml}; run it with --factory @{to_yaml}")  # noqa: T201
         return
-    _show_plan(name, "in this process" if direct else where, plan.rows())
+    notes = [("changed", sentence) for sentence in launch.yielded(recipe, fitted)]
+    notes += [("it cannot start here", missing)] if missing else []
+    _show_plan(name, "in this process" if direct else where, [*plan.rows(), *notes])
     if dryrun:
         shipped = "" if direct else launch.rehearse(recipe, executor)
         if shipped:
@@ -140,7 +144,7 @@ def pretrain(
     _wait_for(here)
     try:
         run = launch.launch(
-            recipe,
+            fitted,
             None if direct else executor,
             name=name,
             detach=detach,
@@ -185,8 +189,9 @@ def _sweep(
             recipe, _ = load_recipe(factory, variant.edits(edits), allow)
             recipe.log.name = variant.name
             fitted = launch.fit_to_executor(recipe, executor)
-            plans.append((fitted, launch.check(fitted, here=not executor.ships_code)))
-            recipes.append(recipe)
+            missing = launch.missing_here(fitted) if dryrun and not executor.ships_code else ""
+            plans.append((fitted, launch.check(fitted, here=not executor.ships_code and not missing)))
+            recipes.append(fitted)
         except ConfigError as error:
             problems += [f"{variant.name}: {problem}" for problem in error.problems]
     if problems:
@@ -198,7 +203,8 @@ def _sweep(
         add_row(made, variant.name, *variant.values.values())
     show(made)
     at_once = "all at once" if max_running is None else f"{max_running} at a time"
-    _show_plan(f"{len(variants)} runs, {at_once}", where, _totals(plans, executor))
+    notes = [("changed", sentence) for sentence in launch.yielded(first, plans[0][0])]
+    _show_plan(f"{len(variants)} runs, {at_once}", where, [*_totals(plans, executor), *notes])
     if dryrun:
         shipped = launch.rehearse(recipes[0], executor)
         if shipped:

@@ -1,0 +1,120 @@
+"""How a recipe follows the executor that it is sent to: machines, devices, and what kind they are."""
+
+from __future__ import annotations
+
+import inspect
+import socket
+import sys
+from typing import Any
+
+import fiddle as fdl
+from fiddle import history
+
+from fiddlehead.errors import ConfigError
+from fiddlehead.launch.executor import Executor, gpus_here
+from fiddlehead.recipe import Recipe
+
+GPU = ("gpu", "cuda")
+
+
+def fit_to_executor(recipe: Recipe, executor: Executor | None) -> Recipe:
+    """A copy of the recipe whose trainer uses the executor's machines and devices; None is one process here.
+
+    What the recipe function has set yields to the executor; what its user has set must agree with it. "auto" becomes
+    what is there: all GPUs of each machine, or one process where there are none. The global batch stays the same.
+
+    Raises:
+        ConfigError: the user has set the trainer otherwise, or the executor cannot say what it has.
+    """
+    if executor is not None and not isinstance(executor, Executor):
+        raise ConfigError(
+            f"executor: is a {type(executor).__module__}.{type(executor).__name__}; give what "
+            "fiddlehead.launch.local.local, .slurm.slurm or .docker.docker return; settings are called as NeMo-Run's"
+        )
+    recipe = recipe.clone()
+    if "trainer" not in recipe.__arguments__:
+        return recipe
+    trainer = recipe.trainer
+    problems = [
+        f"trainer.{name}={value!r}: must be {what}"
+        for name, value, what in (
+            ("num_nodes", trainer.num_nodes, "how many machines (1 or more)"),
+            ("devices", _automatic(trainer.devices), "how many there are on a node (1 or more), or 'auto'"),
+        )
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1)
+    ]
+    if problems:
+        raise ConfigError(*problems)
+    nodes = 1 if executor is None else executor.nodes or trainer.num_nodes
+    given = 1 if executor is None else executor.devices_per_node()
+    accelerator, devices = trainer.accelerator, _automatic(trainer.devices)
+    if accelerator == "auto":
+        accelerator = "gpu" if _gpus(executor, nodes) else "cpu"
+    if not given and devices == "auto":
+        given = _gpus(executor, nodes) or 1 if accelerator in GPU else 1
+    given = given or int(devices)
+    where = "one process without an executor" if executor is None else f"the executor gives {given} on each node"
+    if devices not in ("auto", given) and _is_users(trainer, "devices"):
+        problems.append(f"trainer.devices={devices}: {where}; set one of them, or both alike")
+    if trainer.num_nodes != nodes and _is_users(trainer, "num_nodes"):
+        where = "one process without an executor" if executor is None else f"executor.nodes={nodes}"
+        problems.append(f"trainer.num_nodes={trainer.num_nodes}: {where}; set one of them, or both alike")
+    if problems:
+        raise ConfigError(*problems)
+    for name, value in (("accelerator", accelerator), ("devices", given), ("num_nodes", nodes)):
+        if getattr(trainer, name) != value:
+            setattr(trainer, name, value)
+    compiled = "model" in recipe.__arguments__ and recipe.model.__arguments__.get("compile")
+    if accelerator == "cpu" and compiled and not _is_users(recipe.model, "compile"):
+        recipe.model.compile = None  # recipes for GPUs ask for it; on a CPU it takes minutes, and a C++ compiler
+    return recipe
+
+
+def yielded(recipe: Recipe, fitted: Recipe) -> list[str]:
+    """What of the recipe has yielded to the executor, or to the CPU: a sentence for each value, for people."""
+    sentences = []
+    for difference in fitted.diff(recipe):
+        if difference.right not in ("auto", -1, "-1"):
+            sentences.append(f"{difference.path}={difference.left!r}; the recipe has {difference.right!r}")
+    if any(not sentence.startswith("model") for sentence in sentences):
+        sentences.append(f"data.global_batch_size={recipe.data.global_batch_size} stays as it is")
+    return sentences
+
+
+def missing_here(recipe: Recipe) -> str:
+    """Why a recipe that was fitted to this machine cannot run on it; "" if it can."""
+    trainer = recipe.trainer
+    if trainer.accelerator not in GPU or not isinstance(trainer.devices, int) or trainer.devices <= gpus_here():
+        return ""
+    found = gpus_here()
+    fewer = f"trainer.devices={found}" if found else "trainer.accelerator=cpu"
+    return (
+        f"trainer.devices={trainer.devices} with trainer.accelerator={trainer.accelerator!r}: {socket.gethostname()} "
+        f"has {found or 'no'} GPU{'s' * (found != 1)}; set {fewer}, or name an executor that has them"
+    )
+
+
+def _automatic(devices: Any) -> Any:
+    """`trainer.devices`, with one word for all of them."""
+    return "auto" if devices in ("auto", -1, "-1") else devices
+
+
+def _gpus(executor: Executor | None, nodes: int) -> int:
+    """How many GPUs "auto" stands for on each machine."""
+    return min(1, gpus_here()) if executor is None else executor.gpus_of_a_node(nodes)
+
+
+def _is_users(config: fdl.Buildable, name: str) -> bool:
+    """Whether a value was set by the recipe's user: typed, or set in a program after the recipe function returned."""
+    entries = config.__argument_history__[name]
+    return bool(entries) and not _in_a_recipe(entries[-1].location)
+
+
+def _in_a_recipe(location: history.Location) -> bool:
+    """Whether a value was set by a recipe: in a YAML file, or in a function that says it returns a `Recipe`."""
+    if location.function_name is None:
+        return location.line_number > 0  # edits that were typed have no line
+    modules = [module for module in list(sys.modules.values()) if getattr(module, "__file__", "") == location.filename]
+    functions = [getattr(module, location.function_name, None) for module in modules]
+    returned = [inspect.get_annotations(function).get("return") for function in functions if callable(function)]
+    return any(kind is Recipe or str(kind).endswith("Recipe") for kind in returned)

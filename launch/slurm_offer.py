@@ -1,0 +1,137 @@
+"""What a Slurm cluster has to offer: partitions, their limits, nodes and GPUs, and accounts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.launch.shell import Shell
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition as sinfo shows it, with all its nodes, whatever state they are in."""
+
+    name: str
+    time: str
+    """The most that a job may take."""
+    up: str
+    """ "up", or why it takes no jobs."""
+    gpus: tuple[int, ...]
+    """How many each node has."""
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes it has."""
+        return len(self.gpus)
+
+    def problems(self, nodes: int, time: str, gpus: int) -> list[str]:
+        """Why it cannot take a job of this size."""
+        found = [] if self.up == "up" else [f"executor.partition={self.name!r} is {self.up}"]
+        limit, most = seconds(time), seconds(self.time)
+        if most is not None and (limit is None or limit > most):
+            found.append(f"executor.time={time!r}: partition {self.name!r} allows {self.time}")
+        if nodes > self.nodes:
+            found.append(f"executor.nodes={nodes}: partition {self.name!r} has {self.nodes}")
+        enough = sum(count >= gpus for count in self.gpus)
+        if gpus and enough < nodes <= self.nodes:
+            found.append(
+                f"executor.gpus_per_node={gpus}: the nodes of partition {self.name!r} have {max(self.gpus)} at most"
+                if not enough
+                else f"executor.nodes={nodes}: partition {self.name!r} has {enough} with {gpus} GPUs"
+            )
+        return found
+
+
+def problems(
+    shell: Shell, partition: str | None, account: str | None, nodes: int, time: str, gpus: int | None
+) -> list[str]:
+    """Why the cluster cannot take a job of this size, as far as it says.
+
+    Of several partitions, as in `a,b`, one that can is enough: Slurm takes the one that starts the job first.
+    """
+    try:
+        of_each = [found.problems(nodes, time, gpus or 0) for found in _named(shell, partition)]
+        found = [] if [] in of_each else [problem for each in of_each for problem in each]
+    except ConfigError as error:
+        found = [*error.problems]
+    if account:
+        answer = shell.ask('sacctmgr --noheader --parsable2 show assoc user="$(id -un)" format=account')
+        accounts = sorted(set(answer.out.split())) if answer.code == 0 else []
+        if accounts and account not in accounts:  # without accounting there are none
+            found.append(f"executor.account: {unknown('account', account, accounts)}")
+    return found
+
+
+def gpus_of_a_node(shell: Shell, partition: str | None, nodes: int) -> int:
+    """The most GPUs that each of `nodes` nodes of a partition has.
+
+    Raises:
+        ConfigError: Slurm does not say.
+    """
+    try:
+        named = _named(shell, partition)
+    except ConfigError as error:
+        raise ConfigError(*error.problems, "executor.gpus_per_node: say how many GPUs a node has for the run") from None
+    return max(sorted(found.gpus, reverse=True)[min(nodes, found.nodes) - 1] for found in named)
+
+
+def count_gpus(gres: str) -> int:
+    """How many GPUs generic resources are, as sinfo shows and sbatch takes them: `gpu:a100:4(S:0-1),shard:8`."""
+    return sum(int(count or 1) for count in re.findall(r"(?<!\w)gpu(?=[:,(]|$)(?::[^:,(\d][^:,(]*)?(?::(\d+))?", gres))
+
+
+def seconds(time: str) -> int | None:
+    """A time limit as sbatch reads it; None is no limit.
+
+    Raises:
+        ConfigError: it is not a time.
+    """
+    if time.lower() in ("unlimited", "infinite", "0"):
+        return None
+    match = re.fullmatch(r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?)|(?:(?:(\d+):)?(\d+):(\d+))|(\d+)", time)
+    if not match:
+        raise ConfigError(
+            f"time={time!r}: allowed: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, "
+            "days-hours:minutes:seconds, UNLIMITED"
+        )
+    days, day_hours, day_minutes, day_seconds, hours, minutes, rest, only = (
+        int(group or 0) for group in match.groups()
+    )
+    return ((days * 24 + day_hours + hours) * 60 + day_minutes + minutes + only) * 60 + day_seconds + rest
+
+
+def rows(text: str, bars: int) -> list[list[str]]:
+    """The lines of a table with so many bars; others are a login script's."""
+    return [line.split("|") for line in text.splitlines() if line.count("|") == bars]
+
+
+def _named(shell: Shell, names: str | None) -> list[Partition]:
+    """The partitions that are named, separated by commas; the default one if None.
+
+    Raises:
+        ConfigError: sinfo fails, or there is no such partition, or no default.
+    """
+    answer = shell.ask("sinfo --all --noheader --format='%P|%l|%D|%G|%a'")  # --all: hidden ones take jobs too
+    if answer.code:
+        raise ConfigError(f"executor=slurm: sinfo on {shell.name}: {answer.said}")
+    table = [row for row in rows(answer.out, 4) if row[2].isdigit()]
+    known = sorted({row[0].rstrip("*") for row in table})
+    if names is None:
+        wanted: Sequence[str] = [row[0].rstrip("*") for row in table if row[0].endswith("*")][:1]
+        if not wanted:
+            raise ConfigError(f"executor.partition: {shell.name} has no default; allowed: {', '.join(known)}")
+    else:
+        wanted = [name.strip() for name in names.split(",") if name.strip()]
+        wrong = [f"executor.partition: {unknown('partition', name, known)}" for name in wanted if name not in known]
+        if wrong or not wanted:
+            raise ConfigError(*wrong or [f"executor.partition={names!r}: names none; allowed: {', '.join(known)}"])
+    made = []
+    for name in wanted:
+        ours = [row for row in table if row[0].rstrip("*") == name]
+        gpus = tuple(count_gpus(row[3]) for row in ours for _ in range(int(row[2])))
+        up = "up" if any(row[4] == "up" for row in ours) else ours[0][4]
+        made.append(Partition(name, ours[0][1], up, gpus))
+    return made
