@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
-from fiddlehead import job
+from fiddlehead import job, workers
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import secrets, watch
 from fiddlehead.launch.executor import Executor
@@ -75,7 +75,10 @@ def launch(
             raise ConfigError("a run in this process starts at once; name an executor for one that waits")
         names = sorted({*recipe.names_to_allow(), *allow})
         run, recipe = prepare(recipe, None, name=name, command=command)
-        with copied_to(run.log):
+        from fiddlehead.training.console import become_rank_zero
+
+        become_rank_zero()
+        with copied_to(run.log), workers.apart():
             job.execute(run, lambda: job.run_recipe(run.recipe, names))
         status = run.status()
     else:

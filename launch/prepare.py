@@ -143,7 +143,7 @@ def check(recipe: Recipe, *, here: bool = True, waits: bool = False) -> Any:
     Raises:
         ConfigError: with every problem, each under its path.
     """
-    from fiddlehead import bench, tasks
+    from fiddlehead import bench, tasks, workers
 
     trainings = (tasks.pretrain, tasks.finetune, bench.benchmark)
     planners: dict[Any, Callable] = dict.fromkeys(trainings, tasks.plan_pretrain)
@@ -157,7 +157,8 @@ def check(recipe: Recipe, *, here: bool = True, waits: bool = False) -> Any:
     elsewhere = recipe.trainer.accelerator in GPU and (not here or bool(missing))
     if elsewhere:
         recipe.trainer.accelerator = "cpu"
-    plan = planners[recipe.__fn_or_cls__](**recipe.build_arguments(), elsewhere=elsewhere)
+    with workers.apart():
+        plan = planners[recipe.__fn_or_cls__](**recipe.build_arguments(), elsewhere=elsewhere)
     if recipe.log.name is not None:
         run = RunDirectory((Path(recipe.log.dir) / recipe.log.name).absolute())
         refuse_taken(run, recipe)

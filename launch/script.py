@@ -12,6 +12,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.launch.code import CodeCopy
 from fiddlehead.launch.executor import Executor
 from fiddlehead.runs import RunDirectory
+from fiddlehead.workers import JOB_VARIABLES
 
 
 def job_script(
@@ -80,7 +81,7 @@ _HEAD = """\
 
 _NO_SLURM = """\
 # A launcher may itself be in a Slurm job, which is not this one.
-unset "${!SLURM_@}"
+unset "${!SLURM_@}" MASTER_ADDR MASTER_PORT
 """
 
 _OUTPUT = """\
@@ -141,7 +142,10 @@ def _where(executor: Executor) -> str:
 
 def _variables(executor: Executor, lock: str) -> str:
     """Shell lines for the environment of the job, and for a stop that is asked for before Python runs."""
-    lines = ["unset FIDDLEHEAD_REQUEUES FIDDLEHEAD_LAUNCHER_LOCK", "_stopped=130"]
+    lines = [
+        f"unset {' '.join(JOB_VARIABLES)}",
+        "_stopped=130",
+    ]
     lines += [f"export {name}={quote(value)}" for name, value in executor.env_vars.items()]
     if lock:
         # Nobody holds it when the script is run by hand.

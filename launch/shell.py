@@ -34,12 +34,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Shell:
-    """A machine that runs bash commands; without `host`, this one."""
+    """A machine that runs bash commands; without `host`, this one.
+
+    Args:
+        before: shell lines that run before each command.
+    """
 
     host: str | None = None
     user: str | None = None
     port: int | None = None
     identity: str | None = None
+    before: str = ""
 
     @property
     def name(self) -> str:
@@ -55,6 +60,7 @@ class Shell:
         Raises:
             ConfigError: there is no connection.
         """
+        command = self.before + command
         if self.host is not None:
             return self._over_ssh(command, stdin)
         environment = {name: value for name, value in os.environ.items() if name not in without}

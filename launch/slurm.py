@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -186,7 +185,7 @@ class SlurmExecutor(Executor):
 
     def shell(self) -> Shell:
         """Where Slurm's commands are run."""
-        return Shell(self.host, self.user, self.port, self.identity)
+        return Shell(self.host, self.user, self.port, self.identity, before=slurm_offer.WITHOUT_SETTINGS)
 
     def check(self, run: RunDirectory) -> None:
         """Asks the cluster for what the settings name, and lets sbatch test the script.
@@ -198,6 +197,7 @@ class SlurmExecutor(Executor):
         if not shell.succeeds("command -v sbatch"):
             where = f"over SSH it is looked for as in `ssh {self.host} sbatch`" if self.host else "or set executor.host"
             raise ConfigError(f"executor=slurm: there is no sbatch on {shell.name}; launch from a login node, {where}")
+        slurm_offer.warn_of_settings(shell)
         problems = slurm_offer.problems(
             shell, self.partition, self.account, self.nodes or 1, self.time, self.gpus_per_node
         )
@@ -267,9 +267,8 @@ class SlurmExecutor(Executor):
             self.shell().ask(shlex.join(["rm", "-f", *(self.secrets_file(run) for run in runs)]))
 
     def _not_passed_on(self) -> list[str]:
-        """Environment variables that sbatch, which copies all, shall not see: secrets, and those of a job around us."""
-        ours = [name for name in os.environ if name.startswith("SLURM_") and "SLURM_JOB_ID" in os.environ]
-        return [*secrets.ALWAYS, *self.secrets, *(name for name in ours if name != "SLURM_CONF")]
+        """Environment variables that sbatch, which copies all, shall not see."""
+        return [*secrets.ALWAYS, *self.secrets]
 
 
 def _refusal(said: str) -> str:

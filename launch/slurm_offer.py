@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fiddlehead.errors import ConfigError, unknown
 from fiddlehead.launch.shell import Shell
+
+_PROGRAMS = ("SALLOC", "SACCT", "SACCTMGR", "SBATCH", "SCONTROL", "SINFO", "SLURM", "SQUEUE", "SRUN")
+WITHOUT_SETTINGS = (
+    f"for _name in {' '.join(f'${{!{program}_@}}' for program in _PROGRAMS)}; do\n"
+    "    case $_name in SLURM_CONF | SLURM_CONF_SERVER | SLURM_JWT) ;; *) unset $_name ;; esac\n"
+    "done; unset _name\n"
+)
+"""Shell lines that leave Slurm's programs only what says where the cluster is, and who asks.
+
+By other variables they answer in another form, or for a part of the cluster; sbatch takes them before what its script
+says; and a job inherits them, and starts its tasks by them. They may be the user's, or those of a job around us."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,18 @@ class Partition:
                 else f"executor.nodes={nodes}: partition {self.name!r} has {enough} with {gpus} GPUs"
             )
         return found
+
+
+def warn_of_settings(shell: Shell) -> None:
+    """Says which variables of the user's environment would have changed the job, and have not."""
+    answer = replace(shell, before="").ask('echo "${!SBATCH_@} ${SLURM_CLUSTERS:+SLURM_CLUSTERS}"')
+    names = re.findall(r"\b(?:SBATCH_\w+|SLURM_CLUSTERS)\b", answer.out)
+    if names:
+        print(  # noqa: T201
+            f"WARNING: sbatch does not get {', '.join(sorted(names))} of the environment on {shell.name}: the "
+            "executor's settings count, such as executor.partition, or executor.additional_parameters for others",
+            file=sys.stderr,
+        )
 
 
 def problems(

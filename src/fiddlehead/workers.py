@@ -7,6 +7,7 @@ a signal, or another node's failure, means to them reaches them through the run 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -14,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -25,6 +26,14 @@ from fiddlehead.runs import RunDirectory, StopRequest, plain_recipe
 PATIENCE = 60.0
 """Seconds that the other processes have to leave after one that was asked to stop."""
 _PARENT = "FIDDLEHEAD_PARENT"
+JOB_VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
+    "ROLE_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_SIZE",
+    _PARENT, "FIDDLEHEAD_REQUEUES", "FIDDLEHEAD_LAUNCHER_LOCK",
+)  # fmt: skip
+"""Environment variables that tell a process of a job which one it is: torchrun's, IBM's jsrun's and our own.
+
+`MASTER_ADDR` and `MASTER_PORT` are not among them, as a job on several nodes is given them."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,24 @@ class Rank:
             # Lightning takes such a process for torchrun's, and leaves Slurm alone.
             "TORCHELASTIC_RUN_ID": os.environ.get("SLURM_JOB_ID", "job"),
         }
+
+
+def around_us() -> list[str]:
+    """The environment variables of a job that this process was started in, and which is not the one that it starts."""
+    slurm = [
+        name for name in os.environ if name.startswith("SLURM_") and not name.startswith(("SLURM_CONF", "SLURM_JWT"))
+    ]
+    return [*slurm, *(name for name in JOB_VARIABLES if name in os.environ)]
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """In the block this process is no part of the job that it was started in: Lightning would believe that it is."""
+    hidden = {name: os.environ.pop(name) for name in around_us()}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def is_first() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -134,6 +135,24 @@ def test_a_run_that_asks_for_gpus_and_finds_none_fails_at_once(
     assert not list(working_directory.iterdir())
     recipe = fit_to_executor(llama2_13b(), executor)
     assert missing_here(recipe) and check(recipe, here=False).parameters > 1e10  # which shows it all the same
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"},
+        {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_PROCID": "1", "SLURM_JOB_NAME": "x"},
+        {"LOCAL_RANK": "3"},
+        {"RANK": "x", "WORLD_SIZE": "", "TORCHELASTIC_RUN_ID": "pod"},
+        {"NODE_RANK": "one", "GROUP_RANK": "1", "LOCAL_RANK": "x"},
+    ],
+    ids=str,
+)
+def test_the_job_that_the_launcher_is_in_is_not_the_runs(around: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+    for name, value in around.items():
+        monkeypatch.setenv(name, value)
+    assert check(fit_to_executor(tiny_test(), None)).world_size == 1
+    assert {name: os.environ[name] for name in around} == around  # which is the program's own
 
 
 def test_gpus_are_asked_for_as_the_recipe_needs_them():

@@ -25,6 +25,7 @@ from fiddlehead.launch.code import ship
 from fiddlehead.launch.local import LocalExecutor
 from fiddlehead.launch.script import job_script
 from fiddlehead.runs import RunDirectory
+from fiddlehead.workers import JOB_VARIABLES
 from tests.launch.test_secrets import AWKWARD
 
 JOB = """\
@@ -193,8 +194,9 @@ def test_each_attempt_is_appended_under_a_line_of_its_own(
 
 def test_a_launchers_own_slurm_job_is_not_the_jobs(run: RunDirectory) -> None:
     command = written(run, LocalExecutor())
-    found = seen(run, command, SLURM_NODEID="1", SLURM_PROCID="1", SLURM_JOB_ID="3", FIDDLEHEAD_REQUEUES="9")
-    assert not [name for name in found["environment"] if name.startswith(("SLURM_", "FIDDLEHEAD_REQUEUES"))]
+    around = dict.fromkeys((*JOB_VARIABLES, "MASTER_ADDR", "SLURM_NODEID", "SLURM_PROCID", "SLURM_JOB_ID"), "1")
+    found = seen(run, command, **around)
+    assert not set(around) & set(found["environment"])
     assert run.log.read_text().splitlines()[0].endswith(" (local)")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fiddlehead.errors import ConfigError
-from fiddlehead.launch import slurm_queue
+from fiddlehead.launch import slurm_offer, slurm_queue
 from fiddlehead.launch.shell import Shell
 from fiddlehead.launch.slurm import _refusal, _would_wait, slurm
 from fiddlehead.launch.slurm_offer import count_gpus, gpus_of_a_node, problems, seconds
@@ -187,6 +187,43 @@ def test_secrets_go_when_slurm_says_that_the_run_has_ended(tmp_path: Path, answe
     answer("squeue", "echo '17|CANCELLED|0|None|node1|'")
     executor.states([run])
     assert not file.exists()
+
+
+# --- what Slurm's programs are told
+
+CONFIGURATION = {"SLURM_CONF": "/nowhere/slurm.conf", "SLURM_JWT": "token"}
+SETTINGS = {
+    "SBATCH_PARTITION": "urgent", "SBATCH_TIMELIMIT": "7", "SBATCH_EXPORT": "NONE", "SLURM_EXPORT_ENV": "NONE",
+    "SLURM_CLUSTERS": "other", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "3", "SINFO_FORMAT": "%N", "SQUEUE_STATES": "all",
+    "SACCT_FORMAT": "jobid", "SALLOC_PARTITION": "urgent", "SRUN_CPUS_PER_TASK": "4", "WANDB_API_KEY": "secret",
+}  # fmt: skip
+
+
+def test_the_environment_does_not_change_what_was_checked(tmp_path: Path, answer, monkeypatch: pytest.MonkeyPatch):
+    for name, value in (CONFIGURATION | SETTINGS).items():
+        monkeypatch.setenv(name, value)
+    for program in ("sbatch", "squeue", "sinfo"):
+        answer(program, f"env > {tmp_path}/{program}.env; echo 17")
+    run = a_run(tmp_path)
+    assert slurm().submit(run) == "17"
+    slurm().states([run])
+    problems(slurm().shell(), None, None, 1, "60", None)
+    for program in ("sbatch", "squeue", "sinfo"):
+        seen = dict(
+            line.split("=", 1) for line in (tmp_path / f"{program}.env").read_text().splitlines() if "=" in line
+        )
+        assert seen["PATH"] and {name: seen.get(name) for name in CONFIGURATION} == CONFIGURATION
+        secret = set() if program == "sbatch" else {"WANDB_API_KEY"}  # which only sbatch hands on to jobs
+        assert set(SETTINGS) & set(seen) == secret
+
+
+def test_what_is_withheld_from_sbatch_is_named(answer, monkeypatch: pytest.MonkeyPatch, capsys):
+    slurm_offer.warn_of_settings(slurm().shell())
+    assert not capsys.readouterr().err
+    monkeypatch.setenv("SBATCH_PARTITION", "urgent")
+    monkeypatch.setenv("SLURM_CLUSTERS", "other")
+    slurm_offer.warn_of_settings(slurm().shell())
+    assert "does not get SBATCH_PARTITION, SLURM_CLUSTERS of" in capsys.readouterr().err
 
 
 # --- what a cluster has to offer

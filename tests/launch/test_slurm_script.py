@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import shlex
+import socket
 import subprocess
 import warnings
 from pathlib import Path
@@ -242,3 +244,24 @@ def test_all_problems_are_said_at_once():
 )
 def test_gpus_follow_the_recipe(accelerator: str, settings: dict, gpus: int | None):
     assert slurm(**settings).fitted(4, accelerator).gpus_per_node == gpus
+
+
+def test_jobs_on_a_node_choose_ports_of_their_own(tmp_path: Path):
+    """Whatever their numbers, and whoever else listens."""
+    script = batch_script(CASES["plain"], RUN)
+    choose = script[script.index("for try in") : script.index("done\n", script.index("for try in"))] + "done\n"
+    with socket.socket() as busy, contextlib.ExitStack() as jobs:
+        ports = []
+        for number in (1, 1, 1 + 798, 1 + 625, 2):  # numbers that are 12768 / 16 apart begin with the same port
+            job = subprocess.Popen(
+                ["bash", "-c", f'{choose}echo "$MASTER_PORT"; read'], env={**os.environ, "SLURM_JOB_ID": str(number)},
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            jobs.enter_context(job)
+            jobs.callback(job.kill)
+            assert job.stdout is not None
+            ports.append(int(job.stdout.readline()))
+            if len(ports) == 1:
+                busy.bind(("127.0.0.1", ports[0] + 1))
+                busy.listen()
+        assert len({*ports, busy.getsockname()[1]}) == 6

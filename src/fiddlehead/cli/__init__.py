@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from fiddlehead import __version__
+from fiddlehead import __version__, workers
 from fiddlehead.cli import attention, bench, checkpoints, corpus, evaluate, recipes, runs, train, use
 from fiddlehead.errors import ConfigError
 
@@ -57,6 +57,8 @@ def main() -> None:
     # Nothing is imported from the working directory unasked: not here under `python -c`, nor in processes started here.
     sys.path[:] = filter(None, sys.path)
     os.environ["PYTHONSAFEPATH"] = "1"
+    for name in workers.around_us():  # Lightning reads some of them when it is imported, and may not understand them
+        del os.environ[name]
     try:
         app()
     except ConfigError as error:

@@ -22,6 +22,11 @@ def is_rank_zero() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
+def become_rank_zero() -> None:
+    """Makes this process the first of a run of its own, whatever job it was in when Lightning was imported."""
+    rank_zero_only.rank = 0  # type: ignore[attr-defined]
+
+
 @rank_zero_only
 def say(message: str) -> None:
     """Prints a line, on the first rank only, at once."""

@@ -55,9 +55,15 @@ ended() {
 }
 trap ended EXIT
 trap : USR1  # it is for the job's processes
-# The address by which Slurm knows the first node, and a port of this attempt's own.
+# The address by which Slurm knows the first node, where this shell runs, and a port there that no other run has: this
+# shell holds its lock, and nobody listens at it.
 export MASTER_ADDR=$(scontrol show node "$head_node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0}) % 10000))
+for try in {0..999}; do
+    export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0} + try) % 12768))
+    { exec {port_lock}> "/tmp/fiddlehead-port-$MASTER_PORT"; } 2> /dev/null || continue
+    if flock --nonblock "$port_lock" && ! (: < "/dev/tcp/127.0.0.1/$MASTER_PORT") 2> /dev/null; then break; fi
+    exec {port_lock}>&-
+done
 
 
 # Command 1
