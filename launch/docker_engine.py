@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fiddlehead.errors import ConfigError, nearest
-from fiddlehead.runs import RunDirectory, State, Status
+from fiddlehead.runs import RunDirectory, State, Status, is_here
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -127,7 +127,7 @@ def states(runs: Sequence[RunDirectory]) -> list[Status | None]:
 
     Where it does not answer, that is said once, and the files' word stands.
     """
-    before = [(run.written_status(), _submitted(run)) for run in runs]
+    before = [(run.written_status(), run.submitted) for run in runs]
     statuses = [status for status, _ in before]
     if all(status is None or status.state.ended for status in statuses):
         return statuses
@@ -149,7 +149,7 @@ def _without_container(client: DockerClient, run: RunDirectory, status: Status, 
     if status.state.ended:
         return status
     begun = status.state is not State.PENDING
-    if (begun and status.host == socket.gethostname()) or not (begun or submitted):
+    if (begun and is_here(status)) or not (begun or submitted):
         return run.status()  # by hand; or its launcher is still at it, pulling perhaps
     code, ended, out_of_memory = _ending(client, run, status.started)
     ended_as = functools.partial(replace, status, ended=ended, exit_code=code)
@@ -182,14 +182,6 @@ def _ending(client: DockerClient, run: RunDirectory, since: float) -> tuple[int 
         if event["Action"] == "die":
             code, ended = int(event["Actor"]["Attributes"]["exitCode"]), event["timeNano"] / 1e9
     return code, ended, out_of_memory
-
-
-def _submitted(run: RunDirectory) -> bool:
-    """Whether the job's id is that of the present submission, not of one before."""
-    try:
-        return (run.path / "job_id").stat().st_mtime_ns >= run.command.stat().st_mtime_ns
-    except FileNotFoundError:
-        return False
 
 
 @functools.cache

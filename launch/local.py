@@ -12,12 +12,12 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch.executor import Executor
-from fiddlehead.runs import RunDirectory, State, Status, alive
+from fiddlehead.processes import started as process_started
+from fiddlehead.runs import RunDirectory, State, Status, alive, is_here, way_out
 
 if TYPE_CHECKING:
     from nemo_run import Experiment
@@ -38,7 +38,7 @@ def local(ntasks_per_node: int = 0, **settings: Any) -> LocalExecutor:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalExecutor(Executor):
-    """Processes on this machine. A job's id is its process's."""
+    """Processes on this machine. A job's id is its process's number and when that began, in clock ticks since boot."""
 
     nodes: int = 1
 
@@ -64,7 +64,7 @@ class LocalExecutor(Executor):
             raise ConfigError(f"executor.python={self.python!r}: there is no such program on {socket.gethostname()}")
 
     def submit(self, run: RunDirectory, *, after: Sequence[str] = (), after_any: Sequence[str] = ()) -> str:
-        """Starts `run.script` and returns its process id; the process leads a session of its own.
+        """Starts `run.script` and returns its process's number and start; the process leads a session of its own.
 
         Raises:
             ConfigError: it is to wait for another job, and nobody is here who would.
@@ -89,7 +89,8 @@ class LocalExecutor(Executor):
                 experiment.add(nemo_run.Script(inline=f"exec bash {shlex.quote(str(run.script))}"), name="job")
                 experiment.run()
                 experiment.detach = True  # only that leaving this block does not wait
-                return str(_release(experiment))
+                pid = _release(experiment)
+                return f"{pid}:{process_started(pid) or 0}"
 
     def states(self, runs: Sequence[RunDirectory]) -> list[Status | None]:
         """What each run's status file says, corrected by a look at its process."""
@@ -99,17 +100,17 @@ class LocalExecutor(Executor):
         """Kills a run's processes; nothing is saved, and the last checkpoint is whole.
 
         Raises:
-            ConfigError: they are another machine's.
+            ConfigError: they are another machine's, or container's.
         """
         status = run.written_status()
         if status is None or status.state.ended:
             return
-        if status.host != socket.gethostname():
-            raise ConfigError(f"run {run.name!r} is on {status.host}, and can be killed there only")
+        if not is_here(status):
+            raise ConfigError(f"run {run.name!r} is on {status.host}, and can be killed there only; {way_out(run)}")
         if status.state is State.PENDING:
-            pid = int(run.job_id) if _is_job(run) else 0
+            pid = _job(run)
         else:
-            pid = status.pid if alive(status) else 0
+            pid = status.pid if alive(run, status) else 0
         if pid:
             with contextlib.suppress(ProcessLookupError):
                 # With its workers, unless it was started by hand, in the group of a shell's script.
@@ -120,12 +121,11 @@ class LocalExecutor(Executor):
 def _state(run: RunDirectory) -> Status | None:
     """Like `RunDirectory.status`, which knows nothing of a job between its submission and its first word."""
     status = run.written_status()
-    if status is None or status.state is not State.PENDING or status.host != socket.gethostname():
+    if status is None or status.state is not State.PENDING or not is_here(status):
         return run.status()
-    if _is_job(run):
+    submitted = run.submitted
+    if submitted and _job(run):
         return status
-    file = run.path / "job_id"
-    submitted = file.exists() and file.stat().st_mtime >= status.started  # and not for an earlier attempt
     after = run.written_status()  # it may have begun, and even ended, since it was read
     if not submitted or after != status:
         return run.status()
@@ -137,12 +137,13 @@ def _state(run: RunDirectory) -> Status | None:
     return replace(status, state=State.DIED, ended=time.time(), reason="its process is gone, before the job began")
 
 
-def _is_job(run: RunDirectory) -> bool:
-    """Whether the process that was started for a run is there: the number alone may since be another's."""
-    try:
-        return os.fsencode(run.path) in Path(f"/proc/{run.job_id}/cmdline").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+def _job(run: RunDirectory) -> int:
+    """The number of the process that was started for a run; 0 if it is gone: the number may since be another's.
+
+    What the process is called says nothing while it becomes one program after the other.
+    """
+    pid, _, started = run.job_id.partition(":")
+    return int(pid) if pid.isdecimal() and process_started(int(pid)) == int(started or -1) else 0
 
 
 _experiments: list[Experiment] = []

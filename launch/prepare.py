@@ -22,7 +22,16 @@ from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.fit import GPU, fit_to_executor, missing_here, yielded
 from fiddlehead.launch.script import job_script
 from fiddlehead.recipe import Recipe
-from fiddlehead.runs import RunDirectory, State, exclusive, reserve_name, this_process, write_atomically
+from fiddlehead.runs import (
+    RunDirectory,
+    State,
+    exclusive,
+    is_here,
+    reserve_name,
+    this_process,
+    way_out,
+    write_atomically,
+)
 
 
 def prepare(
@@ -192,9 +201,10 @@ def refuse_taken(run: RunDirectory, recipe: Recipe) -> None:
     """Raises ConfigError if the run is running, or was another recipe's."""
     (before,) = watch.states([run])
     if before is not None and not before.state.ended:
+        gone = "" if is_here(before) else f" ({way_out(run)})"
         raise ConfigError(
             f"log.name={run.name!r} is running ({before.state}, process {before.pid} on {before.host}); "
-            f"cancel it with `fiddlehead runs cancel {run.name}`, or choose another name"
+            f"cancel it with `fiddlehead runs cancel {run.name}`{gone}, or choose another name"
         )
     if not run.recipe.exists():
         if run.path.exists() and (not run.path.is_dir() or any(each.name != ".lock" for each in run.path.iterdir())):

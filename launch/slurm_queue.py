@@ -120,7 +120,7 @@ def find(shell: Shell, ids: Sequence[str]) -> dict[str, Job] | None:
 
 def going(runs: Sequence[RunDirectory]) -> list[RunDirectory]:
     """Those that have a job and have not ended by their own word."""
-    return [run for run in runs if (status := run.written_status()) and not status.state.ended and _submitted(run)]
+    return [run for run in runs if (status := run.written_status()) and not status.state.ended and run.submitted]
 
 
 def state(run: RunDirectory, job: Job | None) -> Status | None:
@@ -133,7 +133,7 @@ def state(run: RunDirectory, job: Job | None) -> Status | None:
         return status
     if job is not None:
         status = corrected(status, job, _last_error(run))
-    elif status.state is State.PENDING and not _submitted(run):
+    elif status.state is State.PENDING and not run.submitted:
         status = run.status() or status  # its launcher is at it, or died before
     return replace(status, ended=_last_sign(run, status)) if status.state.ended else status
 
@@ -164,14 +164,6 @@ def _pair(code: str) -> tuple[int, int]:
 def _exit(wait_status: int) -> tuple[int, int]:
     """Exit code and signal in a status that wait(2) returns."""
     return wait_status >> 8, wait_status & 0x7F
-
-
-def _submitted(run: RunDirectory) -> bool:
-    """Whether the job's number is that of the present submission, not of one before."""
-    try:
-        return (run.path / "job_id").stat().st_mtime_ns >= run.command.stat().st_mtime_ns
-    except FileNotFoundError:
-        return False
 
 
 def _last_error(run: RunDirectory) -> str:

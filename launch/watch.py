@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TextIO
 
 from fiddlehead.errors import ConfigError
+from fiddlehead.launch import secrets
 from fiddlehead.launch.docker import DockerExecutor
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.local import LocalExecutor
 from fiddlehead.launch.slurm import SlurmExecutor
-from fiddlehead.runs import RunDirectory, State, Status, StopRequest
+from fiddlehead.runs import RunDirectory, State, Status, StopRequest, is_locked
 
 KINDS: dict[str, type[Executor]] = {kind.kind: kind for kind in (LocalExecutor, SlurmExecutor, DockerExecutor)}
 LOOK, ASK = 0.1, 3.0
@@ -175,6 +176,23 @@ def cancel(run: RunDirectory, patience: float = 60.0, *, printer: _Printer | Non
             return status
         time.sleep(0.3)
     return kill(run)
+
+
+def write_off(run: RunDirectory) -> Status | None:
+    """Writes down that a run has died whose machine is gone, or cannot be asked.
+
+    Raises:
+        ConfigError: a process still has the run's lock, and so is not gone.
+    """
+    status = run.written_status()
+    if is_locked(run):
+        raise ConfigError(f"run {run.name!r}: its process runs, as it holds {run.lock}; cancel it without --force")
+    if status is not None and not status.state.ended:
+        reason = f"written off, as process {status.pid} on {status.host} is gone"
+        status = replace(status, state=State.DIED, ended=time.time(), reason=reason)
+        run.write_status(status)
+    secrets.remove(run)
+    return status
 
 
 def wait(run: RunDirectory) -> Status | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fiddlehead import runs
+from fiddlehead import processes, runs
 from fiddlehead.errors import ConfigError
 from fiddlehead.runs import (
     RunDirectory,
@@ -65,7 +67,7 @@ def test_this_process_isalive(run: RunDirectory) -> None:
 @pytest.mark.parametrize("state", [State.PENDING, State.RUNNING, State.INTERRUPTED])
 def test_a_run_whose_process_is_gone_has_died(run: RunDirectory, state: State) -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    started = runs._process_started(child.pid)
+    started = processes.started(child.pid)
     assert started is not None
     run.write_status(replace(this_process(1, "local"), state=state, pid=child.pid, process_started=started))
     assert run.status().state is state  # type: ignore[union-attr]
@@ -84,9 +86,68 @@ def test_a_pid_that_another_process_has_since_is_not_the_run(run: RunDirectory) 
     assert run.status().state is State.DIED  # type: ignore[union-attr]
 
 
-def test_a_process_on_another_host_is_taken_at_its_word(run: RunDirectory) -> None:
-    run.write_status(replace(this_process(1, "slurm"), host="elsewhere", pid=2**30))
+BOOT, NAMESPACE = processes.this_machine().split("/")
+ELSEWHERE = {"host": "elsewhere", "machine": "another-boot/pid:[1]", "pid": 2**30}
+"""The words of a process on another machine."""
+
+
+def aged(run: RunDirectory, seconds: float) -> None:
+    """Lets the run's process have touched its lock so long ago."""
+    run.lock.touch()
+    os.utime(run.lock, (time.time() - seconds, time.time() - seconds))
+
+
+def test_a_machine_with_another_name_knows_its_processes(run: RunDirectory) -> None:
+    run.write_status(replace(this_process(1, "local"), host="before"))
     assert run.status().state is State.RUNNING  # type: ignore[union-attr]
+    run.write_status(replace(this_process(1, "local"), host="before", pid=2**30))
+    assert run.status().state is State.DIED  # type: ignore[union-attr]
+
+
+def test_a_process_elsewhere_runs_while_it_touches_its_lock(run: RunDirectory) -> None:
+    run.write_status(replace(this_process(1, "direct"), **ELSEWHERE))
+    assert run.status().state is State.RUNNING  # type: ignore[union-attr]
+    status = replace(this_process(1, "direct"), **ELSEWHERE, started=time.time() - 9000)
+    run.write_status(status)
+    aged(run, runs.MISSING - 60)
+    assert run.status() == status
+    aged(run, runs.MISSING + 60)
+    died = run.status()
+    assert died and died.state is State.DIED and died.reason == f"process {2**30} of elsewhere is gone"
+
+
+def test_a_process_elsewhere_that_has_the_lock_runs(run: RunDirectory) -> None:
+    run.write_status(replace(this_process(1, "direct"), **ELSEWHERE, started=0.0))
+    with runs.exclusive(run):
+        aged(run, runs.MISSING + 60)
+        assert run.status().state is State.RUNNING  # type: ignore[union-attr]
+    aged(run, runs.MISSING + 60)
+    assert run.status().state is State.DIED  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("words", "state"),
+    [
+        ({"machine": f"{BOOT}/pid:[1]"}, State.DIED),  # another container of this machine, without the lock
+        ({"machine": f"another-boot/{NAMESPACE}", "host": socket.gethostname()}, State.DIED),  # this machine, restarted
+        ({"machine": f"{BOOT}/pid:[1]", "state": State.PENDING}, State.PENDING),  # which has no lock yet
+        ({"machine": ""}, State.RUNNING),  # of an earlier version, elsewhere
+        ({"machine": "", "host": socket.gethostname()}, State.DIED),
+    ],
+)
+def test_what_is_known_at_once_of_a_process_that_cannot_be_seen(run: RunDirectory, words: dict, state: State) -> None:
+    run.write_status(replace(this_process(1, "direct"), **{**ELSEWHERE, **words}))
+    assert run.status().state is state  # type: ignore[union-attr]
+
+
+def test_a_run_shows_that_it_lives(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "HEARTBEAT", 0.01)
+    with runs.exclusive(run), runs.showing_life(run):
+        aged(run, 100)
+        deadline = time.monotonic() + 10
+        while run.lock.stat().st_mtime < time.time() - 50:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 @pytest.mark.parametrize("state", [State.SUCCEEDED, State.FAILED, State.CANCELLED])
@@ -105,7 +166,7 @@ def test_a_process_may_have_any_name(tmp_path: Path) -> None:
     program.symlink_to("/bin/sleep")
     child = subprocess.Popen([program, "60"])
     try:
-        here, there = runs._process_started(os.getpid()), runs._process_started(child.pid)
+        here, there = processes.started(os.getpid()), processes.started(child.pid)
         assert here is not None and there is not None and here <= there < here + 10**7
     finally:
         child.kill()
@@ -245,7 +306,7 @@ def test_the_status_file_is_plain_json(run: RunDirectory) -> None:
 
 
 def test_a_run_belongs_to_one_process_at_a_time(run: RunDirectory) -> None:
-    with runs.exclusive(run), pytest.raises(ConfigError, match="is running"), runs.exclusive(run):
+    with runs.exclusive(run), pytest.raises(ConfigError, match="is running"), runs.exclusive(run, patience=0.1):
         pass
     with runs.exclusive(run):
         pass

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from fiddlehead import outcomes, preflight, signals, workers
 from fiddlehead.errors import ConfigError, RunError, StopRequested
-from fiddlehead.runs import RunDirectory, State, Status, StopRequest, exclusive, this_process
+from fiddlehead.runs import RunDirectory, State, Status, StopRequest, exclusive, showing_life, this_process
 
 MAX_FAILURES = 3
 """How often in a row a job that is started again may fail at the same step."""
@@ -90,7 +90,8 @@ def run_recipe(file: Path, allow: Sequence[str] = ()) -> None:
 def execute(run: RunDirectory, work: Callable[[], None]) -> int:
     """Does `work` as the run's process: its status follows, from RUNNING to how it ended. Returns the exit code."""
     try:
-        with signals.restored(), exclusive(run, LOCK_PATIENCE if signals.may_requeue() else 0.0):
+        patience = LOCK_PATIENCE if signals.may_requeue() else 1.0
+        with signals.restored(), exclusive(run, patience), showing_life(run):
             signals.stop_at_once(run)
             before = run.written_status()
             status = _next_attempt(run, before)

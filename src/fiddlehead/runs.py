@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,9 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.processes import started as process_started
+from fiddlehead.processes import this_boot, this_machine
 
 MAX_METRICS_READ = 2**20
 """How much of the end of `metrics.csv` is read for its newest values, in bytes: some eight thousand rows."""
+HEARTBEAT, MISSING = 30.0, 600.0
+"""Seconds between two signs of life of a run's process, and after how many without one it is gone."""
 
 
 class State(StrEnum):
@@ -53,6 +58,8 @@ class Status:
 
     state: State
     host: str = ""
+    machine: str = ""
+    """`this_machine` of the process, by which it is found when the host has another name."""
     pid: int = 0
     process_started: int = 0
     """Clock ticks since boot when the process began: a pid alone may since belong to another process."""
@@ -154,6 +161,19 @@ class RunDirectory:
         return self.path / ".launcher"
 
     @property
+    def lock(self) -> Path:
+        """Locked by the process that has the run to itself, and touched by it now and then."""
+        return self.path / ".lock"
+
+    @property
+    def submitted(self) -> bool:
+        """Whether `job_id` is that of the newest submission, and not of one before."""
+        try:
+            return (self.path / "job_id").stat().st_mtime_ns >= self.command.stat().st_mtime_ns
+        except FileNotFoundError:
+            return False
+
+    @property
     def scheduler_log(self) -> Path:
         """What the scheduler and its script printed, outside the job."""
         return self.path / "scheduler.txt"
@@ -169,8 +189,9 @@ class RunDirectory:
     def status(self) -> Status | None:
         """What the status file says, corrected by a look at the process; None before the run was submitted."""
         status = self.written_status()
-        if status and not status.state.ended and not alive(status):
-            return replace(status, state=State.DIED, reason=status.reason or f"process {status.pid} is gone")
+        if status and not status.state.ended and not alive(self, status):
+            where = "" if is_here(status) else f" of {status.host}"
+            return replace(status, state=State.DIED, reason=status.reason or f"process {status.pid}{where} is gone")
         return status
 
     def written_status(self) -> Status | None:
@@ -264,17 +285,17 @@ class RunDirectory:
 
 
 @contextlib.contextmanager
-def exclusive(run: RunDirectory, patience: float = 0.0) -> Iterator[None]:
+def exclusive(run: RunDirectory, patience: float = 1.0) -> Iterator[None]:
     """Keeps every other process from writing to a run; the lock ends with this block or with the process.
 
     Args:
-        patience: for how many seconds to wait for another process to leave.
+        patience: for how many seconds to wait for another process to leave; one that only looks has left at once.
 
     Raises:
         ConfigError: another process has it.
     """
     deadline = time.monotonic() + patience
-    with (run.path / ".lock").open("w") as file:
+    with run.lock.open("a") as file:  # opened for writing anew it would seem to have been touched
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -282,7 +303,8 @@ def exclusive(run: RunDirectory, patience: float = 0.0) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise ConfigError(f"log.name={run.name!r} is running: another process holds {file.name}") from None
-                time.sleep(0.5)
+                time.sleep(0.1)
+        os.utime(run.lock)
         yield
 
 
@@ -291,8 +313,9 @@ def this_process(attempt: int, executor: str) -> Status:
     return Status(
         State.RUNNING,
         host=socket.gethostname(),
+        machine=this_machine(),
         pid=os.getpid(),
-        process_started=_process_started(os.getpid()) or 0,
+        process_started=process_started(os.getpid()) or 0,
         attempt=attempt,
         started=time.time(),
         executor=executor,
@@ -363,18 +386,69 @@ def write_atomically(path: Path, text: str, *, mode: int = 0o666) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def alive(status: Status) -> bool:
-    """Whether the process that wrote `status` runs; another machine's process is taken at its word."""
-    if status.host != socket.gethostname():
+def is_here(status: Status) -> bool:
+    """Whether the process that wrote `status` was one of this machine, or container, so that its number says who it is.
+
+    The name of the machine does not count, unless nothing better was written down: it may be another by now.
+    """
+    return status.machine == this_machine() if status.machine else status.host == socket.gethostname()
+
+
+def alive(run: RunDirectory, status: Status) -> bool:
+    """Whether the process that wrote `status` runs.
+
+    One that cannot be looked at from here runs if it holds the run's lock. Where it does not, it is gone if it would
+    have to share the lock with this machine, or if it has not touched the lock for `MISSING` seconds.
+    """
+    if is_here(status):
+        return process_started(status.pid) == status.process_started
+    if is_locked(run):
         return True
-    return _process_started(status.pid) == status.process_started
+    boot = status.machine.partition("/")[0]
+    if boot and boot != this_boot() and status.host == socket.gethostname():
+        return False  # it was this machine, which has started again since
+    if boot and boot == this_boot() and status.state is not State.PENDING:  # before it begins, a run is not locked
+        return False
+    return time.time() - last_heard_of(run, status) < MISSING
 
 
-def _process_started(pid: int) -> int | None:
-    """When process `pid` began, in clock ticks since boot; None if there is none, or only a zombie."""
+def is_locked(run: RunDirectory) -> bool:
+    """Whether a process, on whatever machine, has the run to itself; False also where the file system cannot say."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = text.rpartition(")")[2].split()  # the name in parentheses may hold anything
-    return None if fields[0] == "Z" else int(fields[19])
+        with run.lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def last_heard_of(run: RunDirectory, status: Status) -> float:
+    """When the run's process has last shown that it runs, in seconds since the epoch."""
+    touched = run.lock.stat().st_mtime if run.lock.exists() else 0.0
+    return max(status.started, touched)
+
+
+def way_out(run: RunDirectory) -> str:
+    """What to do about a run whose machine is gone, in words."""
+    return f"if that is gone: `fiddlehead runs cancel {run.name} --force`"
+
+
+@contextlib.contextmanager
+def showing_life(run: RunDirectory) -> Iterator[None]:
+    """Touches the run's lock every `HEARTBEAT` seconds until the block ends, for those who cannot see this process."""
+    over = threading.Event()
+
+    def touch() -> None:
+        while not over.wait(HEARTBEAT):
+            with contextlib.suppress(OSError):  # a shared file system stumbles; the next time is soon
+                os.utime(run.lock)
+
+    thread = threading.Thread(target=touch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -161,7 +161,7 @@ def test_what_was_not_sent_is_an_error_and_can_be_sent_later(run: RunDirectory, 
 
 def test_a_run_that_goes_on_is_sent_when_it_has_ended(run: RunDirectory, server: Server):
     """What it has recorded so far would be marked as sent, and the rest never be."""
-    run.write_status(Status(State.RUNNING, host=f"not-{socket.gethostname()}"))
+    run.write_status(Status(State.RUNNING, host=f"not-{socket.gethostname()}", started=time.time()))
     (run.path / "wandb" / "offline-run-20260101_100000-abc").mkdir(parents=True)
     result = sync(run, server)
     assert result.returncode == 0 and "a: is going on (RUNNING)" in result.stdout

@@ -190,7 +190,7 @@ def test_detached_it_outlives_the_shell_and_can_be_cancelled(tmp_path):
     assert at_once and at_once.state in (State.PENDING, State.RUNNING)  # though who wrote PENDING is gone
     wait_until(lambda: len(away.last_metrics()) > 0)
     status = away.status()
-    assert status and status.state is State.RUNNING and str(status.pid) == away.job_id
+    assert status and status.state is State.RUNNING and f"{status.pid}:{status.process_started}" == away.job_id
     refused = run(pretrain("away"), tmp_path)
     assert refused.returncode == 2 and "is running" in refused.stderr
     cancelled = run(command("runs", "cancel", "away"), tmp_path)

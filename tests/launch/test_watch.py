@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,12 +14,15 @@ from typing import ClassVar
 
 import pytest
 
+from fiddlehead import processes
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import watch
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.local import local
+from fiddlehead.launch.prepare import refuse_taken
 from fiddlehead.launch.slurm import SlurmExecutor, slurm
-from fiddlehead.runs import RunDirectory, State, Status, this_process
+from fiddlehead.recipes.tiny import tiny_test
+from fiddlehead.runs import RunDirectory, State, Status, exclusive, this_process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,6 +320,29 @@ def test_ctrl_c_cancels_and_a_second_one_kills(runs: Runs, interrupts: int, monk
 
 def test_a_process_of_another_machine_cannot_be_killed_here(runs: Runs):
     run = runs.made("a", executor=local())
-    run.write_status(replace(this_process(1, "local"), host=f"not-{socket.gethostname()}"))
-    with pytest.raises(ConfigError, match="can be killed there only"):
+    run.write_status(replace(this_process(1, "local"), host="elsewhere", machine="another"))
+    with pytest.raises(ConfigError, match=r"can be killed there only; .*`fiddlehead runs cancel a --force`"):
         watch.kill(run)
+    run.recipe.touch()
+    with pytest.raises(ConfigError, match=r"running \(RUNNING, process .*`fiddlehead runs cancel a --force`"):
+        refuse_taken(run, tiny_test())
+    with exclusive(run), pytest.raises(ConfigError, match="its process runs"):
+        watch.write_off(run)
+    assert watch.states([run])[0].state is State.RUNNING  # type: ignore[union-attr]
+    status = watch.write_off(run)
+    assert status and status.state is State.DIED and "on elsewhere is gone" in status.reason
+    assert watch.states([run]) == [status]
+
+
+def test_a_job_is_there_from_its_first_moment_whatever_it_is_called(runs: Runs):
+    """As between fork and exec, when nothing tells yet what it will be."""
+    run = runs.made("a", State.PENDING, executor=local())
+    run.command.touch()
+    with subprocess.Popen(["sleep", "60"]) as job:
+        (run.path / "job_id").write_text(f"{job.pid}:{processes.started(job.pid)}\n")
+        assert watch.states([run])[0].state is State.PENDING  # type: ignore[union-attr]
+        (run.path / "job_id").write_text(f"{job.pid}:1\n")  # another process has its number since
+        assert watch.states([run])[0].reason == "its process is gone, before the job began"  # type: ignore[union-attr]
+        (run.path / "job_id").write_text(f"{job.pid}:{processes.started(job.pid)}\n")
+        watch.kill(run)
+        assert job.wait(10) < 0

@@ -18,7 +18,7 @@ import typer
 from fiddlehead.cli.common import AllowOption, add_row, phases_table, table
 from fiddlehead.cli.common import show as show_things
 from fiddlehead.errors import ConfigError
-from fiddlehead.runs import RunDirectory, State, Status, find_run, list_runs
+from fiddlehead.runs import RunDirectory, State, Status, find_run, is_here, list_runs, way_out
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -145,11 +145,20 @@ def logs(
 
 
 @app.command("cancel")
-def cancel(names: list[str] = RunsArgument, directory: str = DirOption) -> None:
+def cancel(
+    names: list[str] = RunsArgument,
+    force: bool = typer.Option(False, "--force", help="Its machine is gone: write down that the run has ended."),
+    directory: str = DirOption,
+) -> None:
     """Stop runs: each saves its last step and ends."""
     from fiddlehead.launch import watch
 
     found = [find_run(name, directory) for name in names]
+    if force:
+        for run in found:
+            status = watch.write_off(run)
+            print(f"{run.name}: {status.state if status else ''} {status.reason if status else ''}")  # noqa: T201
+        return
     for run, status in zip(found, watch.states(found), strict=True):
         if status is None or status.state.ended:
             raise ConfigError(f"run {run.name!r} is not running: {status.state if status else 'never started'}")
@@ -226,7 +235,8 @@ def clean(
     for run, status in zip(found, watch.states(found), strict=True):
         if status is not None and not status.state.ended:
             if names:
-                raise ConfigError(f"run {run.name!r} is going on ({status.state}); cancel it first")
+                gone = "" if is_here(status) else f", or, {way_out(run)}"
+                raise ConfigError(f"run {run.name!r} is going on ({status.state}); cancel it first{gone}")
         elif (not state or (status is not None and status.state == state)) and (_last_sign(run, status) < before):
             chosen.append((run, status))
     if not chosen:
