@@ -36,7 +36,7 @@ def docker(image: str, gpus: int = 0, mounts: Sequence[str] = (), **settings: An
     Raises:
         ConfigError: a setting is unknown, or has a value that it cannot have.
     """
-    return DockerExecutor.of(image=image, gpus=gpus, mounts=tuple(mounts), **settings)
+    return DockerExecutor.of(image=image, gpus=gpus, mounts=mounts, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +58,16 @@ class DockerExecutor(Executor):
 
     kind: ClassVar[str] = "docker"
 
-    def __post_init__(self) -> None:
-        problems = []
+    def problems(self) -> list[str]:
+        """As `Executor.problems`."""
+        problems = super().problems()
         if not self.image:
             problems.append(
                 "image='': name the image to run, for example one built with `docker build -t fiddlehead .`"
             )
-        if self.nodes != 1:
+        if self.nodes > 1:
             problems.append(f"nodes={self.nodes!r}: a container is on one machine; executor=slurm has more")
-        if isinstance(self.gpus, bool) or not isinstance(self.gpus, int) or self.gpus < 0:
+        if self.gpus < 0:
             problems.append(f"gpus={self.gpus!r}: must be 0 or more")
         for name, size in (("shm_size", self.shm_size), ("memory", self.memory or "0")):
             if not re.fullmatch(r"\d+[bkmg]?", size, re.IGNORECASE):
@@ -75,9 +76,7 @@ class DockerExecutor(Executor):
             problems.append(
                 f"network={self.network!r}: NeMo-Run takes 'host' or a bridge network with a name of its own"
             )
-        if problems:
-            raise ConfigError(*problems)
-        super().__post_init__()
+        return problems
 
     def devices_per_node(self) -> int:
         """How many devices the container gives the run; 0 follows `trainer.devices`."""

@@ -10,12 +10,18 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from fiddlehead.configuration.coercion import coerce
+from fiddlehead.configuration.hints import Unevaluated, parameter_hint
 from fiddlehead.errors import ConfigError, unknown
 from fiddlehead.launch import secrets
 from fiddlehead.runs import RunDirectory, Status, write_atomically
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
+
+
+def _no_factory(text: str) -> Any:
+    raise ConfigError(f"{text!r} names nothing that a setting can be")
 
 
 def gpus_here() -> int:
@@ -53,6 +59,12 @@ class Executor(ABC):
     """Whether the job of an attached launch ends when the launcher does, however that ends."""
 
     def __post_init__(self) -> None:
+        problems = self._type_problems() or self.problems()
+        if problems:
+            raise ConfigError(*problems)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the settings, which are of the types that they are annotated with."""
         problems = [
             f"{name}={getattr(self, name)!r}: must be {least} or more"
             for name, least in (("nodes", 1), ("ntasks_per_node", 0))
@@ -60,14 +72,31 @@ class Executor(ABC):
         ]
         for name in (*self.env_vars, *self.secrets):
             if not _NAME.fullmatch(name):
-                problems.append(f"{name!r} is no name of an environment variable")
+                problems.append(f"{name!r} is not the name of an environment variable")
         problems += [
             f"env_vars.{name}: looks like a secret, and would be written down; put its name into secrets instead"
             for name in self.env_vars
             if _SECRET.search(name)
         ]
-        if problems:
-            raise ConfigError(*problems)
+        problems += [
+            f"{setting.name}={value!r}: must be one line, without control characters"
+            for setting in fields(self)
+            if isinstance(value := getattr(self, setting.name), str) and setting.name != "setup_lines"
+            if not value.isprintable()
+        ]
+        return problems
+
+    def _type_problems(self) -> list[str]:
+        """Which settings are of another type than they are annotated with, as the command line sees it."""
+        problems = []
+        for setting in fields(self):
+            value, hint = getattr(self, setting.name), parameter_hint(type(self), setting.name)
+            try:
+                if not isinstance(hint, Unevaluated):
+                    coerce(value, hint, _no_factory)
+            except ConfigError as error:
+                problems += [f"{setting.name}={value!r}: {problem}" for problem in error.problems]
+        return problems
 
     @classmethod
     def of(cls, **settings: Any) -> Self:

@@ -45,10 +45,10 @@ class LocalExecutor(Executor):
     kind: ClassVar[str] = "local"
     ships_code: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.nodes != 1:
-            raise ConfigError(f"nodes={self.nodes}: there is one machine here; allowed: 1")
+    def problems(self) -> list[str]:
+        """As `Executor.problems`."""
+        more = [f"nodes={self.nodes}: there is one machine here; allowed: 1"] if self.nodes > 1 else []
+        return [*super().problems(), *more]
 
     def deliver_secrets(self, run: RunDirectory, values: Mapping[str, str]) -> str:
         """Nothing has to be delivered: the job inherits them."""

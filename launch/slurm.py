@@ -14,7 +14,7 @@ from fiddlehead.launch import mirror, secrets, slurm_offer, slurm_queue
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.shell import Shell
 from fiddlehead.launch.slurm_offer import seconds
-from fiddlehead.launch.slurm_script import batch_script
+from fiddlehead.launch.slurm_script import batch_script, sbatch_option_problems
 from fiddlehead.runs import RunDirectory, Status, write_atomically
 
 
@@ -99,12 +99,9 @@ class SlurmExecutor(Executor):
     queues: ClassVar[bool] = True
     dies_with_launcher: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        problems = []
-        try:
-            super().__post_init__()
-        except ConfigError as error:
-            problems += error.problems
+    def problems(self) -> list[str]:
+        """As `Executor.problems`."""
+        problems = super().problems()
         for name, allowed in (("container_runtime", ("pyxis", "apptainer")), ("launcher", ("torchrun", "srun"))):
             if getattr(self, name) not in allowed:
                 problems.append(f"{name}={getattr(self, name)!r}: allowed: {', '.join(allowed)}")
@@ -126,10 +123,7 @@ class SlurmExecutor(Executor):
                 for name in ("user", "port", "identity", "remote_dir")
                 if getattr(self, name)
             ]
-        if "array" in self.additional_parameters:
-            problems.append("additional_parameters.array: a run is one job; --sweep makes several runs")
-        if problems:
-            raise ConfigError(*problems)
+        return [*problems, *sbatch_option_problems(self.additional_parameters)]
 
     def devices_per_node(self) -> int:
         """How many devices each node gives the run; 0 follows `trainer.devices`."""

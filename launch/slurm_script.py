@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,41 @@ if TYPE_CHECKING:
 
 PATIENCE = 300
 """Seconds that a job's other nodes get to save and leave when one has ended."""
+
+
+OPTIONS = {
+    **{name: f"is executor.{name}" for name in (
+        "account", "constraint", "cpus_per_task", "exclude", "exclusive", "gpus_per_node", "gres", "mem", "nodelist",
+        "nodes", "ntasks_per_node", "partition", "qos", "time",
+    )},
+    **dict.fromkeys(("gpus", "gpus_per_socket", "gpus_per_task"), "executor.gpus_per_node says how many GPUs"),
+    **dict.fromkeys(("ntasks", "ntasks_per_gpu"), "executor.ntasks_per_node says how many processes"),
+    **dict.fromkeys(("requeue", "no_requeue"), "executor.requeues says how often"),
+    "array": "a run is one job; --sweep makes several runs",
+    "clusters": "what was checked is this cluster; executor.host names another one",
+    "dependency": "--after names the run to wait for",
+    "kill_on_invalid_dep": "--after decides it",
+    "signal": "executor.save_before says when the job is warned",
+    "job_name": "is log.name",
+    **dict.fromkeys(("chdir", "error", "open_mode", "output"), "a run keeps its output in its directory"),
+    **dict.fromkeys(("export", "export_file"), "executor.env_vars and executor.secrets say what the job has"),
+    **dict.fromkeys(("help", "parsable", "quiet", "test_only", "usage", "version", "wait", "wrap"),
+                    "would keep the job from being submitted"),
+}  # fmt: skip
+"""The options of sbatch that are the launcher's own, and what there is in their place."""
+
+
+def sbatch_option_problems(parameters: Mapping[str, Any]) -> list[str]:
+    """Which of a user's additional options of sbatch would be set twice, or another way; sbatch takes abbreviations."""
+    problems = []
+    for key in parameters:
+        name = key.lstrip("-").replace("-", "_")
+        ours = name if name in OPTIONS else next((option for option in OPTIONS if name and option.startswith(name)), "")
+        if ours:
+            problems.append(f"additional_parameters.{key}: {OPTIONS[ours]}")
+        elif not re.fullmatch(r"[A-Za-z]\w*", name):
+            problems.append(f"additional_parameters.{key}: is not an option of sbatch")
+    return problems
 
 
 def batch_script(

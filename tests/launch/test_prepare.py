@@ -186,6 +186,25 @@ def test_settings_are_read_back(executor: Executor, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: docker("image", mounts="/data"), "mounts='/data': expects Sequence[str]"),
+        (lambda: docker("image", gpus="2"), "gpus='2': expects int"),
+        (lambda: docker(None), "image=None: expects str"),  # type: ignore[arg-type]
+        (lambda: docker("image", memory=200), "memory=200: expects str"),
+        (lambda: local("2"), "ntasks_per_node='2': expects int"),  # type: ignore[arg-type]
+        (lambda: local(python=Path("/bin/python")), "python=PosixPath('/bin/python'): expects str"),
+        (lambda: local(secrets="TOKEN"), "secrets='TOKEN': expects Sequence[str]"),
+        (lambda: local(env_vars=[("A", "b")]), "env_vars=[('A', 'b')]: expects dict[str, str]"),
+    ],
+)
+def test_settings_in_python_are_of_the_types_that_the_command_line_asks_for(make, said: str):
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert len(caught.value.problems) == 1 and str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(
     ("edits", "said"),
     [
         (["executor=slrum"], "unknown executor 'slrum'; did you mean 'slurm'"),
