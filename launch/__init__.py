@@ -124,6 +124,12 @@ def start(
         job_id = executor.submit(
             run, after=[before.job_id for before in after], after_any=[before.job_id for before in after_any]
         )
+    except OSError as error:
+        give_up(run, error)
+        raise ConfigError(
+            f"executor={executor.kind}: cannot write {error.filename}: {error.strerror}; where that is for want of a "
+            "home, NEMORUN_HOME and FIDDLEHEAD_CACHE name other folders"
+        ) from error
     except BaseException as error:
         give_up(run, error)
         raise

@@ -15,6 +15,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.launch import docker_engine as engine
 from fiddlehead.launch import secrets
 from fiddlehead.launch.executor import Executor
+from fiddlehead.paths import user_path
 from fiddlehead.runs import RunDirectory, Status
 
 if TYPE_CHECKING:
@@ -208,7 +209,10 @@ class _Mount(NamedTuple):
 def _mounts(run: RunDirectory, texts: Sequence[str]) -> list[_Mount]:
     """What the container sees of this machine; of two mounts in one place, the user's counts."""
     cache = cache_folder()
-    cache.mkdir(parents=True, exist_ok=True)  # else the engine would, and as root
+    try:
+        cache.mkdir(parents=True, exist_ok=True)  # else the engine would, and as root
+    except OSError as error:
+        raise ConfigError(f"{cache}: cannot be made: {error.strerror}; name another in FIDDLEHEAD_CACHE") from error
     mounts = [
         _Mount(str(Path.cwd()), str(Path.cwd()), True),
         _Mount(str(run.path.parent), str(run.path.parent), True),
@@ -227,7 +231,7 @@ def _parsed(text: str) -> _Mount:
     match = re.fullmatch(r"(?P<source>[/~][^:]*)(:(?P<target>/[^:]*))?(:(?P<mode>ro|rw))?", text)
     if not match:
         raise ConfigError(f"executor.mounts: {text!r} is not SOURCE[:TARGET][:ro] with absolute paths")
-    source = str(Path(match["source"]).expanduser())
+    source = str(user_path(match["source"]))
     return _Mount(source, match["target"] or source, match["mode"] == "ro")
 
 

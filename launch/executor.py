@@ -111,6 +111,11 @@ class Executor(ABC):
             raise ConfigError(*wrong)
         return cls(**settings)
 
+    @property
+    def keeps_runs_elsewhere(self) -> bool:
+        """Whether the run directories here are mirrors, without checkpoints, of those on another machine."""
+        return False
+
     def devices_per_node(self) -> int:
         """How many devices each machine gives the run; 0 follows `trainer.devices`."""
         return self.ntasks_per_node

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch.executor import Executor
+from fiddlehead.paths import user_path
 from fiddlehead.processes import started as process_started
 from fiddlehead.runs import RunDirectory, State, Status, alive, is_here, way_out
 
@@ -60,7 +61,7 @@ class LocalExecutor(Executor):
         Raises:
             ConfigError: it is not there.
         """
-        if self.python and not self.setup_lines and not shutil.which(self.python):
+        if self.python and not self.setup_lines and not shutil.which(user_path(self.python)):
             raise ConfigError(f"executor.python={self.python!r}: there is no such program on {socket.gethostname()}")
 
     def submit(self, run: RunDirectory, *, after: Sequence[str] = (), after_any: Sequence[str] = ()) -> str:

@@ -21,6 +21,7 @@ from fiddlehead.launch import code, secrets, watch
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.fit import GPU, fit_to_executor, missing_here, yielded
 from fiddlehead.launch.script import job_script
+from fiddlehead.paths import user_path, working_directory
 from fiddlehead.recipe import Recipe
 from fiddlehead.runs import (
     RunDirectory,
@@ -32,6 +33,9 @@ from fiddlehead.runs import (
     way_out,
     write_atomically,
 )
+
+NAMELESS = ".nameless"
+"""What a run is called that has no name yet, while it is checked; there is none of this name."""
 
 
 def prepare(
@@ -60,8 +64,9 @@ def prepare(
     given, recipe = recipe, fit_to_executor(recipe, executor)
     for sentence in yielded(given, recipe):
         print(f"changed: {sentence}")  # noqa: T201
+    waits = waits or (executor is not None and executor.keeps_runs_elsewhere)
     check(recipe, here=executor is None or not executor.ships_code, waits=waits)
-    directory = Path(recipe.log.dir)
+    directory = user_path(recipe.log.dir)
     try:
         named = recipe.log.name is not None
         if not named:
@@ -96,8 +101,11 @@ def prepare(
     return run, recipe
 
 
-def rehearse(recipe: Recipe, executor: Executor) -> str:
+def rehearse(recipe: Recipe, executor: Executor, *, waits: bool = False) -> str:
     """Does all that a launch does before the job is handed over, in a folder that is then deleted.
+
+    Args:
+        waits: as for `prepare`.
 
     Returns what would be shipped, in a sentence; "" for an executor that ships nothing.
 
@@ -105,13 +113,14 @@ def rehearse(recipe: Recipe, executor: Executor) -> str:
         ConfigError: the recipe does not fit the executor, or the executor has not what it takes.
     """
     recipe = fit_to_executor(recipe, executor)
-    check(recipe, here=not executor.ships_code and not missing_here(recipe))
+    here = not executor.ships_code and not missing_here(recipe)
+    check(recipe, here=here, waits=waits or executor.keeps_runs_elsewhere)
     secrets.collect(executor.secrets)
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(Path(folder) / (recipe.log.name or "rehearsal"))
         run.path.mkdir()
         executor = _fitted(executor, recipe)
-        copy = code.ship(Path.cwd(), run.code, exclude=[Path(recipe.log.dir)]) if executor.ships_code else None
+        copy = code.ship(Path.cwd(), run.code, exclude=[user_path(recipe.log.dir)]) if executor.ships_code else None
         write_atomically(run.script, job_script(run, executor, recipe.names_to_allow(), copy=copy), mode=0o600)
         executor.check(run)
         return copy.describe() if copy else ""
@@ -147,7 +156,7 @@ def check(recipe: Recipe, *, here: bool = True, waits: bool = False) -> Any:
     """Builds everything that a recipe configures, the model without its memory, and returns the task's plan.
 
     It writes nothing. Without `here`, the recipe need not be able to run on this machine; where it `waits` for another
-    run, what it resumes from need not be there yet.
+    run, or is kept on another machine, what it resumes from need not be there.
 
     Raises:
         ConfigError: with every problem, each under its path.
@@ -159,6 +168,7 @@ def check(recipe: Recipe, *, here: bool = True, waits: bool = False) -> Any:
     if recipe.__fn_or_cls__ not in planners:
         known = ", ".join(f"{task.__module__}:{task.__name__}" for task in planners)
         raise ConfigError(f"the recipe configures {recipe.__fn_or_cls__.__qualname__}; what can be launched: {known}")
+    working_directory()  # what is relative is in it
     recipe = recipe.clone()
     missing = missing_here(recipe)
     if here and missing:
@@ -168,14 +178,17 @@ def check(recipe: Recipe, *, here: bool = True, waits: bool = False) -> Any:
         recipe.trainer.accelerator = "cpu"
     with workers.apart():
         plan = planners[recipe.__fn_or_cls__](**recipe.build_arguments(), elsewhere=elsewhere)
-    if recipe.log.name is not None:
-        run = RunDirectory((Path(recipe.log.dir) / recipe.log.name).absolute())
+    directory = user_path(recipe.log.dir).absolute()
+    try:
+        existing = next(path for path in (directory, *directory.parents) if path.exists())
+        if not os.access(existing, os.W_OK) or not existing.is_dir():
+            raise ConfigError(f"log.dir={recipe.log.dir!r}: {existing} cannot be written")
+        run = RunDirectory(directory / (recipe.log.name or NAMELESS))
         refuse_taken(run, recipe)
-        if not waits:
-            tasks.resume_point(run, recipe.resume)
-    existing = next(path for path in Path(recipe.log.dir).absolute().parents if path.exists())
-    if not os.access(existing, os.W_OK) or not existing.is_dir():
-        raise ConfigError(f"log.dir={recipe.log.dir!r}: {existing} cannot be written")
+    except OSError as error:
+        raise ConfigError(f"log.dir={recipe.log.dir!r}: {error.strerror} ({error.filename})") from error
+    if not waits:
+        tasks.resume_point(run, recipe.resume)
     return plan
 
 

@@ -162,7 +162,9 @@ def _interpreter(executor: Executor) -> str:
     """Shell lines that run `setup_lines` and set `_python`."""
     setup = executor.setup_lines.rstrip("\n")
     if executor.python:
-        return f"{setup}\n_python={quote(executor.python)}\n".lstrip("\n")
+        # The home is the one where the job runs.
+        home, path = ('"$HOME"', executor.python[1:]) if executor.python.startswith("~/") else ("", executor.python)
+        return f"{setup}\n_python={home}{quote(path)}\n".lstrip("\n")
     return _INTERPRETER.format(setup=setup, here=quote(sys.executable))
 
 

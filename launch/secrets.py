@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fiddlehead.errors import ConfigError
+from fiddlehead.paths import user_path
 from fiddlehead.runs import RunDirectory
 
 ALWAYS = ("WANDB_API_KEY", "HF_TOKEN")
@@ -37,7 +38,7 @@ def collect(names: Iterable[str]) -> dict[str, str]:
 
 def folder() -> Path:
     """Where secrets are kept: $FIDDLEHEAD_SECRETS, else `~/.config/fiddlehead/secrets`."""
-    return Path(os.environ.get("FIDDLEHEAD_SECRETS") or "~/.config/fiddlehead/secrets").expanduser().absolute()
+    return user_path(os.environ.get("FIDDLEHEAD_SECRETS") or "~/.config/fiddlehead/secrets").absolute()
 
 
 def file(run: RunDirectory) -> Path:

@@ -15,6 +15,7 @@ from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.shell import Shell
 from fiddlehead.launch.slurm_offer import seconds
 from fiddlehead.launch.slurm_script import batch_script, sbatch_option_problems
+from fiddlehead.paths import user_path
 from fiddlehead.runs import RunDirectory, Status, write_atomically
 
 
@@ -115,6 +116,12 @@ class SlurmExecutor(Executor):
                 problems.append(f"save_before={self.save_before}: must be less than time={self.time!r}")
         except ConfigError as error:
             problems += error.problems
+        if self.host:
+            problems += [
+                f"{path!r}: write the whole path on {self.host}, whose homes are not known here"
+                for path in (self.container or "", *self.container_mounts)
+                if path.startswith("~")
+            ]
         if self.host and not PurePosixPath(self.remote_dir).is_absolute():
             problems.append(f"remote_dir={self.remote_dir!r}: must be an absolute path on {self.host}")
         if not self.host:
@@ -124,6 +131,11 @@ class SlurmExecutor(Executor):
                 if getattr(self, name)
             ]
         return [*problems, *sbatch_option_problems(self.additional_parameters)]
+
+    @property
+    def keeps_runs_elsewhere(self) -> bool:
+        """Whether they are on a cluster that is reached over SSH."""
+        return self.host is not None
 
     def devices_per_node(self) -> int:
         """How many devices each node gives the run; 0 follows `trainer.devices`."""
@@ -179,7 +191,8 @@ class SlurmExecutor(Executor):
 
     def shell(self) -> Shell:
         """Where Slurm's commands are run."""
-        return Shell(self.host, self.user, self.port, self.identity, before=slurm_offer.WITHOUT_SETTINGS)
+        identity = str(user_path(self.identity)) if self.identity else None
+        return Shell(self.host, self.user, self.port, identity, before=slurm_offer.WITHOUT_SETTINGS)
 
     def check(self, run: RunDirectory) -> None:
         """Asks the cluster for what the settings name, and lets sbatch test the script.

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fiddlehead.paths import user_path
 from fiddlehead.runs import RunDirectory
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def batch_script(
         def srun_stdout(self) -> Path:
             return Path(shlex.quote(output))
 
-    pyxis = executor.container if executor.container_runtime == "pyxis" else None
+    pyxis = _at_home(executor.container or "") if executor.container_runtime == "pyxis" else ""
     settings = nemo_run.SlurmExecutor(
         account=executor.account or "",
         partition=executor.partition,
@@ -119,7 +120,12 @@ def mounts(executor: SlurmExecutor, run: RunDirectory) -> list[str]:
     """What a container sees of the cluster's file system: SOURCE:TARGET, ours at the same paths."""
     place, keys = str(executor.place(run)), executor.secrets_file(run)
     own = [place, *([] if executor.host else [str(Path.cwd())]), *([keys] if _has_secrets(run, keys) else [])]
-    return [*(f"{path}:{path}" for path in dict.fromkeys(own)), *executor.container_mounts]
+    return [*(f"{path}:{path}" for path in dict.fromkeys(own)), *map(_at_home, executor.container_mounts)]
+
+
+def _at_home(written: str) -> str:
+    """An image or a mount, whose path may begin with the user's home; an image may also be an address."""
+    return str(user_path(written)) if written.startswith("~") else written
 
 
 def _has_secrets(run: RunDirectory, file: str) -> bool:
@@ -167,7 +173,7 @@ def _command(executor: SlurmExecutor, run: RunDirectory) -> list[str]:
     if not executor.container or executor.container_runtime == "pyxis":
         return script
     binds = [f"--bind={mount}" for mount in mounts(executor, run)]
-    return ["apptainer", "exec", "--nv", *binds, executor.container, *script]
+    return ["apptainer", "exec", "--nv", *binds, _at_home(executor.container), *script]
 
 
 def _setup(executor: SlurmExecutor, run: RunDirectory) -> str:

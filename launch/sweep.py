@@ -16,6 +16,7 @@ from fiddlehead.configuration.literals import split_arguments
 from fiddlehead.errors import ConfigError, unknown
 from fiddlehead.launch import start, watch
 from fiddlehead.launch.executor import Executor
+from fiddlehead.paths import user_path
 from fiddlehead.recipe import Recipe
 from fiddlehead.runs import RunDirectory, State, Status, write_atomically
 
@@ -50,7 +51,7 @@ class Sweep:
 
     def runs(self) -> list[RunDirectory]:
         """Their directories, in order."""
-        return [RunDirectory(Path(self.directory).absolute() / variant.name) for variant in self.variants]
+        return [RunDirectory(user_path(self.directory).absolute() / variant.name) for variant in self.variants]
 
     def save(self) -> None:
         """Writes it down.
@@ -58,7 +59,7 @@ class Sweep:
         Raises:
             ConfigError: another sweep has the name.
         """
-        file = Path(self.directory) / f"{self.name}.sweep.json"
+        file = user_path(self.directory) / f"{self.name}.sweep.json"
         if file.exists() and load(self.name, self.directory) != self:
             raise ConfigError(f"log.name={self.name!r} is another sweep, {file}; choose another name")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -72,11 +73,11 @@ def load(name: str, directory: str | Path = "runs") -> Sweep:
         ConfigError: there is none.
     """
     try:
-        found = json.loads((Path(directory) / f"{name}.sweep.json").read_text())
+        found = json.loads((user_path(directory) / f"{name}.sweep.json").read_text())
         variants = [Variant(**variant) for variant in found["variants"]]
         return Sweep(found["name"], str(directory), variants)
     except FileNotFoundError:
-        names = sorted(file.name.removesuffix(".sweep.json") for file in Path(directory).glob("*.sweep.json"))
+        names = sorted(file.name.removesuffix(".sweep.json") for file in user_path(directory).glob("*.sweep.json"))
         raise ConfigError(f"{unknown('sweep', name, names)} (looked in {directory}/)") from None
 
 

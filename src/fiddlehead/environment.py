@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fiddlehead.paths import user_path
+
 MAX_PATCH_BYTES = 2_000_000
 
 
 def cache_folder() -> Path:
     """Where what is made once is kept for later runs: `$FIDDLEHEAD_CACHE`, or `~/.cache/fiddlehead`."""
-    return Path(os.environ.get("FIDDLEHEAD_CACHE") or "~/.cache/fiddlehead").expanduser().absolute()
+    return user_path(os.environ.get("FIDDLEHEAD_CACHE") or "~/.cache/fiddlehead").absolute()
 
 
 def kernel_folders() -> dict[str, str]:

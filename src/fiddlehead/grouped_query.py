@@ -16,6 +16,7 @@ from fiddlehead.huggingface import OTHER_FILES, TOKENIZER_FILES
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.heads import Method, pool_heads
 from fiddlehead.models.safetensors_files import ToWrite, bytes_of, write_file
+from fiddlehead.paths import user_path
 from fiddlehead.training.checkpoint_folder import write_folder, write_state
 from fiddlehead.training.weights import PREFIX, find_tokenizer, find_weights, open_weights
 
@@ -40,6 +41,7 @@ def convert_gqa(
     Raises:
         ConfigError: the heads cannot be grouped so, or `out` exists.
     """
+    out = user_path(out)
     if out.exists():
         raise ConfigError(f"out={str(out)!r}: is there already")
     if method not in get_args(Method):

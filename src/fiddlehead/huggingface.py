@@ -26,6 +26,7 @@ from fiddlehead.models.huggingface import HuggingFaceCheckpoint
 from fiddlehead.models.lora import save_peft, to_peft
 from fiddlehead.models.safetensors_files import DTYPES, ToWrite, bytes_of, write_file
 from fiddlehead.models.tensor_map import Mapped, tensor_map
+from fiddlehead.paths import user_path
 from fiddlehead.training.checkpoint_folder import write_folder, write_state
 from fiddlehead.training.weights import PREFIX, CheckpointWeights, find_weights, open_weights
 
@@ -43,6 +44,7 @@ def import_checkpoint(source: str, out: Path, *, progress: bool = True) -> Huggi
     Raises:
         ConfigError: `out` exists, or the source is not there or not what it says.
     """
+    out = user_path(out)
     if out.exists():
         raise ConfigError(f"out={str(out)!r}: is there already")
     checkpoint = HuggingFaceCheckpoint.open(find_checkpoint(source, progress=progress))
@@ -77,6 +79,7 @@ def export_checkpoint(
     Raises:
         ConfigError: there is no checkpoint, no family has such models, or `out` exists.
     """
+    out = user_path(out)
     if out.exists():
         raise ConfigError(f"out={str(out)!r}: is there already")
     path = find_weights(source)
@@ -113,6 +116,7 @@ def export_adapters(source: str | Path, out: Path) -> str:
     Raises:
         ConfigError: it has none, or `out` exists.
     """
+    out = user_path(out)
     if out.exists():
         raise ConfigError(f"out={str(out)!r}: is there already")
     weights = open_weights(find_weights(source))
@@ -140,11 +144,11 @@ def find_checkpoint(source: str, *, progress: bool = True) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    if Path(source).is_dir():
-        return Path(source)
-    if Path(source).is_file():
+    if user_path(source).is_dir():
+        return user_path(source)
+    if user_path(source).is_file():
         raise ConfigError(
-            f"{source!r}: is a file; name its folder, which has config.json too: {str(Path(source).parent)!r}"
+            f"{source!r}: is a file; name its folder, which has config.json too: {str(user_path(source).parent)!r}"
         )
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ConfigError(f"{source!r}: there is no such folder, and it is not a model's name on the Hub (OWNER/NAME)")
@@ -226,10 +230,10 @@ def _folders(weights: CheckpointWeights) -> list[Path]:
         folders += [seen.path, seen.path.resolve().parents[1]]
         origin = seen.state.get("init_from")
         seen = None
-        if origin and (Path(origin) / "state.json").is_file():
-            seen = CheckpointWeights.open(Path(origin))
+        if origin and (user_path(origin) / "state.json").is_file():
+            seen = CheckpointWeights.open(user_path(origin))
         elif origin:
-            folders.append(Path(origin))
+            folders.append(user_path(origin))
     return folders
 
 

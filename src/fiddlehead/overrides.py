@@ -8,7 +8,6 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
@@ -23,6 +22,7 @@ from fiddlehead.configuration.literals import Bare, literal, split_arguments, ty
 from fiddlehead.configuration.references import named
 from fiddlehead.configuration.slots import Slot, find_slot
 from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.paths import user_path
 from fiddlehead.recipe import Recipe
 
 Find = Callable[[str], Callable[..., Any]]
@@ -136,7 +136,7 @@ class _Editor:
 
     def _file(self, name: str) -> Any:
         try:
-            text = Path(name).read_text(encoding="utf-8")
+            text = user_path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(

@@ -19,6 +19,7 @@ from fiddlehead import trust
 from fiddlehead.configuration import reader, writer
 from fiddlehead.configuration.leaves import Leaf, items, join, leaves, same, show
 from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.paths import user_path
 from fiddlehead.runs import write_atomically
 
 history.add_exclude_location("nemo_run/config.py")  # run.Config(...) is set where it was written
@@ -57,7 +58,7 @@ class Recipe(fdl.Partial):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the YAML form to `path`, all or nothing."""
-        path, text = Path(path), self.to_yaml()
+        path, text = user_path(path), self.to_yaml()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
 
@@ -78,7 +79,7 @@ class Recipe(fdl.Partial):
     def load(cls, path: str | os.PathLike[str], *, allow: Sequence[str] = ()) -> Self:
         """The recipe saved at `path`; see `from_yaml`. A run that this user has launched may name what it did."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = user_path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
         return cls.from_yaml(text, allow=(*allow, *trust.names(Path(path), text)), source=str(path))

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.paths import user_path
 from fiddlehead.processes import started as process_started
 from fiddlehead.processes import this_boot, this_machine
 
@@ -328,7 +329,7 @@ def find_run(name: str, directory: str | Path = "runs") -> RunDirectory:
     Raises:
         ConfigError: there is no such run.
     """
-    for path in (Path(directory) / name, Path(name)):
+    for path in (user_path(directory) / name, user_path(name)):
         if (path / "recipe.yaml").is_file():
             return RunDirectory(path.resolve())
     names = [run.name for run in list_runs(directory)]
@@ -337,7 +338,7 @@ def find_run(name: str, directory: str | Path = "runs") -> RunDirectory:
 
 def list_runs(directory: str | Path = "runs") -> list[RunDirectory]:
     """Every run in `directory`, the oldest first."""
-    folders = Path(directory).glob("*/recipe.yaml")
+    folders = user_path(directory).glob("*/recipe.yaml")
     return [RunDirectory(file.parent.resolve()) for file in sorted(folders, key=lambda file: file.stat().st_mtime)]
 
 
@@ -346,7 +347,7 @@ def reserve_name(recipe: str, directory: str | Path = "runs") -> str:
     name = f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
     for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
         with contextlib.suppress(FileExistsError):  # another run began in the same second
-            (Path(directory) / (name + suffix)).mkdir(parents=True)
+            (user_path(directory) / (name + suffix)).mkdir(parents=True)
             return name + suffix
     raise ConfigError(f"log.name: a thousand runs called {name} began in one second; give this one a name")
 

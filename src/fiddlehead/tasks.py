@@ -16,6 +16,7 @@ from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import TransformerConfig
 from fiddlehead.numbers import is_whole
+from fiddlehead.paths import user_path
 from fiddlehead.runs import RunDirectory, find_run, reserve_name, write_atomically
 from fiddlehead.training import Checkpoint, LanguageModel, Log, NonFiniteError, Parallel, attention
 from fiddlehead.training.attention_calls import calls_of
@@ -65,7 +66,7 @@ def pretrain(
         NonFiniteError: the loss or the gradient became infinite or NaN; the checkpoints are from before.
     """
     plan = plan_pretrain(model, data, trainer, optim, log)
-    run = RunDirectory(Path(log.dir) / (log.name or reserve_name("pretrain", log.dir)))
+    run = RunDirectory(user_path(log.dir) / (log.name or reserve_name("pretrain", log.dir)))
     # One rank looks: that reads all of a checkpoint, and all have to go on from the same.
     ranks = trainer.strategy.join_ranks() if isinstance(trainer.strategy, Parallel) else Team()
     start = ranks.all(lambda: resume_point(run, resume) if ranks.first else None)[0]
@@ -245,7 +246,7 @@ def plan_pretrain(
     if isinstance(data, FineTuningDataModule):
         if model.init_from is None:
             raise ConfigError("model.init_from=None: fine-tuning begins with a model that can write already; give one")
-        data.default_tokenizer = find_tokenizer(Path(model.init_from))
+        data.default_tokenizer = find_tokenizer(user_path(model.init_from))
     try:
         accumulate = micro_batches = data.accumulate_grad_batches(sizes.data)
     except ConfigError as error:
@@ -344,13 +345,16 @@ def resume_point(run: RunDirectory, resume: str | Path) -> Path | None:
 
 def _checkpoint_at(resume: str | Path, runs: Path) -> Path:
     """The checkpoint that a path, or a run's name in the folder `runs`, stands for."""
-    path = Path(resume)
+    path = user_path(resume)
     if path.name.startswith("step-") or path.name == "best":
         if not path.is_dir():
             raise ConfigError(f"resume={str(resume)!r}: there is no such checkpoint")
         verify(path)
         return path
-    checkpoint = newest_good(find_run(str(resume), runs).checkpoints)
+    try:
+        checkpoint = newest_good(find_run(str(resume), runs).checkpoints)
+    except ConfigError as error:
+        raise ConfigError(*(f"resume={str(resume)!r}: {problem}" for problem in error.problems)) from None
     if checkpoint is None:
         raise ConfigError(f"resume={str(resume)!r}: the run has no good checkpoint")
     return checkpoint

@@ -11,6 +11,7 @@ import typer
 from fiddlehead import __version__, workers
 from fiddlehead.cli import attention, bench, checkpoints, corpus, evaluate, recipes, runs, train, use
 from fiddlehead.errors import ConfigError
+from fiddlehead.paths import working_directory
 
 app = typer.Typer(
     name="fiddlehead",
@@ -60,6 +61,9 @@ def main() -> None:
     for name in workers.around_us():  # Lightning reads some of them when it is imported, and may not understand them
         del os.environ[name]
     try:
+        here = str(working_directory())
+        if here not in sys.path:  # where a user's own modules are, and `python -m` would look for them
+            sys.path.insert(0, here)
         app()
     except ConfigError as error:
         for problem in error.problems:

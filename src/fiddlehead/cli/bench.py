@@ -25,6 +25,7 @@ from fiddlehead.cli.common import (
     table,
 )
 from fiddlehead.errors import ConfigError
+from fiddlehead.paths import user_path
 
 if TYPE_CHECKING:
     from fiddlehead.launch.executor import Executor
@@ -76,7 +77,9 @@ def bench(
     random_tokens: bool = typer.Option(False, "--random-tokens", help="Train on random tokens: no corpus is read."),
     direct: bool = typer.Option(False, "--direct", help="Run in this process, without an executor."),
     as_json: bool = typer.Option(False, "--json", help="The figures as JSON on stdout, all else on stderr."),
-    against: Path = typer.Option(None, "--against", metavar="FILE", help="Show the change since an earlier --json."),
+    against: Path = typer.Option(
+        None, "--against", metavar="FILE", parser=user_path, help="Show the change since an earlier --json."
+    ),
     allow: list[str] = AllowOption,
 ) -> None:
     """Time the training steps of a recipe: tokens/s, MFU, memory, and where the time goes."""
@@ -117,7 +120,7 @@ def _run(recipe: Recipe, name: str, executor: Executor | None, allow: Sequence[s
     from fiddlehead.bench import RESULTS
     from fiddlehead.launch import secrets
 
-    run, parent = None, Path(recipe.log.dir)
+    run, parent = None, user_path(recipe.log.dir)
     new = not parent.exists()
     recipe.log.name = None
     try:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from fiddlehead.paths import user_path
+
 importing = typer.Typer(no_args_is_help=True, help="Take checkpoints from other tools.")
 exporting = typer.Typer(no_args_is_help=True, help="Hand checkpoints to other tools.")
 converting = typer.Typer(no_args_is_help=True, help="Change the shape of a model.")
@@ -16,7 +18,7 @@ _CHECKPOINT = "A run, a checkpoint of one, or what `fiddlehead import` made."
 @importing.command("hf")
 def import_hf(
     source: str = typer.Argument(metavar="DIR|NAME", help="A Hugging Face checkpoint's folder, or OWNER/NAME."),
-    out: Path = typer.Option(..., "--out", "-o", metavar="OUT", help="The folder to make."),
+    out: Path = typer.Option(..., "--out", "-o", metavar="OUT", parser=user_path, help="The folder to make."),
 ) -> None:
     """Turn a Hugging Face checkpoint into one to start from, with its tokenizer.
 
@@ -40,7 +42,7 @@ def import_hf(
 @exporting.command("hf")
 def export_hf(
     source: str = typer.Argument(metavar="RUN|CHECKPOINT", help=_CHECKPOINT),
-    out: Path = typer.Argument(metavar="OUT", help="The folder to make."),
+    out: Path = typer.Argument(metavar="OUT", parser=user_path, help="The folder to make."),
     family: str = typer.Option(None, "--as", metavar="FAMILY", help="As which model_type; as it came, or what fits."),
     dtype: str = typer.Option(None, help="float32, bfloat16 or float16; as it is stored if not given."),
 ) -> None:
@@ -57,7 +59,7 @@ def export_hf(
 @exporting.command("peft")
 def export_peft(
     source: str = typer.Argument(metavar="RUN|CHECKPOINT", help="A run that trained adapters, or a checkpoint of one."),
-    out: Path = typer.Argument(metavar="OUT", help="The folder to make."),
+    out: Path = typer.Argument(metavar="OUT", parser=user_path, help="The folder to make."),
 ) -> None:
     """Write the adapters of a run as Hugging Face's PEFT loads them, without the model that they belong to.
 
@@ -73,7 +75,7 @@ def export_peft(
 def convert_gqa(
     source: str = typer.Argument(metavar="CHECKPOINT", help=_CHECKPOINT),
     num_query_groups: int = typer.Option(..., "--num-query-groups", "-g", metavar="G", help="Key/value heads."),
-    out: Path = typer.Option(..., "--out", "-o", metavar="OUT", help="The folder to make."),
+    out: Path = typer.Option(..., "--out", "-o", metavar="OUT", parser=user_path, help="The folder to make."),
     method: str = typer.Option("mean", help="mean or first of the heads that become one, or random."),
 ) -> None:
     """Give a model fewer key/value heads, each made of those it replaces; then train it a little more.

@@ -14,6 +14,7 @@ import typer
 
 from fiddlehead import catalog
 from fiddlehead.errors import ConfigError
+from fiddlehead.paths import user_path
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,7 +45,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), allow: Sequence[str] =
     from fiddlehead.recipe import Recipe
     from fiddlehead.runs import find_run
 
-    file = Path(name.removeprefix("@"))
+    file = user_path(name.removeprefix("@"))
     if name.startswith("@") or file.suffix in (".yaml", ".yml"):
         if not file.is_file():
             raise ConfigError(f"{name}: there is no file {file}")

@@ -6,14 +6,18 @@ from pathlib import Path
 
 import typer
 
+from fiddlehead.paths import user_path
+
 
 def tokenize(
-    paths: list[Path] = typer.Argument(help="Text, JSONL or Parquet files, or folders of them."),
+    paths: list[Path] = typer.Argument(
+        metavar="PATH...", parser=user_path, help="Text, JSONL or Parquet files, or folders of them."
+    ),
     tokenizer: str = typer.Option(
         ..., "--tokenizer", "-t", help="bytes, bpe:SIZE (trained on the text), or a tokenizer.json."
     ),
     out: Path = typer.Option(
-        ..., "--out", "-o", metavar="DIR", help="The folder to make; data.paths=DIR trains on it."
+        ..., "--out", "-o", metavar="DIR", parser=user_path, help="The folder to make; data.paths=DIR trains on it."
     ),
     val_fraction: float = typer.Option(0.01, min=0.0, max=0.5, help="Share of the documents kept for validation."),
     workers: int = typer.Option(None, min=1, help="Processes; all cores if not given."),

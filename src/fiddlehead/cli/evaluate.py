@@ -14,14 +14,17 @@ from fiddlehead.cli.common import add_row, show, table
 from fiddlehead.cli.runs import DirOption
 from fiddlehead.cli.use import SourceArgument
 from fiddlehead.errors import ConfigError
+from fiddlehead.paths import user_path
 
 
 def evaluate(
     source: str = SourceArgument,
-    file: Path = typer.Option(None, "--file", "-f", help="A text file."),
+    file: Path = typer.Option(None, "--file", "-f", metavar="FILE", parser=user_path, help="A text file."),
     stride: int = typer.Option(None, min=1, help="How far apart windows begin; half the model's length if not given."),
     tasks: str = typer.Option(None, metavar="A,B", help="Tasks or groups of lm-evaluation-harness; * stands for any."),
-    tasks_dir: Path = typer.Option(None, metavar="DIR", help="Your own tasks: YAML files as the harness reads them."),
+    tasks_dir: Path = typer.Option(
+        None, metavar="DIR", parser=user_path, help="Your own tasks: YAML files as the harness reads them."
+    ),
     limit: int = typer.Option(None, min=1, help="The first so many documents of each task."),
     num_fewshot: int = typer.Option(None, min=0, help="Solved documents in front of each; else as the task says."),
     batch_size: int = typer.Option(16, min=1, help="Texts at once."),

@@ -25,6 +25,7 @@ from fiddlehead.cli.common import (
 )
 from fiddlehead.cli.runs import complete_run
 from fiddlehead.errors import ConfigError
+from fiddlehead.paths import user_path
 
 if TYPE_CHECKING:
     from fiddlehead.launch.executor import Executor
@@ -57,7 +58,9 @@ def pretrain(
     direct: bool = typer.Option(False, "--direct", help="Run in this process, without an executor."),
     detach: bool = typer.Option(False, "--detach", help="Return as soon as the job is handed over."),
     yes: bool = typer.Option(False, "--yes", "-y", help="Do not ask before starting."),
-    to_yaml: Path = typer.Option(None, "--to-yaml", metavar="FILE", help="Write the resolved recipe and stop."),
+    to_yaml: Path = typer.Option(
+        None, "--to-yaml", metavar="FILE", parser=user_path, help="Write the resolved recipe and stop."
+    ),
     after: list[str] = typer.Option(
         None, "--after", metavar="RUN", help="Start when this run has succeeded.", autocompletion=complete_run
     ),
@@ -121,7 +124,8 @@ def pretrain(
     fitted = launch.fit_to_executor(recipe, None if direct else executor)
     here = direct or not executor.ships_code
     missing = launch.missing_here(fitted) if here and (dryrun or to_yaml) else ""
-    plan = launch.check(fitted, here=here and not missing, waits=bool(before))
+    waits = bool(before) or (not direct and executor.keeps_runs_elsewhere)
+    plan = launch.check(fitted, here=here and not missing, waits=waits)
     if to_yaml is not None:
         recipe.save(to_yaml)
         print(f"wrote {to_yaml}; run it with --factory @{to_yaml}")  # noqa: T201
@@ -130,7 +134,7 @@ def pretrain(
     notes += [("it cannot start here", missing)] if missing else []
     _show_plan(name, "in this process" if direct else where, [*plan.rows(), *notes])
     if dryrun:
-        shipped = "" if direct else launch.rehearse(recipe, executor)
+        shipped = "" if direct else launch.rehearse(fitted, executor, waits=waits)
         if shipped:
             print(shipped.replace("shipped", "would ship"))  # noqa: T201
         return
@@ -190,7 +194,8 @@ def _sweep(
             recipe.log.name = variant.name
             fitted = launch.fit_to_executor(recipe, executor)
             missing = launch.missing_here(fitted) if dryrun and not executor.ships_code else ""
-            plans.append((fitted, launch.check(fitted, here=not executor.ships_code and not missing)))
+            here = not executor.ships_code and not missing
+            plans.append((fitted, launch.check(fitted, here=here, waits=executor.keeps_runs_elsewhere)))
             recipes.append(fitted)
         except ConfigError as error:
             problems += [f"{variant.name}: {problem}" for problem in error.problems]

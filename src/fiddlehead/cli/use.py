@@ -11,6 +11,7 @@ import typer
 
 from fiddlehead.cli.runs import DirOption, complete_run
 from fiddlehead.errors import ConfigError
+from fiddlehead.paths import user_path
 
 if TYPE_CHECKING:
     from fiddlehead.models.generation import Sampling
@@ -41,6 +42,8 @@ def generate(
     prompt_file: Path = typer.Option(
         None,
         "--prompt-file",
+        metavar="FILE",
+        parser=user_path,
         help='A file with a prompt on each line, or JSON (.jsonl, .json) with objects that have a "prompt".',
     ),
     max_new_tokens: int = typer.Option(200, min=1, help="How many tokens to write."),
@@ -54,7 +57,9 @@ def generate(
     as_json: bool = typer.Option(
         False, "--json", help="A JSON object on each line: prompt, text, tokens, finish_reason."
     ),
-    checkpoint: Path = typer.Option(None, "--checkpoint", help="A checkpoint other than the run's newest."),
+    checkpoint: Path = typer.Option(
+        None, "--checkpoint", metavar="PATH", parser=user_path, help="A checkpoint other than the run's newest."
+    ),
     directory: str = DirOption,
 ) -> None:
     """Let a model go on from a prompt, or from many.

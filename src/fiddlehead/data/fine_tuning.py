@@ -19,6 +19,7 @@ from fiddlehead.data.steps import StepDataModule, opened
 from fiddlehead.data.tokenizers import TokenizerFile
 from fiddlehead.errors import ConfigError
 from fiddlehead.numbers import is_number
+from fiddlehead.paths import user_path
 
 
 class FineTuningDataModule(StepDataModule):
@@ -122,7 +123,7 @@ class FineTuningDataModule(StepDataModule):
         folder = self.given_tokenizer or self.default_tokenizer
         if folder is None:
             raise ConfigError("tokenizer=None: the model to begin with has none either; give a folder with one")
-        path = Path(folder).expanduser()
+        path = user_path(folder)
         return path if path.is_dir() else path.parent
 
     def _open_tokenizer(self) -> TokenizerFile:
@@ -228,4 +229,4 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def _listed(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    return [Path(path).expanduser() for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    return [user_path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]

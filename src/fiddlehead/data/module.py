@@ -16,6 +16,7 @@ from fiddlehead.data.token_file import FORMAT_VERSION, SPLITS, TokenDatasetInfo,
 from fiddlehead.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer
 from fiddlehead.environment import cache_folder
 from fiddlehead.errors import ConfigError
+from fiddlehead.paths import user_path
 
 T = TypeVar("T")
 
@@ -62,7 +63,7 @@ class PreTrainingDataModule(StepDataModule):
         super().__init__(
             seq_length, micro_batch_size, global_batch_size, val_samples, num_workers, seed, problems=problems
         )
-        self.paths = None if paths is None else Path(paths).expanduser()
+        self.paths = None if paths is None else user_path(paths)
         self.separate_documents = separate_documents
         self.cache_dir = cache_dir
         self._given_tokenizer = ByteTokenizer() if tokenizer is None and paths is None else tokenizer
@@ -143,5 +144,5 @@ class PreTrainingDataModule(StepDataModule):
             return self.paths
         assert self._given_tokenizer is not None
         key = f"{self._corpus.identity} {self._given_tokenizer.fingerprint} {FORMAT_VERSION}"
-        cache = Path(self.cache_dir).expanduser() if self.cache_dir else cache_folder()
+        cache = user_path(self.cache_dir) if self.cache_dir else cache_folder()
         return cache / f"{self._corpus.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

@@ -16,6 +16,7 @@ import numpy as np
 
 from fiddlehead.data.tokenizers import TokenizerFile
 from fiddlehead.errors import ConfigError
+from fiddlehead.paths import user_path
 
 FORMAT = "fiddlehead token dataset"
 FORMAT_VERSION = 1
@@ -50,7 +51,7 @@ class TokenDatasetInfo:
     @classmethod
     def read(cls, directory: str | Path) -> TokenDatasetInfo:
         """The description of the dataset in `directory`; raises `ConfigError` when that is none."""
-        directory = Path(directory)
+        directory = user_path(directory)
         if not directory.is_dir():
             raise ConfigError(f"{directory} is no token dataset: there is no such folder; `tokenize` makes one")
         try:
@@ -79,7 +80,7 @@ class TokenDatasetInfo:
 
     def open_tokenizer(self, directory: str | Path) -> TokenizerFile:
         """The tokenizer that made the dataset in `directory`."""
-        return TokenizerFile(Path(directory) / "tokenizer.json", eos=self.eos_id)
+        return TokenizerFile(user_path(directory) / "tokenizer.json", eos=self.eos_id)
 
 
 class TokenFile:
@@ -97,7 +98,7 @@ class TokenFile:
         expect_fingerprint: str | None = None,
         expect_vocab_size: int | None = None,
     ) -> None:
-        self.directory = Path(directory)
+        self.directory = user_path(directory)
         self.split: Split = split
         self.info = info = TokenDatasetInfo.read(self.directory)
         if expect_fingerprint is not None and expect_fingerprint != info.tokenizer:

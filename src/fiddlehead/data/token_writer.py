@@ -18,6 +18,7 @@ import numpy as np
 from fiddlehead.data.token_file import SPLITS, Split, SplitInfo, TokenDatasetInfo
 from fiddlehead.data.tokenizers import Tokenizer
 from fiddlehead.errors import ConfigError
+from fiddlehead.paths import user_path
 
 
 class MadeMeanwhileError(ConfigError):
@@ -35,7 +36,7 @@ class TokenDatasetWriter:
     def __init__(
         self, out: str | Path, tokenizer: Tokenizer, sources: Sequence[str], *, overwrite: bool = False
     ) -> None:
-        self.out = Path(out)
+        self.out = user_path(out)
         check_destination(self.out, overwrite)
         self._tokenizer = tokenizer
         self._sources = tuple(sources)

@@ -24,6 +24,7 @@ from fiddlehead.data.token_file import SPLITS, Split, TokenDatasetInfo
 from fiddlehead.data.token_writer import TokenDatasetWriter, check_destination, encode_documents
 from fiddlehead.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, TokenizerFile
 from fiddlehead.errors import ConfigError
+from fiddlehead.paths import user_path
 
 _MAX_PROBLEMS = 20
 
@@ -55,7 +56,7 @@ def tokenize(
         raise ConfigError(f"val_fraction={val_fraction}; allowed: from 0 to below 1")
     if workers is not None and workers < 1:
         raise ConfigError(f"workers={workers}; allowed: 1 or more")
-    out = Path(out)
+    out = user_path(out)
     files = find_files(paths)
     check_destination(out, overwrite)
     if isinstance(tokenizer, BPETokenizer):
@@ -81,7 +82,7 @@ def parse_tokenizer(text: str) -> Tokenizer | BPETokenizer:
         if not colon or not size.isdecimal():
             raise ConfigError(f"tokenizer={text!r}; allowed: bpe:SIZE, such as bpe:4096")
         return BPETokenizer(int(size))
-    if not Path(text).expanduser().exists():
+    if not user_path(text).exists():
         raise ConfigError(
             f"tokenizer={text!r}; allowed: bytes, bpe:SIZE, or the path of a tokenizer.json, and there is none"
         )

@@ -14,6 +14,7 @@ import numpy as np
 
 from fiddlehead.errors import ConfigError, unknown
 from fiddlehead.numbers import is_whole
+from fiddlehead.paths import user_path
 
 if TYPE_CHECKING:
     import tokenizers
@@ -98,7 +99,7 @@ class ByteTokenizer:
         return lengths
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(_byte_level_spec(), ensure_ascii=False), encoding="utf-8")
+        user_path(path).write_text(json.dumps(_byte_level_spec(), ensure_ascii=False), encoding="utf-8")
 
 
 class BPETokenizer:
@@ -215,7 +216,7 @@ class JSONTokenizer:
         return lengths
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self._text, encoding="utf-8")
+        user_path(path).write_text(self._text, encoding="utf-8")
 
     @cached_property
     def _begin_ids(self) -> list[int]:
@@ -261,7 +262,7 @@ class TokenizerFile(JSONTokenizer):
     """
 
     def __init__(self, path: str | Path, eos: str | int | None = None) -> None:
-        self.path = Path(path).expanduser()
+        self.path = user_path(path)
         file = self.path / "tokenizer.json" if self.path.is_dir() else self.path
         try:
             text = file.read_text(encoding="utf-8")

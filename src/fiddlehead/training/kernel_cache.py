@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from fiddlehead.environment import kernel_folders
+from fiddlehead.training.console import say
 
 
 def keep_compiled_kernels() -> None:
@@ -17,4 +19,9 @@ def keep_compiled_kernels() -> None:
     for variable, folder in kernel_folders().items():
         # Its own choice may be there too: parts of PyTorch set the variable when they are imported.
         if os.environ.get(variable) in (None, "", os.path.abspath(default_cache_dir())):  # noqa: PTH100  as it does
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                say(f"WARNING: compiled kernels are not kept, as {folder} cannot be made: {error.strerror}")
+                continue
             os.environ[variable] = folder

@@ -24,6 +24,7 @@ from fiddlehead.models.speed import (
     recompute_activations,
     refused_speed,
 )
+from fiddlehead.paths import user_path
 from fiddlehead.training import sharding
 from fiddlehead.training.gradients import global_norm, gradients_of, scale
 from fiddlehead.training.optim import Optim
@@ -237,7 +238,7 @@ class LanguageModel(LightningModule):
         """Takes from the data how many bytes a token stands for."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self.token_bytes = data.token_bytes
-        if self.init_from is not None and (folder := find_tokenizer(Path(self.init_from))):
+        if self.init_from is not None and (folder := find_tokenizer(user_path(self.init_from))):
             learned = TokenizerFile(folder)
             if learned.fingerprint != data.tokenizer.fingerprint:
                 raise ConfigError(

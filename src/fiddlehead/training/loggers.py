@@ -20,6 +20,9 @@ from fiddlehead.runs import RunDirectory, plain_recipe, write_atomically
 from fiddlehead.training.console import is_rank_zero, say
 from fiddlehead.training.profile import parse_steps
 
+MAX_NAME_BYTES = 200
+"""Of a run's name: files are called as it is, with something behind, and 255 is the most that file systems take."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
@@ -47,6 +50,10 @@ class Log:
             problems += error.problems
         if self.name is not None and (self.name in ("", ".", "..") or Path(self.name).name != self.name):
             problems.append(f"name={self.name!r}: must be the name of one folder; log.dir says where")
+        elif self.name is not None and (self.name.startswith(("-", "~")) or not self.name.isprintable()):
+            problems.append(f"name={self.name!r}: must be printable characters on one line, and not begin with - or ~")
+        elif self.name is not None and (size := len(self.name.encode())) > MAX_NAME_BYTES:
+            problems.append(f"name={self.name!r}: has {size} bytes; a name has at most {MAX_NAME_BYTES}")
         if not self.dir:
             problems.append("dir='': must name a folder; '.' is the working directory")
         if problems:

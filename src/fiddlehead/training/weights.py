@@ -14,6 +14,7 @@ from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.huggingface import HuggingFaceCheckpoint, refuse_adapters
 from fiddlehead.models.lora import LoRA, merge_state
 from fiddlehead.models.safetensors_files import Stored
+from fiddlehead.paths import user_path
 from fiddlehead.runs import RunDirectory, find_run
 from fiddlehead.training.checkpoint_folder import newest_good, read_tensors, verify
 
@@ -111,7 +112,7 @@ def find_weights(source: str | Path, runs: str | Path = "runs") -> Path:
     Raises:
         ConfigError: there is none.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if (path / "state.json").is_file() or (path / "config.json").is_file():
         return path
     refuse_adapters(path)
