@@ -156,9 +156,8 @@ def _without_container(client: DockerClient, run: RunDirectory, status: Status, 
     if not begun:
         if run.stop_requested_since_submission():
             return ended_as(state=State.CANCELLED, reason="cancelled before it began")
-        last = run.log.read_text(errors="replace").rstrip().rpartition("\n")[2] if run.log.exists() else ""
-        if last.startswith("error: "):  # the script's own, which found no interpreter
-            return ended_as(state=State.FAILED, reason=last.removeprefix("error: "))
+        if error := run.last_error():  # the script found no interpreter
+            return ended_as(state=State.FAILED, reason=error)
     how = "its container is gone" if code is None else f"its container ended with exit code {code}"
     when = "and it has not said why" if begun else "before the job began"
     if code == 127 and not begun:

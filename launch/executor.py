@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 
 from fiddlehead.configuration.coercion import coerce
 from fiddlehead.configuration.hints import Unevaluated, parameter_hint
+from fiddlehead.environment import wandb_mode_problems
 from fiddlehead.errors import ConfigError, unknown
 from fiddlehead.launch import secrets
 from fiddlehead.runs import RunDirectory, Status, write_atomically
@@ -84,6 +85,7 @@ class Executor(ABC):
             if isinstance(value := getattr(self, setting.name), str) and setting.name != "setup_lines"
             if not value.isprintable()
         ]
+        problems += [f"env_vars.{problem}" for problem in wandb_mode_problems(self.env_vars.get("WANDB_MODE"))]
         return problems
 
     def _type_problems(self) -> list[str]:

@@ -132,9 +132,8 @@ def _state(run: RunDirectory) -> Status | None:
         return run.status()
     if run.stop_requested_since_submission():
         return replace(status, state=State.CANCELLED, ended=time.time(), reason="cancelled before it began")
-    last = run.log.read_text(errors="replace").rstrip().rpartition("\n")[2] if run.log.exists() else ""
-    if last.startswith("error: "):  # the script's own, which found no interpreter
-        return replace(status, state=State.FAILED, ended=time.time(), exit_code=2, reason=last.removeprefix("error: "))
+    if error := run.last_error():  # the script found no interpreter
+        return replace(status, state=State.FAILED, ended=time.time(), exit_code=2, reason=error)
     return replace(status, state=State.DIED, ended=time.time(), reason="its process is gone, before the job began")
 
 

@@ -132,7 +132,7 @@ def state(run: RunDirectory, job: Job | None) -> Status | None:
     if status is None or status.state.ended:
         return status
     if job is not None:
-        status = corrected(status, job, _last_error(run))
+        status = corrected(status, job, run.last_error())
     elif status.state is State.PENDING and not run.submitted:
         status = run.status() or status  # its launcher is at it, or died before
     return replace(status, ended=_last_sign(run, status)) if status.state.ended else status
@@ -164,12 +164,6 @@ def _pair(code: str) -> tuple[int, int]:
 def _exit(wait_status: int) -> tuple[int, int]:
     """Exit code and signal in a status that wait(2) returns."""
     return wait_status >> 8, wait_status & 0x7F
-
-
-def _last_error(run: RunDirectory) -> str:
-    """What the job's script said in the last line of the log, if that is an error."""
-    last = run.log.read_text(errors="replace").rstrip().rpartition("\n")[2] if run.log.exists() else ""
-    return last.removeprefix("error: ") if last.startswith("error: ") else ""
 
 
 def _last_sign(run: RunDirectory, status: Status) -> float:

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
@@ -24,10 +24,12 @@ from fiddlehead.runs import RunDirectory, State, Status, StopRequest, is_locked
 KINDS: dict[str, type[Executor]] = {kind.kind: kind for kind in (LocalExecutor, SlurmExecutor, DockerExecutor)}
 LOOK, ASK = 0.1, 3.0
 """Seconds between two looks at a log, and between two questions to an executor while there is something new."""
+BLOCK = 1 << 20
+"""Bytes of a log that are in memory at a time: it may have gigabytes."""
 SELDOM = 30.0
 """Seconds between two questions to an executor when nothing has been new for long."""
 
-_STARTED = re.compile(rb"^=== started (\S+) on .* \((?:rank \d+ of \d+(?:, )?)?(.*)\)$", re.MULTILINE)
+_STARTED = re.compile(rb"=== started (\S+) on .* \((?:rank \d+ of \d+(?:, )?)?(.*)\)")
 """An attempt's first line in a log: when it began, and as which job."""
 _unreadable: set[Path] = set()
 """Files of settings of which was said that they cannot be read."""
@@ -113,8 +115,8 @@ def log_files(run: RunDirectory, rank: str = "0") -> dict[str, Path]:
     return {"": file}
 
 
-def attempt_of(run: RunDirectory, files: Mapping[str, Path], attempt: str = "") -> str:
-    """What the processes printed in an attempt: a number, "all", or "" for the newest.
+def print_attempt(run: RunDirectory, files: Mapping[str, Path], attempt: str = "", out: TextIO | None = None) -> bool:
+    """Prints what the processes printed in an attempt: a number, "all", or "" for the newest; returns whether any did.
 
     Raises:
         ConfigError: there was no such attempt.
@@ -122,14 +124,11 @@ def attempt_of(run: RunDirectory, files: Mapping[str, Path], attempt: str = "") 
     count = len(_starts(run.log))
     if attempt.isdigit() and not 1 <= int(attempt) <= max(count, 1):
         raise ConfigError(f"--attempt {attempt}: {run.log} has {count}")
-    parts = []
+    printed = False
     for prefix, file in files.items():
-        content = file.read_bytes() if file.exists() else b""
-        if attempt != "all":
-            start, end = _span(run, file, int(attempt or count))
-            content = content[start:end]
-        parts += [prefix + line for line in content.decode(errors="replace").splitlines(keepends=True)]
-    return "".join(parts)
+        start, end = (0, None) if attempt == "all" else _span(run, file, int(attempt or count))
+        printed |= _Printer(file, start, out or sys.stdout, prefix).show(end, whole_lines=False)
+    return printed
 
 
 def print_logs(run: RunDirectory, rank: str = "0", out: TextIO | None = None) -> None:
@@ -256,14 +255,35 @@ class _Start:
 
 
 def _starts(file: Path) -> list[_Start]:
-    content = file.read_bytes() if file.exists() else b""
+    """The beginnings of attempts in a log, which may be larger than memory."""
     found = []
-    for match in _STARTED.finditer(content):
-        job = match[2].decode(errors="replace")
-        found.append(
-            _Start(match.start(), datetime.fromisoformat(match[1].decode()), job if "slurm job" in job else "")
-        )
+    for position in _occurrences(file, b"=== started "):
+        with file.open("rb") as stream:
+            stream.seek(max(position - 1, 0))
+            if position and stream.read(1) != b"\n":
+                continue
+            match = _STARTED.fullmatch(stream.readline(BLOCK).rstrip(b"\n"))
+        if match:
+            job = match[2].decode(errors="replace")
+            began = datetime.fromisoformat(match[1].decode())
+            found.append(_Start(position, began, job if "slurm job" in job else ""))
     return found
+
+
+def _occurrences(file: Path, text: bytes) -> Iterator[int]:
+    """Where in a file a text is, in bytes from its beginning; none if there is no file."""
+    if not file.exists():
+        return
+    with file.open("rb") as stream:
+        kept, position = b"", 0  # the end of what was read before, and where that begins
+        while block := stream.read(BLOCK):
+            content = kept + block
+            at = content.find(text)
+            while at >= 0:
+                yield position + at
+                at = content.find(text, at + 1)
+            kept = content[-(len(text) - 1) :]
+            position += len(content) - len(kept)
 
 
 def _span(run: RunDirectory, file: Path, number: int) -> tuple[int, int]:
@@ -291,20 +311,27 @@ class _Printer:
         self.file, self.position, self.out, self.prefix = file, start, out, prefix
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # what is new may end within a character
 
-    def show(self) -> bool:
-        """Prints what is new, if anything; with a prefix, whole lines only."""
+    def show(self, end: int | None = None, *, whole_lines: bool = True) -> bool:
+        """Prints what is new up to the byte `end`, if anything, a block at a time; with a prefix, whole lines only."""
         if not self.file.exists():
             return False
+        began, kept = self.position, b""
         with self.file.open("rb") as stream:
             stream.seek(self.position)
-            new = stream.read()
-        if self.prefix:
-            new = new[: new.rfind(b"\n") + 1]
-        self.position += len(new)
-        text = self.decoder.decode(new)
-        self.out.write("".join(self.prefix + line for line in text.splitlines(keepends=True)) if self.prefix else text)
+            while new := stream.read(BLOCK if end is None else min(BLOCK, max(0, end - self.position - len(kept)))):
+                kept += new
+                cut = kept.rfind(b"\n") + 1 if self.prefix else len(kept)
+                self._write(kept[:cut])
+                kept = kept[cut:]
+        if not whole_lines:
+            self._write(kept)
         self.out.flush()
-        return bool(new)
+        return self.position > began
+
+    def _write(self, content: bytes) -> None:
+        self.position += len(content)
+        text = self.decoder.decode(content)
+        self.out.write("".join(self.prefix + line for line in text.splitlines(keepends=True)) if self.prefix else text)
 
     def say(self, message: str) -> None:
         """Prints a line of the launcher's own."""

@@ -492,7 +492,24 @@ def test_too_few_gpus_are_refused(run: RunDirectory, monkeypatch: pytest.MonkeyP
     preflight.check(run)
 
 
-@pytest.mark.parametrize(("visible", "found"), [(None, 2), ("0", 1), ("0,1,2", 2), ("", 0)])
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [
+        (None, 2),
+        ("0", 1),
+        ("0,1,2", 2),
+        ("", 0),
+        ("-1", 0),
+        ("1,-1,0", 1),
+        ("7", 0),
+        ("1, 0", 2),
+        ("0,0", 0),
+        ("NoDevFiles", 0),
+        ("GPU-8932f937", 1),
+        ("GPU-1,GPU-2,GPU-3", 2),
+        ("MIG-1/2/0", 1),
+    ],
+)
 def test_gpus_are_those_that_the_job_may_use(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, visible: str | None, found: int
 ) -> None:

@@ -14,9 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fiddlehead.errors import unknown
 from fiddlehead.paths import user_path
 
 MAX_PATCH_BYTES = 2_000_000
+WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
+"""The values of WANDB_MODE that W&B knows."""
 
 
 def cache_folder() -> Path:
@@ -28,6 +31,13 @@ def kernel_folders() -> dict[str, str]:
     """The folders in it for compiled kernels, by the variables in which PyTorch and Triton look for them."""
     folders = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "TRITON_CACHE_DIR": "triton"}
     return {variable: str(cache_folder() / folder) for variable, folder in folders.items()}
+
+
+def wandb_mode_problems(mode: str | None) -> list[str]:
+    """Why W&B would not take the value of WANDB_MODE."""
+    if not mode or mode in WANDB_MODES:
+        return []
+    return [f"WANDB_MODE={mode}: {unknown('mode', mode, WANDB_MODES)}"]
 
 
 def describe_environment(directory: Path) -> dict[str, Any]:

@@ -72,7 +72,20 @@ def gpus() -> int:
     # The devices that a container has, or else what the driver lists; a scheduler then says which of them are ours.
     found = len(list(DEVICES.glob("nvidia[0-9]*"))) or _listed_gpus()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return found if visible is None else min(found, len([name for name in visible.split(",") if name.strip()]))
+    return found if visible is None else min(found, _visible(visible, found))
+
+
+def _visible(names: str, found: int) -> int:
+    """How many of the GPUs CUDA takes that `CUDA_VISIBLE_DEVICES` names: those before the first that is not one."""
+    seen: list[str] = []
+    for name in map(str.strip, names.split(",")):
+        number = name.removeprefix("+").lstrip("0") or "0"
+        if name in seen:
+            return 0  # named twice, none counts
+        if not name.startswith(("GPU-", "MIG-")) and not (number.isdecimal() and name and int(number) < found):
+            break
+        seen.append(name)
+    return len(seen)
 
 
 def _listed_gpus() -> int:

@@ -29,6 +29,8 @@ from fiddlehead.processes import this_boot, this_machine
 
 MAX_METRICS_READ = 2**20
 """How much of the end of `metrics.csv` is read for its newest values, in bytes: some eight thousand rows."""
+MAX_LINES_READ = 2**16
+"""How much of the end of a log is read for its last lines, in bytes."""
 HEARTBEAT, MISSING = 30.0, 600.0
 """Seconds between two signs of life of a run's process, and after how many without one it is gone."""
 
@@ -178,6 +180,11 @@ class RunDirectory:
     def scheduler_log(self) -> Path:
         """What the scheduler and its script printed, outside the job."""
         return self.path / "scheduler.txt"
+
+    def last_error(self) -> str:
+        """What the job's script said in the last line of the log, if that is an error."""
+        last = "".join(last_lines(self.log, 1))
+        return last.removeprefix("error: ") if last.startswith("error: ") else ""
 
     @property
     def wandb_id(self) -> str:
@@ -350,6 +357,18 @@ def reserve_name(recipe: str, directory: str | Path = "runs") -> str:
             (user_path(directory) / (name + suffix)).mkdir(parents=True)
             return name + suffix
     raise ConfigError(f"log.name: a thousand runs called {name} began in one second; give this one a name")
+
+
+def last_lines(file: Path, count: int) -> list[str]:
+    """The last lines of a text that may be larger than memory, without blank ones at its end; none without a file.
+
+    What is more than `MAX_LINES_READ` bytes from the end is left out.
+    """
+    if not file.exists():
+        return []
+    with file.open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - MAX_LINES_READ))
+        return stream.read().decode(errors="replace").rstrip().splitlines()[-count:]
 
 
 def plain_recipe(file: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from fiddlehead.recipe import Recipe
 from fiddlehead.recipes.finetune import dora, dpo, full, lora
 from fiddlehead.recipes.llama import llama2_13b
 from fiddlehead.recipes.tiny import tiny_test
-from fiddlehead.runs import RunDirectory
+from fiddlehead.runs import RunDirectory, State, Status
 from fiddlehead.training import Parallel
 
 
@@ -123,6 +123,34 @@ def test_a_cluster_that_does_not_say_what_it_has_is_not_guessed_at(monkeypatch: 
     monkeypatch.setattr("fiddlehead.launch.slurm.slurm_offer.Shell.ask", lambda *_, **__: Answer(127, "", "no sinfo"))
     with pytest.raises(ConfigError, match=r"executor.gpus_per_node: say how many"):
         fit_to_executor(lora(), slurm())
+
+
+@pytest.mark.parametrize(
+    ("executor", "warned"),
+    [(local(), True), (slurm(host="login", remote_dir="/scratch/runs"), False)],
+    ids=["here", "ssh"],
+)
+def test_a_run_whose_checkpoints_are_elsewhere_is_not_said_to_start_anew(
+    executor: Executor, warned: bool, working_directory: Path, capsys: pytest.CaptureFixture[str]
+):
+    recipe = tiny_test()
+    recipe.log.name = "a"
+    run = RunDirectory(working_directory / "runs" / "a")
+    recipe.save(run.recipe)
+    run.write_status(Status(State.INTERRUPTED, attempt=2))
+    check(fit_to_executor(recipe, executor), waits=executor.keeps_runs_elsewhere)
+    assert ("it starts again from step 0" in capsys.readouterr().out) == warned
+
+
+def test_a_mode_that_wandb_does_not_know_is_refused_before_the_job(monkeypatch: pytest.MonkeyPatch):
+    recipe = apply_overrides(tiny_test(), ["log.wandb=true"])
+    monkeypatch.setenv("WANDB_MODE", "offlin")
+    with pytest.raises(ConfigError, match=r"^log.WANDB_MODE=offlin: .*did you mean 'offline'"):
+        check(recipe)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check(recipe)
+    with pytest.raises(ConfigError, match=r"^env_vars.WANDB_MODE=never: unknown mode"):
+        slurm(env_vars={"WANDB_MODE": "never"})
 
 
 @pytest.mark.parametrize("executor", [None, local()], ids=["direct", "local"])

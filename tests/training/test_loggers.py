@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fiddlehead.errors import ConfigError
 from fiddlehead.runs import RunDirectory
 from fiddlehead.training import Log
 from fiddlehead.training.loggers import MetricsCSV, plain_recipe
@@ -199,6 +200,14 @@ def test_the_wandb_id_is_the_run_s(tmp_path: Path) -> None:
     for run in (first, second):
         run.path.mkdir()
     assert first.wandb_id == first.wandb_id != second.wandb_id
+
+
+@pytest.mark.parametrize("project", ["team/project", "a#b", "", "x" * 129, "what?"])
+def test_a_project_that_wandb_would_refuse_is_refused_before_the_job(project: str) -> None:
+    """By its own rule: what it takes is taken here."""
+    with pytest.raises(ConfigError, match="^wandb_project="):
+        Log(wandb_project=project)
+    assert Log(wandb_project="Projekt 1.0_für-alle").wandb_project
 
 
 def test_only_what_is_asked_for_is_logged(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import typer
 from fiddlehead.cli.common import AllowOption, add_row, phases_table, table
 from fiddlehead.cli.common import show as show_things
 from fiddlehead.errors import ConfigError
-from fiddlehead.runs import RunDirectory, State, Status, find_run, is_here, list_runs, way_out
+from fiddlehead.runs import RunDirectory, State, Status, find_run, is_here, last_lines, list_runs, way_out
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -106,7 +106,7 @@ def show(run: str = RunArgument, directory: str = DirOption) -> None:
         for file, what in ((found.log, "its log"), (found.scheduler_log, "what its scheduler printed")):
             if file.exists():
                 print(f"the last lines of {what}, {file}:")  # noqa: T201
-                print("\n".join(file.read_text(errors="replace").splitlines()[-10:]))  # noqa: T201
+                print("\n".join(last_lines(file, 10)))  # noqa: T201
 
 
 @app.command("logs")
@@ -134,12 +134,11 @@ def logs(
         watch.print_logs(found, rank)
         return
     files = watch.log_files(found, rank)
-    text = watch.attempt_of(found, files, attempt)
-    if text.strip():
-        sys.stdout.write(text)
-    elif found.scheduler_log.exists():
+    if watch.print_attempt(found, files, attempt):
+        return
+    if found.scheduler_log.exists():
         print(f"the job has printed nothing yet; the end of {found.scheduler_log}:")  # noqa: T201
-        print("\n".join(found.scheduler_log.read_text(errors="replace").splitlines()[-20:]))  # noqa: T201
+        print("\n".join(last_lines(found.scheduler_log, 20)))  # noqa: T201
     else:
         print(f"{found.path} has no log yet", file=sys.stderr)  # noqa: T201
 

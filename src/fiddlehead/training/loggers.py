@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from fiddlehead.environment import wandb_mode_problems
 from fiddlehead.errors import ConfigError
 from fiddlehead.runs import RunDirectory, plain_recipe, write_atomically
 from fiddlehead.training.console import is_rank_zero, say
@@ -54,6 +55,14 @@ class Log:
             problems.append(f"name={self.name!r}: must be printable characters on one line, and not begin with - or ~")
         elif self.name is not None and (size := len(self.name.encode())) > MAX_NAME_BYTES:
             problems.append(f"name={self.name!r}: has {size} bytes; a name has at most {MAX_NAME_BYTES}")
+        wrong = sorted(set("/\\#?%:") & set(self.wandb_project))
+        if wrong or not self.wandb_project or len(self.wandb_project) > 128:
+            problems.append(
+                f"wandb_project={self.wandb_project!r}: W&B takes 1 to 128 characters, none of / \\ # ? % :; whose it "
+                "is says WANDB_ENTITY"
+            )
+        if self.wandb:
+            problems += wandb_mode_problems(os.environ.get("WANDB_MODE"))
         if not self.dir:
             problems.append("dir='': must name a folder; '.' is the working directory")
         if problems:
