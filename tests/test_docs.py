@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from fiddlehead.cli import main
 from fiddlehead.errors import ConfigError
 from fiddlehead.runs import RunDirectory
 
@@ -190,3 +192,26 @@ def test_the_tables_of_the_attention_page_say_what_the_backends_say():
     assert script["filled"](page) == page, "run: python docs/attention_tables.py"
     with pytest.raises(ValueError, match="has 0 places for the table features"):
         script["filled"](page.replace("<!-- end features -->", ""))
+
+
+def sessions(page: Path) -> list[tuple[list[str], list[str]]]:
+    """The commands of a page that are shown with what they print, and that."""
+    found: list[tuple[list[str], list[str]]] = []
+    for block in blocks(page.read_text()):
+        if block.language == "text" and block.code.startswith("$ fiddlehead "):
+            for line in block.code.splitlines():
+                if line.startswith("$ fiddlehead "):
+                    found.append((shlex.split(line)[2:], []))
+                else:
+                    found[-1][1].append(line)
+    return found
+
+
+@pytest.mark.parametrize(("arguments", "printed"), sessions(ROOT / "README.md"), ids=lambda value: value[-1])
+def test_the_errors_that_the_readme_shows_are_those_that_are_printed(
+    arguments: list[str], printed: list[str], working_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["fiddlehead", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert (left.value.code, capsys.readouterr().err.splitlines()) == (2, printed)

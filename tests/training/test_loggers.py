@@ -205,7 +205,7 @@ def test_the_wandb_id_is_the_run_s(tmp_path: Path) -> None:
 @pytest.mark.parametrize("project", ["team/project", "a#b", "", "x" * 129, "what?"])
 def test_a_project_that_wandb_would_refuse_is_refused_before_the_job(project: str) -> None:
     """By its own rule: what it takes is taken here."""
-    with pytest.raises(ConfigError, match="^wandb_project="):
+    with pytest.raises(ConfigError, match=r"^wandb_project="):
         Log(wandb_project=project)
     assert Log(wandb_project="Projekt 1.0_für-alle").wandb_project
 
