@@ -74,7 +74,8 @@ def yielded(recipe: Recipe, fitted: Recipe) -> list[str]:
     """What of the recipe has yielded to the executor, or to the CPU: a sentence for each value, for people."""
     sentences = []
     for difference in fitted.diff(recipe):
-        if difference.right not in ("auto", -1, "-1"):
+        unsaid = ("auto", -1, "-1") if difference.path != "trainer.num_nodes" else (1,)
+        if difference.right not in unsaid:
             sentences.append(f"{difference.path}={difference.left!r}; the recipe has {difference.right!r}")
     if any(not sentence.startswith("model") for sentence in sentences):
         sentences.append(f"data.global_batch_size={recipe.data.global_batch_size} stays as it is")

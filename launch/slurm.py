@@ -220,9 +220,18 @@ class SlurmExecutor(Executor):
             )
         if not problems:
             answer = shell.ask("sbatch --test-only", batch_script(self, run).encode(), self._not_passed_on())
-            problems += [_refusal(answer.error)] if answer.code and not _would_wait(answer.error) else []
+            if answer.code and not _would_wait(answer.error) and not self._may_wait(answer.error):
+                problems.append(_refusal(answer.error))
         if problems:
             raise ConfigError(*problems)
+
+    def _may_wait(self, said: str) -> bool:
+        """Whether what `sbatch --test-only` says may be due to nodes that are away for now, and is no refusal then.
+
+        It says the same of what no node will ever have; `sbatch` itself knows the difference.
+        """
+        unavailable = "node configuration is not available" in said
+        return unavailable and slurm_offer.has_nodes_away(self.shell(), self.partition)
 
     def submit(self, run: RunDirectory, *, after: Sequence[str] = (), after_any: Sequence[str] = ()) -> str:
         """Submits `RUN/sbatch.sh`, and returns the job's number.

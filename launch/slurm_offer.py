@@ -21,6 +21,9 @@ WITHOUT_SETTINGS = (
 By other variables they answer in another form, or for a part of the cluster; sbatch takes them before what its script
 says; and a job inherits them, and starts its tasks by them. They may be the user's, or those of a job around us."""
 
+_PRESENT = re.compile(r"(alloc|comp|idle|mix|plnd)[~#%!+-]*")
+"""The states of nodes that take jobs, or will when others have ended; a sign tells of a node that saves power."""
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -33,6 +36,8 @@ class Partition:
     """ "up", or why it takes no jobs."""
     gpus: tuple[int, ...]
     """How many each node has."""
+    away: int = 0
+    """How many nodes take no jobs for now: down, drained, reserved, not responding."""
 
     @property
     def nodes(self) -> int:
@@ -102,6 +107,11 @@ def gpus_of_a_node(shell: Shell, partition: str | None, nodes: int) -> int:
     return max(sorted(found.gpus, reverse=True)[min(nodes, found.nodes) - 1] for found in named)
 
 
+def has_nodes_away(shell: Shell, partition: str | None) -> bool:
+    """Whether some nodes of a partition take no jobs for now."""
+    return any(found.away for found in _named(shell, partition))
+
+
 def count_gpus(gres: str) -> int:
     """How many GPUs generic resources are, as sinfo shows and sbatch takes them: `gpu:a100:4(S:0-1),shard:8`."""
     return sum(int(count or 1) for count in re.findall(r"(?<!\w)gpu(?=[:,(]|$)(?::[^:,(\d][^:,(]*)?(?::(\d+))?", gres))
@@ -138,10 +148,10 @@ def _named(shell: Shell, names: str | None) -> list[Partition]:
     Raises:
         ConfigError: sinfo fails, or there is no such partition, or no default.
     """
-    answer = shell.ask("sinfo --all --noheader --format='%P|%l|%D|%G|%a'")  # --all: hidden ones take jobs too
+    answer = shell.ask("sinfo --all --noheader --format='%P|%l|%D|%G|%a|%t'")  # --all: hidden ones take jobs too
     if answer.code:
         raise ConfigError(f"executor=slurm: sinfo on {shell.name}: {answer.said}")
-    table = [row for row in rows(answer.out, 4) if row[2].isdigit()]
+    table = [row for row in rows(answer.out, 5) if row[2].isdigit()]
     known = sorted({row[0].rstrip("*") for row in table})
     if names is None:
         wanted: Sequence[str] = [row[0].rstrip("*") for row in table if row[0].endswith("*")][:1]
@@ -157,5 +167,6 @@ def _named(shell: Shell, names: str | None) -> list[Partition]:
         ours = [row for row in table if row[0].rstrip("*") == name]
         gpus = tuple(count_gpus(row[3]) for row in ours for _ in range(int(row[2])))
         up = "up" if any(row[4] == "up" for row in ours) else ours[0][4]
-        made.append(Partition(name, ours[0][1], up, gpus))
+        away = sum(int(row[2]) for row in ours if not _PRESENT.fullmatch(row[5]))
+        made.append(Partition(name, ours[0][1], up, gpus, away))
     return made

@@ -75,7 +75,7 @@ def llama2_70b() -> Recipe:
 def llama3_8b() -> Recipe:
     """Llama 3 8B, pretraining on 8 GPUs.
 
-    Parameters, gradients and optimizer state take 120 GiB, which are cut over the GPUs: 15 GiB on each, and activations.
+    Parameters, gradients and optimizer state take 120 GiB, cut over the GPUs: 15 GiB on each, and activations.
     """
     return pretrain(LLAMA3_8B, seq_length=8192, max_steps=1_168_251)
 

@@ -199,7 +199,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def test_the_environment_does_not_change_what_was_checked(tmp_path: Path, answer, monkeypatch: pytest.MonkeyPatch):
+def test_the_environment_does_not_change_what_was_checked(tmp_path: Path, answer, nemo_run, monkeypatch):
     for name, value in (CONFIGURATION | SETTINGS).items():
         monkeypatch.setenv(name, value)
     for program in ("sbatch", "squeue", "sinfo"):
@@ -228,7 +228,10 @@ def test_what_is_withheld_from_sbatch_is_named(answer, monkeypatch: pytest.Monke
 
 # --- what a cluster has to offer
 
-SINFO = "printf '%s\\n' 'cpu*|1-00:00:00|9|(null)|up' 'h100|infinite|4|gpu:h100:8(S:0-1)|up' 'h100|infinite|2|gpu:4|up'"
+SINFO = (
+    "printf '%s\\n' 'cpu*|1-00:00:00|9|(null)|up|idle' 'h100|infinite|4|gpu:h100:8(S:0-1)|up|alloc' "
+    "'h100|infinite|2|gpu:4|up|mix-'"
+)
 
 
 @pytest.mark.parametrize(
@@ -269,8 +272,20 @@ def test_several_partitions_may_be_named(answer, asked, said: list[str] | int):
 
 
 def test_hidden_partitions_are_known(answer):
-    answer("sinfo", """case " $* " in *" --all "*) echo 'secret|infinite|1|gpu:2|up' ;; esac""")
+    answer("sinfo", """case " $* " in *" --all "*) echo 'secret|infinite|1|gpu:2|up|idle~' ;; esac""")
     assert problems(HERE, "secret", None, 1, "60", 2) == []
+
+
+@pytest.mark.parametrize("state", ["drain", "drng", "down*", "idle*", "resv", "maint", "unk", "idle$"])
+def test_a_job_that_waits_for_nodes_that_are_away_is_not_refused(tmp_path: Path, answer, nemo_run, state: str):
+    """sbatch --test-only says of it what it says of a job that can never start."""
+    answer("sbatch", "echo 'allocation failure: Requested node configuration is not available' >&2; exit 1")
+    run = a_run(tmp_path)
+    answer("sinfo", f"printf '%s\\n' 'batch*|infinite|1|gpu:4|up|{state}' 'batch*|infinite|1|gpu:4|up|idle'")
+    slurm(nodes=2).check(run)
+    answer("sinfo", "echo 'batch*|infinite|2|gpu:4|up|idle~'")
+    with pytest.raises(ConfigError, match="sbatch refuses the job: Requested node configuration is not available"):
+        slurm(nodes=2).check(run)
 
 
 def test_all_gpus_of_a_node(answer):

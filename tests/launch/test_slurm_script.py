@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import re
 import shlex
 import socket
 import subprocess
-import warnings
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,8 @@ from fiddlehead.launch import slurm_script
 from fiddlehead.launch.slurm import SlurmExecutor, slurm
 from fiddlehead.launch.slurm_script import batch_script
 from fiddlehead.runs import RunDirectory
+
+pytestmark = pytest.mark.usefixtures("nemo_run")
 
 GOLDEN = Path(__file__).parent / "golden"
 RUN = RunDirectory(Path("/home/me/project/runs/demo"))
@@ -36,14 +36,6 @@ CASES: dict[str, SlurmExecutor] = {
         additional_parameters={"reservation": "my maintenance", "mem_per_gpu": "80G"},
     ).fitted(2, "gpu"),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def nemo_run():
-    """Imports NeMo-Run, with the warnings of what it imports."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        importlib.import_module("nemo_run")
 
 
 @pytest.fixture(autouse=True)
@@ -273,6 +265,7 @@ def test_jobs_on_a_node_choose_ports_of_their_own(tmp_path: Path):
             jobs.callback(job.kill)
             assert job.stdout is not None
             ports.append(int(job.stdout.readline()))
+            jobs.callback(Path(f"/tmp/fiddlehead-port-{ports[-1]}").unlink, missing_ok=True)
             if len(ports) == 1:
                 busy.bind(("127.0.0.1", ports[0] + 1))
                 busy.listen()

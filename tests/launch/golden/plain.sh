@@ -33,6 +33,7 @@ head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" hostname --ip-address)
 
 ended() {
     set +ex
+    rm -f "/tmp/fiddlehead-port-$MASTER_PORT"
     if [ -z "$exitcode" ]; then
         # Slurm has ended this shell. It cancels the job, or queues it again by itself, but not at the time limit.
         if ! scontrol show job "$SLURM_JOB_ID" | grep -q Reason=TimeLimit; then return; fi

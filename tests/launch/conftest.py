@@ -1,0 +1,16 @@
+"""What tests of launches share."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def nemo_run() -> None:
+    """NeMo-Run is imported, with the warnings of what it imports."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("nemo_run")
