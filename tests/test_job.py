@@ -490,6 +490,11 @@ def test_too_few_gpus_are_refused(run: RunDirectory, monkeypatch: pytest.MonkeyP
         preflight.check(run)
     monkeypatch.setattr(preflight, "gpus", lambda: 4)
     preflight.check(run)
+    run.recipe.write_text("trainer:\n  accelerator: gpu\n  devices: auto\n")
+    preflight.check(run)
+    monkeypatch.setattr(preflight, "gpus", lambda: 0)
+    with pytest.raises(ConfigError, match="gives this job 0 GPUs"):
+        preflight.check(run)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,8 @@ def check(run: RunDirectory, names: Sequence[str] = ()) -> None:
         )
     trainer = plain_recipe(run.recipe).get("trainer", {})
     devices = trainer.get("devices", 1)
-    if trainer.get("accelerator") in ("gpu", "cuda") and isinstance(devices, int) and devices > (found := gpus()):
+    wanted = devices if isinstance(devices, int) else 1
+    if trainer.get("accelerator") in ("gpu", "cuda") and wanted > (found := gpus()):
         raise ConfigError(f"trainer.devices={devices}, but {host} gives this job {found} GPU{'s' * (found != 1)}")
     for warning in _warnings(run, host):
         print(f"WARNING: {warning}", flush=True)  # noqa: T201
