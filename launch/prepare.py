@@ -199,6 +199,7 @@ FREE_TO_CHANGE = (
     "trainer.val_check_interval",
     "trainer.limit_val_batches",
     "trainer.accelerator",
+    "model.compile",
     "trainer.strategy",
     "trainer.devices",
     "trainer.num_nodes",

@@ -41,8 +41,17 @@ LOCK_PATIENCE = 120.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a saved recipe in its run directory, with as many processes as it says, and returns the exit code."""
-    signals.stop_at_once()
-    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        signals.stop_at_once()
+        return _run(sys.argv[1:] if argv is None else list(argv))
+    except StopRequested as stop:  # before anything had begun
+        print(stop, flush=True)  # noqa: T201
+        return stop.exit_code
+    finally:
+        signals.ignore()  # the interpreter would let them kill it while it shuts down
+
+
+def _run(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m fiddlehead.job", description=main.__doc__)
     parser.add_argument("recipe", type=Path, help="RUN/recipe.yaml")
     parser.add_argument(
@@ -63,19 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             workers.join(run, rank)
             run_recipe(run.recipe, arguments.allow)
 
-    try:
-        if workers.started_by_job():
-            workers.become_worker(run)
-            return _report(run, lambda: run_recipe(run.recipe, arguments.allow)).exit_code
-        if workers.is_first():
-            return execute(run, work)
-        code = _report(run, work).exit_code
-        return 0 if code in outcomes.STOPPED else code  # a job has the highest code, which is for the first to choose
-    except StopRequested as stop:  # before anything had begun
-        print(stop, flush=True)  # noqa: T201
-        return stop.exit_code
-    finally:
-        signals.ignore()  # the interpreter would let them kill it while it shuts down
+    if workers.started_by_job():
+        workers.become_worker(run)
+        return _report(run, lambda: run_recipe(run.recipe, arguments.allow)).exit_code
+    if workers.is_first():
+        return execute(run, work)
+    code = _report(run, work).exit_code
+    return 0 if code in outcomes.STOPPED else code  # a job has the highest code, which is for the first to choose
 
 
 def run_recipe(file: Path, allow: Sequence[str] = ()) -> None:

@@ -82,7 +82,7 @@ class Recipe(fdl.Partial):
             text = user_path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
-        return cls.from_yaml(text, allow=(*allow, *trust.names(Path(path), text)), source=str(path))
+        return cls.from_yaml(text, allow=(*allow, *trust.names(user_path(path), text)), source=str(path))
 
     def names_to_allow(self) -> list[str]:
         """The names, ``package.module:name``, that must be allowed when the recipe is loaded: those of a user's own."""

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fiddlehead import project
+from fiddlehead.errors import ConfigError
+from fiddlehead.paths import user_path
 from fiddlehead.runs import RunDirectory, write_atomically
 
 
@@ -29,7 +31,7 @@ def remember(run: RunDirectory, names: Iterable[str]) -> None:
         "names": names,
         "places": {package: project.places(package) for package in sorted(packages)},
     }
-    with contextlib.suppress(OSError, RuntimeError):  # without a home that can be written, the run asks for --allow
+    with contextlib.suppress(OSError, ConfigError):  # without a home that can be written, the run asks for --allow
         file = _file(run)
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomically(file, json.dumps(note, indent=1) + "\n", mode=0o600)
@@ -37,7 +39,7 @@ def remember(run: RunDirectory, names: Iterable[str]) -> None:
 
 def forget(run: RunDirectory) -> None:
     """Drops what was noted of a run."""
-    with contextlib.suppress(OSError, RuntimeError):
+    with contextlib.suppress(OSError, ConfigError):
         _file(run).unlink(missing_ok=True)
 
 
@@ -58,13 +60,13 @@ def knows_executor(run: RunDirectory) -> bool:
 def _note(run: RunDirectory) -> dict[str, Any]:
     try:
         note = json.loads(_file(run).read_text())
-    except (OSError, RuntimeError, ValueError):
+    except (OSError, ValueError):  # among them a home that is not known
         return {}
     return note if isinstance(note, dict) and note.get("run") == str(run.path.resolve()) else {}
 
 
 def _file(run: RunDirectory) -> Path:
-    folder = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "fiddlehead" / "launched"
+    folder = user_path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "fiddlehead" / "launched"
     return folder / f"{hashlib.sha256(os.fsencode(run.path.resolve())).hexdigest()[:32]}.json"
 
 

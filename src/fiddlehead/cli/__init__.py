@@ -61,9 +61,7 @@ def main() -> None:
     for name in workers.around_us():  # Lightning reads some of them when it is imported, and may not understand them
         del os.environ[name]
     try:
-        here = str(working_directory())
-        if here not in sys.path:  # where a user's own modules are, and `python -m` would look for them
-            sys.path.insert(0, here)
+        working_directory()
         app()
     except ConfigError as error:
         for problem in error.problems:
