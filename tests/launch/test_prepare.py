@@ -16,6 +16,7 @@ from fiddlehead.launch import check, fit_to_executor, launch, missing_here, rehe
 from fiddlehead.launch.docker import docker
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.local import local
+from fiddlehead.launch.prepare import refuse_taken
 from fiddlehead.launch.shell import Answer
 from fiddlehead.launch.slurm import slurm
 from fiddlehead.launch.watch import load_executor
@@ -74,6 +75,13 @@ def test_what_was_typed_does_not_yield_though_it_is_what_the_recipe_has(setting:
     recipe = apply_overrides(llama2_13b(), [setting])
     with pytest.raises(ConfigError, match=f"^{setting}: .*set one of them"):
         fit_to_executor(recipe, docker("image", gpus=1))
+
+
+def test_a_run_may_go_on_on_other_devices_than_it_began_on(tmp_path: Path):
+    run = RunDirectory(tmp_path)
+    fit_to_executor(llama2_13b(), slurm()).save(run.recipe)
+    for executor, edits in ((docker("image", gpus=1), []), (local(), ["trainer.accelerator=cpu"])):
+        refuse_taken(run, fit_to_executor(apply_overrides(llama2_13b(), edits), executor))
 
 
 def test_a_recipe_file_yields_as_its_function_does(tmp_path: Path):
