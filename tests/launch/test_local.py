@@ -358,12 +358,14 @@ def test_cancelled_before_it_began(pending):
 def test_an_earlier_attempts_process_is_not_this_ones(pending):
     submitted(pending, "exit 0")
     wait_until(lambda: state(pending) is State.DIED, seconds=5)
+    with pending.command.open("a") as file:
+        file.write("fiddlehead pretrain\n")
     pending.write_status(replace(this_process(2, "local"), state=State.PENDING))  # this launcher is about to submit
     assert state(pending) is State.PENDING
 
 
 def test_a_run_of_another_machine_is_not_killed(pending):
-    pending.write_status(replace(this_process(1, "local"), host="elsewhere"))
+    pending.write_status(replace(this_process(1, "local"), host="elsewhere", machine="another boot"))
     assert state(pending) is State.RUNNING
     with pytest.raises(ConfigError, match="is on elsewhere"):
         LocalExecutor().kill(pending)
