@@ -74,11 +74,12 @@ def convert_gqa(
 
 def _copy_others(path: Path, folder: Path) -> None:
     """The tokenizer, and what is needed for the way back to Hugging Face."""
-    if home := find_tokenizer(path):
+    home = find_tokenizer(path)
+    if home is not None:
         for name in TOKENIZER_FILES:
             if (home / name).is_file():
                 shutil.copyfile(home / name, folder / name)
-    for origin in (path / "huggingface", path):
+    for origin in (path / "huggingface", path, *([home] if home else [])):
         found = [origin / name for name in OTHER_FILES if (origin / name).is_file()]
         if found:
             (folder / "huggingface").mkdir()

@@ -25,7 +25,6 @@ from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
-from fiddlehead.data import TokenizerFile
 from fiddlehead.errors import ConfigError
 from fiddlehead.models.generation import Sampling
 from fiddlehead.text import Writer
@@ -110,7 +109,7 @@ class HarnessModel(TemplateLM):
         self._device: Any = writer.model.embedding.weight.device
         self.batch_size = batch_size
         self.max_length = writer.model.config.seq_length or sys.maxsize
-        self._begin = _begin_token(writer.tokenizer)
+        self._begin = writer.tokenizer.special.names.get("bos_token")
 
     @property
     def eot_token_id(self) -> int:
@@ -119,8 +118,8 @@ class HarnessModel(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What a text without context comes after."""
-        begin = self.writer.tokenizer.encode_with_special(self._begin or "")
-        return begin[0] if len(begin) == 1 else self.eot_token_id
+        begin = self.writer.tokenizer.id_of("bos_token")
+        return self.eot_token_id if begin is None else begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """The token ids; None adds what the tokenizer puts in front, unless the text has it already."""
@@ -145,6 +144,7 @@ class HarnessModel(TemplateLM):
             if not 0 < len(continuation) <= self.max_length:
                 allowed = f"1 to seq_length={self.max_length}"
                 raise ConfigError(f"a continuation has {len(continuation)} tokens, and must have {allowed}")
+            self.writer.refuse_missing_rows(context + continuation)
             ids = (context + continuation)[-self.max_length - 1 :]
             cut += len(ids) < len(context) + len(continuation)
             same.setdefault((tuple(ids[:-1]), len(continuation)), []).append(number)
@@ -226,15 +226,6 @@ class HarnessModel(TemplateLM):
         )
         decode = self.writer.tokenizer.decode
         return [postprocess_generated_text(decode(each.ids), stop, None) for each in written]
-
-
-def _begin_token(tokenizer: TokenizerFile) -> str | None:
-    """The text of the token that begins a document, as the file beside the tokenizer names it."""
-    for file in tokenizer.companions:
-        if file.name == "tokenizer_config.json":
-            token = json.loads(file.read_text(encoding="utf-8")).get("bos_token")
-            return token.get("content") if isinstance(token, dict) else token
-    return None
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fiddlehead.data.progress import ByteProgress
+from fiddlehead.data.special_tokens import SpecialTokens, read_settings, update_settings
 from fiddlehead.data.tokenizers import TokenizerFile
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import TransformerConfig
@@ -101,11 +102,11 @@ def export_checkpoint(
     total = sum(tensor.nbytes for tensor in tensors.values())
     with ByteProgress(f"export {source}", total, progress) as bar, write_folder(out) as folder:
         _write_shards(folder, tensors, shard_bytes, bar.advance)
-        for name in TOKENIZER_FILES + OTHER_FILES[1:]:
-            found = (file for each in folders for file in (each / name, each / "huggingface" / name) if file.is_file())
-            if file := next(found, None):
+        for name in TOKENIZER_FILES:
+            if file := next(_found(folders, name), None):
                 shutil.copyfile(file, folder / name)
         _complete_tokenizer(folder)
+        _write_generation_config(folder, folders)
         (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     return chosen
 
@@ -237,6 +238,11 @@ def _folders(weights: CheckpointWeights) -> list[Path]:
     return folders
 
 
+def _found(folders: list[Path], name: str) -> Iterator[Path]:
+    """Yields the files of this name, those of the model itself first."""
+    return (file for each in folders for file in (each / name, each / "huggingface" / name) if file.is_file())
+
+
 def _settings(folder: Path) -> dict[str, Any] | None:
     """A `config.json` that came with weights of Hugging Face's."""
     for file in (folder / "huggingface" / "config.json", folder / "config.json"):
@@ -260,7 +266,9 @@ def _token_ids(folders: list[Path]) -> dict[str, Any]:
     """The special tokens that the tokenizer has; those it has not are said to be none, as families assume some."""
     ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if home := next((folder for folder in folders if (folder / "tokenizer.json").is_file()), None):
-        ids["eos_token_id"] = TokenizerFile(home).eos_id
+        tokenizer = TokenizerFile(home)
+        ids |= {f"{name}_id": tokenizer.id_of(name) for name in ("bos_token", "pad_token")}
+        ids["eos_token_id"] = _one_or_all(tokenizer.stop_ids)
     return ids
 
 
@@ -270,8 +278,26 @@ def _complete_tokenizer(folder: Path) -> None:
         return
     tokenizer = TokenizerFile(folder / "tokenizer.json")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    settings["eos_token"] = tokenizer.eos_token
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    update_settings(folder / "tokenizer_config.json", **settings, eos_token=tokenizer.eos_token)
+
+
+def _write_generation_config(folder: Path, origins: list[Path]) -> None:
+    """Writes what the origins say of generation, and all tokens at which `fiddlehead generate` stops, to `folder`."""
+    files = list(_found(origins, "generation_config.json"))
+    for file in reversed(files):  # those of the model itself last, so that they count
+        update_settings(folder / "generation_config.json", **read_settings(file))
+    home = next((each for each in origins if (each / "tokenizer.json").is_file()), None)
+    if home is None:
+        return
+    stop_ids = TokenizerFile(home).stop_ids
+    written = SpecialTokens.read(folder).generation_eos_ids
+    if set(written) != set(stop_ids) and (files or len(stop_ids) > 1):
+        update_settings(folder / "generation_config.json", eos_token_id=_one_or_all(stop_ids))
+
+
+def _one_or_all(ids: list[int]) -> int | list[int]:
+    """Ids as Hugging Face's files have them."""
+    return ids[0] if len(ids) == 1 else ids
 
 
 def _dtype(name: str) -> str:

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 from fiddlehead.data import TokenizerFile
 from fiddlehead.data.chat_template import ChatTemplate, Message
+from fiddlehead.data.tokenizers import refuse_missing_rows
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer
 from fiddlehead.models.compiled_step import refuse_compiled_step
@@ -121,7 +123,7 @@ class Writer:
         Raises:
             ConfigError: a prompt cannot be used.
         """
-        sampling, ends = sampling or Sampling(), self._end_ids()
+        sampling, ends = replace(sampling or Sampling(), banned=self._banned), self.tokenizer.stop_ids
         limit = self.model.config.seq_length or sys.maxsize
         # Of a token each byte at most is one of a stop's; one more in front, whose space the decoder may drop.
         tail = max((len(word.encode()) for word in stop), default=0) + 1
@@ -130,6 +132,8 @@ class Writer:
             text = self.tokenizer.decode(ids[-tail:]) if stop else ""
             return any(word in text for word in stop)
 
+        for prompt in prompts:
+            self.refuse_missing_rows(prompt)
         found: dict[int, Written] = {}
         for batch in _batches([len(prompt) for prompt in prompts], batch_size, limit - max_new_tokens):
             texts = sample_batch(
@@ -164,9 +168,11 @@ class Writer:
 
     def _texts(self, ids: list[int], max_new_tokens: int, sampling: dict[str, Any]) -> Iterator[str]:
         """Yields all of the new text so far, each time that it has become longer."""
-        ends, before = self._end_ids(), self.tokenizer.decode(ids)
+        self.refuse_missing_rows(ids)
+        ends, before = self.tokenizer.stop_ids, self.tokenizer.decode(ids)
         ids = list(ids)
-        for token in sample(self.model, list(ids), max_new_tokens, compile=self.compile, **sampling):
+        options = {"compile": self.compile, "banned": self._banned, **sampling}
+        for token in sample(self.model, list(ids), max_new_tokens, **options):
             if token in ends:
                 return
             ids.append(token)
@@ -174,11 +180,14 @@ class Writer:
             if not text.endswith(_INCOMPLETE):
                 yield text
 
-    def _end_ids(self) -> set[int]:
-        """The end of a document, and that of a turn if the tokenizer's settings name another."""
-        named = "" if self.template is None else self.template.special_tokens.get("eos_token", "")
-        turn = self.tokenizer.encode_with_special(named) if named else []
-        return {self.tokenizer.eos_id, *(turn if len(turn) == 1 else ())}
+    def refuse_missing_rows(self, ids: Sequence[int]) -> None:
+        """Raises ConfigError for tokens of a text that the model has not learned."""
+        refuse_missing_rows(self.tokenizer, ids, self.model.config.vocab_size or 0, "the text")
+
+    @cached_property
+    def _banned(self) -> tuple[int, ...]:
+        """The model's ids that are no token: a vocabulary may have been padded."""
+        return tuple(self.tokenizer.ids_without_token(self.model.config.vocab_size or 0))
 
 
 def until(stop: Sequence[str], texts: Iterable[str]) -> Iterator[str]:
@@ -246,9 +255,11 @@ def likelihood(
         advance: is told how many more tokens are done.
 
     Raises:
-        ConfigError: the text has fewer than two tokens, or the stride makes no sense.
+        ConfigError: the text has fewer than two tokens or one that the model has no row for, or the stride makes no
+            sense.
     """
     begin, own = writer.tokenizer.begin_ids, writer.tokenizer.encode(text)
+    writer.refuse_missing_rows(begin + own)
     ids = torch.tensor(begin + own, device=writer.model.embedding.weight.device)
     length = writer.model.config.seq_length or len(ids)
     stride = max(1, length // 2) if stride is None else stride

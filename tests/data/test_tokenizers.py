@@ -117,7 +117,12 @@ def test_the_end_of_a_turn_is_the_last_choice(byte_file: Path) -> None:
 
 def sentencepiece_like(decoder: dict[str, Any] | None) -> str:
     vocab = {"</s>": 0, "<0x0A>": 1, "\u2581the": 2, "é": 3}
-    return json.dumps({"model": {"type": "BPE", "vocab": vocab, "merges": []}, "added_tokens": [], "decoder": decoder})
+    model = {"type": "BPE", "vocab": vocab, "merges": []}
+    return json.dumps({"model": model, "added_tokens": [end_of_document(0)], "decoder": decoder})
+
+
+def end_of_document(number: int) -> dict[str, Any]:
+    return {"id": number, "content": "</s>", "special": True}
 
 
 def test_bytes_of_other_vocabularies() -> None:
@@ -129,7 +134,12 @@ def test_bytes_of_other_vocabularies() -> None:
 
 
 def test_a_unigram_vocabulary() -> None:
-    text = json.dumps({"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["</s>", 0.0], ["a", -1.0]]}})
+    text = json.dumps(
+        {
+            "model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["</s>", 0.0], ["a", -1.0]]},
+            "added_tokens": [end_of_document(1)],
+        }
+    )
     tokenizer = JSONTokenizer(text)
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (3, 1)
 
@@ -153,7 +163,8 @@ def test_broken_files(tmp_path: Path, content: str, message: str) -> None:
 
 def test_what_only_the_library_can_refuse(tmp_path: Path) -> None:
     path = tmp_path / "odd.json"
-    path.write_text('{"model": {"type": "Odd", "vocab": {"</s>": 0}}}')
+    model = {"type": "Odd", "vocab": {"</s>": 0}}
+    path.write_text(json.dumps({"model": model, "added_tokens": [end_of_document(0)]}))
     with pytest.raises(ConfigError, match=r"odd\.json is no tokenizer"):
         TokenizerFile(path).encode("a")
 

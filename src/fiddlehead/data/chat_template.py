@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from fiddlehead.data.special_tokens import SpecialTokens, read_settings
 from fiddlehead.errors import ConfigError
 
 Message = Mapping[str, Any]
@@ -33,24 +34,24 @@ class ChatTemplate:
         Raises:
             ConfigError: the files cannot be read.
         """
-        settings: dict[str, Any] = {}
         config, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
         try:
-            if config.is_file():
-                settings = json.loads(config.read_text(encoding="utf-8"))
-            text = own.read_text(encoding="utf-8") if own.is_file() else settings.get("chat_template")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder}: the chat template cannot be read: {error}") from error
-        tool_use = None
+            text = own.read_text(encoding="utf-8") if own.is_file() else read_settings(config).get("chat_template")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{own} cannot be read: {error}") from error
         if isinstance(text, list):  # several by name
-            named = {each.get("name"): each.get("template") for each in text}
-            text, tool_use = named.get("default"), named.get("tool_use")
+            text = {str(each.get("name")): each.get("template") for each in text if isinstance(each, dict)}
+        tool_use = None
+        if isinstance(text, dict):
+            if "default" not in text:
+                raise ConfigError(f"{config}: chat_template has {', '.join(text)}; one of them must be named default")
+            text, tool_use = text["default"], text.get("tool_use")
         if not text:
             return None
-        tokens = {name: value for name, value in settings.items() if name.endswith("_token") and value}
-        contents = {name: value["content"] if isinstance(value, dict) else value for name, value in tokens.items()}
-        strings = {name: value for name, value in contents.items() if isinstance(value, str)}
-        return cls(text, strings, str(own if own.is_file() else config), tool_use)
+        for each in (text, tool_use or ""):
+            if not isinstance(each, str):
+                raise ConfigError(f"{config}: chat_template is a {type(each).__name__}; allowed: text, or named texts")
+        return cls(text, SpecialTokens.read(folder).names, str(own if own.is_file() else config), tool_use)
 
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Any] | None = None

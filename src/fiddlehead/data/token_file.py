@@ -21,18 +21,25 @@ from fiddlehead.paths import user_path
 FORMAT = "fiddlehead token dataset"
 FORMAT_VERSION = 1
 
+_AT_ONCE = 2**24
+"""Tokens that are searched at once."""
+
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """What one split holds; `bytes` is the UTF-8 length of its text, `sha256` the hash of its token file."""
+    """What one split holds; `bytes` is the UTF-8 length of its text, `sha256` the hash of its token file.
+
+    `max_id` is the largest token id in it; None where the dataset was written without.
+    """
 
     tokens: int
     documents: int
     bytes: int
     sha256: str
+    max_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,21 @@ class TokenFile:
 
     def __len__(self) -> int:
         return len(self._tokens)
+
+    def first_beyond(self, vocab_size: int) -> tuple[int, int] | None:
+        """Position and id of the first token whose id is not below `vocab_size`; None if there is none.
+
+        It reads the file only if `meta.json` does not rule such a token out.
+        """
+        largest = getattr(self.info, self.split).max_id
+        if self.info.vocab_size <= vocab_size or (largest is not None and largest < vocab_size):
+            return None
+        for start in range(0, len(self), _AT_ONCE):
+            beyond = np.flatnonzero(self._tokens[start : start + _AT_ONCE] >= vocab_size)
+            if len(beyond):
+                position = start + int(beyond[0])
+                return position, int(self._tokens[position])
+        return None
 
     def window(self, start: int, length: int) -> np.ndarray:
         """The tokens [start, start + length), (length,) int64."""

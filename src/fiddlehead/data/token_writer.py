@@ -16,7 +16,7 @@ from typing import IO
 import numpy as np
 
 from fiddlehead.data.token_file import SPLITS, Split, SplitInfo, TokenDatasetInfo
-from fiddlehead.data.tokenizers import Tokenizer
+from fiddlehead.data.tokenizers import Tokenizer, save_tokenizer
 from fiddlehead.errors import ConfigError
 from fiddlehead.paths import user_path
 
@@ -42,6 +42,7 @@ class TokenDatasetWriter:
         self._sources = tuple(sources)
         self._overwrite = overwrite
         self._totals = {split: [0, 0, 0] for split in SPLITS}  # tokens, documents, bytes
+        self._max_ids: dict[Split, int] = {}
         self._hashes = {split: hashlib.sha256() for split in SPLITS}
         with self._disk_errors():
             self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -55,13 +56,18 @@ class TokenDatasetWriter:
         with self._disk_errors():
             self._files[split].write(data)
         self._hashes[split].update(data)
+        if len(tokens):
+            self._max_ids[split] = max(self._max_ids.get(split, 0), int(tokens.max()))
         self._totals[split] = [
             a + b for a, b in zip(self._totals[split], (len(tokens), documents, num_bytes), strict=True)
         ]
 
     def finish(self) -> TokenDatasetInfo:
         """Makes the dataset durable and moves it to `out`. Raises `MadeMeanwhileError` if another came first."""
-        splits = {s: SplitInfo(*self._totals[s], sha256=self._hashes[s].hexdigest()) for s in SPLITS}
+        splits = {
+            s: SplitInfo(*self._totals[s], sha256=self._hashes[s].hexdigest(), max_id=self._max_ids.get(s, 0))
+            for s in SPLITS
+        }
         info = TokenDatasetInfo(
             dtype=_token_dtype(self._tokenizer.vocab_size),
             vocab_size=self._tokenizer.vocab_size,
@@ -72,7 +78,7 @@ class TokenDatasetWriter:
             val=splits["val"],
         )
         with self._disk_errors():
-            self._tokenizer.save(self._temporary / "tokenizer.json")
+            save_tokenizer(self._tokenizer, self._temporary)
             (self._temporary / "meta.json").write_text(info.text(), encoding="utf-8")
             for file in self._files.values():
                 file.flush()

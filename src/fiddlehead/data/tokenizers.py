@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import takewhile
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from fiddlehead.data.special_tokens import COMPANIONS, NAMES_FILES, SpecialTokens, update_settings
 from fiddlehead.errors import ConfigError, unknown
 from fiddlehead.numbers import is_whole
 from fiddlehead.paths import user_path
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Tokens that end a document, the most specific first: a chat model's file has several of them, and the end of a turn
-# (<|im_end|>) is the end of a document only where nothing better exists.
+# Special tokens that end a document where no file names one, the most specific first: a chat model's file has several,
+# and the end of a turn (<|im_end|>) is the end of a document only where nothing better exists.
 _EOS_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>", "<|im_end|>", "<|eot_id|>")
 
 
@@ -146,16 +148,32 @@ class BPETokenizer:
 class JSONTokenizer:
     """A tokenizer given as the text of a `tokenizer.json`.
 
-    `eos` is the token that ends a document, or its id; None takes the first of the usual names that the tokenizer has.
-    Raises `ConfigError` for text that is no tokenizer, and, with the candidates, when it has none of these tokens.
+    The token that ends a document is the first of these that there is:
+
+    1. `eos`, a token or its id
+    2. the `eos_token` of tokenizer_config.json or special_tokens_map.json
+    3. the first id in `eos_token_id` of config.json, then of generation_config.json, that is a special token
+    4. the first of the usual names that is a special token
+
+    `special` is what the files beside it say. Raises `ConfigError` for text that is not a tokenizer, for an end that is
+    not one of its tokens, and, with the candidates, when there is none.
     """
 
-    def __init__(self, text: str, *, eos: str | int | None = None, source: str = "tokenizer.json") -> None:
+    def __init__(
+        self,
+        text: str,
+        *,
+        eos: str | int | None = None,
+        special: SpecialTokens | None = None,
+        source: str = "tokenizer.json",
+    ) -> None:
         self._text = text
         self._source = source
         self._spec, self._ids = _parse(text, source)
+        self.special = special or SpecialTokens()
+        """What the files beside it say of its special tokens."""
         self.vocab_size: int = max(self._ids.values()) + 1
-        self.eos_id: int = _find_eos(self._ids, self._special_tokens(), eos, source)
+        self.eos_id: int = self._find_eos(eos)
 
     @property
     def fingerprint(self) -> str:
@@ -168,7 +186,38 @@ class JSONTokenizer:
     @property
     def eos_token(self) -> str:
         """The text of the token that ends a document."""
-        return next(token for token, i in self._ids.items() if i == self.eos_id)
+        return self.token(self.eos_id)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens at which a model stops to write; the first is `eos_id`.
+
+        The others are the `eos_token` that is named, as the end of a turn often is, and `eos_token_id` of
+        generation_config.json, or of config.json where that has none.
+        """
+        named = self._ids.get(self.special.names.get("eos_token", ""))
+        ids = [self.eos_id, named, *(self.special.generation_eos_ids or self.special.config_eos_ids)]
+        known = set(self._ids.values())
+        return [i for i in dict.fromkeys(ids) if i in known]
+
+    def ids_without_token(self, vocab_size: int) -> list[int]:
+        """The ids of a model of `vocab_size` tokens that no token of the tokenizer has."""
+        return sorted(set(range(vocab_size)).difference(self._ids.values()))
+
+    def id_of(self, name: str) -> int | None:
+        """The id of the token that has a name, such as `bos_token`; None if there is none."""
+        return self._ids.get(self.special.names.get(name, ""))
+
+    def token(self, number: int) -> str:
+        """The text of the token that has this id.
+
+        Raises:
+            KeyError: none has.
+        """
+        for token, i in self._ids.items():
+            if i == number:
+                return token
+        raise KeyError(number)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -212,11 +261,15 @@ class JSONTokenizer:
             lengths[i] = measure(token)
         for token in self._spec.get("added_tokens") or []:  # added tokens are plain text in every kind of vocabulary
             lengths[token["id"]] = 0 if token.get("special") else len(token["content"].encode())
-        lengths[self.eos_id] = 0
+        lengths[[self.eos_id, *(self._ids[token] for token in self._promoted)]] = 0
         return lengths
 
     def save(self, path: str | Path) -> None:
         user_path(path).write_text(self._text, encoding="utf-8")
+
+    def beside(self, folder: Path) -> JSONTokenizer:
+        """The same tokenizer with the special tokens that the files in `folder` name."""
+        return JSONTokenizer(self._text, special=SpecialTokens.read(folder), source=self._source)
 
     @cached_property
     def _begin_ids(self) -> list[int]:
@@ -244,10 +297,55 @@ class JSONTokenizer:
             raise ConfigError(f"{self._source} is no tokenizer: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        if self._promoted:
+            tokenizer.add_special_tokens(self._promoted)
         return tokenizer
 
-    def _special_tokens(self) -> list[str]:
-        return [token["content"] for token in self._spec.get("added_tokens") or []]
+    @property
+    def _added(self) -> list[dict[str, Any]]:
+        return self._spec.get("added_tokens") or []
+
+    @cached_property
+    def _promoted(self) -> list[str]:
+        """Tokens of the vocabulary that only the files beside it call special."""
+        added = {token["content"] for token in self._added}
+        return sorted(token for token in self.special.special if token in self._ids and token not in added)
+
+    @property
+    def _special_ids(self) -> dict[str, int]:
+        """The id of each special token."""
+        special = [token["content"] for token in self._added if token.get("special")]
+        return {token: self._ids[token] for token in (*special, *self._promoted)}
+
+    def _find_eos(self, eos: str | int | None) -> int:
+        ids, special, source = self._ids, self._special_ids, self._source
+        if isinstance(eos, int):
+            if eos not in ids.values():
+                raise ConfigError(f"eos={eos} is no token of {source}; allowed: 0 to {max(ids.values())}")
+            return eos
+        if eos is not None:
+            if eos not in ids:
+                added = [token["content"] for token in self._added]
+                raise ConfigError(f"eos={eos!r}: {unknown('token', eos, added)} ({source})")
+            return ids[eos]
+        if named := self.special.names.get("eos_token"):
+            if named not in ids:
+                raise ConfigError(
+                    f"{self.special.source}: eos_token={named!r} is not a token of {source}; name another with eos=..."
+                )
+            return ids[named]
+        numbers = set(special.values())
+        listed = (*self.special.config_eos_ids, *self.special.generation_eos_ids)
+        usual = (special[name] for name in _EOS_NAMES if name in special)
+        found = next((number for number in (*listed, *usual) if number in numbers), None)
+        if found is not None:
+            return found
+        ordinary = ", ".join(repr(name) for name in _EOS_NAMES if name in ids)
+        candidates = ", ".join(map(repr, [*special][:20])) or "none, it has no special tokens"
+        raise ConfigError(
+            f"eos=None: no special token of {source} has a usual name for the end of a document; name one with "
+            f"eos=...; candidates: {candidates}" + (f"; not special: {ordinary}" if ordinary else "")
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # The library's object is rebuilt where it is needed.
@@ -257,8 +355,9 @@ class JSONTokenizer:
 class TokenizerFile(JSONTokenizer):
     """The tokenizer in a `tokenizer.json`, or in a folder that holds one.
 
-    `eos` is the token that ends a document; None takes the first of the usual names that the tokenizer has. Raises
-    `ConfigError` for a file that is missing or broken, and when no end-of-document token is found.
+    `eos` is the token that ends a document; None is what the files beside it name, or else the first of the usual names
+    that is a special token (see `JSONTokenizer`). Raises `ConfigError` for a file that is missing or broken, and when
+    no end-of-document token is found.
     """
 
     def __init__(self, path: str | Path, eos: str | int | None = None) -> None:
@@ -270,14 +369,49 @@ class TokenizerFile(JSONTokenizer):
             raise ConfigError(f"path={str(path)!r} is no tokenizer: there is no file {file}") from None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"path={str(path)!r} cannot be read: {error}") from error
-        super().__init__(text, eos=eos, source=str(file))
+        super().__init__(text, eos=eos, special=SpecialTokens.read(file.parent), source=str(file))
 
     @property
     def companions(self) -> list[Path]:
-        """The files beside it that say how a chat is written."""
+        """The files beside it that name its special tokens and say how a chat is written."""
         folder = self.path if self.path.is_dir() else self.path.parent
-        files = (folder / name for name in ("tokenizer_config.json", "chat_template.jinja"))
+        files = (folder / name for name in COMPANIONS)
         return [file for file in files if file.is_file()]
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes `tokenizer.json` to `folder`, and beside it what the files beside `tokenizer` said.
+
+    `TokenizerFile(folder)` then has the same special tokens, the same end of a document and the same `stop_ids`.
+    """
+    tokenizer.save(folder / "tokenizer.json")
+    for file in getattr(tokenizer, "companions", ()):
+        if file.parent.resolve() != folder.resolve():
+            shutil.copyfile(file, folder / file.name)
+    if not isinstance(tokenizer, JSONTokenizer):
+        return
+    try:
+        found = tokenizer.beside(folder).eos_id
+    except ConfigError:  # only `eos` says which one it is
+        found = None
+    if found != tokenizer.eos_id:
+        for file in (folder / name for name in NAMES_FILES):
+            if file.name == NAMES_FILES[0] or file.is_file():
+                update_settings(file, eos_token=tokenizer.eos_token)
+    if tokenizer.beside(folder).stop_ids != tokenizer.stop_ids:
+        update_settings(folder / "generation_config.json", eos_token_id=tokenizer.stop_ids)
+
+
+def refuse_missing_rows(tokenizer: Tokenizer, ids: Sequence[int], vocab_size: int, where: str) -> None:
+    """Raises `ConfigError` if tokens have no row in the embedding of a model of `vocab_size` tokens; it names each."""
+    if beyond := sorted({int(i) for i in ids if i >= vocab_size}):
+        raise ConfigError(*(f"{where}: has {no_row(tokenizer, i, vocab_size)}" for i in beyond))
+
+
+def no_row(tokenizer: Tokenizer, number: int, vocab_size: int) -> str:
+    """Which token it is that has no row in the embedding of a model of `vocab_size` tokens."""
+    text = f" {tokenizer.token(number)!r}" if isinstance(tokenizer, JSONTokenizer) else ""
+    return f"the token{text} ({number}), and the model has vocab_size={vocab_size}: ids from 0 to {vocab_size - 1}"
 
 
 def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
@@ -296,25 +430,6 @@ def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
     if not ids or not all(isinstance(i, int) for i in ids.values()):
         raise ConfigError(f"{source} is no tokenizer.json: its vocabulary is empty or has ids that are no integers")
     return spec, ids
-
-
-def _find_eos(ids: dict[str, int], special: list[str], eos: str | int | None, source: str) -> int:
-    if isinstance(eos, int):
-        if eos not in ids.values():
-            raise ConfigError(f"eos={eos} is no token of {source}; allowed: 0 to {max(ids.values())}")
-        return eos
-    if eos is not None:
-        if eos not in ids:
-            raise ConfigError(f"eos={eos!r}: {unknown('token', eos, special)} ({source})")
-        return ids[eos]
-    for name in _EOS_NAMES:
-        if name in ids:
-            return ids[name]
-    candidates = ", ".join(map(repr, special[:20])) or "none, it has no special tokens"
-    raise ConfigError(
-        f"eos=None: {source} has none of the usual end-of-document tokens; name one with eos=...; "
-        f"candidates: {candidates}"
-    )
 
 
 def _fingerprint(spec: dict[str, Any], eos_id: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
@@ -27,6 +27,8 @@ class Sampling:
     """Choose among the likeliest that together have at least this probability (Holtzman et al. 2020)."""
     seed: int = 0
     """The same seed yields the same tokens; each sequence of a batch has one of its own, from 0 on."""
+    banned: tuple[int, ...] = ()
+    """Tokens that are never chosen, such as those of a padded vocabulary, which stand for nothing."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -49,6 +51,8 @@ class Sampling:
 
     def choose(self, logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
         """A token of each sequence, (B,), from its logits, (B, V)."""
+        if self.banned:
+            logits = logits.index_fill(-1, _on_device(self.banned, logits.device), float("-inf"))
         if self.temperature == 0:
             return logits.argmax(dim=-1)
         logits = logits.float()
@@ -76,17 +80,18 @@ def sample(
     top_p: float = 1.0,
     seed: int = 0,
     compile: bool = False,
+    banned: tuple[int, ...] = (),
 ) -> Iterator[int]:
     """Yields tokens that follow `prompt`; the model sees at most its `seq_length` newest ones.
 
     Args:
-        temperature, top_k, top_p, seed: as in `Sampling`.
+        temperature, top_k, top_p, seed, banned: as in `Sampling`.
         compile: on a GPU, run each step as one `CompiledStep`, after some seconds of compiling.
 
     Raises:
         ConfigError: the prompt is empty, a token is not in the vocabulary, or a number makes no sense.
     """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, banned=banned)
     generators = sampling.generators(1, model.embedding.weight.device)
     ids = list(prompt)
     for (token,) in _continuations(model, [ids], max_new_tokens, sampling, generators, compile):
@@ -204,6 +209,12 @@ def _begin(
     alike = min(lengths) == max(lengths) and not compile  # a captured step finds the lengths on the device
     x = model.hidden(ids, caches=caches, new_lengths=None if alike else last)
     return model.logits(x[torch.arange(len(texts), device=device), last - 1])
+
+
+@lru_cache(maxsize=8)
+def _on_device(ids: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Kept, as a copy to a GPU for each token would hold it up."""
+    return torch.tensor(ids, device=device)
 
 
 def _on_host(tokens: torch.Tensor) -> Callable[[], list[int]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from fiddlehead.data.tokenizers import save_tokenizer
 from fiddlehead.errors import ConfigError, StopRequested
 from fiddlehead.numbers import is_whole
 from fiddlehead.training.checkpoint_folder import (
@@ -66,11 +67,7 @@ class Checkpoint(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the tokenizer beside the checkpoints: without it the model is of no use."""
         if trainer.is_global_zero:
-            tokenizer: Any = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-            tokenizer.save(self.directory.parent / "tokenizer.json")
-            for file in getattr(tokenizer, "companions", ()):
-                if file.parent.resolve() != self.directory.parent.resolve():
-                    shutil.copyfile(file, self.directory.parent / file.name)
+            save_tokenizer(trainer.datamodule.tokenizer, self.directory.parent)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed step is already saved; if it was stopped before its validation, that is made up for first."""

@@ -37,12 +37,15 @@ class SampleAnswer(Callback):
             return
         if sharded:
             model.unshard()  # sampling reads what is outside the layers
-        answer = sample(model, prompt, self.max_new_tokens, temperature=0)
+        tokenizer: Any = data.tokenizer
+        banned = tuple(tokenizer.ids_without_token(model.config.vocab_size))
+        answer = sample(model, prompt, self.max_new_tokens, temperature=0, banned=banned)
+        ends = tokenizer.stop_ids
         # Ranks that answer together all write to the end: none may leave the others waiting for its part.
-        tokens = list(takewhile(lambda token: token != data.tokenizer.eos_id, list(answer) if sharded else answer))
+        tokens = list(takewhile(lambda token: token not in ends, list(answer) if sharded else answer))
         if sharded:
             model.reshard()
-        asked, answered = (data.tokenizer.decode(ids) for ids in (prompt, tokens))
+        asked, answered = (tokenizer.decode(ids) for ids in (prompt, tokens))
         say(f"step {trainer.global_step:>6}  asked {_short(asked)!r}, it answers {_short(answered)!r}")
 
 
