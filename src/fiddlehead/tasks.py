@@ -271,6 +271,7 @@ def plan_pretrain(
         raise ConfigError(*problems)
 
     model.config = replace(model.config, vocab_size=model.config.vocab_size or vocab_size)
+    data.model_vocab_size = model.config.vocab_size
     model.config = replace(model.config, seq_length=model.config.seq_length or data.seq_length)
     trainer.accumulate_grad_batches = accumulate
     try:
@@ -450,10 +451,9 @@ def _model_problems(
     config: TransformerConfig, data: PreTrainingDataModule | FineTuningDataModule, vocab_size: int
 ) -> list[str]:
     problems = []
-    if config.vocab_size is not None and config.vocab_size < vocab_size:
+    if config.vocab_size is not None and (missing := data.missing_rows(config.vocab_size)):
         problems.append(
-            f"model.config.vocab_size={config.vocab_size}: the tokenizer has {vocab_size} tokens; "
-            "leave it out, or give at least that many"
+            f"model.config.vocab_size={config.vocab_size}: {'; '.join(missing)}; the tokenizer has {vocab_size} tokens"
         )
     if config.seq_length is not None and config.seq_length < data.seq_length:
         problems.append(

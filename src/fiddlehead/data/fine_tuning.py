@@ -16,10 +16,12 @@ from fiddlehead.data.documents import NO_LABEL, borders
 from fiddlehead.data.examples import Example, tokenize_records
 from fiddlehead.data.records import Record, read_records
 from fiddlehead.data.steps import StepDataModule, opened
-from fiddlehead.data.tokenizers import TokenizerFile
+from fiddlehead.data.tokenizers import TokenizerFile, no_row
 from fiddlehead.errors import ConfigError
 from fiddlehead.numbers import is_number
 from fiddlehead.paths import user_path
+
+_SHOWN = 20
 
 
 class FineTuningDataModule(StepDataModule):
@@ -81,6 +83,13 @@ class FineTuningDataModule(StepDataModule):
         self._read()
         return self._open_tokenizer().vocab_size
 
+    def missing_rows(self, vocab_size: int) -> list[str]:
+        """As for all data; before the examples are tokenized, of the token that ends an answer and fills up rows."""
+        tokenizer = self._tokenizer or self._open_tokenizer()
+        if tokenizer.eos_id < vocab_size:
+            return []
+        return [f"the end of an answer is {no_row(tokenizer, tokenizer.eos_id, vocab_size)}"]
+
     def setup(self, stage: str | None = None) -> None:
         """Reads and tokenizes the examples; raises `ConfigError` for all that are wrong."""
         if not self.val_samples and self.trainer is not None:
@@ -90,9 +99,10 @@ class FineTuningDataModule(StepDataModule):
         tokenizer = self._open_tokenizer()
         template = ChatTemplate.load(self._tokenizer_folder())
         first_rank = self.trainer is None or self.trainer.is_global_zero
+        self.refuse_missing_rows()
         train, val = (
             Rows(
-                tokenize_records(records, tokenizer, template, progress=first_rank),
+                self._tokenize(records, tokenizer, template, progress=first_rank),
                 self.seq_length,
                 tokenizer.eos_id,
                 packed=self.packed,
@@ -118,6 +128,23 @@ class FineTuningDataModule(StepDataModule):
             return []
         text = opened(self._val).examples[0][0]  # pyright: ignore[reportAttributeAccessIssue]
         return text.ids[: int(text.learned.argmax())].tolist()
+
+    def _tokenize(
+        self, records: Sequence[Record], tokenizer: TokenizerFile, template: ChatTemplate | None, *, progress: bool
+    ) -> list[tuple[Example, ...]]:
+        """The records as tokens, each of which the model has a row for."""
+        examples = tokenize_records(records, tokenizer, template, progress=progress)
+        rows = self.model_vocab_size
+        if rows is None or tokenizer.vocab_size <= rows:
+            return examples
+        problems = []
+        for record, texts in zip(records, examples, strict=True):
+            beyond = sorted({int(i) for text in texts for i in text.ids[text.ids >= rows]})
+            problems += [f"{record.where}: has {no_row(tokenizer, i, rows)}" for i in beyond]
+        if problems:
+            more = [f"and {len(problems) - _SHOWN:,} more"] if len(problems) > _SHOWN else []
+            raise ConfigError(*problems[:_SHOWN], *more)
+        return examples
 
     def _tokenizer_folder(self) -> Path:
         folder = self.given_tokenizer or self.default_tokenizer

@@ -13,7 +13,7 @@ from fiddlehead.data.batches import Windows
 from fiddlehead.data.corpus import StandardLibrary, tokenize_corpus
 from fiddlehead.data.steps import StepDataModule
 from fiddlehead.data.token_file import FORMAT_VERSION, SPLITS, TokenDatasetInfo, TokenFile
-from fiddlehead.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer
+from fiddlehead.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, no_row
 from fiddlehead.environment import cache_folder
 from fiddlehead.errors import ConfigError
 from fiddlehead.paths import user_path
@@ -79,6 +79,25 @@ class PreTrainingDataModule(StepDataModule):
         assert self._given_tokenizer is not None
         return self._given_tokenizer.vocab_size
 
+    def missing_rows(self, vocab_size: int) -> list[str]:
+        """As for all data; before the default corpus is tokenized, of what ends and begins each document."""
+        if self.vocab_size <= vocab_size:
+            return []
+        directory = self._directory()
+        if directory.exists():
+            found = {split: TokenFile(directory, split).first_beyond(vocab_size) for split in SPLITS}
+            tokenizer = self.info().open_tokenizer(directory)
+            return [
+                f"{directory}/{split}.bin: at {first[0]:,} is {no_row(tokenizer, first[1], vocab_size)}"
+                for split, first in found.items()
+                if first is not None
+            ]
+        tokenizer = self._given_tokenizer
+        if tokenizer is None or isinstance(tokenizer, BPETokenizer):  # learned from the data, so that all occur
+            return [f"tokenizer has {self.vocab_size} tokens, and the model has vocab_size={vocab_size}"]
+        ids = dict.fromkeys((*tokenizer.begin_ids, tokenizer.eos_id))
+        return [f"each document has {no_row(tokenizer, i, vocab_size)}" for i in ids if i >= vocab_size]
+
     def info(self) -> TokenDatasetInfo:
         """What the dataset says of itself; raises `ConfigError` that names `paths` if it is none."""
         try:
@@ -129,6 +148,7 @@ class PreTrainingDataModule(StepDataModule):
             problems.append(f"{needed}; the validation split of {directory} has {len(val.tokens)} ({hint})")
         if problems:
             raise ConfigError(*problems)
+        self.refuse_missing_rows()
         self._train, self._val = train, val
         if given is None or isinstance(given, BPETokenizer):
             self._tokenizer = train.tokens.info.open_tokenizer(directory)

@@ -35,6 +35,12 @@ class RandomTokens(StepDataModule):
         super().__init__(seq_length, micro_batch_size, global_batch_size, 0, num_workers, seed, problems)
         self.vocab_size = vocab_size
 
+    def missing_rows(self, vocab_size: int) -> list[str]:
+        """As for all data: every id below the `vocab_size` of these occurs."""
+        if self.vocab_size <= vocab_size:
+            return []
+        return [f"vocab_size={self.vocab_size}: the model has vocab_size={vocab_size}"]
+
     def setup(self, stage: str | None = None) -> None:
         """Makes what the batches are drawn from."""
         if self.trainer is not None:

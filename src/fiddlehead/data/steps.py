@@ -69,8 +69,22 @@ class StepDataModule(pl.LightningDataModule):
         self._train: Samples | None = None
         self._val: Samples | None = None
         self._tokenizer: Tokenizer | None = None
+        self.model_vocab_size: int | None = None
+        """The rows of the model's embedding, which a task sets; what occurs in the data is compared with it."""
         self.token_bytes: Tensor | None = None
         """UTF-8 bytes of each token after `setup`, (vocab_size,) int32; None where the tokenizer does not say."""
+
+    def missing_rows(self, vocab_size: int) -> list[str]:
+        """Which tokens occur in the data, as far as it is known, and have no row in a model of `vocab_size` tokens.
+
+        A tokenizer may have more tokens than the model has rows, as long as they do not occur.
+        """
+        raise NotImplementedError
+
+    def refuse_missing_rows(self) -> None:
+        """Raises `ConfigError` if a token that occurs has no row in the model, where `model_vocab_size` is known."""
+        if self.model_vocab_size is not None and (problems := self.missing_rows(self.model_vocab_size)):
+            raise ConfigError(*problems)
 
     @property
     def tokenizer(self) -> Tokenizer:
