@@ -13,11 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fiddlehead.data import ByteTokenizer
+from fiddlehead.data import ByteTokenizer, TokenizerFile
+from fiddlehead.data.tokenizers import save_tokenizer
 from fiddlehead.errors import ConfigError
+from fiddlehead.grouped_query import convert_gqa
 from fiddlehead.huggingface import export_checkpoint, import_checkpoint
 from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.text import Writer
 from fiddlehead.training.checkpoint_folder import TEMPORARY, verify, write_folder, write_state
+from tests.data.small_tokenizers import KINDS
 from tests.models.hf_families import random_model
 
 
@@ -135,6 +139,72 @@ def test_the_tokenizer_and_its_template_travel_along(llama: Path, tmp_path: Path
     export_checkpoint(tmp_path / "ours", tmp_path / "back", progress=False)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (llama / name).read_bytes()
+
+
+def stops(folder: Path) -> list[int]:
+    """What transformers stops at with the model in a folder."""
+    import transformers
+
+    kind = transformers.GenerationConfig if (folder / "generation_config.json").is_file() else transformers.AutoConfig
+    ids = kind.from_pretrained(folder).eos_token_id
+    return ids if isinstance(ids, list) else [ids]
+
+
+def test_what_ends_a_text_travels_along(llama: Path, tmp_path: Path) -> None:
+    asked = {"eos_token_id": [256, 10, 7], "temperature": 0.6, "do_sample": True}
+    (llama / "generation_config.json").write_text(json.dumps(asked))
+    change(llama, eos_token_id=[256, 10])
+    import_checkpoint(str(llama), tmp_path / "ours", progress=False)
+    convert_gqa(tmp_path / "ours", tmp_path / "pooled", 1)
+    for made in ("ours", "pooled"):
+        assert Writer.open(tmp_path / made).tokenizer.stop_ids == [256, 10, 7]
+        export_checkpoint(tmp_path / made, tmp_path / f"{made}-back", progress=False)
+        assert json.loads((tmp_path / f"{made}-back" / "generation_config.json").read_text()) == asked
+        assert stops(tmp_path / f"{made}-back") == [256, 10, 7]
+
+
+def test_a_run_s_tokenizer_and_what_ends_its_texts_are_exported(llama: Path, tmp_path: Path) -> None:
+    """The run began with an imported model, and its folder names one end more."""
+    (llama / "generation_config.json").write_text('{"eos_token_id": [256, 10], "temperature": 0.6, "do_sample": true}')
+    import_checkpoint(str(llama), tmp_path / "ours", progress=False)
+    run = tmp_path / "run"
+    with write_folder(run / "checkpoints" / "step-00000001") as folder:
+        tensors = load_file(tmp_path / "ours" / "model.safetensors")
+        save_file(tensors, folder / "model.safetensors")
+        state = json.loads((tmp_path / "ours" / "state.json").read_text())
+        kept = {"config": state["config"], "step": 1, "val_loss": None, "init_from": str(tmp_path / "ours")}
+        write_state(folder, kept)
+    save_tokenizer(TokenizerFile(tmp_path / "ours"), run)
+    assert Writer.open(run).tokenizer.stop_ids == [256, 10]
+    (run / "generation_config.json").write_text('{"eos_token_id": [256, 7, 10]}')
+    assert Writer.open(run).tokenizer.stop_ids == [256, 7, 10]
+    export_checkpoint(run, tmp_path / "back", progress=False)
+    assert stops(tmp_path / "back") == [256, 7, 10]
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text())["temperature"] == 0.6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_our_own_is_exported_with_the_special_tokens_of_its_tokenizer(kind: str, tmp_path: Path) -> None:
+    import transformers
+
+    source = KINDS[kind](tmp_path / "tokenizer")
+    tokenizer = TokenizerFile(source)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=tokenizer.vocab_size, seq_length=32
+    )
+    tensors = {f"transformer.{name}": p.detach() for name, p in Transformer(config).state_dict().items()}
+    with write_folder(tmp_path / "run" / "checkpoints" / "step-00000001") as folder:
+        save_file(tensors, folder / "model.safetensors")
+        write_state(folder, {"config": asdict(config), "step": 1, "val_loss": None})
+    save_tokenizer(tokenizer, tmp_path / "run")
+    export_checkpoint(tmp_path / "run", tmp_path / "back", progress=False)
+    published = transformers.AutoTokenizer.from_pretrained(source)
+    written = transformers.AutoConfig.from_pretrained(tmp_path / "back")
+    assert written.bos_token_id == published.bos_token_id and written.pad_token_id == published.pad_token_id
+    assert set(stops(tmp_path / "back")) == set(tokenizer.stop_ids) >= set(stops(source))
+    back = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert back.special_tokens_map == published.special_tokens_map
+    assert back.chat_template == published.chat_template
 
 
 def test_an_export_in_another_dtype_says_so(llama: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from fiddlehead.data import ByteTokenizer, TokenizerFile
 from fiddlehead.data.chat_template import ChatTemplate
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
-from fiddlehead.models.generation import Sampling
+from fiddlehead.models.generation import Sampling, sample
 from fiddlehead.text import Writer, likelihood, until
+from tests.data.small_tokenizers import change, save_gemma
 from tests.data.test_chat_template import CHATML
 from tests.data.test_examples import with_begin
 
@@ -143,3 +146,50 @@ def test_a_text_of_nothing_and_a_stride_of_none_are_refused(writer: Writer) -> N
         likelihood(writer, "a")
     with pytest.raises(ConfigError, match="stride=33: must be from 1 to seq_length=32"):
         likelihood(writer, "abc", 33)
+
+
+@pytest.mark.parametrize("named", [[256, 0], [0]])
+def test_it_stops_at_every_token_that_the_folder_names(writer: Writer, named: list[int], tmp_path: Path) -> None:
+    drawn: dict[str, Any] = {"temperature": 3.0, "seed": 2}
+    expected = writer.complete([[97]], 9, sampling=Sampling(**drawn))[0].ids
+    stop = expected[3]
+    assert stop not in expected[:3]
+    change(tmp_path / "generation_config.json", eos_token_id=[*named, stop])
+    ending = replace(writer, tokenizer=TokenizerFile(tmp_path), template=ChatTemplate("a", {}))
+    (found,) = ending.complete([[97]], 9, sampling=Sampling(**drawn))
+    assert (found.ids, found.finish_reason) == (expected[:3], "stop")
+    text = bytes(expected[:3]).decode(errors="replace").rstrip("\N{REPLACEMENT CHARACTER}")
+    assert "".join(ending.write("a", 9, **drawn)) == text
+    assert "".join(ending.answer([{"role": "user", "content": "a"}], 9, **drawn)) == text
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_what_is_no_token_is_never_written(writer: Writer, temperature: float, tmp_path: Path) -> None:
+    """The vocabulary of the model is padded, and the tokenizer has ids that no token has."""
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["added_tokens"][0]["id"] = 270
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    torch.manual_seed(0)
+    model = Transformer(replace(writer.model.config, vocab_size=300)).eval()
+    with torch.no_grad():
+        model.output_layer.weight[256:] *= 3  # else the likeliest are among the bytes
+    padded = replace(writer, model=model, tokenizer=TokenizerFile(tmp_path))
+    assert any(i > 255 for i in sample(model, [97], 20, temperature=temperature))
+    written = padded.complete([[97]] * 2, 20, sampling=Sampling(temperature=temperature), seeds=range(2))
+    assert all(i < 256 for each in written for i in each.ids)
+    assert "".join(padded.write("a", 20, temperature=temperature)) == written[0].text.rstrip(
+        "\N{REPLACEMENT CHARACTER}"
+    )
+
+
+def test_a_token_that_the_model_has_no_row_for_is_named(writer: Writer, tmp_path: Path) -> None:
+    folder = save_gemma(tmp_path / "gemma")
+    tokenizer = TokenizerFile(folder)
+    model = Transformer(replace(writer.model.config, vocab_size=tokenizer.vocab_size - 1)).eval()
+    seeing = Writer(model, tokenizer, ChatTemplate("{{ messages[0].content }}", {}), "test")
+    assert isinstance("".join(seeing.write("<image_soft_token>", 3)), str)  # in a prompt it is text
+    message = rf"the token '<image_soft_token>' \({tokenizer.vocab_size - 1}\), and the model has vocab_size="
+    with pytest.raises(ConfigError, match=message):
+        next(seeing.answer([{"role": "user", "content": "<image_soft_token>"}]))
+    with pytest.raises(ConfigError, match=message):
+        seeing.complete([[5, tokenizer.vocab_size - 1]], 3)

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fiddlehead.data import ByteTokenizer, FineTuningDataModule
+from fiddlehead.data import ByteTokenizer, FineTuningDataModule, TokenizerFile
 from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.data.examples import Example
 from fiddlehead.data.fine_tuning import Rows, pack
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
-from tests.data.small_tokenizers import KINDS
+from tests.data.small_tokenizers import KINDS, save_gemma
 from tests.data.test_chat_template import CHATML
 from tests.data.test_records import CHAT, COMPLETION, lines
 
@@ -162,3 +162,29 @@ def test_packed_is_the_same_as_each_alone(position: Any) -> None:
         labels = torch.from_numpy(np.where(text.learned[1:], text.ids[1:], NO_LABEL))
         total = total + F.cross_entropy(logits, labels, reduction="sum", ignore_index=NO_LABEL).detach()
     assert torch.allclose(total, packed[0], rtol=1e-5)
+
+
+def test_a_token_of_an_example_without_a_row_in_the_model_is_named(tmp_path: Path) -> None:
+    """Gemma's tokenizer has a token more than its text models have rows."""
+    folder = save_gemma(tmp_path / "gemma")
+    tokenizer = TokenizerFile(folder)
+    image = tokenizer.vocab_size - 1
+    chat = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "def f"}]}
+    seen = {"messages": [{"role": "user", "content": "<image_soft_token>"}, chat["messages"][1]]}
+
+    def opened(vocab_size: int, *records: dict[str, Any]) -> FineTuningDataModule:
+        path = lines(tmp_path / "a.jsonl", *records)
+        data = FineTuningDataModule(path, tokenizer=folder, val_samples=0, seq_length=64, global_batch_size=1)
+        data.model_vocab_size = vocab_size
+        assert (data.missing_rows(vocab_size) == []) == (vocab_size > tokenizer.eos_id)
+        data.setup()
+        return data
+
+    assert opened(image, chat, {"messages": chat["messages"] * 2}).tokenizer.eos_id == 1
+    opened(image + 1, chat, seen)
+    with pytest.raises(ConfigError) as error:
+        opened(image, chat, seen, seen)
+    token = f"the token '<image_soft_token>' ({image}), and the model has vocab_size={image}: ids from 0 to {image - 1}"
+    assert error.value.problems == tuple(f"{tmp_path / 'a.jsonl'}:{number}: has {token}" for number in (2, 3))
+    with pytest.raises(ConfigError, match=r"the end of an answer is the token '<eos>' \(1\)"):
+        opened(1, chat)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -259,6 +261,36 @@ def test_the_tokenizer_comes_with_the_data(tmp_path: Path) -> None:
         PreTrainingDataModule(tmp_path / "bytes", BPETokenizer(260), **sizes)
     with pytest.raises(ConfigError, match="there is no such folder"):
         PreTrainingDataModule(tmp_path / "none", **sizes).setup()
+
+
+@pytest.mark.parametrize("written", ["now", "before its largest id was kept"])
+def test_only_a_token_that_occurs_needs_a_row_in_the_model(dataset: Path, tmp_path: Path, written: str) -> None:
+    """The tokenizer has 2000 tokens; those up to 1002 occur, each at the position that is its id."""
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    meta = json.loads((copy / "meta.json").read_text())
+    assert meta["train"]["max_id"] == meta["val"]["max_id"] == TOKENS - 1
+    if written != "now":
+        del meta["train"]["max_id"], meta["val"]["max_id"]
+        (copy / "meta.json").write_text(json.dumps(meta))
+    data = PreTrainingDataModule(copy, seq_length=10)
+    data.model_vocab_size = TOKENS
+    data.setup()
+    assert data.missing_rows(2000) == data.missing_rows(TOKENS) == []
+    data = PreTrainingDataModule(copy, seq_length=10)
+    data.model_vocab_size = TOKENS - 2
+    with pytest.raises(ConfigError) as error:
+        data.setup()
+    said = "the token (1001), and the model has vocab_size=1001: ids from 0 to 1000"
+    assert error.value.problems == tuple(f"{copy}/{split}.bin: at 1,001 is {said}" for split in ("train", "val"))
+
+
+def test_a_corpus_that_is_not_yet_tokenized_needs_what_ends_its_documents(tmp_path: Path) -> None:
+    assert PreTrainingDataModule(cache_dir=tmp_path).missing_rows(257) == []
+    assert PreTrainingDataModule(cache_dir=tmp_path).missing_rows(256) == [
+        "each document has the token (256), and the model has vocab_size=256: ids from 0 to 255"
+    ]
+    learned = PreTrainingDataModule(tokenizer=BPETokenizer(300), cache_dir=tmp_path)
+    assert learned.missing_rows(299) == ["tokenizer has 300 tokens, and the model has vocab_size=299"]
 
 
 def test_the_default_corpus_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,14 @@ import torch
 
 from fiddlehead import tasks
 from fiddlehead.attention import BACKENDS
-from fiddlehead.data import ByteTokenizer
+from fiddlehead.data import ByteTokenizer, PreTrainingDataModule, TokenizerFile
+from fiddlehead.data.token_writer import TokenDatasetWriter, encode_documents
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA
 from fiddlehead.training import Muon, Parallel
 from fiddlehead.training.attention import on_longest, ranges
 from fiddlehead.training.weights import open_weights
+from tests.data.small_tokenizers import save_gemma
 from tests.training.conftest import Parts, parameters
 
 
@@ -114,6 +116,24 @@ def test_all_problems_are_listed_at_once_and_nothing_is_started(parts: Parts) ->
         "model.config.seq_length",
     ]
     assert not Path(made["log"].dir).exists()
+
+
+def test_a_tokenizer_may_have_more_tokens_than_the_model_has_rows(parts: Parts, tmp_path: Path) -> None:
+    """Gemma's text models have no row for the token of an image."""
+    tokenizer = TokenizerFile(save_gemma(tmp_path / "gemma"))
+    with TokenDatasetWriter(tmp_path / "data", tokenizer, []) as writer:
+        tokens = encode_documents(tokenizer, ["def f(x): return x"] * 20)
+        for split in ("train", "val"):
+            writer.add(split, tokens, 20, 360)
+        writer.finish()
+    made = parts(vocab_size=tokenizer.vocab_size - 1)
+    made["data"] = PreTrainingDataModule(tmp_path / "data", seq_length=16, micro_batch_size=2, global_batch_size=4)
+    assert plan(made).config.vocab_size == made["data"].model_vocab_size == tokenizer.vocab_size - 1
+    largest = int(tokens.max())
+    made = parts(vocab_size=largest)
+    made["data"] = PreTrainingDataModule(tmp_path / "data", seq_length=16, micro_batch_size=2, global_batch_size=4)
+    with pytest.raises(ConfigError, match=rf"vocab_size={largest}: .*train\.bin: at \d+ is the token '.*'"):
+        plan(made)
 
 
 def test_a_batch_that_does_not_divide_is_the_data_s_problem(parts: Parts) -> None:

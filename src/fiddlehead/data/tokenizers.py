@@ -410,7 +410,10 @@ def refuse_missing_rows(tokenizer: Tokenizer, ids: Sequence[int], vocab_size: in
 
 def no_row(tokenizer: Tokenizer, number: int, vocab_size: int) -> str:
     """Which token it is that has no row in the embedding of a model of `vocab_size` tokens."""
-    text = f" {tokenizer.token(number)!r}" if isinstance(tokenizer, JSONTokenizer) else ""
+    try:
+        text = f" {tokenizer.token(number)!r}" if isinstance(tokenizer, JSONTokenizer) else ""
+    except KeyError:  # a dataset that was not made with its tokenizer
+        text = ""
     return f"the token{text} ({number}), and the model has vocab_size={vocab_size}: ids from 0 to {vocab_size - 1}"
 
 

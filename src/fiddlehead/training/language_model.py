@@ -241,8 +241,10 @@ class LanguageModel(LightningModule):
         if self.init_from is not None and (folder := find_tokenizer(user_path(self.init_from))):
             learned = TokenizerFile(folder)
             if learned.fingerprint != data.tokenizer.fingerprint:
+                ends = [repr(getattr(each, "eos_token", each.eos_id)) for each in (data.tokenizer, learned)]
+                differs = f"documents end in {ends[0]}, there in {ends[1]}" if ends[0] != ends[1] else "other tokens"
                 raise ConfigError(
-                    f"data.tokenizer: is another than the one in {folder}, with which the model learned; "
+                    f"data.tokenizer: is another than the one in {folder}, with which the model learned ({differs}); "
                     f"set data.tokenizer=TokenizerFile data.tokenizer.path={folder}"
                 )
 
