@@ -12,7 +12,7 @@ import tokenizers
 import torch
 
 from fiddlehead.cli import main
-from fiddlehead.data import ByteTokenizer
+from fiddlehead.data import ByteTokenizer, TokenizerFile
 from fiddlehead.text import Writer
 from tests.models.hf_families import DEFAULT, config, transformers
 
@@ -47,12 +47,13 @@ def model(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     shutil.copytree(TASKS, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    made = config(
-        "LlamaConfig", vocab_size=262, rope_parameters=DEFAULT, initializer_range=0.3, max_position_embeddings=64,
-        bos_token_id=256, eos_token_id=256,
+    Path("hf").mkdir()
+    save_tokenizer(Path("hf"), request.param)
+    made = config(  # with as many tokens as the tokenizer has: transformers writes ids, too, that are no token
+        "LlamaConfig", vocab_size=TokenizerFile("hf").vocab_size, rope_parameters=DEFAULT, initializer_range=0.3,
+        max_position_embeddings=64, bos_token_id=256, eos_token_id=256,
     )  # fmt: skip
     transformers.LlamaForCausalLM(made).save_pretrained("hf")
-    save_tokenizer(Path("hf"), request.param)
     return Path("hf")
 
 

@@ -16,6 +16,12 @@ def tokenize(
     tokenizer: str = typer.Option(
         ..., "--tokenizer", "-t", help="bytes, bpe:SIZE (trained on the text), or a tokenizer.json."
     ),
+    eos: str = typer.Option(
+        None,
+        "--eos",
+        metavar="TOKEN",
+        help="The token that ends a document; what the tokenizer's folder names if not given.",
+    ),
     out: Path = typer.Option(
         ..., "--out", "-o", metavar="DIR", parser=user_path, help="The folder to make; data.paths=DIR trains on it."
     ),
@@ -32,7 +38,7 @@ def tokenize(
 
     info = tokenize(
         paths,
-        parse_tokenizer(tokenizer),
+        parse_tokenizer(tokenizer, eos),
         out,
         val_fraction=val_fraction,
         workers=workers,

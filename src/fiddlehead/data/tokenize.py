@@ -73,8 +73,14 @@ def tokenize(
         return writer.finish()
 
 
-def parse_tokenizer(text: str) -> Tokenizer | BPETokenizer:
-    """The tokenizer that a command line names: `bytes`, `bpe:4096` (to be trained), or a path for `TokenizerFile`."""
+def parse_tokenizer(text: str, eos: str | None = None) -> Tokenizer | BPETokenizer:
+    """The tokenizer that a command line names: `bytes`, `bpe:4096` (to be trained), or a path for `TokenizerFile`.
+
+    Args:
+        eos: the token that ends a document, of a file's.
+    """
+    if eos is not None and (text == "bytes" or text.startswith("bpe:")):
+        raise ConfigError(f"eos={eos!r}: allowed only for a tokenizer.json; {text} has an end of its own")
     kind, colon, size = text.partition(":")
     if text == "bytes":
         return ByteTokenizer()
@@ -86,7 +92,7 @@ def parse_tokenizer(text: str) -> Tokenizer | BPETokenizer:
         raise ConfigError(
             f"tokenizer={text!r}; allowed: bytes, bpe:SIZE, or the path of a tokenizer.json, and there is none"
         )
-    return TokenizerFile(text)
+    return TokenizerFile(text, eos=eos)
 
 
 class _Encoded(NamedTuple):

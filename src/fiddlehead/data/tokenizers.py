@@ -344,7 +344,8 @@ class JSONTokenizer:
         candidates = ", ".join(map(repr, [*special][:20])) or "none, it has no special tokens"
         raise ConfigError(
             f"eos=None: no special token of {source} has a usual name for the end of a document; name one with "
-            f"eos=...; candidates: {candidates}" + (f"; not special: {ordinary}" if ordinary else "")
+            f"eos=..., or as eos_token in tokenizer_config.json; candidates: {candidates}"
+            + (f"; not special: {ordinary}" if ordinary else "")
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -240,6 +240,8 @@ class LanguageModel(LightningModule):
         self.token_bytes = data.token_bytes
         if self.init_from is not None and (folder := find_tokenizer(user_path(self.init_from))):
             learned = TokenizerFile(folder)
+            if data.tokenizer.eos_id in learned.stop_ids:  # any of the ends that the model knows
+                learned = TokenizerFile(folder, eos=data.tokenizer.eos_id)
             if learned.fingerprint != data.tokenizer.fingerprint:
                 ends = [repr(getattr(each, "eos_token", each.eos_id)) for each in (data.tokenizer, learned)]
                 differs = f"documents end in {ends[0]}, there in {ends[1]}" if ends[0] != ends[1] else "other tokens"
