@@ -231,9 +231,18 @@ def test_files_that_name_no_token_are_refused(file: str, text: str, said: str, t
         TokenizerFile(folder)
 
 
-def test_templates_without_a_default_are_named(tmp_path: Path) -> None:
-    change(save_gemma(tmp_path) / "tokenizer_config.json", chat_template=[{"name": "rag", "template": "r"}])
-    with pytest.raises(ConfigError, match="chat_template has rag; one of them must be named default"):
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([{"name": "rag", "template": "r"}], "chat_template has rag; one of them must be named default"),
+        ({"rag": "r", "tool": "t"}, "chat_template has rag, tool; one of them must be named default"),
+        (5, "chat_template is a int; allowed: text, or named templates"),
+        ([{"name": "default", "template": 5}], "chat_template is a int; allowed"),
+    ],
+)
+def test_what_is_no_template_is_refused(given: Any, said: str, tmp_path: Path) -> None:
+    change(save_gemma(tmp_path) / "tokenizer_config.json", chat_template=given)
+    with pytest.raises(ConfigError, match=said):
         ChatTemplate.load(tmp_path)
 
 

@@ -252,6 +252,11 @@ def test_names_of_tokenizers(tmp_path: Path) -> None:
     assert isinstance(trained, BPETokenizer) and trained.vocab_size == 4096
     ByteTokenizer().save(tmp_path / "tokenizer.json")
     assert isinstance(parse_tokenizer(str(tmp_path)), TokenizerFile)
+    named = parse_tokenizer(str(tmp_path), "Z")
+    assert isinstance(named, TokenizerFile) and named.eos_token == "Z"
+    for text in ("bytes", "bpe:300"):
+        with pytest.raises(ConfigError, match="eos='Z': allowed only for a tokenizer"):
+            parse_tokenizer(text, "Z")
     for text in ("bpe", "bpe:", "bpe:x", "bpe:-5", "byte"):
         with pytest.raises(ConfigError, match=f"tokenizer='{text}'; allowed: "):
             parse_tokenizer(text)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from fiddlehead import tasks
+from fiddlehead.data import TokenizerFile
 from fiddlehead.errors import ConfigError
 from fiddlehead.grouped_query import convert_gqa
 from fiddlehead.huggingface import export_adapters, export_checkpoint
@@ -77,6 +78,16 @@ def test_another_tokenizer_than_the_model_s_is_refused(base: RunDirectory, parts
     base.tokenizer.write_text(text)
     with pytest.raises(ConfigError, match=r"data\.tokenizer: is another than the one in"):
         tasks.pretrain(**beginning_with(parts, base.path))
+
+
+def test_documents_end_in_one_of_the_ends_that_the_model_knows(base: RunDirectory, parts: Parts) -> None:
+    """The data's end in <|endoftext|>; the folder of the model names another."""
+    (base.path / "tokenizer_config.json").write_text('{"eos_token": "Z"}')
+    with pytest.raises(ConfigError, match=r"documents end in '<\|endoftext\|>', there in 'Z'"):
+        tasks.pretrain(**beginning_with(parts, base.path))
+    (base.path / "generation_config.json").write_text('{"eos_token_id": [90, 256]}')
+    run = tasks.pretrain(**beginning_with(parts, base.path, max_steps=1, name="knows_it"))
+    assert TokenizerFile(run.path).stop_ids == [256]  # what the run learned
 
 
 @pytest.mark.parametrize("dora", [False, True])
