@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fiddlehead.data import BPETokenizer, ByteTokenizer, PreTrainingDataModule
+from fiddlehead.data.corpus import StandardLibrary
 from fiddlehead.data.token_file import TokenFile
 from fiddlehead.data.token_writer import TokenDatasetWriter
 from fiddlehead.errors import ConfigError
@@ -284,7 +285,10 @@ def test_only_a_token_that_occurs_needs_a_row_in_the_model(dataset: Path, tmp_pa
     assert error.value.problems == tuple(f"{copy}/{split}.bin: at 1,001 is {said}" for split in ("train", "val"))
 
 
-def test_a_corpus_that_is_not_yet_tokenized_needs_what_ends_its_documents(tmp_path: Path) -> None:
+def test_a_corpus_that_is_not_yet_tokenized_needs_what_ends_its_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StandardLibrary, "identity", "a hash that takes seconds")
     assert PreTrainingDataModule(cache_dir=tmp_path).missing_rows(257) == []
     assert PreTrainingDataModule(cache_dir=tmp_path).missing_rows(256) == [
         "each document has the token (256), and the model has vocab_size=256: ids from 0 to 255"
