@@ -48,7 +48,9 @@ def ours(fiddlehead, tmp_path):  # noqa: F811
 
     from tests.models.hf_families import config, transformers
 
-    made = config("LlamaConfig", vocab_size=257, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    made = config(
+        "LlamaConfig", vocab_size=257, eos_token_id=256, rope_parameters={"rope_type": "default", "rope_theta": 500.0}
+    )
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(made).save_pretrained(tmp_path / "hf")
     ByteTokenizer().save(tmp_path / "hf" / "tokenizer.json")
