@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import fiddlehead
 from fiddlehead.attention import kept
 from fiddlehead.attention.backend import Extras
 from fiddlehead.attention.sample import Inputs, Shape, sample
@@ -40,9 +41,9 @@ def require_right(backend: str, spec: AttentionSpec, target: Target, device: tor
         ConfigError: its output or a gradient is wrong.
     """
     spec = _small(spec)
-    packages = asdict(target.packages)
+    versions = {"fiddlehead": fiddlehead.__version__, **asdict(target.packages)}
     call = {**asdict(spec), "dtype": str(spec.dtype)}
-    key = json.dumps({"device": target.name, "packages": packages, "backend": backend, **call}, sort_keys=True)
+    key = json.dumps({"device": target.name, "versions": versions, "backend": backend, **call}, sort_keys=True)
     errors = kept.read(FILE).get(key)
     if errors is None:
         errors = trial(backend, spec, device)
