@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from fiddlehead.attention import BACKENDS, AttentionSpec, Target, attend, flash4
 from fiddlehead.attention.backend import Extras
 from fiddlehead.attention.masks import alibi_bias, gathered, visible
-from fiddlehead.attention.trial import trial, wrong
+from fiddlehead.attention.trial import require_right, trial, wrong
 from fiddlehead.errors import ConfigError
 
 pytestmark = [
@@ -311,13 +312,18 @@ def test_what_a_backend_claims_is_right(backend: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [16, 48, 80, 112])
-def test_flash4_itself_still_has_wrong_gradients_where_we_pad(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash4_itself_still_has_wrong_gradients_where_we_pad(
+    head_dim: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     call = Call(Case("causal", D=head_dim))
     if (reason := BACKENDS["flash4"].why_not(call.spec, _target())) or _target().sm != 90:
         pytest.skip(reason or "its kernels for Hopper")
     assert not _errors(call.by_backend("flash4"), call)
     monkeypatch.setattr(flash4, "gradient_padding", lambda _head_dim: 0)
     assert [problem.partition(":")[0] for problem in _errors(call.by_backend("flash4"), call)] == ["dq", "dk", "dv"]
+    monkeypatch.setenv("FIDDLEHEAD_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match="flash4 is wrong on .* relative error of dq .*, dk .*, dv "):
+        require_right("flash4", call.spec, _target(), torch.device("cuda", torch.cuda.current_device()))
 
 
 @backends

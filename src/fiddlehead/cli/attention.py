@@ -82,7 +82,10 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="The same, for pro
     except (ImportError, OSError) as error:
         print(f"error: PyTorch cannot be imported: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
         raise typer.Exit(1) from None
-    report = examine()
+    from rich.console import Console
+
+    with Console(stderr=True).status("trying the kernels of this machine") as status:  # silent in a file or a pipe
+        report = examine(lambda name: status.update(f"trying {name}; its kernels may have to be compiled first"))
     if as_json:
         print(json.dumps({**asdict(report), "healthy": report.healthy}, indent=1))  # noqa: T201
     else:
