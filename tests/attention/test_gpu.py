@@ -322,7 +322,7 @@ def test_flash4_itself_still_has_wrong_gradients_where_we_pad(
     monkeypatch.setattr(flash4, "gradient_padding", lambda _head_dim: 0)
     assert [problem.partition(":")[0] for problem in _errors(call.by_backend("flash4"), call)] == ["dq", "dk", "dv"]
     monkeypatch.setenv("FIDDLEHEAD_CACHE", str(tmp_path))
-    with pytest.raises(ConfigError, match="flash4 is wrong on .* relative error of dq .*, dk .*, dv "):
+    with pytest.raises(ConfigError, match=r"flash4 is wrong on .* relative error of dq .*, dk .*, dv "):
         require_right("flash4", call.spec, _target(), torch.device("cuda", torch.cuda.current_device()))
 
 

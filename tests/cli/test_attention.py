@@ -223,7 +223,7 @@ REPORT = Report(
 
 
 def test_the_doctor_prints_what_it_found(typed, monkeypatch):
-    monkeypatch.setattr(doctor, "examine", lambda: REPORT)
+    monkeypatch.setattr(doctor, "examine", lambda _progress: REPORT)
     output = typed("doctor", rc=1)
     for text in (
         "PyTorch",
@@ -235,7 +235,7 @@ def test_the_doctor_prints_what_it_found(typed, monkeypatch):
         assert text in output
     answer = json.loads(typed("doctor", "--json", rc=1))
     assert answer["findings"][1]["state"] == "broken" and answer["healthy"] is False
-    monkeypatch.setattr(doctor, "examine", lambda: Report({}, REPORT.findings[:1], ()))
+    monkeypatch.setattr(doctor, "examine", lambda _progress: Report({}, REPORT.findings[:1], ()))
     assert json.loads(typed("doctor", "--json"))["healthy"] is True
 
 
