@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fiddlehead.data import ByteTokenizer
-from fiddlehead.data.chat_template import ChatTemplate, _compiled
+from fiddlehead.data.chat_template import ChatTemplate
+from fiddlehead.data.template_process import compiled
 from fiddlehead.errors import ConfigError
 
 CHATML = """\
@@ -134,7 +135,7 @@ def test_a_template_that_computes_what_cannot_be_is_told(tmp_path: Path) -> None
 
 
 def test_a_template_is_compiled_once() -> None:
-    assert _compiled(CHATML) is _compiled(CHATML)
+    assert compiled(CHATML) is compiled(CHATML)
 
 
 def test_a_template_runs_nothing(tmp_path: Path) -> None:
@@ -153,3 +154,27 @@ def test_a_template_in_the_settings_is_found_and_none_is_none(tmp_path: Path) ->
     assert found is not None and found.render(MESSAGES) == "d"
     (folder / "tokenizer_config.json").unlink()
     assert ChatTemplate.load(folder) is None
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes too long"),
+        ("{{ 'x' * 10000000000 }}", "needs more than"),
+        (
+            "{% set n = namespace(x='x' * 999) %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "needs more",
+        ),
+        ("{{ 'x'.center(10000000000) }}", "needs more than"),
+        ("{{ range(99999) | join('x' * 999999) }}", "needs more than"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "calls itself without end"),
+        ("{{ 'x' * 20000000 }}", "writes more than"),
+        ("{{ 1 // 0 }}", "division"),
+        ("(" * 9 + "{{ " + "(" * 9999, "nested too deep"),
+        ("{{ messages[0].content.nothing.more }}", "nothing"),
+    ],
+)
+def test_a_template_that_does_not_end_or_asks_for_too_much_is_refused(template: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"chat_template: .*{message}"):
+        ChatTemplate(template, {}).render(MESSAGES)
+    assert ChatTemplate("{{ messages[0].role }}", {}).render(MESSAGES) == "user"

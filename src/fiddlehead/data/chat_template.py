@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from fiddlehead.data import template_process
 from fiddlehead.data.special_tokens import SpecialTokens, read_settings
+from fiddlehead.data.template_process import MEMORY
 from fiddlehead.errors import ConfigError
 
 Message = Mapping[str, Any]
@@ -18,7 +26,7 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A Jinja template as Hugging Face's tokenizers bring it along; rendered in a sandbox."""
+    """A Jinja template as Hugging Face's tokenizers bring it along; rendered in a sandbox, in a process of its own."""
 
     text: str
     special_tokens: Mapping[str, str]
@@ -63,20 +71,19 @@ class ChatTemplate:
             tools: JSON schemas of the functions that the assistant can call.
 
         Raises:
-            ConfigError: the template refuses the messages, or is broken.
+            ConfigError: the template refuses the messages, is broken, or takes too long or too much memory.
         """
-        import jinja2
-
+        variables = {
+            "messages": messages,
+            # Templates ask whether these are none, so they have to be there.
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self.special_tokens,
+        }
         try:
-            # Templates ask whether tools and documents are none, so they have to be there.
-            return _compiled(self.tool_use if tools and self.tool_use else self.text).render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:  # the latter from what it computes
+            return _renderer.render(self.tool_use if tools and self.tool_use else self.text, variables)
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"{self.source}: {error}") from error
 
     def answer(self, messages: Sequence[Message], number: int, tools: Sequence[Any] | None = None) -> tuple[str, str]:
@@ -114,39 +121,67 @@ def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
     return next(same, min(len(one), len(other)))
 
 
-@lru_cache(maxsize=8)
-def _compiled(text: str) -> Any:
-    """The template, as transformers compiles it; that takes far longer than to render it."""
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.nodes import Scope
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+class _Renderer:
+    """A process that renders templates, started when it is first asked and ended with this one."""
 
-    class Generation(Extension):
-        """{% generation %} marks answers for transformers' own masks; what is inside is text as any other."""
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._owner = 0
 
-        tags = {"generation"}  # noqa: RUF012  jinja2 declares it as a set of the instance's
+    def render(self, template: str, variables: Mapping[str, Any]) -> str:
+        """The text; raises ValueError, with the reason, where there is none."""
+        # The variables are what JSON and Parquet files hold; of the latter, dates are not JSON and become text.
+        request = json.dumps({"template": template, "variables": variables}, default=str)
+        with self._lock:
+            process = self._started()
+            assert process.stdin and process.stdout
+            try:
+                process.stdin.write(request + "\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+            except BrokenPipeError:
+                line = ""
+            except BaseException:  # interrupted, its answer would be taken for that to the next question
+                self.stop()
+                raise
+            if not line:
+                took_long = self.stop() == -signal.SIGPROF
+                raise ValueError("takes too long" if took_long else f"needs more than {MEMORY >> 20} MB")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer["text"]
 
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return Scope(body, lineno=line)
+    def stop(self) -> int | None:
+        """Ends the process, if this one has started it, and returns its exit code."""
+        process, self._process = self._process, None
+        if process is None or self._owner != os.getpid():
+            return None
+        for stream in filter(None, (process.stdin, process.stdout)):
+            with contextlib.suppress(OSError):
+                stream.close()
+        try:
+            return process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
 
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is not None and self._owner != os.getpid():  # after a fork: it is the other's child
+            self._process.returncode, self._process = 0, None
+        if self._process is None or self._process.poll() is not None:
+            self.stop()
+            self._owner = os.getpid()
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", template_process.__file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                encoding="utf-8",
+            )
+        return self._process
 
-    def as_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
-    def now(format: str) -> str:
-        from datetime import datetime
-
-        return datetime.now().strftime(format)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = as_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = now
-    return environment.from_string(text)
+_renderer = _Renderer()
+atexit.register(_renderer.stop)
