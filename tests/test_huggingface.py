@@ -107,7 +107,7 @@ def test_a_file_that_is_cut_short_is_refused(llama: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     assert "bytes, and its header says" in refused(llama)
     file.write_bytes(b"\xff" * 100)
-    assert "is no safetensors file" in refused(llama)
+    assert "is not a safetensors file" in refused(llama)
 
 
 def test_a_head_beside_tied_embeddings_must_be_the_same(tmp_path: Path) -> None:

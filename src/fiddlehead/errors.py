@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+_LONGEST = 2000
+
 
 class ConfigError(ValueError):
     """What a user asked for cannot be done; the command prints it without a traceback and exits with 2.
@@ -15,12 +17,19 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = tuple(_shortened(problem) for problem in problems)
+        super().__init__("\n".join(self.problems))
 
     def under(self, path: str) -> ConfigError:
         """The same problems, each with `path` and a dot in front."""
         return ConfigError(*(f"{path}.{problem}" if path else problem for problem in self.problems))
+
+
+def _shortened(problem: str) -> str:
+    """Without the middle, where a problem repeats a value that nobody reads to its end."""
+    if len(problem) <= _LONGEST:
+        return problem
+    return f"{problem[: _LONGEST // 2]} ... {problem[-_LONGEST // 2 :]}"
 
 
 class RunError(RuntimeError):

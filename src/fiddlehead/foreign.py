@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import os
 import stat
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.numbers import is_number
+
+Made = TypeVar("Made")
 
 MAX_BYTES = 1 << 24
 """How large a file of settings, or a header, may be."""
+MAX_TEXT = 1 << 20
+"""How large a file that a person writes may be."""
 _MAX_DEPTH = 64
 _MAX_DIGITS = 100  # the state of a random generator has 39
 
@@ -23,14 +31,24 @@ def read_bytes(file: Path, limit: int = MAX_BYTES) -> bytes:
         OSError: it cannot be read.
         ValueError: it is not a plain file, or has more than `limit` bytes.
     """
+    return _read(file, None, limit)
+
+
+def read_start(file: Path, count: int, limit: int = MAX_BYTES) -> bytes:
+    """The first `count` bytes of a plain file, or all that it has; raises as `read_bytes` does."""
+    return _read(file, count, limit)
+
+
+def _read(file: Path, count: int | None, limit: int) -> bytes:
     # Without blocking: opening a pipe would wait for someone who writes.
     with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
         found = os.fstat(stream.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise ValueError("it is not a plain file")
-        if found.st_size > limit:
-            raise ValueError(f"it has {found.st_size:,} bytes; allowed: up to {limit:,}")
-        return stream.read(limit)
+        count = found.st_size if count is None else count
+        if count > limit:
+            raise ValueError(f"it has {count:,} bytes to read; allowed: up to {limit:,}")
+        return stream.read(count)
 
 
 def read_text(file: Path, limit: int = MAX_BYTES) -> str:
@@ -48,7 +66,7 @@ def parse_json(text: str | bytes) -> Any:
     try:
         value = json.loads(text, parse_int=_int)
     except RecursionError:
-        raise ValueError(f"nested more than {_MAX_DEPTH} deep") from None
+        raise ValueError(f"nested too deep: more than {_MAX_DEPTH} levels") from None
     level = [value]
     for _ in range(_MAX_DEPTH + 1):
         level = [
@@ -60,7 +78,7 @@ def parse_json(text: str | bytes) -> Any:
         ]
         if not level:
             return value
-    raise ValueError(f"nested more than {_MAX_DEPTH} deep")
+    raise ValueError(f"nested too deep: more than {_MAX_DEPTH} levels")
 
 
 def read_json(file: Path, limit: int = MAX_BYTES) -> Any:
@@ -83,21 +101,59 @@ def read_object(file: Path, limit: int = MAX_BYTES) -> dict[str, Any]:
     return value
 
 
-def inside(folder: Path, name: Any) -> Path:
+def filled(kind: type[Made], values: Any) -> Made:
+    """An instance of a dataclass from a JSON object with its fields: numbers, texts, lists of these, and dataclasses.
+
+    Raises:
+        ValueError: it is not an object, lacks a field, has an unknown one, or one that is of another type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"must be an object, not a {type(values).__name__}")
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    if strange := [name for name in values if name not in known]:
+        raise ValueError(unknown("field", strange[0], list(known)))
+    for name, field in known.items():
+        if name not in values and field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"{name} is missing")
+    hints = get_type_hints(kind)
+    return kind(**{name: _typed(name, value, hints[name]) for name, value in values.items()})
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """The value as what a field of this type holds."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for kind in kinds:
+        if is_dataclass(kind):
+            return filled(kind, value)  # type: ignore[type-var]
+        if get_origin(kind) is tuple and isinstance(value, list):
+            return tuple(_typed(name, each, get_args(kind)[0]) for each in value)
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            if value in [member.value for member in kind]:
+                return kind(value)
+        elif (kind is float and is_number(value)) or (type(value) is kind):
+            return value
+    said = " or ".join("null" if kind is NoneType else str(getattr(kind, "__name__", kind)) for kind in kinds)
+    raise ValueError(f"{name}={value!r}: must be {said}")
+
+
+def inside(folder: Path, name: Any, named_in: Any = None) -> Path:
     """The file of a folder that a foreign file, or a list of known names, names.
 
     A link must lead to a file in the folder, or, where the folder is a snapshot in the cache of the Hub, to one of its
     blobs. The file need not be there.
 
+    Args:
+        named_in: what names it, for the error; None is the folder.
+
     Raises:
         ConfigError: it is not in the folder.
     """
     if not isinstance(name, str) or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ConfigError(f"{folder}: {name!r} is not the name of a file in the folder")
+        raise ConfigError(f"{named_in or folder}: {name!r} is not in the folder")
     file = folder / name
     try:
         home, target = folder.resolve(), file.resolve()
-    except (OSError, RuntimeError) as error:  # links in a circle; a name that is too long
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle; a name too long, or not Unicode
         raise ConfigError(f"{file} cannot be read: {reason(error)}") from error
     roots = [home]
     if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):

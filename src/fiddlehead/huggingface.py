@@ -21,6 +21,7 @@ from fiddlehead.data.progress import ByteProgress
 from fiddlehead.data.special_tokens import SpecialTokens, read_settings, update_settings
 from fiddlehead.data.tokenizers import TokenizerFile
 from fiddlehead.errors import ConfigError
+from fiddlehead.foreign import inside, read_object
 from fiddlehead.models import TransformerConfig
 from fiddlehead.models.families import FAMILIES, Family, family_for, family_of, same_model
 from fiddlehead.models.huggingface import HuggingFaceCheckpoint
@@ -54,7 +55,7 @@ def import_checkpoint(source: str, out: Path, *, progress: bool = True) -> Huggi
         written = write_file(folder / "model.safetensors", tensors, bar.advance)
         (folder / "huggingface").mkdir()
         for name in TOKENIZER_FILES + OTHER_FILES:
-            if (file := checkpoint.directory / name).is_file():
+            if (file := inside(checkpoint.directory, name)).is_file():
                 shutil.copyfile(file, folder / name if name in TOKENIZER_FILES else folder / "huggingface" / name)
         state = {"config": asdict(checkpoint.config), "step": 0, "val_loss": None}
         write_state(folder, state, {"model.safetensors": written})
@@ -247,7 +248,7 @@ def _settings(folder: Path) -> dict[str, Any] | None:
     """A `config.json` that came with weights of Hugging Face's."""
     for file in (folder / "huggingface" / "config.json", folder / "config.json"):
         if file.is_file():
-            return json.loads(file.read_text())
+            return read_object(file)
     return None
 
 

@@ -22,6 +22,7 @@ from fiddlehead.configuration.literals import Bare, literal, split_arguments, ty
 from fiddlehead.configuration.references import named
 from fiddlehead.configuration.slots import Slot, find_slot
 from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.foreign import MAX_TEXT, read_text
 from fiddlehead.paths import user_path
 from fiddlehead.recipe import Recipe
 
@@ -64,6 +65,8 @@ def apply_overrides(
             editor.apply(_parse(text))
         except ConfigError as error:
             problems += [f"{text}: {problem}" for problem in error.problems]
+        except RecursionError:
+            problems.append(f"{text}: nested too deep")
     if problems:
         raise ConfigError(*problems)
     return recipe
@@ -136,8 +139,8 @@ class _Editor:
 
     def _file(self, name: str) -> Any:
         try:
-            text = user_path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(user_path(name), MAX_TEXT)
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(
                 f"{name!r} cannot be read: {reason}; for a text that starts with @ put it in quotes"

@@ -19,6 +19,7 @@ from fiddlehead import trust
 from fiddlehead.configuration import reader, writer
 from fiddlehead.configuration.leaves import Leaf, items, join, leaves, same, show
 from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.foreign import MAX_TEXT, read_text
 from fiddlehead.paths import user_path
 from fiddlehead.runs import write_atomically
 
@@ -79,8 +80,8 @@ class Recipe(fdl.Partial):
     def load(cls, path: str | os.PathLike[str], *, allow: Sequence[str] = ()) -> Self:
         """The recipe saved at `path`; see `from_yaml`. A run that this user has launched may name what it did."""
         try:
-            text = user_path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(user_path(path), MAX_TEXT)
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
         return cls.from_yaml(text, allow=(*allow, *trust.names(user_path(path), text)), source=str(path))
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.foreign import filled, read_json
 from fiddlehead.paths import user_path
 from fiddlehead.processes import started as process_started
 from fiddlehead.processes import this_boot, this_machine
@@ -209,12 +210,13 @@ class RunDirectory:
             ConfigError: it cannot be read.
         """
         try:
-            written = json.loads((self.path / "status").read_text())
-            known = {field.name: written[field.name] for field in fields(Status) if field.name in written}
-            return Status(**{**known, "state": State(written["state"])})
+            written = read_json(self.path / "status")
+            names = [field.name for field in fields(Status)]
+            known = {name: written[name] for name in names if name in written} if isinstance(written, dict) else written
+            return filled(Status, known)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{self.path}/status cannot be read: {error!r}") from error
 
     def write_status(self, status: Status) -> None:
@@ -233,10 +235,10 @@ class RunDirectory:
     def stop_request(self) -> StopRequest | None:
         """What was asked of the present attempt; None is to go on."""
         try:
-            return StopRequest(**json.loads(self._stop.read_text()))
+            return filled(StopRequest, read_json(self._stop))
         except OSError:  # it is not there; or a shared file system stumbles, and will be asked again
             return None
-        except (ValueError, TypeError):
+        except ValueError:
             return StopRequest("someone wrote its stop file by hand")
 
     def stop_requested_since_submission(self) -> bool:
@@ -272,7 +274,7 @@ class RunDirectory:
     def last_step(self) -> int:
         """The newest step in `metrics.csv`; 0 before the first."""
         _, rows = self._newest_rows()
-        return next((int(row[0]) for row in rows if row and row[0].isdigit()), 0)
+        return next((int(row[0]) for row in rows if row and row[0].isdecimal() and len(row[0]) < 20), 0)
 
     def _newest_rows(self) -> tuple[list[str], Iterator[list[str]]]:
         """The columns of `metrics.csv` and its rows, the newest first, without a last one that is cut short."""
@@ -288,7 +290,7 @@ class RunDirectory:
             return [], iter(())
         if start > len(first):
             del lines[0]  # its beginning was not read
-        columns = next(csv.reader([first.decode()]), [])
+        columns = next(csv.reader([first.decode(errors="replace")]), [])
         return columns, csv.reader(lines[-2::-1])
 
 

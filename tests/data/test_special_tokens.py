@@ -213,7 +213,7 @@ def test_a_dataset_ends_documents_as_the_folder_says_and_keeps_what_it_says(tmp_
     ("file", "text", "said"),
     [
         ("tokenizer_config.json", "{", r"tokenizer_config\.json cannot be read"),
-        ("special_tokens_map.json", "[]", r"special_tokens_map\.json is not a JSON object"),
+        ("special_tokens_map.json", "[]", r"special_tokens_map\.json: must hold a JSON object"),
         ("tokenizer_config.json", '{"eos_token": 5}', "eos_token=5; allowed: the text of a token"),
         (
             "tokenizer_config.json",

@@ -151,7 +151,7 @@ def test_a_unigram_vocabulary() -> None:
         ("[]", "no tokenizer.json"),
         ("{}", "no tokenizer.json"),
         ('{"model": {"vocab": {}}}', "vocabulary is empty"),
-        ('{"model": {"vocab": {"a": "b"}}}', "ids that are no integers"),
+        ('{"model": {"vocab": {"a": "b"}}}', "has the id 'b'"),
     ],
 )
 def test_broken_files(tmp_path: Path, content: str, message: str) -> None:

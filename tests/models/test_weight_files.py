@@ -165,7 +165,7 @@ def config_list(saved: Path, folder: Path) -> None:
         ("many", removed, f"{INDEX}: model.norm.weight is in none of the files that it lists"),
         ("many", outside, f"{INDEX}: '../one/model.safetensors' is not in the folder"),
         ("many", no_map, f"{INDEX}: weight_map must say for each tensor which file has it"),
-        ("one", config_outside, "transformers_weights='../other/model.safetensors': must name a safetensors file"),
+        ("one", config_outside, "transformers_weights: '../other/model.safetensors' is not in the folder"),
         ("one", config_list, "config.json: must hold a JSON object"),
     ],
 )

@@ -128,6 +128,8 @@ def _int(given: Any, hint: Any) -> int:
         return given
     if isinstance(given, Bare):
         if _INT.fullmatch(given.strip()):
+            if len(given) > 4000:
+                raise MismatchError(given, hint, "a number of so many digits is not read")
             return int(given)
         try:
             number = Decimal(given.strip())
@@ -140,7 +142,10 @@ def _int(given: Any, hint: Any) -> int:
 
 def _float(given: Any, hint: Any) -> float:
     if isinstance(given, (int, float)) and not isinstance(given, bool):
-        return float(given)
+        try:
+            return float(given)
+        except OverflowError:
+            raise MismatchError(given, hint, "the number is too large") from None
     if isinstance(given, Bare):
         try:
             return float(given)

@@ -22,7 +22,7 @@ def typed(text: str) -> Bare | str:
     if len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]:
         try:
             value = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
             return Bare(text)
         if isinstance(value, str):
             return value

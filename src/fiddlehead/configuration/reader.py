@@ -20,7 +20,17 @@ from fiddlehead.configuration.hints import argument_hint
 from fiddlehead.configuration.kinds import check_kind
 from fiddlehead.configuration.leaves import join
 from fiddlehead.configuration.references import check_argument, is_listed, named, reference_to
-from fiddlehead.configuration.schema import ARGS, FORMAT, HEADER, MAX_VALUES, PARTIAL, TARGET, Loader, nameless_keys
+from fiddlehead.configuration.schema import (
+    ARGS,
+    FORMAT,
+    HEADER,
+    MAX_VALUES,
+    PARTIAL,
+    TARGET,
+    Loader,
+    TooMuchError,
+    nameless_keys,
+)
 from fiddlehead.errors import ConfigError, unknown
 
 
@@ -45,17 +55,13 @@ def load(text: str, *, allow: Sequence[str] = (), source: str = "recipe.yaml", t
         raise ConfigError(f"{source}: {error}") from error
     except RecursionError as error:
         raise ConfigError(f"{source}: nested too deeply") from error
-    except _TooMuchError as error:
+    except TooMuchError as error:
         raise ConfigError(f"{source}: {error}") from error
     if root is None:
         raise ConfigError(f"{source}: empty")
     if reader.problems:
         raise ConfigError(*reader.problems)
     return value
-
-
-class _TooMuchError(Exception):
-    """Aliases of aliases make a short text a huge value."""
 
 
 class _ProblemError(Exception):
@@ -81,7 +87,7 @@ class _Reader:
             return self._note(node, path, "contains itself")
         self._count += 1
         if self._count > MAX_VALUES:
-            raise _TooMuchError(f"more than {MAX_VALUES} values")
+            raise TooMuchError(f"more than {MAX_VALUES} values")
         self._open.add(id(node))
         try:
             return self._value(node, path)

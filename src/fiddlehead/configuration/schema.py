@@ -17,6 +17,8 @@ import yaml
 FORMAT = 1
 TARGET, PARTIAL, ARGS = "_target_", "_partial_", "_args_"
 MAX_VALUES = 100_000
+MAX_NODES = 20_000
+"""How many values a text may have; aliases make more of them, up to `MAX_VALUES`."""
 
 HEADER = re.compile(r"#\s*fiddlehead recipe, format (\d+)")
 
@@ -36,8 +38,20 @@ class Dumper(yaml.SafeDumper):
         return super().choose_scalar_style()
 
 
+class TooMuchError(Exception):
+    """A text has more values than any recipe, or aliases of aliases make a short one a huge value."""
+
+
 class Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012 | as PyYAML declares it
+    _nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """As PyYAML's, which takes a second for this many."""
+        self._nodes += 1
+        if self._nodes > MAX_NODES:
+            raise TooMuchError(f"more than {MAX_NODES} values")
+        return super().compose_node(parent, index)
 
 
 # The core schema of YAML 1.2, in which 1e-3 is a float. What YAML 1.1 or Python would take for a bool, a number, a date

@@ -34,6 +34,8 @@ PARQUET_SUFFIX = ".parquet"
 """A row is a document."""
 
 _BLOCK_BYTES = 1 << 22
+_MAX_LINE = 1 << 26
+_MAX_RATIO = 20
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
                 problems.append(f"paths: {path} holds no file that can be read; {_kinds()}")
         elif not path.exists():
             problems.append(f"paths: there is no file or folder {path}")
+        elif not path.is_file():
+            problems.append(f"paths: {path} is not a plain file")
         elif not known_suffix(path):
             problems.append(f"paths: {path} is of an unknown kind; {_kinds()}")
         else:
@@ -127,6 +131,8 @@ def _line_text(line: bytes, text_field: str) -> str:
         record = json.loads(_text(line.rstrip()))
     except json.JSONDecodeError as error:
         raise ValueError(f"not a JSON object on one line: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("not JSON that can be read: nested too deep") from None
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object but {type(record).__name__}")
     if text_field not in record:
@@ -201,6 +207,34 @@ def array_elements(content: bytes) -> Iterator[tuple[int, bytes]]:
         raise ValueError(f"not a JSON array: line {line}: something follows its end")
 
 
+def bounded_lines(content: io.BufferedReader | gzip.GzipFile) -> Iterator[bytes]:
+    """Yields the lines of a file; one that is longer than any document raises ValueError before all of it is read."""
+    number = 1
+    while line := content.readline(_MAX_LINE + 1):
+        if len(line) > _MAX_LINE:
+            raise ValueError(f"line {number} has more than {_MAX_LINE:,} bytes")
+        yield line
+        number += 1
+
+
+def read_array(content: io.BufferedReader | gzip.GzipFile, file: Path) -> bytes:
+    """All of a file; what a small compressed one says at enormous length raises ValueError before all of it is read."""
+    limit = max(_MAX_LINE, _MAX_RATIO * file.stat().st_size)
+    data = content.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"has more than {limit:,} bytes when decompressed")
+    return data
+
+
+def _block_of(lines: Iterator[bytes]) -> Iterator[bytes]:
+    size = 0
+    for line in lines:
+        yield line
+        size += len(line)
+        if size >= _BLOCK_BYTES:
+            return
+
+
 def _read_array(file: Path, content: bytes) -> Iterator[Block]:
     elements, size = list(array_elements(content)), file.stat().st_size
     for first in range(0, len(elements), 1024):
@@ -213,10 +247,11 @@ def _read_lines(file: Path, suffix: str) -> Iterator[Block]:
     with file.open("rb") as raw:
         lines = uncompressed(raw, suffix)
         if suffix in JSON_ARRAY_SUFFIXES and begins_array(lines):
-            yield from _read_array(file, lines.read())
+            yield from _read_array(file, read_array(lines, file))
             return
         first, position = 1, 0
-        while items := lines.readlines(_BLOCK_BYTES):
+        numbered = bounded_lines(lines)
+        while items := list(_block_of(numbered)):
             here = raw.tell()
             yield Block(str(file), items, range(first, first + len(items)), here - position)
             first, position = first + len(items), here

@@ -14,10 +14,13 @@ from fiddlehead.data.readers import (
     PARQUET_SUFFIX,
     array_elements,
     begins_array,
+    bounded_lines,
     known_suffix,
+    read_array,
     uncompressed,
 )
 from fiddlehead.errors import ConfigError
+from fiddlehead.foreign import inside, parse_json, read_json
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
@@ -44,7 +47,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
 def parse_line(line: bytes) -> tuple[Any, str]:
     """The values of a line of JSONL, and why they cannot be read, or ""."""
     try:
-        values = json.loads(line.decode("utf-8-sig"))
+        values = parse_json(line.decode("utf-8-sig"))
         if b"\\u" in line:
             json.dumps(values, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
@@ -53,8 +56,8 @@ def parse_line(line: bytes) -> tuple[Any, str]:
         return None, "is not valid Unicode: has half a surrogate pair"
     except json.JSONDecodeError as error:
         return None, f"is not valid JSON: column {error.colno}: {error.msg}"
-    except RecursionError:
-        return None, "is not JSON that can be read: nested too deep"
+    except ValueError as error:
+        return None, f"is not JSON that can be read: {error}"
     return values, ""
 
 
@@ -63,9 +66,9 @@ def _json_rows(path: Path, suffix: str) -> Iterator[tuple[str, Any, str]]:
         with path.open("rb") as raw:
             lines = uncompressed(raw, suffix)
             if suffix in JSON_ARRAY_SUFFIXES and begins_array(lines):
-                numbered = array_elements(lines.read())
+                numbered = array_elements(read_array(lines, path))
             else:
-                numbered = enumerate(lines, start=1)
+                numbered = enumerate(bounded_lines(lines), start=1)
             for number, text in numbered:
                 if text.strip():
                     yield f"{path}:{number}", *parse_line(text)
@@ -78,12 +81,14 @@ def _saved_files(folder: Path) -> list[Path]:
     state, splits = folder / "state.json", folder / "dataset_dict.json"
     try:
         if splits.is_file():
-            names = ", ".join(str(folder / name) for name in json.loads(splits.read_text(encoding="utf-8"))["splits"])
+            names = ", ".join(str(folder / name) for name in read_json(splits)["splits"])
             raise ConfigError(f"paths: {folder} has several data sets; allowed: one or more of {names}")
         if not state.is_file():
             raise ConfigError(f"paths: {folder} is a folder that `datasets` did not save: it has no state.json")
-        return [folder / file["filename"] for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        return [inside(folder, file["filename"], state) for file in read_json(state)["_data_files"]]
+    except ConfigError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"paths: {folder} is not a folder that `datasets` saved: {error!r}") from error
 
 
@@ -99,6 +104,7 @@ def _arrow_rows(file: Path, *, is_parquet: bool) -> Iterator[tuple[str, Any, str
             else:
                 batches = pyarrow.ipc.open_stream(source)
             for batch in batches:
+                batch.validate(full=True)  # what is not checked would be read from wherever in memory it points
                 for values in batch.to_pylist():
                     number += 1
                     yield f"{file}:{number}", _without_nulls(values), ""

@@ -12,6 +12,7 @@ from typing import Any
 from fiddlehead.data.chat_template import shared_length
 from fiddlehead.data.record_files import read_rows
 from fiddlehead.errors import ConfigError, nearest, unknown
+from fiddlehead.foreign import parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHARE_GPT_ROLES = {"human": "user", "gpt": "assistant"}
@@ -255,9 +256,11 @@ def _pair(fields: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
 def _tools(value: Any) -> list[Any] | None:
     if isinstance(value, str) and value:  # as tables have it, whose columns are of one type
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except json.JSONDecodeError as error:
             raise ValueError(f"tools: is text that is not valid JSON: column {error.colno}: {error.msg}") from None
+        except ValueError as error:
+            raise ValueError(f"tools: is text that cannot be read: {error}") from None
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fiddlehead.errors import ConfigError
+from fiddlehead.foreign import read_object
 
 NAMES_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 """They name special tokens by their text."""
@@ -62,13 +63,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read, or is not an object.
     """
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{file} is not a JSON object with settings")
-    return settings
+    return read_object(file) if file.is_file() else {}
 
 
 def update_settings(file: Path, **settings: Any) -> None:

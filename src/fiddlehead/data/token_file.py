@@ -16,10 +16,12 @@ import numpy as np
 
 from fiddlehead.data.tokenizers import TokenizerFile
 from fiddlehead.errors import ConfigError
+from fiddlehead.foreign import filled, read_json
 from fiddlehead.paths import user_path
 
 FORMAT = "fiddlehead token dataset"
 FORMAT_VERSION = 1
+DTYPES = ("uint16", "uint32")
 
 _AT_ONCE = 2**24
 """Tokens that are searched at once."""
@@ -62,7 +64,7 @@ class TokenDatasetInfo:
         if not directory.is_dir():
             raise ConfigError(f"{directory} is no token dataset: there is no such folder; `tokenize` makes one")
         try:
-            meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+            meta = read_json(directory / "meta.json")
         except FileNotFoundError:
             raise ConfigError(f"{directory} is no token dataset: it has no meta.json; `tokenize` makes one") from None
         except (OSError, ValueError) as error:
@@ -76,9 +78,11 @@ class TokenDatasetInfo:
                 "tokenize again, or use the fiddlehead that wrote it"
             )
         try:
-            splits = {split: SplitInfo(**meta.pop(split)) for split in SPLITS}
-            return cls(sources=tuple(meta.pop("sources")), **splits, **meta)
-        except (KeyError, TypeError) as error:
+            info = filled(cls, meta)
+            if info.dtype not in DTYPES:
+                raise ValueError(f"dtype={info.dtype!r}; allowed: {', '.join(DTYPES)}")
+            return info
+        except ValueError as error:
             raise ConfigError(f"{directory / 'meta.json'} is damaged: {error}") from error
 
     def text(self) -> str:

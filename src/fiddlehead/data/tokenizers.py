@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
+import os
 import shutil
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -15,12 +19,19 @@ import numpy as np
 
 from fiddlehead.data.special_tokens import COMPANIONS, NAMES_FILES, SpecialTokens, update_settings
 from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.foreign import parse_json, read_text
 from fiddlehead.numbers import is_whole
 from fiddlehead.paths import user_path
 
 if TYPE_CHECKING:
     import tokenizers
 
+_MAX_BYTES = 1 << 26
+"""How large a file may be; those of 262,144 tokens have half of it."""
+_MAX_IDS = 1 << 24
+_MAX_GROWTH = 256
+_TRIAL = ("a", "Two words, 1!\n\u00e9\u4e2d", "a" * 40 + "!")
+"""Texts that a tokenizer is tried with before it is used."""
 END_OF_TEXT = "<|endoftext|>"
 
 # Special tokens that end a document where no file names one, the most specific first: a chat model's file has several,
@@ -220,7 +231,8 @@ class JSONTokenizer:
         raise KeyError(number)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with self._faults():
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """The token ids that a model is given to go on from `text`: with `begin_ids`, without spaces at the end.
@@ -236,21 +248,25 @@ class JSONTokenizer:
         Args:
             complete: with those, too, that the tokenizer puts around every text, such as one where it begins.
         """
-        return self._with_special.encode(text, add_special_tokens=complete).ids
+        with self._faults():
+            return self._with_special.encode(text, add_special_tokens=complete).ids
 
     def encode_batch_with_special(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode_with_special` of each text."""
-        return [encoding.ids for encoding in self._with_special.encode_batch_fast(texts, add_special_tokens=False)]
+        with self._faults():
+            return [encoding.ids for encoding in self._with_special.encode_batch_fast(texts, add_special_tokens=False)]
 
     def added_tokens(self) -> list[tokenizers.AddedToken]:
         """The tokens, special ones and others, that are found in a chat's text before the rest of it is tokenized."""
         return list(self._with_special.get_added_tokens_decoder().values())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        with self._faults():
+            return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        with self._faults():
+            return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def token_bytes(self) -> np.ndarray | None:
         measure = _token_measure(self._spec)
@@ -274,7 +290,8 @@ class JSONTokenizer:
     @cached_property
     def _begin_ids(self) -> list[int]:
         # Of the file's post-processor, as transformers 5 has it: what tokenizer_config.json says of it does not count.
-        encoding = self._tokenizer.encode("a")
+        with self._faults():
+            encoding = self._tokenizer.encode("a")
         added = takewhile(lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True))
         return [token for token, _ in added]
 
@@ -291,15 +308,30 @@ class JSONTokenizer:
     def _load(self) -> tokenizers.Tokenizer:
         from tokenizers import Tokenizer
 
-        try:
+        with self._faults(), _quiet():
             tokenizer = Tokenizer.from_str(self._text)
-        except Exception as error:  # the library raises plain Exception
-            raise ConfigError(f"{self._source} is no tokenizer: {error}") from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            for text in _TRIAL:
+                with contextlib.suppress(
+                    Exception
+                ):  # such as a character that it does not know; a panic is no Exception
+                    tokenizer.decode(tokenizer.encode(text).ids)
         if self._promoted:
             tokenizer.add_special_tokens(self._promoted)
         return tokenizer
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        """What the library cannot do with the file becomes a ConfigError: it raises plain Exceptions, and panics."""
+        try:
+            yield
+        except ConfigError:
+            raise
+        except BaseException as error:
+            if type(error) is not Exception and type(error).__name__ != "PanicException":
+                raise
+            raise ConfigError(f"{self._source} is no tokenizer: {error}") from error
 
     @property
     def _added(self) -> list[dict[str, Any]]:
@@ -365,10 +397,10 @@ class TokenizerFile(JSONTokenizer):
         self.path = user_path(path)
         file = self.path / "tokenizer.json" if self.path.is_dir() else self.path
         try:
-            text = file.read_text(encoding="utf-8")
+            text = read_text(file, _MAX_BYTES)
         except FileNotFoundError:
             raise ConfigError(f"path={str(path)!r} is no tokenizer: there is no file {file}") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"path={str(path)!r} cannot be read: {error}") from error
         super().__init__(text, eos=eos, special=SpecialTokens.read(file.parent), source=str(file))
 
@@ -421,19 +453,58 @@ def no_row(tokenizer: Tokenizer, number: int, vocab_size: int) -> str:
 def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
     """The parsed file, and the id of each token."""
     try:
-        spec = json.loads(text)
+        spec = parse_json(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{source} is broken JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except ValueError as error:
+        raise ConfigError(f"{source} cannot be read: {error}") from error
     try:
         vocab = spec["model"]["vocab"]
         # Unigram models list [token, score] pairs, all others map a token to its id.
         ids = {pair[0]: i for i, pair in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
-        ids.update((token["content"], token["id"]) for token in spec.get("added_tokens") or [])
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        added = spec.get("added_tokens") or []
+        ids.update((token["content"], token["id"]) for token in added)
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise ConfigError(f"{source} is no tokenizer.json: it has no model with a vocabulary") from error
-    if not ids or not all(isinstance(i, int) for i in ids.values()):
-        raise ConfigError(f"{source} is no tokenizer.json: its vocabulary is empty or has ids that are no integers")
+    if not isinstance(added, list) or not ids or not all(isinstance(token, str) for token in ids):
+        raise ConfigError(f"{source} is no tokenizer.json: its vocabulary is empty or has tokens that are not texts")
+    if wrong := [i for i in ids.values() if not (is_whole(i) and 0 <= i < _MAX_IDS)]:
+        raise ConfigError(
+            f"{source} is no tokenizer.json: its vocabulary has the id {wrong[0]!r}; allowed: 0 to {_MAX_IDS - 1}"
+        )
+    if (growth := _growth(spec.get("normalizer"))) > _MAX_GROWTH:
+        raise ConfigError(
+            f"{source}: its normalizer makes a text up to {growth:.0f} times as long; allowed: {_MAX_GROWTH}"
+        )
     return spec, ids
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the report that a panic of the library writes to the standard error itself."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:  # noqa: PTH123  a descriptor is wanted
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _growth(normalizer: Any) -> float:
+    """How many times as long the normalizer of a tokenizer can make a text."""
+    if not isinstance(normalizer, dict):
+        return 1.0
+    parts = normalizer.get("normalizers")
+    if isinstance(parts, list):
+        return math.prod(map(_growth, parts))
+    content, pattern = normalizer.get("content"), normalizer.get("pattern")
+    replaced = pattern.get("String") if isinstance(pattern, dict) else None
+    if not isinstance(content, str):
+        return 1.0
+    return max(1.0, len(content.encode()) / max(1, len(str(replaced or "").encode())))
 
 
 def _fingerprint(spec: dict[str, Any], eos_id: int) -> str:

@@ -141,6 +141,8 @@ class TransformerConfig:
         Raises:
             ConfigError: it has a field that is unknown here, or a value that makes no model.
         """
+        if not isinstance(values, dict):
+            raise ConfigError(f"config: must be an object, not a {type(values).__name__}")
         names = [field.name for field in fields(cls)]
         if strange := [f"{name}: {unknown('field', name, names)}" for name in values if name not in names]:
             raise ConfigError(*strange)

@@ -16,6 +16,7 @@ from fiddlehead.errors import ConfigError, unknown
 from fiddlehead.models.config import TransformerConfig
 from fiddlehead.models.family_defaults import Fields, completed
 from fiddlehead.models.rope import LinearRopeScaling, LongRopeScaling, RopeScaling, Scaling, YarnRopeScaling
+from fiddlehead.numbers import is_number
 
 Modules = Mapping[str, str | tuple[str, ...]]
 
@@ -48,6 +49,9 @@ LLAMA_MODULES: Modules = {
     "layers.*.mlp.linear_fc1": (_MLP + "gate_proj", _MLP + "up_proj"),
     "layers.*.mlp.linear_fc2": _MLP + "down_proj",
 }
+
+
+_MAX_POSITIONS = 1 << 40
 
 
 def _nothing(_: Any) -> Fields:
@@ -216,7 +220,7 @@ def _rotary(parameters: Fields, settings: Fields) -> Fields:
 
 def _number(parameters: Fields, name: str) -> float:
     value = parameters.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         raise ConfigError(f"rope_parameters.{name}={value!r}: must be a number; rope_type={kind!r} needs it")
     return value
@@ -224,7 +228,7 @@ def _number(parameters: Fields, name: str) -> float:
 
 def _factors(parameters: Fields, name: str) -> tuple[float, ...]:
     values = parameters.get(name)
-    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+    if not isinstance(values, list) or not all(map(is_number, values)):
         raise ConfigError(f"rope_parameters.{name}={values!r}: must be a list of numbers")
     return tuple(values)
 
@@ -236,9 +240,13 @@ def _scaling(parameters: Fields, settings: Fields) -> Scaling | None:
     if settings["model_type"] == "phi3" and kind not in ("default", "longrope"):
         raise ConfigError(f"rope_type={kind!r}: Phi-3 has 'default' or 'longrope'")
     # Beside the parameters it counts before what is among them.
+    longest = settings["max_position_embeddings"]
     original = settings.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
-    original = original or settings["max_position_embeddings"]
-    factor = settings["max_position_embeddings"] / original
+    original = original or longest
+    for name, value in (("max_position_embeddings", longest), ("original_max_position_embeddings", original)):
+        if not is_number(value) or not 1 <= value < _MAX_POSITIONS:
+            raise ConfigError(f"{name}={value!r}: must be a whole number of 1 or more, below {_MAX_POSITIONS}")
+    factor = longest / original
     by_length = kind == "longrope" or (kind == "yarn" and "factor" in parameters)
     if kind in ("linear", "llama3", "yarn", "longrope") and not (by_length and parameters.get("factor") is None):
         factor = _number(parameters, "factor")
@@ -263,7 +271,7 @@ def _scaling(parameters: Fields, settings: Fields) -> Scaling | None:
                 mscale=parameters.get("attention_factor"),
                 truncate=parameters.get("truncate", True),
             )
-            over, under = parameters.get("mscale"), parameters.get("mscale_all_dim")
+            over, under = (parameters.get(name) and _number(parameters, name) for name in ("mscale", "mscale_all_dim"))
             if scaling.mscale is None and over and under:
                 growth = 0.1 * math.log(max(scaling.scale_factor, 1.0))
                 scaling = replace(scaling, mscale=(over * growth + 1) / (under * growth + 1))
@@ -456,6 +464,10 @@ def _read_gemma3(settings: Fields) -> Fields:
     if "type" in scaling and "rope_type" not in scaling:
         raise ConfigError(f"rope_scaling.type={scaling['type']!r}: Gemma 3's is called rope_type")
     full, local = (parameters.get(kind) or {} for kind in _KINDS_OF_LAYER)
+    if not isinstance(full, dict) or not isinstance(local, dict):
+        raise ConfigError(f"rope_parameters: {' and '.join(_KINDS_OF_LAYER)} must be objects")
+    if settings["sliding_window_pattern"] < 1:
+        raise ConfigError(f"sliding_window_pattern={settings['sliding_window_pattern']}: must be 1 or more")
     fields = _read_gemma(settings, full_every=settings["sliding_window_pattern"])
     local = _rotary(local, settings | {"rope_theta": settings["rope_local_base_freq"]})
     if local["rope_scaling"] is not None:

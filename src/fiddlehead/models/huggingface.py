@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,13 @@ from typing import Any
 import torch
 
 from fiddlehead.errors import ConfigError, nearest
+from fiddlehead.foreign import inside, read_object
 from fiddlehead.models.config import TransformerConfig
 from fiddlehead.models.families import Family, family_of
+from fiddlehead.models.family_defaults import DEFAULTS
 from fiddlehead.models.safetensors_files import DTYPES, Stored, read_header
 from fiddlehead.models.tensor_map import Mapped, tensor_map
+from fiddlehead.numbers import is_whole
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,16 @@ class HuggingFaceCheckpoint:
             ConfigError: something is not there or not what it says; it lists everything.
         """
         refuse_adapters(directory)
-        settings = _json(directory / "config.json")
+        settings = read_object(inside(directory, "config.json"))
         family = family_of(settings, f"{directory}/config.json")
+        files = weight_files(directory, settings.get("transformers_weights"))
+        tensors = _with_prefix(_headers(files), family)
         try:
+            _refuse_larger(settings, family, list(tensors.values()))
             config = family.config(settings)
         except ConfigError as error:
             raise ConfigError(*(f"{directory}/config.json: {problem}" for problem in error.problems)) from error
         mapped = tensor_map(family, config)
-        files = weight_files(directory, settings.get("transformers_weights"))
-        tensors = _with_prefix(_headers(files), family)
         problems = _problems(tensors, mapped, family, config)
         if problems:
             raise ConfigError(f"{directory}: the tensors are not those of config.json:", *problems)
@@ -71,9 +74,9 @@ class HuggingFaceCheckpoint:
 
 def refuse_adapters(directory: Path) -> None:
     """Raises ConfigError if the folder holds PEFT's adapters, which transformers adds to the model that they name."""
-    file = directory / "adapter_config.json"
+    file = inside(directory, "adapter_config.json")
     if file.is_file():
-        base = _json(file).get("base_model_name_or_path")
+        base = read_object(file).get("base_model_name_or_path")
         raise ConfigError(
             f"{file}: the folder holds adapters for {base!r}, not a whole model. Merge them with PEFT "
             "(merge_and_unload, then save_pretrained) and take that folder; if the folder has the whole model too, "
@@ -91,9 +94,10 @@ def weight_files(directory: Path, named: Any = None) -> list[Path]:
         ConfigError: there are none, a file that the index lists is missing, or a listed tensor is in none of them.
     """
     names = ("model.safetensors", "model.safetensors.index.json") if named is None else (named,)
-    if not all(_is_inside(name) and name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+    if not all(str(name).endswith((".safetensors", ".safetensors.index.json")) for name in names):
         raise ConfigError(f"transformers_weights={named!r}: must name a safetensors file, or its index, in {directory}")
-    found = next((directory / name for name in names if (directory / name).is_file()), None)
+    files = (inside(directory, name, f"{directory}/config.json: transformers_weights") for name in names)
+    found = next((file for file in files if file.is_file()), None)
     if found is None:
         raise ConfigError(_no_weights(directory, names))
     return [found] if found.suffix == ".safetensors" else _listed(found)
@@ -101,23 +105,16 @@ def weight_files(directory: Path, named: Any = None) -> list[Path]:
 
 def _listed(index: Path) -> list[Path]:
     """The files that an index lists."""
-    listed = _json(index).get("weight_map")
+    listed = read_object(index).get("weight_map")
     if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
         raise ConfigError(f"{index}: weight_map must say for each tensor which file has it")
-    names = sorted(set(listed.values()))
-    if outside := [name for name in names if not _is_inside(name)]:
-        raise ConfigError(*(f"{index}: {name!r} is not in the folder" for name in outside))
-    files = [index.parent / name for name in names]
+    files = [inside(index.parent, name, index) for name in sorted(set(listed.values()))]
     if missing := [file for file in files if not file.is_file()]:
-        raise ConfigError(*(f"{file}: is missing, and {index.name} names it" for file in missing))
+        raise ConfigError(*_first([f"{file}: is missing, and {index.name} names it" for file in missing]))
     there = {name for file in files for name in read_header(file)}
     if absent := [name for name in listed if name not in there]:
         raise ConfigError(*_first([f"{index}: {name} is in none of the files that it lists" for name in absent]))
     return files
-
-
-def _is_inside(name: Any) -> bool:
-    return isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _no_weights(directory: Path, names: Sequence[str]) -> str:
@@ -149,22 +146,49 @@ def _headers(files: Sequence[Path]) -> dict[str, Stored]:
     return tensors
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file}: must hold a JSON object")
-    return values
-
-
 def _with_prefix(tensors: dict[str, Stored], family: Family) -> dict[str, Stored]:
     """The tensors by the names they have in the whole model; a checkpoint of its body alone lacks the prefix."""
     prefix = str(family.modules["embedding"]).partition(".")[0] + "."
     if any(name.startswith(prefix) for name in tensors):
         return tensors
     return {name if name.startswith("lm_head.") else prefix + name: tensor for name, tensor in tensors.items()}
+
+
+_SIZES = (
+    *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size"),
+    *("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size"),
+)
+_SMALL, _FEW = 1 << 16, 256
+"""Sizes, and a number of layers, that cost nothing to try; if they are wrong, `_problems` says which tensors differ."""
+
+
+def _refuse_larger(settings: dict[str, Any], family: Family, tensors: Sequence[Stored]) -> None:
+    """Raises ConfigError for sizes that tensors like these cannot have, before anything is made of such a size."""
+    sizes = (*_SIZES, "seq_length") if "position_embedding" in family.modules else _SIZES
+    longest = max((side for tensor in tensors if tensor.nbytes for side in tensor.shape), default=0)
+    usual = {ours: theirs for theirs, ours in family.settings.items()}
+    given: dict[str, tuple[str, int]] = {}
+    for name, value in settings.items():
+        ours = family.settings.get(family.aliases.get(name, name))
+        if ours and is_whole(value):
+            given[ours] = name, value
+    problems = [
+        f"{name}={value}: no tensor in the files is as large; the longest side is {longest}"
+        for name, value in (given[ours] for ours in sizes if ours in given)
+        if value > max(longest, _SMALL)
+    ]
+    defaults = DEFAULTS[family.model_type]
+    layers, experts = (
+        given.get(ours, (usual.get(ours, ""), defaults.get(usual.get(ours, ""), 1)))
+        for ours in ("num_layers", "num_moe_experts")
+    )
+    by_expert = any("#" in name for names in family.modules.values() for name in names)
+    needed = layers[1] * (max(1, experts[1]) if by_expert else 1)
+    if needed > max(len(tensors), _FEW):
+        said = f"{layers[0]}={layers[1]}" + (f", {experts[0]}={experts[1]}" if by_expert else "")
+        problems.append(f"{said}: the files hold only {len(tensors)} tensors")
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _problems(tensors: dict[str, Stored], mapped: list[Mapped], family: Family, config: TransformerConfig) -> list[str]:

@@ -207,8 +207,15 @@ def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
 def _refuse_unless_positive(scaling: Scaling) -> None:
     problems = []
     for name, value in vars(scaling).items():
+        if name == "truncate":
+            if not isinstance(value, bool):
+                problems.append(f"{name}={value!r}: must be true or false")
+            continue
+        if name in ("short_factor", "long_factor") and not isinstance(value, tuple):
+            problems.append(f"{name}={value!r}: must be a list of numbers")
+            continue
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, bool) or number is None:
+            if number is None and name == "mscale":
                 continue
             if not is_number(number) or not number > 0:
                 problems.append(f"{name}={value!r}: must be a number above 0")

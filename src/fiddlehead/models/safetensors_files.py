@@ -16,6 +16,8 @@ from typing import Any, BinaryIO, TypedDict
 import torch
 
 from fiddlehead.errors import ConfigError
+from fiddlehead.foreign import parse_json, read_start, reason
+from fiddlehead.numbers import is_whole
 
 DTYPES = {
     "I64": torch.int64,
@@ -124,33 +126,52 @@ def read_header(file: Path) -> dict[str, Stored]:
     """The tensors in a safetensors file by name.
 
     Raises:
-        ConfigError: it is no such file, or not whole.
+        ConfigError: it is not such a file, or not whole.
     """
     try:
         size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > size - 8:
-                raise ValueError("its header is cut short")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        tensors = {name: _stored(file, entry, 8 + length) for name, entry in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{file}: is no safetensors file: {error}") from error
+        length = int.from_bytes(read_start(file, 8), "little")
+        if length > size - 8:
+            raise ValueError("its header is cut short")
+        header = parse_json(read_start(file, 8 + length)[8:])
+        if not isinstance(header, dict):
+            raise ValueError(f"its header is not an object but a {type(header).__name__}")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("__metadata__: must be an object whose values are texts")
+        tensors = {name: _stored(file, name, entry, 8 + length) for name, entry in header.items()}
+        _refuse_gaps(tensors, 8 + length)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: is not a safetensors file: {reason(error)}") from error
     end = max((tensor.start + tensor.nbytes for tensor in tensors.values()), default=8 + length)
     if end != size:
         raise ConfigError(f"{file}: has {size} bytes, and its header says {end}")
     return tensors
 
 
-def _stored(file: Path, entry: dict[str, Any], data: int) -> Stored:
-    begin, end = entry["data_offsets"]
-    if entry["dtype"] not in DTYPES:
-        raise ValueError(f"dtype {entry['dtype']} is not read here")
-    stored = Stored(file, entry["dtype"], tuple(entry["shape"]), data + begin, end - begin)
-    if ToWrite(stored.dtype, stored.shape, lambda: ()).nbytes != stored.nbytes or begin < 0:
-        raise ValueError(f"a tensor of shape {list(stored.shape)} has {stored.nbytes} bytes")
+def _stored(file: Path, name: str, entry: Any, data: int) -> Stored:
+    fields = ("dtype", "shape", "data_offsets")
+    if not isinstance(entry, dict) or not all(field in entry for field in fields):
+        raise ValueError(f"{name}: must be an object with {', '.join(fields)}")
+    dtype, shape, offsets = (entry[field] for field in fields)
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{name}: dtype {dtype!r} is not read; allowed: {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or not all(is_whole(size) and size >= 0 for size in shape):
+        raise ValueError(f"{name}: shape {shape!r}: must be a list of whole numbers of 0 or more")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_whole(at) and at >= 0 for at in offsets):
+        raise ValueError(f"{name}: data_offsets {offsets!r}: must be two whole numbers of 0 or more")
+    stored = Stored(file, dtype, tuple(shape), data + offsets[0], offsets[1] - offsets[0])
+    if ToWrite(stored.dtype, stored.shape, lambda: ()).nbytes != stored.nbytes:
+        raise ValueError(f"{name}: a tensor of shape {shape} and dtype {dtype} does not have {stored.nbytes} bytes")
     return stored
+
+
+def _refuse_gaps(tensors: Mapping[str, Stored], start: int) -> None:
+    """Raises ValueError unless each tensor begins where another, or the header, ends, as the format has it."""
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if tensor.start != start:
+            raise ValueError(f"{name}: begins at byte {tensor.start}, and what is before it ends at {start}")
+        start += tensor.nbytes
 
 
 class Written(TypedDict):

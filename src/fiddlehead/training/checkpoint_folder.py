@@ -21,18 +21,28 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from fiddlehead.errors import RunError
+from fiddlehead.foreign import filled, inside, read_json
 from fiddlehead.models.safetensors_files import Stored, Written, read_header
 from fiddlehead.training.console import say
 from fiddlehead.training.team import Team, TeamError
 
 FORMAT_VERSION = 1
 STEP, TEMPORARY = "step-", ".writing-"
+
+
+@dataclass(frozen=True)
+class _File:
+    """What `state.json` says of a file."""
+
+    bytes: int
+    crc32: int
 
 
 class DamagedCheckpointError(RunError):
@@ -121,7 +131,7 @@ def read_state(path: Path) -> dict[str, Any]:
         DamagedCheckpointError: it is missing, is not what was written, or belongs to a newer format.
     """
     try:
-        state = json.loads((path / "state.json").read_text())
+        state = read_json(path / "state.json")
         version, written = int(state["format_version"]), state.pop("crc32", None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{path}/state.json cannot be read: {error!r}") from error
@@ -129,6 +139,12 @@ def read_state(path: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{path} has format {version}, newer than this version's {FORMAT_VERSION}")
     if written != _state_crc32(state):
         raise DamagedCheckpointError(f"{path}/state.json is not what was written: its CRC-32 differs")
+    try:  # a checksum is no proof of who wrote it
+        for name, file in state["files"].items():
+            inside(path, name, path / "state.json")
+            filled(_File, file)
+    except (KeyError, AttributeError, ValueError) as error:
+        raise DamagedCheckpointError(f"{path}/state.json: files: {error}") from error
     return state
 
 
