@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 RUN ?= demo
 # Which of the tests on Slurm or Docker: `make test-slurm ONLY='and not slow'` runs the quick ones.
 ONLY ?=
+# For how long `make fuzz` damages files, and of which readers; none are all.
+SECONDS ?= 120
+READERS ?=
 # One test at a time to whichever process is free: the slow ones, which come first, are then spread over all of them.
 DEALT := --dist load --maxschedchunk 1
 
-.PHONY: help demo test test-fast test-long test-slurm test-docker lint format wheel clean
+.PHONY: help demo test test-fast test-long fuzz test-slurm test-docker lint format wheel clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -25,6 +28,9 @@ test-fast: $(VENV)/.installed-dev  ## Without the tests that take more than ten 
 
 test-long: $(VENV)/.installed-dev  ## What `make test` holds in small: ten kills, more processes, more layouts
 	$(BIN)/python -m pytest -n 2 $(DEALT) -m long
+
+fuzz: $(VENV)/.installed-dev  ## Damage files at random and read them, for SECONDS=120 in all; READERS="index tokens" are some
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(READERS)
 
 # The sandboxes are removed at the end, however it ends; the exit code is that of pytest.
 test-slurm test-docker: SHELL := /bin/bash
