@@ -21,7 +21,7 @@ from fiddlehead.runs import RunDirectory, find_run, reserve_name, write_atomical
 from fiddlehead.training import Checkpoint, LanguageModel, Log, NonFiniteError, Parallel, attention
 from fiddlehead.training.attention_calls import calls_of
 from fiddlehead.training.checkpoint import restore_progress
-from fiddlehead.training.checkpoint_folder import newest_good, read_state, verify
+from fiddlehead.training.checkpoint_folder import newest_good, read_state, verified_by_first, verify
 from fiddlehead.training.console import is_rank_zero, say
 from fiddlehead.training.frozen import halve_frozen, halves_frozen
 from fiddlehead.training.garbage import CollectGarbage
@@ -35,7 +35,7 @@ from fiddlehead.training.samples import SampleAnswer
 from fiddlehead.training.sizes import Sizes
 from fiddlehead.training.stop import StopOnRequest
 from fiddlehead.training.team import Team
-from fiddlehead.training.weights import find_tokenizer
+from fiddlehead.training.weights import find_tokenizer, open_weights
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 """float16 is left out: its loss scaling hides an infinite gradient, and spoils the clipping of a fused optimizer."""
@@ -65,11 +65,13 @@ def pretrain(
         ConfigError: the parts do not fit together; nothing was started then.
         NonFiniteError: the loss or the gradient became infinite or NaN; the checkpoints are from before.
     """
+    ranks = trainer.strategy.join_ranks() if isinstance(trainer.strategy, Parallel) else Team()
+    # One rank looks: that reads all of a checkpoint, and all have to go on from the same.
+    if model.init_from is not None:
+        model.init_from = verified_by_first(ranks, lambda: _begin(model))
     plan = plan_pretrain(model, data, trainer, optim, log)
     run = RunDirectory(user_path(log.dir) / (log.name or reserve_name("pretrain", log.dir)))
-    # One rank looks: that reads all of a checkpoint, and all have to go on from the same.
-    ranks = trainer.strategy.join_ranks() if isinstance(trainer.strategy, Parallel) else Team()
-    start = ranks.all(lambda: resume_point(run, resume) if ranks.first else None)[0]
+    start = verified_by_first(ranks, lambda: resume_point(run, resume))
     step = 0
     if start is not None:
         state = read_state(start)
@@ -78,7 +80,10 @@ def pretrain(
         _refuse_another_optimizer(start, state, optim)
         _warn_of_another_rate(state, optim, plan.max_steps)
         # What a run's name stands for may have gone on since; this run goes on with what it began with.
-        model.init_from = state.get("init_from") or model.init_from
+        began = state.get("init_from")
+        if began and began != str(model.init_from):
+            model.init_from = began
+            verified_by_first(ranks, lambda: bool(open_weights(began)))
     if step >= plan.max_steps:
         say(f"{run.path} has reached step {step} of {plan.max_steps}: nothing is left to train")
         return run
@@ -114,6 +119,8 @@ def pretrain(
             with attention.compared(plan.attention):
                 trainer.fit(model, datamodule=data, ckpt_path=start, weights_only=True)
         except NonFiniteError as error:
+            if not is_rank_zero():  # it would read what the first rank reads
+                raise
             good = newest_good(run.checkpoints)
             last = f"The last good checkpoint is {good}" if good else "There is no checkpoint yet"
             raise NonFiniteError(f"{error}. {last}") from error
@@ -239,10 +246,7 @@ def plan_pretrain(
         if world_size > 1 and model.compile_mode == "model":
             problems.append("model.compile='model': a model cut over several devices takes 'layers' or None")
     accumulate, micro_batches = 1, None
-    try:
-        model.take_shape()
-    except ConfigError as error:
-        raise error.under("model") from error
+    _begin(model)
     if isinstance(data, FineTuningDataModule):
         if model.init_from is None:
             raise ConfigError("model.init_from=None: fine-tuning begins with a model that can write already; give one")
@@ -310,6 +314,15 @@ def plan_pretrain(
         device_gib=state_gib * sizes.held(transformer) / parameters + gathered_gib,
         warmup_steps=optim.lr_scheduler.warmup_steps,
     )
+
+
+def _begin(model: LanguageModel) -> str | Path | None:
+    """Has the model take its shape, and returns the weights that it begins with."""
+    try:
+        model.take_shape()
+    except ConfigError as error:
+        raise error.under("model") from error
+    return model.init_from
 
 
 def resume_point(run: RunDirectory, resume: str | Path) -> Path | None:

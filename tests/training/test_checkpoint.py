@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import subprocess
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,16 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.models.safetensors_files import read_header
 from fiddlehead.runs import RunDirectory
 from fiddlehead.text import Writer
-from fiddlehead.training import Checkpoint
+from fiddlehead.training import Checkpoint, checkpoint_folder
 from fiddlehead.training.checkpoint_folder import (
     CheckpointNotWrittenError,
     DamagedCheckpointError,
     newest_good,
+    verified_by_first,
     verify,
 )
 from fiddlehead.training.checkpoint_io import SafetensorsIO
+from fiddlehead.training.team import Team
 from tests.training.conftest import KillAfter, Killed, Parts
 
 Pretrain = Callable[..., RunDirectory]
@@ -223,6 +227,83 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     assert warning.startswith("WARNING: passing over a damaged checkpoint: ") and str(later) in warning
     damage(saved)
     assert newest_good(saved.parent) is None
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each file was read whole, by its folder's and its own name; nothing was verified before."""
+    counts: Counter[str] = Counter()
+    crc32 = checkpoint_folder._crc32
+
+    def counted(file: Path) -> int:
+        counts[f"{file.resolve().parent.name}/{file.name}"] += 1
+        return crc32(file)
+
+    monkeypatch.setattr(checkpoint_folder, "_verified", {})
+    monkeypatch.setattr(checkpoint_folder, "_crc32", counted)
+    return counts
+
+
+def age(folder: Path, seconds: float = 60) -> None:
+    """Makes the files look as if they were written so long ago."""
+    for file in folder.rglob("*.*"):
+        os.utime(file, (time.time(), time.time() - seconds))
+
+
+def test_a_checkpoint_is_read_once_until_it_changes(saved: Path, read: Counter[str]) -> None:
+    age(saved)
+    for _ in range(3):
+        verify(saved)
+    assert read == {f"{saved.name}/{kind}.safetensors": 1 for kind in ("model", "optimizer")}
+    DAMAGES["byte of the parameters"](saved)
+    with pytest.raises(DamagedCheckpointError):
+        verify(saved)
+
+
+def test_what_was_written_this_moment_is_read_again(saved: Path, read: Counter[str]) -> None:
+    """A change right after the check could have the same time."""
+    verify(saved)
+    verify(saved)
+    assert set(read.values()) == {2}
+
+
+def test_one_rank_reads_for_all_that_see_the_same_files(
+    saved: Path, read: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    age(saved)
+    of_first = []
+
+    class Rank(Team):
+        def all(self, work: Callable[[], Any]) -> list[Any]:
+            answer = work()
+            of_first.extend([answer] if self.first else [])
+            return [*of_first, answer][: 1 + self.rank]
+
+    assert verified_by_first(Rank(0, 2), lambda: newest_good(saved.parent)) == saved
+    monkeypatch.setattr(checkpoint_folder, "_verified", {})  # another process
+    assert verified_by_first(Rank(1, 2), lambda: newest_good(saved.parent)) == saved
+    verify(saved)
+    assert set(read.values()) == {1}
+    age(saved, 90)  # that rank sees other files
+    verify(saved)
+    assert set(read.values()) == {2}
+
+
+def test_a_start_reads_no_checkpoint_twice_and_of_the_best_only_a_number(
+    pretrain: Pretrain, read: Counter[str]
+) -> None:
+    first = pretrain(max_steps=8, callbacks=[RaiseRateAfter(4)])
+    best = (first.checkpoints / "best").readlink().name
+    assert best == "step-00000004"
+    age(first.checkpoints)
+    read.clear()
+    pretrain(max_steps=9, callbacks=[RaiseRateAfter(4)])
+    assert {name: count for name, count in read.items() if not name.startswith("step-00000009")} == {
+        f"step-00000008/{kind}.safetensors": 1 for kind in ("model", "optimizer")
+    }
+    read.clear()
+    pretrain(name="second", init_from=str(first.checkpoints / best), max_steps=2)
+    assert read[f"{best}/model.safetensors"] == 1
 
 
 def test_a_stray_file_is_no_checkpoint(saved: Path) -> None:

@@ -16,7 +16,7 @@ from dataclasses import asdict
 
 import torch
 
-from fiddlehead.attention import kept
+from fiddlehead import kept
 from fiddlehead.attention.backend import Backend, Extras
 from fiddlehead.attention.sample import Inputs, Shape, sample
 from fiddlehead.attention.spec import AttentionSpec, Target

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import fiddlehead
-from fiddlehead.attention import kept
+from fiddlehead import kept
 from fiddlehead.attention.backend import Extras
 from fiddlehead.attention.sample import Inputs, Shape, sample
 from fiddlehead.attention.selection import BACKENDS

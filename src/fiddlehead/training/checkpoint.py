@@ -20,8 +20,8 @@ from fiddlehead.training.checkpoint_folder import (
     TEMPORARY,
     DamagedCheckpointError,
     newest_first,
+    read_state,
     step_folder,
-    verify,
 )
 from fiddlehead.training.checkpoint_io import SafetensorsIO
 from fiddlehead.training.console import say
@@ -163,7 +163,7 @@ class Checkpoint(Callback):
         if not best.exists():
             return None
         try:
-            return verify(best)["val_loss"]
+            return read_state(best)["val_loss"]  # nothing else of it is wanted
         except DamagedCheckpointError as error:
             say(f"WARNING: the best checkpoint is damaged, so the next one validated is the best: {error}")
             return None

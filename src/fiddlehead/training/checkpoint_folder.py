@@ -23,10 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
+from fiddlehead import kept
 from fiddlehead.errors import RunError
 from fiddlehead.foreign import filled, inside, read_json
 from fiddlehead.models.safetensors_files import Stored, Written, read_header
@@ -35,6 +36,10 @@ from fiddlehead.training.team import Team, TeamError
 
 FORMAT_VERSION = 1
 STEP, TEMPORARY = "step-", ".writing-"
+
+T = TypeVar("T")
+_verified: dict[Path, tuple[float, dict[str, kept.Stamp]]] = {}
+"""The checkpoints that were verified: when each was saved, and its files' stamps."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,8 @@ def read_state(path: Path) -> dict[str, Any]:
 def verify(path: Path) -> dict[str, Any]:
     """The content of a checkpoint's `state.json`, after comparing every file with what was written.
 
+    Files are read once in a process; later, their sizes, times and inodes tell that they are still the same.
+
     Raises:
         DamagedCheckpointError: a file is missing, cut short or changed.
     """
@@ -161,11 +168,29 @@ def verify(path: Path) -> dict[str, Any]:
         size = file.stat().st_size if file.is_file() else None
         if size != written["bytes"]:
             raise DamagedCheckpointError(f"{file} has {size} of {written['bytes']} bytes")
+    checked = state["saved"], {name: kept.stamp(path / name) for name in files}
+    if _verified.get(path.resolve()) == checked:
+        return state
     with ThreadPoolExecutor(max_workers=8) as readers:
         for name, checksum in zip(files, readers.map(_crc32, (path / name for name in files)), strict=True):
             if checksum != files[name]["crc32"]:
                 raise DamagedCheckpointError(f"{path / name} is not what was written: its CRC-32 differs")
+    if kept.settled(*checked[1].values()):
+        _verified[path.resolve()] = checked
     return state
+
+
+def verified_by_first(team: Team, look: Callable[[], T]) -> T:
+    """What `look` returns on the first rank of a team.
+
+    The checkpoints that this rank has verified are not read again by the others, where these see the same files.
+
+    Raises:
+        TeamError: on the others, if `look` raises on the first.
+    """
+    found, verified = team.all(lambda: (look(), _verified) if team.first else (None, {}))[0]
+    _verified.update(verified)
+    return found  # pyright: ignore[reportReturnType]
 
 
 def read_tensors(path: Path, state: Mapping[str, Any], kind: str) -> dict[str, Stored]:

@@ -5,12 +5,28 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from fiddlehead.environment import cache_folder
 
 logger = logging.getLogger(__name__)
+
+Stamp = tuple[int, int, int]
+"""A file's size, time of change and inode."""
+_SETTLED_SECONDS = 2.0
+
+
+def stamp(file: Path) -> Stamp:
+    """What tells, without reading it, that a file is still the one that was read."""
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def settled(*stamps: Stamp) -> bool:
+    """Whether the stamps are old enough to tell: a change right after one can have the same time."""
+    return all(time.time() - changed / 1e9 > _SETTLED_SECONDS for _, changed, _ in stamps)
 
 
 def read(name: str) -> dict[str, Any]:
@@ -21,7 +37,7 @@ def read(name: str) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        logger.warning("attention: %s cannot be read and is begun anew: %s", path, error)
+        logger.warning("%s cannot be read and is begun anew: %s", path, error)
         return {}
 
 
@@ -34,7 +50,7 @@ def keep(name: str, key: str, outcome: Any) -> None:
             json.dump({**read(name), key: outcome}, file, indent=1)
         Path(file.name).replace(path)
     except OSError as error:
-        logger.warning("attention: the outcome is not kept in %s: %s", path, error)
+        logger.warning("the outcome is not kept in %s: %s", path, error)
 
 
 def _path(name: str) -> Path:
