@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer, seed_everything
 
 from fiddlehead.attention import Target
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
+from fiddlehead.data.checksums import Checksums, differences
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import TransformerConfig
 from fiddlehead.numbers import is_whole
@@ -87,6 +88,7 @@ def pretrain(
     if step >= plan.max_steps:
         say(f"{run.path} has reached step {step} of {plan.max_steps}: nothing is left to train")
         return run
+    checkpoint.data = ranks.all(lambda: _data_checksums(data, start) if ranks.first else {})[0]
     say(f"run {run.path}: {'starts anew' if start is None else f'continues from {start}'}")
 
     with process_restored():
@@ -401,6 +403,26 @@ def _refuse_another_model(checkpoint: Path, saved: dict[str, Any], config: Trans
     ]
     if problems:
         raise ConfigError(*problems)
+
+
+def _data_checksums(data: PreTrainingDataModule | FineTuningDataModule, start: Path | None) -> Checksums:
+    """The data's checksums; raises ConfigError if they are not those of the checkpoint that a run starts from."""
+    try:
+        data.prepare_data()
+        checksums = data.checksums()
+    except ConfigError as error:
+        raise error.under("data") from error
+    before = None if start is None else read_state(start).get("data")
+    if start is None or data.allow_changed:
+        return checksums
+    if before is None:
+        say(f"WARNING: {start} does not say which data it was trained on; it is not compared")
+    elif changed := differences(before, checksums):
+        raise ConfigError(
+            *(f"data: {each} since {start}" for each in changed),
+            "data.allow_changed=False: set True to go on with other data, or begin a run with model.init_from",
+        )
+    return checksums
 
 
 def _refuse_another_optimizer(checkpoint: Path, state: dict[str, Any], optim: Optim) -> None:

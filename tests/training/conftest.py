@@ -66,6 +66,7 @@ def make_parts(dataset: Path, runs: Path, **changes: Any) -> dict[str, Any]:
                 global_batch_size=4,
                 val_samples=8,
                 separate_documents=False,
+                allow_changed=False,
             )
         ),
         "optim": optim(**take(lr=1e-2, lr_scheduler=CosineAnnealing(warmup_steps=2)), **bits),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -14,6 +17,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from fiddlehead import tasks
+from fiddlehead.data import ByteTokenizer
+from fiddlehead.data.tokenize import tokenize
 from fiddlehead.errors import ConfigError, StopRequested
 from fiddlehead.models import RopeScaling
 from fiddlehead.runs import RunDirectory, State, Status, StopRequest
@@ -237,3 +242,34 @@ def test_a_fresh_start_where_progress_was_expected_is_said(
     run.write_status(Status(State.RUNNING, attempt=attempt))
     assert tasks.resume_point(run, "auto") is None
     assert ("WARNING" in capsys.readouterr().out) is warned
+
+
+# -- the data that it goes on with
+
+
+def test_a_run_goes_on_with_other_data_only_if_told_to(
+    pretrain: Pretrain, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = pretrain(max_steps=4)
+    sums = json.loads((run.checkpoints / "step-00000004" / "state.json").read_text())["data"]
+    assert sums["train"] == [["train.bin", hashlib.sha256((dataset / "train.bin").read_bytes()).hexdigest()]]
+    text = tmp_path / "text.txt"
+    text.write_text("fern frond spore " * 100)
+    other = tmp_path / "other"
+    tokenize([text], ByteTokenizer(), other, val_fraction=0, workers=1, progress=False)
+    with pytest.raises(ConfigError) as error:
+        pretrain(max_steps=5, paths=other)
+    assert error.value.problems[0].startswith("data: train: train.bin is new or changed since")
+    assert "data.allow_changed=False: set True" in error.value.problems[-1]
+    pretrain(max_steps=5, paths=other, val_samples=0, allow_changed=True)
+    pretrain(max_steps=6, paths=other, val_samples=0)  # the checkpoint has the new data's checksums
+    assert "WARNING" not in capsys.readouterr().out.replace("WARNING: with max_steps", "")
+
+
+def test_flipped_tokens_are_refused_at_a_start(pretrain: Pretrain, dataset: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    tokens = bytearray((copy / "train.bin").read_bytes())
+    tokens[101] = 0xFF  # beyond the vocabulary, which the model would stumble over
+    (copy / "train.bin").write_bytes(tokens)
+    with pytest.raises(ConfigError, match=r"data\.paths.*train\.bin is not what was written"):
+        pretrain(max_steps=1, paths=copy)

@@ -12,6 +12,7 @@ import torch
 
 from fiddlehead.data.batches import Batch
 from fiddlehead.data.chat_template import ChatTemplate
+from fiddlehead.data.checksums import Checksums, of_paths
 from fiddlehead.data.documents import NO_LABEL, borders
 from fiddlehead.data.examples import Example, tokenize_records
 from fiddlehead.data.records import Record, read_records
@@ -38,6 +39,8 @@ class FineTuningDataModule(StepDataModule):
     half of it; one of which no answer is left is dropped; how many is said. Validation is on `val_paths`, or else on
     every n-th example, as `val_fraction` asks, which are then not trained on.
 
+    A checkpoint keeps the files' checksums, and a run goes on with other files only with `allow_changed`.
+
     `tokenizer` is a folder with a `tokenizer.json`; None is that of the model to begin with, `default_tokenizer`.
 
     A batch is as pretraining's with documents kept apart, `index` are rows, and `padding`, (micro_batch_size,
@@ -61,6 +64,7 @@ class FineTuningDataModule(StepDataModule):
         val_samples: int = 256,
         num_workers: int = 0,
         seed: int = 1234,
+        allow_changed: bool = False,
     ) -> None:
         problems = [] if _listed(paths) else ["paths is empty; give JSONL or Parquet files with examples"]
         if not (is_number(val_fraction) and 0 <= val_fraction < 1):
@@ -71,6 +75,7 @@ class FineTuningDataModule(StepDataModule):
         self.paths, self.val_paths, self.val_fraction = _listed(paths), _listed(val_paths), val_fraction
         self.packed, self.preference = packed, preference
         self.given_tokenizer = tokenizer
+        self.allow_changed = allow_changed
         self.default_tokenizer: Path | None = None
         """The folder of the tokenizer that the model to begin with has."""
         self._records: tuple[list[Record], list[Record]] | None = None
@@ -82,6 +87,10 @@ class FineTuningDataModule(StepDataModule):
             return self._tokenizer.vocab_size
         self._read()
         return self._open_tokenizer().vocab_size
+
+    def checksums(self) -> Checksums:
+        """Those of the files of `paths` and `val_paths`."""
+        return {"paths": of_paths(self.paths), "val_paths": of_paths(self.val_paths)}
 
     def missing_rows(self, vocab_size: int) -> list[str]:
         """As for all data; before the examples are tokenized, of the token that ends an answer and fills up rows."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from fiddlehead.data.batches import Windows
+from fiddlehead.data.checksums import Checksums
 from fiddlehead.data.corpus import StandardLibrary, tokenize_corpus
 from fiddlehead.data.steps import StepDataModule
 from fiddlehead.data.token_file import FORMAT_VERSION, SPLITS, TokenDatasetInfo, TokenFile
@@ -41,6 +44,8 @@ class PreTrainingDataModule(StepDataModule):
     `reset_position_ids` and `eod_mask_loss` are together, without a mask in memory: a batch then also has `cu_seqlens`,
     int32, and `max_seqlen`, for attention on packed sequences, and -100 for labels that do not count.
 
+    A checkpoint keeps the data's checksums, and a run goes on with other data only with `allow_changed`.
+
     Raises one `ConfigError` for all sizes that make no sense.
     """
 
@@ -56,6 +61,7 @@ class PreTrainingDataModule(StepDataModule):
         num_workers: int = 0,
         seed: int = 1234,
         cache_dir: str | Path | None = None,
+        allow_changed: bool = False,
     ) -> None:
         problems = []
         if isinstance(tokenizer, BPETokenizer) and paths is not None:
@@ -66,6 +72,7 @@ class PreTrainingDataModule(StepDataModule):
         self.paths = None if paths is None else user_path(paths)
         self.separate_documents = separate_documents
         self.cache_dir = cache_dir
+        self.allow_changed = allow_changed
         self._given_tokenizer = ByteTokenizer() if tokenizer is None and paths is None else tokenizer
         self._corpus = StandardLibrary()
 
@@ -78,6 +85,12 @@ class PreTrainingDataModule(StepDataModule):
             return self.info().vocab_size
         assert self._given_tokenizer is not None
         return self._given_tokenizer.vocab_size
+
+    def checksums(self) -> Checksums:
+        """The token files' checksums, compared with those in the dataset's `meta.json`."""
+        directory = self._directory()
+        with self._naming_paths():
+            return {split: [(f"{split}.bin", TokenFile(directory, split).check())] for split in SPLITS}
 
     def missing_rows(self, vocab_size: int) -> list[str]:
         """As for all data; before the default corpus is tokenized, of what ends and begins each document."""
@@ -100,10 +113,8 @@ class PreTrainingDataModule(StepDataModule):
 
     def info(self) -> TokenDatasetInfo:
         """What the dataset says of itself; raises `ConfigError` that names `paths` if it is none."""
-        try:
+        with self._naming_paths():
             return TokenDatasetInfo.read(self._directory())
-        except ConfigError as error:
-            raise ConfigError(*(f"paths={str(self.paths)!r}: {problem}" for problem in error.problems)) from error
 
     # -- Lightning's hooks
 
@@ -158,6 +169,13 @@ class PreTrainingDataModule(StepDataModule):
         self.token_bytes = None if lengths is None else torch.from_numpy(lengths)
 
     # -- inside
+
+    @contextmanager
+    def _naming_paths(self) -> Iterator[None]:
+        try:
+            yield
+        except ConfigError as error:
+            raise ConfigError(*(f"paths={str(self.paths)!r}: {problem}" for problem in error.problems)) from error
 
     def _directory(self) -> Path:
         if self.paths is not None:

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from fiddlehead.data.batches import Batches, FromGlobalStep, Samples
+from fiddlehead.data.checksums import Checksums
 from fiddlehead.data.sampler import GlobalBatchSampler, micro_batches
 from fiddlehead.data.tokenizers import Tokenizer
 from fiddlehead.errors import ConfigError
@@ -28,6 +29,8 @@ class StepDataModule(pl.LightningDataModule):
 
     separate_documents: bool
     """Whether batches have `cu_seqlens`, and labels or tokens that do not count."""
+    allow_changed = False
+    """Whether a run may go on with other data than it was trained on so far."""
 
     def __init__(
         self,
@@ -73,6 +76,16 @@ class StepDataModule(pl.LightningDataModule):
         """The rows of the model's embedding, which a task sets; what occurs in the data is compared with it."""
         self.token_bytes: Tensor | None = None
         """UTF-8 bytes of each token after `setup`, (vocab_size,) int32; None where the tokenizer does not say."""
+
+    def checksums(self) -> Checksums:
+        """What tells this data from other data; needs `prepare_data`. Data without files has none.
+
+        A file is read once: its checksum is kept in the cache folder, by the file's size, time and inode.
+
+        Raises:
+            ConfigError: a file is not what was written.
+        """
+        return {}
 
     def missing_rows(self, vocab_size: int) -> list[str]:
         """Which tokens occur in the data, as far as it is known, and have no row in a model of `vocab_size` tokens.

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fiddlehead.data.checksums import content
 from fiddlehead.data.tokenizers import TokenizerFile
 from fiddlehead.errors import ConfigError
 from fiddlehead.foreign import filled, read_json
@@ -138,6 +139,28 @@ class TokenFile:
                 position = start + int(beyond[0])
                 return position, int(self._tokens[position])
         return None
+
+    def check(self) -> str:
+        """Compares the file with what `meta.json` says of it, and returns its SHA-256.
+
+        The whole file is read, but only once: what it held is kept in the cache folder, by its size, time and inode.
+
+        Raises:
+            ConfigError: it is not what was written, or has token ids beyond the vocabulary.
+        """
+        path, info = self.directory / f"{self.split}.bin", self.info
+        found, written = content(path, info.dtype), getattr(info, self.split).sha256
+        if found.sha256 != written:
+            raise ConfigError(
+                f"{path} is not what was written: its SHA-256 is {found.sha256[:16]}..., and {written[:16]}... in its "
+                "meta.json; tokenize again"
+            )
+        if found.max_id >= info.vocab_size:
+            raise ConfigError(
+                f"{path} has the token id {found.max_id}, and its meta.json says vocab_size={info.vocab_size}; "
+                "tokenize again"
+            )
+        return found.sha256
 
     def window(self, start: int, length: int) -> np.ndarray:
         """The tokens [start, start + length), (length,) int64."""

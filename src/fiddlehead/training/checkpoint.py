@@ -13,6 +13,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from fiddlehead.data.checksums import Checksums
 from fiddlehead.data.tokenizers import save_tokenizer
 from fiddlehead.errors import ConfigError, StopRequested
 from fiddlehead.numbers import is_whole
@@ -51,6 +52,8 @@ class Checkpoint(Callback):
         self.every_n_steps, self.keep_last, self.keep_best = every_n_steps, keep_last, keep_best
         self.io = SafetensorsIO(asynchronous=asynchronous)
         self.directory = Path("checkpoints")
+        self.data: Checksums = {}
+        """The checksums of the data, which a checkpoint keeps."""
         self.best_loss: float | None = None
         self._saved_step = -1
         self._validated_step = -1
@@ -115,7 +118,9 @@ class Checkpoint(Callback):
                 say(f"WARNING: a checkpoint was not written: {error}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the step's validation loss, by which the best is known; None if it was not validated."""
+        """Adds the step's validation loss, by which the best is known, None if it was not validated, and the data's
+        checksums."""
+        checkpoint["data"] = self.data
         checkpoint["val_loss"] = self._val_loss if self._validated_step == trainer.global_step else None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

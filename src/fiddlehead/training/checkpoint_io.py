@@ -24,7 +24,7 @@ from fiddlehead.training.team import Team
 
 _TENSOR, _PAIRS = "__tensor__", "__pairs__"
 # The loops' counters and callbacks are left out: `restore_progress` derives them from the step.
-_KEPT = ("optimizer_states", "lr_schedulers", "config", "lora", "init_from", "val_loss", "MixedPrecision")
+_KEPT = ("optimizer_states", "lr_schedulers", "config", "lora", "init_from", "val_loss", "data", "MixedPrecision")
 
 
 class SafetensorsIO(CheckpointIO):
