@@ -10,11 +10,13 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from fiddlehead.data.pieces import PIECE
 from fiddlehead.data.token_file import SPLITS, Split, SplitInfo, TokenDatasetInfo
 from fiddlehead.data.tokenizers import Tokenizer, save_tokenizer
 from fiddlehead.errors import ConfigError
@@ -180,8 +182,16 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
     eos = [tokenizer.eos_id]
     begin = [] if tokenizer.begin_ids == eos else tokenizer.begin_ids
     dtype = np.dtype(_token_dtype(tokenizer.vocab_size)).newbyteorder("<")
-    documents = [np.array(begin + ids + eos, dtype=dtype) for ids in tokenizer.encode_batch(texts)]
-    return np.concatenate(documents) if documents else np.empty(0, dtype=dtype)
+    short = [text for text in texts if len(text) <= PIECE]
+    encoded = iter(tokenizer.encode_batch(short))
+    parts: list[np.ndarray] = [np.empty(0, dtype=dtype)]
+    for text in texts:
+        if len(text) <= PIECE:
+            parts.append(np.array(begin + next(encoded) + eos, dtype=dtype))
+        else:
+            middle = (tokenizer.encode(piece) for piece in tokenizer.pieces(text))
+            parts += [np.array(ids, dtype=dtype) for ids in chain([begin], middle, [eos])]
+    return np.concatenate(parts)
 
 
 def _token_dtype(vocab_size: int) -> str:

@@ -116,11 +116,14 @@ class _Encoder:
         by_split: dict[Split, list[str]] = {split: [] for split in SPLITS}
         for text in texts:
             by_split[_split_of(text, self.val_fraction)].append(text)
-        splits: dict[Split, tuple[np.ndarray, int, int]] = {
-            split: (encode_documents(self.tokenizer, chosen), len(chosen), sum(len(text.encode()) for text in chosen))
-            for split, chosen in by_split.items()
-            if chosen
-        }
+        try:
+            splits: dict[Split, tuple[np.ndarray, int, int]] = {
+                split: (encode_documents(self.tokenizer, texts), len(texts), sum(len(text.encode()) for text in texts))
+                for split, texts in by_split.items()
+                if texts
+            }
+        except ConfigError as error:  # a document that is too long to tokenize at once
+            return _Encoded({}, [f"{block.path}: {problem}" for problem in error.problems], block.size)
         return _Encoded(splits, [], block.size)
 
 

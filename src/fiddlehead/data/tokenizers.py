@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from fiddlehead.data.pieces import PIECE, Cut, kinds, pieces
 from fiddlehead.data.special_tokens import COMPANIONS, NAMES_FILES, SpecialTokens, update_settings
 from fiddlehead.errors import ConfigError, unknown
 from fiddlehead.foreign import parse_json, read_text
@@ -70,6 +71,10 @@ class Tokenizer(Protocol):
         """`encode` of each text."""
         ...
 
+    def pieces(self, text: str) -> Iterator[str]:
+        """Pieces of a long text that have the tokens of the whole; raises `ConfigError` where it cannot be cut."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, without special tokens; bytes that are not UTF-8 become U+FFFD."""
         ...
@@ -102,6 +107,9 @@ class ByteTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
+
+    def pieces(self, text: str) -> Iterator[str]:
+        return (text[start : start + PIECE] for start in range(0, len(text), PIECE))
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(int(i) for i in ids if i < self.eos_id).decode(errors="replace")
@@ -139,7 +147,7 @@ class BPETokenizer:
         import tokenizers
 
         model = tokenizers.Tokenizer(tokenizers.models.BPE())
-        model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        splitter = model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         model.decoder = tokenizers.decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=self.vocab_size,
@@ -147,7 +155,12 @@ class BPETokenizer:
             special_tokens=[END_OF_TEXT],
             initial_alphabet=_byte_characters(),
         )
-        model.train_from_iterator(texts, trainer)
+
+        def words(text: str) -> list[str]:
+            return [word for word, _ in splitter.pre_tokenize_str(text)]  # not by way of the model, which is locked
+
+        cuts = kinds((), ["ByteLevel"])
+        model.train_from_iterator((piece for text in texts for piece in pieces(text, cuts, words)), trainer)
         if model.get_vocab_size() < self.vocab_size:
             raise ConfigError(
                 f"vocab_size={self.vocab_size} needs more text to learn from; these documents give at most "
@@ -263,6 +276,15 @@ class JSONTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         with self._faults():
             return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def pieces(self, text: str) -> Iterator[str]:
+        if len(text) <= PIECE:  # most are: the vocabulary need not be looked through
+            return iter([text])
+        return pieces(text, self._cuts, self.encode)
+
+    @cached_property
+    def _cuts(self) -> list[Cut]:
+        return kinds(self._ids, _component_types(self._spec.get("pre_tokenizer")))
 
     def decode(self, ids: Sequence[int]) -> str:
         with self._faults():
