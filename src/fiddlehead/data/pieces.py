@@ -14,7 +14,7 @@ from typing import Any
 
 from fiddlehead.errors import ConfigError
 
-PIECE = 1 << 20
+PIECE = 1 << 17
 """Characters of a piece, about; a shorter text is not cut."""
 LONGEST = 1 << 24
 """Characters that are tokenized at once where there is no safe cut."""

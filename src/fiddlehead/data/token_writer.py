@@ -189,7 +189,7 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
         if len(text) <= PIECE:
             parts.append(np.array(begin + next(encoded) + eos, dtype=dtype))
         else:
-            middle = (tokenizer.encode(piece) for piece in tokenizer.pieces(text))
+            middle = (tokenizer.encode_batch([piece])[0] for piece in tokenizer.pieces(text))
             parts += [np.array(ids, dtype=dtype) for ids in chain([begin], middle, [eos])]
     return np.concatenate(parts)
 
