@@ -447,4 +447,7 @@ def test_the_tokenizer_is_beside_the_checkpoints(pretrain: Pretrain) -> None:
 def test_impossible_settings_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         Checkpoint(every_n_steps=0, keep_last=-1)
-    assert error.value.problems == ("every_n_steps=0: must be 1 or more", "keep_last=-1: must be 1 or more")
+    assert error.value.problems == (
+        "every_n_steps=0: must be a whole number of 1 or more",
+        "keep_last=-1: must be a whole number of 1 or more",
+    )
