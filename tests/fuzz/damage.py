@@ -26,6 +26,9 @@ class Raw:
     def __init__(self, text: str) -> None:
         self.text = text
 
+    def __repr__(self) -> str:  # also a test's name, which all test processes must give it
+        return f"Raw({self.text[:20]!r})"
+
 
 JUNK: list[Any] = [
     *(None, True, False, 0, -1, 1, 2, 3, 0.5, -2.5, 1e9, 10**6, 10**9, 10**18, 10**30, -(10**9), 1e308, -0.0),
