@@ -257,5 +257,5 @@ def test_answers_are_not_compared_in_parts(dimension: str) -> None:
 def test_sizes_that_do_not_multiply_to_the_devices_are_refused(strategy: dict[str, int], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         Parallel(**strategy).sizes(8)
-    with pytest.raises(ConfigError, match="data_parallel=0: must be 1 or more"):
+    with pytest.raises(ConfigError, match="data_parallel=0: must be a whole number of 1 or more"):
         Parallel(data_parallel=0)
