@@ -55,12 +55,24 @@ def test_it_is_as_before_however_the_run_ends(
 ) -> None:
     monkeypatch.setenv("FIDDLEHEAD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    monkeypatch.delenv("_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR", raising=False)  # set by whatever compiled before
     monkeypatch.setattr("fiddlehead.models.speed.torch.compile", lambda function, **options: function)
     callbacks = {"well": [], "killed": [KillAfter(1)], "badly": [BadEnd(), KillAfter(1)]}[ends]
     before = state()
     with nullcontext() if ends == "well" else pytest.raises((Killed, OSError)):
         pretrain(max_steps=2, compile="layers", activation_checkpointing=0.5, callbacks=callbacks)
     assert state() == before
+
+
+def test_variables_that_anything_sets_or_removes_are_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIDDLEHEAD_TEST_KEPT", "before")
+    monkeypatch.setenv("FIDDLEHEAD_TEST_REMOVED", "before")
+    before = dict(os.environ)
+    with process.process_restored():
+        os.environ["FIDDLEHEAD_TEST_KEPT"] = "changed"
+        os.environ["FIDDLEHEAD_TEST_NEW"] = "new"
+        del os.environ["FIDDLEHEAD_TEST_REMOVED"]
+    assert dict(os.environ) == before
 
 
 def test_a_collector_that_was_off_stays_off() -> None:

@@ -12,18 +12,17 @@ import numpy as np
 import torch
 
 from fiddlehead import signals
-from fiddlehead.environment import kernel_folders
 
 
 @contextmanager
 def process_restored() -> Iterator[None]:
     """Restores, when the block ends or fails, what a run sets for the whole process.
 
-    That is the random numbers of Python, NumPy and PyTorch, the variables that Lightning's seeding and
-    `keep_compiled_kernels` set, the handlers of signals, and Python's garbage collector.
+    That is the random numbers of Python, NumPy and PyTorch, the environment's variables (Lightning's seeding,
+    its launchers, PyTorch's compiler and `keep_compiled_kernels` each set some), the handlers of signals, and
+    Python's garbage collector.
     """
-    names = (*kernel_folders(), "PL_GLOBAL_SEED", "PL_SEED_WORKERS")
-    variables = {name: os.environ.get(name) for name in names}
+    variables = dict(os.environ)
     collects = gc.isenabled()
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # asking would initialize them
@@ -35,11 +34,9 @@ def process_restored() -> Iterator[None]:
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
         torch.cuda.set_rng_state_all(gpus)
-        for name, value in variables.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in os.environ.keys() - variables.keys():
+            del os.environ[name]
+        os.environ.update(variables)
         if collects and not gc.isenabled():
             gc.unfreeze()
             gc.enable()
