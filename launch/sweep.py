@@ -94,8 +94,7 @@ def expand(edits: Sequence[str], name: str, *, zipped: bool = False) -> list[Var
     """
     several: dict[str, list[str]] = {}
     for edit in edits:
-        path, _, text = edit.partition("=")
-        values = split_arguments(text)
+        path, values = edit.partition("=")[0], values_of(edit)
         if len(values) < 2:
             continue
         if path in ("log.name", "log.dir"):
@@ -113,6 +112,11 @@ def expand(edits: Sequence[str], name: str, *, zipped: bool = False) -> list[Var
     combinations = zip(*several.values(), strict=True) if zipped else itertools.product(*several.values())
     made = [dict(zip(several, values, strict=True)) for values in combinations]
     return [Variant(folder, values) for folder, values in zip(_names(name, made), made, strict=True)]
+
+
+def values_of(edit: str) -> list[str]:
+    """The values that an edit gives; commas in brackets or quotes part nothing."""
+    return split_arguments(edit.partition("=")[2])
 
 
 def _names(base: str, made: Sequence[dict[str, str]]) -> Iterator[str]:

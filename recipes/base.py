@@ -96,9 +96,8 @@ def finetune(
         precision=precision,
     )
     recipe = Recipe(tasks.finetune, **fdl.ordered_arguments(recipe))
-    recipe.model.config, recipe.model.init_from = None, "model"
+    recipe.model.config = None  # its shape is that of the weights
     fdl.update_callable(recipe.data, FineTuningDataModule)
-    recipe.data.paths = ["train.jsonl"]
     recipe.trainer.val_check_interval = recipe.checkpoint.every_n_steps = 100
     return recipe
 

@@ -8,12 +8,19 @@ from collections.abc import Iterable, Sequence
 _LONGEST = 2000
 
 
+class Elsewhere(str):
+    """A problem that begins with its own place, such as a file and a line, and not with a field of the recipe."""
+
+    __slots__ = ()
+
+
 class ConfigError(ValueError):
     """What a user asked for cannot be done; the command prints it without a traceback and exits with 2.
 
     Each problem is a line that starts with the name of the field at fault and says what was given and what is
     allowed, for example ``num_query_groups=3 does not divide num_attention_heads=8; allowed: 1, 2, 4, 8``. Whoever
-    knows where the field sits puts the path in front with `under`.
+    knows where the field sits puts the path in front with `under`. A problem that does not begin with a field is an
+    `Elsewhere`.
     """
 
     def __init__(self, *problems: str) -> None:
@@ -21,8 +28,8 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.problems))
 
     def under(self, path: str) -> ConfigError:
-        """The same problems, each with `path` and a dot in front."""
-        return ConfigError(*(f"{path}.{problem}" if path else problem for problem in self.problems))
+        """The same problems, each that begins with a field with `path` and a dot in front."""
+        return ConfigError(*(p if isinstance(p, Elsewhere) or not path else f"{path}.{p}" for p in self.problems))
 
 
 def _shortened(problem: str) -> str:
@@ -34,6 +41,12 @@ def _shortened(problem: str) -> str:
 
 class RunError(RuntimeError):
     """A run cannot go on, for a reason that its message says better than a traceback; exit code 1."""
+
+
+def first_of(problems: Sequence[str], shown: int = 20) -> list[str]:
+    """The first of many problems, and how many more there are."""
+    more = len(problems) - shown
+    return [*problems[:shown], *([Elsewhere(f"and {more:,} more")] if more > 0 else [])]
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import operator
+import os
 import re
+import sys
+import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +20,7 @@ from fiddle import history
 from fiddlehead.configuration import reader
 from fiddlehead.configuration.coercion import CALL, Make, MismatchError, coerce
 from fiddlehead.configuration.hints import Unevaluated, parameter_hint
-from fiddlehead.configuration.kinds import check_kind
+from fiddlehead.configuration.kinds import check_kind, members
 from fiddlehead.configuration.leaves import leaves, show
 from fiddlehead.configuration.literals import Bare, literal, split_arguments, typed
 from fiddlehead.configuration.references import named
@@ -31,6 +35,8 @@ Find = Callable[[str], Callable[..., Any]]
 _OVERRIDE = re.compile(
     r"(?P<path>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*|\[[^\]]*\])*)(?P<sign>[-+*/]?)=(?P<value>.*)", re.DOTALL
 )
+_READ_FROM_FILES = ("TokenizerFile",)
+"""Parts that are what the file at their `path` says."""
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
@@ -97,7 +103,10 @@ class _Editor:
             for earlier, edited in self._edits:
                 if slot.holds(edited):
                     raise ConfigError(f"discards the earlier {earlier.text}; give only one of them")
-            value = self._value(override.value, slot, here)
+            try:
+                value = self._value(override.value, slot, here)
+            except ConfigError as error:
+                raise self._about_file(override.value, slot) or error from error
         check_kind(value, slot.hint)
         with history.custom_location(lambda: here):
             slot.set(value)
@@ -147,6 +156,20 @@ class _Editor:
             ) from None
         return reader.load(text, allow=self._allow, source=name)
 
+    def _about_file(self, text: str, slot: Slot) -> ConfigError | None:
+        """What to write instead of a file's name where a part of a recipe belongs; None if it is something else."""
+        parts = isinstance(slot.value, fdl.Buildable) or any(_is_part(kind) for kind in members(slot.hint))
+        if not parts or text.startswith("@") or not _names_file(text):
+            return None
+        advice = [f"@{text} for a part that is written in it"] if text.endswith((".yaml", ".yml")) else []
+        for name in _READ_FROM_FILES if self._find else ():
+            factory = self._find(name)
+            with contextlib.suppress(ConfigError):
+                check_kind(fdl.Config(factory, path=text), slot.hint)
+                advice.append(f"{name}(path={text})")
+        said = f"write {' or '.join(advice)}" if advice else "name a class, or a function that makes a part"
+        return ConfigError(f"{text!r} is a file; {said}")
+
     def _names(self, here: history.Location) -> _Names:
         return _Names(self._find, self._allow, here)
 
@@ -190,6 +213,17 @@ class _Names:
         if "." not in name and ":" not in name:
             raise _UnknownNameError(*problems)
         return self.named(name)
+
+
+def _is_part(kind: Any) -> bool:
+    """Whether a type is a class that a recipe configures, and not one of Python's own."""
+    origin = typing.get_origin(kind) or kind
+    return inspect.isclass(origin) and origin.__module__.partition(".")[0] not in sys.stdlib_module_names
+
+
+def _names_file(text: str) -> bool:
+    suffixes = (".json", ".jsonl", ".yaml", ".yml", ".txt", ".model", ".safetensors", ".parquet")
+    return text.endswith(suffixes) or os.path.exists(text)  # noqa: PTH110  Path raises for a text that is too long
 
 
 class _UnknownNameError(ConfigError):

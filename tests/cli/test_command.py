@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import fiddlehead as fiddlehead_package
 from fiddlehead.cli import main
 
 
@@ -60,6 +61,10 @@ def test_what_needs_no_torch_imports_none_and_nothing_that_lies_around(arguments
     loaded = modules_after(code, tmp_path)
     assert "typer" in loaded
     assert not loaded & {"torch", "lightning", "nemo_run", "wandb", "transformers", "numpy"}
+
+
+def test_the_version_is_printed_and_nothing_else(fiddlehead):
+    assert fiddlehead("--version") == f"{fiddlehead_package.__version__}\n"
 
 
 def test_recipes_are_listed_without_being_imported(fiddlehead, tmp_path):
@@ -179,6 +184,16 @@ def test_all_mistakes_of_a_recipe_at_once(fiddlehead):
         (["pretrain", "-f", "tiny", "optim=Muon", "trainer.precision=bf16-true", "--dryrun"], "optim=AdamW"),
         (["pretrain", "-f", "tiny", "executor=local", "executor=slurm", "--dryrun"], "discards the earlier"),
         (["runs", "--dir", "elsewhere", "show", "x"], "--dir elsewhere"),
+        (["pretrain", "-f", "tiny", "optim.lr=1e-3,4e-3"], "not '1e-3,4e-3'; for a run with each value add --sweep"),
+        (["pretrain", "-f", "tiny", "trainer.strategy=ddp,auto"], "add --sweep"),
+        (["pretrain", "-f", "tiny", "data.tokenizer=mytok.json"], "is a file; write TokenizerFile(path=mytok.json)"),
+        (["pretrain", "-f", "tiny", "optim=mine/adam.yaml"], "is a file; write @mine/adam.yaml"),
+        (["finetune", "-f", "lora", "--dryrun"], "model.init_from=None: give the model to begin with"),
+        (
+            ["finetune", "-f", "dpo", "--dryrun"],
+            "model.init_from=None: preferences are learned by a model that can answer already",
+        ),
+        (["finetune", "-f", "full", "--dryrun"], "data.paths is empty"),
         (["pretrain"], "--factory"),
         (["show", "tinny"], "did you mean 'tiny'?"),
         (["recipes", "lamma3_8b"], "no recipe is called 'lamma3_8b'; did you mean 'llama3_8b' or "),

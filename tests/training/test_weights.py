@@ -62,7 +62,7 @@ def test_weights_of_another_shape_are_refused(base: RunDirectory, parts: Parts) 
 
 
 def test_a_model_needs_a_shape_and_adapters_a_model() -> None:
-    with pytest.raises(ConfigError, match="config=None: give a TransformerConfig, or init_from"):
+    with pytest.raises(ConfigError, match="init_from=None: give the model to begin with"):
         LanguageModel()
     with pytest.raises(ConfigError, match="init_from=None: adapters need a model"):
         LanguageModel(TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1), lora=LoRA())

@@ -23,14 +23,19 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def fiddlehead(
-    version: bool = typer.Option(False, "--version", help="Print the version and leave.", is_eager=True),
-) -> None:
-    """Train transformer language models from Python recipes, and launch them anywhere."""
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         print(__version__)  # noqa: T201
         raise typer.Exit
+
+
+@app.callback()
+def fiddlehead(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and leave.", is_eager=True, callback=_print_version
+    ),
+) -> None:
+    """Train transformer language models from Python recipes, and launch them anywhere."""
 
 
 # The first line of each docstring is what `fiddlehead --help` shows, so it must not be cut.

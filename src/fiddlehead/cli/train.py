@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,17 +116,17 @@ def pretrain(
             allow or (),
         )
         return
-    recipe, name = load_recipe(factory, edits, allow or ())
-    _refuse_other_tasks(recipe, factory, context.info_name)
-
     from fiddlehead import launch
 
-    before = _successes(after or (), recipe.log.dir)
-    fitted = launch.fit_to_executor(recipe, None if direct else executor)
-    here = direct or not executor.ships_code
-    missing = launch.missing_here(fitted) if here and (dryrun or to_yaml) else ""
-    waits = bool(before) or (not direct and executor.keeps_runs_elsewhere)
-    plan = launch.check(fitted, here=here and not missing, waits=waits)
+    with _pointing_to_sweep(edits):
+        recipe, name = load_recipe(factory, edits, allow or ())
+        _refuse_other_tasks(recipe, factory, context.info_name)
+        before = _successes(after or (), recipe.log.dir)
+        fitted = launch.fit_to_executor(recipe, None if direct else executor)
+        here = direct or not executor.ships_code
+        missing = launch.missing_here(fitted) if here and (dryrun or to_yaml) else ""
+        waits = bool(before) or (not direct and executor.keeps_runs_elsewhere)
+        plan = launch.check(fitted, here=here and not missing, waits=waits)
     if to_yaml is not None:
         recipe.save(to_yaml)
         print(f"wrote {to_yaml}; run it with --factory @{to_yaml}")  # noqa: T201
@@ -236,6 +237,31 @@ def _sweep(
     if failed:
         print(f"error: {len(failed)} of {len(statuses)} runs did not succeed: {', '.join(failed)}", file=sys.stderr)  # noqa: T201
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _pointing_to_sweep(edits: Sequence[str]) -> Iterator[None]:
+    """Adds to a problem with an edit that gives several values what would make a run of each."""
+    try:
+        yield
+    except ConfigError as error:
+        from fiddlehead.launch.sweep import values_of
+
+        several: list[tuple[str, str]] = []
+        for edit in edits:
+            path, _, text = edit.partition("=")
+            with contextlib.suppress(ConfigError):  # the edit is not well formed, which is the problem
+                if len(values_of(edit)) > 1:
+                    several.append((path, text))
+        advice = "; for a run with each value add --sweep"
+        raise ConfigError(
+            *(
+                p + advice
+                if any(p.startswith((f"{path}=", f"{path}:")) or repr(text) in p for path, text in several)
+                else p
+                for p in error.problems
+            )
+        ) from error
 
 
 class _Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from fiddlehead.cli.runs import DirOption, complete_run
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, first_of
 from fiddlehead.paths import user_path
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ def generate(
     top_k: int = _TOP_K,
     top_p: float = _TOP_P,
     seed: int = typer.Option(0, help="The same seed writes the same text to the same prompt, whatever the others are."),
-    stop: list[str] = typer.Option(None, "--stop", help="End before this text; may be given several times."),
+    stop: list[str] = typer.Option(
+        None, "--stop", help="End before this text, in which \\\\n is a line's end; may be given several times."
+    ),
     batch_size: int = typer.Option(16, min=1, help="How many texts to write at once."),
     compile: bool = _COMPILE,
     as_json: bool = typer.Option(
@@ -76,11 +79,11 @@ def generate(
 
     if checkpoint is not None and not checkpoint.is_dir():
         raise ConfigError(f"checkpoint={str(checkpoint)!r}: there is no such checkpoint")
-    prompts = {f"prompt {number}": text for number, text in enumerate(prompt or (), start=1)}
+    prompts = {f"prompt {number}": _typed(text) for number, text in enumerate(prompt or (), start=1)}
     prompts |= _read_prompts(prompt_file) if prompt_file else {}
     if not prompts:
         raise ConfigError("give --prompt TEXT or --prompt-file FILE")
-    ends = [text.encode().decode("unicode_escape") if "\\" in text else text for text in stop or ()]
+    ends = [_unescaped(text) for text in stop or ()]
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     sampling = Sampling(**options)
     writer = Writer.open(checkpoint or source, directory, compile=compile)
@@ -142,6 +145,35 @@ def chat(
         messages.append({"role": "assistant", "content": answer.strip()})
 
 
+def _typed(prompt: str) -> str:
+    """A prompt as typed; raises ConfigError for bytes that are not UTF-8, of which Python makes surrogates."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"--prompt {prompt!r}: is not valid UTF-8 at character {error.start}") from error
+    return prompt
+
+
+_ESCAPE = re.compile(r"""\\([\\'"abfnrtv]|[0-7]{1,3}|x.{0,2}|u.{0,4}|U.{0,8}|N(\{[^}]*\}?)?)""", re.DOTALL)
+"""What stands for another character in Python's string literals."""
+
+
+def _unescaped(stop: str) -> str:
+    """The text of `--stop`, in which escapes such as `\\n` stand for a character, as in Python.
+
+    Raises:
+        ConfigError: an escape is not complete, or the text is empty or not Unicode.
+    """
+    try:
+        text = _ESCAPE.sub(lambda escape: escape[0].encode().decode("unicode_escape"), stop)
+        text.encode()
+    except UnicodeError as error:
+        raise ConfigError(f"--stop {stop!r}: is not text: {getattr(error, 'reason', error)}") from error
+    if not text:
+        raise ConfigError("--stop '': is before every text; leave it out, or give one that may come")
+    return text
+
+
 def _read_prompts(file: Path) -> dict[str, str]:
     """The prompts of a file, by where they are in it; raises one `ConfigError` for all that is wrong with it."""
     from fiddlehead.data.readers import LINES_SUFFIXES, known_suffix
@@ -159,7 +191,7 @@ def _read_prompts(file: Path) -> dict[str, str]:
             problems.append(f"{place}: {problem}")
         found[place] = "" if problem else values["prompt"]
     if problems:
-        raise ConfigError(*problems[:20], *([f"and {len(problems) - 20} more"] if len(problems) > 20 else []))
+        raise ConfigError(*first_of(problems))
     if not found:
         raise ConfigError(f"prompt_file={str(file)!r}: has no prompt")
     return found

@@ -84,7 +84,7 @@ def find_slot(root: fdl.Buildable, path: str) -> Slot:
         try:
             slot = _step(value, slot, at, match["name"], match["item"], path[: match.end()])
         except _UnknownParameterError as error:
-            raise error.found_in(root) from None
+            raise error.found_in(root, path) from None
         value = slot.value
     assert slot is not None, "an override has a path"
     return slot
@@ -130,16 +130,21 @@ class _UnknownParameterError(ConfigError):
         super().__init__(unknown(what, name, allowed))
         self.what, self.name = what, name
 
-    def found_in(self, root: fdl.Buildable) -> ConfigError:
-        """The error that names the places in `root` where there is a parameter of this name, if there are any."""
-        places = [
-            f"{daglish.path_str(path).removeprefix('.')}.{self.name}".removeprefix(".")
+    def found_in(self, root: fdl.Buildable, typed: str) -> ConfigError:
+        """The error that names the places in `root` that have the parameter at the end of the path `typed`, if any."""
+        steps = [match["name"] or match["item"] for match in _STEP.finditer(typed)]
+        name, above = steps[-1], steps[:-1]
+        places = {
+            f"{daglish.path_str(path).removeprefix('.')}.{name}".removeprefix("."): None
             for value, path in daglish.iterate(root)
-            if isinstance(value, fdl.Buildable) and self.name in value.__signature_info__.valid_param_names
-        ]
+            if isinstance(value, fdl.Buildable) and name in value.__signature_info__.valid_param_names
+        }
         if not places:
             return self
-        return ConfigError(f"unknown {self.what} {self.name!r}; did you mean {' or '.join(dict.fromkeys(places))}?")
+        # Of several the ones with the most of what was typed in front.
+        shared = {place: len(set(above) & set(place.split(".")[:-1])) for place in places}
+        likely = [place for place in places if shared[place] == max(shared.values())]
+        return ConfigError(f"unknown {self.what} {self.name!r}; did you mean {' or '.join(likely)}?")
 
 
 def _argument(config: fdl.Buildable, key: str | int) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 from fiddlehead.data import template_process
 from fiddlehead.data.special_tokens import SpecialTokens, read_settings
 from fiddlehead.data.template_process import MEMORY
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Elsewhere
 
 Message = Mapping[str, Any]
 """`role` and `content`, and whatever else a template asks for."""
@@ -46,19 +46,23 @@ class ChatTemplate:
         try:
             text = own.read_text(encoding="utf-8") if own.is_file() else read_settings(config).get("chat_template")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{own} cannot be read: {error}") from error
+            raise ConfigError(Elsewhere(f"{own} cannot be read: {error}")) from error
         if isinstance(text, list):  # several by name
             text = {str(each.get("name")): each.get("template") for each in text if isinstance(each, dict)}
         tool_use = None
         if isinstance(text, dict):
             if "default" not in text:
-                raise ConfigError(f"{config}: chat_template has {', '.join(text)}; one of them must be named default")
+                raise ConfigError(
+                    Elsewhere(f"{config}: chat_template has {', '.join(text)}; one of them must be named default")
+                )
             text, tool_use = text["default"], text.get("tool_use")
         if not text:
             return None
         for each in (text, tool_use or ""):
             if not isinstance(each, str):
-                raise ConfigError(f"{config}: chat_template is a {type(each).__name__}; allowed: text, or named texts")
+                raise ConfigError(
+                    Elsewhere(f"{config}: chat_template is a {type(each).__name__}; allowed: text, or named texts")
+                )
         return cls(text, SpecialTokens.read(folder).names, str(own if own.is_file() else config), tool_use)
 
     def render(
@@ -84,7 +88,7 @@ class ChatTemplate:
         try:
             return _renderer.render(self.tool_use if tools and self.tool_use else self.text, variables)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"{self.source}: {error}") from error
+            raise ConfigError(Elsewhere(f"{self.source}: {error}")) from error
 
     def answer(self, messages: Sequence[Message], number: int, tools: Sequence[Any] | None = None) -> tuple[str, str]:
         """The text that asks for the answer `messages[number]`, and the text that this answer ends.
@@ -103,8 +107,10 @@ class ChatTemplate:
             asked = whole[: whole.index(prompt) + len(prompt)] if prompt in whole else prompt
         if not whole.startswith(asked):
             raise ConfigError(
-                f"{self.source}: asks for an answer with {asked[-40:]!r}, and does not write the answer after it, so "
-                "that it cannot be learned"
+                Elsewhere(
+                    f"{self.source}: asks for an answer with {asked[-40:]!r}, and does not write the answer after it, "
+                    "so that it cannot be learned"
+                )
             )
         return asked, whole
 

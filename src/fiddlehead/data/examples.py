@@ -14,7 +14,7 @@ from fiddlehead.data.chat_template import ChatTemplate, Message
 from fiddlehead.data.progress import ByteProgress
 from fiddlehead.data.records import Record, is_learned, refuse
 from fiddlehead.data.tokenizers import JSONTokenizer
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Elsewhere
 
 _AT_ONCE = 1024
 _MANY = 10_000  # examples that are worth a progress bar
@@ -78,7 +78,7 @@ def _naming(record: Record, problems: list[str]) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        problems += [f"{record.where}: {problem}" for problem in error.problems]
+        problems += [Elsewhere(f"{record.where}: {problem}") for problem in error.problems]
 
 
 def _texts(record: Record, template: ChatTemplate | None) -> list[list[Asked]]:

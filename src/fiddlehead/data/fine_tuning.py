@@ -15,14 +15,12 @@ from fiddlehead.data.chat_template import ChatTemplate
 from fiddlehead.data.checksums import Checksums, of_paths
 from fiddlehead.data.documents import NO_LABEL, borders
 from fiddlehead.data.examples import Example, tokenize_records
-from fiddlehead.data.records import Record, read_records
+from fiddlehead.data.records import Record, read_records, refuse
 from fiddlehead.data.steps import StepDataModule, opened
 from fiddlehead.data.tokenizers import TokenizerFile, no_row
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Elsewhere
 from fiddlehead.numbers import is_number
 from fiddlehead.paths import user_path
-
-_SHOWN = 20
 
 
 class FineTuningDataModule(StepDataModule):
@@ -149,10 +147,8 @@ class FineTuningDataModule(StepDataModule):
         problems = []
         for record, texts in zip(records, examples, strict=True):
             beyond = sorted({int(i) for text in texts for i in text.ids[text.ids >= rows]})
-            problems += [f"{record.where}: has {no_row(tokenizer, i, rows)}" for i in beyond]
-        if problems:
-            more = [f"and {len(problems) - _SHOWN:,} more"] if len(problems) > _SHOWN else []
-            raise ConfigError(*problems[:_SHOWN], *more)
+            problems += [Elsewhere(f"{record.where}: has {no_row(tokenizer, i, rows)}") for i in beyond]
+        refuse(problems)
         return examples
 
     def _tokenizer_folder(self) -> Path:

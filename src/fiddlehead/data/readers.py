@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fiddlehead.errors import ConfigError, nearest
+from fiddlehead.errors import ConfigError, Elsewhere, nearest
 
 TEXT_SUFFIXES = frozenset(
     {".txt", ".md", ".rst", ".tex", ".html", ".css", ".csv", ".toml", ".yaml", ".yml", ".xml", ".sql", ".sh"}
@@ -103,7 +103,7 @@ def read_blocks(file: Path, text_field: str) -> Iterator[Block]:
     except ConfigError:
         raise
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from error
+        raise ConfigError(Elsewhere(f"{file}: cannot be read: {error}")) from error
 
 
 def parse(block: Block, text_field: str) -> tuple[list[str], list[str]]:
@@ -264,7 +264,7 @@ def _read_parquet(file: Path, text_field: str) -> Iterator[Block]:
     try:
         with parquet.ParquetFile(file) as table:
             if text_field not in table.schema_arrow.names:
-                raise ConfigError(f"{file}: {_no_field(text_field, table.schema_arrow.names)}")
+                raise ConfigError(Elsewhere(f"{file}: {_no_field(text_field, table.schema_arrow.names)}"))
             rows, size, first = table.metadata.num_rows, file.stat().st_size, 1
             for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
                 items = batch.column(0).to_pylist()
@@ -275,7 +275,7 @@ def _read_parquet(file: Path, text_field: str) -> Iterator[Block]:
                 )
                 first = last
     except pa.ArrowException as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from error
+        raise ConfigError(Elsewhere(f"{file}: cannot be read: {error}")) from error
 
 
 def _no_field(name: str, names: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from fiddlehead.data.readers import (
     read_array,
     uncompressed,
 )
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Elsewhere
 from fiddlehead.foreign import inside, parse_json, read_json
 
 
@@ -73,7 +73,7 @@ def _json_rows(path: Path, suffix: str) -> Iterator[tuple[str, Any, str]]:
                 if text.strip():
                     yield f"{path}:{number}", *parse_line(text)
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+        raise ConfigError(Elsewhere(f"{path}: cannot be read: {error}")) from error
 
 
 def _saved_files(folder: Path) -> list[Path]:
@@ -109,7 +109,7 @@ def _arrow_rows(file: Path, *, is_parquet: bool) -> Iterator[tuple[str, Any, str
                     number += 1
                     yield f"{file}:{number}", _without_nulls(values), ""
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read after row {number}: {error}") from error
+        raise ConfigError(Elsewhere(f"{file}: cannot be read after row {number}: {error}")) from error
 
 
 def _without_nulls(value: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fiddlehead.data.chat_template import shared_length
 from fiddlehead.data.record_files import read_rows
-from fiddlehead.errors import ConfigError, nearest, unknown
+from fiddlehead.errors import ConfigError, Elsewhere, first_of, nearest, unknown
 from fiddlehead.foreign import parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -29,7 +29,6 @@ ANSWER_SHAPES: tuple[Shape, ...] = (
 )
 PREFERENCE_SHAPES: tuple[Shape, ...] = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
 _QUESTIONS = ("prompt", "input", "instruction")
-_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def read_records(paths: Sequence[Path], *, preference: bool) -> list[Record]:
                 if shape and shape != first and not found:
                     allowed = "allowed: one shape for all"
                     found = [f"has {_names(shape)}, and the examples before {_names(first or ())}; {allowed}"]
-                problems += [f"{where}: {problem}" for problem in found]
+                problems += [Elsewhere(f"{where}: {problem}") for problem in found]
                 if record and not problems:
                     records.append(record)
         except ConfigError as error:
@@ -96,10 +95,8 @@ def read_records(paths: Sequence[Path], *, preference: bool) -> list[Record]:
 
 def refuse(problems: Sequence[str]) -> None:
     """Raises `ConfigError` if there are problems, with the first twenty and the number of the others."""
-    if len(problems) > _SHOWN:
-        problems = [*problems[:_SHOWN], f"and {len(problems) - _SHOWN:,} more"]
     if problems:
-        raise ConfigError(*problems)
+        raise ConfigError(*first_of(problems))
 
 
 def _read(where: str, values: Any, shapes: Sequence[Shape]) -> tuple[Shape | None, Record | None, list[str]]:

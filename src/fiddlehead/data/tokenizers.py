@@ -19,7 +19,7 @@ import numpy as np
 
 from fiddlehead.data.pieces import PIECE, Cut, kinds, pieces
 from fiddlehead.data.special_tokens import COMPANIONS, NAMES_FILES, SpecialTokens, update_settings
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Elsewhere, unknown
 from fiddlehead.foreign import parse_json, read_text
 from fiddlehead.numbers import is_whole
 from fiddlehead.paths import user_path
@@ -353,7 +353,7 @@ class JSONTokenizer:
         except BaseException as error:
             if type(error) is not Exception and type(error).__name__ != "PanicException":
                 raise
-            raise ConfigError(f"{self._source} is no tokenizer: {error}") from error
+            raise ConfigError(Elsewhere(f"{self._source} is no tokenizer: {error}")) from error
 
     @property
     def _added(self) -> list[dict[str, Any]]:
@@ -385,7 +385,10 @@ class JSONTokenizer:
         if named := self.special.names.get("eos_token"):
             if named not in ids:
                 raise ConfigError(
-                    f"{self.special.source}: eos_token={named!r} is not a token of {source}; name another with eos=..."
+                    Elsewhere(
+                        f"{self.special.source}: eos_token={named!r} is not a token of {source}; "
+                        "name another with eos=..."
+                    )
                 )
             return ids[named]
         numbers = set(special.values())
@@ -477,9 +480,11 @@ def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         spec = parse_json(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{source} is broken JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
+        raise ConfigError(
+            Elsewhere(f"{source} is broken JSON: line {error.lineno}, column {error.colno}: {error.msg}")
+        ) from error
     except ValueError as error:
-        raise ConfigError(f"{source} cannot be read: {error}") from error
+        raise ConfigError(Elsewhere(f"{source} cannot be read: {error}")) from error
     try:
         vocab = spec["model"]["vocab"]
         # Unigram models list [token, score] pairs, all others map a token to its id.
@@ -487,16 +492,20 @@ def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
         added = spec.get("added_tokens") or []
         ids.update((token["content"], token["id"]) for token in added)
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{source} is no tokenizer.json: it has no model with a vocabulary") from error
+        raise ConfigError(Elsewhere(f"{source} is no tokenizer.json: it has no model with a vocabulary")) from error
     if not isinstance(added, list) or not ids or not all(isinstance(token, str) for token in ids):
-        raise ConfigError(f"{source} is no tokenizer.json: its vocabulary is empty or has tokens that are not texts")
+        raise ConfigError(
+            Elsewhere(f"{source} is no tokenizer.json: its vocabulary is empty or has tokens that are not texts")
+        )
     if wrong := [i for i in ids.values() if not (is_whole(i) and 0 <= i < _MAX_IDS)]:
         raise ConfigError(
-            f"{source} is no tokenizer.json: its vocabulary has the id {wrong[0]!r}; allowed: 0 to {_MAX_IDS - 1}"
+            Elsewhere(
+                f"{source} is no tokenizer.json: its vocabulary has the id {wrong[0]!r}; allowed: 0 to {_MAX_IDS - 1}"
+            )
         )
     if (growth := _growth(spec.get("normalizer"))) > _MAX_GROWTH:
         raise ConfigError(
-            f"{source}: its normalizer makes a text up to {growth:.0f} times as long; allowed: {_MAX_GROWTH}"
+            Elsewhere(f"{source}: its normalizer makes a text up to {growth:.0f} times as long; allowed: {_MAX_GROWTH}")
         )
     return spec, ids
 

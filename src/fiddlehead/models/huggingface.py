@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fiddlehead.errors import ConfigError, nearest
+from fiddlehead.errors import ConfigError, first_of, nearest
 from fiddlehead.foreign import inside, read_object
 from fiddlehead.models.config import TransformerConfig
 from fiddlehead.models.families import Family, family_of
@@ -110,10 +110,10 @@ def _listed(index: Path) -> list[Path]:
         raise ConfigError(f"{index}: weight_map must say for each tensor which file has it")
     files = [inside(index.parent, name, index) for name in sorted(set(listed.values()))]
     if missing := [file for file in files if not file.is_file()]:
-        raise ConfigError(*_first([f"{file}: is missing, and {index.name} names it" for file in missing]))
+        raise ConfigError(*first_of([f"{file}: is missing, and {index.name} names it" for file in missing]))
     there = {name for file in files for name in read_header(file)}
     if absent := [name for name in listed if name not in there]:
-        raise ConfigError(*_first([f"{index}: {name} is in none of the files that it lists" for name in absent]))
+        raise ConfigError(*first_of([f"{index}: {name} is in none of the files that it lists" for name in absent]))
     return files
 
 
@@ -142,7 +142,7 @@ def _headers(files: Sequence[Path]) -> dict[str, Stored]:
                 problems.append(f"{name}: is in {tensors[name].file} and in {file}")
             tensors[name] = tensor
     if problems:
-        raise ConfigError(*_first(problems))
+        raise ConfigError(*first_of(problems))
     return tensors
 
 
@@ -210,12 +210,7 @@ def _problems(tensors: dict[str, Stored], mapped: list[Mapped], family: Family, 
                 problems.append(f"{name}: differs from {embedding}, and tie_word_embeddings makes them one")
             continue
         problems.append(f"{name} {list(tensors[name].shape)}: is not part of such a model")
-    return _first(problems)
-
-
-def _first(problems: list[str]) -> list[str]:
-    shown = 20
-    return problems if len(problems) <= shown else [*problems[:shown], f"and {len(problems) - shown} more"]
+    return first_of(problems)
 
 
 def _same_bytes(one: Stored, other: Stored) -> bool:

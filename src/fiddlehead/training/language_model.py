@@ -88,8 +88,11 @@ class LanguageModel(LightningModule):
         super().__init__()
         problems = refused_speed(compile, activation_checkpointing, fp8)
         if config is None and init_from is None:
-            problems.append("config=None: give a TransformerConfig, or init_from, which has one")
-        if lora is not None and init_from is None:
+            problems.append(
+                "init_from=None: give the model to begin with: a run, a checkpoint or its folder; or else config, a "
+                "TransformerConfig"
+            )
+        elif lora is not None and init_from is None:
             problems.append("init_from=None: adapters need a model that they change; give one, or leave lora=None")
         if problems:
             raise ConfigError(*problems)

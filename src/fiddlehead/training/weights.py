@@ -116,7 +116,11 @@ def find_weights(source: str | Path, runs: str | Path = "runs") -> Path:
     if (path / "state.json").is_file() or (path / "config.json").is_file():
         return path
     refuse_adapters(path)
-    run = RunDirectory(path) if (path / "checkpoints").is_dir() else find_run(str(source), runs)
+    try:
+        run = RunDirectory(path) if (path / "checkpoints").is_dir() else find_run(str(source), runs)
+    except ConfigError as error:
+        what = "has no weights" if path.is_dir() else "is not a folder"
+        raise ConfigError(*(f"{problem}; and {str(source)!r} {what}" for problem in error.problems)) from None
     checkpoint = newest_good(run.checkpoints)
     if checkpoint is None:
         raise ConfigError(f"{str(source)!r}: the run has no good checkpoint")
