@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from fiddlehead import job, workers
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import FULL_DISK, ConfigError, RunError, of_the_machine
 from fiddlehead.launch import secrets, watch
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.fit import fit_to_executor, missing_here, yielded
@@ -126,6 +126,8 @@ def start(
         )
     except OSError as error:
         give_up(run, error)
+        if error.errno in FULL_DISK:
+            raise RunError(f"executor={executor.kind}: {of_the_machine(error)}") from error
         raise ConfigError(
             f"executor={executor.kind}: cannot write {error.filename}: {error.strerror}; where that is for want of a "
             "home, NEMORUN_HOME and FIDDLEHEAD_CACHE name other folders"
@@ -133,7 +135,13 @@ def start(
     except BaseException as error:
         give_up(run, error)
         raise
-    write_atomically(run.path / "job_id", job_id + "\n")
+    try:
+        write_atomically(run.path / "job_id", job_id + "\n")
+    except OSError as error:
+        raise RunError(
+            f"the job {job_id} of {run.path} was handed over, but its number cannot be written down: "
+            f"{of_the_machine(error) or error}; end it where it is"
+        ) from error
     return run, log_start
 
 
@@ -163,8 +171,13 @@ def copied_to(file: Path) -> Iterator[None]:
             self.terminal = terminal
 
         def write(self, text: str) -> int:
-            log.write(text)
-            return self.terminal.write(text)
+            self.terminal.write(text)
+            try:
+                log.write(text.encode(errors="replace"))
+            except OSError:
+                self.terminal.write("\n" * (not text.endswith("\n")))  # the error to come is a line of its own
+                raise
+            return len(text)
 
         def flush(self) -> None:
             self.terminal.flush()
@@ -173,7 +186,7 @@ def copied_to(file: Path) -> Iterator[None]:
             return self.terminal.isatty()
 
     with (
-        file.open("a", buffering=1) as log,
+        file.open("ab", buffering=0) as log,  # nothing is left to be written when it is closed, on a full disk
         contextlib.redirect_stdout(Copy(sys.stdout)),
         contextlib.redirect_stderr(Copy(sys.stderr)),
     ):

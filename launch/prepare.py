@@ -16,7 +16,8 @@ from typing import Any
 
 from fiddlehead import trust
 from fiddlehead.environment import describe_environment
-from fiddlehead.errors import ConfigError
+from fiddlehead import damage
+from fiddlehead.errors import ConfigError, Elsewhere, of_the_machine
 from fiddlehead.launch import code, secrets, watch
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.fit import GPU, fit_to_executor, missing_here, yielded
@@ -96,7 +97,7 @@ def prepare(
             raise
     except OSError as error:
         raise ConfigError(
-            f"log.dir={str(directory)!r}: cannot write there: {error.strerror} ({error.filename})"
+            f"log.dir={str(directory)!r}: cannot write there: {of_the_machine(error) or error}"
         ) from error
     return run, recipe
 
@@ -213,6 +214,8 @@ FREE_TO_CHANGE = (
 
 def refuse_taken(run: RunDirectory, recipe: Recipe) -> None:
     """Raises ConfigError if the run is running, or was another recipe's."""
+    if run.path.exists() and (problems := damage.in_the_way(run)):
+        raise ConfigError(*(Elsewhere(problem) for problem in problems))
     (before,) = watch.states([run])
     if before is not None and not before.state.ended:
         gone = "" if is_here(before) else f" ({way_out(run)})"
@@ -224,7 +227,11 @@ def refuse_taken(run: RunDirectory, recipe: Recipe) -> None:
         if run.path.exists() and (not run.path.is_dir() or any(each.name != ".lock" for each in run.path.iterdir())):
             raise ConfigError(f"log.name={run.name!r}: {run.path} is there and is not a run; choose another name")
         return
-    earlier = Recipe.load(run.recipe, allow=recipe.names_to_allow())
+    try:
+        earlier = Recipe.load(run.recipe, allow=recipe.names_to_allow())
+    except ConfigError as error:
+        advice = "log.name={!r}: its recipe cannot be read; mend that file, or choose another name".format(run.name)
+        raise ConfigError(*map(Elsewhere, error.problems), advice) from error
     differences = [
         difference
         for difference in recipe.diff(earlier)

@@ -79,6 +79,10 @@ def load(name: str, directory: str | Path = "runs") -> Sweep:
     except FileNotFoundError:
         names = sorted(file.name.removesuffix(".sweep.json") for file in user_path(directory).glob("*.sweep.json"))
         raise ConfigError(f"{unknown('sweep', name, names)} (looked in {directory}/)") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{directory}/{name}.sweep.json cannot be read: {error!r}; the sweep's runs are listed by `fiddlehead runs`"
+        ) from error
 
 
 def expand(edits: Sequence[str], name: str, *, zipped: bool = False) -> list[Variant]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import re
 import sys
@@ -49,7 +50,10 @@ def load_executor(run: RunDirectory) -> Executor | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{run.executor} cannot be read: {error!r}") from error
+        raise ConfigError(
+            f"{run.executor} cannot be read: {error!r}; start the run again with its log.name and executor=..., which "
+            "writes that file anew"
+        ) from error
 
 
 def is_plain(run: RunDirectory) -> bool:
@@ -63,12 +67,16 @@ def is_plain(run: RunDirectory) -> bool:
 def states(runs: Sequence[RunDirectory]) -> list[Status | None]:
     """What has become of each run; every executor is asked once for all that it has.
 
-    Where nobody knows better, with a warning, a run's own word counts.
+    Where nobody knows better, with a warning, a run's own word counts; where that cannot be read, it is DAMAGED.
     """
     found: dict[Path, Status | None] = {}
     groups: dict[str, tuple[Executor, list[RunDirectory]]] = {}
     for run in runs:
-        executor, status = _known_executor(run), run.written_status()
+        try:
+            executor, status = _known_executor(run), run.written_status()
+        except ConfigError as error:
+            found[run.path] = Status(State.DAMAGED, reason=str(error))
+            continue
         if executor is None or status is None or status.executor != executor.kind:
             found[run.path] = run.status()
         else:
@@ -105,7 +113,8 @@ def log_files(run: RunDirectory, rank: str = "0") -> dict[str, Path]:
     """
     if rank == "0":
         return {"": run.log}
-    others = sorted(run.logs.glob("*.txt"), key=lambda file: (file.stem.split("-")[0], int(file.stem.split("-")[1])))
+    numbered = [file for file in run.logs.glob("*.txt") if re.fullmatch(r"(rank|node)-\d+", file.stem)]
+    others = sorted(numbered, key=lambda file: (file.stem.split("-")[0], int(file.stem.split("-")[1])))
     if rank == "all":
         return {"[rank 0] ": run.log, **{f"[{file.stem.replace('-', ' ')}] ": file for file in others}}
     file = run.logs / f"rank-{rank}.txt"
@@ -265,8 +274,9 @@ def _starts(file: Path) -> list[_Start]:
             match = _STARTED.fullmatch(stream.readline(BLOCK).rstrip(b"\n"))
         if match:
             job = match[2].decode(errors="replace")
-            began = datetime.fromisoformat(match[1].decode())
-            found.append(_Start(position, began, job if "slurm job" in job else ""))
+            with contextlib.suppress(ValueError):  # a line that only looks like one of ours
+                began = datetime.fromisoformat(match[1].decode())
+                found.append(_Start(position, began, job if "slurm job" in job else ""))
     return found
 
 

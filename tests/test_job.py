@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import fcntl
 import importlib
+import io
 import os
 import re
 import signal
@@ -413,6 +416,31 @@ def test_what_another_attempt_would_not_mend_is_final(
     assert execute(run, fail) == (2 if isinstance(error, ConfigError) else 1)
     status = run.written_status()
     assert status and (status.state, status.failures) == (State.FAILED, 0)
+
+
+def test_a_full_disk_ends_a_run_in_a_line_and_leaves_no_run_running(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Full(io.StringIO):
+        """A log on the same disk."""
+
+        write = full  # type: ignore[assignment]
+
+    monkeypatch.setenv("FIDDLEHEAD_REQUEUES", "9")
+    run.write_status(replace(this_process(1, "direct"), state=State.PENDING))
+    monkeypatch.setattr("fiddlehead.runs.write_atomically", full)
+    assert execute(run, full) == 1
+    assert capsys.readouterr().err == "error: No space left on device\n"
+    status = run.written_status()
+    assert status and (status.state, status.exit_code) == (State.FAILED, 1)
+    assert status.reason == "No space left on device", "which another attempt would not mend"
+    with contextlib.redirect_stderr(Full()), contextlib.redirect_stdout(Full()):
+        assert execute(run, full) == 1
+        assert execute(run, lambda: 1 // 0) == 75  # which asks for another attempt
+    assert going_on(run) is State.RUNNING
 
 
 # -- before it begins

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Sequence
 
 _LONGEST = 2000
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+"""`OSError.errno` where there is no room left."""
+_OF_THE_MACHINE = (
+    *FULL_DISK,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EMFILE,
+    errno.ENFILE,
+)
 
 
 class Elsewhere(str):
@@ -41,6 +54,13 @@ def _shortened(problem: str) -> str:
 
 class RunError(RuntimeError):
     """A run cannot go on, for a reason that its message says better than a traceback; exit code 1."""
+
+
+def of_the_machine(error: BaseException) -> str:
+    """A line that says what the machine or its disk refused, if that is what `error` is; "" for any other."""
+    if not isinstance(error, OSError) or error.errno not in _OF_THE_MACHINE:
+        return ""
+    return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
 
 
 def first_of(problems: Sequence[str], shown: int = 20) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Elsewhere, unknown
 from fiddlehead.numbers import is_number
 
 Made = TypeVar("Made")
@@ -95,9 +95,9 @@ def read_object(file: Path, limit: int = MAX_BYTES) -> dict[str, Any]:
     try:
         value = read_json(file, limit)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {reason(error)}") from error
+        raise ConfigError(Elsewhere(f"{file} cannot be read: {reason(error)}")) from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{file}: must hold a JSON object, not a {type(value).__name__}")
+        raise ConfigError(Elsewhere(f"{file}: must hold a JSON object, not a {type(value).__name__}"))
     return value
 
 
@@ -149,17 +149,19 @@ def inside(folder: Path, name: Any, named_in: Any = None) -> Path:
         ConfigError: it is not in the folder.
     """
     if not isinstance(name, str) or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ConfigError(f"{named_in or folder}: {name!r} is not in the folder")
+        raise ConfigError(Elsewhere(f"{named_in or folder}: {name!r} is not in the folder"))
     file = folder / name
     try:
         home, target = folder.resolve(), file.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle; a name too long, or not Unicode
-        raise ConfigError(f"{file} cannot be read: {reason(error)}") from error
+        raise ConfigError(Elsewhere(f"{file} cannot be read: {reason(error)}")) from error
     roots = [home]
     if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
         roots.append(home.parents[1] / "blobs")
     if not any(target.is_relative_to(root) for root in roots):
-        raise ConfigError(f"{file}: is a link that leads out of the folder, to {target}; put the file itself there")
+        raise ConfigError(
+            Elsewhere(f"{file}: is a link that leads out of the folder, to {target}; put the file itself there")
+        )
     return file
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fiddlehead import outcomes, preflight, signals, workers
-from fiddlehead.errors import ConfigError, RunError, StopRequested
+from fiddlehead.errors import FULL_DISK, ConfigError, RunError, StopRequested, of_the_machine
 from fiddlehead.runs import RunDirectory, State, Status, StopRequest, exclusive, showing_life, this_process
 
 MAX_FAILURES = 3
@@ -102,12 +102,17 @@ def execute(run: RunDirectory, work: Callable[[], None]) -> int:
             ending = _report(run, lambda: _begin(run, status, work, died=died))
             signals.ignore()  # how it ended is settled
             status = _ended(run, status, ending)
-            with contextlib.suppress(OSError):  # a full disk; the reason was printed
+            with contextlib.suppress(OSError):  # the reason was printed
                 run.write_status(status)
             return status.exit_code or 0
     except ConfigError as error:  # someone else's run: its status is not touched
-        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        _print_error(str(error))
         return 2
+    except OSError as error:  # the folder cannot be written at all
+        if not (line := of_the_machine(error)):
+            raise
+        _print_error(line)
+        return 1
 
 
 # -- attempts
@@ -157,7 +162,7 @@ def _ended(run: RunDirectory, status: Status, ending: Ending) -> Status:
             again = status.failures < MAX_FAILURES
             reason = f"{ending.reason}; {failures}{', to be tried again' if again else ''}"
             ending = Ending(State.INTERRUPTED, TRY_AGAIN, reason) if again else replace(ending, reason=reason)
-            print(failures + (": trying again" if again else ": giving up"), flush=True)  # noqa: T201
+            _print(failures + (": trying again" if again else ": giving up"))
     return replace(status, state=ending.state, ended=time.time(), exit_code=ending.exit_code, reason=ending.reason)
 
 
@@ -189,20 +194,35 @@ def _ending_of(work: Callable[[], None]) -> Ending:
         work()
     except StopRequested as stop:
         if not workers.started_by_job():  # the process that started it says so
-            print(stop, flush=True)  # noqa: T201
+            _print(str(stop))
         state = State.INTERRUPTED if stop.requeue else State.CANCELLED
         return Ending(state, stop.exit_code, str(stop))
     except KeyboardInterrupt:  # in a thread or a library that has taken SIGINT back
         return Ending(State.CANCELLED, 130, "interrupted at once; the checkpoints before it are whole")
     except (ConfigError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        _print_error(str(error))
         if isinstance(error, outcomes.WorkersFailedError):
             return Ending(State.FAILED, error.exit_code, str(error), final=error.final)
         return Ending(State.FAILED, 2 if isinstance(error, ConfigError) else 1, str(error))
     except (Exception, SystemExit) as error:  # SystemExit: of a library, which cannot know better
-        traceback.print_exc()
+        if line := of_the_machine(error):
+            _print_error(line)
+            final = isinstance(error, OSError) and error.errno in FULL_DISK
+            return Ending(State.FAILED, 1, line, final=final)
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         return Ending(State.FAILED, 1, f"{type(error).__name__}: {error}", final=False)
     return Ending(State.SUCCEEDED, 0)
+
+
+def _print(text: str, *, error: bool = False) -> None:
+    """Prints a line; a log on a full disk must not keep a run from being ended."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def _print_error(text: str) -> None:
+    _print(f"error: {text}", error=True)
 
 
 def _outlive(run: RunDirectory, lock: Path) -> None:

@@ -63,7 +63,8 @@ def read(run: RunDirectory) -> list[Outcome]:
     """How processes of this attempt have ended that did not succeed, the earliest first."""
     found = []
     for file in run.logs.glob(f"*{_SUFFIX}"):
-        with contextlib.suppress(OSError):  # deleted by the first node, which tidies up
+        # Deleted by the first node, which tidies up; or spoiled, and of an attempt that is over, as each is whole.
+        with contextlib.suppress(OSError, ValueError, TypeError):
             found.append(Outcome(**json.loads(file.read_text())))
     return sorted((outcome for outcome in found if outcome.job == _job()), key=lambda outcome: outcome.time)
 
@@ -72,8 +73,10 @@ def forget(run: RunDirectory) -> None:
     """Deletes what other attempts have left; for the process that is responsible for the run."""
     for file in run.logs.glob(f"*{_SUFFIX}"):
         # A queued job's restarts have numbers, so what has this one's is another node's, which was faster.
-        if "SLURM_JOB_ID" not in os.environ or json.loads(file.read_text())["job"] != _job():
-            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            if "SLURM_JOB_ID" in os.environ and json.loads(file.read_text())["job"] == _job():
+                continue
+        file.unlink(missing_ok=True)
 
 
 def conclusion(run: RunDirectory) -> StopRequested | WorkersFailedError | None:

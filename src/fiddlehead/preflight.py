@@ -103,8 +103,11 @@ def _warnings(run: RunDirectory, host: str) -> list[str]:
     if free < MIN_FREE_BYTES:
         warnings.append(f"only {free / 2**20:,.0f} MiB are free in {run.path}")
     if run.environment.exists():
-        before = json.loads(run.environment.read_text()).get("packages", {}).get("torch")
+        try:
+            before = json.loads(run.environment.read_text())["packages"]["torch"]
+        except (ValueError, KeyError, TypeError):
+            return [*warnings, f"{run.environment} does not say which torch the run was launched with"]
         here = importlib.metadata.version("torch")
-        if before not in (None, here):
+        if before != here:
             warnings.append(f"torch is {here} on {host}, and {before} where the run was launched")
     return warnings

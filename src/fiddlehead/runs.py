@@ -22,8 +22,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from fiddlehead.errors import ConfigError, unknown
-from fiddlehead.foreign import filled, read_json
+from fiddlehead.errors import FULL_DISK, ConfigError, unknown
+from fiddlehead.foreign import filled, read_json, reason
 from fiddlehead.paths import user_path
 from fiddlehead.processes import started as process_started
 from fiddlehead.processes import this_boot, this_machine
@@ -32,6 +32,8 @@ MAX_METRICS_READ = 2**20
 """How much of the end of `metrics.csv` is read for its newest values, in bytes: some eight thousand rows."""
 MAX_LINES_READ = 2**16
 """How much of the end of a log is read for its last lines, in bytes."""
+_LATEST = 1e12
+"""Seconds since the epoch that no status has."""
 HEARTBEAT, MISSING = 30.0, 600.0
 """Seconds between two signs of life of a run's process, and after how many without one it is gone."""
 
@@ -49,6 +51,8 @@ class State(StrEnum):
     CANCELLED = "CANCELLED"
     DIED = "DIED"
     """The process is gone and said nothing: killed, out of memory, or the machine went down."""
+    DAMAGED = "DAMAGED"
+    """Its status cannot be read; never written."""
 
     @property
     def ended(self) -> bool:
@@ -142,7 +146,7 @@ class RunDirectory:
     def job_id(self) -> str:
         """The executor's id of the newest job: Slurm's number, a container's name; "" before it was submitted."""
         file = self.path / "job_id"
-        return file.read_text().strip() if file.exists() else ""
+        return file.read_text(errors="replace").strip() if file.exists() else ""
 
     @property
     def script(self) -> Path:
@@ -193,7 +197,7 @@ class RunDirectory:
         file = self.path / "wandb_id"
         if not file.exists():
             write_atomically(file, secrets.token_hex(4))
-        return file.read_text()
+        return file.read_text(errors="replace")
 
     def status(self) -> Status | None:
         """What the status file says, corrected by a look at the process; None before the run was submitted."""
@@ -207,21 +211,42 @@ class RunDirectory:
         """What the status file says.
 
         Raises:
-            ConfigError: it cannot be read.
+            ConfigError: it cannot be read, or is not a status; it says what to do.
         """
         try:
             written = read_json(self.path / "status")
             names = [field.name for field in fields(Status)]
             known = {name: written[name] for name in names if name in written} if isinstance(written, dict) else written
-            return filled(Status, known)
+            status = filled(Status, known)
+            if status.state is State.DAMAGED or max(abs(status.started), abs(status.ended or 0.0)) > _LATEST:
+                raise ValueError(f"state={str(status.state)!r}, started={status.started}, ended={status.ended}")
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{self.path}/status cannot be read: {error!r}") from error
+        except OSError as error:
+            raise ConfigError(f"{self.path}/status cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise ConfigError(
+                f"{self.path}/status is damaged: {reason(error)}; delete it once the run's process is gone, and start "
+                "the run again: it goes on from its newest checkpoint"
+            ) from error
+        return status
 
     def write_status(self, status: Status) -> None:
-        """Replaces the status file."""
-        write_atomically(self.path / "status", json.dumps(asdict(status), indent=2) + "\n")
+        """Replaces the status file; on a full disk it is written over, as what is there takes no more room."""
+        file, values = self.path / "status", asdict(status)
+        try:
+            write_atomically(file, json.dumps(values, indent=2) + "\n")
+        except OSError as error:
+            if error.errno not in FULL_DISK or not file.exists():
+                raise
+            found = file.stat()
+            values["reason"] = values["reason"].encode("ascii", "replace").decode()  # else a letter takes six bytes
+            beyond = len(json.dumps(values, indent=2)) + 1 - max(found.st_size, 512 * found.st_blocks)
+            if beyond > 0:
+                values["reason"] = values["reason"][:-beyond]
+            text = json.dumps(values, indent=2) + "\n"
+            with file.open("r+") as stream:
+                stream.write(text.ljust(found.st_size))  # JSON may end in blanks, so that nothing is left to cut off
 
     def request_stop(self, request: StopRequest) -> None:
         """Asks the job, wherever it runs, to save the step in hand and leave.
@@ -259,8 +284,16 @@ class RunDirectory:
     def last_metrics(self) -> dict[str, str]:
         """The newest value of each metric, as text; empty before the first.
 
-        Of a large file the end is read, so a metric that was not logged for thousands of steps is left out.
+        Of a large file the end is read, so a metric that was not logged for thousands of steps is left out; so is one
+        of `spoiled_metrics`.
         """
+        return {name: value for name, value in self._newest_values().items() if is_number(value)}
+
+    def spoiled_metrics(self) -> dict[str, str]:
+        """What `metrics.csv` has as the newest value of a metric, and is not a number."""
+        return {name: value for name, value in self._newest_values().items() if not is_number(value)}
+
+    def _newest_values(self) -> dict[str, str]:
         latest: dict[str, str] = {}
         header, rows = self._newest_rows()
         for row in rows:
@@ -278,20 +311,18 @@ class RunDirectory:
 
     def _newest_rows(self) -> tuple[list[str], Iterator[list[str]]]:
         """The columns of `metrics.csv` and its rows, the newest first, without a last one that is cut short."""
-        import csv
-
         try:
             with self.metrics.open("rb") as file:
                 first = file.readline()
                 start = max(file.tell(), file.seek(0, os.SEEK_END) - MAX_METRICS_READ)
                 file.seek(start)
-                lines = file.read().decode(errors="replace").split("\n")
+                lines = file.read().decode(errors="replace").replace("\0", "\ufffd").split("\n")
         except FileNotFoundError:
             return [], iter(())
         if start > len(first):
             del lines[0]  # its beginning was not read
-        columns = next(csv.reader([first.decode(errors="replace")]), [])
-        return columns, csv.reader(lines[-2::-1])
+        columns = next(_rows([first.decode(errors="replace").replace("\0", "\ufffd")]), [])
+        return columns, _rows(lines[-2::-1])
 
 
 @contextlib.contextmanager
@@ -330,6 +361,26 @@ def this_process(attempt: int, executor: str) -> Status:
         started=time.time(),
         executor=executor,
     )
+
+
+def _rows(lines: list[str]) -> Iterator[list[str]]:
+    """The rows of CSV, each on a line; a line that is not CSV is a row with one cell."""
+    import csv
+
+    for line in lines:
+        try:
+            yield from csv.reader([line])
+        except csv.Error:
+            yield [line]
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number, infinity and NaN among them."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def find_run(name: str, directory: str | Path = "runs") -> RunDirectory:
@@ -374,7 +425,11 @@ def last_lines(file: Path, count: int) -> list[str]:
 
 
 def plain_recipe(file: Path) -> dict[str, Any]:
-    """A saved recipe as plain nested values, for a logger to show; tagged values become their text."""
+    """A saved recipe as plain nested values, for a logger to show; tagged values become their text.
+
+    Raises:
+        ConfigError: the file is not a recipe.
+    """
 
     import yaml
 
@@ -389,7 +444,15 @@ def plain_recipe(file: Path) -> dict[str, Any]:
         return loader.construct_mapping(node, deep=True)
 
     Plain.add_multi_constructor("!", construct)
-    return yaml.load(file.read_text(), Plain) if file.exists() else {}
+    if not file.exists():
+        return {}
+    try:
+        loaded = yaml.load(file.read_text(encoding="utf-8"), Plain)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{file} is not a recipe")
+    return loaded
 
 
 def write_atomically(path: Path, text: str, *, mode: int = 0o666) -> None:
@@ -404,6 +467,9 @@ def write_atomically(path: Path, text: str, *, mode: int = 0o666) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # what writes, and not opens, does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

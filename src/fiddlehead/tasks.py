@@ -351,7 +351,9 @@ def resume_point(run: RunDirectory, resume: str | Path) -> Path | None:
     if own is None:
         return elsewhere
     origin = run.path / "resumed_from"
-    if origin.exists() and origin.read_text() == str(resume):  # it began there, and has its own progress since
+    if (
+        origin.exists() and origin.read_bytes() == str(resume).encode()
+    ):  # it began there, and has its own progress since
         return own
     raise ConfigError(
         f"resume={str(resume)!r}, but {run.path} has {own.name} of its own; leave resume out to go on from there, or "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import pytest
 
 import fiddlehead as fiddlehead_package
 from fiddlehead.cli import main
+from fiddlehead.errors import RunError
+from fiddlehead.runs import RunDirectory, State, Status
 
 
 @pytest.fixture
@@ -210,6 +214,69 @@ def test_mistakes_are_a_few_lines_and_exit_code_2(fiddlehead, arguments, expecte
     assert expected in output
     assert len(output.strip().splitlines()) <= 8
     assert not (tmp_path / "runs").exists()
+
+
+def spoiled_run(folder: Path, name: str, file: str, content: bytes) -> None:
+    run = RunDirectory(folder / "runs" / name)
+    run.path.mkdir(parents=True)
+    run.recipe.write_text("{}")
+    run.write_status(Status(State.SUCCEEDED, started=1.0, ended=2.0, host="h", pid=1))
+    run.metrics.write_text("step,loss,tokens_per_s\n1,5.5,10\n")
+    (run.path / file).write_bytes(content)
+
+
+def test_spoiled_runs_are_listed_beside_the_others_and_say_what_to_do(fiddlehead, tmp_path):
+    spoiled_run(tmp_path, "whole", "command", b"fiddlehead\n")
+    spoiled_run(tmp_path, "cut", "status", b'{"state": "SUCC')
+    spoiled_run(tmp_path, "word", "metrics.csv", b"step,loss\n1,oops\n")
+    spoiled_run(tmp_path, "bytes", "command", b"\xff")
+    rows = {line.split()[0]: line for line in fiddlehead("runs").splitlines() if line.strip()}
+    assert "5.5000" in rows["whole"] and "damaged" not in rows["whole"]
+    assert "DAMAGED" in rows["cut"] and "SUCCEEDED" in rows["word"] and "SUCCEEDED" in rows["bytes"]
+    output = fiddlehead("runs")
+    for said in (
+        "status is damaged",
+        "loss='oops' is not a number",
+        "command is damaged: is not valid UTF-8",
+    ):
+        assert said in " ".join(output.split())
+    found = {run["name"]: run for run in json.loads(fiddlehead("runs", "--json"))}
+    assert [bool(found[name]["damaged"]) for name in ("whole", "cut", "word", "bytes")] == [False, True, True, True]
+    for name in ("cut", "word", "bytes"):
+        assert "damaged" in fiddlehead("runs", "show", name)
+    refused = fiddlehead("pretrain", "-f", "tiny_test", "log.name=cut", "--dryrun", rc=2)
+    assert "goes on from its newest checkpoint" in refused
+    assert "cut/status is damaged" in fiddlehead("runs", "cancel", "cut", rc=2)
+    fiddlehead("runs", "clean", "--state", "DAMAGED", "--yes")
+    assert not (tmp_path / "runs" / "cut").exists() and (tmp_path / "runs" / "word").exists()
+
+
+@pytest.mark.parametrize("error", [RunError("it is damaged"), OSError(errno.ENOSPC, "No space left on device", "out")])
+def test_what_the_disk_refuses_is_a_line_and_exit_code_1(fiddlehead, monkeypatch, tmp_path, error):
+    (tmp_path / "a.txt").write_text("text")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fiddlehead.data.tokenize.tokenize", refuse)
+    monkeypatch.setattr("fiddlehead.huggingface.import_checkpoint", refuse)
+    monkeypatch.setattr("fiddlehead.huggingface.export_checkpoint", refuse)
+    said = "error: it is damaged\n" if isinstance(error, RunError) else "error: No space left on device: out\n"
+    assert fiddlehead("tokenize", "a.txt", "-t", "bytes", "-o", "out", rc=1) == said
+    assert fiddlehead("import", "hf", "here", "-o", "out", rc=1) == said
+    assert fiddlehead("export", "hf", "here", "out", rc=1) == said
+
+
+def test_an_error_that_is_nobodys_keeps_its_traceback(fiddlehead, monkeypatch, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+
+    def broken(*_: object, **__: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x")
+
+    monkeypatch.setattr("fiddlehead.data.tokenize.tokenize", broken)
+    monkeypatch.setattr(sys, "argv", ["fiddlehead", "tokenize", "a.txt", "-t", "bytes", "-o", "out"])
+    with pytest.raises(FileNotFoundError):
+        main()
 
 
 def test_a_yaml_recipe_imports_nothing_unasked(fiddlehead, tmp_path):

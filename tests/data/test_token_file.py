@@ -14,7 +14,7 @@ from fiddlehead.data import token_writer
 from fiddlehead.data.token_file import TokenDatasetInfo, TokenFile
 from fiddlehead.data.token_writer import MadeMeanwhileError, TokenDatasetWriter, encode_documents
 from fiddlehead.data.tokenizers import ByteTokenizer
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, RunError
 
 TEXTS = ["hello", "wörld", "third"]
 IDS = [i for text in TEXTS for i in [*text.encode(), 256]]
@@ -185,7 +185,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path, after: str) -> Non
 def test_a_full_disk(tmp_path: Path) -> None:
     with (
         Path("/dev/full").open("wb") as full,
-        pytest.raises(ConfigError, match="the disk is full after 3 tokens; the unfinished dataset was removed"),
+        pytest.raises(RunError, match="the disk is full after 3 tokens; the unfinished dataset was removed"),
         TokenDatasetWriter(tmp_path / "data", ByteTokenizer(), []) as writer,
     ):
         writer._files["val"].close()

@@ -10,7 +10,7 @@ import typer
 
 from fiddlehead import __version__, workers
 from fiddlehead.cli import attention, bench, checkpoints, corpus, evaluate, recipes, runs, train, use
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, RunError, of_the_machine
 from fiddlehead.paths import working_directory
 
 app = typer.Typer(
@@ -58,7 +58,11 @@ app.command("doctor", rich_help_panel="Kernels")(attention.doctor)
 
 
 def main() -> None:
-    """Runs the command; a user's mistake is a few lines and exit code 2, a failed job has its own exit code."""
+    """Runs the command.
+
+    A user's mistake is a few lines and exit code 2, what the machine or its disk refuses a line and 1; a failed job has
+    its own exit code.
+    """
     gc.set_threshold(100_000)  # or importing PyTorch and Lightning spends a tenth of its time looking at what stays
     # Nothing is imported from the working directory unasked: not here under `python -c`, nor in processes started here.
     sys.path[:] = filter(None, sys.path)
@@ -72,8 +76,16 @@ def main() -> None:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `fiddlehead ... | head`
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:
+        if not (line := of_the_machine(error)):
+            raise
+        print(f"error: {line}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from fiddlehead import damage
 from fiddlehead.cli.common import AllowOption, add_row, phases_table, table
 from fiddlehead.cli.common import show as show_things
 from fiddlehead.errors import ConfigError
@@ -33,6 +34,7 @@ COLOURS = {
     State.CANCELLED: "yellow",
     State.FAILED: "red",
     State.DIED: "red",
+    State.DAMAGED: "red",
 }
 UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 604800}
 
@@ -89,13 +91,15 @@ def show(run: str = RunArgument, directory: str = DirOption) -> None:
         add_row(made, "attempt", str(status.attempt))
         add_row(made, "where", _where(found, status))
         add_row(made, "elapsed", _elapsed(status.started, status.ended))
+    for problem in damage.find(found):
+        add_row(made, "damaged", problem)
     metrics = {name: float(value) for name, value in found.last_metrics().items()}
     for name, value in metrics.items():
         if not name.startswith("seconds_"):
             add_row(made, name, f"{value:.6g}")
     add_row(made, "checkpoints", ", ".join(path.name for path in sorted(found.checkpoints.glob("step-*"))))
     add_row(made, "directory", str(found.path))
-    add_row(made, "command", found.command.read_text().strip() if found.command.exists() else "")
+    add_row(made, "command", found.command.read_text(errors="replace").strip() if found.command.exists() else "")
     shipped = code.shipped(found)
     if shipped is not None:
         add_row(made, "code", shipped.describe())
@@ -160,7 +164,8 @@ def cancel(
         return
     for run, status in zip(found, watch.states(found), strict=True):
         if status is None or status.state.ended:
-            raise ConfigError(f"run {run.name!r} is not running: {status.state if status else 'never started'}")
+            why = f": {status.reason}" if status and status.state is State.DAMAGED else ""
+            raise ConfigError(f"run {run.name!r} is not running: {status.state if status else 'never started'}{why}")
     for run in found:
         print(f"cancelling {run.name}: the last step is being saved")  # noqa: T201
         watch.ask_to_stop(run)
@@ -209,7 +214,7 @@ def clean(
     names: list[str] = typer.Argument(None, metavar="[RUN]...", help="Which; all that the options say if left out."),
     older_than: str = typer.Option("", "--older-than", metavar="AGE", help="That ended so long ago: 12h, 7d, 2w."),
     state: str = typer.Option(
-        "", "--state", metavar="STATE", help="That ended so: FAILED, CANCELLED, DIED, SUCCEEDED."
+        "", "--state", metavar="STATE", help="That ended so: FAILED, CANCELLED, DIED, SUCCEEDED, DAMAGED."
     ),
     yes: bool = typer.Option(False, "--yes", "-y", help="Do not ask."),
     directory: str = DirOption,
@@ -318,6 +323,9 @@ def show_results(found: Any, metric: str) -> None:
         shown = "" if value is None else f"{value:.4f}"
         add_row(made, *variant.values.values(), shown, _coloured(status.state) if status else "", variant.name)
     show_things(made)
+    for run in found.runs():
+        for problem in damage.find(run):
+            print(f"WARNING: {problem}", file=sys.stderr)  # noqa: T201
 
 
 def _unsent(run: RunDirectory) -> list[Path]:
@@ -327,13 +335,26 @@ def _unsent(run: RunDirectory) -> list[Path]:
 
 
 def _row(run: RunDirectory, status: Status | None) -> list[Any]:
-    metrics = run.last_metrics()
+    from rich.text import Text
+
+    metrics, damaged = run.last_metrics(), damage.find(run)
     rate = metrics.get("tokens_per_s")
     row = [
         metrics.get("step", ""),
         f"{float(metrics['loss']):.4f}" if "loss" in metrics else "",
         f"{float(rate):,.0f}" if rate else "",
     ]
+    if damaged:  # whole: what to do is at its end
+        shown = "" if status is None else _coloured(status.state)
+        return [
+            run.name,
+            shown,
+            *row,
+            "",
+            "",
+            "",
+            Text("\n".join(damaged).replace(f"{run.path}/", ""), style=COLOURS[State.DAMAGED]),
+        ]
     if status is None:
         return [run.name, "", *row, "", "", "", ""]
     reason = status.reason.split("\n")[0] if status.state is not State.SUCCEEDED else ""
@@ -351,7 +372,8 @@ def _row(run: RunDirectory, status: Status | None) -> list[Any]:
 def _facts(run: RunDirectory, status: Status | None) -> dict[str, Any]:
     """A run as JSON values."""
     said = {} if status is None else asdict(status)
-    return {"name": run.name, **said, "job": run.job_id, "metrics": run.last_metrics(), "directory": str(run.path)}
+    known = {"job": run.job_id, "metrics": run.last_metrics(), "directory": str(run.path), "damaged": damage.find(run)}
+    return {"name": run.name, **said, **known}
 
 
 def _last_sign(run: RunDirectory, status: Status | None) -> float:

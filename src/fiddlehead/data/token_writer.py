@@ -19,7 +19,7 @@ import numpy as np
 from fiddlehead.data.pieces import PIECE
 from fiddlehead.data.token_file import SPLITS, Split, SplitInfo, TokenDatasetInfo
 from fiddlehead.data.tokenizers import Tokenizer, save_tokenizer
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import FULL_DISK, ConfigError, RunError
 from fiddlehead.paths import user_path
 
 
@@ -32,7 +32,7 @@ class TokenDatasetWriter:
 
     A context manager: leaving it without `finish` removes what was written. A killed process leaves a temporary folder
     `.NAME.*.tmp`, which the next writer of the same `out` removes. Raises `ConfigError` when `out` exists, unless
-    `overwrite` is set and it is a token dataset, and when the disk is full.
+    `overwrite` is set and it is a token dataset, and `RunError` when the disk is full.
     """
 
     def __init__(
@@ -117,9 +117,9 @@ class TokenDatasetWriter:
         try:
             yield
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in FULL_DISK:
                 tokens = sum(total[0] for total in self._totals.values())
-                raise ConfigError(
+                raise RunError(
                     f"out={str(self.out)!r}: the disk is full after {tokens} tokens; the unfinished dataset was removed"
                 ) from error
             raise ConfigError(f"out={str(self.out)!r} cannot be written: {error}") from error

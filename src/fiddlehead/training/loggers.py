@@ -176,7 +176,7 @@ class MetricsCSV(Logger):
         """Writes the file anew with the present columns, and the rows up to `last_step` (None: all)."""
         rows: list[dict[str, str]] = []
         if self.path.exists():
-            text, _, _cut_short = self.path.read_text().rpartition("\n")  # by a crash in the middle of a write
+            text, _, _cut_short = self._text().rpartition("\n")  # by a crash in the middle of a write
             reader = csv.DictReader(io.StringIO(text))
             rows = [row for row in reader if last_step is None or _is_up_to(row, last_step)]
             self._columns += [name for name in reader.fieldnames or () if name not in self._columns]
@@ -186,7 +186,16 @@ class MetricsCSV(Logger):
         writer.writerows(rows)
         write_atomically(self.path, table.getvalue())
 
+    def _text(self) -> str:
+        try:
+            return self.path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{self.path} is damaged: not valid UTF-8 at {error.start}; mend it, or move it away: the run goes on, "
+                "and its metrics begin anew"
+            ) from error
+
 
 def _is_up_to(row: dict[str, str], last_step: int) -> bool:
     """Whether a row belongs to the steps that are kept."""
-    return (row.get("step") or "").isdigit() and int(row["step"]) <= last_step
+    return (row.get("step") or "").isdecimal() and int(row["step"]) <= last_step
