@@ -66,7 +66,9 @@ def prepare(
     for sentence in yielded(given, recipe):
         print(f"changed: {sentence}")  # noqa: T201
     waits = waits or (executor is not None and executor.keeps_runs_elsewhere)
-    check(recipe, here=executor is None or not executor.ships_code, waits=waits)
+    plan = check(recipe, here=executor is None or not executor.ships_code, waits=waits)
+    if plan.missing:
+        raise ConfigError(plan.missing)
     directory = user_path(recipe.log.dir)
     try:
         named = recipe.log.name is not None
@@ -207,6 +209,7 @@ FREE_TO_CHANGE = (
     "data.micro_batch_size",
     "data.num_workers",
     "data.cache_dir",
+    "data.corpus",  # another one is not known yet, and `paths` says for itself
     "model.config.attention_backend",
     "resume",
 )

@@ -28,7 +28,7 @@ def pretrain(
     accelerator: str = "gpu",
     precision: str = "bf16-mixed",
 ) -> Recipe:
-    """A pretraining run of `model` on the default corpus, with the settings that most runs share."""
+    """A pretraining run of `model` with the settings that most runs share; `data.paths` is for whoever starts it."""
     recipe = Recipe(
         tasks.pretrain,
         model=fdl.Config(LanguageModel, config=deepcopy(model)),  # many recipes may start from one model

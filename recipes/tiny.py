@@ -32,6 +32,7 @@ def tiny() -> Recipe:
         devices="auto",
         precision="32-true",
     )
+    recipe.data.corpus = "stdlib"
     recipe.data.tokenizer = fdl.Config(BPETokenizer, vocab_size=1024)
     recipe.optim.lr_scheduler = fdl.Config(WarmupStableDecay, warmup_steps=20, decay_fraction=0.3)
     recipe.trainer.val_check_interval = 100

@@ -29,6 +29,7 @@ from fiddlehead.training.garbage import CollectGarbage
 from fiddlehead.training.kernel_cache import keep_compiled_kernels
 from fiddlehead.training.metrics import Metrics
 from fiddlehead.training.optim import Optim, kind_of
+from fiddlehead.training.parts import refuse_others
 from fiddlehead.training.phases import Phases
 from fiddlehead.training.process import process_restored
 from fiddlehead.training.profile import Profile
@@ -71,6 +72,8 @@ def pretrain(
     if model.init_from is not None:
         model.init_from = verified_by_first(ranks, lambda: _begin(model))
     plan = plan_pretrain(model, data, trainer, optim, log)
+    if plan.missing:
+        raise ConfigError(plan.missing)
     run = RunDirectory(user_path(log.dir) / (log.name or reserve_name("pretrain", log.dir)))
     start = verified_by_first(ranks, lambda: resume_point(run, resume))
     step = 0
@@ -172,6 +175,8 @@ class Plan:
     device_gib: float
     """What each device holds of it."""
     warmup_steps: int
+    missing: str = ""
+    """Why it cannot start, for want of data; "" if it can."""
 
     @property
     def flops(self) -> float:
@@ -199,6 +204,7 @@ class Plan:
             ("the run", f"{self.max_steps:,} steps, {warmup}"),
             ("", f"{self.tokens_per_step * self.max_steps:,} tokens, {self.flops:.2e} FLOPs"),
             ("memory", f"{self._memory()} for parameters, gradients and optimizer, plus activations"),
+            *([("data", f"none: {self.missing}")] if self.missing else []),
             *zip(itertools.chain(["attention"], itertools.repeat("")), self._attention_rows(), strict=False),
         ]
 
@@ -237,6 +243,7 @@ def plan_pretrain(
     Raises:
         ConfigError: the parts do not fit together; it lists every problem.
     """
+    refuse_others(model, data, trainer, optim)
     world_size = trainer.num_devices * trainer.num_nodes
     sizes = Sizes(data=world_size, replicate=world_size)
     problems: list[str] = []
@@ -264,6 +271,7 @@ def plan_pretrain(
         vocab_size = data.vocab_size
     except ConfigError as error:  # the dataset cannot be read
         raise ConfigError(*problems, *error.under("data").problems) from error
+    problems += [f"data.{problem}" for problem in data.too_short()]
     if model.init_from is not None:
         _allow_longer(model, data.seq_length)
     problems += _model_problems(model.config, data, vocab_size)
@@ -315,6 +323,7 @@ def plan_pretrain(
         state_gib=state_gib,
         device_gib=state_gib * sizes.held(transformer) / parameters + gathered_gib,
         warmup_steps=optim.lr_scheduler.warmup_steps,
+        missing=f"data.{data.missing}" if data.missing else "",
     )
 
 

@@ -67,6 +67,29 @@ def test_what_needs_no_torch_imports_none_and_nothing_that_lies_around(arguments
     assert not loaded & {"torch", "lightning", "nemo_run", "wandb", "transformers", "numpy"}
 
 
+ON_A_CPU = ("trainer.accelerator=cpu", "trainer.devices=1", "trainer.strategy=auto", "model.compile=None")
+
+
+def test_a_recipe_without_data_is_planned_and_written_and_says_what_is_missing(fiddlehead):
+    assert "data.paths=None: there is no data" in fiddlehead("pretrain", "-f", "llama32_1b", "--dryrun")
+    assert "data.paths=None: there is no data" in fiddlehead("pretrain", "-f", "llama32_1b", "--to-yaml", "l.yaml")
+    assert "llama" not in fiddlehead("show", "@l.yaml") and Path("l.yaml").exists()
+    assert "no data" not in fiddlehead("pretrain", "-f", "llama32_1b", "data.corpus=stdlib", "--dryrun")
+    assert "no data" not in fiddlehead("pretrain", "-f", "tiny", "--dryrun")
+
+
+def test_what_tokenize_recommends_can_be_trained_on(fiddlehead, tmp_path):
+    (tmp_path / "a.txt").write_text("A text that is long enough for a window of 32 bytes, and alone.")
+    output = fiddlehead("tokenize", "a.txt", "-t", "bytes", "-o", "tokens", "--workers", "1")
+    assert "no document fell into --val-fraction 0.01" in output
+    edits = output.split("train on it with ")[1].splitlines()[0].split()
+    assert edits == ["data.paths=tokens", "data.tokenizer=None", "data.val_samples=0"]
+    fiddlehead("pretrain", "-f", "tiny_test", *edits, "--dryrun")
+    refused = fiddlehead("pretrain", "-f", "tiny_test", *edits[:2], "data.seq_length=99", "--dryrun", rc=2)
+    assert "data.seq_length=99 needs 100 tokens; the training split of tokens has 64" in refused
+    assert "the validation split of tokens has 0 (val_samples=0 trains without validation)" in refused
+
+
 def test_the_version_is_printed_and_nothing_else(fiddlehead):
     assert fiddlehead("--version") == f"{fiddlehead_package.__version__}\n"
 
@@ -192,6 +215,9 @@ def test_all_mistakes_of_a_recipe_at_once(fiddlehead):
         (["pretrain", "-f", "tiny", "trainer.strategy=ddp,auto"], "add --sweep"),
         (["pretrain", "-f", "tiny", "data.tokenizer=mytok.json"], "is a file; write TokenizerFile(path=mytok.json)"),
         (["pretrain", "-f", "tiny", "optim=mine/adam.yaml"], "is a file; write @mine/adam.yaml"),
+        (["pretrain", "-f", "llama32_1b", *ON_A_CPU], "data.paths=None: there is no data; give data.paths=DIR"),
+        (["bench", "llama32_1b", *ON_A_CPU], "`fiddlehead bench` also takes --random-tokens"),
+        (["pretrain", "-f", "tiny_test", "data.corpus=python"], "data.corpus=python: expects 'stdlib' | None"),
         (["finetune", "-f", "lora", "--dryrun"], "model.init_from=None: give the model to begin with"),
         (
             ["finetune", "-f", "dpo", "--dryrun"],

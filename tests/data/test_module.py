@@ -289,8 +289,8 @@ def test_a_corpus_that_is_not_yet_tokenized_needs_what_ends_its_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(StandardLibrary, "identity", "a hash that takes seconds")
-    assert PreTrainingDataModule(cache_dir=tmp_path).missing_rows(257) == []
-    assert PreTrainingDataModule(cache_dir=tmp_path).missing_rows(256) == [
+    assert PreTrainingDataModule(corpus="stdlib", cache_dir=tmp_path).missing_rows(257) == []
+    assert PreTrainingDataModule(corpus="stdlib", cache_dir=tmp_path).missing_rows(256) == [
         "each document has the token (256), and the model has vocab_size=256: ids from 0 to 255"
     ]
     learned = PreTrainingDataModule(tokenizer=BPETokenizer(300), cache_dir=tmp_path)
@@ -301,18 +301,18 @@ def test_the_default_corpus_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("FIDDLEHEAD_CACHE", str(tmp_path / "cache"))
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(stdlib / "json")})  # a small one
-    data = PreTrainingDataModule(tokenizer=BPETokenizer(300), seq_length=64)
+    data = PreTrainingDataModule(tokenizer=BPETokenizer(300), corpus="stdlib", seq_length=64)
     assert data.vocab_size == 300
     data.prepare_data()
     (made,) = (tmp_path / "cache").iterdir()
     before = (made / "meta.json").stat().st_mtime_ns
-    again = PreTrainingDataModule(tokenizer=BPETokenizer(300), seq_length=64, val_samples=0)
+    again = PreTrainingDataModule(tokenizer=BPETokenizer(300), corpus="stdlib", seq_length=64, val_samples=0)
     again.prepare_data()
     again.setup()
     assert (made / "meta.json").stat().st_mtime_ns == before
     assert again.tokenizer.vocab_size == 300 and again.tokenizer.decode(again.tokenizer.encode("def")) == "def"
     assert len(TokenFile(made)) > 5_000
-    other = PreTrainingDataModule(cache_dir=tmp_path / "elsewhere")
+    other = PreTrainingDataModule(corpus="stdlib", cache_dir=tmp_path / "elsewhere")
     assert other.vocab_size == 257
     other.prepare_data()
     assert len(list((tmp_path / "elsewhere").iterdir())) == 1
@@ -337,3 +337,13 @@ def test_names_are_imported_when_used() -> None:
         import fiddlehead.data
 
         fiddlehead.data.Nothing  # noqa: B018
+
+
+def test_without_paths_or_a_corpus_there_is_nothing_to_train_on(tmp_path: Path) -> None:
+    data = PreTrainingDataModule(cache_dir=tmp_path)
+    assert data.vocab_size == 257 and data.missing and not PreTrainingDataModule(corpus="stdlib").missing
+    with pytest.raises(ConfigError, match=r"paths=None: there is no data; .* data\.corpus=stdlib"):
+        data.prepare_data()
+    with pytest.raises(ConfigError, match="corpus='x'; allowed: None, 'stdlib'"):
+        PreTrainingDataModule(corpus="x")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())

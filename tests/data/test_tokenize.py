@@ -324,3 +324,10 @@ def test_tokenizing_needs_no_torch() -> None:
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "set()"
+
+
+def test_documents_that_all_fall_into_the_validation_split_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello world this is text\n")  # whose hash is below a half
+    with pytest.raises(ConfigError, match=r"val_fraction=0\.5: the validation split takes all 1 documents"):
+        tokenize([tmp_path / "a.txt"], ByteTokenizer(), tmp_path / "out", val_fraction=0.5, workers=1, progress=False)
+    assert not (tmp_path / "out").exists()

@@ -199,3 +199,22 @@ def test_groups_that_do_not_divide_are_refused(base: RunDirectory, groups: int, 
 def test_a_method_that_is_none_is_refused(base: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown method 'median'; did you mean 'mean'"):
         convert_gqa(base.path, tmp_path / "out", 1, "median", progress=False)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors: {f"body.{name}": tensor for name, tensor in tensors.items()}, "embedding.weight: is missing"),
+        (lambda tensors: tensors | {"embedding.weight": torch.zeros(3, 4)}, r"embedding.weight: is \[3, 4\], and the"),
+        (None, "has no config: a LanguageModel writes it"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_by_its_tensors(tmp_path: Path, change: Any, said: str) -> None:
+    config = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=4, vocab_size=32, seq_length=8)
+    tensors = dict(Transformer(config).state_dict())
+    with write_folder(tmp_path / "step-00000001") as folder:
+        written = tensors if change is None else change(tensors)
+        save_file({f"transformer.{name}": tensor for name, tensor in written.items()}, folder / "model.safetensors")
+        write_state(folder, {"step": 1} | ({"config": asdict(config)} if change else {}))
+    with pytest.raises(ConfigError, match=said):
+        open_weights(tmp_path / "step-00000001")

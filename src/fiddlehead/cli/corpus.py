@@ -45,9 +45,14 @@ def tokenize(
         text_field=text_field,
         overwrite=overwrite,
     )
+    without = "" if info.val.documents else " data.val_samples=0"
     documents, tokens = info.train.documents + info.val.documents, info.train.tokens + info.val.tokens
     print(  # noqa: T201
         f"{out}: {tokens:,} tokens of {documents:,} documents ({info.val.documents:,} of them for validation), "
         f"{info.vocab_size:,} kinds of token\n"
-        f"train on it with data.paths={out} data.tokenizer=None"
+        f"train on it with data.paths={out} data.tokenizer=None{without}"
     )
+    if without and val_fraction:
+        print(  # noqa: T201
+            f"no document fell into --val-fraction {val_fraction:g} of them; a greater one keeps some for validation"
+        )

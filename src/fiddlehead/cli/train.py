@@ -130,6 +130,8 @@ def pretrain(
     if to_yaml is not None:
         recipe.save(to_yaml)
         print(f"wrote {to_yaml}; run it with --factory @{to_yaml}")  # noqa: T201
+        if plan.missing:
+            print(f"it cannot start yet: {plan.missing}", file=sys.stderr)  # noqa: T201
         return
     notes = [("changed", sentence) for sentence in launch.yielded(recipe, fitted)]
     notes += [("it cannot start here", missing)] if missing else []
@@ -139,6 +141,8 @@ def pretrain(
         if shipped:
             print(shipped.replace("shipped", "would ship"))  # noqa: T201
         return
+    if plan.missing:
+        raise ConfigError(plan.missing)
     if not yes and sys.stdin.isatty() and not typer.confirm("Start?", default=True):
         raise typer.Exit(0)
     queued = [run for run in before if _in_queue_of(run, executor)]
@@ -204,6 +208,8 @@ def _sweep(
         raise ConfigError(*problems)
     if not executor.queues and max_running is None:
         max_running = 1
+    if not dryrun and (without := sorted({plan.missing for _, plan in plans if plan.missing})):
+        raise ConfigError(*without)
     made = table("run", *variants[0].values)
     for variant in variants:
         add_row(made, variant.name, *variant.values.values())

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 
@@ -15,7 +15,7 @@ from fiddlehead.data.batches import Windows
 from fiddlehead.data.checksums import Checksums
 from fiddlehead.data.corpus import StandardLibrary, tokenize_corpus
 from fiddlehead.data.steps import StepDataModule
-from fiddlehead.data.token_file import FORMAT_VERSION, SPLITS, TokenDatasetInfo, TokenFile
+from fiddlehead.data.token_file import FORMAT_VERSION, SPLITS, Split, TokenDatasetInfo, TokenFile
 from fiddlehead.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, no_row
 from fiddlehead.environment import cache_folder
 from fiddlehead.errors import ConfigError
@@ -27,9 +27,10 @@ T = TypeVar("T")
 class PreTrainingDataModule(StepDataModule):
     """Batches of `seq_length` tokens for next-token prediction.
 
-    `paths` is a folder made by `tokenize`; its tokenizer comes with it, and another one is refused. None is the source
-    code of Python's standard library, tokenized once with `tokenizer` (None: bytes) into `cache_dir`, by default
-    `$FIDDLEHEAD_CACHE` or `~/.cache/fiddlehead`.
+    `paths` is a folder made by `tokenize`; its tokenizer comes with it, and another one is refused. Without it there is
+    nothing to train on, unless `corpus` says what: "stdlib" is the source code of Python's standard library, some 7 MB
+    for a demo, tokenized once with `tokenizer` (None: bytes) into `cache_dir`, by default `$FIDDLEHEAD_CACHE` or
+    `~/.cache/fiddlehead`.
 
     A batch is `input_ids` and `labels`, (micro_batch_size, seq_length) int64, where a label is the token that follows,
     and `index`, (micro_batch_size,) int64, the number of the window. Windows cross the borders of documents. A training
@@ -62,8 +63,11 @@ class PreTrainingDataModule(StepDataModule):
         seed: int = 1234,
         cache_dir: str | Path | None = None,
         allow_changed: bool = False,
+        corpus: Literal["stdlib"] | None = None,
     ) -> None:
         problems = []
+        if corpus not in (None, "stdlib"):
+            problems.append(f"corpus={corpus!r}; allowed: None, 'stdlib'")
         if isinstance(tokenizer, BPETokenizer) and paths is not None:
             problems.append("tokenizer is untrained, but paths is a tokenized folder with its own; allowed: None")
         super().__init__(
@@ -71,7 +75,7 @@ class PreTrainingDataModule(StepDataModule):
         )
         self.paths = None if paths is None else user_path(paths)
         self.separate_documents = separate_documents
-        self.cache_dir = cache_dir
+        self.cache_dir, self.corpus = cache_dir, corpus
         self.allow_changed = allow_changed
         self._given_tokenizer = ByteTokenizer() if tokenizer is None and paths is None else tokenizer
         self._corpus = StandardLibrary()
@@ -91,6 +95,33 @@ class PreTrainingDataModule(StepDataModule):
         directory = self._directory()
         with self._naming_paths():
             return {split: [(f"{split}.bin", TokenFile(directory, split).check())] for split in SPLITS}
+
+    @property
+    def missing(self) -> str:
+        """As for all data: `paths` and `corpus` are None."""
+        if self.paths is not None or self.corpus is not None:
+            return ""
+        return (
+            "paths=None: there is no data; give data.paths=DIR, which `fiddlehead tokenize` makes, or for a demo "
+            "data.corpus=stdlib, 7 MB of Python's source code (`fiddlehead bench` also takes --random-tokens)"
+        )
+
+    def too_short(self) -> list[str]:
+        """As for all data, by what the dataset says of itself."""
+        if self.paths is None:
+            return []
+        info = self.info()
+        return self._too_short({split: getattr(info, split).tokens for split in SPLITS})
+
+    def _too_short(self, tokens: dict[Split, int]) -> list[str]:
+        needed = f"seq_length={self.seq_length} needs {self.seq_length + 1} tokens"
+        problems = []
+        if tokens["train"] <= self.seq_length:
+            problems.append(f"{needed}; the training split of {self._directory()} has {tokens['train']}")
+        if tokens["val"] <= self.seq_length and self.val_samples:
+            hint = "val_samples=0 trains without validation"
+            problems.append(f"{needed}; the validation split of {self._directory()} has {tokens['val']} ({hint})")
+        return problems
 
     def missing_rows(self, vocab_size: int) -> list[str]:
         """As for all data; before the default corpus is tokenized, of what ends and begins each document."""
@@ -119,7 +150,9 @@ class PreTrainingDataModule(StepDataModule):
     # -- Lightning's hooks
 
     def prepare_data(self) -> None:
-        """Tokenizes the default corpus unless the cache has it."""
+        """Tokenizes the corpus unless the cache has it; raises `ConfigError` if there is no data."""
+        if self.missing:
+            raise ConfigError(self.missing)
         if self.paths is not None or (out := self._directory()).exists():
             return
         assert self._given_tokenizer is not None
@@ -150,14 +183,7 @@ class PreTrainingDataModule(StepDataModule):
             )
             for s in SPLITS
         )
-        needed = f"seq_length={self.seq_length} needs {self.seq_length + 1} tokens"
-        problems = []
-        if not len(train):
-            problems.append(f"{needed}; the training split of {directory} has {len(train.tokens)}")
-        if not len(val) and self.val_samples:
-            hint = "val_samples=0 trains without validation"
-            problems.append(f"{needed}; the validation split of {directory} has {len(val.tokens)} ({hint})")
-        if problems:
+        if problems := self._too_short({"train": len(train.tokens), "val": len(val.tokens)}):
             raise ConfigError(*problems)
         self.refuse_missing_rows()
         self._train, self._val = train, val

@@ -87,6 +87,15 @@ class StepDataModule(pl.LightningDataModule):
         """
         return {}
 
+    @property
+    def missing(self) -> str:
+        """Why training cannot start for want of data, though all else of a run can be planned; "" if it can."""
+        return ""
+
+    def too_short(self) -> list[str]:
+        """Which splits have no sample of `seq_length` tokens, as far as it is known before they are opened."""
+        return []
+
     def missing_rows(self, vocab_size: int) -> list[str]:
         """Which tokens occur in the data, as far as it is known, and have no row in a model of `vocab_size` tokens.
 

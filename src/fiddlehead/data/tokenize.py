@@ -8,7 +8,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -152,17 +152,22 @@ def _write_all(
     files: Sequence[Path], encoder: _Encoder, workers: int, writer: TokenDatasetWriter, bar: ByteProgress
 ) -> None:
     problems = _Problems()
-    documents = 0
+    documents: Counter[Split] = Counter()
     for encoded in _encode_all(_all_blocks(files, encoder.text_field, problems), encoder, workers, problems):
         problems.add(encoded.problems)
         bar.advance(encoded.size)
         if not problems:
             for split, (tokens, count, num_bytes) in encoded.splits.items():
                 writer.add(split, tokens, count, num_bytes)
-                documents += count
+                documents[split] += count
     problems.check()
     if not documents:
         raise ConfigError("paths: all documents are empty")
+    if not documents["train"]:
+        raise ConfigError(
+            f"val_fraction={encoder.val_fraction}: the validation split takes all {documents['val']} documents, "
+            "as their hashes say; give a smaller fraction, or 0"
+        )
 
 
 def _all_blocks(files: Sequence[Path], text_field: str, problems: _Problems) -> Iterator[Block]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, first_of
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.huggingface import HuggingFaceCheckpoint, refuse_adapters
 from fiddlehead.models.lora import LoRA, merge_state
@@ -56,7 +56,7 @@ class CheckpointWeights:
 
         Raises:
             DamagedCheckpointError: a file is not what was written.
-            ConfigError: the adapters' base is not there.
+            ConfigError: the adapters' base is not there, or another model than a `Transformer` wrote it.
         """
         state = verify(path)
         tensors = {name.removeprefix(PREFIX): t for name, t in read_tensors(path, state, "model").items()}
@@ -66,7 +66,12 @@ class CheckpointWeights:
                 base = open_weights(state["init_from"])
             except ConfigError as error:
                 raise ConfigError(*(f"{path} has adapters only: {problem}" for problem in error.problems)) from error
-        return cls(path, state, TransformerConfig.from_dict(state["config"]), tensors, base)
+        if "config" not in state:
+            raise ConfigError(f"{path} has no config: a LanguageModel writes it in on_save_checkpoint")
+        config = TransformerConfig.from_dict(state["config"])
+        if base is None:
+            _refuse_other_tensors(path, config, tensors)
+        return cls(path, state, config, tensors, base)
 
     @property
     def lora(self) -> LoRA | None:
@@ -91,6 +96,24 @@ class CheckpointWeights:
         lora = self.lora
         assert lora is not None
         return merge_state({name: self.base.load(name)} | own, lora)[name]
+
+
+def _refuse_other_tensors(path: Path, config: TransformerConfig, tensors: Mapping[str, Stored]) -> None:
+    """Raises ConfigError if a checkpoint lacks a parameter of the `Transformer` that its config describes."""
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
+    problems = []
+    for name, shape in expected.items():
+        if name not in tensors:
+            problems.append(f"{PREFIX}{name}: is missing")
+        elif tensors[name].shape != shape:
+            problems.append(f"{PREFIX}{name}: is {list(tensors[name].shape)}, and the config makes it {list(shape)}")
+    if problems:
+        raise ConfigError(
+            f"{path}: was not written by a LanguageModel, or by one that makes another model than its config says; "
+            "what wrote it has to read it:",
+            *first_of(problems),
+        )
 
 
 def open_weights(source: str | Path, runs: str | Path = "runs") -> Weights:
