@@ -162,10 +162,10 @@ class _Editor:
         if not parts or text.startswith("@") or not _names_file(text):
             return None
         advice = [f"@{text} for a part that is written in it"] if text.endswith((".yaml", ".yml")) else []
-        for name in _READ_FROM_FILES if self._find else ():
-            factory = self._find(name)
+        find = self._find
+        for name in () if find is None else _READ_FROM_FILES:
             with contextlib.suppress(ConfigError):
-                check_kind(fdl.Config(factory, path=text), slot.hint)
+                check_kind(fdl.Config(find(name), path=text), slot.hint)  # pyright: ignore[reportOptionalCall]
                 advice.append(f"{name}(path={text})")
         said = f"write {' or '.join(advice)}" if advice else "name a class, or a function that makes a part"
         return ConfigError(f"{text!r} is a file; {said}")

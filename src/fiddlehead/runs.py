@@ -218,7 +218,8 @@ class RunDirectory:
             names = [field.name for field in fields(Status)]
             known = {name: written[name] for name in names if name in written} if isinstance(written, dict) else written
             status = filled(Status, known)
-            if status.state is State.DAMAGED or max(abs(status.started), abs(status.ended or 0.0)) > _LATEST:
+            times = (status.started, status.ended or 0.0)
+            if status.state is State.DAMAGED or not all(abs(time) <= _LATEST for time in times):
                 raise ValueError(f"state={str(status.state)!r}, started={status.started}, ended={status.ended}")
         except (FileNotFoundError, NotADirectoryError):
             return None
