@@ -469,7 +469,8 @@ def write_atomically(path: Path, text: str, *, mode: int = 0o666) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # what writes, and not opens, does not say where
+        if error.errno and error.filename is None:  # what writes, and not opens, does not say where
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
