@@ -133,6 +133,8 @@ def pretrain(
         if plan.missing:
             print(f"it cannot start yet: {plan.missing}", file=sys.stderr)  # noqa: T201
         return
+    if plan.missing and not dryrun:
+        raise ConfigError(plan.missing)
     notes = [("changed", sentence) for sentence in launch.yielded(recipe, fitted)]
     notes += [("it cannot start here", missing)] if missing else []
     _show_plan(name, "in this process" if direct else where, [*plan.rows(), *notes])
@@ -141,8 +143,6 @@ def pretrain(
         if shipped:
             print(shipped.replace("shipped", "would ship"))  # noqa: T201
         return
-    if plan.missing:
-        raise ConfigError(plan.missing)
     if not yes and sys.stdin.isatty() and not typer.confirm("Start?", default=True):
         raise typer.Exit(0)
     queued = [run for run in before if _in_queue_of(run, executor)]
