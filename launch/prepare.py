@@ -14,9 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fiddlehead import trust
+from fiddlehead import damage, trust
 from fiddlehead.environment import describe_environment
-from fiddlehead import damage
 from fiddlehead.errors import ConfigError, Elsewhere, of_the_machine
 from fiddlehead.launch import code, secrets, watch
 from fiddlehead.launch.executor import Executor
@@ -233,7 +232,7 @@ def refuse_taken(run: RunDirectory, recipe: Recipe) -> None:
     try:
         earlier = Recipe.load(run.recipe, allow=recipe.names_to_allow())
     except ConfigError as error:
-        advice = "log.name={!r}: its recipe cannot be read; mend that file, or choose another name".format(run.name)
+        advice = f"log.name={run.name!r}: its recipe cannot be read; mend that file, or choose another name"
         raise ConfigError(*map(Elsewhere, error.problems), advice) from error
     differences = [
         difference
