@@ -56,15 +56,18 @@ def read_text(file: Path, limit: int = MAX_BYTES) -> str:
     return read_bytes(file, limit).decode("utf-8")
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, nan: bool = True) -> Any:
     """The value that a JSON text stands for.
+
+    Args:
+        nan: accept NaN, Infinity and -Infinity, which Python's `json` writes and the standard does not have.
 
     Raises:
         ValueError: it is not valid JSON, or has nesting or numbers that no file here needs; a JSONDecodeError says
             where it is not valid.
     """
     try:
-        value = json.loads(text, parse_int=_int)
+        value = json.loads(text, parse_int=_int, parse_constant=float if nan else _refuse_constant)
     except RecursionError:
         raise ValueError(f"nested too deep: more than {_MAX_DEPTH} levels") from None
     level = [value]
@@ -168,6 +171,10 @@ def inside(folder: Path, name: Any, named_in: Any = None) -> Path:
 def reason(error: Exception) -> str:
     """Why a file could not be read, without the name of the file."""
     return getattr(error, "strerror", None) or str(error)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not valid JSON")
 
 
 def _int(digits: str) -> int:

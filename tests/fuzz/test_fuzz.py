@@ -110,7 +110,7 @@ def test_a_value_of_another_kind_is_read_or_refused(
     [
         *({"shape": [-2, -3]}, {"shape": [2.0, 3]}, {"shape": [True, 6]}, {"shape": "23"}, {"shape": [2, 10**30]}),
         *({"data_offsets": [0, 24]}, {"data_offsets": [-24, 0]}, {"data_offsets": [32.0, 56.0]}, {"data_offsets": []}),
-        *({"dtype": []}, {"dtype": "F4"}, {"dtype": None}),
+        *({"dtype": []}, {"dtype": "F4"}, {"dtype": None}, {"extra": Raw("NaN")}, {"extra": [Raw("-Infinity")]}),
     ],
     ids=str,
 )
