@@ -29,6 +29,7 @@ from fiddlehead.models.families import FAMILIES
 from fiddlehead.models.huggingface import HuggingFaceCheckpoint
 from fiddlehead.models.safetensors_files import ToWrite, read_header, to_write, write_file
 from fiddlehead.models.tensor_map import tensor_map
+from fiddlehead.models.transformer import Transformer
 from fiddlehead.overrides import apply_overrides
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipes.tiny import tiny
@@ -210,7 +211,7 @@ def _read_run(folder: Path) -> None:
 
 
 def _checkpoint(folder: Path) -> None:
-    parameters = {"transformer.embedding.weight": torch.ones(11, 8)}
+    parameters = {f"transformer.{name}": tensor for name, tensor in Transformer(SHAPE).state_dict().items()}
     write_file(folder / "model.safetensors", to_write(parameters))
     checkpoint_folder.write_state(folder, {"config": asdict(SHAPE), "step": 1, "val_loss": None})
 

@@ -91,6 +91,8 @@ VALUES: list[tuple[str, tuple[Any, ...], Any]] = [
     ("status", (), BRACKETS),
     ("stop", ("reason",), 1),
     ("forged-checkpoint", ("config",), None),
+    ("forged-checkpoint", ("config", "num_layers"), 10**9),
+    ("forged-checkpoint", ("config", "num_moe_experts"), 10**9),
     ("forged-checkpoint", ("files",), {"../x": {}}),
     ("forged-checkpoint", ("files", "model.safetensors"), 1),
     ("checkpoint", (), BRACKETS),

@@ -100,6 +100,8 @@ class CheckpointWeights:
 
 def _refuse_other_tensors(path: Path, config: TransformerConfig, tensors: Mapping[str, Stored]) -> None:
     """Raises ConfigError if a checkpoint lacks a parameter of the `Transformer` that its config describes."""
+    if config.num_layers > len(tensors):  # before anything is made for each layer
+        raise ConfigError(f"{path}: its config has num_layers={config.num_layers}, and it has {len(tensors)} tensors")
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
     problems = []
