@@ -10,16 +10,20 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from fiddlehead import project
+from fiddlehead import project, secret_files
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import secrets
 from fiddlehead.runs import RunDirectory, write_atomically
 
 MAX_BYTES = 200_000_000
 """The most that is shipped: more is data or checkpoints, and would slow every launch."""
+SHOWN = 5
+"""How many files that were left out are named in a line."""
+HIDDEN = "hidden, and not in git's index"
+"""Why a hidden file is left out."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class CodeCopy:
     """Files that differ from the commit, deleted ones among them."""
     untracked: int = 0
     """Files that git neither tracks nor ignores."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Files that would have been shipped, but look like secrets or are hidden; the values say why."""
 
     def counterpart(self, path: Path) -> Path:
         """Where the copy has what the working tree has at `path`."""
@@ -61,18 +67,27 @@ class CodeCopy:
     def describe(self) -> str:
         """One line for the user."""
         text = f"shipped {_count(self.files, 'file')}, {_size(self.bytes)}"
-        if not self.revision:
-            return f"{text}, at no git revision"
         changes = [_count(self.modified, "modified file")] if self.modified else []
         changes += [_count(self.untracked, "new file")] if self.untracked else []
-        return f"{text}, revision {self.revision[:7]}" + (f" with {' and '.join(changes)}" if changes else "")
+        if not self.revision:
+            text += ", at no git revision"
+        else:
+            text += f", revision {self.revision[:7]}" + (f" with {' and '.join(changes)}" if changes else "")
+        return "; ".join(filter(None, (text, self.describe_left_out())))
+
+    def describe_left_out(self) -> str:
+        """What was left out, in words for the user; "" if nothing was."""
+        names = [f"{name} ({reason})" for name, reason in self.left_out.items()]
+        more = [f"{len(names) - SHOWN:,} more (code.json lists them)"] if len(names) > SHOWN else []
+        return f"left out: {', '.join([*names[:SHOWN], *more])}" if names else ""
 
 
 def ship(directory: Path, destination: Path, *, exclude: Sequence[Path] = ()) -> CodeCopy:
     """Copies the working tree that holds `directory`, as it is now, in place of an earlier copy.
 
     In a git repository that is what git tracks, with uncommitted changes, and what it does not ignore, likewise in
-    submodules. Elsewhere it is `directory` without hidden folders, caches and virtual environments. Links stay links.
+    submodules. Elsewhere it is `directory` without caches and virtual environments. Links stay links. Hidden files, and
+    files in hidden folders, are shipped only if git tracks them. What looks like a secret is never shipped.
 
     Args:
         exclude: folders to leave out, such as that of the runs.
@@ -85,14 +100,20 @@ def ship(directory: Path, destination: Path, *, exclude: Sequence[Path] = ()) ->
     root = git_root or directory
     excluded = [Path(os.path.realpath(path)) for path in (*exclude, destination.parent, secrets.folder())]
     excluded = [path for path in excluded if path not in (directory, *directory.parents)]
-    names = _git_files(root) if git_root else _plain_files(root, excluded)
-    sizes = _sizes(root, names, excluded)
+    listed = _git_files(root) if git_root else dict.fromkeys(_plain_files(root, excluded), False)
+    sizes = _sizes(root, listed, excluded)
+    left_out = {name: HIDDEN for name in sizes if _hidden(name) and not listed[name]}
+    left_out |= {name: f"looks like a secret: {found}" for name in sizes if (found := secret_files.pattern(name))}
+    sizes = {name: size for name, size in sizes.items() if name not in left_out}
     total = sum(sizes.values())
     if total > MAX_BYTES:
         raise ConfigError(_too_large(root, sizes, total))
+    keys = _files_with_keys(root, sizes)
+    sizes = {name: size for name, size in sizes.items() if name not in keys}
+    left_out |= keys
     _replace(root, destination, [*sizes], directory.relative_to(root))
-    state = _git_state(root, excluded) if git_root else ("", 0, 0)
-    copy = CodeCopy(root, destination, directory, len(sizes), total, *state)
+    state = _git_state(root, [*excluded, *(root / name for name in left_out)]) if git_root else ("", 0, 0)
+    copy = CodeCopy(root, destination, directory, len(sizes), sum(sizes.values()), *state, left_out)
     write_atomically(destination.with_name("code.json"), json.dumps(vars(copy), default=str, indent=1) + "\n")
     return copy
 
@@ -116,14 +137,36 @@ def _git_root(directory: Path) -> Path | None:
     return root
 
 
-def _git_files(root: Path) -> Iterator[str]:
-    """What git tracks or does not ignore, as paths from `root`; those of the repositories within it likewise."""
-    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    for name in dict.fromkeys(os.fsdecode(name).rstrip("/") for name in listed.split(b"\0")[:-1]):
-        if (root / name / ".git").exists():  # a submodule, or a repository that nobody has made one
-            yield from (f"{name}/{inner}" for inner in _git_files(root / name))
-        else:
-            yield name
+def _git_files(root: Path) -> dict[str, bool]:
+    """What git tracks or does not ignore, as paths from `root`, and whether git tracks it.
+
+    Of a repository within it is what that tracks or does not ignore.
+    """
+    tracked = _git(root, "ls-files", "-z", "--cached").split(b"\0")
+    new = _git(root, "ls-files", "-z", "--others", "--exclude-standard").split(b"\0")
+    files: dict[str, bool] = {}
+    for listed, is_tracked in ((new, False), (tracked, True)):
+        for name in (os.fsdecode(each).rstrip("/") for each in listed[:-1]):
+            # A submodule, or a repository that nobody has made one; a hidden one of those is somebody's cache.
+            if (root / name / ".git").exists() and (is_tracked or not _hidden(name)):
+                files |= {f"{name}/{inner}": inside for inner, inside in _git_files(root / name).items()}
+            else:
+                files[name] = is_tracked
+    return files
+
+
+def _hidden(name: str) -> bool:
+    """Whether a file, or a folder that it is in, is hidden."""
+    return any(part.startswith(".") for part in Path(name).parts)
+
+
+def _files_with_keys(root: Path, names: Iterable[str]) -> dict[str, str]:
+    """The files that have a private key in them, and that in words."""
+    try:
+        return {name: reason for name in names if (reason := secret_files.why(root, name))}
+    except PermissionError as error:
+        _refuse_unreadable(error)
+        raise
 
 
 def _git_state(root: Path, excluded: Sequence[Path]) -> tuple[str, int, int]:

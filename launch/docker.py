@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
+from fiddlehead import secret_files
 from fiddlehead.environment import cache_folder, kernel_folders
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import docker_engine as engine
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 def docker(image: str, gpus: int = 0, mounts: Sequence[str] = (), **settings: Any) -> DockerExecutor:
     """A container on this machine.
 
-    It sees the working directory and the folder of runs, both read-only, and writes to the run directory and to the
-    cache folder (`$FIDDLEHEAD_CACHE` or `~/.cache/fiddlehead`), all at their own paths.
+    It sees the working directory, with nothing in the place of secrets, and the folder of runs, both read-only. It
+    writes to the run directory and to the cache folder (`$FIDDLEHEAD_CACHE` or `~/.cache/fiddlehead`). All are at their
+    own paths.
 
     Args:
         image: what the container is made of: Python, PyTorch and this package; see the Dockerfile.
@@ -78,6 +80,11 @@ class DockerExecutor(Executor):
                 f"network={self.network!r}: NeMo-Run takes 'host' or a bridge network with a name of its own"
             )
         return problems
+
+    @property
+    def shares_environment(self) -> bool:
+        """False: what is installed is the image's."""
+        return False
 
     def devices_per_node(self) -> int:
         """How many devices the container gives the run; 0 follows `trainer.devices`."""
@@ -169,7 +176,12 @@ class DockerExecutor(Executor):
                 "mem_limit": self.memory or None,
                 # Unlike `volumes`, these may have colons in their paths, and a missing source is not made by root.
                 "mounts": [
-                    Mount(mount.target, mount.source, type="bind", read_only=mount.read_only)
+                    Mount(
+                        mount.target,
+                        mount.source or None,
+                        type="bind" if mount.source else "tmpfs",
+                        read_only=mount.read_only,
+                    )
                     for mount in _mounts(run, self.mounts)
                 ],
                 # NeMo-Run gives the container its name as the hostname, which the machine's own network cannot resolve.
@@ -202,6 +214,7 @@ def container_name(run: RunDirectory) -> str:
 
 class _Mount(NamedTuple):
     source: str
+    """"" for an empty folder."""
     target: str
     read_only: bool
 
@@ -215,6 +228,7 @@ def _mounts(run: RunDirectory, texts: Sequence[str]) -> list[_Mount]:
         raise ConfigError(f"{cache}: cannot be made: {error.strerror}; name another in FIDDLEHEAD_CACHE") from error
     mounts = [
         _Mount(str(Path.cwd()), str(Path.cwd()), True),
+        *_covers(Path.cwd(), run.path.parent),
         _Mount(str(run.path.parent), str(run.path.parent), True),
         _Mount(str(run.path), str(run.path), False),
         _Mount(str(cache), str(cache), False),
@@ -224,6 +238,27 @@ def _mounts(run: RunDirectory, texts: Sequence[str]) -> list[_Mount]:
         mounts.append(_Mount(secrets_file, secrets_file, True))
     mounts += [_parsed(text) for text in texts]
     return list({mount.target: mount for mount in mounts}.values())
+
+
+def _covers(directory: Path, runs: Path) -> list[_Mount]:
+    """What hides the files and folders below `directory` that look like secrets, by their names."""
+    covers = []
+    for folder, folders, files in os.walk(directory):
+        here = Path(folder).relative_to(directory)
+        secret = [name for name in folders if secret_files.pattern(str(here / name / "any"))]
+        covers += [_Mount("", str(directory / here / name), True) for name in secret]
+        covers += [
+            _Mount(os.devnull, str(directory / here / name), True)
+            for name in files
+            if secret_files.pattern(str(here / name)) and not (directory / here / name).is_symlink()
+        ]
+        # Packages have certificates that are no secret, and runs are kept without secrets.
+        folders[:] = [
+            name
+            for name in folders
+            if name not in (*secret, ".git", "site-packages", "dist-packages") and directory / here / name != runs
+        ]
+    return covers
 
 
 def _parsed(text: str) -> _Mount:

@@ -49,6 +49,9 @@ class Executor(ABC):
     """Shell lines that the job's script runs first on every node: `module load cuda`, `source venv/bin/activate`."""
     python: str = ""
     """The interpreter; "" is the `python` that `setup_lines` activate, or else that of the launcher."""
+    unshipped: Sequence[str] = ()
+    """Modules of the user's, with those below them, that are not missed if they are not shipped: the job's environment
+    has them, or the job never imports them."""
 
     kind: ClassVar[str]
     """What the executor is called on the command line and in a run's status."""
@@ -117,6 +120,11 @@ class Executor(ABC):
     def keeps_runs_elsewhere(self) -> bool:
         """Whether the run directories here are mirrors, without checkpoints, of those on another machine."""
         return False
+
+    @property
+    def shares_environment(self) -> bool:
+        """Whether the job sees this machine's files, and what is installed here, at their own paths."""
+        return True
 
     def devices_per_node(self) -> int:
         """How many devices each machine gives the run; 0 follows `trainer.devices`."""

@@ -16,14 +16,15 @@ import tarfile
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 
+from fiddlehead import secret_files
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch.shell import Shell
 from fiddlehead.runs import RunDirectory
 
 THEIRS = ("checkpoints", "tensorboard", "wandb", "logs", "log.txt", "metrics.csv", "scheduler.txt", "attention.json")
 """What the job writes."""
-OURS = ("job_id", "stop", ".lock", ".launcher")
-"""What is only of use here."""
+OURS = ("job_id", "stop")
+"""What is only of use here, beside hidden files."""
 FETCHED = ("status", "metrics.csv", "log.txt", "scheduler.txt", "attention.json", "tokenizer.json", "wandb_id")
 """What is brought back beside `logs`; the status first, so that of a run that has ended nothing is missed."""
 SMALL = 65536
@@ -42,7 +43,7 @@ def is_taken(shell: Shell, run: RunDirectory, place: Path) -> bool:
 
 
 def send(shell: Shell, run: RunDirectory, place: Path) -> None:
-    """Copies a run's directory to `place`: all that it takes to start the job.
+    """Copies a run's directory to `place`, which others cannot read there: all that it takes to start the job.
 
     Raises:
         ConfigError: it cannot be written there.
@@ -50,11 +51,12 @@ def send(shell: Shell, run: RunDirectory, place: Path) -> None:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
         for path in sorted(run.path.iterdir()):
-            if path.name not in (*THEIRS, *OURS):
+            private = path.name.startswith(".") or secret_files.pattern(path.name)
+            if path.name not in (*THEIRS, *OURS) and not private:
                 tar.add(path, arcname=path.name)
     there = _quoted(place)
     command = (
-        f"mkdir -p {there} && cd {there} && rm -rf code && "
+        f"umask o= && mkdir -p {there} && chmod o= {there} && cd {there} && rm -rf code && "
         f"printf '%s\\n' {shlex.quote(origin(run))} > .origin && tar --no-same-owner -xzf -"
     )
     answer = shell.ask(command, packed.getvalue())

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -17,13 +18,14 @@ from typing import Any
 from fiddlehead import damage, trust
 from fiddlehead.environment import describe_environment
 from fiddlehead.errors import ConfigError, Elsewhere, of_the_machine
-from fiddlehead.launch import code, secrets, watch
+from fiddlehead.launch import code, modules, secrets, watch
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.fit import GPU, fit_to_executor, missing_here, yielded
 from fiddlehead.launch.script import job_script
 from fiddlehead.paths import user_path, working_directory
 from fiddlehead.recipe import Recipe
 from fiddlehead.runs import (
+    PRIVATE,
     RunDirectory,
     State,
     exclusive,
@@ -75,7 +77,8 @@ def prepare(
             recipe.log.name = reserve_name(name or recipe.__fn_or_cls__.__name__, directory)
         run = RunDirectory((directory / recipe.log.name).absolute())
         new = not named or not run.path.exists()
-        run.path.mkdir(parents=True, exist_ok=True)
+        run.path.mkdir(PRIVATE, parents=True, exist_ok=True)
+        _close(run.path)
         try:
             with exclusive(run):
                 refuse_taken(run, recipe)
@@ -103,6 +106,16 @@ def prepare(
     return run, recipe
 
 
+def _close(folder: Path) -> None:
+    """Takes the permissions of others away from a run's folder, which may have been there before."""
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    if mode & stat.S_IRWXO:
+        try:
+            folder.chmod(mode & ~stat.S_IRWXO)
+        except PermissionError:
+            print(f"WARNING: others can read {folder}, and this user cannot change that")  # noqa: T201
+
+
 def rehearse(recipe: Recipe, executor: Executor, *, waits: bool = False) -> str:
     """Does all that a launch does before the job is handed over, in a folder that is then deleted.
 
@@ -122,7 +135,7 @@ def rehearse(recipe: Recipe, executor: Executor, *, waits: bool = False) -> str:
         run = RunDirectory(Path(folder) / (recipe.log.name or "rehearsal"))
         run.path.mkdir()
         executor = _fitted(executor, recipe)
-        copy = code.ship(Path.cwd(), run.code, exclude=[user_path(recipe.log.dir)]) if executor.ships_code else None
+        copy = _ship(run, recipe, executor, [user_path(recipe.log.dir)])
         write_atomically(run.script, job_script(run, executor, recipe.names_to_allow(), copy=copy), mode=0o600)
         executor.check(run)
         return copy.describe() if copy else ""
@@ -138,7 +151,9 @@ def _prepare_job(run: RunDirectory, recipe: Recipe, executor: Executor, allow: S
     """Writes what a job needs beside the recipe: its code, its secrets, its script."""
     executor = _fitted(executor, recipe)
     executor.save(run)
-    copy = code.ship(Path.cwd(), run.code, exclude=[run.path.parent]) if executor.ships_code else None
+    copy = _ship(run, recipe, executor, [run.path.parent])
+    if copy and copy.left_out:
+        print(copy.describe_left_out())  # noqa: T201
     secrets_file = executor.deliver_secrets(run, secrets.collect(executor.secrets))
     attached = executor.dies_with_launcher and not detach
     lock = run.launcher_lock if attached else None
@@ -152,6 +167,20 @@ def _prepare_job(run: RunDirectory, recipe: Recipe, executor: Executor, allow: S
     )
     write_atomically(run.script, script, mode=0o600)
     executor.check(run)
+
+
+def _ship(run: RunDirectory, recipe: Recipe, executor: Executor, exclude: Sequence[Path]) -> code.CodeCopy | None:
+    """Copies the working tree for a job that does not see it; None for one that does.
+
+    Raises:
+        ConfigError: it cannot be copied, or has not all that the recipe needs.
+    """
+    if not executor.ships_code:
+        return None
+    copy = code.ship(Path.cwd(), run.code, exclude=exclude)
+    for line in modules.check(recipe.names_to_allow(), copy, executor):
+        print(f"WARNING: {line}")  # noqa: T201
+    return copy
 
 
 def check(recipe: Recipe, *, here: bool = True, waits: bool = False) -> Any:

@@ -137,6 +137,11 @@ class SlurmExecutor(Executor):
         """Whether they are on a cluster that is reached over SSH."""
         return self.host is not None
 
+    @property
+    def shares_environment(self) -> bool:
+        """Whether the nodes run the job in what this machine has too, and not in a container or another cluster."""
+        return not self.host and not self.container
+
     def devices_per_node(self) -> int:
         """How many devices each node gives the run; 0 follows `trainer.devices`."""
         return self.ntasks_per_node or self._named_gpus()

@@ -36,7 +36,7 @@ def repository(tmp_path: Path) -> Path:
 
 def test_the_revision_is_recorded(repository: Path) -> None:
     found = describe_environment(repository)["git"]
-    assert found == {"revision": git(repository, "rev-parse", "HEAD"), "patch": "", "untracked": []}
+    assert found == {"revision": git(repository, "rev-parse", "HEAD"), "patch": "", "untracked": [], "left_out": []}
 
 
 def test_the_patch_makes_a_clean_clone_equal(repository: Path, tmp_path: Path) -> None:

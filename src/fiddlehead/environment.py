@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fiddlehead import secret_files
 from fiddlehead.errors import unknown
 from fiddlehead.paths import user_path
 
@@ -118,15 +119,40 @@ def _packages() -> dict[str, str]:
 
 
 def _git(directory: Path) -> dict[str, Any] | None:
-    """Revision, untracked files and uncommitted changes; None outside a repository."""
-    revision = _lines("git", "-C", str(directory), "rev-parse", "HEAD")
+    """Revision, untracked files and uncommitted changes; None outside a repository.
+
+    The patch is without the files that look like secrets, whose names are in `left_out`.
+    """
+    git = ("git", "-C", str(directory))
+    revision = _lines(*git, "rev-parse", "HEAD")
     if not revision:
         return None
-    patch = _output("git", "-C", str(directory), "diff", "HEAD", "--binary", "--no-ext-diff", "--no-color")
+    # Without renames, so that a file shows under both of its names; without a user's filters, which may decrypt.
+    diff = (*git, "diff", "HEAD", "--no-renames", "--no-ext-diff", "--no-textconv", "--no-color", "--no-relative")
+    diff = (*diff, "--submodule=short")
+    names = [name for name in _output(*diff, "--name-only", "-z").split("\0") if name]
+    left_out = [name for name in names if secret_files.pattern(name)]
+    left_out += sorted(_with_private_keys(git, names) - {*left_out})
+    excluded = [f":(top,literal,exclude){name}" for name in left_out]
+    patch = _output(*diff, "--binary", "--", ":(top)", *excluded) if names else ""
     if len(patch) > MAX_PATCH_BYTES:
         patch = f"not kept: {len(patch)} bytes"
-    untracked = _lines("git", "-C", str(directory), "ls-files", "--others", "--exclude-standard")
-    return {"revision": revision[0], "patch": patch, "untracked": untracked}
+    untracked = _lines(*git, "ls-files", "--others", "--exclude-standard")
+    return {"revision": revision[0], "patch": patch, "untracked": untracked, "left_out": left_out}
+
+
+def _with_private_keys(git: tuple[str, ...], names: Sequence[str]) -> set[str]:
+    """Which of the changed files have a private key in them, as they are now or as they were in the commit."""
+    if not names:
+        return set()
+    committed = _output(*git, "grep", "-lzaE", "--full-name", "-e", secret_files.PRIVATE_KEY, "HEAD", "--", ":(top)")
+    found = {name.removeprefix("HEAD:") for name in committed.split("\0")}
+    top = Path(_output(*git, "rev-parse", "--show-toplevel").removesuffix("\n"))
+    for name in names:
+        with contextlib.suppress(OSError):  # it was deleted, or is a submodule
+            if secret_files.has_private_key((top / name).read_bytes()):
+                found.add(name)
+    return found.intersection(names)
 
 
 def _lines(*command: str) -> list[str]:

@@ -37,6 +37,9 @@ _LATEST = 1e12
 HEARTBEAT, MISSING = 30.0, 600.0
 """Seconds between two signs of life of a run's process, and after how many without one it is gone."""
 
+PRIVATE = 0o770
+"""The mode of a run's folder, less the user's umask: code, patches and logs are nothing for others."""
+
 
 class State(StrEnum):
     """What has become of a run."""
@@ -408,7 +411,7 @@ def reserve_name(recipe: str, directory: str | Path = "runs") -> str:
     name = f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
     for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
         with contextlib.suppress(FileExistsError):  # another run began in the same second
-            (user_path(directory) / (name + suffix)).mkdir(parents=True)
+            (user_path(directory) / (name + suffix)).mkdir(PRIVATE, parents=True)
             return name + suffix
     raise ConfigError(f"log.name: a thousand runs called {name} began in one second; give this one a name")
 

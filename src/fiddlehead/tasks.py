@@ -18,7 +18,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.models import TransformerConfig
 from fiddlehead.numbers import is_whole
 from fiddlehead.paths import user_path
-from fiddlehead.runs import RunDirectory, find_run, reserve_name, write_atomically
+from fiddlehead.runs import PRIVATE, RunDirectory, find_run, reserve_name, write_atomically
 from fiddlehead.training import Checkpoint, LanguageModel, Log, NonFiniteError, Parallel, attention
 from fiddlehead.training.attention_calls import calls_of
 from fiddlehead.training.checkpoint import restore_progress
@@ -95,7 +95,7 @@ def pretrain(
     say(f"run {run.path}: {'starts anew' if start is None else f'continues from {start}'}")
 
     with process_restored():
-        run.path.mkdir(parents=True, exist_ok=True)
+        run.path.mkdir(PRIVATE, parents=True, exist_ok=True)
         if model.compile_mode is not None or optim.compiles(str(trainer.precision)):
             keep_compiled_kernels()
         _record_attention(run, plan, trainer.strategy.root_device)

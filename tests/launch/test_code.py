@@ -129,7 +129,7 @@ def test_submodules_travel_with_their_changes(tree: Path, run: RunDirectory, tmp
     ship(tree, run.code)
     assert content(run.code) == {
         ".gitmodules", "train.py", "stray/train.py",
-        "third party/.gitmodules", "third party/.gitignore", "third party/train.py", "third party/new.py",
+        "third party/.gitmodules", "third party/train.py", "third party/new.py",
         "third party/deep/train.py",
     }  # fmt: skip
     assert (run.code / "third party" / "deep" / "train.py").read_text() == "edited\n"
@@ -193,7 +193,7 @@ def test_without_git_it_is_the_folder(tmp_path: Path, run: RunDirectory) -> None
     (folder / "linked").symlink_to("recipes")
     os.mkfifo(folder / "pipe")
     ship(folder, run.code, exclude=[folder / "runs"])
-    assert content(run.code) == {"train.py", ".env", "recipes/mine.py", "linked"}
+    assert content(run.code) == {"train.py", "recipes/mine.py", "linked"}
 
 
 def test_too_much_is_refused_with_the_largest(tree: Path, run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
