@@ -179,7 +179,7 @@ def _git_state(root: Path, excluded: Sequence[Path]) -> tuple[str, int, int]:
         elif line.startswith(("1 ", "u ")):
             modified += 1
         elif line.startswith("? "):
-            untracked += not _within(root / line[2:], *excluded)
+            untracked += not (_hidden(line[2:]) or _within(root / line[2:], *excluded))
     return revision, modified, untracked
 
 

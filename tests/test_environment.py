@@ -69,6 +69,33 @@ def test_a_huge_patch_is_not_kept(repository: Path, monkeypatch: pytest.MonkeyPa
     assert describe_environment(repository)["git"]["patch"].startswith("not kept: ")
 
 
+def test_a_secret_is_not_in_the_patch(repository: Path, tmp_path: Path) -> None:
+    """By its name or its content; where only its middle has changed, too, or it is deleted, renamed or in a filter."""
+    header, lines = "-----BEGIN " + "PRIVATE KEY-----\n", "".join(f"line {number}\n" for number in range(30))
+    for name in (".env", "gone.env", "deploy/id_rsa", "moved.pem"):
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_text("token=before\n")
+    for name in ("notes.txt", "was_key.txt"):
+        (repository / name).write_text(header + lines)
+    (repository / ".gitattributes").write_text("*.txt diff=shown\n")
+    git(repository, "config", "diff.shown.textconv", "sed s/line/decrypted/")
+    git(repository, "add", "--force", ".")
+    git(repository, "commit", "--quiet", "-m", "secrets")
+    (repository / ".env").write_text("token=after\n")
+    (repository / "gone.env").unlink()
+    (repository / "deploy" / "id_rsa").write_text("token=after\n")
+    git(repository, "mv", "moved.pem", "moved.key")
+    (repository / "notes.txt").write_text(header + lines.replace("line 20", "token=after"))
+    (repository / "was_key.txt").write_text("token=after")
+    (repository / "train.py").write_text("lr = 2\n")
+    for directory in (repository, repository / "deploy"):
+        found = describe_environment(directory)["git"]
+        assert "+lr = 2" in found["patch"] and "token" not in found["patch"] and "decrypted" not in found["patch"]
+        assert sorted(found["left_out"]) == [
+            ".env", "deploy/id_rsa", "gone.env", "moved.key", "moved.pem", "notes.txt", "was_key.txt"
+        ]  # fmt: skip
+
+
 def test_there_may_be_no_repository_and_no_git(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,8 +25,10 @@ def test_secrets_are_known_by_their_names(path: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["train.py", "env.py", "environment.yml", "credentials.py", "keys.py", "key/value.txt", "monkey.txt", ".github/ci.yml",
-     ".gitignore", "tokenizer.json", "service.json", "netrc.md"],
+    [
+        "train.py", "env.py", "environment.yml", "credentials.py", "keys.py", "key/value.txt", "monkey.txt",
+        ".github/ci.yml", ".gitignore", "tokenizer.json", "service.json", "netrc.md",
+    ],
 )  # fmt: skip
 def test_other_files_are_not_taken_for_secrets(path: str) -> None:
     assert secret_files.pattern(path) == ""

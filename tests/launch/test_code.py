@@ -185,7 +185,16 @@ def test_before_the_first_commit(tmp_path: Path, run: RunDirectory) -> None:
 
 def test_without_git_it_is_the_folder(tmp_path: Path, run: RunDirectory) -> None:
     folder = tmp_path / "plain"
-    for name in ("train.py", ".env", "recipes/mine.py", ".cache/x", "recipes/__pycache__/x.pyc", "runs/b/log.txt"):
+    for name in (
+        "train.py",
+        ".env",
+        ".hidden",
+        "deploy/a.pem",
+        "recipes/mine.py",
+        ".cache/x",
+        "recipes/__pycache__/x.pyc",
+        "runs/b/log.txt",
+    ):
         write(folder / name)
     write(folder / "venv" / "pyvenv.cfg")
     write(folder / "venv" / "lib" / "large.so")
@@ -194,6 +203,38 @@ def test_without_git_it_is_the_folder(tmp_path: Path, run: RunDirectory) -> None
     os.mkfifo(folder / "pipe")
     ship(folder, run.code, exclude=[folder / "runs"])
     assert content(run.code) == {"train.py", "recipes/mine.py", "linked"}
+
+
+def test_hidden_files_are_shipped_only_if_git_tracks_them(tree: Path, run: RunDirectory) -> None:
+    write(tree / ".github" / "ci.yml")
+    write(tree / ".gitignore", "*.tmp\n")
+    git(tree, "add", ".github")
+    for name in (".config", ".idea/workspace.xml", "src/.cache/a.py", ".gone.tmp", "new.py"):
+        write(tree / name)
+    repository(tree / ".cache" / "hub")  # of somebody's downloads
+    copy = ship(tree, run.code)
+    assert content(run.code) == {".github/ci.yml", "train.py", "new.py"} and copy.untracked == 1
+    assert sorted(copy.left_out) == [".config", ".gitignore", ".idea/workspace.xml", "src/.cache/a.py"]
+    assert ".config (hidden, and not in git's index)" in copy.describe()
+    assert shipped(run) == copy
+
+
+def test_what_looks_like_a_secret_is_not_shipped_though_git_tracks_it(tree: Path, run: RunDirectory) -> None:
+    key = "-----BEGIN RSA " + "PRIVATE KEY-----\nMII\n"
+    for name in (".env", "deploy/prod.env", ".netrc", "id_rsa", "a.pem", "credentials.json", ".aws/config"):
+        write(tree / name)
+    write(tree / "notes.txt", key)
+    write(tree / "account.json", f'{{"private_key": "{key.strip()}"}}'.replace("\n", "\\n"))
+    git(tree, "add", "--force", ".")
+    (tree / "link.txt").symlink_to(".env")
+    copy = ship(tree, run.code)
+    assert content(run.code) == {"train.py", "link.txt"} and not (run.code / "link.txt").exists()
+    assert len(copy.left_out) == 9 and copy.files == 2
+    described = copy.describe()
+    assert "; left out: " in described and "4 more (code.json lists them)" in described
+    assert copy.left_out[".env"] == "looks like a secret: .env*"
+    assert copy.left_out["notes.txt"] == "has a private key in it"
+    assert "MII" not in "".join(path.read_text() for path in run.path.rglob("*") if path.is_file())
 
 
 def test_too_much_is_refused_with_the_largest(tree: Path, run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:

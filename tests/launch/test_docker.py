@@ -30,7 +30,7 @@ import pytest
 import fiddlehead
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import docker_engine, secrets, watch
-from fiddlehead.launch.docker import DockerExecutor, container_name, docker
+from fiddlehead.launch.docker import DockerExecutor, _mounts, container_name, docker
 from fiddlehead.runs import RunDirectory, State, Status, StopRequest, this_process, write_atomically
 from fiddlehead.training.checkpoint_folder import newest_good
 
@@ -83,6 +83,25 @@ def test_names_are_those_of_containers_and_hosts(name, tmp_path):
 def test_a_mount_that_is_none(text, run):
     with pytest.raises(ConfigError, match=r"executor\.mounts: .* is not SOURCE\[:TARGET\]\[:ro\]"):
         docker(IMAGE, mounts=[text]).check(run)
+
+
+def test_secrets_in_the_working_directory_are_covered(run, working_directory):
+    """Unless the user mounts one: of two mounts in one place that counts. The folder of runs has none."""
+    for name in (".env", "deploy/key.pem", "train.py", ".aws/config", "lib/site-packages/cacert.pem", ".git/a.pem"):
+        (working_directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (working_directory / name).touch()
+    inside = RunDirectory(working_directory / "runs" / "a")
+    (inside.path / "old").mkdir(parents=True)
+    (inside.path / "old" / "x.pem").touch()
+    found = {mount.target: mount.source for mount in _mounts(inside, [])}
+    covered = {target: source for target, source in found.items() if source in ("", os.devnull)}
+    assert covered == {
+        str(working_directory / ".env"): os.devnull,
+        str(working_directory / "deploy" / "key.pem"): os.devnull,
+        str(working_directory / ".aws"): "",
+    }
+    env = str(working_directory / ".env")
+    assert {mount.target: mount.source for mount in _mounts(inside, [f"{env}:ro"])}[env] == env
 
 
 def test_an_engine_that_is_not_there(run, monkeypatch, capsys):

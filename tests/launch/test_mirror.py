@@ -8,6 +8,8 @@ import pytest
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import mirror
+from fiddlehead.launch.shell import Shell
+from fiddlehead.runs import RunDirectory
 
 
 def test_what_is_sent_is_stored_where_it_belongs(tmp_path: Path) -> None:
@@ -43,3 +45,26 @@ def test_a_file_that_no_run_has_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="which no run has"):
         mirror._store(tmp_path, name, 0, 0, b"evil")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_what_is_sent_is_for_the_user_only_and_has_no_secret(before: bool, tmp_path: Path) -> None:
+    run, place = RunDirectory(tmp_path / "runs" / "a"), tmp_path / "there" / "a"
+    for name in (
+        "recipe.yaml",
+        "code/train.py",
+        "code/.github/ci.yml",
+        ".env",
+        ".netrc",
+        "server.pem",
+        "job_id",
+        ".lock",
+    ):
+        (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / name).write_text("x")
+    if before:
+        place.mkdir(parents=True, mode=0o755)
+    mirror.send(Shell(), run, place)
+    sent = {str(file.relative_to(place)) for file in place.rglob("*") if file.is_file()}
+    assert sent == {"recipe.yaml", "code/train.py", "code/.github/ci.yml", ".origin"}
+    assert place.stat().st_mode & 0o707 == 0o700

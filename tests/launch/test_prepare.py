@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import fiddle as fdl
 import pytest
 
 from fiddlehead.cli.common import configure_executor
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import check, fit_to_executor, launch, missing_here, rehearse, yielded
+from fiddlehead.launch import slurm as slurm_module
 from fiddlehead.launch.docker import docker
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.local import local
-from fiddlehead.launch.prepare import refuse_taken
+from fiddlehead.launch.prepare import prepare, refuse_taken
 from fiddlehead.launch.shell import Answer
 from fiddlehead.launch.slurm import slurm
 from fiddlehead.launch.watch import load_executor
@@ -293,4 +297,43 @@ def test_what_is_refused_leaves_no_directory(working_directory: Path, monkeypatc
         launch(recipe, slurm(secrets=["NOT_THERE"]))
     with pytest.raises(ConfigError, match="there is no sbatch"):
         rehearse(recipe, slurm())
+    assert not list((working_directory / "runs").glob("*"))
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o750), (0o077, 0o700), (0o000, 0o770), (0o002, 0o770)])
+@pytest.mark.parametrize("name", ["a", None])
+def test_a_run_is_closed_to_others(name: str | None, umask: int, mode: int, working_directory: Path):
+    recipe = tiny_test()
+    recipe.log.name = name
+    before = os.umask(umask)
+    try:
+        run, fitted = prepare(recipe, None)
+        assert run.path.stat().st_mode & 0o777 == mode
+        run.write_status(Status(State.SUCCEEDED))
+        run.path.chmod(0o2755)  # it was made by another version, in a folder whose group is inherited
+        prepare(fitted, None)
+        assert run.path.stat().st_mode & 0o7777 == 0o2750
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("start", [launch, rehearse])
+def test_a_module_that_is_not_shipped_is_refused_before_the_cluster_is_asked(
+    start, working_directory: Path, monkeypatch: pytest.MonkeyPatch
+):
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    (working_directory / ".gitignore").write_text("/unshipped_a.py\n")
+    (working_directory / "unshipped_a.py").write_text("from fiddlehead.training.optim import AdamW\nclass Mine(AdamW): ...\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(working_directory)])
+    monkeypatch.setattr(slurm_module.SlurmExecutor, "check", lambda *_: pytest.fail("the cluster was asked"))
+    recipe = tiny_test()
+    recipe.log.name = "a"
+    recipe.optim = fdl.Config(importlib.import_module("unshipped_a").Mine, lr=1e-3)
+    try:
+        with pytest.raises(
+            ConfigError, match=r"^module unshipped_a .* the recipe names it: git ignores it \(\.gitignor"
+        ):
+            start(recipe, slurm())
+    finally:
+        del sys.modules["unshipped_a"]
     assert not list((working_directory / "runs").glob("*"))
