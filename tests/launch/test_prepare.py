@@ -323,7 +323,8 @@ def test_a_module_that_is_not_shipped_is_refused_before_the_cluster_is_asked(
 ):
     subprocess.run(["git", "init", "--quiet"], check=True)
     (working_directory / ".gitignore").write_text("/unshipped_a.py\n")
-    (working_directory / "unshipped_a.py").write_text("from fiddlehead.training.optim import AdamW\nclass Mine(AdamW): ...\n")
+    source = "from fiddlehead.training.optim import AdamW\nclass Mine(AdamW): ...\n"
+    (working_directory / "unshipped_a.py").write_text(source)
     monkeypatch.setattr(sys, "path", [*sys.path, str(working_directory)])
     monkeypatch.setattr(slurm_module.SlurmExecutor, "check", lambda *_: pytest.fail("the cluster was asked"))
     recipe = tiny_test()
