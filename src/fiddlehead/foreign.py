@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -156,6 +157,8 @@ def inside(folder: Path, name: Any, named_in: Any = None) -> Path:
     file = folder / name
     try:
         home, target = folder.resolve(), file.resolve()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            file.lstat()  # which notices what `resolve` does not
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle; a name too long, or not Unicode
         raise ConfigError(Elsewhere(f"{file} cannot be read: {reason(error)}")) from error
     roots = [home]
