@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import sys
 import time
@@ -12,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
-from fiddlehead import job, workers
+from fiddlehead import job, locks, workers
 from fiddlehead.errors import FULL_DISK, ConfigError, RunError, of_the_machine
 from fiddlehead.launch import secrets, watch
 from fiddlehead.launch.executor import Executor
@@ -149,7 +148,7 @@ def start(
 def alive(run: RunDirectory) -> Iterator[None]:
     """Holds the lock by which a job that dies with its launcher knows that this one is there; the kernel lets go."""
     with run.launcher_lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        locks.wait_for(file)
         yield
 
 

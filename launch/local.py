@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch.executor import Executor
 from fiddlehead.paths import user_path
+from fiddlehead.processes import is_running
 from fiddlehead.processes import started as process_started
-from fiddlehead.runs import RunDirectory, State, Status, alive, is_here, way_out
+from fiddlehead.runs import MISSING, RunDirectory, State, Status, alive, is_here, last_heard_of, way_out
 
 if TYPE_CHECKING:
     from nemo_run import Experiment
@@ -39,7 +41,7 @@ def local(ntasks_per_node: int = 0, **settings: Any) -> LocalExecutor:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalExecutor(Executor):
-    """Processes on this machine. A job's id is its process's number and when that began, in clock ticks since boot."""
+    """Processes on this machine. A job's id is its process's number and start, as `processes.started` has it."""
 
     nodes: int = 1
 
@@ -109,7 +111,8 @@ class LocalExecutor(Executor):
         if not is_here(status):
             raise ConfigError(f"run {run.name!r} is on {status.host}, and can be killed there only; {way_out(run)}")
         if status.state is State.PENDING:
-            pid = _job(run)
+            pid, running = _job(run)
+            pid = pid if running else 0
         else:
             pid = status.pid if alive(run, status) else 0
         if pid:
@@ -124,11 +127,14 @@ def _state(run: RunDirectory) -> Status | None:
     status = run.written_status()
     if status is None or status.state is not State.PENDING or not is_here(status):
         return run.status()
-    submitted = run.submitted
-    if submitted and _job(run):
+    if not run.submitted:
+        return run.status_of_launch()
+    _, running = _job(run)
+    if running is None:
+        running = time.time() - last_heard_of(run, status) < MISSING
+    if running:
         return status
-    after = run.written_status()  # it may have begun, and even ended, since it was read
-    if not submitted or after != status:
+    if run.written_status() != status:  # it has begun, and may have ended, since it was read
         return run.status()
     if run.stop_requested_since_submission():
         return replace(status, state=State.CANCELLED, ended=time.time(), reason="cancelled before it began")
@@ -137,13 +143,14 @@ def _state(run: RunDirectory) -> Status | None:
     return replace(status, state=State.DIED, ended=time.time(), reason="its process is gone, before the job began")
 
 
-def _job(run: RunDirectory) -> int:
-    """The number of the process that was started for a run; 0 if it is gone: the number may since be another's.
+def _job(run: RunDirectory) -> tuple[int, bool | None]:
+    """The number of the process that was started for a run, and whether it runs; None if the system does not say.
 
-    What the process is called says nothing while it becomes one program after the other.
+    The number may since be another's. What the process is called says nothing while it becomes one program after the
+    other.
     """
-    pid, _, started = run.job_id.partition(":")
-    return int(pid) if pid.isdecimal() and process_started(int(pid)) == int(started or -1) else 0
+    match = re.fullmatch(r"(\d+):(\d+)", run.job_id)
+    return (int(match[1]), is_running(int(match[1]), int(match[2]))) if match else (0, False)
 
 
 _experiments: list[Experiment] = []

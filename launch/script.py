@@ -24,7 +24,7 @@ def job_script(
     secrets_file: str = "",
     lock: Path | None = None,
 ) -> str:
-    """The text of `run.script`: bash 4.2 or later; `bash RUN/job.sh` repeats the run by hand.
+    """The text of `run.script`: for the bash 3.2 of macOS, too; `bash RUN/job.sh` repeats the run by hand.
 
     What a node prints is appended to the run's log (other nodes: `logs/node-K.txt`) under a line that says when and
     where it started. Variables arrive as they are, whatever characters are in them.
@@ -97,7 +97,7 @@ exec < /dev/null >> "$_log" 2>&1 || exit 1
 # An attempt that was killed may have left half a line.
 if [ -n "$(tail -c 1 "$_log")" ]; then echo; fi
 {where}
-printf '=== started %(%Y-%m-%dT%H:%M:%S%z)T on %s (%s)\\n' -1 "$HOSTNAME" "$_where"
+echo "=== started $(date +%Y-%m-%dT%H:%M:%S%z) on $HOSTNAME ($_where)"
 """
 
 _SECRETS = """\
@@ -148,7 +148,7 @@ def _variables(executor: Executor, lock: str) -> str:
     ]
     lines += [f"export {name}={quote(value)}" for name, value in executor.env_vars.items()]
     if lock:
-        # Nobody holds it when the script is run by hand.
+        # Nobody holds it when the script is run by hand. macOS has no `flock`: there the job looks.
         lines.append(f"if ! flock --nonblock {lock} true 2> /dev/null; then export FIDDLEHEAD_LAUNCHER_LOCK={lock}; fi")
     requeues = getattr(executor, "requeues", 0)
     if requeues:

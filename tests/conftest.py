@@ -12,6 +12,7 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 
+from tests.macs import a_mac as a_mac
 from tests.start import sitecustomize
 
 # The processes that tests start, and those that these start, do the same first.

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
-import fcntl
 import importlib
 import io
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,9 +23,9 @@ from typing import Any
 import fiddle as fdl
 import pytest
 
-from fiddlehead import outcomes, preflight, workers
+from fiddlehead import locks, outcomes, preflight, workers
 from fiddlehead.errors import ConfigError, StopRequested
-from fiddlehead.job import execute
+from fiddlehead.job import LAUNCHER_LOCK, _launcher_lock, execute
 from fiddlehead.recipes.tiny import tiny_test
 from fiddlehead.runs import RunDirectory, State, Status, StopRequest, this_process
 
@@ -319,11 +319,25 @@ def test_the_stop_file_stops_it_and_says_why(make: Make) -> None:
     assert job.status.state is State.CANCELLED and job.status.reason.endswith("which is saved: cancelled by me")
 
 
+@pytest.mark.parametrize("has_flock", [True, False])
+def test_by_hand_there_is_no_launcher_to_end_with(tmp_path: Path, monkeypatch, has_flock: bool) -> None:
+    """The script looks for it with `flock`, and where there is none, as on macOS, the job does."""
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}" if has_flock else None)
+    monkeypatch.delenv(LAUNCHER_LOCK, raising=False)
+    assert _launcher_lock() is None
+    lock = tmp_path / "lock"
+    monkeypatch.setenv(LAUNCHER_LOCK, str(lock))
+    with lock.open("w") as file:
+        locks.wait_for(file)
+        assert _launcher_lock() == lock
+    assert _launcher_lock() == (lock if has_flock else None)  # with `flock`, a launcher was there a moment ago
+
+
 @pytest.mark.slow
 def test_it_stops_when_its_launcher_is_gone(make: Make, tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        locks.wait_for(file)
         job = make(variables={"FIDDLEHEAD_LAUNCHER_LOCK": str(lock)}).start().at_step(2)
     assert job.end() == (130,)
     assert job.status.state is State.CANCELLED and job.status.reason.endswith("its launcher is gone")

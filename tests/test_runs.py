@@ -150,6 +150,48 @@ def test_a_run_shows_that_it_lives(run: RunDirectory, monkeypatch: pytest.Monkey
             time.sleep(0.01)
 
 
+@pytest.mark.parametrize("boot", ["", "another-boot"])
+def test_where_the_boot_is_not_known_a_run_is_not_taken_for_one_before_it(
+    run: RunDirectory, boot: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the time that a run elsewhere has, and then it is gone."""
+    monkeypatch.setattr(runs, "this_boot", lambda: "")
+    monkeypatch.setattr(runs, "this_machine", lambda: "")
+    host = "before" if not boot else socket.gethostname()
+    words = replace(this_process(1, "direct"), host=host, machine=boot, pid=2**30)
+    run.write_status(words)
+    assert run.status().state is State.RUNNING  # type: ignore[union-attr]
+    run.write_status(replace(words, started=time.time() - runs.MISSING - 60))
+    assert run.status().state is State.DIED  # type: ignore[union-attr]
+
+
+def test_a_process_that_the_system_hides_runs_while_it_holds_the_lock(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "is_running", lambda pid, began: None)
+    run.write_status(replace(this_process(1, "direct"), pid=2**30))
+    with runs.exclusive(run):
+        assert run.status().state is State.RUNNING  # type: ignore[union-attr]
+    assert run.status().state is State.DIED  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("state", [State.RUNNING, State.SUCCEEDED])
+def test_a_run_that_goes_on_or_ends_while_it_is_looked_at_has_not_died(
+    run: RunDirectory, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process writes how it ended and is gone, after its status was read and before its process is looked for."""
+    run.write_status(replace(this_process(1, "local"), state=State.PENDING, pid=2**30))
+    after, alive = replace(this_process(1, "local"), state=state), runs.alive
+
+    def later(run: RunDirectory, status: Status) -> bool:
+        if status.state is State.PENDING:
+            run.write_status(after)
+        return alive(run, status)
+
+    monkeypatch.setattr(runs, "alive", later)
+    assert run.status() == after
+
+
 @pytest.mark.parametrize("state", [State.SUCCEEDED, State.FAILED, State.CANCELLED])
 def test_what_has_ended_stays_as_it_ended(run: RunDirectory, state: State) -> None:
     run.write_status(replace(this_process(1, "local"), state=state, pid=2**30))
@@ -158,19 +200,6 @@ def test_what_has_ended_stays_as_it_ended(run: RunDirectory, state: State) -> No
 
 def test_three_states_are_not_ends() -> None:
     assert {state for state in State if not state.ended} == {State.PENDING, State.RUNNING, State.INTERRUPTED}
-
-
-def test_a_process_may_have_any_name(tmp_path: Path) -> None:
-    """/proc/PID/stat has the name in parentheses, and the fields are counted after it."""
-    program = tmp_path / "a) Z 1 (b"
-    program.symlink_to("/bin/sleep")
-    child = subprocess.Popen([program, "60"])
-    try:
-        here, there = processes.started(os.getpid()), processes.started(child.pid)
-        assert here is not None and there is not None and here <= there < here + 10**7
-    finally:
-        child.kill()
-        child.wait()
 
 
 # -- files

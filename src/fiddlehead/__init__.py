@@ -8,4 +8,9 @@ Importing this package imports nothing heavy; take what you need from its module
 - `fiddlehead.tasks`: what a recipe configures
 """
 
+import sys
+
+if sys.platform == "win32":
+    sys.exit("error: fiddlehead runs on Linux and macOS; on Windows, use the Windows Subsystem for Linux")
+
 __version__ = "0.1.0"

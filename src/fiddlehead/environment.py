@@ -14,9 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fiddlehead import secret_files
 from fiddlehead.errors import unknown
 from fiddlehead.paths import user_path
+from fiddlehead.processes import sysctl
 
 MAX_PATCH_BYTES = 2_000_000
 WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
@@ -51,7 +54,7 @@ def describe_environment(directory: Path) -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": _lines("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"),
     }
 
@@ -99,12 +102,14 @@ def describe_gpus() -> list[dict[str, Any]]:
 
 
 def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
+    """What the processor is called: by Linux, by macOS, or else its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    return platform.processor()
+    except OSError:
+        pass
+    return sysctl("machdep.cpu.brand_string") or platform.processor()
 
 
 def _packages() -> dict[str, str]:

@@ -15,9 +15,9 @@ if __name__ == "__main__" and not sys.flags.safe_path:
 
 import argparse
 import contextlib
-import fcntl
 import gc
 import os
+import shutil
 import threading
 import time
 import traceback
@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fiddlehead import outcomes, preflight, signals, workers
+from fiddlehead import locks, outcomes, preflight, signals, workers
 from fiddlehead.errors import FULL_DISK, ConfigError, RunError, StopRequested, of_the_machine
 from fiddlehead.runs import RunDirectory, State, Status, StopRequest, exclusive, showing_life, this_process
 
@@ -61,8 +61,8 @@ def _run(argv: Sequence[str]) -> int:
     run = RunDirectory(arguments.recipe.resolve().parent)
 
     def work() -> None:
-        if workers.is_first() and LAUNCHER_LOCK in os.environ:
-            threading.Thread(target=_outlive, args=(run, Path(os.environ[LAUNCHER_LOCK])), daemon=True).start()
+        if workers.is_first() and (lock := _launcher_lock()):
+            threading.Thread(target=_outlive, args=(run, lock), daemon=True).start()
         preflight.check(run, arguments.allow)
         nodes, devices = workers.size(run)
         rank = workers.this_rank(nodes, devices)
@@ -225,10 +225,19 @@ def _print_error(text: str) -> None:
     _print(f"error: {text}", error=True)
 
 
+def _launcher_lock() -> Path | None:
+    """What the launcher that this job is to end with keeps locked; None if there is none."""
+    if LAUNCHER_LOCK not in os.environ:
+        return None
+    lock = Path(os.environ[LAUNCHER_LOCK])
+    # Without `flock`, the job's script could not see that nobody holds it: then it was run by hand.
+    return lock if shutil.which("flock") or locks.is_taken(lock) else None
+
+
 def _outlive(run: RunDirectory, lock: Path) -> None:
     """Waits until the launcher, which holds the lock for as long as it lives, is gone; then stops the run."""
     with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        locks.wait_for(file)
     status = run.written_status()
     if status is not None and status.state.ended:  # so the launcher may go, while this process shuts down
         return

@@ -1,40 +1,109 @@
-"""Which process is which: by what survives when a machine gets another name, and a number is used again."""
+"""What the system says of processes: which is which, when a number is used again and a machine gets another name."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
+import subprocess
+import threading
+import time
 from functools import cache
 from pathlib import Path
+
+import psutil
 
 
 @cache
 def this_machine() -> str:
     """What tells where a process number means what it means here: the boot of the kernel, and the PID namespace.
 
-    A machine that is renamed keeps it; a container or a pod has one of its own; "" where there is no /proc.
+    A machine that is renamed keeps it; a container or a pod has one of its own. macOS has no namespaces, so there it is
+    `this_boot`; "" where that is not known.
     """
     try:
         return f"{this_boot()}/{Path('/proc/self/ns/pid').readlink().name}"
     except OSError:
-        return ""
+        return this_boot()
 
 
 @cache
 def this_boot() -> str:
-    """What this machine's kernel and all containers on it have in common until it starts again; "" without /proc."""
+    """What this machine's kernel and all containers on it have in common until it starts again; "" if not known."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
+        return sysctl("kern.bootsessionuuid")
+
+
+def sysctl(name: str) -> str:
+    """A value of macOS's kernel; "" where there is none of this name."""
+    try:
+        done = subprocess.run(["sysctl", "-n", name], capture_output=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
         return ""
+    return done.stdout.decode(errors="replace").strip()
 
 
 def started(pid: int) -> int | None:
-    """When process `pid` began, in clock ticks since boot; None if there is none, or only a zombie.
+    """When process `pid` began, in clock ticks; None if there is none, or only a zombie, and 0 if it is hidden.
 
-    It is known from the first moment of a process, and stays the same when it becomes another program.
+    It is known from the first moment of a process, and stays the same when it becomes another program. On Linux it is
+    counted from boot, and elsewhere from the epoch: neither changes when the clock is set.
     """
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
+    if pid <= 0:
         return None
-    fields = text.rpartition(")")[2].split()  # the name in parentheses may hold anything
-    return None if fields[0] == "Z" else int(fields[19])
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        # On Linux, the system counts from boot, and psutil adds the time of that.
+        began = process.create_time() - (psutil.boot_time() if psutil.LINUX else 0.0)
+    except psutil.AccessDenied:
+        return 0
+    except psutil.NoSuchProcess:  # or a zombie
+        return 0 if _is_hidden(pid) else None
+    return round(began * os.sysconf("SC_CLK_TCK"))
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether a process is another user's, and the system shows nothing more of it."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return False
+
+
+def is_running(pid: int, began: int) -> bool | None:
+    """Whether the process `pid` that `started` at `began` runs; None if the system does not say."""
+    now = started(pid)
+    if now is None:
+        return False
+    return now == began if now and began else None
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may use; where the system does not restrict it, how many there are."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def die_with_parent(parent: int) -> None:
+    """From now on this process is killed when its parent, which is process `parent`, ends."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    else:  # macOS
+
+        def watch() -> None:
+            while os.getppid() == parent:
+                time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=watch, daemon=True).start()
+    if os.getppid() != parent:
+        os._exit(1)  # it was gone before

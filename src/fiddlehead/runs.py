@@ -8,7 +8,6 @@ or moved is still the whole run.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -22,11 +21,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from fiddlehead import locks
 from fiddlehead.errors import FULL_DISK, ConfigError, unknown
 from fiddlehead.foreign import filled, read_json, reason
 from fiddlehead.paths import user_path
+from fiddlehead.processes import is_running, this_boot, this_machine
 from fiddlehead.processes import started as process_started
-from fiddlehead.processes import this_boot, this_machine
 
 MAX_METRICS_READ = 2**20
 """How much of the end of `metrics.csv` is read for its newest values, in bytes: some eight thousand rows."""
@@ -73,7 +73,7 @@ class Status:
     """`this_machine` of the process, by which it is found when the host has another name."""
     pid: int = 0
     process_started: int = 0
-    """Clock ticks since boot when the process began: a pid alone may since belong to another process."""
+    """When the process began, as `processes.started` says: a pid alone may since belong to another process."""
     attempt: int = 1
     started: float = 0.0
     ended: float | None = None
@@ -205,10 +205,20 @@ class RunDirectory:
     def status(self) -> Status | None:
         """What the status file says, corrected by a look at the process; None before the run was submitted."""
         status = self.written_status()
-        if status and not status.state.ended and not alive(self, status):
-            where = "" if is_here(status) else f" of {status.host}"
-            return replace(status, state=State.DIED, reason=status.reason or f"process {status.pid}{where} is gone")
+        while status and not status.state.ended and not alive(self, status):
+            before, status = status, self.written_status()
+            if status == before:  # else it has begun or ended since it was read
+                where = "" if is_here(before) else f" of {before.host}"
+                return replace(before, state=State.DIED, reason=before.reason or f"process {before.pid}{where} is gone")
         return status
+
+    def status_of_launch(self) -> Status | None:
+        """Like `status`, for a run that was not submitted when it was looked at.
+
+        If it was submitted since then, its launcher may be gone, and that says nothing of the job.
+        """
+        found = self.status()
+        return self.written_status() if self.submitted else found
 
     def written_status(self) -> Status | None:
         """What the status file says.
@@ -341,14 +351,10 @@ def exclusive(run: RunDirectory, patience: float = 1.0) -> Iterator[None]:
     """
     deadline = time.monotonic() + patience
     with run.lock.open("a") as file:  # opened for writing anew it would seem to have been touched
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise ConfigError(f"log.name={run.name!r} is running: another process holds {file.name}") from None
-                time.sleep(0.1)
+        while not locks.take(file):
+            if time.monotonic() >= deadline:
+                raise ConfigError(f"log.name={run.name!r} is running: another process holds {file.name}")
+            time.sleep(0.1)
         os.utime(run.lock)
         yield
 
@@ -493,28 +499,22 @@ def alive(run: RunDirectory, status: Status) -> bool:
     One that cannot be looked at from here runs if it holds the run's lock. Where it does not, it is gone if it would
     have to share the lock with this machine, or if it has not touched the lock for `MISSING` seconds.
     """
-    if is_here(status):
-        return process_started(status.pid) == status.process_started
+    if is_here(status) and (known := is_running(status.pid, status.process_started)) is not None:
+        return known
     if is_locked(run):
         return True
     boot = status.machine.partition("/")[0]
-    if boot and boot != this_boot() and status.host == socket.gethostname():
-        return False  # it was this machine, which has started again since
-    if boot and boot == this_boot() and status.state is not State.PENDING:  # before it begins, a run is not locked
-        return False
+    if boot and this_boot():
+        if boot != this_boot() and status.host == socket.gethostname():
+            return False  # it was this machine, which has started again since
+        if boot == this_boot() and status.state is not State.PENDING:  # before it begins, a run is not locked
+            return False
     return time.time() - last_heard_of(run, status) < MISSING
 
 
 def is_locked(run: RunDirectory) -> bool:
     """Whether a process, on whatever machine, has the run to itself; False also where the file system cannot say."""
-    try:
-        with run.lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
+    return locks.is_taken(run.lock)
 
 
 def last_heard_of(run: RunDirectory, status: Status) -> float:

@@ -97,8 +97,12 @@ def heed_parent_only(worker: int = 0) -> None:
 
     def wait() -> None:
         while True:
-            received = signal.sigwaitinfo(SIGNALS)
-            if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
+            if hasattr(signal, "sigwaitinfo"):
+                received = signal.sigwaitinfo(SIGNALS)
+                signum, sender = received.si_signo, received.si_pid
+            else:  # macOS does not say who sent it, and has no scheduler
+                signum, sender = signal.sigwait(SIGNALS), os.getppid()
+            if signum == signal.SIGTERM and sender == os.getppid():
                 os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -8,7 +8,6 @@ a signal, or another node's failure, means to them reaches them through the run 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -21,6 +20,7 @@ from datetime import datetime
 
 from fiddlehead import outcomes, signals
 from fiddlehead.errors import ConfigError, StopRequested
+from fiddlehead.processes import die_with_parent, usable_cpus
 from fiddlehead.runs import RunDirectory, StopRequest, plain_recipe
 
 PATIENCE = 60.0
@@ -141,7 +141,7 @@ def run_workers(run: RunDirectory, nodes: int, devices: int, arguments: Sequence
     """
     node = _number("SLURM_NODEID") if nodes > 1 else 0
     signals.stop_after_step(run)
-    threads = str(max(1, len(os.sched_getaffinity(0)) // devices))
+    threads = str(max(1, usable_cpus() // devices))
     first = node * devices
     with socket.socket() as reserved:
         address, port = free_address(reserved) if nodes == 1 else given_address()
@@ -207,9 +207,7 @@ def _conclude(run: RunDirectory, codes: dict[int, int | None], *, alone: bool) -
 def become_worker(run: RunDirectory) -> None:
     """Makes this process, which `run_workers` has started, end with its parent, and leaves signals to that."""
     signals.ignore()
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != int(os.environ[_PARENT]):
-        os._exit(1)  # it was gone before
+    die_with_parent(int(os.environ[_PARENT]))
     log_to_own_file(run)
 
     def leave(request: StopRequest) -> None:

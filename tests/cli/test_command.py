@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ import pytest
 import fiddlehead as fiddlehead_package
 from fiddlehead.cli import main
 from fiddlehead.errors import RunError
-from fiddlehead.runs import RunDirectory, State, Status
+from fiddlehead.launch.shell import Answer, Shell
+from fiddlehead.runs import RunDirectory, State, Status, this_process
 
 
 @pytest.fixture
@@ -401,3 +403,42 @@ def test_from_text_to_a_sample(fiddlehead, tmp_path):
     assert "another recipe's run" in other and "optim.lr" in other
     longer = fiddlehead("pretrain", "-f", "tiny_test", *edits, "trainer.max_steps=35", "--yes")
     assert "continues from" in longer and "35/35" in longer
+
+
+# -- from a Mac
+
+
+@pytest.mark.usefixtures("a_mac")
+def test_a_mac_shows_a_recipe_and_plans_a_launch_on_a_cluster(fiddlehead, monkeypatch):
+    asked = []
+
+    def answer(shell: Shell, command: str, stdin: bytes) -> Answer:
+        asked.append((shell.host, command))
+        partitions = "cpu*|1-00:00:00|9|(null)|up|idle\n" if "sinfo" in command else ""
+        return Answer(1 if "[ -e " in command else 0, partitions, "")
+
+    monkeypatch.setattr(Shell, "_over_ssh", answer)
+    assert "max_steps" in fiddlehead("show", "tiny_test")
+    cluster = ["executor=slurm", "executor.host=login", "executor.remote_dir=/scratch/runs"]
+    assert "would ship" in fiddlehead("pretrain", "-f", "tiny_test", *cluster, "--dryrun")
+    assert {host for host, _ in asked} == {"login"} and any("sbatch --test-only" in command for _, command in asked)
+
+
+@pytest.mark.usefixtures("a_mac")
+def test_a_mac_knows_what_has_become_of_its_runs(fiddlehead, tmp_path):
+    gone = {"pid": 2**30, "process_started": 179_000_000_000}
+    elsewhere = {"host": "node1", "machine": "another-boot/pid:[1]", **gone}
+    for name, words in {
+        "goes": {}, "died": gone, "stopped": {"state": State.CANCELLED, **gone}, "far": elsewhere,
+        "lost": {**elsewhere, "started": 1.0},
+    }.items():  # fmt: skip
+        run = RunDirectory(tmp_path / "runs" / name)
+        run.path.mkdir(parents=True)
+        run.recipe.touch()
+        run.command.write_text("fiddlehead pretrain\n")
+        run.write_status(replace(this_process(1, "direct"), **words))
+    states = {run["name"]: run["state"] for run in json.loads(fiddlehead("runs", "--json"))}
+    assert states == {"goes": "RUNNING", "died": "DIED", "stopped": "CANCELLED", "far": "RUNNING", "lost": "DIED"}
+    assert "RUNNING" in fiddlehead("runs", "show", "goes")
+    assert f"process {2**30} is gone" in fiddlehead("runs", "show", "died")
+    assert "written off" in fiddlehead("runs", "cancel", "--force", "far")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fiddlehead.data import ByteTokenizer
+from fiddlehead.data import ByteTokenizer, chat_template
 from fiddlehead.data.chat_template import ChatTemplate
 from fiddlehead.data.template_process import compiled
 from fiddlehead.errors import ConfigError
@@ -178,3 +178,21 @@ def test_a_template_that_does_not_end_or_asks_for_too_much_is_refused(template: 
     with pytest.raises(ConfigError, match=f"chat_template: .*{message}"):
         ChatTemplate(template, {}).render(MESSAGES)
     assert ChatTemplate("{{ messages[0].role }}", {}).render(MESSAGES) == "user"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes too long"),
+        ("{{ 'x' * 10000000000 }}", "needs more than 128 MB"),
+        ("{{ range(99999) | join('x' * 999999) }}", "needs more than 128 MB"),
+    ],
+)
+def test_where_the_system_does_not_limit_memory_it_is_watched(template: str, message: str, monkeypatch) -> None:
+    """As on macOS."""
+    monkeypatch.setattr(chat_template, "LIMITED", False)
+    monkeypatch.setattr(chat_template, "_renderer", chat_template._Renderer())
+    with pytest.raises(ConfigError, match=f"chat_template: {message}"):
+        ChatTemplate(template, {}).render(MESSAGES)
+    assert ChatTemplate("{{ messages[0].role }}", {}).render(MESSAGES) == "user"
+    chat_template._renderer.stop()

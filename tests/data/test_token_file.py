@@ -160,7 +160,7 @@ def test_the_first_of_two_writers_wins(tmp_path: Path) -> None:
 
 def _write_and_die(out: Path, after: str) -> None:
     if after == "mkdir":
-        token_writer.fcntl.flock = lambda *_: os._exit(9)  # type: ignore[assignment]
+        token_writer.locks.take = lambda *_: os._exit(9)  # type: ignore[assignment]
     writer = TokenDatasetWriter(out, ByteTokenizer(), [])
     writer.add("train", np.zeros(10, dtype=np.uint16), 1, 9)
     if after == "files":

@@ -24,6 +24,7 @@ import pytest
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import watch
 from fiddlehead.launch.local import LocalExecutor, local
+from fiddlehead.processes import started as process_started
 from fiddlehead.runs import RunDirectory, State, StopRequest, this_process
 from fiddlehead.training.checkpoint_folder import newest_first, newest_good
 from tests.conftest import once
@@ -330,6 +331,39 @@ def test_a_job_that_has_not_begun_is_pending_and_can_be_killed(pending):
     wait_until(lambda: state(pending) is State.DIED, seconds=5)
     wait_until(lambda: not worker.exists() or " Z " in (worker / "stat").read_text(), seconds=5)
     LocalExecutor().kill(pending)  # again is no error
+
+
+@pytest.mark.parametrize("system", ["linux", "a_mac"])
+def test_a_job_that_is_slow_to_become_its_program_has_not_died(pending, system, request):
+    """On a busy machine a shell takes long to become the next one, or Python; what it is called says nothing."""
+    if system != "linux":
+        request.getfixturevalue(system)
+        pending.write_status(replace(this_process(1, "local"), state=State.PENDING, pid=2**22 + 1))
+    assert submitted(pending, "sleep 0.1; exec bash -c 'sleep 0.1; touch become; exec sleep 1000'") is State.PENDING
+    while not Path("become").exists():
+        assert state(pending) is State.PENDING
+    time.sleep(0.05)
+    assert state(pending) is State.PENDING
+    LocalExecutor().kill(pending)
+    wait_until(lambda: state(pending) is State.DIED, seconds=5)
+
+
+def test_a_launcher_that_hands_over_and_leaves_while_it_is_looked_at_has_not_died(pending, monkeypatch):
+    looked = RunDirectory.status
+    began = process_started(os.getpid())
+
+    def hand_over(self: RunDirectory):
+        (pending.path / "job_id").write_text(f"{os.getpid()}:{began}")
+        return looked(self)
+
+    monkeypatch.setattr(RunDirectory, "status", hand_over)
+    assert state(pending) is State.PENDING
+
+
+@pytest.mark.parametrize("job", ["", "17", "17:", "a:b", "17:18:19", "99999999999999999999:1"])
+def test_an_id_that_is_none_is_no_job(pending, job):
+    (pending.path / "job_id").write_text(job)
+    assert state(pending) is State.DIED
 
 
 def test_a_script_that_finds_no_interpreter_has_failed(pending):

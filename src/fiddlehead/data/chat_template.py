@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fiddlehead.data import template_process
 from fiddlehead.data.special_tokens import SpecialTokens, read_settings
-from fiddlehead.data.template_process import MEMORY
+from fiddlehead.data.template_process import MEMORY, WATCHED
 from fiddlehead.errors import ConfigError, Elsewhere
 
 Message = Mapping[str, Any]
@@ -127,6 +130,22 @@ def shared_length(one: Sequence[Any], other: Sequence[Any]) -> int:
     return next(same, min(len(one), len(other)))
 
 
+LIMITED = sys.platform == "linux"
+"""Whether the system limits the memory of a process that asks for it; macOS does not."""
+_INTERPRETER = 64 << 20
+"""Bytes that the process may have without a template."""
+
+
+def _watch(process: subprocess.Popen[str]) -> None:
+    """Waits until the process answers or ends, and kills it if it takes too much memory."""
+    assert process.stdout
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it has just ended
+        seen = psutil.Process(process.pid)
+        while not select.select([process.stdout], [], [], 0.005)[0]:
+            if seen.memory_info().rss > MEMORY + _INTERPRETER:
+                process.kill()
+
+
 class _Renderer:
     """A process that renders templates, started when it is first asked and ended with this one."""
 
@@ -145,6 +164,8 @@ class _Renderer:
             try:
                 process.stdin.write(request + "\n")
                 process.stdin.flush()
+                if not LIMITED:
+                    _watch(process)
                 line = process.stdout.readline()
             except BrokenPipeError:
                 line = ""
@@ -180,7 +201,7 @@ class _Renderer:
             self.stop()
             self._owner = os.getpid()
             self._process = subprocess.Popen(
-                [sys.executable, "-P", template_process.__file__],
+                [sys.executable, "-P", template_process.__file__, *([] if LIMITED else [WATCHED])],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

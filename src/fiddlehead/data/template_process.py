@@ -21,6 +21,8 @@ SECONDS = 1.0
 """CPU time that one text may take."""
 MEMORY = 128 << 20
 """Bytes that all of it may take."""
+WATCHED = "watched"
+"""The argument that says: who started this process watches its memory, as the system does not limit it."""
 LENGTH = 1 << 24
 """Characters that one text may have."""
 
@@ -82,8 +84,9 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
 def main() -> None:
     """Answers until the input ends."""
     compiled("{{ 1 }}")  # what is imported for it does not count
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    if sys.argv[1:] != [WATCHED]:
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started it
     for line in sys.stdin:
         try:

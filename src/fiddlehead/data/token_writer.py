@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import secrets
@@ -16,6 +15,7 @@ from typing import IO
 
 import numpy as np
 
+from fiddlehead import locks
 from fiddlehead.data.pieces import PIECE
 from fiddlehead.data.token_file import SPLITS, Split, SplitInfo, TokenDatasetInfo
 from fiddlehead.data.tokenizers import Tokenizer, save_tokenizer
@@ -142,13 +142,11 @@ def remove_stale(out: Path) -> None:
     for folder in out.parent.glob(f".{out.name}.*.tmp"):
         try:
             with (folder / "train.bin").open("rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+                if locks.take(lock):
+                    shutil.rmtree(folder, ignore_errors=True)
         except FileNotFoundError:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # killed before its first file; fails, as it should, if a writer just made one
-        except BlockingIOError:
-            pass
 
 
 def _create_temporary(out: Path) -> tuple[Path, IO[bytes]]:
@@ -158,11 +156,11 @@ def _create_temporary(out: Path) -> tuple[Path, IO[bytes]]:
         folder.mkdir()
         try:
             file = (folder / "train.bin").open("xb")
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if (folder / "train.bin").exists():
-                return folder, file
-        except (FileNotFoundError, BlockingIOError):
-            pass  # another writer took the folder for stale before it was locked: make another
+        except FileNotFoundError:
+            continue  # another writer has taken the folder for stale, as it was not locked yet
+        if locks.take(file) and (folder / "train.bin").exists():
+            return folder, file
+        file.close()
 
 
 def _fsync(path: Path) -> None:

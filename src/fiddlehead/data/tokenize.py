@@ -25,6 +25,7 @@ from fiddlehead.data.token_writer import TokenDatasetWriter, check_destination, 
 from fiddlehead.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, TokenizerFile
 from fiddlehead.errors import ConfigError
 from fiddlehead.paths import user_path
+from fiddlehead.processes import usable_cpus
 
 _MAX_PROBLEMS = 20
 
@@ -69,7 +70,7 @@ def tokenize(
         TokenDatasetWriter(out, trained, [str(path) for path in paths], overwrite=overwrite) as writer,
         ByteProgress("tokenizing", _total_bytes(files), progress) as bar,
     ):
-        _write_all(files, encoder, workers or len(os.sched_getaffinity(0)), writer, bar)
+        _write_all(files, encoder, workers or usable_cpus(), writer, bar)
         return writer.finish()
 
 
