@@ -149,8 +149,10 @@ def _without_container(client: DockerClient, run: RunDirectory, status: Status, 
     if status.state.ended:
         return status
     begun = status.state is not State.PENDING
-    if (begun and is_here(status)) or not (begun or submitted):
-        return run.status()  # by hand; or its launcher is still at it, pulling perhaps
+    if begun and is_here(status):
+        return run.status()  # by hand
+    if not (begun or submitted):
+        return run.status_of_launch()  # its launcher is still at it, pulling perhaps
     code, ended, out_of_memory = _ending(client, run, status.started)
     ended_as = functools.partial(replace, status, ended=ended, exit_code=code)
     if not begun:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,9 @@ ENDED = {"CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "PREEMPTED", "REVOKED",
 """A state that is in none of these is one of a job that has nodes: RUNNING, COMPLETING, SUSPENDED, ..."""
 UNKNOWN = "UNKNOWN"
 """The state of a job that Slurm has forgotten."""
+LAG = 60.0
+"""Seconds after a run was last heard of in which Slurm need not know its job: squeue may not know it yet, or no more
+before sacct does."""
 
 _silent: set[Shell] = set()
 """Machines whose Slurm did not answer when it was last asked."""
@@ -132,9 +136,11 @@ def state(run: RunDirectory, job: Job | None) -> Status | None:
     if status is None or status.state.ended:
         return status
     if job is not None:
+        if job.state == UNKNOWN and time.time() - _last_sign(run, status) < LAG:
+            return status  # its parts do not know a new job, or one that has just ended, at the same moment
         status = corrected(status, job, run.last_error())
     elif status.state is State.PENDING and not run.submitted:
-        status = run.status() or status  # its launcher is at it, or died before
+        status = run.status_of_launch() or status  # its launcher is at it, or died before
     return replace(status, ended=_last_sign(run, status)) if status.state.ended else status
 
 
@@ -167,5 +173,6 @@ def _exit(wait_status: int) -> tuple[int, int]:
 
 
 def _last_sign(run: RunDirectory, status: Status) -> float:
-    """When a run was last heard of, in seconds since the epoch."""
-    return max(status.ended or status.started, run.log.stat().st_mtime if run.log.exists() else 0.0)
+    """When a run was last heard of, in seconds since the epoch: its submission counts."""
+    files = (run.log, run.path / "job_id")
+    return max(status.ended or status.started, *(file.stat().st_mtime for file in files if file.exists()))

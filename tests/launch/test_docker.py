@@ -127,6 +127,21 @@ def test_an_engine_that_one_may_not_use(run, monkeypatch):
         DockerExecutor(image=IMAGE).kill(run)
 
 
+def test_a_launcher_that_hands_over_and_leaves_while_it_is_looked_at_has_not_died(run, monkeypatch):
+    class Engine:
+        """Has no container when it is asked; then the launcher starts it, and is gone."""
+
+        class api:  # noqa: N801
+            @staticmethod
+            def containers(**filters):
+                (run.path / "job_id").write_text(container_name(run))
+                return []
+
+    monkeypatch.setattr(docker_engine, "connect", lambda: contextlib.nullcontext(Engine()))
+    (status,) = DockerExecutor(image=IMAGE).states([run])
+    assert status and status.state is State.PENDING
+
+
 # -- the engine
 
 

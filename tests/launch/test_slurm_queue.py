@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from fiddlehead.launch.shell import Shell
 from fiddlehead.launch.slurm import _refusal, _would_wait, slurm
 from fiddlehead.launch.slurm_offer import count_gpus, gpus_of_a_node, problems, seconds
 from fiddlehead.launch.slurm_queue import UNKNOWN, Job, corrected, find
+from fiddlehead.processes import this_machine
 from fiddlehead.runs import RunDirectory, State, Status
 
 HERE = Shell()
@@ -49,6 +51,16 @@ def a_run(folder: Path, state: State = State.RUNNING, job: str = "17", name: str
     if job:
         (run.path / "job_id").write_text(job + "\n")
     return run
+
+
+def last_heard_of(run: RunDirectory, seconds: float) -> None:
+    """Lets nothing have been heard of a run for so long."""
+    then = time.time() - seconds
+    status = run.written_status()
+    assert status is not None
+    run.write_status(replace(status, started=then))
+    for file in (run.command, run.path / "job_id"):
+        os.utime(file, (then, then))
 
 
 def state_of(run: RunDirectory) -> Status:
@@ -142,9 +154,38 @@ def test_row_18_without_accounting_the_controller_is_asked(tmp_path: Path, answe
 
 def test_a_job_that_is_forgotten_everywhere(tmp_path: Path, answer):
     began, waited = a_run(tmp_path), a_run(tmp_path, State.PENDING, job="18", name="waited")
+    for run in (began, waited):
+        last_heard_of(run, slurm_queue.LAG + 1)
     assert state_of(began).state is State.DIED
     assert state_of(waited).state is State.CANCELLED
     assert state_of(began).ended == state_of(began).ended  # and not the time of the question
+
+
+@pytest.mark.parametrize("state", [State.PENDING, State.RUNNING, State.INTERRUPTED])
+def test_a_job_that_slurm_does_not_know_for_a_moment_has_not_ended(tmp_path: Path, answer, state: State):
+    """sbatch has answered before squeue knows the job; or squeue forgets it before sacct knows of it."""
+    run = a_run(tmp_path, state)
+    assert state_of(run).state is state
+    last_heard_of(run, slurm_queue.LAG - 10)
+    assert state_of(run).state is state
+    last_heard_of(run, slurm_queue.LAG + 1)
+    assert state_of(run).state.ended
+    run.log.write_text("step 1\n")  # so it has run a moment ago
+    assert state_of(run).state is state
+    answer("sacct", "echo '17|COMPLETED|0:0|None|node1'")
+    assert state_of(run).state is (State.FAILED if state is State.INTERRUPTED else State.SUCCEEDED)
+
+
+def test_a_launcher_that_hands_over_and_leaves_while_it_is_looked_at_has_not_died(tmp_path: Path, monkeypatch):
+    run = a_run(tmp_path, State.PENDING, job="", machine=this_machine(), pid=2**30, process_started=1)
+    looked = RunDirectory.status
+
+    def hand_over(self: RunDirectory) -> Status | None:
+        (run.path / "job_id").write_text("17\n")
+        return looked(self)
+
+    monkeypatch.setattr(RunDirectory, "status", hand_over)
+    assert state_of(run).state is State.PENDING
 
 
 def test_a_controller_that_does_not_answer_is_warned_of_once(tmp_path: Path, answer, capsys):
