@@ -21,8 +21,10 @@ if START not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [START, os.environ.get("PYTHONPATH")]))
 
 
-# One thread: sums are then taken in the same order in every run, and test processes do not fight for cores.
+# One thread: sums are then taken in the same order in every run, and test processes do not fight for cores, where the
+# threads of OpenMP wait for each other in loops. Those that tests start have it from the environment.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # No deadline: the first example of a property pays for what torch sets up lazily.
 settings.register_profile("fiddlehead", deadline=None, derandomize=True, max_examples=50)
