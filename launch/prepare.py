@@ -10,7 +10,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,11 +193,12 @@ def check(recipe: Recipe, *, here: bool = True, waits: bool = False) -> Any:
         ConfigError: with every problem, each under its path.
     """
     from fiddlehead import bench, tasks, workers
+    from fiddlehead.plan.training import begin, plan_training
+    from fiddlehead.training.resume import resume_point
 
     trainings = (tasks.pretrain, tasks.finetune, bench.benchmark)
-    planners: dict[Any, Callable] = dict.fromkeys(trainings, tasks.plan_pretrain)
-    if recipe.__fn_or_cls__ not in planners:
-        known = ", ".join(f"{task.__module__}:{task.__name__}" for task in planners)
+    if recipe.__fn_or_cls__ not in trainings:
+        known = ", ".join(f"{task.__module__}:{task.__name__}" for task in trainings)
         raise ConfigError(f"the recipe configures {recipe.__fn_or_cls__.__qualname__}; what can be launched: {known}")
     working_directory()  # what is relative is in it
     recipe = recipe.clone()
@@ -208,7 +209,9 @@ def check(recipe: Recipe, *, here: bool = True, waits: bool = False) -> Any:
     if elsewhere:
         recipe.trainer.accelerator = "cpu"
     with workers.apart():
-        plan = planners[recipe.__fn_or_cls__](**recipe.build_arguments(), elsewhere=elsewhere)
+        parts = recipe.build_arguments()
+        begin(*(parts[name] for name in ("model", "data", "trainer", "optim")))
+        plan = plan_training(**parts, target=None if elsewhere else "trainer")
     directory = user_path(recipe.log.dir).absolute()
     try:
         existing = next(path for path in (directory, *directory.parents) if path.exists())
@@ -219,7 +222,7 @@ def check(recipe: Recipe, *, here: bool = True, waits: bool = False) -> Any:
     except OSError as error:
         raise ConfigError(f"log.dir={recipe.log.dir!r}: {error.strerror} ({error.filename})") from error
     if not waits:
-        tasks.resume_point(run, recipe.resume)
+        resume_point(run, recipe.resume)
     return plan
 
 

@@ -18,10 +18,11 @@ from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.data.random_tokens import RandomTokens
 from fiddlehead.environment import describe_gpus, describe_machine
 from fiddlehead.errors import ConfigError
+from fiddlehead.plan import attention
+from fiddlehead.plan.attention_calls import calls_of
 from fiddlehead.recipe import Recipe
 from fiddlehead.runs import RunDirectory, write_atomically
-from fiddlehead.training import Checkpoint, LanguageModel, Log, attention
-from fiddlehead.training.attention_calls import calls_of
+from fiddlehead.training import Checkpoint, LanguageModel, Log
 from fiddlehead.training.checkpoint import at_step_end
 from fiddlehead.training.metrics import Metrics, num_adapted, peak_memory, speed
 from fiddlehead.training.optim import Optim
@@ -124,7 +125,7 @@ def benchmark(
 def _what(model: LanguageModel, data: Any, trainer: Trainer, steps: int) -> dict[str, Any]:
     """What was timed, as JSON values."""
     assert model.transformer is not None
-    calls = calls_of(model, data, str(trainer.precision), trainer.strategy)
+    calls = calls_of(model, model.config, data, str(trainer.precision), trainer.strategy)
     chosen = attention.choose(calls, Target.of(trainer.strategy.root_device))
     return {
         "data": type(data).__name__,

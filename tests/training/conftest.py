@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from fiddlehead import tasks
 from fiddlehead.data import ByteTokenizer, PreTrainingDataModule
 from fiddlehead.data.tokenize import tokenize
 from fiddlehead.models import TransformerConfig
+from fiddlehead.plan.training import TrainingPlan, begin, plan_training
 from fiddlehead.runs import RunDirectory
 from fiddlehead.training import AdamW, Checkpoint, CosineAnnealing, LanguageModel, Log
 from fiddlehead.training.weights import CheckpointWeights
@@ -136,3 +137,10 @@ def parameters(run: RunDirectory, step: int) -> dict[str, torch.Tensor]:
     """The parameters in a run's checkpoint."""
     weights = CheckpointWeights.open(run.checkpoints / f"step-{step:08d}")
     return {name: tensor.load() for name, tensor in weights.tensors.items()}
+
+
+def plan_of(parts: Mapping[str, Any], **how: Any) -> TrainingPlan:
+    """What a task works out of its parts before it trains."""
+    given = parts["model"], parts["data"], parts["trainer"], parts["optim"]
+    begin(*given)
+    return plan_training(*given, **how)

@@ -14,7 +14,7 @@ from fiddlehead import tasks
 from fiddlehead.errors import ConfigError
 from fiddlehead.runs import RunDirectory
 from fiddlehead.training import AdamW, Parallel
-from tests.training.conftest import KillAfter, Killed, Parts, parameters, rows
+from tests.training.conftest import KillAfter, Killed, Parts, parameters, plan_of, rows
 
 Pretrain = Callable[..., RunDirectory]
 LARGE: dict[str, Any] = {"hidden_size": 64, "vocab_size": 320, "state_bits": 8}
@@ -76,7 +76,7 @@ def test_the_rate_that_is_logged_is_that_of_the_step(eager: None, pretrain: Pret
 
 def test_what_it_keeps_is_counted(eager: None, parts: Parts) -> None:
     made = parts(**LARGE)
-    plan = tasks.plan_pretrain(made["model"], made["data"], made["trainer"], made["optim"])
+    plan = plan_of(made)
     tasks.pretrain(**made)
     states = made["trainer"].optimizers[0].state_dict()["state"].values()
     moments = [value for state in states for name, value in state.items() if name != "step"]
@@ -120,9 +120,9 @@ def test_without_torchao_it_says_what_to_install(pretrain: Pretrain, monkeypatch
 def test_runs_that_it_would_spoil_are_refused(parts: Parts) -> None:
     made = parts(state_bits=8, precision="bf16-true")
     with pytest.raises(ConfigError, match=r"^optim\.state_bits=8: trainer\.precision='bf16-true' would round"):
-        tasks.plan_pretrain(made["model"], made["data"], made["trainer"], made["optim"])
+        plan_of(made)
     made = parts(state_bits=8, devices=4, strategy=Parallel(), global_batch_size=16)
     with pytest.raises(ConfigError, match=r"^optim\.state_bits=8: the scales of 8-bit moments cannot be cut"):
-        tasks.plan_pretrain(made["model"], made["data"], made["trainer"], made["optim"])
+        plan_of(made)
     with pytest.raises(ConfigError, match=r"^state_bits=4: allowed: 8, 32"):
         AdamW(state_bits=4)  # type: ignore[arg-type]

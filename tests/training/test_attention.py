@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from fiddlehead import tasks
 from fiddlehead.attention import Package, Packages, Target
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
+from fiddlehead.plan.attention import choose, compared, on_longest, rows
+from fiddlehead.plan.attention_calls import Calls, calls_of
 from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
-from fiddlehead.training.attention import choose, compared, on_longest, rows
-from fiddlehead.training.attention_calls import Calls, calls_of
-from tests.training.conftest import Parts
+from tests.training.conftest import Parts, plan_of
 
 H100 = Target.gpu("h100", Packages("2.11.0", "9.19.0", flash3=Package("3.0.0"), flash4=Package("4.0.0b36")))
 LLAMA = TransformerConfig(num_layers=4, hidden_size=4096, num_attention_heads=32, num_query_groups=8, vocab_size=9)
@@ -97,7 +96,9 @@ def test_layers_before_every_adapter_ask_for_no_gradients(
     made = parts()
     model = LanguageModel(made["model"].config, init_from="weights", lora=LoRA(rank=2, target_modules=target_modules))
     model.config = replace(model.config, vocab_size=9, seq_length=16, attention_dropout=0.1)
-    steps = on_longest(choose(calls_of(model, made["data"], "32-true", None), Target.of(torch.device("cpu"))))
+    steps = on_longest(
+        choose(calls_of(model, model.config, made["data"], "32-true", None), Target.of(torch.device("cpu")))
+    )
     assert {layer: s.choice.spec.training for s in steps for layer in s.layers} == {0: without < 1, 1: without < 2}
     assert {s.choice.spec.dropout for s in steps} == {0.1}  # also they drop
     # What autograd says: gradients flow through what is computed from something that is trained.
@@ -114,7 +115,7 @@ def test_preferences_are_compared_without_gradients(parts: Parts) -> None:
     config = replace(LLAMA, seq_length=16, attention_dropout=0.1)
     for lora, dropout in ((None, 0.0), (LoRA(rank=2), 0.1)):
         model = PreferenceModel(config, init_from="weights", lora=lora)
-        found = {during: spec for during, spec, _, _ in calls_of(model, data, "bf16-mixed", None).specs()}
+        found = {during: spec for during, spec, _, _ in calls_of(model, model.config, data, "bf16-mixed", None).specs()}
         assert found.keys() == {"training", "validation", "comparison"}
         assert (found["comparison"].training, found["comparison"].dropout) == (False, dropout)
         assert (found["validation"].training, found["validation"].dropout) == (False, 0.0)
@@ -122,7 +123,7 @@ def test_preferences_are_compared_without_gradients(parts: Parts) -> None:
 
 def test_the_plan_is_made_for_a_rank(parts: Parts) -> None:
     made = parts(devices=4, strategy=Parallel(tensor_parallel=2, context_parallel=2), val_samples=0)
-    found = tasks.plan_pretrain(made["model"], made["data"], made["trainer"], made["optim"])
+    found = plan_of(made)
     (served,) = found.attention
     assert (served.choice.spec.num_attention_heads, served.choice.spec.num_query_groups) == (1, 1)
 
@@ -136,7 +137,7 @@ def test_a_backend_that_serves_no_rank_is_refused_once() -> None:
 
 def test_a_step_that_gets_another_kernel_than_was_said_is_warned_of(parts: Parts) -> None:
     made = parts(max_steps=1, attention_backend="reference")
-    plan = tasks.plan_pretrain(made["model"], made["data"], made["trainer"], made["optim"])
+    plan = plan_of(made)
     transformer, tokens = Transformer(plan.config), torch.zeros(1, 16, dtype=torch.int64)
     with compared(plan.attention):
         transformer(tokens)

@@ -17,7 +17,7 @@ from fiddlehead.models import LoRA, Transformer, TransformerConfig
 from fiddlehead.runs import RunDirectory
 from fiddlehead.training import AdamW, CosineAnnealing, LanguageModel, Muon, Parallel
 from fiddlehead.training.muon import MuonWithAdamW, orthogonalize
-from tests.training.conftest import Parts, rows
+from tests.training.conftest import Parts, plan_of, rows
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -159,7 +159,7 @@ def test_the_loss_falls_faster_than_without(pretrain: Callable[..., RunDirectory
 
 def test_what_it_keeps_is_counted(parts: Parts) -> None:
     made = parts(optim=Muon)
-    plan = tasks.plan_pretrain(made["model"], made["data"], made["trainer"], made["optim"])
+    plan = plan_of(made)
     tasks.pretrain(**made)
     kept = made["trainer"].optimizers[0].state_dict()["state"].values()
     counted = sum(t.nbytes for state in kept for name, t in state.items() if name != "step")
@@ -168,7 +168,7 @@ def test_what_it_keeps_is_counted(parts: Parts) -> None:
 
 def problems(made: dict[str, Any]) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as error:
-        tasks.plan_pretrain(made["model"], made["data"], made["trainer"], made["optim"])
+        plan_of(made)
     return error.value.problems
 
 

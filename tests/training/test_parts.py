@@ -9,11 +9,11 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from fiddlehead import tasks
 from fiddlehead.data.random_tokens import RandomTokens
 from fiddlehead.errors import ConfigError
 from fiddlehead.training import AdamW, Muon
 from fiddlehead.training.optim import Optim
+from tests.training.conftest import plan_of
 
 
 class NoBytes(Optim):
@@ -31,7 +31,7 @@ class Plain(LightningDataModule):
 
 def plan(parts: Any, **others: Any) -> Any:
     made = parts() | others
-    return tasks.plan_pretrain(made["model"], made["data"], made["trainer"], made["optim"])
+    return plan_of(made)
 
 
 SGD = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)

@@ -16,21 +16,19 @@ from fiddlehead.data import ByteTokenizer, PreTrainingDataModule, TokenizerFile
 from fiddlehead.data.token_writer import TokenDatasetWriter, encode_documents
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA
+from fiddlehead.plan.attention import on_longest, ranges
 from fiddlehead.training import Muon, Parallel
-from fiddlehead.training.attention import on_longest, ranges
 from fiddlehead.training.weights import open_weights
 from tests.data.small_tokenizers import save_gemma
-from tests.training.conftest import Parts, parameters
-
-
-def plan(parts: dict[str, Any]) -> tasks.Plan:
-    return tasks.plan_pretrain(parts["model"], parts["data"], parts["trainer"], parts["optim"])
+from tests.training.conftest import Parts, parameters, plan_of
 
 
 def test_the_parts_complete_each_other(parts: Parts) -> None:
     made = parts(micro_batch_size=2, global_batch_size=6, val_check_interval=5)
-    found = plan(made)
+    found = plan_of(made)
     vocabulary = ByteTokenizer().vocab_size
+    assert (made["model"].config.vocab_size, made["trainer"].accumulate_grad_batches) == (None, 1)  # not by planning
+    found.apply(made["model"], made["data"], made["trainer"])
     assert (found.config.vocab_size, found.config.seq_length) == (vocabulary, 16)
     assert made["model"].config == found.config
     assert (found.accumulate_grad_batches, made["trainer"].accumulate_grad_batches) == (3, 3)
@@ -44,9 +42,9 @@ def test_the_parts_complete_each_other(parts: Parts) -> None:
 
 def test_the_ranks_share_what_the_strategy_says(parts: Parts) -> None:
     settings: dict[str, Any] = {"devices": 4, "micro_batch_size": 2, "global_batch_size": 16}
-    shared = plan(parts(strategy=Parallel(data_parallel_replicate=2), **settings))
-    copies = plan(parts(strategy="ddp", **settings))
-    split = plan(parts(strategy=Parallel(tensor_parallel=2), **settings))
+    shared = plan_of(parts(strategy=Parallel(data_parallel_replicate=2), **settings))
+    copies = plan_of(parts(strategy="ddp", **settings))
+    split = plan_of(parts(strategy=Parallel(tensor_parallel=2), **settings))
     assert (shared.world_size, shared.data_parallel, shared.accumulate_grad_batches) == (4, 4, 2)
     assert (copies.data_parallel, copies.accumulate_grad_batches) == (4, 2)
     assert shared.device_gib == pytest.approx(shared.state_gib / 2) and copies.device_gib == copies.state_gib
@@ -56,9 +54,9 @@ def test_the_ranks_share_what_the_strategy_says(parts: Parts) -> None:
         f"{shared.state_gib / 2:.2f} GiB on each device (of {copies.state_gib:.2f} GiB in all) for"
     )
     settings["num_layers"] = 4
-    whole = plan(parts(**settings | {"devices": 1}))
-    in_stages = plan(parts(strategy=Parallel(pipeline_parallel=4), **settings))
-    both = plan(parts(strategy=Parallel(pipeline_parallel=2), **settings))
+    whole = plan_of(parts(**settings | {"devices": 1}))
+    in_stages = plan_of(parts(strategy=Parallel(pipeline_parallel=4), **settings))
+    both = plan_of(parts(strategy=Parallel(pipeline_parallel=2), **settings))
     assert (in_stages.data_parallel, in_stages.accumulate_grad_batches) == (1, 8)
     output = 16 * (ByteTokenizer().vocab_size + 1)  # with the norm before it; the embedding has less
     layer = (whole.parameters - 2 * output + 16) // 4
@@ -66,14 +64,14 @@ def test_the_ranks_share_what_the_strategy_says(parts: Parts) -> None:
     # The layers of a rank are cut over two, and in a step gathered, and so are their gradients.
     assert both.device_gib * 2**30 == pytest.approx((16 / 2 + 8) * (2 * layer + output))
     with pytest.raises(ConfigError, match="'model': a model cut over several devices takes 'layers' or None"):
-        plan(parts(strategy=Parallel(), compile="model", **settings))
+        plan_of(parts(strategy=Parallel(), compile="model", **settings))
     with pytest.raises(ConfigError, match=r"^trainer\.strategy\.data_parallel=3: with"):
-        plan(parts(strategy=Parallel(data_parallel=3), **settings))
+        plan_of(parts(strategy=Parallel(data_parallel=3), **settings))
 
 
 def test_the_parameters_are_those_that_will_be_saved(parts: Parts) -> None:
     made = parts(max_steps=2)
-    found = plan(made)
+    found = plan_of(made)
     run = tasks.pretrain(**made)
     assert sum(tensor.numel() for tensor in parameters(run, 2).values()) == found.parameters
     assert open_weights(run.path).config == found.config
@@ -81,15 +79,15 @@ def test_the_parameters_are_those_that_will_be_saved(parts: Parts) -> None:
 
 def test_a_plan_changes_nothing_the_second_time(parts: Parts) -> None:
     made = parts(micro_batch_size=2, global_batch_size=6, val_check_interval=5)
-    first = plan(made)
+    first = plan_of(made)
     interval = made["trainer"].val_check_interval
-    assert plan(made) == first
+    assert plan_of(made) == first
     assert made["trainer"].val_check_interval == interval == 5
 
 
 def test_validation_is_counted_in_steps_also_when_accumulating(parts: Parts) -> None:
     made = parts(micro_batch_size=2, global_batch_size=6, val_check_interval=5)
-    plan(made)
+    plan_of(made)
     run = tasks.pretrain(**made)
     text = run.metrics.read_text().splitlines()
     names = text[0].split(",")
@@ -128,35 +126,35 @@ def test_a_tokenizer_may_have_more_tokens_than_the_model_has_rows(parts: Parts, 
         writer.finish()
     made = parts(vocab_size=tokenizer.vocab_size - 1)
     made["data"] = PreTrainingDataModule(tmp_path / "data", seq_length=16, micro_batch_size=2, global_batch_size=4)
-    assert plan(made).config.vocab_size == made["data"].model_vocab_size == tokenizer.vocab_size - 1
+    assert plan_of(made).config.vocab_size == made["data"].model_vocab_size == tokenizer.vocab_size - 1
     largest = int(tokens.max())
     made = parts(vocab_size=largest)
     made["data"] = PreTrainingDataModule(tmp_path / "data", seq_length=16, micro_batch_size=2, global_batch_size=4)
     with pytest.raises(ConfigError, match=rf"vocab_size={largest}: .*train\.bin: at \d+ is the token '.*'"):
-        plan(made)
+        plan_of(made)
 
 
 def test_a_batch_that_does_not_divide_is_the_data_s_problem(parts: Parts) -> None:
     made = parts()
     made["data"].global_batch_size = 6
     with pytest.raises(ConfigError, match=r"^data\.global_batch_size=6"):
-        plan(made)
+        plan_of(made)
 
 
 def test_a_run_without_an_end_is_refused(parts: Parts) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.max_steps=-1: must be 1 or more"):
-        plan(parts(max_steps=-1))
+        plan_of(parts(max_steps=-1))
 
 
 def test_a_larger_vocabulary_and_a_longer_model_are_the_user_s_choice(parts: Parts) -> None:
     made = parts(vocab_size=300)
     made["model"].config = replace(made["model"].config, seq_length=64)
-    found = plan(made)
+    found = plan_of(made)
     assert (found.config.vocab_size, found.config.seq_length) == (300, 64)
 
 
 def test_rows_are_for_people(parts: Parts) -> None:
-    text = dict(plan(parts(micro_batch_size=2)).rows())
+    text = dict(plan_of(parts(micro_batch_size=2)).rows())
     assert "4 heads in 2 groups of 4 channels" in text["model"]
     assert text["a step"] == "64 tokens: 1 devices x 2 sequences x 2 accumulated"
     assert text["the run"].startswith("12 steps, ")
@@ -165,7 +163,7 @@ def test_rows_are_for_people(parts: Parts) -> None:
 
 def test_layers_with_another_window_are_told_apart(parts: Parts) -> None:
     made = parts(window_size=(3, 0), window_attn_skip_freq=2, separate_documents=True)
-    found = plan(made)
+    found = plan_of(made)
     windowed, full = on_longest(found.attention)
     assert (windowed.layers, full.layers) == ((0,), (1,))
     first, second = windowed.choice, full.choice
@@ -175,7 +173,7 @@ def test_layers_with_another_window_are_told_apart(parts: Parts) -> None:
 
 
 def test_different_kernels_are_said_with_their_layers(parts: Parts) -> None:
-    found = plan(parts(window_size=(3, 0), window_attn_skip_freq=2))
+    found = plan_of(parts(window_size=(3, 0), window_attn_skip_freq=2))
     windowed, full = on_longest(found.attention)
     mixed = (windowed, full._replace(choice=replace(full.choice, candidates=("reference",))))
     rows = replace(found, attention=mixed).rows()
@@ -193,17 +191,17 @@ def test_a_backend_that_cannot_serve_is_refused_with_its_reason(parts: Parts) ->
     with pytest.raises(
         ConfigError, match=r"^model\.config\.attention_backend='flash2' .* on cpu: flash2: needs an NVIDIA"
     ):
-        plan(parts(attention_backend="flash2"))
+        plan_of(parts(attention_backend="flash2"))
 
 
 def test_on_another_machine_only_what_no_gpu_can_do_is_refused(parts: Parts) -> None:
     made = parts(attention_backend="flash2", precision="bf16-mixed")
     made["model"].config = replace(made["model"].config, kv_channels=64)
-    found = tasks.plan_pretrain(made["model"], made["data"], made["trainer"], made["optim"], elsewhere=True)
+    found = plan_of(made, target=None)
     assert found.attention == () and found.rows()[-1] == ("attention", "flash2, on the GPU that trains")
     made = parts(attention_backend="flash2")
     with pytest.raises(ConfigError, match=r"^model\.config\.attention_backend='flash2' .* on any GPU: .*float32"):
-        tasks.plan_pretrain(made["model"], made["data"], made["trainer"], made["optim"], elsewhere=True)
+        plan_of(made, target=None)
 
 
 def test_a_run_writes_down_which_kernel_served_it(parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,18 +238,18 @@ def test_a_run_whose_kernel_has_wrong_gradients_does_not_begin(parts: Parts, mon
 def test_what_cannot_be_compiled_with_experts_is_said_before(parts: Parts) -> None:
     made = parts(num_moe_experts=4, moe_aux_loss_coeff=0.1, compile="layers", activation_checkpointing="full")
     with pytest.raises(ConfigError) as refused:
-        plan(made)
+        plan_of(made)
     assert [problem.split("=")[0] for problem in refused.value.problems] == [
         "model.compile",
         "model.activation_checkpointing",
     ]
-    plan(parts(num_moe_experts=4, compile="layers", activation_checkpointing=0.5, precision="bf16-mixed"))
+    plan_of(parts(num_moe_experts=4, compile="layers", activation_checkpointing=0.5, precision="bf16-mixed"))
 
 
 def test_a_sequence_is_shared_by_as_many_ranks_as_divide_it_and_the_heads(parts: Parts) -> None:
     settings: dict[str, Any] = {"devices": 3, "micro_batch_size": 2, "global_batch_size": 2}
     with pytest.raises(ConfigError) as refused:
-        plan(parts(strategy=Parallel(context_parallel=3), **settings))
+        plan_of(parts(strategy=Parallel(context_parallel=3), **settings))
     heads, length = refused.value.problems
     assert heads.startswith("trainer.strategy.context_parallel=3: must divide") and "allowed: 1, 2, 4" in heads
     assert length == "trainer.strategy.context_parallel=3: does not divide data.seq_length=16"
@@ -331,7 +329,7 @@ def test_what_does_not_go_with_a_split_is_refused(
 ) -> None:
     made = {"devices": 4, "micro_batch_size": 1, "precision": "bf16-mixed", "strategy": Parallel(**split)}
     with pytest.raises(ConfigError) as refused:
-        plan(parts(**made | changes))
+        plan_of(parts(**made | changes))
     assert any(problem in said for said in refused.value.problems), refused.value.problems
 
 
@@ -341,4 +339,4 @@ def test_adapters_are_not_split(parts: Parts, pretrain: Any, dimension: str) -> 
     problem = f"model.lora: adapters cannot be split; set trainer.strategy.{dimension}=1"
     with pytest.raises(ConfigError, match=problem):
         split = Parallel(**{dimension: 2})
-        plan(parts(devices=2, micro_batch_size=1, strategy=split, init_from=base, lora=LoRA(rank=2)))
+        plan_of(parts(devices=2, micro_batch_size=1, strategy=split, init_from=base, lora=LoRA(rank=2)))

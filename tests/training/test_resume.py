@@ -25,6 +25,7 @@ from fiddlehead.runs import RunDirectory, State, Status, StopRequest
 from fiddlehead.signals import SIGNALS
 from fiddlehead.training import Muon, WarmupStableDecay
 from fiddlehead.training.checkpoint_folder import DamagedCheckpointError
+from fiddlehead.training.resume import resume_point
 from tests.training.conftest import KillAfter, Killed, Parts, parameters, rows
 
 Pretrain = Callable[..., RunDirectory]
@@ -186,43 +187,43 @@ def test_seeds_matter(pretrain: Pretrain, parts: Parts) -> None:
 
 def test_auto_is_the_newest_good_checkpoint(pretrain: Pretrain) -> None:
     run = pretrain()
-    assert tasks.resume_point(run, "auto") == run.checkpoints / "step-00000012"
-    assert tasks.resume_point(RunDirectory(run.path.parent / "new"), "auto") is None
+    assert resume_point(run, "auto") == run.checkpoints / "step-00000012"
+    assert resume_point(RunDirectory(run.path.parent / "new"), "auto") is None
 
 
 def test_never_refuses_a_run_with_a_checkpoint(pretrain: Pretrain) -> None:
     run = pretrain(max_steps=4)
     with pytest.raises(ConfigError, match="step-00000004, which would be lost"):
         pretrain(max_steps=8, resume="never")
-    assert tasks.resume_point(RunDirectory(run.path.parent / "new"), "never") is None
+    assert resume_point(RunDirectory(run.path.parent / "new"), "never") is None
 
 
 def test_a_path_that_is_no_checkpoint_is_refused(pretrain: Pretrain, tmp_path: Path) -> None:
     run = pretrain(max_steps=4)
     new = RunDirectory(run.path.parent / "new")
     with pytest.raises(ConfigError, match="there is no such checkpoint"):
-        tasks.resume_point(new, run.checkpoints / "step-00000005")
+        resume_point(new, run.checkpoints / "step-00000005")
     with pytest.raises(ConfigError, match="unknown run 'rum'; did you mean 'run'"):
         (run.path / "recipe.yaml").touch()
-        tasks.resume_point(new, "rum")
+        resume_point(new, "rum")
     empty = RunDirectory(run.path.parent / "empty")
     empty.path.mkdir()
     empty.recipe.touch()
     with pytest.raises(ConfigError, match="the run has no good checkpoint"):
-        tasks.resume_point(new, "empty")
+        resume_point(new, "empty")
 
 
 def test_a_damaged_path_is_refused_and_not_passed_over(pretrain: Pretrain) -> None:
     run = pretrain(max_steps=4)
     (run.checkpoints / "step-00000004" / "model.safetensors").unlink()
     with pytest.raises(DamagedCheckpointError, match=r"model\.safetensors has None of"):
-        tasks.resume_point(RunDirectory(run.path.parent / "new"), run.checkpoints / "step-00000004")
+        resume_point(RunDirectory(run.path.parent / "new"), run.checkpoints / "step-00000004")
 
 
 def test_best_is_a_checkpoint(pretrain: Pretrain) -> None:
     run = pretrain(max_steps=4)
     best = run.checkpoints / "best"
-    assert tasks.resume_point(RunDirectory(run.path.parent / "new"), best) == best
+    assert resume_point(RunDirectory(run.path.parent / "new"), best) == best
 
 
 def test_a_run_that_starts_elsewhere_goes_on_with_its_own_progress(pretrain: Pretrain) -> None:
@@ -231,7 +232,7 @@ def test_a_run_that_starts_elsewhere_goes_on_with_its_own_progress(pretrain: Pre
     with pytest.raises(Killed):
         pretrain(name="second", resume=str(start), callbacks=[KillAfter(9)])
     second = RunDirectory(first.path.parent / "second")
-    assert tasks.resume_point(second, start) == second.checkpoints / "step-00000008"
+    assert resume_point(second, start) == second.checkpoints / "step-00000008"
 
 
 @pytest.mark.parametrize(("attempt", "warned"), [(1, False), (2, True)])
@@ -240,7 +241,7 @@ def test_a_fresh_start_where_progress_was_expected_is_said(
 ) -> None:
     run = RunDirectory(tmp_path)
     run.write_status(Status(State.RUNNING, attempt=attempt))
-    assert tasks.resume_point(run, "auto") is None
+    assert resume_point(run, "auto") is None
     assert ("WARNING" in capsys.readouterr().out) is warned
 
 

@@ -24,6 +24,7 @@ from fiddlehead.text import Writer
 from fiddlehead.training import Parallel, checkpoint_io
 from fiddlehead.training.checkpoint_folder import CheckpointNotWrittenError, verify, write_folder, write_state
 from fiddlehead.training.checkpoint_io import deal
+from fiddlehead.training.resume import resume_point
 from fiddlehead.training.weights import PREFIX, open_weights
 from tests.training.conftest import make_parts, parameters
 from tests.training.layouts import SETTINGS, losses, train
@@ -226,7 +227,7 @@ def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_one_before(dat
         on_ranks(2, die_meanwhile, dataset, tmp_path)
     folder = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == [".writing-step-00000008", "best", "step-00000004"]
-    assert tasks.resume_point(RunDirectory(tmp_path / "run"), "auto") == folder / "step-00000004"
+    assert resume_point(RunDirectory(tmp_path / "run"), "auto") == folder / "step-00000004"
 
 
 def fill_disk(dataset: Path, runs: Path, asynchronous: bool, rank: int) -> str:

@@ -108,7 +108,7 @@ class _Explained:
     def __init__(self, recipe: Recipe, name: str, gpu: str | None, assume: Sequence[str]) -> None:
         import torch
 
-        from fiddlehead.training.attention import explain_calls, on_longest
+        from fiddlehead.plan.attention import explain_calls, on_longest
 
         calls = calls_of_recipe(recipe)
         self.name = name
@@ -163,7 +163,7 @@ class _Explained:
 
     def show(self) -> None:
         """Prints the facts, a table for each different spec of a step, and what other calls get instead."""
-        from fiddlehead.training.attention import ranges, rows
+        from fiddlehead.plan.attention import ranges, rows
 
         facts = table(self.name, f"{self.target.name}{f', sm{self.target.sm}' if self.target.sm else ''}: {self.note}")
         add_row(facts, "versions", self.versions)
@@ -186,7 +186,7 @@ class _Explained:
 
     def _shares(self) -> Iterator[tuple[str, str]]:
         """What a rank has of the model, where that is not all of it."""
-        from fiddlehead.training.attention import ranges
+        from fiddlehead.plan.attention import ranges
 
         calls, config, spec = self.calls, self.calls.config, self.steps[0].choice.spec
         sizes = {"tensor_parallel": calls.tensor, "context_parallel": calls.context}

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from fiddlehead.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fiddlehead.plan.attention_calls import Calls
     from fiddlehead.recipe import Recipe
-    from fiddlehead.training.attention_calls import Calls
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ def calls_of_recipe(recipe: Recipe) -> Calls:
     """
     import fiddle as fdl
 
+    from fiddlehead.plan.attention_calls import calls_of
+    from fiddlehead.plan.training import PRECISIONS
     from fiddlehead.recipe import Recipe
-    from fiddlehead.tasks import PRECISIONS
     from fiddlehead.training import LanguageModel, Parallel
-    from fiddlehead.training.attention_calls import calls_of
 
     missing = [name for name in ("model", "data", "trainer") if name not in recipe.__arguments__]
     if missing:
@@ -53,8 +53,8 @@ def calls_of_recipe(recipe: Recipe) -> Calls:
             model.take_shape()
         # Attention does not see the vocabulary, which follows from the data.
         size, length = model.config.vocab_size or 1, model.config.seq_length or data.seq_length
-        model.config = replace(model.config, vocab_size=size, seq_length=length)
-        calls = calls_of(model, data, precision, strategy, deterministic=bool(recipe.trainer.deterministic))
+        config = replace(model.config, vocab_size=size, seq_length=length)
+        calls = calls_of(model, config, data, precision, strategy, deterministic=bool(recipe.trainer.deterministic))
     except ConfigError as error:
         raise error.under("model") from None
     if isinstance(strategy, Parallel) and (problems := strategy.problems(calls.config, data.seq_length)):

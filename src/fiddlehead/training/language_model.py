@@ -180,14 +180,17 @@ class LanguageModel(LightningModule):
         path, weights = self._weights or (None, None)
         return weights if path == self.init_from else open_weights(self.init_from)
 
-    def on_meta(self) -> Transformer:
+    def on_meta(self, config: TransformerConfig | None = None) -> Transformer:
         """The model as it will be trained, without values.
+
+        Args:
+            config: its shape, where `self.config` is not complete yet.
 
         Raises:
             ConfigError: the adapters match none of its layers.
         """
         with torch.device("meta"):
-            transformer = Transformer(self.config)
+            transformer = Transformer(config or self.config)
             if self.lora is not None:
                 try:
                     self.lora.apply(transformer)

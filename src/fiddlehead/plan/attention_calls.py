@@ -91,15 +91,17 @@ class Calls:
 
 def calls_of(
     model: LanguageModel,
+    config: TransformerConfig,
     data: PreTrainingDataModule | FineTuningDataModule,
     precision: str,
     strategy: object,
     *,
     deterministic: bool = False,
 ) -> Calls:
-    """What a run asks of attention kernels; `model.config` must be known.
+    """What a run asks of attention kernels.
 
     Args:
+        config: the model's complete shape.
         precision: the trainer's.
         strategy: the trainer's; all but `Parallel` leave a layer whole.
         deterministic: the trainer's, where that is not made yet: it would turn PyTorch's own flag on.
@@ -118,12 +120,12 @@ def calls_of(
         split = {"tensor": strategy.tensor_parallel, "context": strategy.context_parallel, "pipeline": ranks}
         split["stages"] = ranks * strategy.pipeline_stages_per_rank
     return Calls(
-        config=model.config,
+        config=config,
         dtype=compute_dtype(precision),
         seq_length=data.seq_length,
         packed=data.separate_documents,
         deterministic=deterministic,
-        without_gradients=0 if model.lora is None else _without_gradients(model.on_meta()),
+        without_gradients=0 if model.lora is None else _without_gradients(model.on_meta(config)),
         passes=tuple(passes),
         **split,
     )

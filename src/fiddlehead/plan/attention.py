@@ -14,7 +14,7 @@ from fiddlehead.attention.measure import contenders
 from fiddlehead.attention.packages import CUDNN_OF_CUDA_BUILDS, NEWEST_KNOWN
 from fiddlehead.attention.trial import LIMITS, Errors, require_right
 from fiddlehead.errors import ConfigError
-from fiddlehead.training.attention_calls import TRAINING, Calls
+from fiddlehead.plan.attention_calls import TRAINING, Calls
 
 
 class Served(NamedTuple):

@@ -1,0 +1,306 @@
+"""What a training amounts to, worked out of its parts: sizes, kernels, memory, and everything that is wrong."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from lightning.pytorch import Trainer
+
+from fiddlehead.attention import Target
+from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
+from fiddlehead.errors import ConfigError
+from fiddlehead.models import TransformerConfig
+from fiddlehead.numbers import is_whole
+from fiddlehead.paths import user_path
+from fiddlehead.plan import attention
+from fiddlehead.plan.attention_calls import calls_of
+from fiddlehead.training import LanguageModel, Log, Parallel
+from fiddlehead.training.console import say
+from fiddlehead.training.frozen import halves_frozen
+from fiddlehead.training.optim import Optim
+from fiddlehead.training.parts import refuse_others
+from fiddlehead.training.sizes import Sizes
+from fiddlehead.training.weights import find_tokenizer
+
+Data: TypeAlias = PreTrainingDataModule | FineTuningDataModule
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+"""float16 is left out: its loss scaling hides an infinite gradient, and spoils the clipping of a fused optimizer."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a run's training amounts to."""
+
+    config: TransformerConfig
+    """The model's shape, with the vocabulary and the sequence length that follow from the data."""
+    parameters: int
+    trained: int
+    """How many of the parameters are trained: all, or those of adapters."""
+    max_steps: int
+    world_size: int
+    data_parallel: int
+    """How many ranks, or groups of them, train on different samples."""
+    micro_batch_size: int
+    accumulate_grad_batches: int
+    tokens_per_step: int
+    attention: attention.Choices
+    """Empty where the device that trains is not known."""
+    state_gib: float
+    """Parameters, gradients and optimizer state of one full copy, without activations."""
+    device_gib: float
+    """What each device holds of it."""
+    warmup_steps: int
+    missing: str = ""
+    """Why it cannot start, for want of data; "" if it can."""
+
+    @property
+    def flops(self) -> float:
+        """What the whole run computes, without recomputation."""
+        adapters = None if self.trained == self.parameters else self.trained
+        a_token = self.config.train_flops_per_token(self.config.seq_length or 0, adapters=adapters)
+        return a_token * self.tokens_per_step * self.max_steps
+
+    def apply(self, model: LanguageModel, data: Data, trainer: Trainer) -> None:
+        """Sets in the parts what follows from the others: the model's shape, the data's limit, the accumulation."""
+        model.config = self.config
+        data.model_vocab_size = self.config.vocab_size
+        trainer.accumulate_grad_batches = self.accumulate_grad_batches
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Name and value of each line of a summary."""
+        config = self.config
+        warmup = f"{self.warmup_steps:,} of them warm-up"
+        if self.warmup_steps >= self.max_steps:
+            warmup = f"which end before the warm-up does ({self.warmup_steps:,} steps)"
+        heads = f"{config.num_attention_heads} heads in {config.groups} groups of {config.head_dim} channels"
+        trained = "" if self.trained == self.parameters else f" ({self.trained / 1e6:,.2f} M of them trained)"
+        return [
+            ("model", f"{self.parameters / 1e6:,.2f} M parameters{trained}, {config.num_layers} layers, {heads}"),
+            ("vocabulary, sequence", f"{config.vocab_size:,} tokens, {config.seq_length:,} long"),
+            (
+                "a step",
+                f"{self.tokens_per_step:,} tokens: {self._ranks()} x {self.micro_batch_size} sequences "
+                f"x {self.accumulate_grad_batches} accumulated",
+            ),
+            ("the run", f"{self.max_steps:,} steps, {warmup}"),
+            ("", f"{self.tokens_per_step * self.max_steps:,} tokens, {self.flops:.2e} FLOPs"),
+            ("memory", f"{self._memory()} for parameters, gradients and optimizer, plus activations"),
+            *([("data", f"none: {self.missing}")] if self.missing else []),
+            *zip(itertools.chain(["attention"], itertools.repeat("")), self._attention_rows(), strict=False),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values; of `attention`, what `Served.to_dict` says of each call."""
+        fields = {name: value for name, value in vars(self).items() if name not in ("config", "attention")}
+        served = [each.to_dict() for each in self.attention]
+        return {"config": asdict(self.config), **fields, "flops": self.flops, "attention": served}
+
+    def _ranks(self) -> str:
+        if self.data_parallel == self.world_size:
+            return f"{self.world_size} devices"
+        return f"{self.data_parallel} groups of {self.world_size // self.data_parallel} devices"
+
+    def _memory(self) -> str:
+        if self.device_gib == self.state_gib:
+            return f"{self.state_gib:.2f} GiB"
+        return f"{self.device_gib:.2f} GiB on each device (of {self.state_gib:.2f} GiB in all)"
+
+    def _attention_rows(self) -> list[str]:
+        return attention.rows(self.attention) or [f"{self.config.attention_backend}, on the GPU that trains"]
+
+
+def begin(model: LanguageModel, data: Data, trainer: Trainer, optim: Optim) -> str | Path | None:
+    """Opens the weights that a model begins with: it takes their shape, and fine-tuning data their tokenizer.
+
+    Returns where they are; None if there are none.
+
+    Raises:
+        ConfigError: a part is not what a training needs, or the weights are not there, or of another shape.
+    """
+    refuse_others(model, data, trainer, optim)
+    try:
+        model.take_shape()
+    except ConfigError as error:
+        raise error.under("model") from error
+    if isinstance(data, FineTuningDataModule):
+        if model.init_from is None:
+            raise ConfigError("model.init_from=None: fine-tuning begins with a model that can write already; give one")
+        data.default_tokenizer = find_tokenizer(user_path(model.init_from))
+    return model.init_from
+
+
+def plan_training(
+    model: LanguageModel,
+    data: Data,
+    trainer: Trainer,
+    optim: Optim,
+    log: Log | None = None,
+    *,
+    target: Target | Literal["trainer"] | None = "trainer",
+    **others: Any,
+) -> TrainingPlan:
+    """Works out what a training amounts to. The parts are not changed; `TrainingPlan.apply` completes them.
+
+    Args:
+        model: after `begin`.
+        target: the device whose kernels serve; "trainer" is that of the trainer, and None one that is not known.
+        others: what else the task takes; it changes nothing.
+
+    Raises:
+        ConfigError: the parts do not fit together; it lists every problem.
+    """
+    world_size = trainer.num_devices * trainer.num_nodes
+    sizes = Sizes(data=world_size, replicate=world_size)
+    if isinstance(trainer.strategy, Parallel):
+        try:
+            sizes = trainer.strategy.sizes(world_size)
+        except ConfigError as error:
+            raise error.under("trainer.strategy") from error
+    accumulate, config = _fitting(model, data, trainer, optim, log, sizes)
+    try:
+        transformer = model.on_meta(config)
+    except ConfigError as error:
+        raise error.under("model") from error
+    learned = [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    trained = sum(parameter.numel() for _, parameter in learned)
+    precision = str(trainer.precision)
+    each = 2 if precision == "bf16-true" else 4
+    frozen_bytes = (parameters - trained) * (2 if halves_frozen(model, trainer) else each)
+    state_gib = (frozen_bytes + 2 * each * trained + optim.state_bytes(learned, precision)) / 2**30  # 2: the gradients
+    gathered_gib = sizes.gathered(transformer) * ((4 if precision == "32-true" else 2) + 4) / 2**30
+    return TrainingPlan(
+        config=config,
+        parameters=parameters,
+        trained=trained,
+        max_steps=int(trainer.max_steps),
+        world_size=world_size,
+        data_parallel=sizes.data,
+        micro_batch_size=data.micro_batch_size,
+        accumulate_grad_batches=accumulate,
+        tokens_per_step=data.global_batch_size * data.seq_length,
+        attention=_kernels(model, config, data, trainer, target),
+        state_gib=state_gib,
+        device_gib=state_gib * sizes.held(transformer) / parameters + gathered_gib,
+        warmup_steps=optim.lr_scheduler.warmup_steps,
+        missing=f"data.{data.missing}" if data.missing else "",
+    )
+
+
+def _fitting(
+    model: LanguageModel, data: Data, trainer: Trainer, optim: Optim, log: Log | None, sizes: Sizes
+) -> tuple[int, TransformerConfig]:
+    """How many micro-batches a step accumulates, and the model's complete shape; raises ConfigError as its caller."""
+    strategy = trainer.strategy if isinstance(trainer.strategy, Parallel) else None
+    cut = strategy if trainer.num_devices * trainer.num_nodes > 1 else None
+    problems: list[str] = []
+    if cut is not None and model.compile_mode == "model":
+        problems.append("model.compile='model': a model cut over several devices takes 'layers' or None")
+    accumulate, micro_batches = 1, None
+    try:
+        accumulate = micro_batches = data.accumulate_grad_batches(sizes.data)
+    except ConfigError as error:
+        problems += error.under("data").problems
+    problems += _trainer_problems(trainer, accumulate, sizes.data)
+    if log is not None and log.profile_steps and log.profile_steps[1] > trainer.max_steps:
+        problems.append(f"log.profile={log.profile!r}: the run ends with step trainer.max_steps={trainer.max_steps}")
+    try:
+        vocab_size = data.vocab_size
+    except ConfigError as error:  # the dataset cannot be read
+        raise ConfigError(*problems, *error.under("data").problems) from error
+    problems += [f"data.{problem}" for problem in data.too_short()]
+    config = _longer(model, data.seq_length)
+    problems += _model_problems(config, data, vocab_size)
+    problems += model.problems(str(trainer.precision), sizes)
+    if strategy is not None:
+        split = strategy.problems(config, data.seq_length, micro_batches)
+        problems += [f"trainer.strategy.{each}" for each in split]
+    problems += optim.problems(str(trainer.precision), cut, adapters=model.lora is not None)
+    if problems:
+        raise ConfigError(*problems)
+    return accumulate, replace(
+        config, vocab_size=config.vocab_size or vocab_size, seq_length=config.seq_length or data.seq_length
+    )
+
+
+def _kernels(
+    model: LanguageModel,
+    config: TransformerConfig,
+    data: Data,
+    trainer: Trainer,
+    target: Target | Literal["trainer"] | None,
+) -> attention.Choices:
+    """The kernels that serve on `target`; empty where that is not known."""
+    calls = calls_of(model, config, data, str(trainer.precision), trainer.strategy)
+    try:
+        if target is None:
+            attention.refuse_impossible(calls)
+            return ()
+        return attention.choose(calls, Target.of(trainer.strategy.root_device) if target == "trainer" else target)
+    except ConfigError as error:
+        raise error.under("model.config") from error
+
+
+def _trainer_problems(trainer: Trainer, accumulate: int, data_parallel: int) -> list[str]:
+    problems = []
+    if not (is_whole(trainer.max_steps) and trainer.max_steps >= 1):
+        problems.append(f"trainer.max_steps={trainer.max_steps}: must be 1 or more; a run ends by steps, not by epochs")
+    if trainer.accumulate_grad_batches not in (1, accumulate):
+        problems.append(
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: leave it out; the data's batch sizes "
+            f"on {data_parallel} data-parallel ranks make it {accumulate}"
+        )
+    every: Any = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if not (is_whole(every) and every >= 1):
+        problems.append(f"trainer.log_every_n_steps={every!r}: must be a whole number of steps, 1 or more")
+    interval = trainer.val_check_interval
+    if interval != 1.0 and (not isinstance(interval, int) or interval < 1):
+        problems.append(f"trainer.val_check_interval={interval!r}: must be a whole number of steps, 1 or more")
+    if str(trainer.precision) not in PRECISIONS:
+        problems.append(f"trainer.precision={str(trainer.precision)!r}: allowed: {', '.join(PRECISIONS)}")
+    if trainer.limit_train_batches not in (None, 1.0):
+        problems.append("trainer.limit_train_batches: would cut the steps short; trainer.max_steps ends a run")
+    if getattr(trainer, "overfit_batches", 0):
+        problems.append("trainer.overfit_batches: the order of the data is a function of the step; leave it out")
+    if getattr(trainer, "fast_dev_run", False):
+        problems.append("trainer.fast_dev_run: use trainer.max_steps=1, or --dryrun")
+    if trainer.max_epochs not in (None, -1):
+        problems.append(f"trainer.max_epochs={trainer.max_epochs}: a run ends by trainer.max_steps; leave it at -1")
+    if trainer.checkpoint_callback is not None:
+        problems.append("trainer.enable_checkpointing=True: checkpoints are written as `checkpoint` says")
+    if trainer.loggers:
+        problems.append("trainer.logger: metrics are logged as `log` says")
+    if trainer.gradient_clip_val is not None and not trainer.gradient_clip_val >= 0:
+        problems.append(f"trainer.gradient_clip_val={trainer.gradient_clip_val!r}: must not be negative")
+    if trainer.gradient_clip_algorithm not in (None, "norm"):
+        problems.append(f"trainer.gradient_clip_algorithm={str(trainer.gradient_clip_algorithm)!r}: allowed: 'norm'")
+    return problems
+
+
+def _model_problems(config: TransformerConfig, data: Data, vocab_size: int) -> list[str]:
+    problems = []
+    if config.vocab_size is not None and (missing := data.missing_rows(config.vocab_size)):
+        problems.append(
+            f"model.config.vocab_size={config.vocab_size}: {'; '.join(missing)}; the tokenizer has {vocab_size} tokens"
+        )
+    if config.seq_length is not None and config.seq_length < data.seq_length:
+        problems.append(
+            f"model.config.seq_length={config.seq_length}: shorter than data.seq_length={data.seq_length}; leave it out"
+        )
+    return problems
+
+
+def _longer(model: LanguageModel, seq_length: int) -> TransformerConfig:
+    """The model's shape; says so if weights that learned shorter sequences go on with longer ones, as rotary positions
+    let them."""
+    config, learned = model.config, model.config.seq_length
+    if model.init_from is None or learned is None or learned >= seq_length:
+        return config
+    if config.position_embedding_type == "learned_absolute":
+        return config
+    say(f"WARNING: {model.init_from} learned sequences of {learned} tokens; data.seq_length={seq_length} is longer")
+    return replace(config, seq_length=seq_length)
