@@ -126,7 +126,9 @@ def test_a_tokenizer_may_have_more_tokens_than_the_model_has_rows(parts: Parts, 
         writer.finish()
     made = parts(vocab_size=tokenizer.vocab_size - 1)
     made["data"] = PreTrainingDataModule(tmp_path / "data", seq_length=16, micro_batch_size=2, global_batch_size=4)
-    assert plan_of(made).config.vocab_size == made["data"].model_vocab_size == tokenizer.vocab_size - 1
+    found = plan_of(made)
+    found.apply(made["model"], made["data"], made["trainer"])
+    assert found.config.vocab_size == made["data"].model_vocab_size == tokenizer.vocab_size - 1
     largest = int(tokens.max())
     made = parts(vocab_size=largest)
     made["data"] = PreTrainingDataModule(tmp_path / "data", seq_length=16, micro_batch_size=2, global_batch_size=4)
