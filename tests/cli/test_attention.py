@@ -134,7 +134,8 @@ def test_it_says_what_the_plan_says(explained, edits):
 
 def test_adapters_and_preferences_are_explained_by_the_weights_they_begin_with(explained, typed):
     assert "init_from" in typed("attention", "explain", "-f", "dpo", rc=2)  # they are not there
-    edits = ["model.lora.target_modules=[linear_fc1]", "model.config=TransformerConfig", "model.config.num_layers=3"]
+    edits = ["model.init_from=weights", "model.lora.target_modules=[linear_fc1]"]
+    edits += ["model.config=TransformerConfig", "model.config.num_layers=3"]
     edits += ["model.config.hidden_size=64", "model.config.num_attention_heads=2", "model.config.attention_dropout=0.1"]
     answer = explained("dpo", *edits, "--gpu", "h100", *NEMO)
     found = [(layer["layers"], layer["spec"]["training"]) for layer in answer["layers"]]

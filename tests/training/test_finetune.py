@@ -152,7 +152,7 @@ def test_what_cannot_be_is_refused(base: RunDirectory, parts: Parts, tmp_path: P
         PreferenceModel()
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a"}\n')
-    with pytest.raises(ConfigError, match=r"data\..*bad\.jsonl:1: needs the fields"):
+    with pytest.raises(ConfigError, match=r"^/.*bad\.jsonl:1: needs the fields"):
         tasks.finetune(**tuning(parts, LanguageModel(init_from=base.path), bad))
     with pytest.raises(ConfigError, match="paths is empty"):
         FineTuningDataModule()

@@ -259,7 +259,7 @@ def test_a_run_goes_on_with_other_data_only_if_told_to(
     other = tmp_path / "other"
     tokenize([text], ByteTokenizer(), other, val_fraction=0, workers=1, progress=False)
     with pytest.raises(ConfigError) as error:
-        pretrain(max_steps=5, paths=other)
+        pretrain(max_steps=5, paths=other, val_samples=0)
     assert error.value.problems[0].startswith("data: train: train.bin is new or changed since")
     assert "data.allow_changed=False: set True" in error.value.problems[-1]
     pretrain(max_steps=5, paths=other, val_samples=0, allow_changed=True)

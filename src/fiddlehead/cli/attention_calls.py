@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ def calls_of_recipe(recipe: Recipe) -> Calls:
     """
     import fiddle as fdl
 
+    from fiddlehead.data import FineTuningDataModule
     from fiddlehead.plan.attention_calls import calls_of
     from fiddlehead.plan.training import PRECISIONS
     from fiddlehead.recipe import Recipe
@@ -44,7 +46,10 @@ def calls_of_recipe(recipe: Recipe) -> Calls:
     if precision not in PRECISIONS:
         raise ConfigError(f"trainer.precision={precision!r}: allowed: {', '.join(PRECISIONS)}")
     trainer = fdl.Config(_Trainer, recipe.trainer.strategy)
-    parts = Recipe(_parts, model=recipe.model, data=recipe.data, trainer=trainer).build_arguments()
+    data = copy.copy(recipe.data)
+    if fdl.get_callable(data) is FineTuningDataModule and not data.paths:
+        data.paths = ["examples.jsonl"]  # attention does not see what is in it
+    parts = Recipe(_parts, model=recipe.model, data=data, trainer=trainer).build_arguments()
     model, data, strategy = parts["model"], parts["data"], parts["trainer"].strategy
     if not isinstance(model, LanguageModel):
         raise ConfigError(f"model: is a {type(model).__name__}, not a LanguageModel")
