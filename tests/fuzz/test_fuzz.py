@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.foreign import read_object
@@ -114,6 +116,7 @@ def test_a_value_of_another_kind_is_read_or_refused(
     "entry",
     [
         *({"shape": [-2, -3]}, {"shape": [2.0, 3]}, {"shape": [True, 6]}, {"shape": "23"}, {"shape": [2, 10**30]}),
+        {"shape": [0, 10**30], "data_offsets": [56, 56]},
         *({"data_offsets": [0, 24]}, {"data_offsets": [-24, 0]}, {"data_offsets": [32.0, 56.0]}, {"data_offsets": []}),
         *({"dtype": []}, {"dtype": "F4"}, {"dtype": None}, {"extra": Raw("NaN")}, {"extra": [Raw("-Infinity")]}),
     ],
@@ -170,6 +173,16 @@ def test_bytes_that_are_not_utf8_in_a_table_are_named(folders: Callable[[str], P
     content = (folders("parquet") / "a.parquet").read_bytes()
     for name in ("parquet", "examples-parquet"):
         check(READERS[name], folders(name), content.replace(b"a fern", b"\xff\xfe fer").replace(b"moss", b"\xffoss"))
+
+
+def test_a_table_with_two_fields_of_one_name_is_refused(tmp_path: Path) -> None:
+    fields = [pa.field("content", pa.string())] * 2
+    twice = pa.StructArray.from_arrays([pa.array(["a"]), pa.array(["b"])], fields=fields)
+    table = pa.table({"messages": twice, "text": twice})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    for name in ("parquet", "examples-parquet"):
+        with pytest.raises(ConfigError, match=r"cannot be read.*duplicate field names"):
+            READERS[name].read(tmp_path)
 
 
 @pytest.mark.parametrize("linked", ["config.json", "model-00001-of-00001.safetensors", "merges.txt"])

@@ -274,7 +274,9 @@ def _read_parquet(file: Path, text_field: str) -> Iterator[Block]:
                     str(file), items, range(first, last), size * (last - 1) // rows - size * (first - 1) // rows
                 )
                 first = last
-    except pa.ArrowException as error:
+    except ConfigError:
+        raise
+    except (pa.ArrowException, ValueError) as error:
         raise ConfigError(Elsewhere(f"{file}: cannot be read: {error}")) from error
 
 

@@ -108,7 +108,7 @@ def _arrow_rows(file: Path, *, is_parquet: bool) -> Iterator[tuple[str, Any, str
                 for values in batch.to_pylist():
                     number += 1
                     yield f"{file}:{number}", _without_nulls(values), ""
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # of fields with one name; of text that is not UTF-8
         raise ConfigError(Elsewhere(f"{file}: cannot be read after row {number}: {error}")) from error
 
 

@@ -156,8 +156,8 @@ def _stored(file: Path, name: str, entry: Any, data: int) -> Stored:
     dtype, shape, offsets = (entry[field] for field in fields)
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{name}: dtype {dtype!r} is not read; allowed: {', '.join(DTYPES)}")
-    if not isinstance(shape, list) or not all(is_whole(size) and size >= 0 for size in shape):
-        raise ValueError(f"{name}: shape {shape!r}: must be a list of whole numbers of 0 or more")
+    if not isinstance(shape, list) or not all(is_whole(size) and 0 <= size < 2**63 for size in shape):
+        raise ValueError(f"{name}: shape {shape!r}: must be a list of whole numbers from 0 to below 2**63")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_whole(at) and at >= 0 for at in offsets):
         raise ValueError(f"{name}: data_offsets {offsets!r}: must be two whole numbers of 0 or more")
     stored = Stored(file, dtype, tuple(shape), data + offsets[0], offsets[1] - offsets[0])
