@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -146,6 +146,9 @@ class TransformerConfig:
         names = [field.name for field in fields(cls)]
         if strange := [f"{name}: {unknown('field', name, names)}" for name in values if name not in names]:
             raise ConfigError(*strange)
+        needed = [field.name for field in fields(cls) if field.default is field.default_factory is MISSING]
+        if missing := [f"{name}: is missing" for name in needed if name not in values]:
+            raise ConfigError(*missing)
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         if isinstance(scaling := values.get("rope_scaling"), dict):
             values["rope_scaling"] = scaling_from_dict(scaling)

@@ -138,7 +138,7 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = read_json(path / "state.json")
         version, written = int(state["format_version"]), state.pop("crc32", None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:  # the last is of Infinity
         raise DamagedCheckpointError(f"{path}/state.json cannot be read: {error!r}") from error
     if version > FORMAT_VERSION:
         raise DamagedCheckpointError(f"{path} has format {version}, newer than this version's {FORMAT_VERSION}")
