@@ -21,3 +21,10 @@ def test_of_many_problems_the_first_are_told_and_how_many_more_there_are() -> No
     problems = [f"p{number}" for number in range(1022)]
     assert first_of(problems[:20]) == problems[:20]
     assert ConfigError(*first_of(problems)).under("data").problems[-2:] == ("data.p19", "and 1,002 more")
+
+
+def test_a_long_problem_keeps_its_own_place_when_it_is_shortened() -> None:
+    error = ConfigError(Elsewhere("a.jsonl:2: " + "x" * 10_000), "b=" + "y" * 10_000)
+    there, field = error.under("data").problems
+    assert there.startswith("a.jsonl:2: ") and field.startswith("data.b=")
+    assert all(len(problem) < 2_100 for problem in (there, field))

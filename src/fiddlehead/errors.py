@@ -49,7 +49,7 @@ def _shortened(problem: str) -> str:
     """Without the middle, where a problem repeats a value that nobody reads to its end."""
     if len(problem) <= _LONGEST:
         return problem
-    return f"{problem[: _LONGEST // 2]} ... {problem[-_LONGEST // 2 :]}"
+    return type(problem)(f"{problem[: _LONGEST // 2]} ... {problem[-_LONGEST // 2 :]}")  # an `Elsewhere` stays one
 
 
 class RunError(RuntimeError):
