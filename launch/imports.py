@@ -120,13 +120,15 @@ class _Reader(ast.NodeVisitor):
         self.imports += [alias.name for alias in node.names]
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
-        base = node.module or ""
-        if node.level:
-            above = self._package.split(".")[: len(self._package.split(".")) - node.level + 1]
-            base = ".".join(filter(None, [*above, base]))
-        if base:
+        if base := self._absolute(node.level, node.module or ""):
             # Each name may be a module, or something in one.
             self.imports += [base, *(f"{base}.{alias.name}" for alias in node.names if alias.name != "*")]
+
+    def _absolute(self, dots: int, name: str) -> str:
+        """The full name of a module that an import names with so many dots in front."""
+        package = self._package.split(".")
+        above = package[: len(package) - dots + 1] if dots else []
+        return ".".join(filter(None, [*above, name]))
 
     def visit_If(self, node: ast.If) -> None:
         test = ast.unparse(node.test)
@@ -141,9 +143,8 @@ class _Reader(ast.NodeVisitor):
         texts = [each.value for each in node.args if isinstance(each, ast.Constant) and isinstance(each.value, str)]
         if name in ("import_module", "__import__") and node.args:
             if texts:
-                relative = len(texts[0]) - len(texts[0].lstrip("."))
-                above = self._package.split(".")[: len(self._package.split(".")) - relative + 1] if relative else []
-                self.imports.append(".".join(filter(None, [*above, texts[0].lstrip(".")])))
+                name = texts[0].lstrip(".")
+                self.imports.append(self._absolute(len(texts[0]) - len(name), name))
             else:
                 top = self._package.partition(".")[0]
                 self.imports += [each for each in list(sys.modules) if top and each.startswith(f"{top}.")]
