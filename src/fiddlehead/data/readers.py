@@ -274,9 +274,7 @@ def _read_parquet(file: Path, text_field: str) -> Iterator[Block]:
                     str(file), items, range(first, last), size * (last - 1) // rows - size * (first - 1) // rows
                 )
                 first = last
-    except ConfigError:
-        raise
-    except (pa.ArrowException, ValueError) as error:
+    except pa.ArrowException as error:
         raise ConfigError(Elsewhere(f"{file}: cannot be read: {error}")) from error
 
 
