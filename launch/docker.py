@@ -252,7 +252,7 @@ def _covers(directory: Path, runs: Path) -> list[_Mount]:
             for name in files
             if secret_files.pattern(str(here / name)) and not (directory / here / name).is_symlink()
         ]
-        # Packages have certificates that are no secret, and runs are kept without secrets.
+        # The certificates that packages bring are public, and runs are kept without secrets.
         folders[:] = [
             name
             for name in folders
