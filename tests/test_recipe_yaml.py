@@ -23,6 +23,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.recipe import Recipe
 from fiddlehead.tasks import finetune, pretrain
 from tests import recipe_parts as parts
+from tests.fuzz.damage import nested
 from tests.recipe_parts import recipe
 
 HEADER = "# fiddlehead recipe, format 1\n"
@@ -257,6 +258,8 @@ def test_tags_are_refused():
         ("# fiddlehead recipe, format 2\nx: 1", "written in format 2; this version of fiddlehead reads up to 1"),
         ("", "empty"),
         ("[" * 3000, "nested too deeply"),
+        ("[" * 101 + "]" * 101, "nested too deeply, in more than 100 levels"),
+        ("x: " + "{a: " * 400 + "}" * 400, "nested too deeply, in more than 100 levels"),
         ("\x00", "recipe.yaml"),
     ],
 )
@@ -267,6 +270,10 @@ def test_mistakes_have_their_place(text, problem):
 def test_all_mistakes_come_together():
     text = "_target_: tests.recipe_parts:Optim\nlrr: 1\nbetas: yes\neps: {a: 1, a: 2}"
     assert len(problems_of(text, allow=["tests"]).splitlines()) == 3
+
+
+def test_a_hundred_levels_are_read():
+    assert reader.load("[" * 100 + "]" * 100) == nested(99, [])
 
 
 def test_a_file_of_aliases_cannot_grow_without_bounds():

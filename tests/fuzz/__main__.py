@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.errors import FlakyFailure
 
 from tests.fuzz.check import FaultError, check
 from tests.fuzz.damage import damaged
@@ -50,6 +51,8 @@ def fuzz(name: str, seconds: float, number: int, show: bool = True) -> FaultErro
             pass
         except FaultError as error:
             fault = error
+        except FlakyFailure as error:  # it was too slow, say, but not when the same file was tried again
+            fault = FaultError(f"once, and not again: {error.exceptions[0]}")
     print(f"{name}: {tried} files, {fault or 'no fault'}", flush=True)
     return fault
 

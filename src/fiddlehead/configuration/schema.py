@@ -19,6 +19,8 @@ TARGET, PARTIAL, ARGS = "_target_", "_partial_", "_args_"
 MAX_VALUES = 100_000
 MAX_NODES = 20_000
 """How many values a text may have; aliases make more of them, up to `MAX_VALUES`."""
+MAX_DEPTH = 100
+"""How deeply its values may be nested. PyYAML looks at every open bracket for every token."""
 
 HEADER = re.compile(r"#\s*fiddlehead recipe, format (\d+)")
 
@@ -45,13 +47,19 @@ class TooMuchError(Exception):
 class Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012 | as PyYAML declares it
     _nodes = 0
+    _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """As PyYAML's, which takes a second for this many."""
         self._nodes += 1
+        self._depth += 1
         if self._nodes > MAX_NODES:
             raise TooMuchError(f"more than {MAX_NODES} values")
-        return super().compose_node(parent, index)
+        if self._depth > MAX_DEPTH:
+            raise TooMuchError(f"nested too deeply, in more than {MAX_DEPTH} levels")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 # The core schema of YAML 1.2, in which 1e-3 is a float. What YAML 1.1 or Python would take for a bool, a number, a date
