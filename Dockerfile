@@ -11,7 +11,7 @@ ARG BUILD_IMAGE=nvidia/cuda:${CUDA_VERSION}-devel-ubuntu24.04
 ARG BASE_IMAGE=nvidia/cuda:${CUDA_VERSION}-base-ubuntu24.04
 
 FROM ${BUILD_IMAGE} AS python
-# One that the images' distribution has: 3.12 in Ubuntu 24.04, 3.11 in Debian 12.
+# One that the images' distribution has: 3.12 in Ubuntu 24.04, 3.11 in Debian 12, 3.13 in Debian 13.
 ARG PYTHON_VERSION=3.12
 ENV DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/venv/bin:$PATH
 RUN apt-get update \
@@ -19,12 +19,6 @@ RUN apt-get update \
         ca-certificates g++ python${PYTHON_VERSION}-dev python${PYTHON_VERSION}-venv \
     && rm -rf /var/lib/apt/lists/* \
     && python${PYTHON_VERSION} -m venv /opt/venv
-
-# A stage of its own, so that only a change of the dependencies, and not of all else in the file, installs them again.
-FROM python AS dependencies
-COPY pyproject.toml .
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-        > /dependencies.txt
 
 FROM python AS build
 # "" is pip's usual index.
@@ -43,8 +37,9 @@ RUN case "$FLASH_ATTN" in \
             && MAX_JOBS=${MAX_JOBS} pip install --no-build-isolation "flash-attn==${FLASH_ATTN}" ;; \
     esac
 
-COPY --from=dependencies /dependencies.txt /
-RUN pip install -r /dependencies.txt "torch==${TORCH_VERSION}" hatchling
+# In the versions that the tests ran with, and from the same files.
+COPY requirements/lock.txt /
+RUN pip install --no-deps --require-hashes -r /lock.txt
 
 FROM ${BASE_IMAGE}
 ARG PYTHON_VERSION=3.12
@@ -59,7 +54,7 @@ COPY --from=build /opt/venv /opt/venv
 
 WORKDIR /opt/fiddlehead
 COPY . .
-RUN pip install --no-deps --no-build-isolation .
+RUN pip install --no-deps --no-build-isolation . && pip check
 
 # executor=docker runs as whoever launches; this is for runs by hand.
 USER fiddlehead

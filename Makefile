@@ -1,5 +1,8 @@
 # `make demo` and `make test` install what they need into .venv; nothing else on the machine is touched.
-PYTHON ?= python3
+# The first of these that is there, runs, and is of a version that pyproject.toml allows.
+PYTHONS := python3 python3.13 python3.12 python3.11 python3.14
+PYTHON ?= $(shell for python in $(PYTHONS); do $$python -c '$(ALLOWED)' 2>/dev/null && echo $$python && break; done)
+ALLOWED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= demo
@@ -10,8 +13,11 @@ SECONDS ?= 120
 READERS ?=
 # One test at a time to whichever process is free: the slow ones, which come first, are then spread over all of them.
 DEALT := --dist load --maxschedchunk 1
+# `make lock LOCK=--upgrade` takes the newest release of everything; without it only what pyproject.toml asks for changes.
+LOCK ?=
+PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-fast test-long fuzz test-slurm test-docker lint format wheel clean
+.PHONY: help demo test test-fast test-long fuzz test-slurm test-docker lint format wheel lock newest clean
 
 help:  ## What can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -58,19 +64,45 @@ format: $(VENV)/.installed-dev  ## Rewrite the code as `make lint` wants it
 	$(BIN)/ruff check --fix .
 
 wheel: $(VENV)/.installed-dev  ## Build dist/*.whl and the source archive
-	$(BIN)/python -m build
+	$(BIN)/python -m build --no-isolation
+
+# The lock holds for all versions of Python and all platforms. A hash is kept for each file of a release on PyPI.
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes $(LOCK) \
+	--excludes requirements/cuda.txt --no-emit-package torch --custom-compile-command "make lock" \
+	pyproject.toml requirements/build.in requirements/torch.txt
+lock: | $(VENV)/bin/python  ## Write requirements/lock*.txt, which the tests and the image install, from pyproject.toml
+	$(BIN)/python $(PIP) uv
+	$(COMPILE) --output-file requirements/lock.txt
+	$(COMPILE) --extra dev --constraints requirements/lock.txt --output-file requirements/lock-dev.txt
+
+# What is outdated although it was just installed is held back by a bound of ours or of another package.
+newest: NEWEST := .venv-newest
+newest:  ## `make test-fast` with the newest releases that pyproject.toml allows, in .venv-newest
+	rm -rf $(NEWEST)
+	$(MAKE) VENV=$(NEWEST) $(NEWEST)/bin/python
+	$(NEWEST)/bin/python $(PIP) --editable '.[dev]'
+	touch $(NEWEST)/.installed $(NEWEST)/.installed-dev
+	@echo "Held back:" && $(NEWEST)/bin/python -m pip list --disable-pip-version-check --outdated
+	$(MAKE) VENV=$(NEWEST) test-fast
 
 clean:  ## Remove what make made, but no runs
-	rm -rf $(VENV) dist
+	rm -rf $(VENV) .venv-newest dist
 
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"Python 3.11 or 3.12 is needed, not {v[0]}.{v[1]}: make PYTHON=python3.12" if v not in ((3, 11), (3, 12)) else 0)'
+	@[ -n "$(PYTHON)" ] || { echo "None of $(PYTHONS) is Python 3.11 to 3.14: make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c '$(ALLOWED)' || { echo "$(PYTHON) is not Python 3.11 to 3.14"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+# PyTorch comes last: its own dependencies are then there already, in the versions of the lock.
+INSTALL = $(BIN)/python $(PIP) --no-deps --require-hashes --requirement $< && \
+	$(BIN)/python $(PIP) --requirement requirements/torch.txt && \
+	$(BIN)/python $(PIP) --no-deps --no-build-isolation --editable . && \
+	$(BIN)/python -m pip check --disable-pip-version-check
+
+$(VENV)/.installed: requirements/lock.txt requirements/torch.txt pyproject.toml | $(VENV)/bin/python
+	$(INSTALL)
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+$(VENV)/.installed-dev: requirements/lock-dev.txt requirements/torch.txt pyproject.toml | $(VENV)/bin/python
+	$(INSTALL)
 	touch $@ $(VENV)/.installed
