@@ -478,6 +478,9 @@ def test_compiled_serves_other_lengths_by_the_same_graph(name: str, package: Sta
         assert_equal(actual, outcome(reference.run, small(), Extras(), inputs))
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # the compiler's own, when it looks at what `opcheck` gives it
 def test_operators_are_what_they_say(name: str, package: StandIn) -> None:
     """Schema, fake tensors, gradients and tracing, by PyTorch's own checks."""
     operators = torch.ops.fiddlehead

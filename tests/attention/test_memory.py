@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fiddlehead.attention import BACKENDS, AttentionSpec, attend
 from fiddlehead.attention.memory import extra_bytes
+from tests.allocated import Allocated
 
 SPEC = AttentionSpec(dtype=torch.bfloat16, head_dim=128, num_attention_heads=8, num_query_groups=2)
 MEASURED = {
@@ -28,34 +26,6 @@ MEASURED = {
 def test_the_memory_is_what_an_h100_measured(backend: str) -> None:
     for measured, length in zip(MEASURED[backend], (4096, 8192, 16384, 32768), strict=True):
         assert extra_bytes(backend, SPEC, 1, length) / 2**20 == pytest.approx(measured, rel=0.2)
-
-
-class Allocated(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made under it: the most that there were at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {_storage(x)._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and (storage := _storage(tensor))._cdata not in inputs | self.known:
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        return result
-
-    def _freed(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-
-def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    return tensor.untyped_storage()
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa_flash"])

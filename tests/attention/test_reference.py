@@ -186,6 +186,9 @@ def test_queries_that_see_no_key_are_found_without_the_mask(call: Call) -> None:
 OPERATOR_CALLS = [{}, {"causal": False, "left": 1, "softcap": 1.5}, {"padding_mask": "left", "sinks": True}]
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # the compiler's own, when it looks at what `opcheck` gives it
 @pytest.mark.parametrize("features", OPERATOR_CALLS, ids=str)
 def test_the_operator_is_well_formed(features: dict[str, Any]) -> None:
     q, k, v, sinks = Call(B=2, T=3, S=3, sinks=True).inputs(torch.float32)
