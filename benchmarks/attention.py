@@ -26,10 +26,10 @@ from measure import RESULTS, save, table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fiddlehead.attention import BACKENDS, AttentionSpec, Target, attend, explain
-from fiddlehead.attention.measure import fastest
 from fiddlehead.attention.packages import installed, interface
-from fiddlehead.attention.sample import Shape
 from fiddlehead.attention.spec import length_class
+from fiddlehead.attention.tools.measure import fastest
+from fiddlehead.attention.tools.sample import Shape
 from fiddlehead.errors import ConfigError
 
 TOKENS = 16384

@@ -19,10 +19,10 @@ import transformers
 from decode import copy_bandwidth
 from measure import Spread, alternate, ratio, save, table
 
+from fiddlehead.checkpoints.huggingface.families import FAMILIES
+from fiddlehead.checkpoints.huggingface.tensor_map import tensor_map
+from fiddlehead.inference.generation import Sampling, sample, sample_batch
 from fiddlehead.models import Transformer
-from fiddlehead.models.families import FAMILIES
-from fiddlehead.models.generation import Sampling, sample, sample_batch
-from fiddlehead.models.tensor_map import tensor_map
 from fiddlehead.recipes.llama import LLAMA32_1B
 
 SETTINGS = {

@@ -16,7 +16,7 @@ import fiddle as fdl
 from lightning.pytorch import Trainer
 from measure import save, table
 
-from fiddlehead.grouped_query import convert_gqa
+from fiddlehead.checkpoints.grouped_query import convert_gqa
 from fiddlehead.launch import launch
 from fiddlehead.recipes.tiny import tiny_mha, tiny_uptrain
 from fiddlehead.training import LanguageModel

@@ -22,9 +22,9 @@ from pathlib import Path
 import fiddle as fdl
 from measure import save, table
 
-from fiddlehead.models.families import FAMILIES
-from fiddlehead.models.safetensors_files import ToWrite, write_file
-from fiddlehead.models.tensor_map import tensor_map
+from fiddlehead.checkpoints.huggingface.families import FAMILIES
+from fiddlehead.checkpoints.huggingface.tensor_map import tensor_map
+from fiddlehead.checkpoints.safetensors_files import ToWrite, write_file
 from fiddlehead.recipes.llama import LLAMA3_8B
 
 IMPORT = """

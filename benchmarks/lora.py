@@ -65,7 +65,7 @@ def write_weights(shape: dict[str, int], folder: Path) -> None:
 
 def measure(arm: str, shape: dict[str, int], weights: Path) -> dict[str, float]:
     """Trains one arm, and returns its figures."""
-    from fiddlehead.training.weights import open_weights
+    from fiddlehead.checkpoints.weights import open_weights
 
     torch.manual_seed(0)
     clock = Clock(10)
@@ -79,7 +79,7 @@ def ours(arm: str, shape: dict[str, int], weights: Path, clock: Clock) -> tuple[
     """A run from a recipe, its layers compiled; the full step has bfloat16 parameters."""
     from fiddlehead.models import LoRA
     from fiddlehead.training import LanguageModel
-    from fiddlehead.training.metrics import num_adapted
+    from fiddlehead.training.callbacks.metrics import num_adapted
 
     adapted = arm == "ours"
     compile = "layers" if torch.cuda.is_available() else None

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fiddlehead.errors import ConfigError
-from fiddlehead.runs import RunDirectory, find_run
+from fiddlehead.run.directory import RunDirectory, find_run
 
 STYLE: dict[Any, Any] = {
     # A solid background of its own, so that the picture reads on light and dark pages alike.

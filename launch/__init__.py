@@ -11,14 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
-from fiddlehead import job, locks, workers
+from fiddlehead import job
 from fiddlehead.errors import FULL_DISK, ConfigError, RunError, of_the_machine
+from fiddlehead.files.atomic import write_atomically
 from fiddlehead.launch import secrets, watch
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.fit import fit_to_executor, missing_here, yielded
 from fiddlehead.launch.prepare import check, prepare, rehearse
 from fiddlehead.recipe import Recipe
-from fiddlehead.runs import RunDirectory, State, Status, write_atomically
+from fiddlehead.run import locks, workers
+from fiddlehead.run.directory import RunDirectory, State, Status
 
 __all__ = [
     "Executor",
@@ -74,7 +76,7 @@ def launch(
             raise ConfigError("a run in this process starts at once; name an executor for one that waits")
         names = sorted({*recipe.names_to_allow(), *allow})
         run, recipe = prepare(recipe, None, name=name, command=command)
-        from fiddlehead.training.console import become_rank_zero
+        from fiddlehead.run.console import become_rank_zero
 
         become_rank_zero()
         with copied_to(run.log), workers.apart():

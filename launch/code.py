@@ -13,10 +13,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fiddlehead import project, secret_files
 from fiddlehead.errors import ConfigError
+from fiddlehead.files import secret_files
+from fiddlehead.files.atomic import write_atomically
 from fiddlehead.launch import secrets
-from fiddlehead.runs import RunDirectory, write_atomically
+from fiddlehead.recipe import project
+from fiddlehead.run.directory import RunDirectory
 
 MAX_BYTES = 200_000_000
 """The most that is shipped: more is data or checkpoints, and would slow every launch."""

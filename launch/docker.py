@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
-from fiddlehead import secret_files
-from fiddlehead.environment import cache_folder, kernel_folders
+from fiddlehead.environment import kernel_folders
 from fiddlehead.errors import ConfigError
+from fiddlehead.files import secret_files
+from fiddlehead.files.paths import cache_folder, user_path
 from fiddlehead.launch import docker_engine as engine
 from fiddlehead.launch import secrets
 from fiddlehead.launch.executor import Executor
-from fiddlehead.paths import user_path
-from fiddlehead.runs import RunDirectory, Status
+from fiddlehead.run.directory import RunDirectory, Status
 
 if TYPE_CHECKING:
     from docker import DockerClient

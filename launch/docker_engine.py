@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fiddlehead.errors import ConfigError, nearest
-from fiddlehead.runs import RunDirectory, State, Status, is_here
+from fiddlehead.run.directory import RunDirectory, State, Status, is_here
 
 if TYPE_CHECKING:
     from docker import DockerClient

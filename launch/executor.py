@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from fiddlehead.configuration.coercion import coerce
-from fiddlehead.configuration.hints import Unevaluated, parameter_hint
 from fiddlehead.environment import wandb_mode_problems
 from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.files.atomic import write_atomically
 from fiddlehead.launch import secrets
-from fiddlehead.runs import RunDirectory, Status, write_atomically
+from fiddlehead.recipe.coercion import coerce
+from fiddlehead.recipe.hints import Unevaluated, parameter_hint
+from fiddlehead.run.directory import RunDirectory, Status
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)

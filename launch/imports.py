@@ -15,7 +15,7 @@ from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
-from fiddlehead import project
+from fiddlehead.recipe import project
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fiddlehead.errors import ConfigError
+from fiddlehead.files.paths import user_path
 from fiddlehead.launch.executor import Executor
-from fiddlehead.paths import user_path
-from fiddlehead.processes import is_running
-from fiddlehead.processes import started as process_started
-from fiddlehead.runs import MISSING, RunDirectory, State, Status, alive, is_here, last_heard_of, way_out
+from fiddlehead.run.directory import MISSING, RunDirectory, State, Status, alive, is_here, last_heard_of, way_out
+from fiddlehead.run.processes import is_running
+from fiddlehead.run.processes import started as process_started
 
 if TYPE_CHECKING:
     from nemo_run import Experiment

@@ -16,10 +16,10 @@ import tarfile
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 
-from fiddlehead import secret_files
 from fiddlehead.errors import ConfigError
+from fiddlehead.files import secret_files
 from fiddlehead.launch.shell import Shell
-from fiddlehead.runs import RunDirectory
+from fiddlehead.run.directory import RunDirectory
 
 THEIRS = ("checkpoints", "tensorboard", "wandb", "logs", "log.txt", "metrics.csv", "scheduler.txt", "attention.json")
 """What the job writes."""

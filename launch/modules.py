@@ -8,12 +8,12 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from fiddlehead import secret_files
 from fiddlehead.errors import ConfigError
+from fiddlehead.files import secret_files
+from fiddlehead.files.paths import user_path
 from fiddlehead.launch.code import HIDDEN, CodeCopy
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.imports import Module, modules_of
-from fiddlehead.paths import user_path
 
 
 def check(names: Iterable[str], copy: CodeCopy, executor: Executor) -> list[str]:

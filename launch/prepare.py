@@ -15,16 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fiddlehead import damage, trust
 from fiddlehead.environment import describe_environment
 from fiddlehead.errors import ConfigError, Elsewhere, of_the_machine
+from fiddlehead.files.atomic import write_atomically
+from fiddlehead.files.paths import user_path, working_directory
 from fiddlehead.launch import code, modules, secrets, watch
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.fit import GPU, fit_to_executor, missing_here, yielded
 from fiddlehead.launch.script import job_script
-from fiddlehead.paths import user_path, working_directory
-from fiddlehead.recipe import Recipe
-from fiddlehead.runs import (
+from fiddlehead.recipe import Recipe, trust
+from fiddlehead.run import damage
+from fiddlehead.run.directory import (
     PRIVATE,
     RunDirectory,
     State,
@@ -33,7 +34,6 @@ from fiddlehead.runs import (
     reserve_name,
     this_process,
     way_out,
-    write_atomically,
 )
 
 NAMELESS = ".nameless"
@@ -192,9 +192,10 @@ def check(recipe: Recipe, *, here: bool = True, waits: bool = False) -> Any:
     Raises:
         ConfigError: with every problem, each under its path.
     """
-    from fiddlehead import bench, tasks, workers
+    from fiddlehead import bench, tasks
+    from fiddlehead.plan.resume import resume_point
     from fiddlehead.plan.training import begin, plan_training
-    from fiddlehead.training.resume import resume_point
+    from fiddlehead.run import workers
 
     trainings = (tasks.pretrain, tasks.finetune, bench.benchmark)
     if recipe.__fn_or_cls__ not in trainings:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
-from fiddlehead import project
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch.code import CodeCopy
 from fiddlehead.launch.executor import Executor
-from fiddlehead.runs import RunDirectory
-from fiddlehead.workers import JOB_VARIABLES
+from fiddlehead.recipe import project
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.workers import JOB_VARIABLES
 
 
 def job_script(

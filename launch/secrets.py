@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fiddlehead.errors import ConfigError
-from fiddlehead.paths import user_path
-from fiddlehead.runs import RunDirectory
+from fiddlehead.files.paths import user_path
+from fiddlehead.run.directory import RunDirectory
 
 ALWAYS = ("WANDB_API_KEY", "HF_TOKEN")
 """Names of environment variables that every job gets if they are set."""

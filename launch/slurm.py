@@ -10,13 +10,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Self
 
 from fiddlehead.errors import ConfigError
+from fiddlehead.files.atomic import write_atomically
+from fiddlehead.files.paths import user_path
 from fiddlehead.launch import mirror, secrets, slurm_offer, slurm_queue
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.shell import Shell
 from fiddlehead.launch.slurm_offer import seconds
 from fiddlehead.launch.slurm_script import batch_script, sbatch_option_problems
-from fiddlehead.paths import user_path
-from fiddlehead.runs import RunDirectory, Status, write_atomically
+from fiddlehead.run.directory import RunDirectory, Status
 
 
 def slurm(

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fiddlehead.paths import user_path
-from fiddlehead.runs import RunDirectory
+from fiddlehead.files.paths import user_path
+from fiddlehead.run.directory import RunDirectory
 
 if TYPE_CHECKING:
     from fiddlehead.launch.slurm import SlurmExecutor

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fiddlehead.configuration.literals import split_arguments
 from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.files.atomic import write_atomically
+from fiddlehead.files.paths import user_path
 from fiddlehead.launch import start, watch
 from fiddlehead.launch.executor import Executor
-from fiddlehead.paths import user_path
 from fiddlehead.recipe import Recipe
-from fiddlehead.runs import RunDirectory, State, Status, write_atomically
+from fiddlehead.recipe.literals import split_arguments
+from fiddlehead.run.directory import RunDirectory, State, Status
 
 LOOK = 1.0
 """Seconds between two looks at runs that are going on."""

@@ -20,7 +20,7 @@ from fiddlehead.launch.docker import DockerExecutor
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.local import LocalExecutor
 from fiddlehead.launch.slurm import SlurmExecutor
-from fiddlehead.runs import RunDirectory, State, Status, StopRequest, is_locked
+from fiddlehead.run.directory import RunDirectory, State, Status, StopRequest, is_locked
 
 KINDS: dict[str, type[Executor]] = {kind.kind: kind for kind in (LocalExecutor, SlurmExecutor, DockerExecutor)}
 LOOK, ASK = 0.1, 3.0

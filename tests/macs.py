@@ -15,8 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-from fiddlehead import environment, processes
+from fiddlehead import environment
 from fiddlehead.data import chat_template
+from fiddlehead.run import processes
 
 BOOT_SESSION = "6E1C0D3B-0000-4000-8000-5D5C1A2B3C4D"
 _hidden = False

@@ -17,7 +17,7 @@ import pytest
 
 from fiddlehead.cli import main
 from fiddlehead.errors import ConfigError
-from fiddlehead.runs import RunDirectory
+from fiddlehead.run.directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -23,11 +23,11 @@ from typing import Any
 import fiddle as fdl
 import pytest
 
-from fiddlehead import locks, outcomes, preflight, workers
 from fiddlehead.errors import ConfigError, StopRequested
 from fiddlehead.job import LAUNCHER_LOCK, _launcher_lock, execute
 from fiddlehead.recipes.tiny import tiny_test
-from fiddlehead.runs import RunDirectory, State, Status, StopRequest, this_process
+from fiddlehead.run import locks, outcomes, preflight, workers
+from fiddlehead.run.directory import RunDirectory, State, Status, StopRequest, this_process
 
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "val_loss")
 PARTS = '''
@@ -445,7 +445,7 @@ def test_a_full_disk_ends_a_run_in_a_line_and_leaves_no_run_running(
 
     monkeypatch.setenv("FIDDLEHEAD_REQUEUES", "9")
     run.write_status(replace(this_process(1, "direct"), state=State.PENDING))
-    monkeypatch.setattr("fiddlehead.runs.write_atomically", full)
+    monkeypatch.setattr("fiddlehead.files.atomic.write_atomically", full)
     assert execute(run, full) == 1
     assert capsys.readouterr().err == "error: No space left on device\n"
     status = run.written_status()
@@ -513,14 +513,14 @@ def test_a_missing_module_is_named_in_a_moment(make: Make, tmp_path: Path, monke
     ("module", "found"),
     [
         ("fiddlehead.tasks", True),
-        ("fiddlehead.training.stop", True),
+        ("fiddlehead.training.callbacks.stop", True),
         ("fiddlehead.training.stopp", False),
         ("fiddlehead.tasks.x", False),
         ("no_such_package.x", False),
     ],
 )
 def test_modules_are_found_without_importing_them(module: str, found: bool) -> None:
-    code = f"import sys; from fiddlehead.preflight import *; print(importable({module!r}), 'torch' in sys.modules)"
+    code = f"import sys; from fiddlehead.run.preflight import *; print(importable({module!r}), 'torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.split() == [str(found), "False"], result.stderr
 

@@ -11,8 +11,8 @@ import pytest
 from fiddlehead.data import BPETokenizer, FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.data.random_tokens import RandomTokens
 from fiddlehead.errors import ConfigError
+from fiddlehead.inference.generation import Sampling
 from fiddlehead.models import LoRA, RopeScaling, TransformerConfig, YarnRopeScaling
-from fiddlehead.models.generation import Sampling
 from fiddlehead.training import (
     AdamW,
     Checkpoint,

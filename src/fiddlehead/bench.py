@@ -18,15 +18,16 @@ from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.data.random_tokens import RandomTokens
 from fiddlehead.environment import describe_gpus, describe_machine
 from fiddlehead.errors import ConfigError
+from fiddlehead.files.atomic import write_atomically
 from fiddlehead.plan import attention
 from fiddlehead.plan.attention_calls import calls_of
 from fiddlehead.recipe import Recipe
-from fiddlehead.runs import RunDirectory, write_atomically
+from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training import Checkpoint, LanguageModel, Log
-from fiddlehead.training.checkpoint import at_step_end
-from fiddlehead.training.metrics import Metrics, num_adapted, peak_memory, speed
+from fiddlehead.training.callbacks.checkpoint import at_step_end
+from fiddlehead.training.callbacks.metrics import Metrics, num_adapted, peak_memory, speed
+from fiddlehead.training.callbacks.phases import Window, exposed_communication
 from fiddlehead.training.optim import Optim
-from fiddlehead.training.phases import Window, exposed_communication
 
 PACKAGES = ("fiddlehead", "torch", "lightning", "triton", "flash-attn", "flash-attn-3", "flash-attn-4")
 RESULTS = "bench.json"
@@ -89,7 +90,7 @@ def benchmark(
     """Trains as `pretrain` does, and writes the figures of the last `steps` steps into the run's directory.
 
     Figures, over the timed steps: `tokens_per_s`, `tokens_per_s_per_device`, `tflops_per_s`, `memory_gib`, and where
-    the device's peak is known `mfu` and `mfu_full`, as `fiddlehead.training.metrics.Metrics` has them;
+    the device's peak is known `mfu` and `mfu_full`, as `fiddlehead.training.callbacks.metrics.Metrics` has them;
     `seconds_per_step`, a spread; `seconds_data`, `seconds_forward`, `seconds_backward` and `seconds_optimizer`, means.
     And `seconds_to_first_step`, from here to its end: the model is made, and what is compiled is compiled.
     """

@@ -16,19 +16,14 @@ from typing import Any
 
 import psutil
 
-from fiddlehead import secret_files
 from fiddlehead.errors import unknown
-from fiddlehead.paths import user_path
-from fiddlehead.processes import sysctl
+from fiddlehead.files import secret_files
+from fiddlehead.files.paths import cache_folder
+from fiddlehead.run.processes import sysctl
 
 MAX_PATCH_BYTES = 2_000_000
 WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 """The values of WANDB_MODE that W&B knows."""
-
-
-def cache_folder() -> Path:
-    """Where what is made once is kept for later runs: `$FIDDLEHEAD_CACHE`, or `~/.cache/fiddlehead`."""
-    return user_path(os.environ.get("FIDDLEHEAD_CACHE") or "~/.cache/fiddlehead").absolute()
 
 
 def kernel_folders() -> dict[str, str]:

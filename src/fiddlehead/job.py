@@ -25,9 +25,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fiddlehead import locks, outcomes, preflight, signals, workers
 from fiddlehead.errors import FULL_DISK, ConfigError, RunError, StopRequested, of_the_machine
-from fiddlehead.runs import RunDirectory, State, Status, StopRequest, exclusive, showing_life, this_process
+from fiddlehead.run import locks, outcomes, preflight, signals, workers
+from fiddlehead.run.directory import RunDirectory, State, Status, StopRequest, exclusive, showing_life, this_process
 
 MAX_FAILURES = 3
 """How often in a row a job that is started again may fail at the same step."""

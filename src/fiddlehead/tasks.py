@@ -9,28 +9,29 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
+from fiddlehead.checkpoints.folder import newest_good, verified_by_first
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.errors import ConfigError
-from fiddlehead.paths import user_path
+from fiddlehead.files.atomic import write_atomically
+from fiddlehead.files.paths import user_path
 from fiddlehead.plan import attention
+from fiddlehead.plan.resume import Start, data_checksums, resume_point
 from fiddlehead.plan.training import TrainingPlan, begin, plan_training
-from fiddlehead.runs import PRIVATE, RunDirectory, reserve_name, write_atomically
+from fiddlehead.run.console import is_rank_zero, say
+from fiddlehead.run.directory import PRIVATE, RunDirectory, reserve_name
+from fiddlehead.run.team import Team
 from fiddlehead.training import Checkpoint, LanguageModel, Log, NonFiniteError, Parallel
-from fiddlehead.training.checkpoint import restore_progress
-from fiddlehead.training.checkpoint_folder import newest_good, verified_by_first
-from fiddlehead.training.console import is_rank_zero, say
+from fiddlehead.training.callbacks.checkpoint import restore_progress
+from fiddlehead.training.callbacks.garbage import CollectGarbage
+from fiddlehead.training.callbacks.metrics import Metrics
+from fiddlehead.training.callbacks.phases import Phases
+from fiddlehead.training.callbacks.profile import Profile
+from fiddlehead.training.callbacks.samples import SampleAnswer
+from fiddlehead.training.callbacks.stop import StopOnRequest
 from fiddlehead.training.frozen import halve_frozen
-from fiddlehead.training.garbage import CollectGarbage
 from fiddlehead.training.kernel_cache import keep_compiled_kernels
-from fiddlehead.training.metrics import Metrics
 from fiddlehead.training.optim import Optim
-from fiddlehead.training.phases import Phases
 from fiddlehead.training.process import process_restored
-from fiddlehead.training.profile import Profile
-from fiddlehead.training.resume import Start, data_checksums, resume_point
-from fiddlehead.training.samples import SampleAnswer
-from fiddlehead.training.stop import StopOnRequest
-from fiddlehead.training.team import Team
 
 
 def pretrain(

@@ -12,8 +12,8 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
 
-from fiddlehead.attention import flash2, flash3, flash4, reference
-from fiddlehead.attention.backend import Extras
+from fiddlehead.attention.backends import flash2, flash3, flash4, reference
+from fiddlehead.attention.backends.backend import Extras
 from fiddlehead.attention.packages import Package, Packages
 from fiddlehead.attention.spec import GPUS, AttentionSpec, Target
 from fiddlehead.errors import ConfigError

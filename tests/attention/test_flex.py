@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn.attention import flex_attention as torch_flex
 
-from fiddlehead.attention import AttentionSpec, Packages, Target, attend, flex
-from fiddlehead.attention.backend import Extras
-from fiddlehead.attention.masks import visible
+from fiddlehead.attention import AttentionSpec, Packages, Target, attend
+from fiddlehead.attention.backends import flex
+from fiddlehead.attention.backends.backend import Extras
+from fiddlehead.attention.backends.masks import visible
 from tests.attention.definition import Call, calls
 from tests.attention.graphs import Graphs
 

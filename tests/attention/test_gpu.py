@@ -22,10 +22,11 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
 
-from fiddlehead.attention import BACKENDS, AttentionSpec, Target, attend, flash4
-from fiddlehead.attention.backend import Extras
-from fiddlehead.attention.masks import alibi_bias, gathered, visible
-from fiddlehead.attention.trial import require_right, trial, wrong
+from fiddlehead.attention import BACKENDS, AttentionSpec, Target, attend
+from fiddlehead.attention.backends import flash4
+from fiddlehead.attention.backends.backend import Extras
+from fiddlehead.attention.backends.masks import alibi_bias, gathered, visible
+from fiddlehead.attention.tools.trial import require_right, trial, wrong
 from fiddlehead.errors import ConfigError
 
 pytestmark = [

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fiddlehead.attention import AttentionSpec, attend, reference
-from fiddlehead.attention.backend import Extras
-from fiddlehead.attention.masks import seen, visible
+from fiddlehead.attention import AttentionSpec, attend
+from fiddlehead.attention.backends import reference
+from fiddlehead.attention.backends.backend import Extras
+from fiddlehead.attention.backends.masks import seen, visible
 from tests.attention.definition import Call, calls, one_sequence, windows
 
 FEATURES = [

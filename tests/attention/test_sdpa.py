@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from fiddlehead.attention import AttentionSpec, Packages, Target, attend, cudnn, sdpa_efficient, sdpa_flash
-from fiddlehead.attention.backend import Extras
+from fiddlehead.attention import AttentionSpec, Packages, Target, attend
+from fiddlehead.attention.backends import cudnn, sdpa_efficient, sdpa_flash
+from fiddlehead.attention.backends.backend import Extras
 from tests.attention.definition import Call
 from tests.attention.graphs import Graphs
 

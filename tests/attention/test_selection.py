@@ -21,11 +21,11 @@ from fiddlehead.attention import (
     Target,
     attend,
     explain,
-    flex,
     select,
     selection,
     switches,
 )
+from fiddlehead.attention.backends import flex
 from fiddlehead.errors import ConfigError
 
 CPU = Target("cpu", "cpu", packages=Packages(torch="2.11.0", cudnn=None))

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from fiddlehead import launch
-from fiddlehead.attention import BACKENDS, doctor, switches
-from fiddlehead.attention.doctor import Finding, Report
-from fiddlehead.catalog import find_recipe
+from fiddlehead.attention import BACKENDS, switches
+from fiddlehead.attention.tools import doctor
+from fiddlehead.attention.tools.doctor import Finding, Report
 from fiddlehead.cli import main
-from fiddlehead.overrides import apply_overrides
+from fiddlehead.recipe.catalog import find_recipe
+from fiddlehead.recipe.edits import apply_overrides
 
 NEMO = ("--assume", "cudnn=9.19.0", "--assume", "flash-attn=2.8.3", "--assume", "flash-attn-4=none")
 
@@ -241,6 +242,6 @@ def test_the_doctor_prints_what_it_found(typed, monkeypatch):
 
 
 def test_the_doctor_says_so_if_pytorch_itself_is_broken(typed, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fiddlehead.attention.doctor", None)
-    monkeypatch.delattr("fiddlehead.attention.doctor")
+    monkeypatch.setitem(sys.modules, "fiddlehead.attention.tools.doctor", None)
+    monkeypatch.delattr("fiddlehead.attention.tools.doctor")
     assert typed("doctor", rc=1) == ""

@@ -126,6 +126,6 @@ def test_generate_needs_a_prompt(fiddlehead, ours):  # noqa: F811
 
 @pytest.mark.parametrize("command", [["generate", "--prompt", "ab"], ["chat"]])
 def test_compiling_without_a_gpu_is_refused_before_the_weights_are_read(fiddlehead, ours, monkeypatch, command):  # noqa: F811
-    monkeypatch.setattr("fiddlehead.text.load_transformer", None)
+    monkeypatch.setattr("fiddlehead.inference.text.load_transformer", None)
     said = fiddlehead(*command, "ours", "--compile", rc=2)
     assert said == "error: compile=True: a step is captured on a GPU, and the model is on cpu; leave compile out\n"

@@ -16,7 +16,7 @@ import fiddlehead as fiddlehead_package
 from fiddlehead.cli import main
 from fiddlehead.errors import RunError
 from fiddlehead.launch.shell import Answer, Shell
-from fiddlehead.runs import RunDirectory, State, Status, this_process
+from fiddlehead.run.directory import RunDirectory, State, Status, this_process
 
 
 @pytest.fixture
@@ -287,8 +287,8 @@ def test_what_the_disk_refuses_is_a_line_and_exit_code_1(fiddlehead, monkeypatch
         raise error
 
     monkeypatch.setattr("fiddlehead.data.tokenize.tokenize", refuse)
-    monkeypatch.setattr("fiddlehead.huggingface.import_checkpoint", refuse)
-    monkeypatch.setattr("fiddlehead.huggingface.export_checkpoint", refuse)
+    monkeypatch.setattr("fiddlehead.checkpoints.huggingface.convert.import_checkpoint", refuse)
+    monkeypatch.setattr("fiddlehead.checkpoints.huggingface.convert.export_checkpoint", refuse)
     said = "error: it is damaged\n" if isinstance(error, RunError) else "error: No space left on device: out\n"
     assert fiddlehead("tokenize", "a.txt", "-t", "bytes", "-o", "out", rc=1) == said
     assert fiddlehead("import", "hf", "here", "-o", "out", rc=1) == said

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fiddlehead.runs import RunDirectory, State, Status
+from fiddlehead.run.directory import RunDirectory, State, Status
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

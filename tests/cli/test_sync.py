@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from fiddlehead.runs import RunDirectory, State, Status
+from fiddlehead.run.directory import RunDirectory, State, Status
 
 RECORD = """
 import sys, wandb

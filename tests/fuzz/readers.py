@@ -16,7 +16,12 @@ import pyarrow.parquet
 import safetensors
 import torch
 
-from fiddlehead.catalog import find_part
+from fiddlehead.checkpoints import folder as checkpoint_folder
+from fiddlehead.checkpoints.huggingface.families import FAMILIES
+from fiddlehead.checkpoints.huggingface.files import HuggingFaceCheckpoint
+from fiddlehead.checkpoints.huggingface.tensor_map import tensor_map
+from fiddlehead.checkpoints.safetensors_files import ToWrite, read_header, to_write, write_file
+from fiddlehead.checkpoints.weights import CheckpointWeights
 from fiddlehead.data import ByteTokenizer
 from fiddlehead.data.chat_template import ChatTemplate
 from fiddlehead.data.readers import parse, read_blocks
@@ -25,17 +30,12 @@ from fiddlehead.data.token_file import SPLITS, TokenFile
 from fiddlehead.data.token_writer import TokenDatasetWriter
 from fiddlehead.data.tokenizers import TokenizerFile
 from fiddlehead.models import TransformerConfig
-from fiddlehead.models.families import FAMILIES
-from fiddlehead.models.huggingface import HuggingFaceCheckpoint
-from fiddlehead.models.safetensors_files import ToWrite, read_header, to_write, write_file
-from fiddlehead.models.tensor_map import tensor_map
 from fiddlehead.models.transformer import Transformer
-from fiddlehead.overrides import apply_overrides
 from fiddlehead.recipe import Recipe
+from fiddlehead.recipe.catalog import find_part
+from fiddlehead.recipe.edits import apply_overrides
 from fiddlehead.recipes.tiny import tiny
-from fiddlehead.runs import RunDirectory, State, Status, StopRequest
-from fiddlehead.training import checkpoint_folder
-from fiddlehead.training.weights import CheckpointWeights
+from fiddlehead.run.directory import RunDirectory, State, Status, StopRequest
 from tests.data.small_tokenizers import QWEN_TEMPLATE, save_llama2, save_qwen
 
 _JINJA = "chat_template.jinja"

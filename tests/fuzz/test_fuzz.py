@@ -12,10 +12,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from fiddlehead.checkpoints.huggingface.convert import import_checkpoint
+from fiddlehead.checkpoints.huggingface.files import HuggingFaceCheckpoint
 from fiddlehead.errors import ConfigError
-from fiddlehead.foreign import read_object
-from fiddlehead.huggingface import import_checkpoint
-from fiddlehead.models.huggingface import HuggingFaceCheckpoint
+from fiddlehead.files.foreign import read_object
 from tests.fuzz.check import check
 from tests.fuzz.damage import Raw, nested, write
 from tests.fuzz.readers import READERS

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fiddlehead.launch import watch
-from fiddlehead.runs import RunDirectory, State, Status
+from fiddlehead.run.directory import RunDirectory, State, Status
 
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "val_loss")
 """What of `metrics.csv` is the same however often a run was interrupted; the speeds are not."""

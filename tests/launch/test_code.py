@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from fiddlehead import project
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import code
 from fiddlehead.launch.code import CodeCopy, ship, shipped
-from fiddlehead.runs import RunDirectory
+from fiddlehead.recipe import project
+from fiddlehead.run.directory import RunDirectory
 
 
 def git(directory: Path, *arguments: str) -> str:

@@ -28,11 +28,12 @@ from typing import Any
 import pytest
 
 import fiddlehead
+from fiddlehead.checkpoints.folder import newest_good
 from fiddlehead.errors import ConfigError
+from fiddlehead.files.atomic import write_atomically
 from fiddlehead.launch import docker_engine, secrets, watch
 from fiddlehead.launch.docker import DockerExecutor, _mounts, container_name, docker
-from fiddlehead.runs import RunDirectory, State, Status, StopRequest, this_process, write_atomically
-from fiddlehead.training.checkpoint_folder import newest_good
+from fiddlehead.run.directory import RunDirectory, State, Status, StopRequest, this_process
 
 IMAGE = "fiddlehead-test:latest"
 REPOSITORY = Path(fiddlehead.__file__).resolve().parents[2]

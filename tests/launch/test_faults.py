@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from fiddlehead.checkpoints.folder import newest_first, newest_good
 from fiddlehead.launch import watch
-from fiddlehead.runs import RunDirectory, State
-from fiddlehead.training.checkpoint_folder import newest_first, newest_good
+from fiddlehead.run.directory import RunDirectory, State
 from tests.launch.cluster import (
     PACED,
     Cluster,

@@ -21,12 +21,12 @@ from pathlib import Path
 
 import pytest
 
+from fiddlehead.checkpoints.folder import newest_first, newest_good
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import watch
 from fiddlehead.launch.local import LocalExecutor, local
-from fiddlehead.processes import started as process_started
-from fiddlehead.runs import RunDirectory, State, StopRequest, this_process
-from fiddlehead.training.checkpoint_folder import newest_first, newest_good
+from fiddlehead.run.directory import RunDirectory, State, StopRequest, this_process
+from fiddlehead.run.processes import started as process_started
 from tests.conftest import once
 
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "val_loss")

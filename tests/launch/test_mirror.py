@@ -9,7 +9,7 @@ import pytest
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import mirror
 from fiddlehead.launch.shell import Shell
-from fiddlehead.runs import RunDirectory
+from fiddlehead.run.directory import RunDirectory
 
 
 def test_what_is_sent_is_stored_where_it_belongs(tmp_path: Path) -> None:

@@ -24,12 +24,12 @@ from fiddlehead.launch.prepare import prepare, refuse_taken
 from fiddlehead.launch.shell import Answer
 from fiddlehead.launch.slurm import slurm
 from fiddlehead.launch.watch import load_executor
-from fiddlehead.overrides import apply_overrides
 from fiddlehead.recipe import Recipe
+from fiddlehead.recipe.edits import apply_overrides
 from fiddlehead.recipes.finetune import dora, dpo, full, lora
 from fiddlehead.recipes.llama import llama2_13b
 from fiddlehead.recipes.tiny import tiny_test
-from fiddlehead.runs import RunDirectory, State, Status
+from fiddlehead.run.directory import RunDirectory, State, Status
 from fiddlehead.training import Parallel
 
 

@@ -18,14 +18,14 @@ from typing import Any, ClassVar
 
 import pytest
 
-from fiddlehead import project
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import secrets
 from fiddlehead.launch.code import ship
 from fiddlehead.launch.local import LocalExecutor
 from fiddlehead.launch.script import job_script
-from fiddlehead.runs import RunDirectory
-from fiddlehead.workers import JOB_VARIABLES
+from fiddlehead.recipe import project
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.workers import JOB_VARIABLES
 from tests.launch.test_secrets import AWKWARD
 
 JOB = """\

@@ -11,7 +11,7 @@ import pytest
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import secrets
-from fiddlehead.runs import RunDirectory
+from fiddlehead.run.directory import RunDirectory
 
 AWKWARD = {
     "PLAIN": "abc",

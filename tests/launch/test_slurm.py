@@ -19,7 +19,7 @@ import pytest
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import shell
 from fiddlehead.launch.slurm import SlurmExecutor, slurm
-from fiddlehead.runs import RunDirectory, State, Status, StopRequest
+from fiddlehead.run.directory import RunDirectory, State, Status, StopRequest
 
 pytestmark = pytest.mark.slurm
 

@@ -15,8 +15,8 @@ from fiddlehead.launch.shell import Shell
 from fiddlehead.launch.slurm import _refusal, _would_wait, slurm
 from fiddlehead.launch.slurm_offer import count_gpus, gpus_of_a_node, problems, seconds
 from fiddlehead.launch.slurm_queue import UNKNOWN, Job, corrected, find
-from fiddlehead.processes import this_machine
-from fiddlehead.runs import RunDirectory, State, Status
+from fiddlehead.run.directory import RunDirectory, State, Status
+from fiddlehead.run.processes import this_machine
 
 HERE = Shell()
 NO_ACCOUNTING = "echo 'Slurm accounting storage is disabled' >&2; exit 1"

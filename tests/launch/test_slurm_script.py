@@ -16,7 +16,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.launch import slurm_script
 from fiddlehead.launch.slurm import SlurmExecutor, slurm
 from fiddlehead.launch.slurm_script import batch_script
-from fiddlehead.runs import RunDirectory
+from fiddlehead.run.directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("nemo_run")
 

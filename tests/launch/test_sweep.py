@@ -13,7 +13,7 @@ import pytest
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import sweep, watch
 from fiddlehead.launch.sweep import Sweep, Variant
-from fiddlehead.runs import RunDirectory, State, Status
+from fiddlehead.run.directory import RunDirectory, State, Status
 
 
 def pretrain(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -16,7 +16,6 @@ from typing import ClassVar
 
 import pytest
 
-from fiddlehead import processes
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import watch
 from fiddlehead.launch.executor import Executor
@@ -24,7 +23,8 @@ from fiddlehead.launch.local import local
 from fiddlehead.launch.prepare import refuse_taken
 from fiddlehead.launch.slurm import SlurmExecutor, slurm
 from fiddlehead.recipes.tiny import tiny_test
-from fiddlehead.runs import RunDirectory, State, Status, exclusive, last_lines, this_process
+from fiddlehead.run import processes
+from fiddlehead.run.directory import RunDirectory, State, Status, exclusive, last_lines, this_process
 
 
 @dataclass(frozen=True, kw_only=True)

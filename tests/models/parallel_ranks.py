@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 from fiddlehead.models import LongRopeScaling, Transformer, TransformerConfig
 from fiddlehead.models.parallel import Layout, local_batch, parallelize, reduce_gradients
-from fiddlehead.training.gradients import global_norm, gradients_of
+from fiddlehead.training.distributed.gradients import global_norm, gradients_of
 
 SMALL: dict[str, Any] = {
     "num_layers": 2,

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from fiddlehead.attention import KVCache
+from fiddlehead.checkpoints.huggingface.families import FAMILIES
+from fiddlehead.checkpoints.huggingface.tensor_map import tensor_map
 from fiddlehead.errors import ConfigError
+from fiddlehead.inference.generation import Sampling, sample, sample_batch
 from fiddlehead.models import LongRopeScaling, Transformer
-from fiddlehead.models.families import FAMILIES
-from fiddlehead.models.generation import Sampling, sample, sample_batch
-from fiddlehead.models.tensor_map import tensor_map
 from tests.models.hf_families import random_model
 
 ORIGINAL = 8

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fiddlehead.checkpoints.huggingface.convert import export_checkpoint, import_checkpoint
+from fiddlehead.checkpoints.weights import load_transformer, open_weights
 from fiddlehead.data.documents import borders
-from fiddlehead.huggingface import export_checkpoint, import_checkpoint
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.moe import MoE
-from fiddlehead.training.weights import load_transformer, open_weights
 from tests.models.hf_families import FAMILIES, transformers
 
 T, E, K = 12, 5, 2

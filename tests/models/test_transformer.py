@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fiddlehead.attention import AttentionSpec, sdpa_flash
+from fiddlehead.attention import AttentionSpec
+from fiddlehead.attention.backends import sdpa_flash
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import RopeScaling, Transformer, TransformerConfig
 from fiddlehead.models.rope import Rotary, rotate

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from fiddlehead import catalog, launch
+from fiddlehead import launch
+from fiddlehead.checkpoints.huggingface.families import FAMILIES, family_for
 from fiddlehead.errors import ConfigError
-from fiddlehead.models.families import FAMILIES, family_for
-from fiddlehead.recipe import Recipe
+from fiddlehead.recipe import Recipe, catalog
 
 GOLDEN = Path(__file__).parent / "golden"
 ENTRIES = {entry.name: entry for entry in catalog.recipes() if entry.module.startswith("fiddlehead.")}

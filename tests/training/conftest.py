@@ -14,13 +14,13 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from fiddlehead import tasks
+from fiddlehead.checkpoints.weights import CheckpointWeights
 from fiddlehead.data import ByteTokenizer, PreTrainingDataModule
 from fiddlehead.data.tokenize import tokenize
 from fiddlehead.models import TransformerConfig
 from fiddlehead.plan.training import TrainingPlan, begin, plan_training
-from fiddlehead.runs import RunDirectory
+from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training import AdamW, Checkpoint, CosineAnnealing, LanguageModel, Log
-from fiddlehead.training.weights import CheckpointWeights
 from tests.conftest import once
 
 Parts = Callable[..., dict[str, Any]]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fiddlehead import tasks
-from fiddlehead.runs import RunDirectory
+from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training import Muon, Parallel
 from tests.training.conftest import KillAfter, Killed, make_parts, rows
 from tests.training.ranks import on_ranks

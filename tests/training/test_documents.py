@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from fiddlehead import tasks
 from fiddlehead.data import ByteTokenizer
-from fiddlehead.runs import RunDirectory
+from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training import LanguageModel
 from tests.training.conftest import Parts, parameters, rows
 from tests.training.test_language_model import Probe

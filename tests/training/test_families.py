@@ -11,10 +11,11 @@ from typing import Any
 import fiddle as fdl
 import pytest
 
-from fiddlehead import catalog, tasks
+from fiddlehead import tasks
 from fiddlehead.data import FineTuningDataModule
 from fiddlehead.models import LongRopeScaling, LoRA, TransformerConfig
-from fiddlehead.runs import RunDirectory
+from fiddlehead.recipe import catalog
+from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training import LanguageModel
 from tests.training.conftest import Parts, rows
 

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from fiddlehead import tasks
+from fiddlehead.checkpoints.weights import load_transformer, open_weights
 from fiddlehead.data import FineTuningDataModule
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA
-from fiddlehead.runs import RunDirectory
+from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
 from fiddlehead.training.preference import answer_log_probabilities
-from fiddlehead.training.weights import load_transformer, open_weights
 from tests.training.conftest import KillAfter, Killed, Parts, make_parts, rows
 from tests.training.ranks import on_ranks
 from tests.training.test_language_model import Probe

@@ -14,7 +14,7 @@ import pytest
 from torch._inductor.runtime import cache_dir_utils
 
 from fiddlehead.environment import kernel_folders
-from fiddlehead.runs import RunDirectory
+from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training.kernel_cache import keep_compiled_kernels
 from tests.training.conftest import KillAfter, Killed
 

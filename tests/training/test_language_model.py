@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fiddlehead import tasks
-from fiddlehead.runs import RunDirectory
+from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training import LanguageModel, NonFiniteError
 from tests.training.conftest import Parts, parameters, rows
 

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fiddlehead.errors import ConfigError
-from fiddlehead.runs import RunDirectory
+from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training import Log
 from fiddlehead.training.loggers import MetricsCSV, plain_recipe
 from tests.training.conftest import KillAfter, Killed, rows

@@ -16,7 +16,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from fiddlehead.runs import RunDirectory
+from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training import process
 from tests.training.conftest import KillAfter, Killed
 

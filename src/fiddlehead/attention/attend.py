@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from fiddlehead.attention.backend import Backend, Extras
+from fiddlehead.attention.backends.backend import Backend, Extras
 from fiddlehead.attention.call import NO_LIMIT, call_fields
 from fiddlehead.attention.kv_cache import KVCache
-from fiddlehead.attention.measure import fastest
-from fiddlehead.attention.sample import Shape
 from fiddlehead.attention.selection import BACKENDS, explain, select
 from fiddlehead.attention.spec import AttentionSpec, Target
 from fiddlehead.attention.switches import Setting, setting
+from fiddlehead.attention.tools.measure import fastest
+from fiddlehead.attention.tools.sample import Shape
 from fiddlehead.errors import ConfigError
 
 

@@ -9,18 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from fiddlehead.attention import (
-    cudnn,
-    flash2,
-    flash3,
-    flash4,
-    flex,
-    reference,
-    sdpa_efficient,
-    sdpa_flash,
-    switches,
-)
-from fiddlehead.attention.backend import Backend
+from fiddlehead.attention import switches
+from fiddlehead.attention.backends import cudnn, flash2, flash3, flash4, flex, reference, sdpa_efficient, sdpa_flash
+from fiddlehead.attention.backends.backend import Backend
 from fiddlehead.attention.packages import Package
 from fiddlehead.attention.spec import AttentionSpec, Target
 from fiddlehead.errors import ConfigError, unknown

@@ -8,10 +8,11 @@ import sys
 
 import typer
 
-from fiddlehead import __version__, workers
+from fiddlehead import __version__
 from fiddlehead.cli import attention, bench, checkpoints, corpus, evaluate, recipes, runs, train, use
 from fiddlehead.errors import ConfigError, RunError, of_the_machine
-from fiddlehead.paths import working_directory
+from fiddlehead.files.paths import working_directory
+from fiddlehead.run import workers
 
 app = typer.Typer(
     name="fiddlehead",

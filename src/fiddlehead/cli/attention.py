@@ -78,7 +78,7 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="The same, for pro
     broken, or if nothing works.
     """
     try:
-        from fiddlehead.attention.doctor import examine
+        from fiddlehead.attention.tools.doctor import examine
     except (ImportError, OSError) as error:
         print(f"error: PyTorch cannot be imported: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
         raise typer.Exit(1) from None
@@ -128,7 +128,7 @@ class _Explained:
 
     def memory(self, choice: Choice, backend: str) -> int:
         """Bytes that a layer takes beside q, k and v."""
-        from fiddlehead.attention.memory import extra_bytes
+        from fiddlehead.attention.tools.memory import extra_bytes
 
         device = self.target.device_type
         return extra_bytes(backend, choice.spec, self.micro_batch_size, self.seq_length, device_type=device)

@@ -25,7 +25,7 @@ from fiddlehead.cli.common import (
     table,
 )
 from fiddlehead.errors import ConfigError
-from fiddlehead.paths import user_path
+from fiddlehead.files.paths import user_path
 
 if TYPE_CHECKING:
     from fiddlehead.launch.executor import Executor

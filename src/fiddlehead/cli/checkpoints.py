@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from fiddlehead.paths import user_path
+from fiddlehead.files.paths import user_path
 
 importing = typer.Typer(no_args_is_help=True, help="Take checkpoints from other tools.")
 exporting = typer.Typer(no_args_is_help=True, help="Hand checkpoints to other tools.")
@@ -26,7 +26,7 @@ def import_hf(
 
     Example:  fiddlehead import hf meta-llama/Llama-3.2-1B --out llama
     """
-    from fiddlehead.huggingface import import_checkpoint
+    from fiddlehead.checkpoints.huggingface.convert import import_checkpoint
 
     checkpoint = import_checkpoint(source, out)
     config = checkpoint.config
@@ -50,7 +50,7 @@ def export_hf(
 
     Example:  fiddlehead export hf demo demo-hf --dtype bfloat16
     """
-    from fiddlehead.huggingface import export_checkpoint
+    from fiddlehead.checkpoints.huggingface.convert import export_checkpoint
 
     chosen = export_checkpoint(source, out, family=family, dtype=dtype)
     print(f"{out}: {chosen.architecture}")  # noqa: T201
@@ -65,7 +65,7 @@ def export_peft(
 
     Example:  fiddlehead export peft tuned tuned-adapters
     """
-    from fiddlehead.huggingface import export_adapters
+    from fiddlehead.checkpoints.huggingface.convert import export_adapters
 
     base = export_adapters(source, out)
     print(f"{out}: adapters for {base}")  # noqa: T201
@@ -82,7 +82,7 @@ def convert_gqa(
 
     Example:  fiddlehead convert gqa llama2 --num-query-groups 8 --out llama2-gqa
     """
-    from fiddlehead.grouped_query import convert_gqa
+    from fiddlehead.checkpoints.grouped_query import convert_gqa
 
     config = convert_gqa(source, out, num_query_groups, method)  # pyright: ignore[reportArgumentType]
     print(  # noqa: T201

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fiddlehead import catalog
 from fiddlehead.errors import ConfigError
-from fiddlehead.paths import user_path
+from fiddlehead.files.paths import user_path
+from fiddlehead.recipe import catalog
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,9 +41,9 @@ def load_recipe(name: str, overrides: Sequence[str] = (), allow: Sequence[str] =
 
     `name` is a recipe function, `package.module:function`, `@file.yaml`, a YAML file, or a run.
     """
-    from fiddlehead.overrides import apply_overrides
     from fiddlehead.recipe import Recipe
-    from fiddlehead.runs import find_run
+    from fiddlehead.recipe.edits import apply_overrides
+    from fiddlehead.run.directory import find_run
 
     file = user_path(name.removeprefix("@"))
     if name.startswith("@") or file.suffix in (".yaml", ".yml"):
@@ -83,10 +83,10 @@ def configure_executor(arguments: Sequence[str], default: str = "local") -> tupl
     """
     import fiddle as fdl
 
-    from fiddlehead.configuration.literals import split_arguments
     from fiddlehead.launch.executor import Executor
-    from fiddlehead.overrides import apply_overrides
     from fiddlehead.recipe import Recipe
+    from fiddlehead.recipe.edits import apply_overrides
+    from fiddlehead.recipe.literals import split_arguments
 
     named, edits = [], []
     for argument in arguments:
@@ -194,7 +194,7 @@ def _call(function: Callable[[], Any]) -> Any:
 
 
 def _is_run(name: str) -> bool:
-    from fiddlehead.runs import find_run
+    from fiddlehead.run.directory import find_run
 
     try:
         find_run(name)

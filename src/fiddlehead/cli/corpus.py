@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from fiddlehead.paths import user_path
+from fiddlehead.files.paths import user_path
 
 
 def tokenize(

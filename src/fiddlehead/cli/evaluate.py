@@ -14,7 +14,7 @@ from fiddlehead.cli.common import add_row, show, table
 from fiddlehead.cli.runs import DirOption
 from fiddlehead.cli.use import SourceArgument
 from fiddlehead.errors import ConfigError
-from fiddlehead.paths import user_path
+from fiddlehead.files.paths import user_path
 
 
 def evaluate(
@@ -45,8 +45,8 @@ def evaluate(
         _evaluate_text(file, source, directory, stride, as_json)
         return
     _need_harness()
-    from fiddlehead.harness import evaluate_tasks, find_tasks
-    from fiddlehead.text import Writer
+    from fiddlehead.inference.harness import evaluate_tasks, find_tasks
+    from fiddlehead.inference.text import Writer
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     found = find_tasks(names, tasks_dir)  # before the model is read
@@ -84,7 +84,7 @@ def _evaluate_text(file: Path, source: str, directory: str, stride: int | None, 
     from rich.console import Console
     from rich.progress import Progress
 
-    from fiddlehead.text import Writer, likelihood
+    from fiddlehead.inference.text import Writer, likelihood
 
     try:
         text = file.read_text(encoding="utf-8")

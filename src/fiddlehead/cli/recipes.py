@@ -9,7 +9,6 @@ from pathlib import Path
 
 import typer
 
-from fiddlehead import catalog
 from fiddlehead.cli.common import (
     AllowOption,
     OverridesArgument,
@@ -22,6 +21,7 @@ from fiddlehead.cli.common import (
     show as show_things,
 )
 from fiddlehead.errors import ConfigError
+from fiddlehead.recipe import catalog
 
 
 def recipes(
@@ -59,8 +59,8 @@ def show(
 
     Example:  fiddlehead show tiny optim.lr=1e-3
     """
-    from fiddlehead.configuration.leaves import leaves
-    from fiddlehead.configuration.leaves import show as show_value
+    from fiddlehead.recipe.leaves import leaves
+    from fiddlehead.recipe.leaves import show as show_value
 
     loaded, _ = load_recipe(recipe, overrides or (), allow or ())
     if yaml:
@@ -80,7 +80,7 @@ def diff(
     allow: list[str] = AllowOption,
 ) -> None:
     """Print what differs between two recipes, YAML files or runs."""
-    from fiddlehead.configuration.leaves import show as show_value
+    from fiddlehead.recipe.leaves import show as show_value
 
     one, _ = load_recipe(left, (), allow or ())
     other, _ = load_recipe(right, (), allow or ())

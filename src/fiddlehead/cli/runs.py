@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fiddlehead import damage
 from fiddlehead.cli.common import AllowOption, add_row, phases_table, table
 from fiddlehead.cli.common import show as show_things
 from fiddlehead.errors import ConfigError
-from fiddlehead.runs import RunDirectory, State, Status, find_run, is_here, last_lines, list_runs, way_out
+from fiddlehead.run import damage
+from fiddlehead.run.directory import RunDirectory, State, Status, find_run, is_here, last_lines, list_runs, way_out
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -185,9 +185,9 @@ def rerun(
     directory: str = DirOption,
 ) -> None:
     """Start a run again where it ran before, from its saved recipe: it continues from its newest checkpoint."""
-    from fiddlehead import launch, trust
+    from fiddlehead import launch
     from fiddlehead.launch import watch
-    from fiddlehead.recipe import Recipe
+    from fiddlehead.recipe import Recipe, trust
 
     found = find_run(run, directory)
     if not (trust_executor or trust.knows_executor(found) or watch.is_plain(found)):
@@ -223,8 +223,8 @@ def clean(
 
     Example:  fiddlehead runs clean --state FAILED --older-than 7d
     """
-    from fiddlehead import trust
     from fiddlehead.launch import secrets, watch
+    from fiddlehead.recipe import trust
 
     if not (names or older_than or state):
         raise ConfigError("nothing says which runs: give names, --older-than or --state")

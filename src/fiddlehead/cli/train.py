@@ -26,13 +26,13 @@ from fiddlehead.cli.common import (
 )
 from fiddlehead.cli.runs import complete_run
 from fiddlehead.errors import ConfigError
-from fiddlehead.paths import user_path
+from fiddlehead.files.paths import user_path
 
 if TYPE_CHECKING:
     from fiddlehead.launch.executor import Executor
     from fiddlehead.launch.sweep import Sweep
     from fiddlehead.recipe import Recipe
-    from fiddlehead.runs import RunDirectory, Status
+    from fiddlehead.run.directory import RunDirectory, Status
 
 
 FINETUNE_HELP = """Train a model that can write on examples of what to answer.
@@ -307,7 +307,7 @@ def _successes(names: Sequence[str], directory: str) -> list[RunDirectory]:
         ConfigError: one has ended otherwise.
     """
     from fiddlehead.launch import watch
-    from fiddlehead.runs import State, find_run
+    from fiddlehead.run.directory import State, find_run
 
     waiting = []
     for run in [find_run(name, directory) for name in names]:
@@ -334,7 +334,7 @@ def _wait_for(runs: Sequence[RunDirectory]) -> None:
         ConfigError: one has not.
     """
     from fiddlehead.launch import watch
-    from fiddlehead.runs import State
+    from fiddlehead.run.directory import State
 
     for run in runs:
         print(f"waiting for {run.name}", flush=True)  # noqa: T201

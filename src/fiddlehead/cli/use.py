@@ -12,11 +12,11 @@ import typer
 
 from fiddlehead.cli.runs import DirOption, complete_run
 from fiddlehead.errors import ConfigError, first_of
-from fiddlehead.paths import user_path
+from fiddlehead.files.paths import user_path
 
 if TYPE_CHECKING:
-    from fiddlehead.models.generation import Sampling
-    from fiddlehead.text import Writer, Written
+    from fiddlehead.inference.generation import Sampling
+    from fiddlehead.inference.text import Writer, Written
 
 SourceArgument = typer.Argument(
     metavar="RUN|CHECKPOINT",
@@ -74,8 +74,8 @@ def generate(
 
     Example:  fiddlehead generate demo --prompt-file prompts.jsonl --json
     """
-    from fiddlehead.models.generation import Sampling
-    from fiddlehead.text import Writer
+    from fiddlehead.inference.generation import Sampling
+    from fiddlehead.inference.text import Writer
 
     if checkpoint is not None and not checkpoint.is_dir():
         raise ConfigError(f"checkpoint={str(checkpoint)!r}: there is no such checkpoint")
@@ -116,7 +116,7 @@ def chat(
 
     Example:  fiddlehead chat tuned
     """
-    from fiddlehead.text import Writer
+    from fiddlehead.inference.text import Writer
 
     writer = Writer.open(source, directory, compile=compile)
     begin: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []

@@ -9,10 +9,10 @@ from typing import Any, Protocol, cast
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fiddlehead import signals
 from fiddlehead.data.documents import NO_LABEL, separate
 from fiddlehead.data.sampler import GlobalBatchSampler
 from fiddlehead.data.token_file import TokenFile
+from fiddlehead.run import signals
 
 Batch = dict[str, Any]
 """Tensors by name, and `max_seqlen`, a number."""

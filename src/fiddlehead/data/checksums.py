@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fiddlehead import kept
 from fiddlehead.data.progress import ByteProgress
+from fiddlehead.files import kept
 
 FILE = "data_checksums.json"
 """In the cache folder: what files hold, by path, with the size, time and inode that they had."""

@@ -19,8 +19,8 @@ from fiddlehead.data.records import Record, read_records, refuse
 from fiddlehead.data.steps import StepDataModule, opened
 from fiddlehead.data.tokenizers import TokenizerFile, no_row
 from fiddlehead.errors import ConfigError, Elsewhere
+from fiddlehead.files.paths import user_path
 from fiddlehead.numbers import is_number
-from fiddlehead.paths import user_path
 
 
 class FineTuningDataModule(StepDataModule):

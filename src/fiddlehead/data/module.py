@@ -17,9 +17,8 @@ from fiddlehead.data.corpus import StandardLibrary, tokenize_corpus
 from fiddlehead.data.steps import StepDataModule
 from fiddlehead.data.token_file import FORMAT_VERSION, SPLITS, Split, TokenDatasetInfo, TokenFile
 from fiddlehead.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, no_row
-from fiddlehead.environment import cache_folder
 from fiddlehead.errors import ConfigError
-from fiddlehead.paths import user_path
+from fiddlehead.files.paths import cache_folder, user_path
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from fiddlehead.data.readers import (
     uncompressed,
 )
 from fiddlehead.errors import ConfigError, Elsewhere
-from fiddlehead.foreign import inside, parse_json, read_json
+from fiddlehead.files.foreign import inside, parse_json, read_json
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any, str]]:

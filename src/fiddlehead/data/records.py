@@ -12,7 +12,7 @@ from typing import Any
 from fiddlehead.data.chat_template import shared_length
 from fiddlehead.data.record_files import read_rows
 from fiddlehead.errors import ConfigError, Elsewhere, first_of, nearest, unknown
-from fiddlehead.foreign import parse_json
+from fiddlehead.files.foreign import parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHARE_GPT_ROLES = {"human": "user", "gpt": "assistant"}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fiddlehead.errors import ConfigError, Elsewhere
-from fiddlehead.foreign import read_object
+from fiddlehead.files.foreign import read_object
 
 NAMES_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 """They name special tokens by their text."""

@@ -17,8 +17,8 @@ import numpy as np
 from fiddlehead.data.checksums import content
 from fiddlehead.data.tokenizers import TokenizerFile
 from fiddlehead.errors import ConfigError
-from fiddlehead.foreign import filled, read_json
-from fiddlehead.paths import user_path
+from fiddlehead.files.foreign import filled, read_json
+from fiddlehead.files.paths import user_path
 
 FORMAT = "fiddlehead token dataset"
 FORMAT_VERSION = 1

@@ -15,12 +15,12 @@ from typing import IO
 
 import numpy as np
 
-from fiddlehead import locks
 from fiddlehead.data.pieces import PIECE
 from fiddlehead.data.token_file import SPLITS, Split, SplitInfo, TokenDatasetInfo
 from fiddlehead.data.tokenizers import Tokenizer, save_tokenizer
 from fiddlehead.errors import FULL_DISK, ConfigError, RunError
-from fiddlehead.paths import user_path
+from fiddlehead.files.paths import user_path
+from fiddlehead.run import locks
 
 
 class MadeMeanwhileError(ConfigError):

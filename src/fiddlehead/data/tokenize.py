@@ -24,8 +24,8 @@ from fiddlehead.data.token_file import SPLITS, Split, TokenDatasetInfo
 from fiddlehead.data.token_writer import TokenDatasetWriter, check_destination, encode_documents
 from fiddlehead.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, TokenizerFile
 from fiddlehead.errors import ConfigError
-from fiddlehead.paths import user_path
-from fiddlehead.processes import usable_cpus
+from fiddlehead.files.paths import user_path
+from fiddlehead.run.processes import usable_cpus
 
 _MAX_PROBLEMS = 20
 

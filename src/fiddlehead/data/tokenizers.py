@@ -20,9 +20,9 @@ import numpy as np
 from fiddlehead.data.pieces import PIECE, Cut, kinds, pieces
 from fiddlehead.data.special_tokens import COMPANIONS, NAMES_FILES, SpecialTokens, update_settings
 from fiddlehead.errors import ConfigError, Elsewhere, unknown
-from fiddlehead.foreign import parse_json, read_text
+from fiddlehead.files.foreign import parse_json, read_text
+from fiddlehead.files.paths import user_path
 from fiddlehead.numbers import is_whole
-from fiddlehead.paths import user_path
 
 if TYPE_CHECKING:
     import tokenizers

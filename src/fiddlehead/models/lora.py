@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fiddlehead.attention.reference import without_autocast
+from fiddlehead.attention.backends.reference import without_autocast
 from fiddlehead.errors import ConfigError, nearest, unknown
 from fiddlehead.models.autocast import product_dtype
 from fiddlehead.models.linear import Linear

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from fiddlehead.attention import BACKENDS, GPUS, AttentionSpec, Choice, Package, Packages, Target, explain, watched
-from fiddlehead.attention.measure import contenders
 from fiddlehead.attention.packages import CUDNN_OF_CUDA_BUILDS, NEWEST_KNOWN
-from fiddlehead.attention.trial import LIMITS, Errors, require_right
+from fiddlehead.attention.tools.measure import contenders
+from fiddlehead.attention.tools.trial import LIMITS, Errors, require_right
 from fiddlehead.errors import ConfigError
 from fiddlehead.plan.attention_calls import TRAINING, Calls
 

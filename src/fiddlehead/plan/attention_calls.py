@@ -11,8 +11,8 @@ from fiddlehead.attention import AttentionSpec
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.parallel import stage_of
+from fiddlehead.training.distributed.parallel import Parallel
 from fiddlehead.training.language_model import LanguageModel
-from fiddlehead.training.parallel import Parallel
 from fiddlehead.training.preference import PreferenceModel
 
 TRAINING, VALIDATION, COMPARISON = "training", "validation", "comparison"

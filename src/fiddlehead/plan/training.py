@@ -10,20 +10,20 @@ from typing import Any, Literal, TypeAlias
 from lightning.pytorch import Trainer
 
 from fiddlehead.attention import Target
+from fiddlehead.checkpoints.weights import find_tokenizer
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.errors import ConfigError
+from fiddlehead.files.paths import user_path
 from fiddlehead.models import TransformerConfig
 from fiddlehead.numbers import is_whole
-from fiddlehead.paths import user_path
 from fiddlehead.plan import attention
 from fiddlehead.plan.attention_calls import calls_of
+from fiddlehead.run.console import say
 from fiddlehead.training import LanguageModel, Log, Parallel
-from fiddlehead.training.console import say
+from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.frozen import halves_frozen
 from fiddlehead.training.optim import Optim
 from fiddlehead.training.parts import refuse_others
-from fiddlehead.training.sizes import Sizes
-from fiddlehead.training.weights import find_tokenizer
 
 Data: TypeAlias = PreTrainingDataModule | FineTuningDataModule
 
@@ -217,9 +217,10 @@ def _fitting(
     problems += _model_problems(config, data, vocab_size)
     problems += model.problems(str(trainer.precision), sizes)
     if strategy is not None:
-        split = strategy.problems(config, data.seq_length, micro_batches)
-        problems += [f"trainer.strategy.{each}" for each in split]
-    problems += optim.problems(str(trainer.precision), cut, adapters=model.lora is not None)
+        divided = strategy.problems(config, data.seq_length, micro_batches)
+        problems += [f"trainer.strategy.{each}" for each in divided]
+    split = None if cut is None else sizes
+    problems += optim.problems(str(trainer.precision), split, adapters=model.lora is not None)
     if problems:
         raise ConfigError(*problems)
     return accumulate, replace(

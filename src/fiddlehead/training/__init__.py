@@ -1,10 +1,10 @@
 """Training with Lightning: the module, the optimizer, checkpoints, metrics and loggers."""
 
-from fiddlehead.training.checkpoint import Checkpoint
+from fiddlehead.training.callbacks.checkpoint import Checkpoint
+from fiddlehead.training.distributed.parallel import Parallel
 from fiddlehead.training.language_model import LanguageModel, NonFiniteError
 from fiddlehead.training.loggers import Log
 from fiddlehead.training.optim import AdamW, CosineAnnealing, Muon, WarmupStableDecay
-from fiddlehead.training.parallel import Parallel
 from fiddlehead.training.preference import PreferenceModel
 
 __all__ = [

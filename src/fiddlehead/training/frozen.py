@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 
-from fiddlehead.training.parallel import Parallel
+from fiddlehead.training.distributed.parallel import Parallel
 
 
 def halves_frozen(model: LightningModule, trainer: Trainer) -> bool:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from fiddlehead.environment import kernel_folders
-from fiddlehead.training.console import say
+from fiddlehead.run.console import say
 
 
 def keep_compiled_kernels() -> None:

@@ -11,9 +11,19 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningModule
 
+from fiddlehead.checkpoints import sharding
+from fiddlehead.checkpoints.weights import (
+    Weights,
+    find_tokenizer,
+    find_weights,
+    load_transformer,
+    open_weights,
+    refuse_another_shape,
+)
 from fiddlehead.data import TokenizerFile
 from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.errors import ConfigError, RunError
+from fiddlehead.files.paths import user_path
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
 from fiddlehead.models.speed import (
     Compile,
@@ -24,21 +34,11 @@ from fiddlehead.models.speed import (
     recompute_activations,
     refused_speed,
 )
-from fiddlehead.paths import user_path
-from fiddlehead.training import sharding
-from fiddlehead.training.gradients import global_norm, gradients_of, scale
+from fiddlehead.training.distributed.gradients import global_norm, gradients_of, scale
+from fiddlehead.training.distributed.parallel import Parallel
+from fiddlehead.training.distributed.pipeline import Pipeline
+from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.optim import Optim
-from fiddlehead.training.parallel import Parallel
-from fiddlehead.training.pipeline import Pipeline
-from fiddlehead.training.sizes import Sizes
-from fiddlehead.training.weights import (
-    Weights,
-    find_tokenizer,
-    find_weights,
-    load_transformer,
-    open_weights,
-    refuse_another_shape,
-)
 
 
 class NonFiniteError(RunError):

@@ -17,9 +17,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from fiddlehead.environment import wandb_mode_problems
 from fiddlehead.errors import ConfigError
-from fiddlehead.runs import RunDirectory, plain_recipe, write_atomically
-from fiddlehead.training.console import is_rank_zero, say
-from fiddlehead.training.profile import parse_steps
+from fiddlehead.files.atomic import write_atomically
+from fiddlehead.run.console import is_rank_zero, say
+from fiddlehead.run.directory import RunDirectory, plain_recipe
+from fiddlehead.training.callbacks.profile import parse_steps
 
 MAX_NAME_BYTES = 200
 """Of a run's name: files are called as it is, with something behind, and 255 is the most that file systems take."""

@@ -14,8 +14,8 @@ from fiddlehead.models import LoRA, Transformer, TransformerConfig
 from fiddlehead.models.lora import without_adapters
 from fiddlehead.models.transformer import documents_of
 from fiddlehead.numbers import is_number
+from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.language_model import LanguageModel
-from fiddlehead.training.sizes import Sizes
 
 
 class PreferenceModel(LanguageModel):

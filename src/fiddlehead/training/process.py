@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from fiddlehead import signals
+from fiddlehead.run import signals
 
 
 @contextmanager

@@ -1,0 +1,77 @@
+"""NVIDIA cuDNN's fused attention, as PyTorch brings it.
+
+Reads grouped heads itself, in memory linear in the sequence length; only a padding mask is written out, for each
+sequence a (T, S) matrix in the inputs' dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fiddlehead.attention.backends.backend import Extras
+from fiddlehead.attention.backends.masks import visible
+from fiddlehead.attention.backends.sdpa import HALF, dtype_name, first, hiding, outside
+from fiddlehead.attention.spec import AttentionSpec, Target
+
+
+def why_not(spec: AttentionSpec, target: Target) -> str | None:
+    """The rules are those of PyTorch's sdp_utils.cpp and MHA.cpp, in 2.11 to 2.13.
+
+    Head dims above 128 are left out although some GPUs have them: PyTorch changed for which cuDNN it trusts them from
+    one release to the next.
+    """
+    version = target.packages.cudnn
+    number = tuple(int(part) for part in (version or "0").split("."))
+    return first(
+        [
+            outside(target, 80, 121),
+            (version is None, "this PyTorch is built without cuDNN"),
+            (number < (9,), f"cuDNN {version}: needs 9 or newer"),
+            (spec.dtype not in HALF, f"{dtype_name(spec)}: only float16 and bfloat16"),
+            (spec.head_dim % 8, f"head_dim={spec.head_dim}: only multiples of 8"),
+            (spec.head_dim > 128, f"head_dim={spec.head_dim}: at most 128 (preference)"),
+            (spec.softcap, "softcap: PyTorch's cuDNN attention has none"),
+            (spec.alibi, "alibi: only as a mask in the inputs' dtype, which would round the distances"),
+            (spec.sinks, "sinks: PyTorch's cuDNN attention has none"),
+            (spec.window_size != (-1, -1), "window: PyTorch's cuDNN attention would need it as a dense mask"),
+            (spec.packed, "packed sequences: PyTorch's operator for them cannot be traced and takes no grouped heads"),
+            (spec.cached, "cache: PyTorch's cuDNN attention has no lengths of filled caches"),
+            (
+                spec.causal and not spec.same_length,
+                "causal with another query than key length: its mask is aligned top-left",
+            ),
+            (spec.deterministic and spec.training, "deterministic: its gradients are not"),
+            (spec.dropout and (9, 11) <= number < (9, 14), f"dropout: cuDNN {version} has none (9.11 to 9.13)"),
+        ]
+    )
+
+
+def run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, scale: float, extras: Extras
+) -> torch.Tensor:
+    """Attend: q (B, T, H, D), k and v (B, S, G, D); returns (B, T, H, D)."""
+    T, S = q.shape[1], k.shape[1]
+    mask = visible(T, S, spec, extras, q.device) if spec.padding_mask else None
+    if S == 1:  # cuDNN wants two keys: another one, that is hidden
+        mask = torch.ones(1, T, 1, dtype=torch.bool, device=q.device) if mask is None else mask
+        mask = F.pad(mask, (0, 1))
+        k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
+    if spec.dropout and T == 1:  # and two queries, where it drops weights
+        q = F.pad(q, (0, 0, 0, 0, 0, 1))
+        mask = None if mask is None else mask.expand(-1, 2, -1)
+    out = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        None if mask is None else hiding(mask, q.dtype)[:, None],
+        spec.training,
+        spec.dropout,
+        spec.causal and mask is None,
+        False,  # return_debug_mask
+        scale=scale,
+    )[0].transpose(1, 2)
+    if spec.padding_mask:
+        assert mask is not None
+        out = out.masked_fill(~mask.any(dim=-1)[:, :, None, None], 0.0)
+    return out if out.shape[1] == T else out[:, :T]

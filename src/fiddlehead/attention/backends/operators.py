@@ -1,0 +1,210 @@
+"""How a flash-attn package is called: by autograd, or under torch.compile as one operator forward and one backward.
+
+Both use the packages' functions for the two passes. The packages' own differentiable functions either cannot be traced
+or are more than one node, and some reach their kernels through an operator whose dispatch takes longer than a small
+kernel.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from fiddlehead.attention.backends.backend import Extras, Run
+from fiddlehead.attention.spec import AttentionSpec
+from fiddlehead.attention.switches import SWITCHES
+from fiddlehead.errors import ConfigError
+
+Tensor = torch.Tensor
+
+
+Forward = Callable[[Tensor, Tensor, Tensor, AttentionSpec, float, Extras], tuple[Tensor, Tensor, Tensor]]
+"""Of the same arguments: the output, the logarithm of each softmax's sum, (B, H, T) or packed (H, tokens) float32, and
+the state from which a dropout is drawn again, (2,) int64, or (0,) where there is none. Inference needs no more than the
+output."""
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
+"""Of the output's gradient, q, k, v, what `Forward` returned, the spec, scale and extras: the gradients of q, k, v and
+the sinks, new and contiguous; None for sinks that are not there."""
+
+# An operator takes tensors and numbers only: these are what a spec, a scale and extras come to.
+_TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sinks", "cache_lengths", "page_table")
+_NUMBERS = (
+    *("SymInt max_seqlen_q", "SymInt max_seqlen_k", "bool causal", "SymInt window_left", "SymInt window_right"),
+    *("float softcap", "float dropout", "float scale", "bool deterministic"),
+)
+_QKV = "Tensor q, Tensor k, Tensor v"
+_CALL = ", ".join([*(f"Tensor? {name}" for name in _TENSORS), *_NUMBERS])
+_SINKS = _TENSORS.index("sinks")
+
+
+def register(name: str, forward: Forward, backward: Backward, from_cache: Run, *, random: bool = False) -> Run:
+    """The `run` of the backend `name`; makes the operators fiddlehead::{name}, {name}_forward and {name}_backward.
+
+    Args:
+        forward: attends, and keeps what `backward` needs.
+        backward: the gradients.
+        from_cache: attends to a cache that each sequence has filled to another length; has no gradients.
+        random: whether there is dropout; the compiler then never merges or repeats a call.
+
+    Returns:
+        A function that raises ConfigError if the package was built without what a call needs.
+    """
+
+    def operator(suffix: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
+        draws = random and suffix != "_backward"  # which draws again what the state says
+        tags = (torch.Tag.nondeterministic_seeded,) if draws else ()
+        return torch.library.custom_op(f"fiddlehead::{name}{suffix}", mutates_args=(), schema=schema, tags=tags)
+
+    @operator("", f"({_QKV}, {_CALL}) -> Tensor")
+    def inference_op(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> Tensor:
+        return run(q, k, v, *_unflattened(q, k, call, training=False)).contiguous()
+
+    @inference_op.register_fake
+    def _(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> Tensor:
+        return q.new_empty(q.shape)
+
+    @operator("_forward", f"({_QKV}, {_CALL}) -> (Tensor out, Tensor lse, Tensor rng_state)")
+    def forward_op(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with _errors_explained(name):
+            out, lse, rng_state = forward(q, k, v, *_unflattened(q, k, call, training=True))
+        return out.contiguous(), lse.contiguous(), rng_state
+
+    @forward_op.register_fake
+    def _(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *batch, tokens, heads, _ = q.shape
+        lse = q.new_empty((*batch, heads, tokens), dtype=torch.float32)
+        return q.new_empty(q.shape), lse, q.new_empty(2 if random else 0, dtype=torch.int64)
+
+    schema = f"(Tensor dout, {_QKV}, Tensor out, Tensor lse, Tensor rng_state, {_CALL})"
+
+    @operator("_backward", f"{schema} -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)")
+    def backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        saved, call = rest[:3], rest[3:]
+        with _errors_explained(name):
+            *gradients, dsinks = backward(dout, q, k, v, *saved, *_unflattened(q, k, call, training=True))
+        return *gradients, q.new_empty(0) if dsinks is None else dsinks
+
+    @backward_op.register_fake
+    def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        sinks = rest[3 + _SINKS]
+        return *contiguous_like(q, k, v), q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        qkv, tensors, ctx.numbers = inputs[:3], inputs[3 : 3 + len(_TENSORS)], inputs[3 + len(_TENSORS) :]
+        ctx.save_for_backward(*qkv, *output, *tensors)
+
+    def gradients(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        dq, dk, dv, dsinks = backward_op(dout, *ctx.saved_tensors, *ctx.numbers)
+        of_call: list[Tensor | None] = [None] * (len(_TENSORS) + len(_NUMBERS))
+        if ctx.saved_tensors[6 + _SINKS] is not None:
+            of_call[_SINKS] = dsinks
+        return dq, dk, dv, *of_call
+
+    forward_op.register_autograd(gradients, setup_context=save)
+
+    class Attention(torch.autograd.Function):  # whose errors no context manager explains: one takes microseconds
+        @staticmethod
+        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, _sinks: Tensor | None, *call: Any) -> Tensor:
+            out, lse, rng_state = forward(q, k, v, *call)
+            ctx.save_for_backward(q, k, v, out, lse, rng_state)
+            ctx.call = call
+            return out
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+            try:
+                dq, dk, dv, dsinks = backward(*grad_outputs, *ctx.saved_tensors, *ctx.call)
+            except RuntimeError as error:
+                _raise_if_built_without(error, name)
+                raise
+            return dq, dk, dv, dsinks, None, None, None
+
+    def run(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, scale: float, extras: Extras) -> Tensor:
+        if torch.compiler.is_compiling():
+            call = _flattened(spec, scale, extras)
+            return forward_op(q, k, v, *call)[0] if spec.training else inference_op(q, k, v, *call)
+        try:
+            if spec.training:
+                return Attention.apply(q, k, v, extras.sinks, spec, scale, extras)
+            if spec.cached:
+                return from_cache(q, k, v, spec, scale, extras)
+            return forward(q, k, v, spec, scale, extras)[0]
+        except RuntimeError as error:
+            _raise_if_built_without(error, name)
+            raise
+
+    return run
+
+
+def contiguous_like(*tensors: Tensor) -> list[Tensor]:
+    """New contiguous tensors, whatever the strides of those given, such as views of a fused projection."""
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+
+
+@contextmanager
+def _errors_explained(backend: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        _raise_if_built_without(error, backend)
+        raise
+
+
+def _raise_if_built_without(error: RuntimeError, backend: str) -> None:
+    """Raises a ConfigError if the error is that the package's build lacks what the call needs."""
+    found = re.search(r"flash attention build does not support ([^.\n]+)", str(error), re.IGNORECASE)
+    if found:
+        switch = next(variable for variable, backends in SWITCHES.items() if backends == (backend,))
+        raise ConfigError(
+            f"attention_backend={backend}: this flash-attn was built without {found[1]}; install a build that has it, "
+            f"name another backend, or set {switch}=0 so that auto takes another"
+        ) from error
+
+
+def _flattened(spec: AttentionSpec, scale: float, extras: Extras) -> tuple[Any, ...]:
+    return (
+        extras.cu_seqlens_q,
+        extras.cu_seqlens_k,
+        extras.alibi_slopes,
+        extras.sinks,
+        extras.cache_lengths,
+        extras.page_table,
+        extras.max_seqlen_q,
+        extras.max_seqlen_k,
+        spec.causal,
+        *spec.window_size,
+        spec.softcap,
+        spec.dropout,
+        scale,
+        spec.deterministic,
+    )
+
+
+def _unflattened(q: Tensor, k: Tensor, call: tuple[Any, ...], *, training: bool) -> tuple[AttentionSpec, float, Extras]:
+    tensors, numbers = dict(zip(_TENSORS, call, strict=False)), call[len(_TENSORS) :]
+    max_seqlen_q, max_seqlen_k, causal, left, right, softcap, dropout, scale, deterministic = numbers
+    extras = Extras(**tensors, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    spec = AttentionSpec(
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        num_attention_heads=q.shape[-2],
+        num_query_groups=k.shape[-2],
+        causal=causal,
+        window_size=(left, right),
+        softcap=softcap,
+        alibi=extras.alibi_slopes is not None,
+        sinks=extras.sinks is not None,
+        dropout=dropout,
+        packed=extras.cu_seqlens_q is not None,
+        cached=extras.cache_lengths is not None,
+        page_size=k.shape[1] if extras.page_table is not None else 0,
+        training=training,
+        deterministic=deterministic,
+    )
+    return spec, scale, extras

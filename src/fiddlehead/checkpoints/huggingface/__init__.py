@@ -1,0 +1,1 @@
+"""Checkpoints of Hugging Face transformers: families, tensor names, import and export."""

@@ -1,0 +1,219 @@
+"""A Hugging Face checkpoint, opened: checked as a whole, and read a tensor at a time. Nothing in it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fiddlehead.checkpoints.huggingface.families import Family, family_of
+from fiddlehead.checkpoints.huggingface.family_defaults import DEFAULTS
+from fiddlehead.checkpoints.huggingface.tensor_map import Mapped, tensor_map
+from fiddlehead.checkpoints.safetensors_files import DTYPES, Stored, read_header
+from fiddlehead.errors import ConfigError, first_of, nearest
+from fiddlehead.files.foreign import inside, read_object
+from fiddlehead.models.config import TransformerConfig
+from fiddlehead.numbers import is_whole
+
+
+@dataclass(frozen=True)
+class HuggingFaceCheckpoint:
+    """A folder as `save_pretrained` of transformers writes it, checked against what its `config.json` says."""
+
+    directory: Path
+    family: Family
+    config: TransformerConfig
+    tensors: dict[str, Stored]
+    """By the names that the family's modules have."""
+    mapped: dict[str, Mapped]
+    """By the names of our parameters."""
+    unread: tuple[str, ...] = ()
+    """Other safetensors files in the folder, which transformers does not read either."""
+
+    @classmethod
+    def open(cls, directory: Path) -> HuggingFaceCheckpoint:
+        """Reads the settings and the headers of the tensor files.
+
+        Raises:
+            ConfigError: something is not there or not what it says; it lists everything.
+        """
+        refuse_adapters(directory)
+        settings = read_object(inside(directory, "config.json"))
+        family = family_of(settings, f"{directory}/config.json")
+        files = weight_files(directory, settings.get("transformers_weights"))
+        tensors = _with_prefix(_headers(files), family)
+        try:
+            _refuse_larger(settings, family, list(tensors.values()))
+            config = family.config(settings)
+        except ConfigError as error:
+            raise ConfigError(*(f"{directory}/config.json: {problem}" for problem in error.problems)) from error
+        mapped = tensor_map(family, config)
+        problems = _problems(tensors, mapped, family, config)
+        if problems:
+            raise ConfigError(f"{directory}: the tensors are not those of config.json:", *problems)
+        unread = sorted({file.name for file in directory.glob("*.safetensors")} - {file.name for file in files})
+        return cls(directory, family, config, tensors, {each.name: each for each in mapped}, tuple(unread))
+
+    def load(self, name: str, part: Sequence[slice] = ()) -> torch.Tensor:
+        """The parameter of ours that has this name, or the part of it that has a slice of each dimension."""
+        mapped = self.mapped[name]
+        return mapped.to_ours([self.tensors[name].load() for name, _ in mapped.theirs])[tuple(part)]
+
+    def dtype(self, name: str) -> str:
+        """Its dtype, as `Stored` has it."""
+        return self.tensors[self.mapped[name].theirs[0][0]].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(self.tensors[name].nbytes for mapped in self.mapped.values() for name, _ in mapped.theirs)
+
+
+def refuse_adapters(directory: Path) -> None:
+    """Raises ConfigError if the folder holds PEFT's adapters, which transformers adds to the model that they name."""
+    file = inside(directory, "adapter_config.json")
+    if file.is_file():
+        base = read_object(file).get("base_model_name_or_path")
+        raise ConfigError(
+            f"{file}: the folder holds adapters for {base!r}, not a whole model. Merge them with PEFT "
+            "(merge_and_unload, then save_pretrained) and take that folder; if the folder has the whole model too, "
+            "move its adapter_* files away"
+        )
+
+
+def weight_files(directory: Path, named: Any = None) -> list[Path]:
+    """The files that transformers loads from a folder: one of a fixed name, or those that an index lists.
+
+    Args:
+        named: the file or the index that `config.json` asks for as `transformers_weights`.
+
+    Raises:
+        ConfigError: there are none, a file that the index lists is missing, or a listed tensor is in none of them.
+    """
+    names = ("model.safetensors", "model.safetensors.index.json") if named is None else (named,)
+    if not all(str(name).endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        raise ConfigError(f"transformers_weights={named!r}: must name a safetensors file, or its index, in {directory}")
+    files = (inside(directory, name, f"{directory}/config.json: transformers_weights") for name in names)
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise ConfigError(_no_weights(directory, names))
+    return [found] if found.suffix == ".safetensors" else _listed(found)
+
+
+def _listed(index: Path) -> list[Path]:
+    """The files that an index lists."""
+    listed = read_object(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise ConfigError(f"{index}: weight_map must say for each tensor which file has it")
+    files = [inside(index.parent, name, index) for name in sorted(set(listed.values()))]
+    if missing := [file for file in files if not file.is_file()]:
+        raise ConfigError(*first_of([f"{file}: is missing, and {index.name} names it" for file in missing]))
+    there = {name for file in files for name in read_header(file)}
+    if absent := [name for name in listed if name not in there]:
+        raise ConfigError(*first_of([f"{index}: {name} is in none of the files that it lists" for name in absent]))
+    return files
+
+
+def _no_weights(directory: Path, names: Sequence[str]) -> str:
+    there = sorted(file.name for file in directory.glob("*.safetensors"))
+    if there:
+        said = ", ".join(there[:3]) + (f" and {len(there) - 3} more" if len(there) > 3 else "")
+        return f"{directory}: has no {' and no '.join(names)}; {said} is not what transformers loads"
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
+    if pickled:
+        return (
+            f"{directory}: has only pickled weights ({', '.join(pickled[:3])}), and unpickling runs what they "
+            'say. If you trust them, convert them: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{directory}').save_pretrained('CONVERTED')\""
+        )
+    return f"{directory}: has no *.safetensors"
+
+
+def _headers(files: Sequence[Path]) -> dict[str, Stored]:
+    """The tensors of some files, each of which is in one of them."""
+    tensors: dict[str, Stored] = {}
+    problems = []
+    for file in files:
+        for name, tensor in read_header(file).items():
+            if name in tensors:
+                problems.append(f"{name}: is in {tensors[name].file} and in {file}")
+            tensors[name] = tensor
+    if problems:
+        raise ConfigError(*first_of(problems))
+    return tensors
+
+
+def _with_prefix(tensors: dict[str, Stored], family: Family) -> dict[str, Stored]:
+    """The tensors by the names they have in the whole model; a checkpoint of its body alone lacks the prefix."""
+    prefix = str(family.modules["embedding"]).partition(".")[0] + "."
+    if any(name.startswith(prefix) for name in tensors):
+        return tensors
+    return {name if name.startswith("lm_head.") else prefix + name: tensor for name, tensor in tensors.items()}
+
+
+_SIZES = (
+    *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size"),
+    *("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size"),
+)
+_SMALL, _FEW = 1 << 16, 256
+"""Sizes, and a number of layers, that cost nothing to try; if they are wrong, `_problems` says which tensors differ."""
+
+
+def _refuse_larger(settings: dict[str, Any], family: Family, tensors: Sequence[Stored]) -> None:
+    """Raises ConfigError for sizes that tensors like these cannot have, before anything is made of such a size."""
+    sizes = (*_SIZES, "seq_length") if "position_embedding" in family.modules else _SIZES
+    longest = max((side for tensor in tensors if tensor.nbytes for side in tensor.shape), default=0)
+    usual = {ours: theirs for theirs, ours in family.settings.items()}
+    given: dict[str, tuple[str, int]] = {}
+    for name, value in settings.items():
+        ours = family.settings.get(family.aliases.get(name, name))
+        if ours and is_whole(value):
+            given[ours] = name, value
+    problems = [
+        f"{name}={value}: no tensor in the files is as large; the longest side is {longest}"
+        for name, value in (given[ours] for ours in sizes if ours in given)
+        if value > max(longest, _SMALL)
+    ]
+    defaults = DEFAULTS[family.model_type]
+    layers, experts = (
+        given.get(ours, (usual.get(ours, ""), defaults.get(usual.get(ours, ""), 1)))
+        for ours in ("num_layers", "num_moe_experts")
+    )
+    by_expert = any("#" in name for names in family.modules.values() for name in names)
+    needed = layers[1] * (max(1, experts[1]) if by_expert else 1)
+    if needed > max(len(tensors), _FEW):
+        said = f"{layers[0]}={layers[1]}" + (f", {experts[0]}={experts[1]}" if by_expert else "")
+        problems.append(f"{said}: the files hold only {len(tensors)} tensors")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _problems(tensors: dict[str, Stored], mapped: list[Mapped], family: Family, config: TransformerConfig) -> list[str]:
+    expected = dict(pair for each in mapped for pair in each.theirs)
+    embedding = f"{family.modules['embedding']}.weight"
+    extra = [name for name in tensors if name not in expected and not name.endswith(family.ignored or ("\0",))]
+    problems = []
+    for name, shape in expected.items():
+        if name not in tensors:
+            like = nearest(name, extra)
+            problems.append(f"{name} {list(shape)}: is missing" + (f"; the nearest there: {like}" if like else ""))
+        elif tensors[name].shape != shape:
+            problems.append(f"{name}: is {list(tensors[name].shape)}, and config.json makes it {list(shape)}")
+        elif not DTYPES[tensors[name].dtype].is_floating_point or tensors[name].dtype.startswith("F8"):
+            problems.append(f"{name}: is {tensors[name].dtype}, quantized: only F64, F32, F16 and BF16 are read")
+    for name in extra:
+        if name == "lm_head.weight" and config.share_embeddings_and_output_weights and embedding in tensors:
+            if not _same_bytes(tensors[name], tensors[embedding]):
+                problems.append(f"{name}: differs from {embedding}, and tie_word_embeddings makes them one")
+            continue
+        problems.append(f"{name} {list(tensors[name].shape)}: is not part of such a model")
+    return first_of(problems)
+
+
+def _same_bytes(one: Stored, other: Stored) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return all(a == b for a, b in zip(one.pieces(), other.pieces(), strict=True))

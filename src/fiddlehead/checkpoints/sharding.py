@@ -1,0 +1,166 @@
+"""Parameters of which each rank holds a part: how they are cut, filled and put together again.
+
+A rank never holds more than its parts, the layer at work, and one whole tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fiddlehead.checkpoints.safetensors_files import Stored
+from fiddlehead.checkpoints.weights import Weights
+from fiddlehead.models import LoRA, Transformer
+from fiddlehead.models.moe import MoE
+from fiddlehead.models.parallel import Layout, Stage, local
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A tensor of which this rank holds a part, on its way to a checkpoint."""
+
+    name: str
+    """Of the parameter that it is, or whose shape it has."""
+    local: torch.Tensor
+    """On the meta device, and whole, if it is in a stage of other ranks."""
+    layout: Layout
+    pipeline_rank: int = 0
+    """Of the ranks that have it."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """The whole tensor's."""
+        return self.layout.shape(self.name, self.local)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As the part's."""
+        return self.local.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """The whole tensor's."""
+        return self.shape.numel() * self.dtype.itemsize
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this rank has a part of it."""
+        return not self.local.is_meta
+
+    def gather(self) -> torch.Tensor:
+        """The whole tensor; all ranks that have it call this together."""
+        return self.layout.gather(self.name, self.local)
+
+
+def shard(
+    transformer: Transformer | Stage,
+    mesh: DeviceMesh,
+    experts_mesh: DeviceMesh,
+    device: torch.device,
+    precision: str,
+    *,
+    reshard_after_forward: bool,
+) -> None:
+    """Cuts the parameters over `mesh`, in place; they must be on the meta device, and have no values on `device` yet.
+
+    Each layer is gathered when it is its turn, while the one before computes. What is outside the layers stays gathered
+    from the forward pass to the end of the backward pass.
+
+    Args:
+        mesh: one dimension to cut over; or two, of which the first holds copies (HSDP).
+        experts_mesh: the same for the experts' layers, of which ranks may have some only.
+        precision: Lightning's; with "bf16-mixed" the parts are float32, and what is gathered is bfloat16.
+        reshard_after_forward: gather a layer again for its backward pass, rather than keep it in memory until then.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if precision == "bf16-mixed" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # a layer takes rotary tables, which must stay float32
+    )
+    last = len(transformer.layers) - 1
+    for number, block in enumerate(transformer.layers):
+        reshard = reshard_after_forward and number != last  # the last layer's backward pass comes at once
+        if isinstance(block.mlp, MoE) and experts_mesh != mesh:
+            fully_shard(block.mlp.experts, mesh=experts_mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(transformer, mesh=mesh, mp_policy=policy)
+    transformer.to_empty(device=device)
+
+
+@torch.no_grad()
+def draw(transformer: Transformer, layout: Layout) -> None:
+    """Initializes parameters that are sharded to bit for bit what `Transformer(config)` draws on one such device."""
+    with torch.device("meta"):
+        whole = Transformer(transformer.config)
+    parameters = dict(transformer.named_parameters())
+    for parameter in parameters.values():
+        parameter.zero_()
+    # What is in a stage of other ranks is drawn too, and not kept.
+    targets = {id(drawn): (name, parameters.get(name, drawn)) for name, drawn in whole.named_parameters()}
+    with _Draw(targets, layout):
+        for module in whole.modules():  # in the order in which their constructors draw
+            if isinstance(reset := getattr(module, "reset_parameters", None), Callable):
+                reset()
+        whole.initialize()
+
+
+@torch.no_grad()
+def draw_adapters(transformer: Transformer, lora: LoRA, layout: Layout) -> None:
+    """Starts adapters that are sharded, bit for bit as `lora.apply` does on one such device."""
+    with _Draw({id(parameter): (name, parameter) for name, parameter in transformer.named_parameters()}, layout):
+        for name in lora.adapted(transformer):
+            layer: Any = transformer.get_submodule(name)
+            layer.reset_adapter()
+
+
+@torch.no_grad()
+def load(transformer: Transformer, names: Iterable[str], weights: Weights, layout: Layout) -> None:
+    """Fills the parameters of these names with this rank's part of given weights."""
+    parameters = dict(transformer.named_parameters())
+    for name in names:
+        for piece in layout.pieces(name, parameters[name]):
+            local(parameters[name])[piece.local] = weights.load(name, piece.whole)
+
+
+@torch.no_grad()
+def read(name: str, tensor: torch.Tensor, stored: Stored, layout: Layout) -> None:
+    """Copies this rank's part of a tensor in a file into `tensor`, without reading the rest."""
+    for piece in layout.pieces(name, tensor):
+        local(tensor)[piece.local] = stored.load(piece.whole)
+
+
+def is_sharded(transformer: torch.nn.Module | None) -> bool:
+    """Whether the ranks have to call it together."""
+    return isinstance(transformer, FSDPModule)
+
+
+class _Draw(TorchDispatchMode):
+    """Draws what is to be random in a parameter for the whole of it, as one device would, and keeps this rank's part.
+
+    Args:
+        parameters: by the identity of the tensor that is written to, the parameter that is meant, and its name.
+    """
+
+    def __init__(self, parameters: Mapping[int, tuple[str, torch.Tensor]], layout: Layout) -> None:
+        super().__init__()
+        self.parameters, self.layout = parameters, layout
+        self.device = next(parameter.device for _, parameter in parameters.values() if not parameter.is_meta)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, parameter = self.parameters.get(id(args[0]) if args else 0, ("", None))
+        if parameter is None or not func._schema.is_mutable:
+            return func(*args, **(kwargs or {}))
+        if func not in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
+            func(parameter if parameter is args[0] else local(parameter), *args[1:], **(kwargs or {}))
+            return args[0]
+        shape = self.layout.shape(name, parameter)
+        whole = func(torch.empty(shape, dtype=parameter.dtype, device=self.device), *args[1:], **(kwargs or {}))
+        for piece in [] if parameter.is_meta else self.layout.pieces(name, parameter):
+            local(parameter)[piece.local] = whole[piece.whole]
+        return args[0]

@@ -1,0 +1,189 @@
+"""Where a model's weights come from: a checkpoint of a run, an imported one, or a folder of Hugging Face's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fiddlehead.checkpoints.folder import newest_good, read_tensors, verify
+from fiddlehead.checkpoints.huggingface.files import HuggingFaceCheckpoint, refuse_adapters
+from fiddlehead.checkpoints.safetensors_files import Stored
+from fiddlehead.errors import ConfigError, first_of
+from fiddlehead.files.paths import user_path
+from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models.lora import LoRA, merge_state
+from fiddlehead.run.directory import RunDirectory, find_run
+
+PREFIX = "transformer."
+"""In front of the names of a model's parameters in a checkpoint."""
+
+
+class Weights(Protocol):
+    """A model, of which each parameter is read when it is wanted."""
+
+    @property
+    def config(self) -> TransformerConfig:
+        """The model's shape."""
+        ...
+
+    def load(self, name: str, part: Sequence[slice] = ()) -> torch.Tensor:
+        """The parameter of `Transformer` that has this name, or the part of it that has a slice of each dimension."""
+        ...
+
+    def dtype(self, name: str) -> str:
+        """Its dtype, a key of `safetensors_files.DTYPES`."""
+        ...
+
+
+@dataclass(frozen=True)
+class CheckpointWeights:
+    """Those in a checkpoint of ours; adapters are merged into what they were trained on."""
+
+    path: Path
+    state: dict[str, Any]
+    config: TransformerConfig
+    tensors: dict[str, Stored]
+    base: Weights | None
+    """What the adapters belong to; None if the checkpoint is whole."""
+
+    @classmethod
+    def open(cls, path: Path) -> CheckpointWeights:
+        """Checks every file of the checkpoint.
+
+        Raises:
+            DamagedCheckpointError: a file is not what was written.
+            ConfigError: the adapters' base is not there, or another model than a `Transformer` wrote it.
+        """
+        state = verify(path)
+        tensors = {name.removeprefix(PREFIX): t for name, t in read_tensors(path, state, "model").items()}
+        base = None
+        if state.get("lora"):
+            try:
+                base = open_weights(state["init_from"])
+            except ConfigError as error:
+                raise ConfigError(*(f"{path} has adapters only: {problem}" for problem in error.problems)) from error
+        if "config" not in state:
+            raise ConfigError(f"{path} has no config: a LanguageModel writes it in on_save_checkpoint")
+        config = TransformerConfig.from_dict(state["config"])
+        if base is None:
+            _refuse_other_tensors(path, config, tensors)
+        return cls(path, state, config, tensors, base)
+
+    @property
+    def lora(self) -> LoRA | None:
+        """How the adapters were made; None if there are none."""
+        return LoRA(**self.state["lora"]) if self.state.get("lora") else None
+
+    def load(self, name: str, part: Sequence[slice] = ()) -> torch.Tensor:
+        """As `Weights.load`; of a checkpoint without adapters, only the part is read."""
+        return self.tensors[name].load(part) if self.base is None else self._merged(name)[tuple(part)]
+
+    def dtype(self, name: str) -> str:
+        """As `Weights.dtype`."""
+        return self.tensors[name].dtype if self.base is None else self.base.dtype(name)
+
+    def _merged(self, name: str) -> torch.Tensor:
+        assert self.base is not None
+        module = name.removesuffix(".weight")
+        parts = {part: f"{module}.{part}" for part in ("lora_a", "lora_b", "magnitude")}
+        own = {part: self.tensors[part].load() for part in parts.values() if part in self.tensors}
+        if not own or module == name:
+            return self.base.load(name)
+        lora = self.lora
+        assert lora is not None
+        return merge_state({name: self.base.load(name)} | own, lora)[name]
+
+
+def _refuse_other_tensors(path: Path, config: TransformerConfig, tensors: Mapping[str, Stored]) -> None:
+    """Raises ConfigError if a checkpoint lacks a parameter of the `Transformer` that its config describes."""
+    if config.num_layers > len(tensors):  # before anything is made for each layer
+        raise ConfigError(f"{path}: its config has num_layers={config.num_layers}, and it has {len(tensors)} tensors")
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
+    problems = []
+    for name, shape in expected.items():
+        if name not in tensors:
+            problems.append(f"{PREFIX}{name}: is missing")
+        elif tensors[name].shape != shape:
+            problems.append(f"{PREFIX}{name}: is {list(tensors[name].shape)}, and the config makes it {list(shape)}")
+    if problems:
+        raise ConfigError(
+            f"{path}: was not written by a LanguageModel, or by one that makes another model than its config says; "
+            "what wrote it has to read it:",
+            *first_of(problems),
+        )
+
+
+def open_weights(source: str | Path, runs: str | Path = "runs") -> Weights:
+    """The weights that a path, or the name of a run in the folder `runs`, stands for.
+
+    Raises:
+        ConfigError: there are none.
+        DamagedCheckpointError: they are not what was written.
+    """
+    path = find_weights(source, runs)
+    if (path / "state.json").is_file():
+        return CheckpointWeights.open(path)
+    return HuggingFaceCheckpoint.open(path)
+
+
+def find_weights(source: str | Path, runs: str | Path = "runs") -> Path:
+    """The folder with the weights: a checkpoint's, a run's newest checkpoint, or one of Hugging Face's.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = user_path(source)
+    if (path / "state.json").is_file() or (path / "config.json").is_file():
+        return path
+    refuse_adapters(path)
+    try:
+        run = RunDirectory(path) if (path / "checkpoints").is_dir() else find_run(str(source), runs)
+    except ConfigError as error:
+        what = "has no weights" if path.is_dir() else "is not a folder"
+        raise ConfigError(*(f"{problem}; and {str(source)!r} {what}" for problem in error.problems)) from None
+    checkpoint = newest_good(run.checkpoints)
+    if checkpoint is None:
+        raise ConfigError(f"{str(source)!r}: the run has no good checkpoint")
+    return checkpoint
+
+
+def find_tokenizer(weights: Path) -> Path | None:
+    """The folder that has the tokenizer of what `find_weights` found; None if there is none."""
+    of_run = weights.resolve().parents[1]
+    return next((folder for folder in (weights, of_run) if (folder / "tokenizer.json").is_file()), None)
+
+
+def load_transformer(weights: Weights, config: TransformerConfig | None = None) -> Transformer:
+    """A model with these weights, in the default dtype; in memory are never more than it and one tensor.
+
+    Args:
+        config: another than that of the weights, with parameters of the same shapes.
+    """
+    with torch.device("meta"):
+        transformer = Transformer(config or weights.config)
+    names: Iterable[str] = transformer.state_dict()
+    dtype = torch.get_default_dtype()
+    # Each becomes the parameter at once: a second copy of all of them would not fit where one just does.
+    for name in list(names):
+        module, _, parameter = name.rpartition(".")
+        tensor = torch.nn.Parameter(weights.load(name).to(dtype))
+        transformer.get_submodule(module).register_parameter(parameter, tensor)
+    return transformer
+
+
+def refuse_another_shape(config: TransformerConfig, weights: Weights, source: str | Path) -> None:
+    """Raises ConfigError if weights that are to be trained as `config` are of a model with other parameters."""
+    free = ("attention_backend", "seq_length", "attention_dropout", "hidden_dropout", "init_method_std")
+    theirs = asdict(weights.config)
+    problems = [
+        f"config.{name}={value!r}, but init_from={str(source)!r} has {theirs[name]!r}; config=None takes what it has"
+        for name, value in asdict(config).items()
+        if name not in (*free, "moe_aux_loss_coeff") and value is not None and theirs[name] != value
+    ]
+    if problems:
+        raise ConfigError(*problems)

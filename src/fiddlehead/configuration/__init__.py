@@ -1,1 +1,0 @@
-"""What `fiddlehead.recipe` and `fiddlehead.overrides` are made of: paths, names, types and the YAML form."""

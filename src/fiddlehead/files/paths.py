@@ -1,0 +1,42 @@
+"""Paths as users write them: in a recipe, on the command line, in a program or an environment variable."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fiddlehead.errors import ConfigError
+
+
+def user_path(written: str | os.PathLike[str]) -> Path:
+    """The path that a user has written: `~` is their home, and `~NAME` that of another user.
+
+    Every path that a user can write goes through here, so that it means the same wherever it is written.
+
+    Raises:
+        ConfigError: nobody knows the home, or no path can have these characters.
+    """
+    text = os.fspath(written)
+    if "\0" in text:
+        raise ConfigError(f"{text!r}: a path cannot have a null character")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{text!r}: this machine knows no such home; write the whole path, or set HOME") from None
+
+
+def working_directory() -> Path:
+    """The folder that relative paths are in.
+
+    Raises:
+        ConfigError: it was deleted.
+    """
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise ConfigError("the working directory was deleted; go to another one") from None
+
+
+def cache_folder() -> Path:
+    """Where what is made once is kept for later runs: `$FIDDLEHEAD_CACHE`, or `~/.cache/fiddlehead`."""
+    return user_path(os.environ.get("FIDDLEHEAD_CACHE") or "~/.cache/fiddlehead").absolute()

@@ -1,0 +1,1 @@
+"""Using a trained model: generation, text and chat, and lm-evaluation-harness."""

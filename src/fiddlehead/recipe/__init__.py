@@ -1,0 +1,25 @@
+"""`Recipe`, the complete configuration of a run: its edits, the catalogue of named ones, its YAML form, its types.
+
+`Recipe` and what comparing two gives are imported when they are first used, as naming a recipe does not need Fiddle.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fiddlehead.recipe.recipe import MISSING, Difference, Differences, Recipe
+
+__all__ = ["MISSING", "Difference", "Differences", "Recipe"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fiddlehead.recipe import recipe
+
+    return getattr(recipe, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,276 @@
+"""Recipes and executors by name: found by reading files, imported only when called.
+
+The functions of `recipes/*.py` (or `launch/*.py`) in the working directory come first, then the built-in ones;
+`package.module:function` names anything importable. A file that cannot be read stops nobody who did not ask for it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.recipe import project
+from fiddlehead.recipe.references import PARTS
+
+_BUILT_IN = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A function that can be named on the command line."""
+
+    name: str
+    module: str
+    file: Path
+    line: int
+    summary: str
+    task: str
+    """For a recipe: the skeleton it starts from, directly or through another recipe."""
+
+    def load(self) -> Callable:
+        """Imports the module and returns the function.
+
+        Raises:
+            ConfigError: Python finds another package of that name first.
+        """
+        if not self.module.startswith("fiddlehead."):
+            project.make_importable()
+        try:
+            return getattr(importlib.import_module(self.module), self.name)
+        except ModuleNotFoundError as error:
+            if error.name != self.module:
+                raise
+            other = getattr(sys.modules[self.module.split(".")[0]], "__file__", "elsewhere")
+            hint = f"Python finds {other} first, so remove that from the environment or from PYTHONPATH"
+            raise ConfigError(f"{self.file} cannot be imported as {self.module}: {hint}") from error
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A file that cannot be read, or is not valid Python."""
+
+    file: Path
+    line: int
+    """0 if it has none."""
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.file}{f':{self.line}' if self.line else ''}: {self.problem}"
+
+
+@dataclass
+class _Found:
+    """What the files of `recipes/` or `launch/` hold."""
+
+    entries: list[Entry] = field(default_factory=list)
+    others: dict[str, str] = field(default_factory=dict)
+    """Of functions that cannot be named: where each is, and why."""
+    broken: list[Broken] = field(default_factory=list)
+
+    def missing(self, what: str, name: str) -> ConfigError:
+        """The error for a name that no entry has."""
+        if name in self.others:
+            return ConfigError(f"{what} {name!r}: {self.others[name]}")
+        unread = [f"{broken} (so whatever is in this file is not found)" for broken in self.broken]
+        return ConfigError(unknown(what, name, sorted({entry.name for entry in self.entries})), *unread)
+
+
+def recipes() -> list[Entry]:
+    """Every recipe: a public function that says it returns a `Recipe` and takes no argument it cannot do without."""
+    return _scan("recipes", "Recipe").entries
+
+
+def broken_recipes() -> list[Broken]:
+    """The files of `recipes/` that cannot be read, and what is wrong with each."""
+    return _scan("recipes", "Recipe").broken
+
+
+def executors() -> list[Entry]:
+    """Every executor: a public function that says it returns an `Executor`, or a kind of it, or calls one that does."""
+    return _scan("launch", "Executor").entries
+
+
+def find_recipe(name: str) -> Callable:
+    """The recipe function called `name`.
+
+    Raises:
+        ConfigError: there is none, or the working directory has two, or a file that may have it cannot be read.
+    """
+    return import_by_path(name) if ":" in name else _find(name, _scan("recipes", "Recipe"), "recipe")
+
+
+def find_executor(name: str) -> Callable:
+    """The executor function called `name`.
+
+    Raises:
+        ConfigError: there is none, or the working directory has two, or a file that may have it cannot be read.
+    """
+    return import_by_path(name) if ":" in name else _find(name, _scan("launch", "Executor"), "executor")
+
+
+def find_part(name: str) -> Callable:
+    """What `name` can put in place of a part of a recipe: a class for one, or a function that returns its Config.
+
+    The functions are those of `recipes/*.py` that say they return a `Config`, by their name or as
+    ``recipes.file:name``; the classes are those that `fiddlehead.recipe.references` lists.
+
+    Raises:
+        ConfigError: there is no such part, or the working directory has two.
+    """
+    found = _scan("recipes", "Config")
+    for entry in found.entries:
+        if name == f"{entry.module}:{entry.name}":
+            return entry.load()
+    if any(entry.name == name for entry in found.entries):
+        return _find(name, found, "part of a recipe")
+    exported = {
+        part: package for package, parts in PARTS.items() if package.startswith("fiddlehead.") for part in parts
+    }
+    if name not in exported:
+        if name in found.others:
+            raise found.missing("part of a recipe", name)
+        names = sorted([*exported, *(entry.name for entry in found.entries)])
+        raise ConfigError(unknown("part of a recipe", name, names))
+    return getattr(importlib.import_module(exported[name]), name)
+
+
+def import_by_path(path: str) -> Callable:
+    """The function that `package.module:function` names.
+
+    Raises:
+        ConfigError: there is no such module, or no such function in it.
+    """
+    module, _, function = path.partition(":")
+    if not module or module.startswith("."):
+        raise ConfigError(f"{path!r}: there is no module {module!r}")
+    project.make_importable()
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{path!r}: there is no module {error.name!r}") from error
+    if not callable(getattr(found, function, None)):
+        public = [name for name in vars(found) if not name.startswith("_")]
+        raise ConfigError(f"{path!r}: {unknown('function', function, public)}")
+    return getattr(found, function)
+
+
+def _find(name: str, found: _Found, what: str) -> Callable:
+    for broken in found.broken:
+        if _defines(broken.file, name):
+            raise ConfigError(f"{what} {name!r}: {broken}")
+    entries = [entry for entry in found.entries if entry.name == name]
+    if not entries:
+        raise found.missing(what, name)
+    first = [entry for entry in entries if entry.module.split(".")[0] == entries[0].module.split(".")[0]]
+    if len(first) > 1:
+        places = ", ".join(f"{entry.file}:{entry.line}" for entry in first)
+        raise ConfigError(f"{what} {name!r} is ambiguous: {places}; name one as package.module:function")
+    return first[0].load()
+
+
+def _scan(folder: str, returns: str) -> _Found:
+    found = _Found()
+    own = Path.cwd() / folder
+    if own.is_dir() and own.resolve() != (_BUILT_IN / folder).resolve():
+        _scan_folder(found, own, folder, returns)
+    _scan_folder(found, _BUILT_IN / folder, f"fiddlehead.{folder}", returns)
+    return found
+
+
+def _scan_folder(found: _Found, folder: Path, package: str, returns: str) -> None:
+    functions: dict[str, list[tuple[Path, ast.FunctionDef]]] = {}
+    for file in sorted(folder.glob("*.py")):
+        if file.name.startswith("."):  # an editor's
+            continue
+        parsed = _parse(file)
+        if isinstance(parsed, Broken):
+            found.broken.append(parsed)
+            continue
+        for node in parsed.body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                functions.setdefault(node.name, []).append((file, node))
+    bodies = {name: places[0][1] for name, places in functions.items()}
+    for name, places in functions.items():
+        for file, function in places:
+            why = _why_not(function, returns)
+            if why and not (returns != "Recipe" and _returns(function, "Recipe")):
+                found.others.setdefault(name, f"{file}:{function.lineno}: {why}")
+            if why:
+                continue
+            summary = (ast.get_docstring(function) or "").split("\n")[0]
+            module = f"{package}.{file.stem}"
+            found.entries.append(Entry(name, module, file.resolve(), function.lineno, summary, _task(name, bodies)))
+
+
+def _why_not(function: ast.FunctionDef, returns: str) -> str:
+    """Why a function is none that returns a `returns`; "" if it is one."""
+    if not _returns(function, returns):
+        given = (
+            f"says that it returns {ast.unparse(function.returns)}"
+            if function.returns
+            else "does not say what it returns"
+        )
+        return f"{function.name} {given}; write `def {function.name}(...) -> {returns}:`"
+    if returns == "Recipe" and _needs_arguments(function):
+        return f"{function.name} has arguments without a default, so it is no recipe by itself; call it in one that is"
+    return ""
+
+
+def _returns(function: ast.FunctionDef, kind: str) -> bool:
+    """Whether a function says it returns a `kind`, or says nothing and returns what an executor function does."""
+    if function.returns is not None:
+        return ast.unparse(function.returns).strip("'\"").split("[")[0].endswith(kind)
+    ends = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
+    calls = [ast.unparse(end.func).split(".")[-1] for end in ends if isinstance(end, ast.Call)]
+    return kind == "Executor" and bool(calls) and all(call in ("local", "slurm", "docker") for call in calls)
+
+
+def _parse(file: Path) -> ast.Module | Broken:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Python would say of the user's code it says when that is imported
+            return ast.parse(file.read_bytes())  # bytes: Python itself knows their encoding
+    except SyntaxError as error:
+        return Broken(file, error.lineno or 1, error.msg)
+    except OSError as error:
+        return Broken(file, 0, f"it is a link to {file.readlink()}" if file.is_symlink() else str(error.strerror))
+    except (ValueError, RecursionError, MemoryError) as error:  # a null byte; brackets without end
+        return Broken(file, 0, str(error) or "it is nested too deeply")
+
+
+def _defines(file: Path, name: str) -> bool:
+    """Whether a file that is not valid Python seems to define the function `name`."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return re.search(rf"^(async )?def {re.escape(name)}\b", text, re.MULTILINE) is not None
+
+
+def _needs_arguments(function: ast.FunctionDef) -> bool:
+    arguments = function.args
+    positional = len(arguments.posonlyargs) + len(arguments.args) - len(arguments.defaults)
+    return positional > 0 or any(default is None for default in arguments.kw_defaults)
+
+
+def _task(name: str, bodies: dict[str, ast.FunctionDef]) -> str:
+    """The skeleton that a recipe calls, through other recipes if need be; "" if it cannot be told."""
+    seen: list[str] = []
+    waiting = [name]
+    while waiting:
+        current = waiting.pop()
+        if current in ("pretrain", "finetune"):
+            return current
+        if current in seen or current not in bodies:
+            continue
+        seen.append(current)
+        calls = (node for node in ast.walk(bodies[current]) if isinstance(node, ast.Call))
+        waiting += [ast.unparse(call.func).split(".")[-1] for call in calls]
+    return ""

@@ -1,0 +1,47 @@
+"""The user's project: the working directory, with `recipes/`, `launch/` and the modules that these import."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
+from pathlib import Path
+
+VARIABLE = "FIDDLEHEAD_PROJECT"
+"""The environment variable that names the folder in a job, which imports a copy of it."""
+
+HOME = str(Path(__file__).resolve().parents[2])
+"""Where this package is imported from."""
+
+
+def folder() -> str:
+    """Where the user's modules are: what `VARIABLE` says, or else the working directory."""
+    return os.environ.get(VARIABLE) or str(Path.cwd())
+
+
+def make_importable() -> None:
+    """Lets this process import the user's modules, after all that is installed.
+
+    Called only where the user has asked for code of theirs: a file `csv.py` that lies in the working directory must
+    neither take the place of the standard library's nor run because a command looked around.
+    """
+    if folder() not in sys.path:
+        sys.path.append(folder())
+
+
+def comes_first(directory: str | os.PathLike[str]) -> bool:
+    """Whether a job imports from `directory` before what is installed: PYTHONPATH has it, or this package is there."""
+    listed = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return os.path.realpath(directory) in (HOME, *map(os.path.realpath, listed))
+
+
+def places(package: str) -> list[str]:
+    """The file and the folders that a top-level package is, or would be, imported from; it is not imported here."""
+    module = sys.modules.get(package)
+    spec: ModuleSpec | None = getattr(module, "__spec__", None)
+    if module is None:
+        spec = find_spec(package) or PathFinder.find_spec(package, [folder()])
+    if spec is None:
+        return []
+    return [*filter(None, [spec.origin]), *map(os.path.realpath, spec.submodule_search_locations or ())]

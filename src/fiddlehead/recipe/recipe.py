@@ -1,0 +1,292 @@
+"""`Recipe`: the complete configuration of a run, which prints, compares, saves, loads and launches itself."""
+
+from __future__ import annotations
+
+import copy
+import html
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import fiddle as fdl
+import yaml
+from fiddle import daglish, history
+
+from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.files.atomic import write_atomically
+from fiddlehead.files.foreign import MAX_TEXT, read_text
+from fiddlehead.files.paths import user_path
+from fiddlehead.recipe import reader, trust, writer
+from fiddlehead.recipe.leaves import Leaf, items, join, leaves, same, show
+
+history.add_exclude_location("nemo_run/config.py")  # run.Config(...) is set where it was written
+
+
+class Recipe(fdl.Partial):
+    """The complete configuration of a run: a task, and what to call it with.
+
+    ``Recipe(pretrain, model=fdl.Config(...), trainer=fdl.Config(...))`` is a `fiddle.Partial` whose fields read and
+    write as attributes: ``recipe.trainer.max_steps = 10``. A task whose parameters are named like a method of this
+    class is refused.
+    """
+
+    def __str__(self) -> str:
+        """One ``path = value`` a line; defaults, which are the library's word and not the recipe's, are left out."""
+        lines = [f"{leaf.path} = {show(leaf.value)}" for leaf in leaves(self) if leaf.path]
+        return "\n".join([f"# {show(fdl.get_callable(self))}", *lines])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        sources = self.sources()
+        rows = [(leaf.path, show(leaf.value), sources[leaf.path]) for leaf in leaves(self) if leaf.path]
+        cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+        body = "".join(f"<tr>{row}</tr>" for row in cells)
+        caption = html.escape(show(fdl.get_callable(self)))
+        head = "<tr><th>path</th><th>value</th><th>set in</th></tr>"
+        return f"<table><caption>{caption}</caption><thead>{head}</thead><tbody>{body}</tbody></table>"
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that `from_yaml` loads back to an equal recipe.
+
+        Raises ConfigError that lists every value that cannot be written: lambdas, live objects, tensors.
+        """
+        return writer.dump(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the YAML form to `path`, all or nothing."""
+        path, text = user_path(path), self.to_yaml()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+
+    @classmethod
+    def from_yaml(cls, text: str, *, allow: Sequence[str] = (), source: str = "recipe.yaml") -> Self:
+        """The recipe written in `text`; nothing that it names is called.
+
+        It may name the parts that recipes are made of, and what `allow` has: modules of the user's, and names,
+        ``package.module:name``. `source` stands for the text in errors and in `sources`. Raises ConfigError with line
+        and column.
+        """
+        loaded = reader.load(text, allow=allow, source=source, task=True)
+        if not isinstance(loaded, fdl.Partial):
+            raise ConfigError(f"{source}: not a recipe; its first keys must be _target_ and _partial_: true")
+        return cls.__unflatten__(*loaded.__flatten__())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, allow: Sequence[str] = ()) -> Self:
+        """The recipe saved at `path`; see `from_yaml`. A run that this user has launched may name what it did."""
+        try:
+            text = read_text(user_path(path), MAX_TEXT)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+        return cls.from_yaml(text, allow=(*allow, *trust.names(user_path(path), text)), source=str(path))
+
+    def names_to_allow(self) -> list[str]:
+        """The names, ``package.module:name``, that must be allowed when the recipe is loaded: those of a user's own."""
+        return writer.unlisted(self)
+
+    def diff(self, other: fdl.Buildable) -> Differences:
+        """Where `other` has another value, a nested configuration more or less, or shares one elsewhere."""
+        left, right = _by_path(self), _by_path(other)
+        found = []
+        for path in dict.fromkeys((*left, *right)):
+            pair = [side.get(path) for side in (left, right)]
+            if None in pair and all(leaf is None or leaf.is_default for leaf in pair):
+                continue  # a default of something that only one side has
+            values = [leaf.value if leaf else MISSING for leaf in pair]
+            if not same(*values):
+                found.append(Difference(path, *values))
+        return Differences(found)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both configure the same call; subclasses of Fiddle's classes and the history do not count."""
+        return isinstance(other, fdl.Buildable) and not self.diff(other)
+
+    def sources(self) -> dict[str, str]:
+        """Where each value was set: ``recipes/llama.py:12``, ``command line: optim.lr=1e-3`` or ``default``."""
+        return {leaf.path: _source(leaf) for leaf in leaves(self, defaults=True) if leaf.path}
+
+    def build_arguments(self) -> dict[str, Any]:
+        """The task's arguments, built; a configuration used twice is built once.
+
+        Raises one ConfigError with all problems of all constructors, each with its path in front. What depends on
+        something that failed is not tried.
+        """
+        builder = _Builder()
+        arguments = daglish.MemoizedTraversal.run(builder.build, self)
+        if builder.problems:
+            raise ConfigError(*builder.problems) from builder.cause
+        return arguments
+
+    def launch(self, executor: Any = None, **kwargs: Any) -> Any:
+        """Runs the recipe where `executor` says; see `fiddlehead.launch.launch`."""
+        from fiddlehead import launch
+
+        return launch.launch(self, executor, **kwargs)
+
+    def clone(self) -> Self:
+        """A deep copy."""
+        _register_with_nemo_run()
+        return copy.deepcopy(self)
+
+    @property
+    def is_lazy(self) -> bool:
+        """False: there is nothing to resolve. NeMo-Run asks just before it checks for its own classes."""
+        _register_with_nemo_run()
+        return False
+
+    def __init_callable__(self, fn_or_cls: Any) -> None:
+        super().__init_callable__(fn_or_cls)
+        clashes = [name for name in self.__signature_info__.valid_param_names if name in vars(Recipe)]
+        if clashes:
+            raise ConfigError(f"{show(fn_or_cls)} has a parameter {clashes[0]!r}, which is a method of Recipe")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except AttributeError:
+            raise AttributeError(unknown("field", name, self.__signature_info__.valid_param_names)) from None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            names = self.__signature_info__.valid_param_names
+            raise AttributeError(f"{name} is not set" if name in names else unknown("field", name, names)) from None
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "<not set>"
+
+
+MISSING = _Missing()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One difference of two recipes: the values at `path`, or `MISSING`."""
+
+    path: str
+    left: Any
+    right: Any
+
+
+class Differences(list[Difference]):
+    """All differences of two recipes; prints as two columns."""
+
+    def __str__(self) -> str:
+        rows = [(difference.path or "(task)", show(difference.left), show(difference.right)) for difference in self]
+        widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
+        return "\n".join(f"{path:<{widths[0]}}  {left:<{widths[1]}}  {right}" for path, left, right in rows)
+
+
+def _by_path(recipe: fdl.Buildable) -> dict[str, Leaf]:
+    return {leaf.path: leaf for leaf in leaves(recipe, defaults=True)}
+
+
+def _source(leaf: Leaf) -> str:
+    if leaf.is_default:
+        return "default"
+    entries = leaf.owner.__argument_history__[leaf.key]
+    if not entries:
+        return "unknown"
+    location = entries[-1].location
+    if not location.line_number:  # not a file: the command line
+        return location.filename
+    path = Path(location.filename)
+    for root in (Path.cwd(), *map(Path, sys.path)):
+        if path.is_absolute() and root.is_absolute() and path.is_relative_to(root):
+            path = path.relative_to(root)
+            break
+    return f"{path}:{location.line_number}"
+
+
+class _Failed:
+    """Stands for what could not be built."""
+
+
+class _Builder:
+    """Builds a configuration bottom up and keeps what went wrong."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.cause: Exception | None = None
+
+    def build(self, value: Any, state: daglish.State) -> Any:
+        if not state.is_traversable(value):
+            return value
+        children = state.flattened_map_children(value)
+        failed = any(child is _Failed for child in children.values)
+        if not isinstance(value, fdl.Buildable):
+            return _Failed if failed else children.unflatten()
+        path = _path_str(state.current_path)
+        is_root = not state.current_path
+        if is_root or not isinstance(value, (fdl.Partial, fdl.ArgFactory)):
+            missing = _required(value)
+            self.problems += [f"{join(path, name)} is required by {_name(value)} and not set" for name in missing]
+            failed = failed or bool(missing)
+        if failed:
+            return _Failed
+        arguments = children.metadata.arguments(children.values)
+        if is_root:
+            return arguments
+        positional, named = value.__signature_info__.transform_to_args_kwargs(arguments)
+        try:
+            return value.__build__(*positional, **named)
+        except ConfigError as error:
+            self._note(error, error.under(path).problems)
+        except Exception as error:
+            # Lightning has a kind of its own for a wrong value; any other is a bug, and passes through.
+            if not isinstance(error, (ValueError, TypeError)) and type(error).__name__ != "MisconfigurationException":
+                raise
+            self._note(error, [f"{path}: {_name(value)}: {error}"])
+        return _Failed
+
+    def _note(self, error: Exception, problems: Sequence[str]) -> None:
+        self.problems += problems
+        self.cause = self.cause or error
+
+
+def _required(config: fdl.Buildable) -> list[str | int]:
+    arguments = fdl.ordered_arguments(config, include_unset=True, include_defaults=True)
+    return [name for name, value in arguments.items() if value is fdl.NO_VALUE]
+
+
+def _name(config: fdl.Buildable) -> str:
+    return getattr(fdl.get_callable(config), "__qualname__", repr(fdl.get_callable(config)))
+
+
+def _path_str(path: daglish.Path) -> str:
+    text = ""
+    for element in path:
+        match element:
+            case daglish.Attr(name):
+                text = join(text, name)
+            case daglish.Key(key):
+                text += f"[{next(iter(items({key: None})))[0]}]"
+            case _:
+                text += daglish.path_str((element,))
+    return text
+
+
+def _register_with_nemo_run() -> None:
+    """Lets NeMo-Run, if it is loaded, take a Recipe for its own Partial, which adds only pictures to Fiddle's."""
+    nemo_run = sys.modules.get("nemo_run.config")
+    if nemo_run is None or not hasattr(nemo_run, "register_supported_cast"):  # not loaded, or not to its end
+        return
+    nemo_run.Partial.register(Recipe)
+    nemo_run.register_supported_cast(Recipe, nemo_run.Partial)
+
+    def represent(dumper: yaml.SafeDumper, recipe: Recipe) -> yaml.Node:
+        return dumper.represent_data(nemo_run.Partial.__unflatten__(*recipe.__flatten__()))
+
+    yaml.SafeDumper.add_representer(Recipe, represent)  # the copy that an experiment keeps for people to read
+
+
+_register_with_nemo_run()  # for NeMo-Run's own runner, which loads NeMo-Run first

@@ -1,0 +1,208 @@
+"""When a run is saved, and which of its checkpoints are kept.
+
+What is resumed from it is exact, because all the rest of a run's state follows from the step: the sampler, the schedule
+and dropout are functions of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from fiddlehead.checkpoints.folder import TEMPORARY, DamagedCheckpointError, newest_first, read_state, step_folder
+from fiddlehead.checkpoints.io import SafetensorsIO
+from fiddlehead.data.checksums import Checksums
+from fiddlehead.data.tokenizers import save_tokenizer
+from fiddlehead.errors import ConfigError, StopRequested
+from fiddlehead.numbers import is_whole
+from fiddlehead.run.console import say
+
+
+class Checkpoint(Callback):
+    """Keeps the newest checkpoints of a run, and the best by validation loss.
+
+    Args:
+        every_n_steps: how often to save; the last step, and the one at which the run is stopped, are always saved.
+        keep_last: how many of the newest to keep.
+        keep_best: whether to keep the one with the lowest `val_loss` too; `checkpoints/best` points to it.
+        asynchronous: copy the tensors to main memory, and write them while the run goes on; a run that ends waits for
+            the last of them, and one that is killed has the checkpoint before.
+    """
+
+    def __init__(
+        self, every_n_steps: int = 1000, keep_last: int = 2, keep_best: bool = True, asynchronous: bool = False
+    ) -> None:
+        problems = [
+            f"{name}={value!r}: must be a whole number of 1 or more"
+            for name, value in (("every_n_steps", every_n_steps), ("keep_last", keep_last))
+            if not (is_whole(value) and value >= 1)
+        ]
+        if problems:
+            raise ConfigError(*problems)
+        self.every_n_steps, self.keep_last, self.keep_best = every_n_steps, keep_last, keep_best
+        self.io = SafetensorsIO(asynchronous=asynchronous)
+        self.directory = Path("checkpoints")
+        self.data: Checksums = {}
+        """The checksums of the data, which a checkpoint keeps."""
+        self.best_loss: float | None = None
+        self._saved_step = -1
+        self._validated_step = -1
+        self._val_loss: float | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Clears what a killed attempt left half-written, and recalls which checkpoint is the best."""
+        if trainer.is_global_zero:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for leftover in self.directory.glob(f"{TEMPORARY}*"):
+                shutil.rmtree(leftover)
+        self.best_loss = self._recall_best_loss()  # on every rank: all must agree on what to save
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the tokenizer beside the checkpoints: without it the model is of no use."""
+        if trainer.is_global_zero:
+            save_tokenizer(trainer.datamodule.tokenizer, self.directory.parent)  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed step is already saved; if it was stopped before its validation, that is made up for first."""
+        self._saved_step = trainer.global_step
+        if self._validated_step == -1 and trainer.global_step and validates_now(trainer):
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves when it is time, unless this step is validated first."""
+        if not at_step_end(trainer):
+            return
+        # Lightning then ends the loop, which this step does anyway, and validates first.
+        trainer.should_stop = trainer.should_stop or trainer.global_step >= trainer.max_steps
+        if trainer.global_step % self.every_n_steps == 0 and not validates_now(trainer):
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves a step that was to be saved or that is the best so far."""
+        if trainer.sanity_checking:
+            return
+        self._val_loss = float(trainer.callback_metrics.get("val_loss", float("nan")))
+        self._validated_step = trainer.global_step
+        better = self.keep_best and self._val_loss < (float("inf") if self.best_loss is None else self.best_loss)
+        if better or trainer.global_step % self.every_n_steps == 0:
+            self._saved_step = -1  # also if it was saved before, without its validation loss
+            self.save(trainer, best=better)
+        if better:
+            self.best_loss = self._val_loss
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the last step, and waits until all is written."""
+        self.save(trainer)
+        self.wait(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lets what was saved be written; a run that was stopped has waited already, or is not to wait."""
+        if not isinstance(exception, StopRequested):
+            try:
+                self.io.wait()
+            except Exception as error:  # beside the one that ends the run
+                say(f"WARNING: a checkpoint was not written: {error}")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the step's validation loss, by which the best is known, None if it was not validated, and the data's
+        checksums."""
+        checkpoint["data"] = self.data
+        checkpoint["val_loss"] = self._val_loss if self._validated_step == trainer.global_step else None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Recalls whether the step that is resumed was validated."""
+        self._val_loss = checkpoint["val_loss"]
+        self._validated_step = -1 if self._val_loss is None else checkpoint["global_step"]
+
+    def save(self, trainer: Trainer, *, best: bool = False) -> None:
+        """Saves the current step, once, and if it is the best so far, has `checkpoints/best` point to it.
+
+        It does nothing before the first step.
+
+        Raises:
+            NonFiniteError: a step so far was not finite; nothing is written then.
+            CheckpointNotWrittenError: the disk did not take it, or the one before if that was written meanwhile.
+        """
+        if trainer.global_step == self._saved_step:
+            return
+        trainer.lightning_module.raise_if_non_finite()  # type: ignore[operator]
+        trainer.save_checkpoint(self.directory / step_folder(trainer.global_step))
+        self._saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            self.io.then(partial(self._keep, trainer.global_step, best))
+
+    def wait(self, trainer: Trainer) -> None:
+        """Waits until what was saved is written, by whichever rank: one that left early would hurry the others.
+
+        Raises:
+            CheckpointNotWrittenError: the disk did not take it.
+        """
+        self.io.wait()
+        trainer.strategy.barrier("Checkpoint.wait")
+
+    def _keep(self, step: int, best: bool) -> None:
+        """Points to the checkpoint of a step that is written, if it is the best, and deletes those to be forgotten."""
+        if best:
+            link = self.directory / ".best.tmp"
+            link.unlink(missing_ok=True)
+            link.symlink_to(step_folder(step))
+            link.replace(self.directory / "best")
+        self._delete_old(step)
+
+    def _recall_best_loss(self) -> float | None:
+        best = self.directory / "best"
+        if not best.exists():
+            return None
+        try:
+            return read_state(best)["val_loss"]  # nothing else of it is wanted
+        except DamagedCheckpointError as error:
+            say(f"WARNING: the best checkpoint is damaged, so the next one validated is the best: {error}")
+            return None
+
+    def _delete_old(self, step: int) -> None:
+        # One of a later step was passed over as damaged when the run was resumed: it is not among the newest to keep.
+        written = [path for path in newest_first(self.directory) if path.name <= step_folder(step)]
+        kept = {path.name for path in written[: self.keep_last]}
+        best = self.directory / "best"
+        if self.keep_best and best.is_symlink():
+            kept.add(best.readlink().name)
+        for path in written:
+            if path.name not in kept:
+                # Renamed first: a checkpoint that is half deleted must not look like a damaged one.
+                doomed = path.rename(path.with_name(f"{TEMPORARY}deleted-{path.name}"))
+                shutil.rmtree(doomed)
+
+
+def restore_progress(trainer: Trainer, step: int) -> None:
+    """Sets Lightning's counters to what they are after `step` optimizer steps.
+
+    Lightning saves and restores them itself, with a state for every place in the loop where a run may stop. Here every
+    checkpoint is of a finished step, so they follow from its number.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    batches = step * trainer.accumulate_grad_batches
+    for name in ("ready", "started", "processed", "completed"):
+        setattr(loop.batch_progress.total, name, batches)
+    optimizer = loop.automatic_optimization.optim_progress.optimizer.step.total
+    optimizer.ready = optimizer.completed = step
+    loop.scheduler_progress.total.ready = loop.scheduler_progress.total.completed = step
+    loop._batches_that_stepped = step
+
+
+def at_step_end(trainer: Trainer) -> bool:
+    """Whether the micro-batch that just ended was the last of its step."""
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def validates_now(trainer: Trainer) -> bool:
+    """Whether Lightning validates after the step that just ended."""
+    due = trainer.fit_loop.epoch_loop.batch_progress.total.ready % trainer.val_check_batch == 0  # type: ignore[operator]
+    return bool(trainer.num_val_batches) and (due or trainer.should_stop)

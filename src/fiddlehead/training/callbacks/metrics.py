@@ -1,0 +1,168 @@
+"""What a training run measures, and the lines it prints."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from fiddlehead.models import TransformerConfig
+from fiddlehead.run.console import say
+from fiddlehead.training.callbacks.checkpoint import at_step_end
+from fiddlehead.training.callbacks.phases import Phases, Window, exposed_communication
+
+PEAK_FLOPS = {
+    # Dense bfloat16 with float32 accumulation, from NVIDIA's data sheets, by whole words of the device's name; the
+    # first that are found count.
+    "GB300": 2500e12,
+    "GB200": 2500e12,
+    "B300": 2250e12,
+    "B200": 2250e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H20": 148e12,
+    "A100": 312e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+}
+
+
+class Metrics(Callback):
+    """Logs every `every_n_steps`, at the first and at the last step, and prints a line for each.
+
+    Columns: `loss` (mean over the global batch, nats a token), `lr`, `grad_norm` (before clipping), `tokens` (since the
+    run began), `tokens_per_s`, `tflops_per_s` (model FLOPs on one device), `memory_gib` (the device's peak; the
+    process's on a CPU), `seconds_per_step` and of it `seconds_data`, `seconds_forward`, `seconds_backward` and
+    `seconds_optimizer`, means since the last line (`Phases`). Rates leave out validation and checkpoints.
+
+    Where the device's peak is known also `mfu`, the part of it that the model's FLOPs take, with the keys that a causal
+    mask or a window hides left out, and `mfu_full`, the same as if every token saw all keys, which is what PaLM
+    (Chowdhery et al. 2022), nanoGPT and torchtitan report; see `TransformerConfig.train_flops_per_token`. Where ranks
+    exchange gradients beside the backward pass (DDP) also `seconds_communication`, by which the exchange outlasts it.
+    """
+
+    def __init__(self, tokens_per_step: int, seq_length: int, every_n_steps: int, phases: Phases) -> None:
+        self.tokens_per_step, self.seq_length, self.every_n_steps = tokens_per_step, seq_length, every_n_steps
+        self.phases = phases
+        self.window = Window(0.0, ())
+        """The steps of the newest line."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the validation."""
+        per_byte = trainer.callback_metrics.get("val_nats_per_byte")
+        per_byte = "" if per_byte is None else f"  ({float(per_byte):.4f} nats/byte)"
+        say(f"step {trainer.global_step:>6}  validation loss {trainer.callback_metrics['val_loss']:.4f}{per_byte}")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measures a step that is due."""
+        if not at_step_end(trainer):
+            return
+        self.phases.end_step()
+        step = trainer.global_step
+        loss = pl_module.take_loss()  # type: ignore[operator]
+        if not (step == 1 or step % self.every_n_steps == 0 or step == trainer.max_steps):
+            return
+        loss = trainer.strategy.reduce(loss, reduce_op="mean")
+        pl_module.raise_if_non_finite()  # type: ignore[operator]
+        loss = float(loss)  # waits for the device
+        self.window = self.phases.take()
+        metrics = self._measure(trainer, pl_module, loss)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step)
+        say(_progress_line(metrics, step, int(trainer.max_steps)))
+
+    def _measure(self, trainer: Trainer, module: LightningModule, loss: float) -> dict[str, float]:
+        seconds_per_step = self.window.seconds / len(self.window.steps)
+        config: Any = module.config
+        rate = self.tokens_per_step / seconds_per_step
+        rates = speed(config, self.seq_length, rate, trainer.world_size, module.device, num_adapted(module))
+        metrics = {
+            "loss": loss,
+            "lr": float(module.lr),  # type: ignore[arg-type]
+            "grad_norm": float(module.grad_norm),  # type: ignore[arg-type]
+            "tokens": trainer.global_step * self.tokens_per_step,
+            **rates,
+            "memory_gib": peak_memory(module.device),
+            "seconds_per_step": seconds_per_step,
+            **self.window.means(),
+        }
+        communication = exposed_communication(trainer)
+        if communication is not None:
+            metrics["seconds_communication"] = communication
+        return metrics
+
+
+def speed(
+    config: TransformerConfig,
+    seq_length: int,
+    tokens_per_s: float,
+    devices: int,
+    device: torch.device,
+    adapters: int | None = None,
+) -> dict[str, float]:
+    """What `tokens_per_s` on `devices` like `device` amount to: `tflops_per_s`, and both MFUs if the peak is known.
+
+    Args:
+        adapters: as `TransformerConfig.train_flops_per_token` takes it.
+    """
+    flops, full = (
+        tokens_per_s / devices * config.train_flops_per_token(seq_length, causal=causal, adapters=adapters)
+        for causal in (True, False)
+    )
+    rates = {"tokens_per_s": tokens_per_s, "tflops_per_s": flops / 1e12}
+    if peak := peak_flops(device):
+        rates |= {"mfu": flops / peak, "mfu_full": full / peak}
+    return rates
+
+
+def num_adapted(module: Any) -> int | None:
+    """How many parameters the adapters of a LanguageModel have; None if all of it is trained."""
+    if getattr(module, "lora", None) is None:
+        return None
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's peak bfloat16 FLOP/s, or None if it is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: allocated on a GPU, resident on a CPU, at most so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _progress_line(metrics: dict[str, float], step: int, max_steps: int) -> str:
+    """One line of progress, with a bar, for a terminal and a log file alike."""
+    filled = round(20 * step / max_steps)
+    left = round((max_steps - step) * metrics["seconds_per_step"])
+    left_text = (
+        f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}" if left >= 3600 else f"{left // 60}:{left % 60:02}"
+    )
+    mfu = f"  MFU {metrics['mfu']:.1%}" if "mfu" in metrics else ""
+    return (
+        f"step {step:>6}/{max_steps} [{'#' * filled}{'-' * (20 - filled)}]  loss {metrics['loss']:.4f}  "
+        f"lr {metrics['lr']:.2e}  |g| {metrics['grad_norm']:.2f}  {metrics['tokens_per_s']:,.0f} tok/s{mfu}  "
+        f"left {left_text}"
+    )

@@ -1,0 +1,71 @@
+"""Stopping a run from outside: the step in hand is finished and saved first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from fiddlehead.errors import StopRequested
+from fiddlehead.run import signals
+from fiddlehead.run.directory import RunDirectory, StopRequest
+from fiddlehead.training.callbacks.checkpoint import Checkpoint, at_step_end
+
+
+class StopOnRequest(Callback):
+    """Ends a run after the step at which its stop file is found; the step is saved.
+
+    The first rank looks, and all ranks stop after the same step: it tells the others while the optimizer's step is
+    queued, over a network that no device waits for. Signals become the stop file (`fiddlehead.run.signals`).
+    """
+
+    def __init__(self, checkpoint: Checkpoint, run: RunDirectory) -> None:
+        self.checkpoint, self.run = checkpoint, run
+        self._ranks: Any = None
+        self._answer = torch.zeros((), dtype=torch.int64)
+        self._told: Any = None
+        self._request: StopRequest | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the signals over, also from Lightning, whose handlers communicate, and so may hang, or requeue."""
+        signals.stop_after_step(self.run)
+        if trainer.world_size > 1:
+            self._ranks = torch.distributed.new_group(backend="gloo")
+            # Lightning asks after signals of its own, and waits for the device to answer, in each micro-batch.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        self._tell(trainer)
+        self._stop_if_asked(trainer)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Looks, and begins to tell the other ranks."""
+        self._tell(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stops every rank after the same step."""
+        if at_step_end(trainer):
+            self._stop_if_asked(trainer)
+
+    def _tell(self, trainer: Trainer) -> None:
+        self._request = self.run.stop_request() if trainer.is_global_zero else None
+        if self._ranks is not None:
+            self._answer.fill_(0 if self._request is None else 2 if self._request.requeue else 1)
+            self._told = torch.distributed.broadcast(self._answer, src=0, group=self._ranks, async_op=True)
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        request = self._request
+        if self._told is not None:
+            self._told.wait()
+            code = int(self._answer)
+            request = request or (StopRequest("as the first rank was asked to", requeue=code == 2) if code else None)
+        if request is None:
+            return
+        self.checkpoint.save(trainer)
+        self.checkpoint.wait(trainer)
+        if trainer.world_size == 1:
+            self.run.clear_stop_request()  # with several processes, the one that started them still has to see it
+        step = trainer.global_step
+        when = f"after step {step}, which is saved" if step else "before the first step"
+        raise StopRequested(f"stopped {when}: {request.reason}", requeue=request.requeue)

@@ -1,0 +1,1 @@
+"""Training in several processes: the strategy, the pipeline, gradients, and how many processes share what."""

@@ -1,0 +1,365 @@
+"""A run on many devices: which of them share samples, and which share a model."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import Optimizer
+
+from fiddlehead.checkpoints import sharding
+from fiddlehead.checkpoints.safetensors_files import DTYPES, Stored
+from fiddlehead.checkpoints.sharding import Sharded
+from fiddlehead.errors import ConfigError
+from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models.parallel import Layout, local_batch, parallelize, reduce_gradients, refuse_sizes
+from fiddlehead.numbers import is_whole
+from fiddlehead.run.team import Team
+from fiddlehead.training.distributed.pipeline import Pipeline, refuse_pipeline
+from fiddlehead.training.distributed.sizes import MESH, Sizes
+from fiddlehead.training.optim import Optim
+
+
+class Parallel(ModelParallelStrategy):
+    """Trains on many devices, each with a part of the parameters, gradients and optimizer state (FSDP2).
+
+    A rank's number counts through `MESH`, so that ranks which share a model's layers are neighbours. One device is
+    trained on as without a strategy.
+
+    Args:
+        data_parallel: how many ranks, or groups of ranks, train on different samples; None is what the devices allow.
+        data_parallel_replicate: how many copies of the model there are among these (HSDP). Each copy is cut over
+            `data_parallel / data_parallel_replicate` ranks: as many as one fast network connects, where there are
+            several.
+        tensor_parallel: how many ranks share each layer, and between the products each sequence.
+        context_parallel: how many ranks share each sequence.
+        expert_parallel: how many of the data-parallel ranks share the experts of a mixture, to which tokens travel.
+        pipeline_parallel: how many ranks, or groups of ranks, have different layers, and pass micro-batches on.
+        pipeline_stages_per_rank: in how many places of the model each of these has layers; with more of them ranks wait
+            less for each other, and communicate more.
+        reshard_after_forward: free a layer's gathered parameters after its forward pass, and gather them again for the
+            backward pass; without, a step communicates a third less, and memory holds a whole copy of the parameters.
+    """
+
+    def __init__(
+        self,
+        data_parallel: int | None = None,
+        data_parallel_replicate: int = 1,
+        tensor_parallel: int = 1,
+        context_parallel: int = 1,
+        expert_parallel: int = 1,
+        pipeline_parallel: int = 1,
+        pipeline_stages_per_rank: int = 1,
+        reshard_after_forward: bool = True,
+    ) -> None:
+        given = {
+            "data_parallel": data_parallel,
+            "data_parallel_replicate": data_parallel_replicate,
+            "tensor_parallel": tensor_parallel,
+            "context_parallel": context_parallel,
+            "expert_parallel": expert_parallel,
+            "pipeline_parallel": pipeline_parallel,
+            "pipeline_stages_per_rank": pipeline_stages_per_rank,
+        }
+        problems = [
+            f"{name}={value!r}: must be a whole number of 1 or more"
+            for name, value in given.items()
+            if not (is_whole(value) and value >= 1) and not (name == "data_parallel" and value is None)
+        ]
+        if problems:
+            raise ConfigError(*problems)
+        super().__init__()
+        self.data_parallel, self.data_parallel_replicate = data_parallel, data_parallel_replicate
+        self.tensor_parallel, self.context_parallel = tensor_parallel, context_parallel
+        self.expert_parallel, self.pipeline_parallel = expert_parallel, pipeline_parallel
+        self.pipeline_stages_per_rank = pipeline_stages_per_rank
+        self.reshard_after_forward = reshard_after_forward
+        self.layout: Layout | None = None
+        """Where this rank's parts of the parameters lie; None if it has them whole."""
+        self.pipeline: Pipeline | None = None
+        """The layers that this rank has of them; None if it has all."""
+        self._team: Team | None = None
+
+    def sizes(self, devices: int) -> Sizes:
+        """The ranks along each dimension, of `devices` in all.
+
+        Raises:
+            ConfigError: they do not multiply to that; it says what would.
+        """
+        shared = self.tensor_parallel * self.context_parallel * self.pipeline_parallel
+        named = [f"tensor_parallel={self.tensor_parallel}", f"context_parallel={self.context_parallel}"]
+        if self.pipeline_parallel > 1:
+            named.append(f"pipeline_parallel={self.pipeline_parallel}")
+        if devices % shared:
+            counts = ", ".join(map(str, _divisors(devices)))
+            raise ConfigError(
+                f"{' x '.join(named)} does not divide the {devices} devices; allowed: a product of {counts}"
+            )
+        data = devices // shared
+        problems = []
+        if self.data_parallel not in (None, data):
+            problems.append(
+                f"data_parallel={self.data_parallel}: with {' and '.join(named)}, {devices} devices make it {data}; "
+                f"allowed: {data} or None"
+            )
+        copy, name = data, "data-parallel ranks"
+        for field in ("data_parallel_replicate", "expert_parallel"):
+            value = getattr(self, field)
+            if copy % value:
+                allowed = ", ".join(map(str, _divisors(copy)))
+                problems.append(f"{field}={value} does not divide the {copy} {name}; allowed: {allowed}")
+                break
+            copy, name = copy // value, "data-parallel ranks of each copy"
+        if problems:
+            raise ConfigError(*problems)
+        return Sizes(
+            data,
+            self.data_parallel_replicate,
+            self.expert_parallel,
+            self.context_parallel,
+            self.tensor_parallel,
+            self.pipeline_parallel,
+            self.pipeline_parallel * self.pipeline_stages_per_rank,
+        )
+
+    def problems(self, config: TransformerConfig, seq_length: int, micro_batches: int | None = None) -> list[str]:
+        """Why a model, sequences of this length, or so many micro-batches cannot be split so; empty if they can."""
+        problems = refuse_pipeline(config, self.pipeline_parallel, self.pipeline_stages_per_rank, micro_batches)
+        try:
+            refuse_sizes(config, tp=self.tensor_parallel, cp=self.context_parallel, ep=self.expert_parallel)
+        except ConfigError as error:
+            names = {"tp=": "tensor_parallel=", "cp=": "context_parallel=", "ep=": "expert_parallel="}
+            problems += [names.get(problem[:3], problem[:3]) + problem[3:] for problem in error.problems]
+        parts = self.tensor_parallel * self.context_parallel
+        if seq_length % parts:
+            sharing = {"tensor_parallel": self.tensor_parallel, "context_parallel": self.context_parallel}
+            product = " x ".join(f"{name}={size}" for name, size in sharing.items() if size > 1)
+            problems.append(f"{product}: does not divide data.seq_length={seq_length}")
+        return problems
+
+    # -- the model
+
+    def keep_stages(self, transformer: Transformer) -> None:
+        """Leaves of a model on the meta device the layers that this rank has, where it is not to have all."""
+        if self.pipeline_parallel > 1:
+            dtype = torch.float32 if str(self.precision_plugin.precision) == "32-true" else torch.bfloat16
+            self.pipeline = Pipeline(transformer, self.device_mesh, self.pipeline_stages_per_rank, dtype)
+
+    def shard(self, transformer: Transformer) -> Layout:
+        """Cuts a model on the meta device over the mesh, in place; `sharding` gives it values by the layout.
+
+        Ranks that share a sequence have all parameters in common, so that these are cut over them too, and so do those
+        that have different experts, but for these.
+        """
+        mesh, precision = self.device_mesh[MESH[1:]], str(self.precision_plugin.precision)
+        parallelize(transformer, mesh)
+        self.layout = Layout(transformer.config, mesh)
+        everyone, experts = (
+            self.device_mesh[dims]._flatten("_".join(dims)) for dims in (("dp_shard", "ep", "cp"), ("dp_shard", "cp"))
+        )
+        if self.data_parallel_replicate > 1:
+            everyone, experts = (self.device_mesh["dp_replicate", name] for name in ("dp_shard_ep_cp", "dp_shard_cp"))
+        for module in [transformer] if self.pipeline is None else self.pipeline.stages:
+            sharding.shard(
+                module,
+                everyone,
+                everyone if self.expert_parallel == 1 else experts,
+                self.root_device,
+                precision,
+                reshard_after_forward=self.reshard_after_forward,
+            )
+        return self.layout
+
+    def reduce_gradients(self) -> None:
+        """Completes the gradients of a step, of which FSDP2 has averaged what it knows of; once all are there."""
+        module: Any = self.lightning_module
+        if self.layout is not None and self.tensor_parallel * self.expert_parallel > 1:
+            reduce_gradients(module, self.layout, averaged=[dim for dim in MESH if dim != "tp"])
+
+    def own_tokens(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What this rank trains on of a batch that it has in common with others."""
+        return local_batch(batch, self.device_mesh) if self.world_size > 1 else batch
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        """Makes tensors on the device, as other strategies do, so that the same numbers are drawn."""
+        with self.root_device, self.precision_plugin.tensor_init_context():
+            yield
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Adds up the gradients of micro-batches before copies of the model exchange them."""
+        module: Any = self.lightning_module
+        sharded = [m for m in module.children() if sharding.is_sharded(m)]
+        for transformer in sharded:
+            transformer.set_requires_all_reduce(False)
+        yield
+        for transformer in sharded:
+            transformer.set_requires_all_reduce(True)
+
+    # -- the ranks
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """The data-parallel rank, and how many of them there are."""
+        sizes = self.sizes(self.world_size)
+        return {"num_replicas": sizes.data, "rank": sizes.data_rank(self.global_rank)}
+
+    def join_ranks(self) -> Team:
+        """Connects the processes, which all have to call it, and returns them as a team.
+
+        A process that is to start the others when training begins is alone until then.
+        """
+        assert self.cluster_environment is not None
+        if self.world_size == 1 or not self.cluster_environment.creates_processes_externally:
+            return Team()
+        if self._team is None:
+            self._setup_distributed()
+            self._team = Team.of_all_ranks()
+        return self._team
+
+    def setup_environment(self) -> None:
+        """Connects the processes, and makes the mesh of their devices."""
+        assert self.lightning_module is not None and self.accelerator is not None
+        if self.world_size == 1:
+            self.accelerator.setup_device(self.root_device)
+            return
+        self._setup_distributed()
+        self._device_mesh = init_device_mesh(
+            self.root_device.type, self.sizes(self.world_size).mesh, mesh_dim_names=MESH
+        )
+        self.lightning_module._device_mesh = self._device_mesh
+        io: Any = self.checkpoint_io
+        io.team = self._team = self._team or Team.of_all_ranks()
+        io.pipeline_ranks = self.pipeline_parallel
+        if isinstance(self.precision_plugin, MixedPrecision):
+            self.precision_plugin = _CastByShards("bf16-mixed", self.root_device.type)
+
+    def _configure_launcher(self) -> None:
+        # A notebook may build a trainer for processes elsewhere; the launcher would refuse.
+        if not _IS_INTERACTIVE:
+            super()._configure_launcher()
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """As Lightning's, also without other processes."""
+        return decision if self.world_size == 1 else super().reduce_boolean_decision(decision, all)
+
+    # -- checkpoints
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning calls `load_optimizer_state_dict`."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The model's tensors, of which this rank holds a part, or which are in another stage."""
+        state = Strategy.lightning_module_state_dict(self)
+        if self.layout is None:
+            return state
+        own = {name: self._sharded(name, tensor) for name, tensor in state.items()}
+        return own if self.pipeline is None else self.pipeline.completed(own)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's tensors, of which this rank holds a part."""
+        state: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
+        if self.layout is None:
+            return state
+        parameters = self._parameters_of(optimizer)
+
+        def sharded(number: int, value: Any) -> Any:
+            name, parameter = parameters[number]
+            like_it = isinstance(value, torch.Tensor) and value.shape == parameter.shape
+            return self._sharded(name, value) if like_it else value
+
+        of_parameters = {
+            number: {key: sharded(number, value) for key, value in values.items()}
+            for number, values in state["state"].items()
+        }
+        state |= {"state": of_parameters}
+        if self.pipeline is None:
+            return state
+        return self.pipeline.complete_state(state, [name for name, _ in parameters], self._optim)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Saves with all ranks together."""
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """A checkpoint that was verified, its tensors still in their files if each rank is to read parts of them."""
+        if self.world_size == 1:
+            return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+        io: Any = self.checkpoint_io
+        return io.open_checkpoint(Path(checkpoint_path))
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Reads this rank's part of each tensor."""
+        if self.world_size == 1:
+            return Strategy.load_model_state_dict(self, checkpoint, strict)
+        stored, own = checkpoint["state_dict"], self.lightning_module_state_dict()
+        assert stored.keys() == own.keys(), "a checkpoint of another model"
+        for name, tensor in own.items():
+            # What is not in a file is here already: what adapters were trained on.
+            if tensor.is_here and isinstance(stored[name], Stored):
+                sharding.read(name, tensor.local, stored[name], tensor.layout)
+        return None
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Reads this rank's part of each tensor; the optimizer numbers its parameters alike on any number of ranks."""
+        if self.world_size == 1:
+            return Strategy.load_optimizer_state_dict(self, checkpoint)
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = self._parameters_of(optimizer)
+            if self.pipeline is not None:
+                saved = self.pipeline.own_state(saved, [name for name, _ in parameters], self._optim)
+            state = {
+                number: {key: self._own_part(parameters[number], value) for key, value in values.items()}
+                for number, values in saved["state"].items()
+            }
+            optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+        return None
+
+    def _sharded(self, name: str, tensor: torch.Tensor) -> Sharded:
+        assert self.layout is not None
+        return Sharded(name, tensor, self.layout, 0 if self.pipeline is None else self.pipeline.holder(name))
+
+    def _parameters_of(self, optimizer: Optimizer) -> list[tuple[str, torch.Tensor]]:
+        """The optimizer's parameters and their names, as it numbers them."""
+        assert self.lightning_module is not None
+        names = {id(parameter): name for name, parameter in self.lightning_module.named_parameters()}
+        return [(names[id(parameter)], parameter) for group in optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def _optim(self) -> Optim:
+        """By which parameters are numbered."""
+        module: Any = self.lightning_module
+        return module.optim
+
+    def _own_part(self, named: tuple[str, torch.Tensor], stored: Any) -> Any:
+        """What this rank has of something that an optimizer keeps: a tensor of the parameter's shape is cut like it."""
+        name, parameter = named
+        assert self.layout is not None
+        if not isinstance(stored, Stored):
+            return stored
+        if stored.shape != self.layout.shape(name, parameter):
+            return stored.load()
+        tensor = torch.empty_like(parameter, dtype=DTYPES[stored.dtype], requires_grad=False)
+        sharding.read(name, tensor, stored, self.layout)
+        return tensor
+
+
+class _CastByShards(MixedPrecision):
+    """Mixed precision where what a layer is gathered as is bfloat16 already, so that there is nothing left to cast."""
+
+    def autocast_context_manager(self) -> Any:
+        return nullcontext()
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

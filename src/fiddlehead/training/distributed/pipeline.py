@@ -1,0 +1,211 @@
+"""Pipeline parallelism: ranks that have different layers, and pass micro-batches on by torch's schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+
+from fiddlehead.checkpoints.sharding import Sharded
+from fiddlehead.errors import ConfigError
+from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models.parallel import Stage, keep_stages, refuse_stages, stage_of
+from fiddlehead.training.optim import Optim
+
+Batch = Mapping[str, Any]
+
+
+class Pipeline:
+    """The stages of a model that this rank has, and how it runs them in turn with the others.
+
+    Stage i is on rank i modulo the number of ranks. With one stage each, the schedule is 1F1B (Narayanan et al. 2019),
+    with several it is interleaved (Narayanan et al. 2021).
+
+    Args:
+        transformer: whole, on the meta device; this rank's stages are left of it.
+        mesh: with a dimension "pp".
+        dtype: of what layers give.
+    """
+
+    def __init__(self, transformer: Transformer, mesh: DeviceMesh, stages_per_rank: int, dtype: torch.dtype) -> None:
+        self.config, self.dtype = transformer.config, dtype
+        self.group, self.ranks = mesh.get_group("pp"), mesh["pp"].size()
+        self.count = self.ranks * stages_per_rank
+        self.whole = dict(transformer.named_parameters())
+        """The parameters of the whole model, without values."""
+        numbers = range(mesh.get_local_rank("pp"), self.count, self.ranks)
+        keep_stages(transformer, numbers, self.count)
+        self.stages = [Stage(transformer, number, self.count) for number in numbers]
+        self.waiting: list[Batch] = []
+        """Micro-batches of the step, until all of them are there."""
+        self._schedule: Any = None
+        self._divisor: torch.Tensor | int = 1
+
+    # -- training
+
+    def train(self, divisor: torch.Tensor | int) -> torch.Tensor:
+        """Adds the gradients of the mean loss of the micro-batches that wait; returns it, on every rank.
+
+        A loss is the sum of the cross-entropy over `divisor`; all micro-batches are of one shape.
+        """
+        batches, self.waiting = self.waiting, []
+        self._divisor = divisor * len(batches)
+        device = batches[0]["input_ids"].device
+        if self._schedule is None:
+            self._schedule = self._make_schedule(batches)
+        for stage in self.stages:
+            stage.take(batches)
+        # Stages have the batches already: what is given here is only divided, and counted.
+        counted = torch.zeros(len(batches), device=device)
+        inputs, labels = [counted] if self.stages[0].first else [], counted if self.stages[-1].last else None
+        losses: list[torch.Tensor] = []
+        self._schedule.step(*inputs, target=labels, losses=losses)
+        # The ranks without the last stage have no loss; in float32, whatever they make new tensors in.
+        loss = sum((each.detach().float() for each in losses), torch.zeros((), dtype=torch.float32, device=device))
+        dist.all_reduce(loss, group=self.group)
+        return loss
+
+    def nats(self, batch: Batch) -> torch.Tensor | None:
+        """The sum of the cross-entropy, without gradients, on the rank that has the last stage; None on the others."""
+        x = self._like_stream(batch, batch["input_ids"].device)
+        for stage in self.stages:
+            if not stage.first:
+                dist.recv(x, group=self.group, group_src=(stage.number - 1) % self.ranks)
+            stage.take([batch])
+            given = stage(x)
+            if stage.last:
+                return given.sum()
+            dist.send(given.contiguous(), group=self.group, group_dst=(stage.number + 1) % self.ranks)
+        return None
+
+    def _make_schedule(self, batches: Sequence[Batch]) -> Any:
+        count = len(batches)
+        device = batches[0]["input_ids"].device
+        # NCCL connects a group when all of it first meet; in the schedule only neighbours do.
+        dist.all_reduce(torch.zeros((), device=device), group=self.group)
+        stream = self._like_stream(batches[0], torch.device("meta")).requires_grad_()
+        counted = torch.empty(1, device="meta")
+        nats = torch.empty(1, dtype=torch.float32, device="meta", requires_grad=True)
+        stages = [
+            PipelineStage(
+                stage,
+                stage.number,
+                self.count,
+                device,
+                input_args=counted if stage.first else stream,
+                output_args=nats if stage.last else stream,
+                group=self.group,
+            )
+            for stage in self.stages
+        ]
+        how: dict[str, Any] = {"loss_fn": lambda nats, _: nats.sum() / self._divisor, "scale_grads": False}
+        if len(stages) == 1:
+            return Schedule1F1B(stages[0], count, **how)
+        return ScheduleInterleaved1F1B([*stages], count, **how)
+
+    def _like_stream(self, batch: Batch, device: torch.device) -> torch.Tensor:
+        """A tensor as stages give it, (B, T, C)."""
+        return torch.empty(*batch["input_ids"].shape, self.config.hidden_size, dtype=self.dtype, device=device)
+
+    # -- what others have
+
+    def holder(self, name: str) -> int:
+        """The rank that has a parameter."""
+        return stage_of(name, self.config, self.count) % self.ranks
+
+    def completed(self, own: Mapping[str, Sharded]) -> dict[str, Sharded]:
+        """Also the parameters that other ranks have; all under their names in a `LanguageModel`, in the model's order.
+
+        Args:
+            own: what this rank has.
+        """
+        like = next(iter(own.values()))
+        names = [f"transformer.{name}" for name in self.whole]
+        return {name: own[name] if name in own else self._absent(name, like) for name in names}
+
+    def numbered(self, optim: Optim) -> list[list[str]]:
+        """The names of the parameters in each of an optimizer's groups, as one process numbers them."""
+        names = {id(parameter): f"transformer.{name}" for name, parameter in self.whole.items()}
+        return [[names[id(parameter)] for parameter in group["params"]] for group in optim.groups(self.whole.values())]
+
+    def complete_state(self, state: Mapping[str, Any], own: Sequence[str], optim: Optim) -> dict[str, Any]:
+        """An optimizer's state with that of all parameters, as one process numbers them.
+
+        Args:
+            state: of the parameters that this rank has, its tensors of their shapes `Sharded`.
+            own: their names, in the order of their numbers.
+        """
+        groups, kept = self.numbered(optim), {name: state["state"][n] for n, name in enumerate(own) if state["state"]}
+        names = [name for group in groups for name in group]
+        like = next(iter(kept.values()), {})
+        numbers = iter(range(len(names)))
+        return {
+            "state": {
+                number: kept[name] if name in kept else {key: self._absent(name, x) for key, x in like.items()}
+                for number, name in enumerate(names)
+                if kept
+            },
+            "param_groups": [
+                group | {"params": [next(numbers) for _ in names_]}
+                for group, names_ in zip(state["param_groups"], groups, strict=True)
+            ],
+        }
+
+    def own_state(self, saved: Mapping[str, Any], own: Sequence[str], optim: Optim) -> dict[str, Any]:
+        """The reverse of `complete_state`: what this rank needs of what was saved."""
+        names = [name for group in self.numbered(optim) for name in group]
+        numbers = {name: number for number, name in enumerate(names)}
+        here, counted = set(own), iter(range(len(own)))
+        return {
+            "state": {n: saved["state"][numbers[name]] for n, name in enumerate(own) if saved["state"]},
+            "param_groups": [
+                group | {"params": [next(counted) for number in group["params"] if names[number] in here]}
+                for group in saved["param_groups"]
+            ],
+        }
+
+    def _absent(self, name: str, like: Any) -> Any:
+        """What others keep of a parameter, as this rank keeps `like` of one; what is not of its shape all have."""
+        if not isinstance(like, Sharded):
+            return like
+        shape = self.whole[name.removeprefix("transformer.")].shape
+        return Sharded(name, torch.empty(shape, dtype=like.dtype, device="meta"), like.layout, self.holder(name))
+
+
+def refuse_pipeline(
+    config: TransformerConfig, ranks: int, stages_per_rank: int, micro_batches: int | None
+) -> list[str]:
+    """Why a model, or so many micro-batches a step, cannot go through a pipeline, with the strategy's names.
+
+    Args:
+        micro_batches: None if that is not known.
+    """
+    if ranks == 1:
+        return (
+            [] if stages_per_rank == 1 else [f"pipeline_stages_per_rank={stages_per_rank}: without a pipeline it is 1"]
+        )
+    named = f"pipeline_parallel={ranks}"
+    if stages_per_rank > 1:
+        named += f" x pipeline_stages_per_rank={stages_per_rank}"
+    problems = []
+    try:
+        refuse_stages(config, ranks * stages_per_rank)
+    except ConfigError as error:
+        problems += [f"{named}: model.config.{problem}" for problem in error.problems]
+    if micro_batches is not None:
+        change = "change data.micro_batch_size or data.global_batch_size"
+        if micro_batches < ranks:
+            problems.append(
+                f"{named}: a step has {micro_batches} micro-batches on each data-parallel rank; allowed: {ranks} or "
+                f"more; {change}"
+            )
+        elif stages_per_rank > 1 and micro_batches % ranks:
+            problems.append(
+                f"{named}: a step has {micro_batches} micro-batches on each data-parallel rank; allowed with several "
+                f"stages: a multiple of {ranks}; {change}"
+            )
+    return problems

@@ -1,0 +1,18 @@
+"""Optimizers and learning-rate schedules, one optimizer a file."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fiddlehead.training.optim.adamw import AdamW
+from fiddlehead.training.optim.muon import Muon
+from fiddlehead.training.optim.optim import Optim
+from fiddlehead.training.optim.schedules import CosineAnnealing, Schedule, WarmupStableDecay
+
+__all__ = ["AdamW", "CosineAnnealing", "Muon", "Optim", "Schedule", "WarmupStableDecay", "kind_of"]
+
+
+def kind_of(groups: Sequence[Mapping[str, Any]]) -> str:
+    """Which optimizer the groups in a checkpoint are of."""
+    if "momentum" in groups[0]:
+        return "Muon"
+    return AdamW(state_bits=groups[0].get("state_bits", 32)).kind

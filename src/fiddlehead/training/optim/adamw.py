@@ -1,0 +1,92 @@
+"""AdamW, with moments of 32 or 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fiddlehead.errors import ConfigError
+from fiddlehead.training.distributed.sizes import Sizes
+from fiddlehead.training.optim.bfloat16_adamw import BFloat16AdamW
+from fiddlehead.training.optim.optim import NOT_FUSED, FusedRows, Optim
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Optim):
+    """AdamW (Loshchilov & Hutter 2019); weight decay applies to matrices and not to gains, biases and other vectors.
+
+    Args:
+        state_bits: of each of the two moments. With 8 (Dettmers et al. 2022) they take a quarter of the memory, the
+            losses are a little different, and torchao does it, which compiles the step.
+    """
+
+    state_bits: Literal[8, 32] = 32
+
+    @property
+    def kind(self) -> str:
+        """What `kind_of` says of the optimizers that it makes."""
+        return "AdamW" if self.state_bits == 32 else f"AdamW(state_bits={self.state_bits})"
+
+    def optimizer(
+        self, named_parameters: Sequence[tuple[str, nn.Parameter]], fused: FusedRows = NOT_FUSED
+    ) -> torch.optim.Optimizer:
+        """PyTorch's, in one launch; for bfloat16 parameters one that keeps float32 weights; torchao's for 8 bits.
+
+        Raises:
+            ConfigError: torchao is not installed.
+        """
+        parameters = [parameter for _, parameter in named_parameters]
+        groups = self.groups(parameters)
+        settings: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "eps": self.eps}
+        if self.state_bits == 8:
+            try:
+                from fiddlehead.training.optim.adamw_8bit import SavedAdamW8bit
+            except ImportError as error:
+                message = f"optim.state_bits=8 needs torchao: pip install 'fiddlehead[torchao]' ({error})"
+                raise ConfigError(message) from error
+            return SavedAdamW8bit(groups, **settings)
+        if parameters and all(parameter.dtype == torch.bfloat16 for parameter in parameters):
+            return BFloat16AdamW(groups, **settings)
+        return torch.optim.AdamW(groups, **settings, fused=True)
+
+    def problems(self, precision: str, split: Sizes | None, *, adapters: bool) -> list[str]:
+        """8-bit moments are those of whole float32 parameters."""
+        problems = []
+        if self.state_bits == 8 and precision == "bf16-true":
+            problems.append(
+                "optim.state_bits=8: trainer.precision='bf16-true' would round small steps away; allowed: "
+                "'bf16-mixed', '32-true', or optim.state_bits=32, which keeps what is rounded"
+            )
+        if self.state_bits == 8 and split is not None:
+            problems.append(
+                "optim.state_bits=8: the scales of 8-bit moments cannot be cut over several devices yet; allowed: 32, "
+                "or one device, or trainer.strategy=ddp"
+            )
+        return problems
+
+    def compiles(self, precision: str) -> bool:
+        """Whether its step is compiled: where it is more than PyTorch's own."""
+        return self.state_bits == 8 or precision == "bf16-true"
+
+    def state_bytes(self, named_parameters: Iterable[tuple[str, nn.Parameter]], precision: str) -> int:
+        """Two moments; with bfloat16 parameters also the other half of each weight."""
+        sizes = [parameter.numel() for _, parameter in named_parameters]
+        if self.state_bits == 8:
+            return sum(_moments_bytes(size) for size in sizes)
+        return (10 if precision == "bf16-true" else 8) * sum(sizes)
+
+    def _refused(self) -> list[str]:
+        problems = super()._refused()
+        if self.state_bits not in (8, 32):
+            problems.append(f"state_bits={self.state_bits!r}: allowed: 8, 32")
+        return problems
+
+
+def _moments_bytes(size: int) -> int:
+    """What torchao keeps for a parameter of so many weights: codes, scales and the table of what they mean, twice."""
+    quantized = size >= 4096 and size % 256 == 0
+    return 2 * (size + 4 * size // 256 + 4 * 256) if quantized else 8 * size

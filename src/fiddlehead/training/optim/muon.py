@@ -1,0 +1,195 @@
+"""Muon for the matrices of a model's layers, and AdamW for all else, as one optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+from fiddlehead.models.parallel import local, local_slices
+from fiddlehead.numbers import is_number
+from fiddlehead.training.distributed.sizes import Sizes
+from fiddlehead.training.optim.optim import NOT_FUSED, FusedRows, Optim
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the polynomial; they draw all singular values to between 0.7 and 1.2 in few steps rather than to 1 in many."""
+RMS = 0.2
+"""The root mean square of an update of AdamW, about, which Muon's is scaled to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(Optim):
+    """Muon (Jordan et al. 2024) for the matrices inside the layers; AdamW for embeddings, output layer and vectors.
+
+    Muon's updates have the size of AdamW's (Liu et al. 2025), so that a rate that is good for one is worth a try with
+    the other. The query, key and value parts of an attention layer's one projection are matrices of their own to it, as
+    are the gate and the other half of a feed-forward layer's first, and those of each expert.
+
+    Args:
+        momentum: of Muon, with Nesterov's look ahead; `betas` and `eps` are AdamW's.
+        adamw_lr: the peak rate of what AdamW trains; None is `lr`. The schedule is a factor on both.
+    """
+
+    momentum: float = 0.95
+    adamw_lr: float | None = None
+
+    def optimizer(
+        self, named_parameters: Sequence[tuple[str, nn.Parameter]], fused: FusedRows = NOT_FUSED
+    ) -> torch.optim.Optimizer:
+        """One optimizer for both; matrices of one kind are a group."""
+        by_rows: dict[tuple[int, ...] | None, list[nn.Parameter]] = {None: []}
+        for name, parameter in named_parameters:
+            if _is_inner_matrix(name, parameter):
+                by_rows.setdefault(fused.get(name), []).append(parameter)
+        muon = {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
+        rest = self.groups(p for name, p in named_parameters if not _is_inner_matrix(name, p))
+        adamw = {"lr": self.adamw_lr or self.lr, "betas": self.betas, "eps": self.eps, "fused": True}
+        return MuonWithAdamW(
+            [{"params": params, "rows": rows, **muon} for rows, params in by_rows.items()]
+            + [group | adamw for group in rest]
+        )
+
+    def problems(self, precision: str, split: Sizes | None, *, adapters: bool) -> list[str]:
+        """Muon takes float32 parameters, and whole matrices that are not the factors of others."""
+        problems = []
+        if precision == "bf16-true":
+            problems.append(
+                "optim=Muon: trainer.precision='bf16-true' would round small steps away; allowed: 'bf16-mixed', "
+                "'32-true', or optim=AdamW, which keeps what is rounded"
+            )
+        if split is not None and split.tensor > 1:
+            problems.append(
+                f"optim=Muon: trainer.strategy.tensor_parallel={split.tensor} reorders the rows of its "
+                "matrices; allowed: 1, or optim=AdamW"
+            )
+        if split is not None and split.pipeline > 1:
+            problems.append(
+                f"optim=Muon: trainer.strategy.pipeline_parallel={split.pipeline} numbers the parameters "
+                "of a checkpoint as AdamW has them; allowed: 1, or optim=AdamW"
+            )
+        if adapters:
+            problems.append(
+                "optim=Muon: adapters are factors of a change, and to make each factor orthogonal is not to make the "
+                "change so; set optim=AdamW, or model.lora=None"
+            )
+        return problems
+
+    def state_bytes(self, named_parameters: Iterable[tuple[str, nn.Parameter]], precision: str) -> int:
+        """One moment of what Muon trains, two of the rest."""
+        return sum((4 if _is_inner_matrix(name, p) else 8) * p.numel() for name, p in named_parameters)
+
+    def _refused(self) -> list[str]:
+        problems = super()._refused()
+        if not (is_number(self.momentum) and 0 <= self.momentum < 1):
+            problems.append(f"momentum={self.momentum!r}: must be at least 0 and below 1")
+        if self.adamw_lr is not None and not (is_number(self.adamw_lr) and self.adamw_lr > 0):
+            problems.append(f"adamw_lr={self.adamw_lr!r}: must be above 0 and finite, or None")
+        return problems
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for the groups that have a `momentum`, AdamW for those that have `betas`.
+
+    Muon's update of a matrix is its momentum with all singular values made about 1, times `RMS` x sqrt(the longer side)
+    (Liu et al. 2025, section 2.2): rate and weight decay then mean what they mean to AdamW. It is `torch.optim.Muon`'s
+    with `adjust_lr_fn="match_rms_adamw"`, but for three things. A group's `rows` says how many rows belong to each of
+    the matrices that its parameters are several in one of; each is made orthogonal by itself. A parameter of three
+    dimensions is as many matrices as its first has. And on a CPU the products are float32, on a GPU bfloat16.
+
+    Parts of matrices, of which each rank has one, are gathered for it; every rank computes the whole update.
+
+    Args:
+        params: groups, each with `lr`, `weight_decay`, and `momentum` and `rows` or `betas` and `eps`; all float32.
+    """
+
+    def __init__(self, params: Iterable[dict[str, Any]]) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; the device is not waited for."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if "momentum" in group:
+                for parameter in parameters:
+                    self._muon(parameter, group)
+            elif parameters:
+                self._adamw(parameters, group)
+        return loss
+
+    def _muon(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        state, gradient = self.state[parameter], parameter.grad
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        update = gradient.lerp(momentum, group["momentum"])  # type: ignore[union-attr]  # Nesterov's
+        if isinstance(update, DTensor):
+            update = update.to(_product_dtype(update)).full_tensor()  # type: ignore[attr-defined]
+        update = orthogonal_update(update, group["rows"])[local_slices(parameter)]
+        own = local(parameter)
+        own.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+
+    def _adamw(self, parameters: list[torch.Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        kept = [[self.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq", "step")]
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters],  # type: ignore[misc]
+            kept[0],
+            kept[1],
+            [],
+            kept[2],
+            fused=True,
+            amsgrad=False,
+            maximize=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+        )
+
+
+def orthogonal_update(update: torch.Tensor, rows: Sequence[int] | None) -> torch.Tensor:
+    """Muon's update of a parameter, (..., m, n), whose `rows`, which add up to m, are matrices of their own."""
+    matrices = update.split(list(rows), dim=-2) if rows else [update]
+    return torch.cat([orthogonalize(m) * (RMS * math.sqrt(max(m.shape[-2:]))) for m in matrices], dim=-2)
+
+
+def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Matrices (..., m, n) with their singular vectors, and with singular values of about 1, by Newton and Schulz.
+
+    What is 0, or next to it, stays so.
+    """
+    a, b, c = COEFFICIENTS
+    x = matrices.to(_product_dtype(matrices))
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x  # the smaller of the two products with itself
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+def _product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.bfloat16 if tensor.device.type == "cuda" else torch.float32
+
+
+def _is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix, or one for each expert, of a layer; an expert's biases are not."""
+    return "layers" in name.split(".") and name.endswith(".weight") and parameter.dim() >= 2

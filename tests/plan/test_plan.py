@@ -1,0 +1,344 @@
+"""What a run amounts to, and everything that is wrong with it, before it starts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fiddlehead import tasks
+from fiddlehead.attention import BACKENDS
+from fiddlehead.checkpoints.weights import open_weights
+from fiddlehead.data import ByteTokenizer, PreTrainingDataModule, TokenizerFile
+from fiddlehead.data.token_writer import TokenDatasetWriter, encode_documents
+from fiddlehead.errors import ConfigError
+from fiddlehead.models import LoRA
+from fiddlehead.plan.attention import on_longest, ranges
+from fiddlehead.training import Muon, Parallel
+from tests.data.small_tokenizers import save_gemma
+from tests.training.conftest import Parts, parameters, plan_of
+
+
+def test_the_parts_complete_each_other(parts: Parts) -> None:
+    made = parts(micro_batch_size=2, global_batch_size=6, val_check_interval=5)
+    found = plan_of(made)
+    vocabulary = ByteTokenizer().vocab_size
+    assert (made["model"].config.vocab_size, made["trainer"].accumulate_grad_batches) == (None, 1)  # not by planning
+    found.apply(made["model"], made["data"], made["trainer"])
+    assert (found.config.vocab_size, found.config.seq_length) == (vocabulary, 16)
+    assert made["model"].config == found.config
+    assert (found.accumulate_grad_batches, made["trainer"].accumulate_grad_batches) == (3, 3)
+    assert (found.tokens_per_step, found.max_steps, found.world_size) == (6 * 16, 12, 1)
+    assert [(served.during, served.layers, served.choice.backend) for served in found.attention] == [
+        ("training", (0, 1), "sdpa_flash"),
+        ("validation", (0, 1), "sdpa_flash"),
+    ]
+    assert found.state_gib * 2**30 == 16 * found.parameters
+
+
+def test_the_ranks_share_what_the_strategy_says(parts: Parts) -> None:
+    settings: dict[str, Any] = {"devices": 4, "micro_batch_size": 2, "global_batch_size": 16}
+    shared = plan_of(parts(strategy=Parallel(data_parallel_replicate=2), **settings))
+    copies = plan_of(parts(strategy="ddp", **settings))
+    split = plan_of(parts(strategy=Parallel(tensor_parallel=2), **settings))
+    assert (shared.world_size, shared.data_parallel, shared.accumulate_grad_batches) == (4, 4, 2)
+    assert (copies.data_parallel, copies.accumulate_grad_batches) == (4, 2)
+    assert shared.device_gib == pytest.approx(shared.state_gib / 2) and copies.device_gib == copies.state_gib
+    # What the layers' products do not multiply with is cut over the data-parallel ranks only.
+    assert split.state_gib / 4 < split.device_gib < split.state_gib / 2
+    assert dict(shared.rows())["memory"].startswith(
+        f"{shared.state_gib / 2:.2f} GiB on each device (of {copies.state_gib:.2f} GiB in all) for"
+    )
+    settings["num_layers"] = 4
+    whole = plan_of(parts(**settings | {"devices": 1}))
+    in_stages = plan_of(parts(strategy=Parallel(pipeline_parallel=4), **settings))
+    both = plan_of(parts(strategy=Parallel(pipeline_parallel=2), **settings))
+    assert (in_stages.data_parallel, in_stages.accumulate_grad_batches) == (1, 8)
+    output = 16 * (ByteTokenizer().vocab_size + 1)  # with the norm before it; the embedding has less
+    layer = (whole.parameters - 2 * output + 16) // 4
+    assert in_stages.device_gib * 2**30 == pytest.approx(16 * (layer + output))
+    # The layers of a rank are cut over two, and in a step gathered, and so are their gradients.
+    assert both.device_gib * 2**30 == pytest.approx((16 / 2 + 8) * (2 * layer + output))
+    with pytest.raises(ConfigError, match="'model': a model cut over several devices takes 'layers' or None"):
+        plan_of(parts(strategy=Parallel(), compile="model", **settings))
+    with pytest.raises(ConfigError, match=r"^trainer\.strategy\.data_parallel=3: with"):
+        plan_of(parts(strategy=Parallel(data_parallel=3), **settings))
+
+
+def test_the_parameters_are_those_that_will_be_saved(parts: Parts) -> None:
+    made = parts(max_steps=2)
+    found = plan_of(made)
+    run = tasks.pretrain(**made)
+    assert sum(tensor.numel() for tensor in parameters(run, 2).values()) == found.parameters
+    assert open_weights(run.path).config == found.config
+
+
+def test_a_plan_changes_nothing_the_second_time(parts: Parts) -> None:
+    made = parts(micro_batch_size=2, global_batch_size=6, val_check_interval=5)
+    first = plan_of(made)
+    interval = made["trainer"].val_check_interval
+    assert plan_of(made) == first
+    assert made["trainer"].val_check_interval == interval == 5
+
+
+def test_validation_is_counted_in_steps_also_when_accumulating(parts: Parts) -> None:
+    made = parts(micro_batch_size=2, global_batch_size=6, val_check_interval=5)
+    plan_of(made)
+    run = tasks.pretrain(**made)
+    text = run.metrics.read_text().splitlines()
+    names = text[0].split(",")
+    values = [dict(zip(names, line.split(","), strict=True)) for line in text[1:]]
+    assert [row["step"] for row in values if row["val_loss"]] == ["5", "10", "12"]
+
+
+def test_all_problems_are_listed_at_once_and_nothing_is_started(parts: Parts) -> None:
+    made = parts(
+        max_steps=4,
+        vocab_size=7,
+        gradient_clip_val=-1.0,
+        accumulate_grad_batches=3,
+    )
+    made["trainer"].val_check_interval = 0.3
+    made["model"].config = replace(made["model"].config, seq_length=8)
+    with pytest.raises(ConfigError) as error:
+        tasks.pretrain(**made)
+    assert [problem.split("=")[0] for problem in error.value.problems] == [
+        "trainer.accumulate_grad_batches",
+        "trainer.val_check_interval",
+        "trainer.gradient_clip_val",
+        "model.config.vocab_size",
+        "model.config.seq_length",
+    ]
+    assert not Path(made["log"].dir).exists()
+
+
+def test_a_tokenizer_may_have_more_tokens_than_the_model_has_rows(parts: Parts, tmp_path: Path) -> None:
+    """Gemma's text models have no row for the token of an image."""
+    tokenizer = TokenizerFile(save_gemma(tmp_path / "gemma"))
+    with TokenDatasetWriter(tmp_path / "data", tokenizer, []) as writer:
+        tokens = encode_documents(tokenizer, ["def f(x): return x"] * 20)
+        for split in ("train", "val"):
+            writer.add(split, tokens, 20, 360)
+        writer.finish()
+    made = parts(vocab_size=tokenizer.vocab_size - 1)
+    made["data"] = PreTrainingDataModule(tmp_path / "data", seq_length=16, micro_batch_size=2, global_batch_size=4)
+    found = plan_of(made)
+    found.apply(made["model"], made["data"], made["trainer"])
+    assert found.config.vocab_size == made["data"].model_vocab_size == tokenizer.vocab_size - 1
+    largest = int(tokens.max())
+    made = parts(vocab_size=largest)
+    made["data"] = PreTrainingDataModule(tmp_path / "data", seq_length=16, micro_batch_size=2, global_batch_size=4)
+    with pytest.raises(ConfigError, match=rf"vocab_size={largest}: .*train\.bin: at \d+ is the token '.*'"):
+        plan_of(made)
+
+
+def test_a_batch_that_does_not_divide_is_the_data_s_problem(parts: Parts) -> None:
+    made = parts()
+    made["data"].global_batch_size = 6
+    with pytest.raises(ConfigError, match=r"^data\.global_batch_size=6"):
+        plan_of(made)
+
+
+def test_a_run_without_an_end_is_refused(parts: Parts) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.max_steps=-1: must be 1 or more"):
+        plan_of(parts(max_steps=-1))
+
+
+def test_a_larger_vocabulary_and_a_longer_model_are_the_user_s_choice(parts: Parts) -> None:
+    made = parts(vocab_size=300)
+    made["model"].config = replace(made["model"].config, seq_length=64)
+    found = plan_of(made)
+    assert (found.config.vocab_size, found.config.seq_length) == (300, 64)
+
+
+def test_rows_are_for_people(parts: Parts) -> None:
+    text = dict(plan_of(parts(micro_batch_size=2)).rows())
+    assert "4 heads in 2 groups of 4 channels" in text["model"]
+    assert text["a step"] == "64 tokens: 1 devices x 2 sequences x 2 accumulated"
+    assert text["the run"].startswith("12 steps, ")
+    assert text["attention"] == "sdpa_flash on cpu"
+
+
+def test_layers_with_another_window_are_told_apart(parts: Parts) -> None:
+    made = parts(window_size=(3, 0), window_attn_skip_freq=2, separate_documents=True)
+    found = plan_of(made)
+    windowed, full = on_longest(found.attention)
+    assert (windowed.layers, full.layers) == ((0,), (1,))
+    first, second = windowed.choice, full.choice
+    assert first.spec.window_size == (3, 0) and second.spec.window_size == (-1, -1)
+    assert first.spec.packed and second.spec.packed
+    assert dict(found.rows())["attention"] == "sdpa_flash on cpu"  # said once, as it serves both
+
+
+def test_different_kernels_are_said_with_their_layers(parts: Parts) -> None:
+    found = plan_of(parts(window_size=(3, 0), window_attn_skip_freq=2))
+    windowed, full = on_longest(found.attention)
+    mixed = (windowed, full._replace(choice=replace(full.choice, candidates=("reference",))))
+    rows = replace(found, attention=mixed).rows()
+    assert rows[-2:] == [("attention", "sdpa_flash on cpu: layers 0"), ("", "reference on cpu: layers 1")]
+    choice = replace(windowed.choice, asked="measured", candidates=("flex", "cudnn"))
+    measured = replace(found, attention=(windowed._replace(layers=(0, 1), choice=choice),))
+    assert measured.rows()[-1] == ("attention", "the fastest of flex, cudnn on cpu")
+
+
+def test_the_layers_are_listed_as_ranges() -> None:
+    assert ranges([0, 1, 2, 3, 5, 7, 8]) == "0-3, 5, 7-8"
+
+
+def test_a_backend_that_cannot_serve_is_refused_with_its_reason(parts: Parts) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^model\.config\.attention_backend='flash2' .* on cpu: flash2: needs an NVIDIA"
+    ):
+        plan_of(parts(attention_backend="flash2"))
+
+
+def test_on_another_machine_only_what_no_gpu_can_do_is_refused(parts: Parts) -> None:
+    made = parts(attention_backend="flash2", precision="bf16-mixed")
+    made["model"].config = replace(made["model"].config, kv_channels=64)
+    found = plan_of(made, target=None)
+    assert found.attention == () and found.rows()[-1] == ("attention", "flash2, on the GPU that trains")
+    made = parts(attention_backend="flash2")
+    with pytest.raises(ConfigError, match=r"^model\.config\.attention_backend='flash2' .* on any GPU: .*float32"):
+        plan_of(made, target=None)
+
+
+def test_a_run_writes_down_which_kernel_served_it(parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tasks.pretrain(**parts(max_steps=1))
+    assert "attention: sdpa_flash on cpu\n" in capsys.readouterr().out
+    entry, validation = json.loads((run.path / "attention.json").read_text())
+    assert (entry["during"], validation["during"]) == ("training", "validation")
+    assert (entry["lengths"], entry["layers_by_pipeline_rank"]) == ([16], [[0, 1]])
+    assert validation["spec"] == entry["spec"] | {"training": False}
+    assert (entry["layers"], entry["asked"], entry["backend"]) == ([0, 1], "auto", "sdpa_flash")
+    assert (entry["spec"]["dtype"], entry["spec"]["num_query_groups"]) == ("float32", 2)
+    assert entry["reasons"]["cudnn"] and entry["packages"]["torch"] == torch.__version__
+    assert entry["target"] == {"device_type": "cpu", "name": "cpu", "capability": [0, 0]}
+    errors = entry["trials"]["sdpa_flash"]
+    assert errors.keys() == {"out", "dq", "dk", "dv"} and 0 < max(errors.values()) < entry["limit"] / 10
+    run = tasks.pretrain(**parts(max_steps=1, name="measured", attention_backend="measured"))
+    entry, _ = json.loads((run.path / "attention.json").read_text())
+    assert entry["backend"] is None and set(entry["candidates"]) >= {"sdpa_flash", "reference"}
+    assert entry["trials"].keys() == {"sdpa_flash"}  # the reference would only be taken if there were nothing else
+
+
+def test_a_run_whose_kernel_has_wrong_gradients_does_not_begin(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = BACKENDS["sdpa_flash"].run
+    monkeypatch.setattr(
+        BACKENDS["sdpa_flash"], "run", lambda q, k, v, *rest: right(q, k, 1.1 * v - 0.1 * v.detach(), *rest)
+    )
+    monkeypatch.setenv("FIDDLEHEAD_CACHE", str(Path(parts(max_steps=1)["log"].dir) / "cache"))
+    with pytest.raises(
+        ConfigError, match=r"^model\.config\.attention_backend: sdpa_flash is wrong on cpu .* of dv 1\.0e-01"
+    ):
+        tasks.pretrain(**parts(max_steps=1))
+
+
+def test_what_cannot_be_compiled_with_experts_is_said_before(parts: Parts) -> None:
+    made = parts(num_moe_experts=4, moe_aux_loss_coeff=0.1, compile="layers", activation_checkpointing="full")
+    with pytest.raises(ConfigError) as refused:
+        plan_of(made)
+    assert [problem.split("=")[0] for problem in refused.value.problems] == [
+        "model.compile",
+        "model.activation_checkpointing",
+    ]
+    plan_of(parts(num_moe_experts=4, compile="layers", activation_checkpointing=0.5, precision="bf16-mixed"))
+
+
+def test_a_sequence_is_shared_by_as_many_ranks_as_divide_it_and_the_heads(parts: Parts) -> None:
+    settings: dict[str, Any] = {"devices": 3, "micro_batch_size": 2, "global_batch_size": 2}
+    with pytest.raises(ConfigError) as refused:
+        plan_of(parts(strategy=Parallel(context_parallel=3), **settings))
+    heads, length = refused.value.problems
+    assert heads.startswith("trainer.strategy.context_parallel=3: must divide") and "allowed: 1, 2, 4" in heads
+    assert length == "trainer.strategy.context_parallel=3: does not divide data.seq_length=16"
+
+
+@pytest.mark.parametrize(
+    ("split", "changes", "problem"),
+    [
+        (
+            {"tensor_parallel": 4},
+            {"num_attention_heads": 2},
+            "trainer.strategy.tensor_parallel=4: must divide num_atten",
+        ),
+        ({"expert_parallel": 2}, {}, "trainer.strategy.expert_parallel=2: num_moe_experts=None, there are no experts"),
+        (
+            {"tensor_parallel": 2, "context_parallel": 2},
+            {"seq_length": 18},
+            "x context_parallel=2: does not divide data.",
+        ),
+        ({"tensor_parallel": 2}, {"fp8": "tensorwise"}, "model.fp8='tensorwise': not for split layers"),
+        (
+            {"expert_parallel": 2},
+            {"num_moe_experts": 4, "compile": "layers"},
+            "model.compile='layers': ranks wait to know",
+        ),
+        (
+            {"pipeline_parallel": 4},
+            {},
+            "_parallel=4: model.config.num_layers=2: 4 stages do not divide it; allowed: 1, 2",
+        ),
+        (
+            {"pipeline_parallel": 2, "pipeline_stages_per_rank": 2},
+            {"num_layers": 6},
+            "pipeline_parallel=2 x pipeline_stages_per_rank=2: model.config.num_layers=6: 4 stages do not divide it",
+        ),
+        (
+            {"pipeline_parallel": 2},
+            {"share_embeddings_and_output_weights": True},
+            "trainer.strategy.pipeline_parallel=2: model.config.share_embeddings_and_output_weights=True: the first",
+        ),
+        (
+            {"pipeline_parallel": 2},
+            {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.1},
+            "trainer.strategy.pipeline_parallel=2: model.config.moe_aux_loss_coeff=0.1: only the last stage",
+        ),
+        (
+            {"pipeline_parallel": 2},
+            {"hidden_dropout": 0.1},
+            "trainer.strategy.pipeline_parallel=2: model.config.hidden_dropout=0.1: stages would drop",
+        ),
+        (
+            {"pipeline_parallel": 2},
+            {"attention_dropout": 0.1},
+            "trainer.strategy.pipeline_parallel=2: model.config.attention_dropout=0.1: stages would drop",
+        ),
+        (
+            {"pipeline_parallel": 2},
+            {"micro_batch_size": 2},
+            "pipeline_parallel=2: a step has 1 micro-batches on each data-parallel rank; allowed: 2 or more; change",
+        ),
+        (
+            {"pipeline_parallel": 2, "pipeline_stages_per_rank": 2},
+            {"num_layers": 4, "global_batch_size": 6},
+            "a step has 3 micro-batches on each data-parallel rank; allowed with several stages: a multiple of 2;",
+        ),
+        (
+            {"pipeline_stages_per_rank": 2},
+            {},
+            "trainer.strategy.pipeline_stages_per_rank=2: without a pipeline it is 1",
+        ),
+        ({"pipeline_parallel": 2}, {"optim": Muon}, "optim=Muon: trainer.strategy.pipeline_parallel=2 numbers"),
+        ({"pipeline_parallel": 2}, {"state_bits": 8}, "optim.state_bits=8: the scales of 8-bit moments cannot be cut"),
+    ],
+)
+def test_what_does_not_go_with_a_split_is_refused(
+    parts: Parts, split: dict[str, int], changes: dict[str, Any], problem: str
+) -> None:
+    made = {"devices": 4, "micro_batch_size": 1, "precision": "bf16-mixed", "strategy": Parallel(**split)}
+    with pytest.raises(ConfigError) as refused:
+        plan_of(parts(**made | changes))
+    assert any(problem in said for said in refused.value.problems), refused.value.problems
+
+
+@pytest.mark.parametrize("dimension", ["tensor_parallel", "pipeline_parallel"])
+def test_adapters_are_not_split(parts: Parts, pretrain: Any, dimension: str) -> None:
+    base = pretrain(max_steps=4).path
+    problem = f"model.lora: adapters cannot be split; set trainer.strategy.{dimension}=1"
+    with pytest.raises(ConfigError, match=problem):
+        split = Parallel(**{dimension: 2})
+        plan_of(parts(devices=2, micro_batch_size=1, strategy=split, init_from=base, lora=LoRA(rank=2)))

@@ -1,0 +1,41 @@
+"""Locks on files: who has one, and for how long."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+from fiddlehead.run import locks
+
+
+def test_a_lock_is_held_until_its_file_is_closed(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    assert not locks.is_taken(file), "there is no such file"
+    with file.open("a") as mine, file.open("a") as another:
+        assert not locks.is_taken(file)
+        assert locks.take(mine)
+        assert locks.is_taken(file) and not locks.take(another)
+    assert not locks.is_taken(file)
+
+
+def test_a_lock_is_asked_for_without_writing_and_by_many_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    file.write_text("content")
+    file.chmod(0o444)
+    with file.open("rb") as looking:
+        command = ["flock", "--shared", "--nonblock", str(looking.fileno())]
+        assert subprocess.run(command, pass_fds=[looking.fileno()]).returncode == 0
+        assert not locks.is_taken(file)
+    with file.open("rb") as mine:
+        locks.wait_for(mine)
+        assert subprocess.run(["flock", "--nonblock", str(file), "true"]).returncode == 1, "shell scripts see it"
+        assert locks.is_taken(file)
+    assert file.read_text() == "content"
+
+
+def test_what_only_some_systems_have_is_in_one_place() -> None:
+    package = Path(locks.__file__).parents[1]
+    files = [*package.rglob("*.py"), *(package / "launch").glob("*.py")]  # that is a link, and not followed
+    importing = {file.name for file in files if re.search(r"^\s*(import|from) fcntl\b", file.read_text(), re.MULTILINE)}
+    assert importing == {"locks.py"}

@@ -1,0 +1,261 @@
+"""Many ranks train what one does."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from fiddlehead import tasks
+from fiddlehead.checkpoints.weights import open_weights
+from fiddlehead.data import FineTuningDataModule
+from fiddlehead.errors import ConfigError
+from fiddlehead.models import LoRA, TransformerConfig
+from fiddlehead.models.parallel import Layout
+from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
+from fiddlehead.training.distributed.gradients import global_norm, scale
+from fiddlehead.training.distributed.sizes import Sizes
+from tests.training.conftest import Killed, make_parts
+from tests.training.layouts import SETTINGS, TRAINED, losses, train
+from tests.training.ranks import on_ranks
+
+# -- training
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings"),
+    [
+        ("fsdp-2", "plain"),
+        pytest.param("fsdp-4", "plain", marks=pytest.mark.long),
+        ("hsdp-2x2", "plain"),
+        pytest.param("fsdp-2", "experts", marks=pytest.mark.long),
+        ("fsdp-2", "muon"),
+        pytest.param("hsdp-2x2", "documents", marks=pytest.mark.long),
+        ("cp-2", "plain"),
+        ("fsdp-2-cp-2", "documents"),
+        ("tp-2", "plain"),
+        pytest.param("fsdp-2-tp-2", "documents", marks=pytest.mark.long),
+        pytest.param("cp-2-tp-2", "documents", marks=pytest.mark.long),
+        pytest.param("tp-4", "experts", marks=pytest.mark.long),
+        ("ep-2", "experts"),
+        pytest.param("fsdp-2-ep-2", "experts", marks=pytest.mark.long),
+        pytest.param("hsdp-2x2-ep-2", "experts", marks=pytest.mark.long),
+        pytest.param("ep-2-tp-2", "experts", marks=pytest.mark.slow),
+        ("pp-2", "documents"),
+        ("pp-2-twice", "deep"),
+        ("pp-2-fsdp-2", "documents"),
+        *(
+            pytest.param(layout, settings, marks=pytest.mark.long)
+            for layout, settings in (
+                ("ep-2-cp-2", "experts"),
+                ("hsdp-2x2-tp-2", "documents"),
+                ("hsdp-2x2-cp-2", "documents"),
+                ("pp-4", "deep"),
+                ("pp-2-twice-fsdp-2", "deep"),
+                ("pp-2-tp-2", "documents"),
+                ("pp-2-cp-2", "documents"),
+                ("pp-2-ep-2", "experts"),
+            )
+        ),
+    ],
+)
+def test_the_losses_are_those_of_one_process(
+    dataset: Path, one: Path, tmp_path: Path, layout: str, settings: str
+) -> None:
+    run = train(layout, dataset, tmp_path, **SETTINGS[settings])
+    assert losses(run).shape == (22, 3)
+    torch.testing.assert_close(losses(run), losses(one / settings), rtol=1e-5, atol=0)
+
+
+def test_one_device_is_trained_on_as_without_a_strategy(dataset: Path, tmp_path: Path, one: Path) -> None:
+    tasks.pretrain(**make_parts(dataset, tmp_path, strategy=Parallel(), **TRAINED))
+    assert torch.equal(losses(tmp_path / "run"), losses(one / "plain"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"activation_checkpointing": "full"}, pytest.param({"compile": "layers"}, marks=pytest.mark.slow)],
+    ids=["recomputed", "compiled"],
+)
+def test_what_makes_a_step_faster_or_smaller_changes_nothing(
+    dataset: Path, one: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    run = train("fsdp-2", dataset, tmp_path, **changes)
+    torch.testing.assert_close(losses(run), losses(one / "plain"), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("precision", "stored"), [("bf16-mixed", "F32"), ("bf16-true", "BF16")])
+def test_bfloat16_is_close_to_one_process_s(dataset: Path, tmp_path: Path, precision: str, stored: str) -> None:
+    runs = [train(layout, dataset, tmp_path / layout, precision=precision) for layout in ("1", "hsdp-2x2")]
+    torch.testing.assert_close(losses(runs[1])[:, 0], losses(runs[0])[:, 0], rtol=1e-2, atol=0)
+    weights = open_weights(runs[1])
+    assert {weights.dtype("layers.0.mlp.linear_fc1.weight")} == {stored}
+
+
+class Start(Callback):
+    """Keeps what a run begins with, and ends it."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        tensors = {name: tensor.detach() for name, tensor in pl_module.named_parameters()}
+        whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+        self.parameters = {name: tensor.float().numpy() for name, tensor in whole.items()}
+        self.elements = sum(t.to_local().numel() if isinstance(t, DTensor) else t.numel() for t in tensors.values())
+        raise Killed
+
+
+def start(dataset: Path, runs: Path, **changes: Any) -> tuple[dict[str, Any], int]:
+    """What a run begins with, and how many elements of it this rank holds."""
+    kept = Start()
+    if changes.get("devices", 1) > 1:
+        changes["strategy"] = Parallel()
+    with pytest.raises(Killed):
+        tasks.pretrain(**make_parts(dataset, runs, callbacks=[kept], **changes))
+    return kept.parameters, kept.elements
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"precision": "bf16-true"},
+        {"num_moe_experts": 4, "add_bias_linear": True, "attention_sinks": True, "normalization": "LayerNorm"},
+        {"position_embedding_type": "learned_absolute", "share_embeddings_and_output_weights": True},
+        {"layernorm_zero_centered_gamma": True, "norm_placement": "both", "qk_layernorm": "head"},
+        {"init_from": "plain"},
+        {"init_from": "plain", "lora": LoRA(rank=2, dora=True)},
+        {"init_from": "plain", "lora": LoRA(rank=2), "precision": "bf16-true"},
+    ],
+    ids=["plain", "bf16-true", "experts", "learned-tied", "zero-centered", "weights", "dora", "lora-bf16"],
+)
+def test_ranks_begin_with_parts_of_what_one_process_begins_with(
+    dataset: Path, one: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    if "init_from" in changes:
+        changes = changes | {"init_from": one / changes["init_from"]}
+    whole, elements = start(dataset, tmp_path / "one", **changes)
+    of_ranks = on_ranks(2, start, dataset, tmp_path / "many", devices=2, global_batch_size=8, **changes)
+    for parts, _ in of_ranks:
+        assert parts.keys() == whole.keys()
+        assert all((parts[name] == whole[name]).all() for name in whole)
+    held = [count for _, count in of_ranks]
+    assert sum(held) == elements and min(held) > 0.4 * elements
+
+
+def tune(base: Path, runs: Path, examples: Path, lora: LoRA | None, devices: int = 1) -> str:
+    """Learns preferences, or answers, on the ranks that call this; what it prints."""
+    preference = examples.stem == "pairs"
+    model = (PreferenceModel if preference else LanguageModel)(init_from=base, lora=lora)
+    made = make_parts(base, runs, max_steps=8, devices=devices, **({"strategy": Parallel()} if devices > 1 else {}))
+    data = FineTuningDataModule(
+        examples, seq_length=16, micro_batch_size=2, global_batch_size=4, val_samples=8, preference=preference
+    )
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        tasks.finetune(**made | {"model": model, "data": data})
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["whole", "lora"])
+@pytest.mark.parametrize("name", ["pairs", "answers"])
+def test_ranks_learn_answers_and_preferences_as_one_process_does(
+    one: Path, tmp_path: Path, name: str, lora: LoRA | None
+) -> None:
+    examples = tmp_path / f"{name}.jsonl"
+    words = ["fern", "moss", "leaf", "spore", "frond"]
+    pairs = [{"prompt": a, "chosen": b, "rejected": a} for a in words for b in words * 2]
+    answers = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
+    examples.write_text("".join(json.dumps(line) + "\n" for line in (pairs if name == "pairs" else answers)))
+    alone = tune(one / "plain", tmp_path / "one", examples, lora)
+    printed, silence = on_ranks(2, tune, one / "plain", tmp_path / "many", examples, lora, devices=2)
+    found, expected = losses(tmp_path / "many" / "run"), losses(tmp_path / "one" / "run")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    asked = [line for line in alone.splitlines() if "it answers" in line]
+    assert asked == [line for line in printed.splitlines() if "it answers" in line]
+    assert len(asked) == 2 and not silence
+
+
+def norms(seed: int) -> tuple[float, float, float]:
+    """The norm of gradients that are cut in different ways: as found, as it is, and as found once they are halved."""
+    torch.distributed.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(8, 6), (5, 3), (3, 7), (1, 4), (6,)]
+    whole = [torch.randn(shape, generator=generator) for shape in shapes]
+    cuts: list[Any] = [(mesh, (Shard(0), Shard(1))), (mesh, (Replicate(), Shard(0))), (mesh["b"], (Shard(1),))]
+    cuts += [(mesh, (Shard(0), Replicate())), None]
+    gradients = {
+        str(number): tensor if cut is None else distribute_tensor(tensor, *cut)
+        for number, (tensor, cut) in enumerate(zip(whole, cuts, strict=True))
+    }
+    layout = Layout(TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, vocab_size=9), mesh)
+    expected = float(torch.cat([tensor.flatten() for tensor in whole]).double().norm())
+    found = float(global_norm(gradients, layout))
+    scale(gradients, torch.tensor(0.5))
+    return found, expected, float(global_norm(gradients, layout))
+
+
+def test_the_norm_is_that_of_all_gradients_however_they_are_cut() -> None:
+    for found, expected, halved in on_ranks(4, norms, 3):
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert halved == pytest.approx(expected / 2, rel=1e-6)
+
+
+# -- sizes
+
+
+@pytest.mark.parametrize(
+    ("strategy", "devices", "sizes"),
+    [
+        ({}, 1, (1, 1, 1, 1, 1, 1)),
+        ({}, 8, (1, 1, 8, 1, 1, 1)),
+        ({"data_parallel": 8}, 8, (1, 1, 8, 1, 1, 1)),
+        ({"data_parallel_replicate": 2}, 8, (1, 2, 4, 1, 1, 1)),
+        ({"expert_parallel": 2, "tensor_parallel": 2}, 8, (1, 1, 2, 2, 1, 2)),
+        ({"pipeline_parallel": 2, "tensor_parallel": 2}, 8, (2, 1, 2, 1, 1, 2)),
+    ],
+)
+def test_the_data_parallel_ranks_are_what_the_devices_allow(
+    strategy: dict[str, int], devices: int, sizes: tuple[int, ...]
+) -> None:
+    assert Parallel(**strategy).sizes(devices).mesh == sizes
+
+
+def test_ranks_that_share_a_layer_or_a_sequence_train_on_the_same_samples() -> None:
+    sizes = Sizes(data=4, replicate=2, expert=2, context=2, tensor=2, pipeline=2)
+    mesh = torch.arange(32).view(sizes.mesh)
+    assert [sizes.data_rank(rank) for rank in range(32)] == [rank // 4 for rank in range(16)] * 2
+    assert {sizes.data_rank(int(rank)) for rank in mesh[:, 1, 0, 0].flatten()} == {2}
+
+
+@pytest.mark.parametrize("dimension", ["context", "tensor", "pipeline"])
+def test_answers_are_not_compared_in_parts(dimension: str) -> None:
+    sizes = Sizes(data=1, replicate=1, **{dimension: 2})
+    (problem,) = PreferenceModel(init_from="some").problems("32-true", sizes)
+    assert problem == f"trainer.strategy.{dimension}_parallel=2: answers are compared whole; allowed: 1"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "problem"),
+    [
+        ({"tensor_parallel": 3}, "tensor_parallel=3 x context_parallel=1 does not divide the 8 devices; allowed: a"),
+        ({"data_parallel": 4}, "data_parallel=4: with tensor_parallel=1 and context_parallel=1, 8 devices make it 8"),
+        ({"data_parallel_replicate": 3}, "data_parallel_replicate=3 does not divide the 8 .*; allowed: 1, 2, 4, 8"),
+        (
+            {"data_parallel_replicate": 2, "expert_parallel": 8},
+            "expert_parallel=8 does not .* 4 .* copy; allow",
+        ),
+    ],
+)
+def test_sizes_that_do_not_multiply_to_the_devices_are_refused(strategy: dict[str, int], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        Parallel(**strategy).sizes(8)
+    with pytest.raises(ConfigError, match="data_parallel=0: must be a whole number of 1 or more"):
+        Parallel(data_parallel=0)
