@@ -182,4 +182,8 @@ class Executor(ABC):
 
     def save(self, run: RunDirectory) -> None:
         """Writes the settings into the run directory, for `load`."""
-        write_atomically(run.executor, json.dumps({"kind": self.kind, **asdict(self)}, indent=1) + "\n", mode=0o600)
+        write_atomically(run.executor, json.dumps(self.to_dict(), indent=1) + "\n", mode=0o600)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The kind and the settings, as JSON values."""
+        return {"kind": self.kind, **asdict(self)}

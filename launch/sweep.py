@@ -15,9 +15,9 @@ from pathlib import Path
 from fiddlehead.errors import ConfigError, unknown
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.files.paths import user_path
-from fiddlehead.launch import start, watch
+from fiddlehead.launch import Plan, watch
 from fiddlehead.launch.executor import Executor
-from fiddlehead.recipe import Recipe
+from fiddlehead.launch.submit import hand_over
 from fiddlehead.recipe.literals import split_arguments
 from fiddlehead.run.directory import RunDirectory, State, Status
 
@@ -138,7 +138,7 @@ def _names(base: str, made: Sequence[dict[str, str]]) -> Iterator[str]:
 
 def run_all(
     sweep: Sweep,
-    recipes: Sequence[Recipe],
+    plans: Sequence[Plan],
     executor: Executor,
     *,
     max_running: int | None = None,
@@ -149,16 +149,19 @@ def run_all(
     """Runs a sweep to its end, and returns what has become of each run; Ctrl-C cancels all.
 
     Args:
-        recipes: one for each run, with its name.
+        plans: one for each run, with its name, for that executor.
         max_running: how many at a time; None is all.
         report: is called with the states whenever they may have changed; None: return when all are handed over.
 
     Raises:
-        ConfigError: a run cannot be handed over; those before it are cancelled.
+        ConfigError: a plan has problems, and nothing was started; or a run cannot be handed over, and those before it
+            are cancelled.
     """
+    for each in plans:
+        each.refuse_problems()
     sweep.save()
     runs = sweep.runs()
-    waiting = list(zip(recipes, runs, strict=True))
+    waiting = list(zip(plans, runs, strict=True))
     begun: list[RunDirectory] = []
     with contextlib.ExitStack() as held:
         try:
@@ -166,12 +169,14 @@ def run_all(
                 statuses = watch.states(begun)
                 going = sum(status is not None and not status.state.ended for status in statuses)
                 while waiting and (executor.queues or max_running is None or going < max_running):
-                    recipe, run = waiting.pop(0)
+                    made, run = waiting.pop(0)
                     # Where jobs are queued, each waits for the one that has its place, and nobody has to be here.
                     place = len(begun) - (max_running or len(runs))
                     before = [begun[place]] if executor.queues and place >= 0 else []
                     lifetime = held if report else None
-                    start(recipe, executor, lifetime, allow=allow, command=command, after_any=before)
+                    hand_over(
+                        made.recipe, made.executor or executor, lifetime, allow=allow, command=command, after_any=before
+                    )
                     begun.append(run)
                     going += 1
                 if report is None:

@@ -125,7 +125,7 @@ def test_it_says_what_the_plan_says(explained, edits):
     recipe = apply_overrides(find_recipe("tiny")(), edits)
     before = torch.are_deterministic_algorithms_enabled()
     try:
-        plan = launch.check(recipe)
+        plan = launch.plan(recipe).training
     finally:
         torch.use_deterministic_algorithms(before)
     said = [{key: value for key, value in layer.items() if key != "backends"} for layer in answer["layers"]]

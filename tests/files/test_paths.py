@@ -13,7 +13,7 @@ from fiddlehead.checkpoints.weights import find_weights
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.errors import ConfigError
 from fiddlehead.files.paths import user_path, working_directory
-from fiddlehead.launch import check, secrets
+from fiddlehead.launch import plan, secrets
 from fiddlehead.launch.sweep import load
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipe.edits import apply_overrides
@@ -73,7 +73,7 @@ def test_a_working_directory_that_was_deleted_is_said(home: Path):
     with pytest.raises(ConfigError, match="the working directory was deleted"):
         working_directory()
     with pytest.raises(ConfigError, match="the working directory was deleted"):
-        check(tiny_test())
+        plan(tiny_test()).refuse_problems()
 
 
 @pytest.mark.parametrize(
@@ -95,4 +95,4 @@ def test_a_working_directory_that_was_deleted_is_said(home: Path):
 )
 def test_places_and_names_that_cannot_be_are_errors_before_anything_starts(home: Path, edit: str, said: str):
     with pytest.raises(ConfigError, match="^" + said):
-        check(apply_overrides(tiny_test(), [edit]))
+        plan(apply_overrides(tiny_test(), [edit])).refuse_problems()

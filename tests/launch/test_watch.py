@@ -20,8 +20,8 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.launch import watch
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.local import local
-from fiddlehead.launch.prepare import refuse_taken
 from fiddlehead.launch.slurm import SlurmExecutor, slurm
+from fiddlehead.launch.taken import refuse_taken
 from fiddlehead.recipes.tiny import tiny_test
 from fiddlehead.run import processes
 from fiddlehead.run.directory import RunDirectory, State, Status, exclusive, last_lines, this_process

@@ -13,9 +13,10 @@ import pytest
 from fiddlehead.cli import runs as command
 from fiddlehead.cli.common import load_recipe
 from fiddlehead.errors import ConfigError
-from fiddlehead.launch import prepare, watch
+from fiddlehead.launch import plan, watch
 from fiddlehead.launch.local import local
 from fiddlehead.launch.slurm import slurm
+from fiddlehead.launch.submit import write_run
 from fiddlehead.recipe import Recipe, catalog, trust
 from fiddlehead.run.directory import RunDirectory
 
@@ -55,8 +56,9 @@ def forget_modules() -> None:
 def launched(name: str = "a", **executor: str) -> RunDirectory:
     recipe = catalog.find_recipe("mine")()
     recipe.log.name = name
-    run, _ = prepare(recipe, local(**executor) if executor else None, recipe.names_to_allow())
-    return run
+    made = plan(recipe, local(**executor) if executor else None)
+    made.refuse_problems()
+    return write_run(made.recipe, made.executor, name=None, command=None, allow=recipe.names_to_allow())
 
 
 def test_what_the_user_has_launched_is_read_again_without_a_word() -> None:

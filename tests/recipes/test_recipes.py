@@ -30,14 +30,14 @@ def make(name: str) -> Recipe:
 @cache
 def plan_of(name: str) -> Any:
     """What a recipe amounts to."""
-    return launch.check(make(name), here=False)
+    return launch.plan(make(name), target="unknown").training
 
 
 def test_the_plan_can_be_made_on_any_machine(name):
     recipe = make(name)
     if recipe.model.config is None:  # of what it is to begin with nothing is known yet
         with pytest.raises(ConfigError, match="init_from"):
-            launch.check(recipe, here=False)
+            launch.plan(recipe, target="unknown").refuse_problems()
         return
     plan = plan_of(name)
     assert plan.parameters > 0
@@ -157,5 +157,5 @@ def test_windows_and_scaled_positions_can_be_written_down(tmp_path):
     recipe.save(tmp_path / "r.yaml")
     loaded = Recipe.load(tmp_path / "r.yaml")
     assert loaded == recipe
-    found = launch.check(loaded, here=False).config
+    found = launch.plan(loaded, target="unknown").training.config
     assert (found.window(0), found.window(1)) == ((1023, 0), (-1, -1)) and found.rope_scaling.low_freq_factor == 2.0

@@ -104,12 +104,21 @@ def installed(*, probe: bool) -> Packages:
             installed versions are looked up, as for a GPU that is not here, and a PyTorch without CUDA stands for one
             that has it.
     """
-    number = torch.backends.cudnn.version()
+    number = _cudnn()
     cudnn = _cudnn_version(number) if number else None
     if cudnn is None and not probe and torch.version.cuda is None:
         cudnn = CUDNN_OF_CUDA_BUILDS
     found = {name: _probed(name) if probe else _listed(name) for name in SOURCES}
     return Packages(torch.__version__, cudnn, **found)
+
+
+def _cudnn() -> int | None:
+    """The number of the cuDNN that PyTorch finds; None without one, or with one that PyTorch refuses."""
+    try:
+        return torch.backends.cudnn.version()
+    except RuntimeError as error:  # another release of it comes first on LD_LIBRARY_PATH
+        logger.warning("cuDNN cannot be used: %s", error)
+        return None
 
 
 def interface(name: str) -> ModuleType:

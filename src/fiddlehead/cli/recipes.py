@@ -109,17 +109,17 @@ def _matching(entries: list[catalog.Entry], pattern: str | None) -> list[catalog
 
 def _measure(entry: catalog.Entry) -> list[str]:
     """Parameters and devices of a recipe; the first problem where it cannot be built here."""
-    from fiddlehead.launch import check
+    from fiddlehead.launch import plan
 
     try:
         recipe = entry.load()()
-        plan = check(recipe, here=False)
+        parameters = plan(recipe, target="unknown").training.parameters
     except ConfigError as error:
         return [error.problems[0], ""]
     except Exception as error:  # a user's recipe; the others are still worth showing
         return [f"{type(error).__name__}: {error}", ""]
-    devices = recipe.trainer.devices
-    return [f"{plan.parameters / 1e6:,.2f} M", f"{recipe.trainer.num_nodes} x {devices} {recipe.trainer.accelerator}"]
+    trainer = recipe.trainer
+    return [f"{parameters / 1e6:,.2f} M", f"{trainer.num_nodes} x {trainer.devices} {trainer.accelerator}"]
 
 
 def _short(file: Path) -> str:

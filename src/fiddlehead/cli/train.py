@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -29,6 +29,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.files.paths import user_path
 
 if TYPE_CHECKING:
+    from fiddlehead.launch import Plan
     from fiddlehead.launch.executor import Executor
     from fiddlehead.launch.sweep import Sweep
     from fiddlehead.recipe import Recipe
@@ -122,25 +123,19 @@ def pretrain(
         recipe, name = load_recipe(factory, edits, allow or ())
         _refuse_other_tasks(recipe, factory, context.info_name)
         before = _successes(after or (), recipe.log.dir)
-        fitted = launch.fit_to_executor(recipe, None if direct else executor)
-        here = direct or not executor.ships_code
-        missing = launch.missing_here(fitted) if here and (dryrun or to_yaml) else ""
-        waits = bool(before) or (not direct and executor.keeps_runs_elsewhere)
-        plan = launch.check(fitted, here=here and not missing, waits=waits)
+        plan = launch.plan(recipe, None if direct else executor, waits=bool(before))
+        plan.refuse_problems()
     if to_yaml is not None:
         recipe.save(to_yaml)
         print(f"wrote {to_yaml}; run it with --factory @{to_yaml}")  # noqa: T201
-        if plan.missing:
-            print(f"it cannot start yet: {plan.missing}", file=sys.stderr)  # noqa: T201
+        for reason in plan.missing:
+            print(f"it cannot start yet: {reason}", file=sys.stderr)  # noqa: T201
         return
     if plan.missing and not dryrun:
-        raise ConfigError(plan.missing)
-    notes = [("changed", sentence) for sentence in launch.yielded(recipe, fitted)]
-    notes += [("it cannot start here", missing)] if missing else []
-    _show_plan(name, "in this process" if direct else where, [*plan.rows(), *notes])
+        raise ConfigError(*plan.missing)
+    _show_plan(name, "in this process" if direct else where, plan.rows())
     if dryrun:
-        shipped = "" if direct else launch.rehearse(fitted, executor, waits=waits)
-        if shipped:
+        if shipped := plan.dry_run():
             print(shipped.replace("shipped", "would ship"))  # noqa: T201
         return
     if not yes and sys.stdin.isatty() and not typer.confirm("Start?", default=True):
@@ -152,15 +147,7 @@ def pretrain(
         raise ConfigError(f"--after --detach: {where} cannot wait for {names}, so this command has to stay and do it")
     _wait_for(here)
     try:
-        run = launch.launch(
-            fitted,
-            None if direct else executor,
-            name=name,
-            detach=detach,
-            allow=allow or (),
-            command=_typed(),
-            after=queued,
-        )
+        run = plan.submit(name=name, detach=detach, allow=allow or (), command=_typed(), after=queued)
     except launch.RunFailedError as failure:
         print(f"error: {failure}", file=sys.stderr)  # noqa: T201
         raise typer.Exit(failure.status.exit_code or 1) from None
@@ -192,34 +179,30 @@ def _sweep(
     _refuse_other_tasks(first, factory, task)
     name = first.log.name or f"{title}-{datetime.now():%Y%m%d-%H%M%S}"
     variants = sweeps.expand(edits, name, zipped=zipped)
-    recipes, plans, problems = [], [], []
+    plans, problems = [], []
     for variant in variants:
         try:
             recipe, _ = load_recipe(factory, variant.edits(edits), allow)
             recipe.log.name = variant.name
-            fitted = launch.fit_to_executor(recipe, executor)
-            missing = launch.missing_here(fitted) if dryrun and not executor.ships_code else ""
-            here = not executor.ships_code and not missing
-            plans.append((fitted, launch.check(fitted, here=here, waits=executor.keeps_runs_elsewhere)))
-            recipes.append(fitted)
+            plans.append(launch.plan(recipe, executor))
+            plans[-1].refuse_problems()
         except ConfigError as error:
             problems += [f"{variant.name}: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(*problems)
     if not executor.queues and max_running is None:
         max_running = 1
-    if not dryrun and (without := sorted({plan.missing for _, plan in plans if plan.missing})):
-        raise ConfigError(*without)
+    if not dryrun and (missing := sorted({reason for plan in plans for reason in plan.missing})):
+        raise ConfigError(*missing)
     made = table("run", *variants[0].values)
     for variant in variants:
         add_row(made, variant.name, *variant.values.values())
     show(made)
     at_once = "all at once" if max_running is None else f"{max_running} at a time"
-    notes = [("changed", sentence) for sentence in launch.yielded(first, plans[0][0])]
+    notes = [("changed", sentence) for sentence in plans[0].changed]
     _show_plan(f"{len(variants)} runs, {at_once}", where, [*_totals(plans, executor), *notes])
     if dryrun:
-        shipped = launch.rehearse(recipes[0], executor)
-        if shipped:
+        if shipped := plans[0].dry_run():
             print(shipped.replace("shipped", "each would ship"))  # noqa: T201
         return
     if not yes and sys.stdin.isatty() and not typer.confirm("Start?", default=True):
@@ -228,7 +211,7 @@ def _sweep(
     report = None if detach else _Report(made)
     try:
         statuses = sweeps.run_all(
-            made, recipes, executor, max_running=max_running, allow=allow, command=_typed(), report=report
+            made, plans, executor, max_running=max_running, allow=allow, command=_typed(), report=report
         )
     except KeyboardInterrupt:
         print("cancelled; the runs have saved their last steps", file=sys.stderr)  # noqa: T201
@@ -286,16 +269,17 @@ class _Report:
                 print(f"[{done}/{len(self.runs)} ended] {run.name} {status.state}{reason}", flush=True)  # noqa: T201
 
 
-def _totals(plans: Sequence[tuple[Recipe, Any]], executor: Executor) -> list[tuple[str, str]]:
+def _totals(plans: Sequence[Plan], executor: Executor) -> list[tuple[str, str]]:
     """What the runs of a sweep amount to together."""
-    tokens = sum(plan.tokens_per_step * plan.max_steps for _, plan in plans)
-    rows = [("together", f"{tokens:,} tokens, {sum(plan.flops for _, plan in plans):.2e} FLOPs")]
-    if any(recipe.trainer.accelerator in ("gpu", "cuda") for recipe, _ in plans):
-        hours = sum(plan.flops for _, plan in plans) / (0.4 * 989e12) / 3600
+    trainings = [plan.training for plan in plans]
+    tokens, flops = sum(each.tokens for each in trainings), sum(each.flops for each in trainings)
+    rows = [("together", f"{tokens:,} tokens, {flops:.2e} FLOPs")]
+    if any(plan.recipe.trainer.accelerator in ("gpu", "cuda") for plan in plans):
+        hours = flops / (0.4 * 989e12) / 3600
         rows.append(("GPU hours", f"about {hours:,.1f} on H100s at 40 % MFU"))
         limit = getattr(executor, "time_limit", None)
         if limit:
-            most = sum(plan.world_size for _, plan in plans) * limit / 3600
+            most = sum(each.world_size for each in trainings) * limit / 3600
             rows.append(("", f"at most {most:,.1f} for an attempt of each, by executor.time"))
     return rows
 

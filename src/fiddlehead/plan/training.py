@@ -58,11 +58,16 @@ class TrainingPlan:
     """Why it cannot start, for want of data; "" if it can."""
 
     @property
+    def tokens(self) -> int:
+        """How many tokens the whole run trains on."""
+        return self.tokens_per_step * self.max_steps
+
+    @property
     def flops(self) -> float:
         """What the whole run computes, without recomputation."""
         adapters = None if self.trained == self.parameters else self.trained
         a_token = self.config.train_flops_per_token(self.config.seq_length or 0, adapters=adapters)
-        return a_token * self.tokens_per_step * self.max_steps
+        return a_token * self.tokens
 
     def apply(self, model: LanguageModel, data: Data, trainer: Trainer) -> None:
         """Sets in the parts what follows from the others: the model's shape, the data's limit, the accumulation."""
@@ -87,7 +92,7 @@ class TrainingPlan:
                 f"x {self.accumulate_grad_batches} accumulated",
             ),
             ("the run", f"{self.max_steps:,} steps, {warmup}"),
-            ("", f"{self.tokens_per_step * self.max_steps:,} tokens, {self.flops:.2e} FLOPs"),
+            ("", f"{self.tokens:,} tokens, {self.flops:.2e} FLOPs"),
             ("memory", f"{self._memory()} for parameters, gradients and optimizer, plus activations"),
             *([("data", f"none: {self.missing}")] if self.missing else []),
             *zip(itertools.chain(["attention"], itertools.repeat("")), self._attention_rows(), strict=False),

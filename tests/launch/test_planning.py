@@ -15,14 +15,16 @@ import pytest
 
 from fiddlehead.cli.common import configure_executor
 from fiddlehead.errors import ConfigError
-from fiddlehead.launch import check, fit_to_executor, launch, missing_here, rehearse, yielded
+from fiddlehead.launch import Plan, launch, plan
 from fiddlehead.launch import slurm as slurm_module
 from fiddlehead.launch.docker import docker
 from fiddlehead.launch.executor import Executor
+from fiddlehead.launch.fit import fit_to_executor, missing_here, yielded
 from fiddlehead.launch.local import local
-from fiddlehead.launch.prepare import prepare, refuse_taken
 from fiddlehead.launch.shell import Answer
 from fiddlehead.launch.slurm import slurm
+from fiddlehead.launch.submit import write_run
+from fiddlehead.launch.taken import refuse_taken
 from fiddlehead.launch.watch import load_executor
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipe.edits import apply_overrides
@@ -150,7 +152,7 @@ def test_a_run_whose_checkpoints_are_elsewhere_is_not_said_to_start_anew(
     run = RunDirectory(working_directory / "runs" / "a")
     recipe.save(run.recipe)
     run.write_status(Status(State.INTERRUPTED, attempt=2))
-    check(fit_to_executor(recipe, executor), waits=executor.keeps_runs_elsewhere)
+    plan(recipe, executor).refuse_problems()
     assert ("it starts again from step 0" in capsys.readouterr().out) == warned
 
 
@@ -158,9 +160,9 @@ def test_a_mode_that_wandb_does_not_know_is_refused_before_the_job(monkeypatch: 
     recipe = apply_overrides(tiny_test(), ["log.wandb=true"])
     monkeypatch.setenv("WANDB_MODE", "offlin")
     with pytest.raises(ConfigError, match=r"^log.WANDB_MODE=offlin: .*did you mean 'offline'"):
-        check(recipe)
+        plan(recipe).refuse_problems()
     monkeypatch.setenv("WANDB_MODE", "offline")
-    check(recipe)
+    plan(recipe).refuse_problems()
     with pytest.raises(ConfigError, match=r"^env_vars.WANDB_MODE=never: unknown mode"):
         slurm(env_vars={"WANDB_MODE": "never"})
 
@@ -173,8 +175,10 @@ def test_a_run_that_asks_for_gpus_and_finds_none_fails_at_once(
     with pytest.raises(ConfigError, match=r"^trainer.devices=.* no GPUs; set trainer.accelerator=cpu"):
         launch(llama2_13b(), executor)
     assert not list(working_directory.iterdir())
-    recipe = fit_to_executor(llama2_13b(), executor)
-    assert missing_here(recipe) and check(recipe, here=False).parameters > 1e10  # which shows it all the same
+    made = plan(llama2_13b(), executor)
+    assert missing_here(made.recipe) in made.missing
+    assert made.training.parameters > 1e10  # which is shown all the same
+    assert ("it cannot start here", missing_here(made.recipe)) in made.rows()
 
 
 @pytest.mark.parametrize(
@@ -191,7 +195,7 @@ def test_a_run_that_asks_for_gpus_and_finds_none_fails_at_once(
 def test_the_job_that_the_launcher_is_in_is_not_the_runs(around: dict[str, str], monkeypatch: pytest.MonkeyPatch):
     for name, value in around.items():
         monkeypatch.setenv(name, value)
-    assert check(fit_to_executor(tiny_test(), None)).world_size == 1
+    assert plan(tiny_test()).training.world_size == 1
     assert {name: os.environ[name] for name in around} == around  # which is the program's own
 
 
@@ -296,7 +300,7 @@ def test_what_is_refused_leaves_no_directory(working_directory: Path, monkeypatc
     with pytest.raises(ConfigError, match=r"executor.secrets: .*NOT_THERE"):
         launch(recipe, slurm(secrets=["NOT_THERE"]))
     with pytest.raises(ConfigError, match="there is no sbatch"):
-        rehearse(recipe, slurm())
+        plan(recipe, slurm()).dry_run()
     assert not list((working_directory / "runs").glob("*"))
 
 
@@ -307,17 +311,18 @@ def test_a_run_is_closed_to_others(name: str | None, umask: int, mode: int, work
     recipe.log.name = name
     before = os.umask(umask)
     try:
-        run, fitted = prepare(recipe, None)
+        run = write_run(recipe, None, name="a", command=None)
         assert run.path.stat().st_mode & 0o777 == mode
         run.write_status(Status(State.SUCCEEDED))
         run.path.chmod(0o2755)  # it was made by another version, in a folder whose group is inherited
-        prepare(fitted, None)
+        recipe.log.name = run.name
+        write_run(recipe, None, name=None, command=None)
         assert run.path.stat().st_mode & 0o7777 == 0o2750
     finally:
         os.umask(before)
 
 
-@pytest.mark.parametrize("start", [launch, rehearse])
+@pytest.mark.parametrize("start", [Plan.submit, Plan.dry_run])
 def test_a_module_that_is_not_shipped_is_refused_before_the_cluster_is_asked(
     start, working_directory: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -334,7 +339,44 @@ def test_a_module_that_is_not_shipped_is_refused_before_the_cluster_is_asked(
         with pytest.raises(
             ConfigError, match=r"^module unshipped_a .* the recipe names it: git ignores it \(\.gitignor"
         ):
-            start(recipe, slurm())
+            start(plan(recipe, slurm()))
     finally:
         del sys.modules["unshipped_a"]
     assert not list((working_directory / "runs").glob("*"))
+
+
+def test_a_plan_changes_nothing_and_holds_everything(working_directory: Path):
+    recipe = apply_overrides(tiny_test(), ["log.name=a"])
+    before, executor = recipe.to_yaml(), local(2)
+    made = plan(recipe, executor)
+    assert (recipe.to_yaml(), executor) == (before, local(2)) and not list(working_directory.iterdir())
+    assert (made.problems, made.missing, made.recipe.trainer.devices) == ((), (), 2)
+    assert made.training.world_size == 2 and made.rows()[0][0] == "model"
+    told = json.loads(json.dumps(made.to_dict()))
+    assert told["executor"]["kind"] == "local" and told["training"]["world_size"] == 2 and told["changed"] == []
+    assert Recipe.from_yaml(told["recipe"]) == made.recipe
+
+
+def test_problems_are_in_the_plan_and_refused_by_all_that_it_can_do(working_directory: Path):
+    recipe = apply_overrides(tiny_test(), ["trainer.max_steps=0", "model.config.num_query_groups=3"])
+    made = plan(recipe, local())
+    assert [problem.partition("=")[0] for problem in made.problems] == ["model.config.num_query_groups"]
+    for act in (made.refuse_problems, made.rows, made.submit, made.dry_run, lambda: made.training):
+        with pytest.raises(ConfigError, match=r"^model.config.num_query_groups=3"):
+            act()
+    assert made.to_dict()["problems"] == list(made.problems) and made.to_dict()["training"] is None
+    assert not list(working_directory.iterdir())
+
+
+def test_a_plan_is_submitted_as_often_as_one_likes(working_directory: Path):
+    made = plan(apply_overrides(tiny_test(), ["trainer.max_steps=1"]))
+    first, second = made.submit(name="a"), made.submit(name="a")
+    assert first.path != second.path and made.recipe.log.name is None
+
+
+def test_a_name_that_was_taken_since_is_refused_when_it_is_submitted(working_directory: Path):
+    made = plan(apply_overrides(tiny_test(), ["log.name=a"]))
+    other = apply_overrides(tiny_test(), ["log.name=a", "optim.lr=1"])
+    other.save(working_directory / "runs" / "a" / "recipe.yaml")
+    with pytest.raises(ConfigError, match="is another recipe's run"):
+        made.submit()

@@ -1,0 +1,210 @@
+"""`plan`: all that is known of a run before it starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from fiddlehead.errors import ConfigError
+from fiddlehead.files.paths import user_path, working_directory
+from fiddlehead.launch import submit
+from fiddlehead.launch.executor import Executor
+from fiddlehead.launch.fit import GPU, fit_to_executor, missing_here, yielded
+from fiddlehead.launch.taken import refuse_taken
+from fiddlehead.recipe import Recipe
+from fiddlehead.run import RunDirectory
+
+if TYPE_CHECKING:
+    from fiddlehead.attention import Target
+    from fiddlehead.plan.training import TrainingPlan
+
+_NAMELESS = ".nameless"
+"""Stands for the name of a run that has none yet; no run is called so."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known of a run before it starts, as `plan` works it out."""
+
+    recipe: Recipe
+    """As it will run: its trainer uses the machines and devices of the executor."""
+    executor: Executor | None
+    """Where, with what follows from the recipe; None is this process."""
+    problems: tuple[str, ...] = ()
+    """What is wrong with the recipe, or with where it shall run, each under its path."""
+    missing: tuple[str, ...] = ()
+    """What a start needs and is not there: data to train on, or the GPUs of this machine."""
+    changed: tuple[str, ...] = ()
+    """Which values of the recipe have yielded to the executor, a sentence for each."""
+    known: TrainingPlan | None = None
+    """What `training` gives; None if there are problems."""
+
+    def refuse_problems(self) -> None:
+        """Raises ConfigError with all problems, if there are any."""
+        if self.problems:
+            raise ConfigError(*self.problems)
+
+    @property
+    def training(self) -> TrainingPlan:
+        """Sizes, kernels and memory.
+
+        Raises:
+            ConfigError: there are problems.
+        """
+        if self.known is None:
+            raise ConfigError(*self.problems)
+        return self.known
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Name and value of each line of a summary.
+
+        Raises:
+            ConfigError: there are problems.
+        """
+        return [
+            *self.training.rows(),
+            *(("changed", sentence) for sentence in self.changed),
+            *(("it cannot start here", reason) for reason in self.missing if reason != self.training.missing),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values; the recipe as YAML."""
+        return {
+            "recipe": self.recipe.to_yaml(),
+            "executor": None if self.executor is None else self.executor.to_dict(),
+            "problems": list(self.problems),
+            "missing": list(self.missing),
+            "changed": list(self.changed),
+            "training": None if self.known is None else self.known.to_dict(),
+        }
+
+    def submit(
+        self,
+        *,
+        name: str | None = None,
+        detach: bool = False,
+        allow: Sequence[str] = (),
+        command: str | None = None,
+        after: Sequence[RunDirectory] = (),
+        after_any: Sequence[RunDirectory] = (),
+    ) -> RunDirectory:
+        """Starts the run, and waits for it unless told to detach.
+
+        Args:
+            name: what the run is called, with date and time behind it, if `recipe.log.name` does not say; else its
+                task.
+            detach: return as soon as the job is handed over.
+            allow: what the job's recipe may name, besides the recipe's own classes and functions.
+            command: what to record as having started the run.
+            after: runs of the same executor, one that queues jobs, that must have succeeded first.
+            after_any: such runs that must have ended first, however.
+
+        Raises:
+            ConfigError: there are problems, or something is missing; or the run's name was taken since, or the executor
+                cannot do it. Nothing was started.
+            RunFailedError: the run ended, but not well.
+        """
+        self.refuse_problems()
+        if self.missing:
+            raise ConfigError(*self.missing)
+        return submit.submit(
+            self.recipe, self.executor,
+            name=name, detach=detach, allow=allow, command=command, after=after, after_any=after_any,
+        )  # fmt: skip
+
+    def dry_run(self) -> str:
+        """Does all that `submit` does before the job is handed over, in a folder that is then deleted.
+
+        Returns what would be shipped, in a sentence; "" where nothing is.
+
+        Raises:
+            ConfigError: there are problems, or the executor cannot do it.
+        """
+        self.refuse_problems()
+        return "" if self.executor is None else submit.rehearse(self.recipe, self.executor)
+
+
+def plan(
+    recipe: Recipe,
+    executor: Executor | None = None,
+    *,
+    target: Target | Literal["unknown"] | None = None,
+    waits: bool = False,
+) -> Plan:
+    """Works out all that is known of a run before it starts. The recipe is not changed, and nothing is written.
+
+    Args:
+        executor: where it shall run; None is this process.
+        target: plans for devices of this kind instead, as many as the recipe says, wherever they are.
+        waits: the run waits for others, so that what it resumes from need not be there yet.
+
+    What is wrong is in the plan's `problems`.
+    """
+    try:
+        fitted = recipe.clone() if target is not None else fit_to_executor(recipe, executor)
+    except ConfigError as error:
+        return Plan(recipe, executor, error.problems)
+    here = target is None and (executor is None or not executor.ships_code)
+    lacking = missing_here(fitted) if here else ""
+    if here and not lacking:
+        target = None
+    elif target is None:
+        target = "unknown"
+    try:
+        training = _plan_training(fitted, target)
+        _refuse_directory(fitted, waits=waits or (executor is not None and executor.keeps_runs_elsewhere))
+    except ConfigError as error:
+        return Plan(fitted, executor, error.problems)
+    if executor is not None:
+        trainer = fitted.trainer
+        executor = executor.fitted(int(trainer.devices), str(trainer.accelerator), int(trainer.num_nodes))
+    missing = tuple(filter(None, (lacking, training.missing)))
+    return Plan(fitted, executor, missing=missing, changed=tuple(yielded(recipe, fitted)), known=training)
+
+
+def _plan_training(recipe: Recipe, target: Target | Literal["unknown"] | None) -> TrainingPlan:
+    """Builds everything that a recipe configures, the model without its memory, and plans its training.
+
+    Args:
+        target: whose kernels serve; None is the trainer's own device, which is here.
+
+    Raises:
+        ConfigError: with every problem, each under its path.
+    """
+    from fiddlehead import bench, tasks
+    from fiddlehead.plan.training import begin, plan_training
+    from fiddlehead.run import workers
+
+    trainings = (tasks.pretrain, tasks.finetune, bench.benchmark)
+    if recipe.__fn_or_cls__ not in trainings:
+        known = ", ".join(f"{task.__module__}:{task.__name__}" for task in trainings)
+        raise ConfigError(f"the recipe configures {recipe.__fn_or_cls__.__qualname__}; what can be launched: {known}")
+    working_directory()  # what is relative is in it
+    recipe = recipe.clone()
+    elsewhere = target is not None and recipe.trainer.accelerator in GPU
+    if elsewhere:
+        recipe.trainer.accelerator = "cpu"  # so that Lightning does not look for the GPUs
+    with workers.apart():
+        parts = recipe.build_arguments()
+        begin(*(parts[name] for name in ("model", "data", "trainer", "optim")))
+        device = "trainer" if not elsewhere else None if target == "unknown" else target
+        return plan_training(**parts, target=device)
+
+
+def _refuse_directory(recipe: Recipe, *, waits: bool) -> None:
+    """Raises ConfigError if the run's directory cannot be written or is taken, or what it resumes from is not there."""
+    from fiddlehead.plan.resume import resume_point
+
+    directory = user_path(recipe.log.dir).absolute()
+    try:
+        existing = next(path for path in (directory, *directory.parents) if path.exists())
+        if not os.access(existing, os.W_OK) or not existing.is_dir():
+            raise ConfigError(f"log.dir={recipe.log.dir!r}: {existing} cannot be written")
+        run = RunDirectory(directory / (recipe.log.name or _NAMELESS))
+        refuse_taken(run, recipe)
+    except OSError as error:
+        raise ConfigError(f"log.dir={recipe.log.dir!r}: {error.strerror} ({error.filename})") from error
+    if not waits:
+        resume_point(run, recipe.resume)

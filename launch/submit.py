@@ -1,0 +1,289 @@
+"""From a plan to a run: its directory is written, and its job is handed over."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shlex
+import shutil
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+from fiddlehead import job
+from fiddlehead.environment import describe_environment
+from fiddlehead.errors import FULL_DISK, ConfigError, RunError, of_the_machine
+from fiddlehead.files.atomic import write_atomically
+from fiddlehead.files.paths import user_path
+from fiddlehead.launch import code, modules, secrets, watch
+from fiddlehead.launch.executor import Executor
+from fiddlehead.launch.script import job_script
+from fiddlehead.launch.taken import refuse_taken
+from fiddlehead.recipe import Recipe, trust
+from fiddlehead.run import RunDirectory, State, Status, locks, workers
+from fiddlehead.run.directory import PRIVATE, exclusive, reserve_name, this_process
+
+
+class RunFailedError(RuntimeError):
+    """A run ended otherwise than it should have."""
+
+    def __init__(self, run: RunDirectory, status: Status) -> None:
+        super().__init__(f"run {run.path} {status.state}: {status.reason or 'see its log'}")
+        self.run, self.status = run, status
+
+
+def submit(
+    recipe: Recipe,
+    executor: Executor | None,
+    *,
+    name: str | None,
+    detach: bool,
+    allow: Sequence[str],
+    command: str | None,
+    after: Sequence[RunDirectory],
+    after_any: Sequence[RunDirectory],
+) -> RunDirectory:
+    """Starts what a plan has, as `Plan.submit` says."""
+    if executor is None:
+        if after or after_any:
+            raise ConfigError("a run in this process starts at once; name an executor for one that waits")
+        run = _run_here(recipe, name=name, allow=allow, command=command)
+        status = run.status()
+    else:
+        with contextlib.ExitStack() as held:
+            run, log_start = hand_over(
+                recipe, executor, None if detach else held,
+                name=name, allow=allow, command=command, after=after, after_any=after_any,
+            )  # fmt: skip
+            if detach:
+                return run
+            status = watch.follow(run, start=log_start)
+    if status is None or status.state is not State.SUCCEEDED:
+        raise RunFailedError(run, status or Status(State.DIED, reason="it left no status"))
+    return run
+
+
+def _run_here(recipe: Recipe, *, name: str | None, allow: Sequence[str], command: str | None) -> RunDirectory:
+    """Runs a recipe in this process, to its end."""
+    from fiddlehead.run.console import become_rank_zero
+
+    run = write_run(recipe, None, name=name, command=command)
+    become_rank_zero()
+    with _copied_to(run.log), workers.apart():
+        job.execute(run, lambda: job.run_recipe(run.recipe, sorted({*recipe.names_to_allow(), *allow})))
+    return run
+
+
+def hand_over(
+    recipe: Recipe,
+    executor: Executor,
+    lifetime: contextlib.ExitStack | None,
+    *,
+    name: str | None = None,
+    allow: Sequence[str] = (),
+    command: str | None = None,
+    after: Sequence[RunDirectory] = (),
+    after_any: Sequence[RunDirectory] = (),
+) -> tuple[RunDirectory, int]:
+    """Hands what a plan has over to its executor, and returns the run and how long its log was before.
+
+    Args:
+        lifetime: the job ends when this does, where the executor's jobs end with their launcher; None: it does not.
+
+    Raises:
+        ConfigError: as `Plan.submit`.
+        RunError: the disk is full, or the job was handed over and its number cannot be written down.
+    """
+    allow = sorted({*recipe.names_to_allow(), *allow})
+    run = write_run(recipe, executor, name=name, command=command, allow=allow, detach=lifetime is None)
+    if lifetime is not None:
+        lifetime.enter_context(_alive(run))
+    log_start = run.log.stat().st_size if run.log.exists() else 0
+    try:
+        job_id = executor.submit(
+            run, after=[before.job_id for before in after], after_any=[before.job_id for before in after_any]
+        )
+    except OSError as error:
+        _give_up(run, error)
+        if error.errno in FULL_DISK:
+            raise RunError(f"executor={executor.kind}: {of_the_machine(error)}") from error
+        raise ConfigError(
+            f"executor={executor.kind}: cannot write {error.filename}: {error.strerror}; where that is for want of a "
+            "home, NEMORUN_HOME and FIDDLEHEAD_CACHE name other folders"
+        ) from error
+    except BaseException as error:
+        _give_up(run, error)
+        raise
+    try:
+        write_atomically(run.path / "job_id", job_id + "\n")
+    except OSError as error:
+        raise RunError(
+            f"the job {job_id} of {run.path} was handed over, but its number cannot be written down: "
+            f"{of_the_machine(error) or error}; end it where it is"
+        ) from error
+    return run, log_start
+
+
+def rehearse(recipe: Recipe, executor: Executor) -> str:
+    """Does all that `hand_over` does before a job is handed over, in a folder that is then deleted.
+
+    Returns what would be shipped, in a sentence; "" for an executor that ships nothing.
+
+    Raises:
+        ConfigError: the executor has not what it takes.
+    """
+    secrets.collect(executor.secrets)
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDirectory(Path(folder) / (recipe.log.name or "rehearsal"))
+        run.path.mkdir()
+        copy = _ship(run, recipe, executor, [user_path(recipe.log.dir)])
+        write_atomically(run.script, job_script(run, executor, recipe.names_to_allow(), copy=copy), mode=0o600)
+        executor.check(run)
+        return copy.describe() if copy else ""
+
+
+def write_run(
+    recipe: Recipe,
+    executor: Executor | None,
+    *,
+    name: str | None,
+    command: str | None,
+    allow: Sequence[str] = (),
+    detach: bool = False,
+) -> RunDirectory:
+    """Writes the directory of a run that is to start.
+
+    Args:
+        allow: what the job's recipe may name beside what any recipe may.
+        detach: the job shall outlive its launcher.
+
+    Raises:
+        ConfigError: the run's name is taken, its directory cannot be written, or the executor has not what it takes; a
+            new run leaves no directory then.
+    """
+    recipe = recipe.clone()
+    directory = user_path(recipe.log.dir)
+    try:
+        named = recipe.log.name is not None
+        if not named:
+            recipe.log.name = reserve_name(name or recipe.__fn_or_cls__.__name__, directory)
+        run = RunDirectory((directory / recipe.log.name).absolute())
+        new = not named or not run.path.exists()
+        run.path.mkdir(PRIVATE, parents=True, exist_ok=True)
+        _close(run.path)
+        try:
+            with exclusive(run):
+                refuse_taken(run, recipe)
+                before = run.written_status()
+                recipe.save(run.recipe)
+                with run.command.open("a") as file:
+                    file.write((command or shlex.join(sys.argv)) + "\n")
+                write_atomically(run.environment, json.dumps(describe_environment(Path.cwd()), indent=1) + "\n")
+                if executor is not None:
+                    _write_job(run, recipe, executor, allow, detach=detach)
+                trust.remember(run, recipe.names_to_allow())
+                attempt = 1 if before is None else before.attempt + 1
+                status = this_process(attempt, "direct" if executor is None else executor.kind)
+                run.write_status(replace(status, state=State.PENDING, started=time.time()))
+        except BaseException:
+            secrets.remove(run)
+            if new:
+                trust.forget(run)
+                shutil.rmtree(run.path)
+            raise
+    except OSError as error:
+        raise ConfigError(
+            f"log.dir={str(directory)!r}: cannot write there: {of_the_machine(error) or error}"
+        ) from error
+    return run
+
+
+def _close(folder: Path) -> None:
+    """Takes the permissions of others away from a run's folder, which may have been there before."""
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    if mode & stat.S_IRWXO:
+        try:
+            folder.chmod(mode & ~stat.S_IRWXO)
+        except PermissionError:
+            print(f"WARNING: others can read {folder}, and this user cannot change that")  # noqa: T201
+
+
+def _write_job(run: RunDirectory, recipe: Recipe, executor: Executor, allow: Sequence[str], *, detach: bool) -> None:
+    """Writes what a job needs beside the recipe: its code, its secrets, its script."""
+    executor.save(run)
+    copy = _ship(run, recipe, executor, [run.path.parent])
+    if copy and copy.left_out:
+        print(copy.describe_left_out())  # noqa: T201
+    secrets_file = executor.deliver_secrets(run, secrets.collect(executor.secrets))
+    lock = run.launcher_lock if executor.dies_with_launcher and not detach else None
+    script = job_script(run, executor, allow, copy=copy, secrets_file=secrets_file, lock=lock)
+    write_atomically(run.script, script, mode=0o600)
+    executor.check(run)
+
+
+def _ship(run: RunDirectory, recipe: Recipe, executor: Executor, exclude: Sequence[Path]) -> code.CodeCopy | None:
+    """Copies the working tree for a job that does not see it; None for one that does.
+
+    Raises:
+        ConfigError: it cannot be copied, or has not all that the recipe needs.
+    """
+    if not executor.ships_code:
+        return None
+    copy = code.ship(Path.cwd(), run.code, exclude=exclude)
+    for line in modules.check(recipe.names_to_allow(), copy, executor):
+        print(f"WARNING: {line}")  # noqa: T201
+    return copy
+
+
+@contextlib.contextmanager
+def _alive(run: RunDirectory) -> Iterator[None]:
+    """Holds the lock by which a job that dies with its launcher knows that this one is there; the kernel lets go."""
+    with run.launcher_lock.open("w") as file:
+        locks.wait_for(file)
+        yield
+
+
+def _give_up(run: RunDirectory, error: BaseException) -> None:
+    """Notes that a run was never handed over."""
+    before = run.written_status()
+    if before is not None and before.state is State.PENDING:
+        reason = f"was not submitted: {error or type(error).__name__}"
+        run.write_status(replace(before, state=State.FAILED, ended=time.time(), exit_code=1, reason=reason))
+    secrets.remove(run)
+
+
+@contextlib.contextmanager
+def _copied_to(file: Path) -> Iterator[None]:
+    """Copies what this process prints to the end of `file`."""
+
+    class Copy(io.TextIOBase):
+        def __init__(self, terminal: TextIO) -> None:
+            self.terminal = terminal
+
+        def write(self, text: str) -> int:
+            self.terminal.write(text)
+            try:
+                log.write(text.encode(errors="replace"))
+            except OSError:
+                self.terminal.write("\n" * (not text.endswith("\n")))  # the error to come is a line of its own
+                raise
+            return len(text)
+
+        def flush(self) -> None:
+            self.terminal.flush()
+
+        def isatty(self) -> bool:
+            return self.terminal.isatty()
+
+    with (
+        file.open("ab", buffering=0) as log,  # nothing is left to be written when it is closed, on a full disk
+        contextlib.redirect_stdout(Copy(sys.stdout)),
+        contextlib.redirect_stderr(Copy(sys.stderr)),
+    ):
+        yield
