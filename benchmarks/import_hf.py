@@ -30,7 +30,7 @@ from fiddlehead.recipes.llama import LLAMA3_8B
 IMPORT = """
 import resource, sys
 from pathlib import Path
-from fiddlehead.huggingface import export_checkpoint, import_checkpoint
+from fiddlehead.checkpoints.huggingface.convert import export_checkpoint, import_checkpoint
 kind, source, out = sys.argv[1:]
 start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 import time

@@ -15,7 +15,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.files import secret_files
 from fiddlehead.files.paths import cache_folder, user_path
 from fiddlehead.launch import docker_engine as engine
-from fiddlehead.launch import secrets
+from fiddlehead.launch import nemo, secrets
 from fiddlehead.launch.executor import Executor
 from fiddlehead.run.directory import RunDirectory, Status
 
@@ -144,11 +144,6 @@ class DockerExecutor(Executor):
                 print(f"pulling {self.image}, which this machine has not got yet", flush=True)  # noqa: T201
             try:
                 self._start(client, run, name)
-            except PermissionError as error:
-                raise ConfigError(
-                    f"executor.network={self.network!r}: NeMo-Run locks {error.filename}, which is another user's; "
-                    "set TMPDIR to a folder of your own, or executor.network=host"
-                ) from error
             except BaseException:
                 engine.remove(client, run)
                 raise
@@ -158,39 +153,31 @@ class DockerExecutor(Executor):
 
     def _start(self, client: DockerClient, run: RunDirectory, name: str) -> None:
         from docker.types import Mount
-        from nemo_run.core.execution import docker as nemo_run
 
-        executor = nemo_run.DockerExecutor(
-            container_image=self.image,
-            num_gpus=self.gpus or None,
-            shm_size=self.shm_size,
-            network=self.network,
-            env_vars=_environment(),
-            additional_kwargs={
-                # NeMo-Run's own command becomes unused arguments of this one. It would run the job in a pipeline inside
-                # double quotes: no signal gets through, a quote breaks it, and a killed job would leave no exit code.
-                "entrypoint": ["bash", str(run.script)],
-                "init": True,  # reaps orphans, and passes `docker stop` on to the job
-                "user": engine.user(client),
-                "group_add": os.getgroups(),
-                "mem_limit": self.memory or None,
-                # Unlike `volumes`, these may have colons in their paths, and a missing source is not made by root.
-                "mounts": [
-                    Mount(
-                        mount.target,
-                        mount.source or None,
-                        type="bind" if mount.source else "tmpfs",
-                        read_only=mount.read_only,
-                    )
-                    for mount in _mounts(run, self.mounts)
-                ],
-                # NeMo-Run gives the container its name as the hostname, which the machine's own network cannot resolve.
-                "extra_hosts": {name: "127.0.0.1"} if self.network == "host" else {},
-            },
-        )
-        executor.experiment_id = run.name
-        container = nemo_run.DockerContainer(name=name, command=[], executor=executor, extra_env={})
-        container.run(client, engine.label(run))
+        settings = {
+            "container_image": self.image,
+            "num_gpus": self.gpus or None,
+            "shm_size": self.shm_size,
+            "network": self.network,
+            "env_vars": _environment(),
+        }
+        options = {
+            "init": True,  # reaps orphans, and passes `docker stop` on to the job
+            "user": engine.user(client),
+            "group_add": os.getgroups(),
+            "mem_limit": self.memory or None,
+            # Unlike `volumes`, these may have colons in their paths, and a missing source is not made by root.
+            "mounts": [
+                Mount(
+                    mount.target,
+                    mount.source or None,
+                    type="bind" if mount.source else "tmpfs",
+                    read_only=mount.read_only,
+                )
+                for mount in _mounts(run, self.mounts)
+            ],
+        }
+        nemo.start_container(client, name, run.script, engine.label(run), settings, options)
 
     def states(self, runs: Sequence[RunDirectory]) -> list[Status | None]:
         """What each run's status file says, unless its container is gone without having ended it."""

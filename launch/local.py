@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.files.paths import user_path
+from fiddlehead.launch import nemo
 from fiddlehead.launch.executor import Executor
 from fiddlehead.run.directory import MISSING, RunDirectory, State, Status, alive, is_here, last_heard_of, way_out
 from fiddlehead.run.processes import is_running
 from fiddlehead.run.processes import started as process_started
-
-if TYPE_CHECKING:
-    from nemo_run import Experiment
 
 
 def local(ntasks_per_node: int = 0, **settings: Any) -> LocalExecutor:
@@ -74,26 +70,8 @@ class LocalExecutor(Executor):
         """
         if after or after_any:
             raise ConfigError("executor=local: starts a job at once; to wait for another run is the launcher's part")
-        import nemo_run
-
-        with _logging_kept():
-            experiment = nemo_run.Experiment(
-                run.name,
-                executor=nemo_run.LocalExecutor(),
-                base_dir=str(run.path / "nemo_run"),
-                log_level="ERROR",
-                clean_mode=True,
-                enable_goodbye_message=False,
-                skip_status_at_exit=True,
-                serialize_metadata_for_scripts=False,
-            )
-            _experiments.append(experiment)
-            with experiment:
-                experiment.add(nemo_run.Script(inline=f"exec bash {shlex.quote(str(run.script))}"), name="job")
-                experiment.run()
-                experiment.detach = True  # only that leaving this block does not wait
-                pid = _release(experiment)
-                return f"{pid}:{process_started(pid) or 0}"
+        pid = nemo.start_process(run.name, run.script, run.path / "nemo_run")
+        return f"{pid}:{process_started(pid) or 0}"
 
     def states(self, runs: Sequence[RunDirectory]) -> list[Status | None]:
         """What each run's status file says, corrected by a look at its process."""
@@ -151,32 +129,3 @@ def _job(run: RunDirectory) -> tuple[int, bool | None]:
     """
     match = re.fullmatch(r"(\d+):(\d+)", run.job_id)
     return (int(match[1]), is_running(int(match[1]), int(match[2]))) if match else (0, False)
-
-
-_experiments: list[Experiment] = []
-"""Kept until this process ends: an `Experiment` that is deleted takes a handler from the root logger with it."""
-
-
-@contextlib.contextmanager
-def _logging_kept() -> Iterator[None]:
-    """In the block NeMo-Run may set the root logger's handlers and level, which are the notebook's or the program's."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    root.handlers.clear()  # it would close them
-    try:
-        yield
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)
-
-
-def _release(experiment: Experiment) -> int:
-    """Keeps NeMo-Run, whose local scheduler ends its jobs with itself, from ending this one; returns its process id."""
-    scheduler: Any = experiment._runner._scheduler("local_persistent")
-    (job,) = [replica for app in scheduler._apps.values() for group in app.role_replicas.values() for replica in group]
-    for stream in (job.stdout, job.stderr, job.combined):  # the job's own log has its output
-        if stream:
-            stream.close()  # the last is a thread that copies, and would keep this process from leaving
-    scheduler.close = lambda: None
-    job.proc.returncode = 0  # else subprocess warns of a process that was left running
-    return job.proc.pid

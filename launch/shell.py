@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import shlex
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fiddlehead.errors import ConfigError
+from fiddlehead.launch import nemo
 
 PATIENCE = 120.0
 """Seconds that a command may be silent for."""
@@ -102,27 +102,18 @@ def _client(shell: Shell) -> Any:
     tunnel = _tunnel(shell)
     where = f"executor.host={shell.host!r}: cannot connect to {tunnel.user or 'its default user'}@{shell.host}"
     try:
-        tunnel.connect()
-    except SystemExit:  # NeMo-Run's way to say it
-        raise ConfigError(f"{where}: no key or password was accepted; set executor.user or executor.identity") from None
+        return nemo.connect(tunnel)
+    except PermissionError as error:
+        raise ConfigError(f"{where}: {error}; set executor.user or executor.identity") from None
     except Exception as error:
         raise ConfigError(f"{where}: {error}") from error
-    return tunnel.session.client
 
 
 _tunnels: dict[Shell, Any] = {}
 
 
 def _tunnel(shell: Shell) -> Any:
-    """NeMo-Run's tunnel to the machine; there is one for as long as this process lives."""
-    from nemo_run import SSHTunnel
-    from rich.console import Console
-
+    """The tunnel to the machine; there is one for as long as this process lives."""
     if shell not in _tunnels:
-        tunnel = SSHTunnel(
-            host=shell.host or "", user=shell.user or "", port=shell.port, identity=shell.identity, job_dir=""
-        )
-        tunnel.console = Console(quiet=True)  # it would announce each connection in the middle of a table
-        atexit.register(tunnel.cleanup)
-        _tunnels[shell] = tunnel
+        _tunnels[shell] = nemo.open_tunnel(shell.host or "", shell.user or "", shell.port, shell.identity)
     return _tunnels[shell]

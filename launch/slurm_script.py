@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fiddlehead.files.paths import user_path
+from fiddlehead.launch import nemo
 from fiddlehead.run.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -62,58 +63,31 @@ def batch_script(
         after: ids of jobs that must have succeeded first.
         after_any: ids of jobs that must have ended first, however.
     """
-    from nemo_run.core.execution import slurm as nemo_run
-
     place = executor.place(run)
-    output = str(place / run.scheduler_log.name).replace("%", "%%")
-
-    class Details(nemo_run.SlurmJobDetails):
-        # One file over all attempts; what the job itself prints is not there.
-        @property
-        def stdout(self) -> Path:
-            return Path(output)
-
-        @property
-        def srun_stdout(self) -> Path:
-            return Path(shlex.quote(output))
-
     pyxis = _at_home(executor.container or "") if executor.container_runtime == "pyxis" else ""
-    settings = nemo_run.SlurmExecutor(
-        account=executor.account or "",
-        partition=executor.partition,
-        time=executor.time,
-        nodes=executor.nodes or 1,
-        ntasks_per_node=_tasks(executor),
-        gpus_per_node=executor.gpus_per_node,
-        cpus_per_task=_cpus(executor),
-        qos=executor.qos,
-        mem=executor.mem,
-        constraint=executor.constraint,
-        exclude=executor.exclude,
-        exclusive=executor.exclusive or None,
-        gres=executor.gres,
-        signal=f"USR1@{executor.save_before}" if executor.save_before else None,
-        # NeMo-Run means to quote the words of its srun line, and does not.
-        container_image=shlex.quote(pyxis) if pyxis else None,
-        container_mounts=[shlex.quote(mount) for mount in mounts(executor, run)] if pyxis else [],
-        additional_parameters={**_parameters(executor, after, after_any), **executor.additional_parameters},
-        srun_args=[shlex.quote(argument) for argument in (*_srun_args(executor), *executor.srun_args)],
-        setup_lines=_setup(executor, run),
-        job_details=Details(job_name=run.name, folder=str(place)),
-        # Where a run is. Without Pyxis NeMo-Run writes that in place of /nemo_run, be it a part of a user's own path.
-        tunnel=nemo_run.LocalTunnel(job_dir=shlex.quote(str(place.parent)) if pyxis else "/"),
-    )
-    settings.job_dir = shlex.quote(place.name) if pyxis else "nemo_run"
-    request = nemo_run.SlurmBatchRequest(
-        launch_cmd=["sbatch", "--parsable"],
-        jobs=[run.name],
-        command_groups=[[shlex.join(_command(executor, run))]],
-        executor=settings,
-        max_retries=0,  # it would queue every failure again; `_setup` does so for those that ask for it
-        extra_env={},
-    )
-    text = request.materialize().replace("--chdir /nemo_run/code", f"--chdir {shlex.quote(str(place))}")
-    return text if executor.account else re.sub(r"#SBATCH --account=.*\n", "", text)
+    settings = {
+        "account": executor.account or "",
+        "partition": executor.partition,
+        "time": executor.time,
+        "nodes": executor.nodes or 1,
+        "ntasks_per_node": _tasks(executor),
+        "gpus_per_node": executor.gpus_per_node,
+        "cpus_per_task": _cpus(executor),
+        "qos": executor.qos,
+        "mem": executor.mem,
+        "constraint": executor.constraint,
+        "exclude": executor.exclude,
+        "exclusive": executor.exclusive or None,
+        "gres": executor.gres,
+        "signal": f"USR1@{executor.save_before}" if executor.save_before else None,
+        "container_image": pyxis or None,
+        "container_mounts": mounts(executor, run) if pyxis else [],
+        "additional_parameters": {**_parameters(executor, after, after_any), **executor.additional_parameters},
+        "srun_args": [*_srun_args(executor), *executor.srun_args],
+        "setup_lines": _setup(executor, run),
+    }
+    output = str(place / run.scheduler_log.name).replace("%", "%%")
+    return nemo.sbatch_script(run.name, place, output, _command(executor, run), settings)
 
 
 def mounts(executor: SlurmExecutor, run: RunDirectory) -> list[str]:

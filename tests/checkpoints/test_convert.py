@@ -228,9 +228,9 @@ def test_an_import_that_dies_half_way_leaves_nothing_that_looks_finished(llama: 
     program = f"""
 import os
 from pathlib import Path
-from fiddlehead import huggingface
-huggingface.write_state = lambda *_: os._exit(9)
-huggingface.import_checkpoint({str(llama)!r}, Path({str(tmp_path / "out")!r}), progress=False)
+from fiddlehead.checkpoints.huggingface import convert
+convert.write_state = lambda *_: os._exit(9)
+convert.import_checkpoint({str(llama)!r}, Path({str(tmp_path / "out")!r}), progress=False)
 """
     assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 9
     assert not (tmp_path / "out").exists() and (tmp_path / f"{TEMPORARY}out").exists()
@@ -256,7 +256,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     program = f"""
 import resource
 from pathlib import Path
-from fiddlehead.huggingface import export_checkpoint, import_checkpoint
+from fiddlehead.checkpoints.huggingface.convert import export_checkpoint, import_checkpoint
 start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 export_checkpoint({str(tmp_path / "ours")!r}, Path({str(tmp_path / "hf")!r}), shard_bytes=300_000_000, progress=False)
 import_checkpoint({str(tmp_path / "hf")!r}, Path({str(tmp_path / "back")!r}), progress=False)

@@ -414,15 +414,3 @@ def test_what_cannot_be_is_refused(pending):
         local(python="/no/python").check(pending)
     local(python="/no/python", setup_lines="module load python").check(pending)  # which may bring it
     local().check(pending)
-
-
-def test_what_nemo_run_still_needs_help_with():
-    """When one of these fails, NeMo-Run has learned it and the help in launch/local.py can go."""
-    probe = (
-        "import inspect, nemo_run\n"
-        "from nemo_run.run.torchx_backend.schedulers.local import PersistentLocalScheduler\n"
-        "assert nemo_run.LocalExecutor not in nemo_run.Experiment._DETACH_SUPPORTED_EXECUTORS\n"
-        "assert 'kill' in inspect.getsource(PersistentLocalScheduler.close)\n"
-    )
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", probe], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr

@@ -1,0 +1,195 @@
+"""All contact with NeMo-Run: what of it starts jobs, and what it does that a launch has to work around.
+
+- `start_process`: its experiment with a LocalExecutor, for `local`
+- `start_container`: its DockerContainer, for `docker`
+- `sbatch_script`: its SlurmBatchRequest, for `slurm`
+- `open_tunnel`: its SSHTunnel, for a cluster on another machine
+
+What is worked around has a test in tests/launch/test_nemo.py, which fails when a new release of NeMo-Run changes it.
+How NeMo-Run takes a `Recipe` for a configuration of its own is in fiddlehead.recipe.recipe, which needs no launcher.
+NeMo-Run is imported when it is first needed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fiddlehead.errors import ConfigError
+
+if TYPE_CHECKING:
+    from docker import DockerClient
+    from nemo_run import Experiment
+
+_experiments: list[Experiment] = []
+"""Kept until this process ends: an `Experiment` that is deleted takes a handler from the root logger with it."""
+
+
+def start_process(name: str, script: Path, folder: Path) -> int:
+    """Starts a shell script on this machine, in a session of its own, and returns its process id.
+
+    Args:
+        name: of NeMo-Run's experiment.
+        script: it outlives this process, and writes its output where it says itself.
+        folder: where NeMo-Run keeps its own files.
+    """
+    import nemo_run
+
+    with _logging_kept():
+        experiment = nemo_run.Experiment(
+            name,
+            executor=nemo_run.LocalExecutor(),
+            base_dir=str(folder),
+            log_level="ERROR",
+            clean_mode=True,
+            enable_goodbye_message=False,
+            skip_status_at_exit=True,
+            serialize_metadata_for_scripts=False,
+        )
+        _experiments.append(experiment)
+        with experiment:
+            experiment.add(nemo_run.Script(inline=f"exec bash {shlex.quote(str(script))}"), name="job")
+            experiment.run()
+            experiment.detach = True  # only that leaving this block does not wait
+            return _release(experiment)
+
+
+@contextlib.contextmanager
+def _logging_kept() -> Iterator[None]:
+    """In the block NeMo-Run may set the root logger's handlers and level, which are the notebook's or the program's."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    root.handlers.clear()  # it would close them
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+def _release(experiment: Experiment) -> int:
+    """Keeps NeMo-Run, whose local scheduler ends its jobs with itself, from ending this one; returns its process id."""
+    scheduler: Any = experiment._runner._scheduler("local_persistent")
+    (job,) = [replica for app in scheduler._apps.values() for group in app.role_replicas.values() for replica in group]
+    for stream in (job.stdout, job.stderr, job.combined):  # the job's own log has its output
+        if stream:
+            stream.close()  # the last is a thread that copies, and would keep this process from leaving
+    scheduler.close = lambda: None
+    job.proc.returncode = 0  # else subprocess warns of a process that was left running
+    return job.proc.pid
+
+
+def start_container(
+    client: DockerClient,
+    name: str,
+    script: Path,
+    label: str,
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> None:
+    """Starts a container that runs a shell script.
+
+    Args:
+        name: of the container.
+        script: its path in the container.
+        label: the value of the label `nemo-run/id`.
+        settings: arguments of NeMo-Run's DockerExecutor.
+        options: more arguments of the Docker client's `containers.run`.
+
+    Raises:
+        ConfigError: NeMo-Run's lock on the network is another user's.
+    """
+    from nemo_run.core.execution import docker
+
+    # NeMo-Run's own command becomes unused arguments of this one. It would run the job in a pipeline inside double
+    # quotes: no signal gets through, a quote breaks it, and a killed job would leave no exit code.
+    entry = {"entrypoint": ["bash", str(script)]}
+    # NeMo-Run gives the container its name as the hostname, which the machine's own network cannot resolve.
+    hosts = {"extra_hosts": {name: "127.0.0.1"} if settings["network"] == "host" else {}}
+    executor = docker.DockerExecutor(**settings, additional_kwargs={**entry, **hosts, **options})
+    executor.experiment_id = name
+    container = docker.DockerContainer(name=name, command=[], executor=executor, extra_env={})
+    try:
+        container.run(client, label)
+    except PermissionError as error:
+        raise ConfigError(
+            f"executor.network={settings['network']!r}: NeMo-Run locks {error.filename}, which is another user's; "
+            "set TMPDIR to a folder of your own, or executor.network=host"
+        ) from error
+
+
+def sbatch_script(name: str, place: Path, output: str, command: Sequence[str], settings: Mapping[str, Any]) -> str:
+    """The text that sbatch gets for a job of one step, which runs `command` on every node.
+
+    Args:
+        name: of the job.
+        place: the job's folder on the cluster, which it begins in.
+        output: where Slurm writes what it says itself; a pattern of sbatch's. One file over all attempts.
+        settings: arguments of NeMo-Run's SlurmExecutor, unquoted.
+    """
+    from nemo_run.core.execution import slurm
+
+    class Details(slurm.SlurmJobDetails):
+        @property
+        def stdout(self) -> Path:
+            return Path(output)
+
+        @property
+        def srun_stdout(self) -> Path:
+            return Path(shlex.quote(output))
+
+    # NeMo-Run means to quote the words of its srun line, and does not.
+    image, mounts = settings.get("container_image"), settings.get("container_mounts") or []
+    quoted = {
+        "container_image": shlex.quote(image) if image else None,
+        "container_mounts": [shlex.quote(mount) for mount in mounts],
+        "srun_args": [shlex.quote(argument) for argument in settings.get("srun_args") or []],
+    }
+    # Where a run is. Without Pyxis NeMo-Run writes that in place of /nemo_run, be it a part of a user's own path.
+    folder = shlex.quote(str(place.parent)) if image else "/"
+    executor = slurm.SlurmExecutor(
+        **{**settings, **quoted},
+        job_details=Details(job_name=name, folder=str(place)),
+        tunnel=slurm.LocalTunnel(job_dir=folder),
+    )
+    executor.job_dir = shlex.quote(place.name) if image else "nemo_run"
+    request = slurm.SlurmBatchRequest(
+        launch_cmd=["sbatch", "--parsable"],
+        jobs=[name],
+        command_groups=[[shlex.join(command)]],
+        executor=executor,
+        max_retries=0,  # it would queue every failure again; the script itself does so for those that ask for it
+        extra_env={},
+    )
+    text = request.materialize().replace("--chdir /nemo_run/code", f"--chdir {shlex.quote(str(place))}")
+    return text if settings.get("account") else re.sub(r"#SBATCH --account=.*\n", "", text)
+
+
+def open_tunnel(host: str, user: str, port: int | None, identity: str | None) -> Any:
+    """NeMo-Run's SSH tunnel to a machine, which is not connected yet, and is closed when this process ends."""
+    from nemo_run import SSHTunnel
+    from rich.console import Console
+
+    tunnel = SSHTunnel(host=host, user=user, port=port, identity=identity, job_dir="")
+    tunnel.console = Console(quiet=True)  # it would announce each connection in the middle of a table
+    atexit.register(tunnel.cleanup)
+    return tunnel
+
+
+def connect(tunnel: Any) -> Any:
+    """Connects a tunnel, again if need be, and returns its SSH client.
+
+    Raises:
+        PermissionError: no key or password was accepted.
+    """
+    try:
+        tunnel.connect()
+    except SystemExit:  # NeMo-Run's way to say it
+        raise PermissionError("no key or password was accepted") from None
+    return tunnel.session.client
