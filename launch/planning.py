@@ -109,7 +109,11 @@ class Plan:
         self.refuse_problems()
         if self.missing:
             raise ConfigError(*self.missing)
-        return submit.submit(
+        if self.executor is None:
+            if after or after_any:
+                raise ConfigError("a run in this process starts at once; name an executor for one that waits")
+            return submit.run_here(self.recipe, name=name, allow=allow, command=command)
+        return submit.run_elsewhere(
             self.recipe, self.executor,
             name=name, detach=detach, allow=allow, command=command, after=after, after_any=after_any,
         )  # fmt: skip

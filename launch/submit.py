@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import shlex
@@ -38,9 +39,22 @@ class RunFailedError(RuntimeError):
         self.run, self.status = run, status
 
 
-def submit(
+def run_here(recipe: Recipe, *, name: str | None, allow: Sequence[str], command: str | None) -> RunDirectory:
+    """Runs what a plan has in this process, as `Plan.submit` says."""
+    from fiddlehead.run.console import become_rank_zero
+
+    run = write_run(recipe, None, name=name, command=command)
+    become_rank_zero()
+    with _copied_to(run.log), workers.apart():
+        allow = sorted({*recipe.names_to_allow(), *allow})
+        job.execute(run, functools.partial(job.run_recipe, run.recipe, allow))
+    _refuse_failure(run, run.status())
+    return run
+
+
+def run_elsewhere(
     recipe: Recipe,
-    executor: Executor | None,
+    executor: Executor,
     *,
     name: str | None,
     detach: bool,
@@ -49,35 +63,21 @@ def submit(
     after: Sequence[RunDirectory],
     after_any: Sequence[RunDirectory],
 ) -> RunDirectory:
-    """Starts what a plan has, as `Plan.submit` says."""
-    if executor is None:
-        if after or after_any:
-            raise ConfigError("a run in this process starts at once; name an executor for one that waits")
-        run = _run_here(recipe, name=name, allow=allow, command=command)
-        status = run.status()
-    else:
-        with contextlib.ExitStack() as held:
-            run, log_start = hand_over(
-                recipe, executor, None if detach else held,
-                name=name, allow=allow, command=command, after=after, after_any=after_any,
-            )  # fmt: skip
-            if detach:
-                return run
-            status = watch.follow(run, start=log_start)
+    """Runs what a plan has where its executor says, as `Plan.submit` says."""
+    with contextlib.ExitStack() as held:
+        run, log_start = hand_over(
+            recipe, executor, None if detach else held,
+            name=name, allow=allow, command=command, after=after, after_any=after_any,
+        )  # fmt: skip
+        if not detach:
+            _refuse_failure(run, watch.follow(run, start=log_start))
+    return run
+
+
+def _refuse_failure(run: RunDirectory, status: Status | None) -> None:
+    """Raises RunFailedError unless a run has succeeded."""
     if status is None or status.state is not State.SUCCEEDED:
         raise RunFailedError(run, status or Status(State.DIED, reason="it left no status"))
-    return run
-
-
-def _run_here(recipe: Recipe, *, name: str | None, allow: Sequence[str], command: str | None) -> RunDirectory:
-    """Runs a recipe in this process, to its end."""
-    from fiddlehead.run.console import become_rank_zero
-
-    run = write_run(recipe, None, name=name, command=command)
-    become_rank_zero()
-    with _copied_to(run.log), workers.apart():
-        job.execute(run, lambda: job.run_recipe(run.recipe, sorted({*recipe.names_to_allow(), *allow})))
-    return run
 
 
 def hand_over(

@@ -21,7 +21,7 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,10 +74,14 @@ def _run(argv: Sequence[str]) -> int:
 
     if workers.started_by_job():
         workers.become_worker(run)
-        return _report(run, lambda: run_recipe(run.recipe, arguments.allow)).exit_code
+        with _reported(run) as report:
+            run_recipe(run.recipe, arguments.allow)
+        return report.ending.exit_code
     if workers.is_first():
         return execute(run, work)
-    code = _report(run, work).exit_code
+    with _reported(run) as report:
+        work()
+    code = report.ending.exit_code
     return 0 if code in outcomes.STOPPED else code  # a job has the highest code, which is for the first to choose
 
 
@@ -99,9 +103,11 @@ def execute(run: RunDirectory, work: Callable[[], None]) -> int:
             before = run.written_status()
             status = _next_attempt(run, before)
             died = before is not None and before.state is State.RUNNING
-            ending = _report(run, lambda: _begin(run, status, work, died=died))
+            with _reported(run) as report:
+                _begin(run, status, died=died)
+                work()
             signals.ignore()  # how it ended is settled
-            status = _ended(run, status, ending)
+            status = _ended(run, status, report.ending)
             with contextlib.suppress(OSError):  # the reason was printed
                 run.write_status(status)
             return status.exit_code or 0
@@ -127,8 +133,8 @@ def _next_attempt(run: RunDirectory, before: Status | None) -> Status:
     return _with_failure(status, run) if before.state is State.RUNNING else status
 
 
-def _begin(run: RunDirectory, status: Status, work: Callable[[], None], *, died: bool) -> None:
-    """Does `work` as a new attempt, unless the run was cancelled meanwhile or dies again and again."""
+def _begin(run: RunDirectory, status: Status, *, died: bool) -> None:
+    """Begins a new attempt, unless the run was cancelled meanwhile or dies again and again."""
     run.write_status(status)
     request = run.stop_request()
     if request and not request.requeue and run.stop_requested_since_submission():
@@ -140,7 +146,6 @@ def _begin(run: RunDirectory, status: Status, work: Callable[[], None], *, died:
         print(f"WARNING: {words}: killed, out of memory, or its machine was lost", flush=True)  # noqa: T201
     run.clear_stop_request()
     outcomes.forget(run)
-    work()
 
 
 def _with_failure(status: Status, run: RunDirectory) -> Status:
@@ -180,39 +185,47 @@ class Ending:
     """Whether another attempt would end in the same way, or there is nothing left to try."""
 
 
-def _report(run: RunDirectory, work: Callable[[], None]) -> Ending:
-    """Does `work`, and says what went wrong: in the log, and to the run's other processes."""
-    ending = _ending_of(work)
+@dataclass
+class _Report:
+    """What has become of a block."""
+
+    ending: Ending = Ending(State.SUCCEEDED, 0)  # it is frozen
+
+
+@contextlib.contextmanager
+def _reported(run: RunDirectory) -> Iterator[_Report]:
+    """Ends the block's exceptions, and says what went wrong: in the log, and to the run's other processes."""
+    report = _Report()
+    try:
+        yield report
+    except (Exception, KeyboardInterrupt, StopRequested, SystemExit) as error:
+        report.ending = _ending_of(error)
+    ending = report.ending
     if ending.state is not State.SUCCEEDED and not outcomes.alone():
         outcomes.leave(run, outcomes.own_name(), ending.exit_code, ending.reason, final=ending.final)
-    return ending
 
 
-def _ending_of(work: Callable[[], None]) -> Ending:
-    """Does `work`, and prints what went wrong."""
-    try:
-        work()
-    except StopRequested as stop:
+def _ending_of(error: BaseException) -> Ending:
+    """Prints what went wrong, and says how the attempt ends."""
+    if isinstance(error, StopRequested):
         if not workers.started_by_job():  # the process that started it says so
-            _print(str(stop))
-        state = State.INTERRUPTED if stop.requeue else State.CANCELLED
-        return Ending(state, stop.exit_code, str(stop))
-    except KeyboardInterrupt:  # in a thread or a library that has taken SIGINT back
+            _print(str(error))
+        state = State.INTERRUPTED if error.requeue else State.CANCELLED
+        return Ending(state, error.exit_code, str(error))
+    if isinstance(error, KeyboardInterrupt):  # in a thread or a library that has taken SIGINT back
         return Ending(State.CANCELLED, 130, "interrupted at once; the checkpoints before it are whole")
-    except (ConfigError, RunError) as error:
+    if isinstance(error, (ConfigError, RunError)):
         _print_error(str(error))
         if isinstance(error, outcomes.WorkersFailedError):
             return Ending(State.FAILED, error.exit_code, str(error), final=error.final)
         return Ending(State.FAILED, 2 if isinstance(error, ConfigError) else 1, str(error))
-    except (Exception, SystemExit) as error:  # SystemExit: of a library, which cannot know better
-        if line := of_the_machine(error):
-            _print_error(line)
-            final = isinstance(error, OSError) and error.errno in FULL_DISK
-            return Ending(State.FAILED, 1, line, final=final)
-        with contextlib.suppress(OSError):
-            traceback.print_exc()
-        return Ending(State.FAILED, 1, f"{type(error).__name__}: {error}", final=False)
-    return Ending(State.SUCCEEDED, 0)
+    if line := of_the_machine(error):
+        _print_error(line)
+        return Ending(State.FAILED, 1, line, final=isinstance(error, OSError) and error.errno in FULL_DISK)
+    # Whatever else, and SystemExit: of a library, which cannot know better.
+    with contextlib.suppress(OSError):
+        traceback.print_exception(error)
+    return Ending(State.FAILED, 1, f"{type(error).__name__}: {error}", final=False)
 
 
 def _print(text: str, *, error: bool = False) -> None:
