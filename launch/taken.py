@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+import fiddle as fdl
+
 from fiddlehead.errors import ConfigError, Elsewhere
 from fiddlehead.launch import watch
 from fiddlehead.recipe import Recipe
+from fiddlehead.recipe.hints import written_hint
+from fiddlehead.recipe.leaves import leaves
+from fiddlehead.recipe.resumable import is_marked
 from fiddlehead.run import RunDirectory, damage
 from fiddlehead.run.directory import is_here, way_out
 
-FREE_TO_CHANGE = (
-    # How long, how often and how loud a run is, and what it runs on: none of it makes it another run.
-    "trainer.max_steps",
-    "trainer.log_every_n_steps",
-    "trainer.val_check_interval",
-    "trainer.limit_val_batches",
-    "trainer.accelerator",
-    "model.compile",
-    "trainer.strategy",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "data.micro_batch_size",
-    "data.num_workers",
-    "data.cache_dir",
-    "data.corpus",  # another one is not known yet, and `paths` says for itself
-    "model.config.attention_backend",
-    "resume",
+TRAINER = frozenset(
+    {
+        *("accelerator", "devices", "num_nodes", "strategy"),
+        *("max_steps", "log_every_n_steps", "val_check_interval", "limit_val_batches"),
+    }
 )
+"""The arguments of Lightning's Trainer, which we cannot mark, that may change when a run goes on: what it runs on, how
+long it is, and how often it logs and validates."""
 
 
 def refuse_taken(run: RunDirectory, recipe: Recipe) -> None:
@@ -48,12 +43,25 @@ def refuse_taken(run: RunDirectory, recipe: Recipe) -> None:
     except ConfigError as error:
         advice = f"log.name={run.name!r}: its recipe cannot be read; mend that file, or choose another name"
         raise ConfigError(*map(Elsewhere, error.problems), advice) from error
+    free = {*_resumable_paths(recipe), *_resumable_paths(earlier)}
     differences = [
         difference
         for difference in recipe.diff(earlier)
-        if difference.path not in FREE_TO_CHANGE
-        and not difference.path.startswith(("log.", "checkpoint.", "trainer.strategy."))
+        if not any(difference.path == path or difference.path.startswith((f"{path}.", f"{path}[")) for path in free)
     ]
     if differences:
         lines = "\n".join(f"  {d.path}: {d.right!r} before, {d.left!r} now" for d in differences)
         raise ConfigError(f"log.name={run.name!r} is another recipe's run; choose another name, or undo:\n{lines}")
+
+
+def _resumable_paths(recipe: Recipe) -> list[str]:
+    """The paths in a recipe of what may change when its run goes on, with all that is below them."""
+    found = []
+    for leaf in leaves(recipe, defaults=True):
+        function = fdl.get_callable(leaf.owner)
+        if not isinstance(leaf.key, str) or leaf.key not in leaf.owner.__signature_info__.parameters:
+            continue
+        of_trainer = getattr(function, "__name__", "") == "Trainer" and leaf.key in TRAINER
+        if of_trainer or is_marked(written_hint(function, leaf.key)):
+            found.append(leaf.path)
+    return found

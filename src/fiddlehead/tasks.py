@@ -17,6 +17,7 @@ from fiddlehead.files.paths import user_path
 from fiddlehead.plan import attention
 from fiddlehead.plan.resume import Start, data_checksums, resume_point
 from fiddlehead.plan.training import TrainingPlan, begin, plan_training
+from fiddlehead.recipe.resumable import Resumable
 from fiddlehead.run.console import is_rank_zero, say
 from fiddlehead.run.directory import PRIVATE, RunDirectory, reserve_name
 from fiddlehead.run.team import Team
@@ -39,9 +40,9 @@ def pretrain(
     data: PreTrainingDataModule | FineTuningDataModule,
     trainer: Trainer,
     optim: Optim,
-    log: Log,
-    checkpoint: Checkpoint,
-    resume: str | Path = "auto",
+    log: Resumable[Log],
+    checkpoint: Resumable[Checkpoint],
+    resume: Resumable[str | Path] = "auto",
     seed: int = 1234,
 ) -> RunDirectory:
     """Trains a language model from scratch, or goes on with a run that was interrupted.
@@ -129,9 +130,9 @@ def finetune(
     data: FineTuningDataModule,
     trainer: Trainer,
     optim: Optim,
-    log: Log,
-    checkpoint: Checkpoint,
-    resume: str | Path = "auto",
+    log: Resumable[Log],
+    checkpoint: Resumable[Checkpoint],
+    resume: Resumable[str | Path] = "auto",
     seed: int = 1234,
 ) -> RunDirectory:
     """Trains a model that can write already on examples of what to answer, or on pairs of answers.

@@ -28,11 +28,12 @@ from fiddlehead.launch.taken import refuse_taken
 from fiddlehead.launch.watch import load_executor
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipe.edits import apply_overrides
+from fiddlehead.recipe.resumable import Resumable
 from fiddlehead.recipes.finetune import dora, dpo, full, lora
 from fiddlehead.recipes.llama import llama2_13b
 from fiddlehead.recipes.tiny import tiny_test
 from fiddlehead.run.directory import RunDirectory, State, Status
-from fiddlehead.training import Parallel
+from fiddlehead.training import AdamW, Parallel
 
 
 def test_the_trainer_follows_the_executor():
@@ -380,3 +381,49 @@ def test_a_name_that_was_taken_since_is_refused_when_it_is_submitted(working_dir
     other.save(working_directory / "runs" / "a" / "recipe.yaml")
     with pytest.raises(ConfigError, match="is another recipe's run"):
         made.submit()
+
+
+@pytest.mark.parametrize(
+    ("edit", "free"),
+    [
+        *((edit, True) for edit in ("model.compile=layers", "model.activation_checkpointing=full", "resume=never")),
+        *((edit, True) for edit in ("data.micro_batch_size=1", "data.num_workers=1", "trainer.max_steps=9")),
+        *((edit, True) for edit in ("log.tensorboard=true", "checkpoint.every_n_steps=7", "log.dir=there")),
+        *((edit, True) for edit in ("model.config.attention_backend=reference", "trainer.val_check_interval=3")),
+        *((edit, False) for edit in ("optim.lr=1", "seed=2", "data.seed=2", "data.global_batch_size=16")),
+        *((edit, False) for edit in ("model.config.hidden_size=64", "trainer.gradient_clip_val=2")),
+        *(
+            (edit, False)
+            for edit in ("optim.lr_scheduler.warmup_steps=1", "data.val_samples=9", "trainer.precision=bf16-mixed")
+        ),
+    ],
+)
+def test_what_makes_it_another_run_is_said_at_the_field(edit: str, free: bool, working_directory: Path):
+    run = RunDirectory(working_directory / "runs" / "a")
+    tiny_test().save(run.recipe)
+    changed = apply_overrides(tiny_test(), [edit])
+    assert changed.diff(tiny_test()), "it is a change"
+    if free:
+        refuse_taken(run, changed)
+        return
+    with pytest.raises(ConfigError, match="is another recipe's run"):
+        refuse_taken(run, changed)
+
+
+def test_a_user_s_own_part_says_what_may_change(working_directory: Path):
+    run = RunDirectory(working_directory / "runs" / "a")
+    recipe = tiny_test()
+    recipe.optim = fdl.Config(Mine, lr=1e-3, note="before", other=1)
+    recipe.save(run.recipe)
+    recipe.optim.note = "now"
+    refuse_taken(run, recipe)
+    recipe.optim.other = 2
+    with pytest.raises(ConfigError, match=r"optim\.other: 1 before, 2 now$"):
+        refuse_taken(run, recipe)
+
+
+class Mine(AdamW):
+    """An optimizer with a note that makes no difference."""
+
+    def __init__(self, note: Resumable[str] = "", other: int = 0, **settings: float) -> None:
+        super().__init__(**settings)

@@ -21,6 +21,7 @@ from fiddlehead.data.tokenizers import TokenizerFile, no_row
 from fiddlehead.errors import ConfigError, Elsewhere
 from fiddlehead.files.paths import user_path
 from fiddlehead.numbers import is_number
+from fiddlehead.recipe.resumable import Resumable
 
 
 class FineTuningDataModule(StepDataModule):
@@ -55,12 +56,12 @@ class FineTuningDataModule(StepDataModule):
         val_fraction: float = 0.05,
         tokenizer: str | Path | None = None,
         seq_length: int = 2048,
-        micro_batch_size: int = 1,
+        micro_batch_size: Resumable[int] = 1,
         global_batch_size: int = 8,
         packed: bool = True,
         preference: bool = False,
         val_samples: int = 256,
-        num_workers: int = 0,
+        num_workers: Resumable[int] = 0,
         seed: int = 1234,
         allow_changed: bool = False,
     ) -> None:

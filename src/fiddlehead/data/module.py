@@ -19,6 +19,7 @@ from fiddlehead.data.token_file import FORMAT_VERSION, SPLITS, Split, TokenDatas
 from fiddlehead.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, no_row
 from fiddlehead.errors import ConfigError
 from fiddlehead.files.paths import cache_folder, user_path
+from fiddlehead.recipe.resumable import Resumable
 
 T = TypeVar("T")
 
@@ -54,15 +55,15 @@ class PreTrainingDataModule(StepDataModule):
         paths: str | Path | None = None,
         tokenizer: Tokenizer | BPETokenizer | None = None,
         seq_length: int = 2048,
-        micro_batch_size: int = 4,
+        micro_batch_size: Resumable[int] = 4,
         global_batch_size: int = 8,
         val_samples: int = 256,
         separate_documents: bool = False,
-        num_workers: int = 0,
+        num_workers: Resumable[int] = 0,
         seed: int = 1234,
-        cache_dir: str | Path | None = None,
+        cache_dir: Resumable[str | Path | None] = None,
         allow_changed: bool = False,
-        corpus: Literal["stdlib"] | None = None,
+        corpus: Resumable[Literal["stdlib"] | None] = None,
     ) -> None:
         problems = []
         if corpus not in (None, "stdlib"):

@@ -10,6 +10,7 @@ from fiddlehead.data.batches import Batch
 from fiddlehead.data.steps import StepDataModule
 from fiddlehead.data.tokenizers import ByteTokenizer
 from fiddlehead.numbers import is_whole
+from fiddlehead.recipe.resumable import Resumable
 
 
 class RandomTokens(StepDataModule):
@@ -25,9 +26,9 @@ class RandomTokens(StepDataModule):
         self,
         vocab_size: int,
         seq_length: int = 2048,
-        micro_batch_size: int = 4,
+        micro_batch_size: Resumable[int] = 4,
         global_batch_size: int = 8,
-        num_workers: int = 0,
+        num_workers: Resumable[int] = 0,
         seed: int = 1234,
     ) -> None:
         sound = is_whole(vocab_size) and vocab_size >= 1

@@ -13,6 +13,7 @@ from fiddlehead.attention.call import call_fields
 from fiddlehead.errors import ConfigError, unknown
 from fiddlehead.models.rope import LongRopeScaling, Rotary, Scaling, scaling_from_dict
 from fiddlehead.numbers import is_number, is_whole
+from fiddlehead.recipe.resumable import Resumable
 
 Normalization = Literal["RMSNorm", "LayerNorm"]
 NormPlacement = Literal["pre", "post", "both"]
@@ -101,7 +102,7 @@ class TransformerConfig:
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     init_method_std: float = 0.02
-    attention_backend: str = "auto"
+    attention_backend: Resumable[str] = "auto"
     """"auto", "measured", or the name of an attention backend."""
 
     def __post_init__(self) -> None:

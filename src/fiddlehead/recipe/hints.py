@@ -11,6 +11,8 @@ from typing import Any
 
 import fiddle as fdl
 
+from fiddlehead.recipe.resumable import unmarked
+
 
 @dataclasses.dataclass(frozen=True)
 class Unevaluated:
@@ -20,10 +22,20 @@ class Unevaluated:
 
 
 def parameter_hint(function: Any, name: str) -> Any:
-    """The annotation of the parameter `name` of a class or function; `Any` if there is none.
+    """The type of the parameter `name` of a class or function; `Any` if there is none.
 
-    Strings are evaluated, one by one if need be: an annotation that cannot be is `Unevaluated`. ``x: int = None``
-    counts as ``int | None``.
+    ``x: int = None`` counts as ``int | None``.
+    """
+    hint = unmarked(written_hint(function, name))
+    if _signature(function).parameters[name].default is None and hint is not Any and not isinstance(hint, Unevaluated):
+        hint = typing.Optional[hint]  # noqa: UP045  | fails for annotations that are not types
+    return hint
+
+
+def written_hint(function: Any, name: str) -> Any:
+    """The annotation of the parameter `name` of a class or function, as it is written; `Any` if there is none.
+
+    Strings are evaluated, one by one if need be: an annotation that cannot be is `Unevaluated`.
     """
     parameter = _signature(function).parameters[name]
     for source in _annotated(function):
@@ -38,11 +50,7 @@ def parameter_hint(function: Any, name: str) -> Any:
         hint = parameter.annotation if parameter.annotation is not parameter.empty else Any
     if isinstance(hint, str):
         hint = Unevaluated(hint)
-    if isinstance(hint, dataclasses.InitVar):
-        hint = hint.type
-    if parameter.default is None and hint is not Any and not isinstance(hint, Unevaluated):
-        hint = typing.Optional[hint]  # noqa: UP045  | fails for annotations that are not types
-    return hint
+    return hint.type if isinstance(hint, dataclasses.InitVar) else hint
 
 
 def argument_hint(config: fdl.Buildable, key: str | int) -> Any:

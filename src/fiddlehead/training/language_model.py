@@ -34,6 +34,7 @@ from fiddlehead.models.speed import (
     recompute_activations,
     refused_speed,
 )
+from fiddlehead.recipe.resumable import Resumable
 from fiddlehead.training.distributed.gradients import global_norm, gradients_of, scale
 from fiddlehead.training.distributed.parallel import Parallel
 from fiddlehead.training.distributed.pipeline import Pipeline
@@ -81,8 +82,8 @@ class LanguageModel(LightningModule):
         init_from: str | Path | None = None,
         lora: LoRA | None = None,
         *,
-        compile: Compile | None = None,
-        activation_checkpointing: Recompute | None = None,
+        compile: Resumable[Compile | None] = None,
+        activation_checkpointing: Resumable[Recompute | None] = None,
         fp8: Float8 | None = None,
     ) -> None:
         super().__init__()

@@ -1,0 +1,37 @@
+"""`Resumable`: what may change when a run goes on from its checkpoint, said where the field is declared.
+
+    compile: Resumable[Compile | None] = None
+
+Whatever is not marked so makes it another run, which a run's name is refused to.
+"""
+
+from __future__ import annotations
+
+import typing
+from typing import Annotated, Any, TypeVar
+
+T = TypeVar("T")
+
+
+class _Marker:
+    def __repr__(self) -> str:
+        return "may change when a run goes on"
+
+
+_MARKER = _Marker()
+
+Resumable = Annotated[T, _MARKER]
+"""The type of a parameter, or of all below it, that may be another one when a run goes on."""
+
+
+def unmarked(hint: Any) -> Any:
+    """The annotation without the mark."""
+    if not is_marked(hint):
+        return hint
+    others = tuple(each for each in hint.__metadata__ if each is not _MARKER)
+    return Annotated[(hint.__origin__, *others)] if others else hint.__origin__  # type: ignore[return-value]
+
+
+def is_marked(hint: Any) -> bool:
+    """Whether an annotation has the mark."""
+    return typing.get_origin(hint) is Annotated and _MARKER in hint.__metadata__
