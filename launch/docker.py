@@ -53,7 +53,7 @@ class DockerExecutor(Executor):
     shm_size: str = "16g"
     """The most that `/dev/shm` may hold, through which data loaders and NCCL pass tensors: "512m", "16g"."""
     memory: str = ""
-    """The most memory that the job may have; "" is no limit of its own."""
+    """The most memory that the job may have; "" sets no limit."""
     network: str = "nemo_run"
     """"host" for the machine's own, or the name of a bridge network, which is made if it is missing."""
     python: str = "python"

@@ -1,7 +1,7 @@
 """Secrets of a job: in a file of their own that only the user can read, and nowhere else.
 
 The file is a shell script that the job's script sources. It lies outside the run directory, and goes when the job has
-ended for good. A login that is kept in `~/.netrc` is not a part of this: a job that has the same home has that too.
+ended for good. A login that is kept in `~/.netrc` is not part of this: a job that has the same home has that too.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ class SlurmExecutor(Executor):
 
     @property
     def time_limit(self) -> int | None:
-        """Seconds that an attempt may take; None is no limit."""
+        """Seconds that an attempt may take; None means no limit."""
         return seconds(self.time)
 
     def queue(self) -> str:
@@ -232,7 +232,7 @@ class SlurmExecutor(Executor):
             raise ConfigError(*problems)
 
     def _may_wait(self, said: str) -> bool:
-        """Whether what `sbatch --test-only` says may be due to nodes that are away for now, and is no refusal then.
+        """Whether what `sbatch --test-only` says may be due to nodes that are away for now, and is not a refusal then.
 
         It says the same of what no node will ever have; `sbatch` itself knows the difference.
         """

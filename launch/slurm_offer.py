@@ -118,7 +118,7 @@ def count_gpus(gres: str) -> int:
 
 
 def seconds(time: str) -> int | None:
-    """A time limit as sbatch reads it; None is no limit.
+    """A time limit as sbatch reads it; None means no limit.
 
     Raises:
         ConfigError: it is not a time.

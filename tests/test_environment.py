@@ -42,7 +42,7 @@ def test_the_revision_is_recorded(repository: Path) -> None:
 def test_the_patch_makes_a_clean_clone_equal(repository: Path, tmp_path: Path) -> None:
     """Edited, staged and deleted; with other line ends, encodings and no text at all."""
     git(repository, "clone", "--quiet", ".", str(tmp_path / "clone"))
-    (repository / "train.py").write_text("lr = 2  # \x0c a form feed is no line end\n")
+    (repository / "train.py").write_text("lr = 2  # \x0c a form feed is not a line end\n")
     (repository / "windows.txt").write_bytes(b"one\r\nthree\r\n")
     (repository / "latin.txt").write_bytes("Käsekuchen\n".encode("latin-1"))
     (repository / "data.bin").write_bytes(bytes(reversed(range(256))))

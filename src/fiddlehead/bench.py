@@ -41,7 +41,7 @@ def as_benchmark(recipe: Recipe, *, steps: int, warmup: int, random_tokens: bool
         random_tokens: train on random tokens instead of the recipe's data.
 
     Raises:
-        ConfigError: it is no training, or cannot be timed in this way.
+        ConfigError: it is not a training, or cannot be timed in this way.
     """
     task = recipe.__fn_or_cls__
     if task not in (tasks.pretrain, tasks.finetune):

@@ -161,7 +161,7 @@ def _lines(*command: str) -> list[str]:
 
 
 def _output(*command: str) -> str:
-    """What a command prints, unchanged to the byte (as surrogates where it is no UTF-8), so that a patch applies."""
+    """What a command prints, unchanged to the byte (as surrogates where it is not UTF-8), so that a patch applies."""
     try:
         result = subprocess.run(command, capture_output=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -63,7 +63,7 @@ def read(file: Path) -> dict[str, Any]:
     """The results in a file.
 
     Raises:
-        ConfigError: they cannot be read, or are no results.
+        ConfigError: they cannot be read, or are not results.
     """
     try:
         results = json.loads(file.read_text())

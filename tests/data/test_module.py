@@ -215,7 +215,7 @@ def test_a_trainer_that_does_not_fit(dataset: Path) -> None:
         pretend_trainer(data, accumulate_grad_batches=1).train_dataloader()
     with pytest.raises(ConfigError, match="max_steps=-1; allowed: 1 or more"):
         pretend_trainer(data, max_steps=-1).train_dataloader()
-    with pytest.raises(ConfigError, match="no multiple of micro_batch_size=2 x 4 data-parallel ranks"):
+    with pytest.raises(ConfigError, match="not a multiple of micro_batch_size=2 x 4 data-parallel ranks"):
         data.accumulate_grad_batches(4)
 
 
@@ -229,7 +229,7 @@ def test_all_wrong_sizes_are_told_at_once() -> None:
         "val_samples=-1",
         "num_workers=-1",
         "seed=-1",
-        "global_batch_size=8 is no multiple of micro_batch_size=3",
+        "global_batch_size=8 is not a multiple of micro_batch_size=3",
     ]
     with pytest.raises(ConfigError, match="micro_batch_size=0"):
         PreTrainingDataModule(micro_batch_size=0)

@@ -105,7 +105,7 @@ def test_the_end_of_document_can_be_named(byte_file: Path) -> None:
         JSONTokenizer(text)
     with pytest.raises(ConfigError, match=r"unknown token '<edn>'; did you mean '<end>'"):
         JSONTokenizer(text, eos="<edn>")
-    with pytest.raises(ConfigError, match="eos=999 is no token"):
+    with pytest.raises(ConfigError, match="eos=999 is not a token"):
         JSONTokenizer(text, eos=999)
 
 
@@ -148,8 +148,8 @@ def test_a_unigram_vocabulary() -> None:
     ("content", "message"),
     [
         ("{", "broken JSON: line 1, column 2"),
-        ("[]", "no tokenizer.json"),
-        ("{}", "no tokenizer.json"),
+        ("[]", "not a valid tokenizer.json"),
+        ("{}", "not a valid tokenizer.json"),
         ('{"model": {"vocab": {}}}', "vocabulary is empty"),
         ('{"model": {"vocab": {"a": "b"}}}', "has the id 'b'"),
     ],
@@ -165,7 +165,7 @@ def test_what_only_the_library_can_refuse(tmp_path: Path) -> None:
     path = tmp_path / "odd.json"
     model = {"type": "Odd", "vocab": {"</s>": 0}}
     path.write_text(json.dumps({"model": model, "added_tokens": [end_of_document(0)]}))
-    with pytest.raises(ConfigError, match=r"odd\.json is no tokenizer"):
+    with pytest.raises(ConfigError, match=r"odd\.json is not a tokenizer"):
         TokenizerFile(path).encode("a")
 
 

@@ -49,7 +49,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     torch.manual_seed(0)
     Path("hf").mkdir()
     save_tokenizer(Path("hf"), request.param)
-    made = config(  # with as many tokens as the tokenizer has: transformers writes ids, too, that are no token
+    made = config(  # with as many tokens as the tokenizer has: transformers writes ids, too, that are not tokens
         "LlamaConfig", vocab_size=TokenizerFile("hf").vocab_size, rope_parameters=DEFAULT, initializer_range=0.3,
         max_position_embeddings=64, bos_token_id=256, eos_token_id=256,
     )  # fmt: skip

@@ -294,7 +294,7 @@ def test_kill_leaves_no_container(client, run):
     assert containers(client, run)
     executor.kill(run)
     assert not containers(client, run)
-    executor.kill(run)  # again is no error
+    executor.kill(run)  # again is not an error
 
 
 @pytest.mark.docker

@@ -330,7 +330,7 @@ def test_a_job_that_has_not_begun_is_pending_and_can_be_killed(pending):
     LocalExecutor().kill(pending)
     wait_until(lambda: state(pending) is State.DIED, seconds=5)
     wait_until(lambda: not worker.exists() or " Z " in (worker / "stat").read_text(), seconds=5)
-    LocalExecutor().kill(pending)  # again is no error
+    LocalExecutor().kill(pending)  # again is not an error
 
 
 @pytest.mark.parametrize("system", ["linux", "a_mac"])

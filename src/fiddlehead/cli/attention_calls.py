@@ -40,7 +40,7 @@ def calls_of_recipe(recipe: Recipe) -> Calls:
 
     missing = [name for name in ("model", "data", "trainer") if name not in recipe.__arguments__]
     if missing:
-        raise ConfigError(f"the recipe has no {' and no '.join(missing)}: it is no training")
+        raise ConfigError(f"the recipe has no {' and no '.join(missing)}: it is not a training")
     precision = str(recipe.trainer.precision or "32-true")  # Lightning's default
     precision = {"32": "32-true", "bf16": "bf16-mixed"}.get(precision, precision)  # what it takes them for
     if precision not in PRECISIONS:

@@ -36,7 +36,7 @@ class PreTrainingDataModule(StepDataModule):
     and `index`, (micro_batch_size,) int64, the number of the window. Windows cross the borders of documents. A training
     step takes `global_batch_size` windows; which ones is a pure function of `seed` and the step, so a run that
     continues needs no state of its data. Validation sees at most `val_samples` windows, always the same, spread evenly
-    over the validation split, and as many on every rank; 0 is no validation.
+    over the validation split, and as many on every rank; 0 turns validation off.
 
     `separate_documents` keeps the documents of a window apart, in training and validation: a token sees its own
     document only, positions start anew with each, and what follows a document's end is not to be predicted, so that

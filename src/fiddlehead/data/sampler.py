@@ -79,7 +79,7 @@ class GlobalBatchSampler:
 def micro_batches(micro_batch_size: int, global_batch_size: int, world_size: int) -> int:
     """The micro-batches that each rank runs in one step: the global batch over micro_batch_size x world_size.
 
-    Raises `ConfigError`, with the sizes that would do, when that is no whole number.
+    Raises `ConfigError`, with the sizes that would do, when that is not a whole number.
     """
     per_rank, rest = divmod(global_batch_size, micro_batch_size * world_size)
     if rest or not per_rank:
@@ -90,7 +90,7 @@ def micro_batches(micro_batch_size: int, global_batch_size: int, world_size: int
         else:
             allowed = ""
         raise ConfigError(
-            f"global_batch_size={global_batch_size} is no multiple of micro_batch_size={micro_batch_size} x "
+            f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size={micro_batch_size} x "
             f"{world_size} data-parallel ranks; allowed: {allowed}a global_batch_size of {at_once}, {2 * at_once}, ..."
         )
     return per_rank

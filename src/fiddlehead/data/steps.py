@@ -58,7 +58,7 @@ class StepDataModule(pl.LightningDataModule):
         sizes = (micro_batch_size, global_batch_size)
         if all(is_whole(size) and size >= 1 for size in sizes) and global_batch_size % micro_batch_size:
             wrong.append(
-                f"global_batch_size={global_batch_size} is no multiple of micro_batch_size={micro_batch_size}; "
+                f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size={micro_batch_size}; "
                 f"allowed: {micro_batch_size}, {2 * micro_batch_size}, {3 * micro_batch_size}, ..."
             )
         if wrong + problems:

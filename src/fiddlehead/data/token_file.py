@@ -63,15 +63,17 @@ class TokenDatasetInfo:
         """The description of the dataset in `directory`; raises `ConfigError` when that is none."""
         directory = user_path(directory)
         if not directory.is_dir():
-            raise ConfigError(f"{directory} is no token dataset: there is no such folder; `tokenize` makes one")
+            raise ConfigError(f"{directory} is not a token dataset: there is no such folder; `tokenize` makes one")
         try:
             meta = read_json(directory / "meta.json")
         except FileNotFoundError:
-            raise ConfigError(f"{directory} is no token dataset: it has no meta.json; `tokenize` makes one") from None
+            raise ConfigError(
+                f"{directory} is not a token dataset: it has no meta.json; `tokenize` makes one"
+            ) from None
         except (OSError, ValueError) as error:
             raise ConfigError(f"{directory / 'meta.json'} cannot be read: {error}") from error
         if not isinstance(meta, dict) or meta.pop("format", None) != FORMAT:
-            raise ConfigError(f"{directory} is no token dataset: its meta.json was written by another program")
+            raise ConfigError(f"{directory} is not a token dataset: its meta.json was written by another program")
         version = meta.pop("version", None)
         if version != FORMAT_VERSION:
             raise ConfigError(
@@ -98,7 +100,7 @@ class TokenDatasetInfo:
 class TokenFile:
     """The tokens of one split of a dataset, memory-mapped read-only.
 
-    Raises `ConfigError`, with the reason, for a folder that is no dataset, a file that is truncated, and a tokenizer or
+    Raises `ConfigError`, with the reason, for a folder that is not a dataset, a truncated file, and a tokenizer or
     vocabulary that is not the expected one.
     """
 

@@ -337,7 +337,7 @@ class JSONTokenizer:
             for text in _TRIAL:
                 with contextlib.suppress(
                     Exception
-                ):  # such as a character that it does not know; a panic is no Exception
+                ):  # such as a character that it does not know; a panic is not an Exception
                     tokenizer.decode(tokenizer.encode(text).ids)
         if self._promoted:
             tokenizer.add_special_tokens(self._promoted)
@@ -353,7 +353,7 @@ class JSONTokenizer:
         except BaseException as error:
             if type(error) is not Exception and type(error).__name__ != "PanicException":
                 raise
-            raise ConfigError(Elsewhere(f"{self._source} is no tokenizer: {error}")) from error
+            raise ConfigError(Elsewhere(f"{self._source} is not a tokenizer: {error}")) from error
 
     @property
     def _added(self) -> list[dict[str, Any]]:
@@ -375,7 +375,7 @@ class JSONTokenizer:
         ids, special, source = self._ids, self._special_ids, self._source
         if isinstance(eos, int):
             if eos not in ids.values():
-                raise ConfigError(f"eos={eos} is no token of {source}; allowed: 0 to {max(ids.values())}")
+                raise ConfigError(f"eos={eos} is not a token of {source}; allowed: 0 to {max(ids.values())}")
             return eos
         if eos is not None:
             if eos not in ids:
@@ -424,7 +424,7 @@ class TokenizerFile(JSONTokenizer):
         try:
             text = read_text(file, _MAX_BYTES)
         except FileNotFoundError:
-            raise ConfigError(f"path={str(path)!r} is no tokenizer: there is no file {file}") from None
+            raise ConfigError(f"path={str(path)!r} is not a tokenizer: there is no file {file}") from None
         except (OSError, ValueError) as error:
             raise ConfigError(f"path={str(path)!r} cannot be read: {error}") from error
         super().__init__(text, eos=eos, special=SpecialTokens.read(file.parent), source=str(file))
@@ -492,15 +492,20 @@ def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
         added = spec.get("added_tokens") or []
         ids.update((token["content"], token["id"]) for token in added)
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
-        raise ConfigError(Elsewhere(f"{source} is no tokenizer.json: it has no model with a vocabulary")) from error
+        raise ConfigError(
+            Elsewhere(f"{source} is not a valid tokenizer.json: it has no model with a vocabulary")
+        ) from error
     if not isinstance(added, list) or not ids or not all(isinstance(token, str) for token in ids):
         raise ConfigError(
-            Elsewhere(f"{source} is no tokenizer.json: its vocabulary is empty or has tokens that are not texts")
+            Elsewhere(
+                f"{source} is not a valid tokenizer.json: its vocabulary is empty or has tokens that are not texts"
+            )
         )
     if wrong := [i for i in ids.values() if not (is_whole(i) and 0 <= i < _MAX_IDS)]:
         raise ConfigError(
             Elsewhere(
-                f"{source} is no tokenizer.json: its vocabulary has the id {wrong[0]!r}; allowed: 0 to {_MAX_IDS - 1}"
+                f"{source} is not a valid tokenizer.json: its vocabulary has the id {wrong[0]!r}; "
+                f"allowed: 0 to {_MAX_IDS - 1}"
             )
         )
     if (growth := _growth(spec.get("normalizer"))) > _MAX_GROWTH:

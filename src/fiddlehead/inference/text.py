@@ -186,7 +186,7 @@ class Writer:
 
     @cached_property
     def _banned(self) -> tuple[int, ...]:
-        """The model's ids that are no token: a vocabulary may have been padded."""
+        """The model's ids that are not tokens: a vocabulary may have been padded."""
         return tuple(self.tokenizer.ids_without_token(self.model.config.vocab_size or 0))
 
 

@@ -220,7 +220,7 @@ class Transformer(nn.Module):
         E x the sum over the E experts of f x P: f is the part of the sequence's n x `moe_router_topk` assignments that
         an expert has, and P the mean over the tokens of its probability, a softmax over all experts. With an even load
         that is n x `moe_aux_loss_coeff`. All layers are added up. A sequence is a row or, where documents are kept
-        apart, a document; padding is no part of it. As a sum over sequences it does not depend on how they are split
+        apart, a document; padding is not part of it. As a sum over sequences it does not depend on how they are split
         into batches. Of a sequence that processes share each returns the part of its own tokens.
         """
         mixtures = [module for module in self.modules() if isinstance(module, MoE)]

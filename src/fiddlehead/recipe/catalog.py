@@ -219,7 +219,9 @@ def _why_not(function: ast.FunctionDef, returns: str) -> str:
         )
         return f"{function.name} {given}; write `def {function.name}(...) -> {returns}:`"
     if returns == "Recipe" and _needs_arguments(function):
-        return f"{function.name} has arguments without a default, so it is no recipe by itself; call it in one that is"
+        return (
+            f"{function.name} has arguments without a default, so it is not a recipe by itself; call it in one that is"
+        )
     return ""
 
 

@@ -192,7 +192,7 @@ class _Names:
                 return fdl.Config(factory, **arguments)
         made = _called(factory, arguments, match["name"])
         if isinstance(made, Recipe):
-            raise ConfigError(f"{match['name']} makes a whole recipe, not a part of one")
+            raise ConfigError(f"{match['name']} makes a whole recipe, not part of one")
         if not isinstance(made, fdl.Buildable):
             raise ConfigError(f"{match['name']} returned {show(made)}, not a configuration such as fdl.Config")
         return made

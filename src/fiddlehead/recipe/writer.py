@@ -109,7 +109,7 @@ class _Writer:
         torch = sys.modules.get("torch")
         if isinstance(value, Enum):
             if getattr(type(value), str(value.name), None) is not value:
-                raise ConfigError(f"{value!r} is no single member of its enum; write it as a number")
+                raise ConfigError(f"{value!r} is not a single member of its enum; write it as a number")
             return ScalarNode("!enum", f"{self._reference(type(value)).value}.{value.name}")
         if type(value) is type(Path()):
             return ScalarNode("!path", str(value))

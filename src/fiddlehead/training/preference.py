@@ -44,7 +44,7 @@ class PreferenceModel(LanguageModel):
             raise ConfigError(*problems)
         super().__init__(config, init_from, lora)
         self.beta = beta
-        self._reference: list[Transformer] = []  # in a list, so that it is no part of the module
+        self._reference: list[Transformer] = []  # in a list, so that it is not part of the module
 
     def problems(self, precision: str, sizes: Sizes) -> list[str]:
         """As `LanguageModel.problems`."""

@@ -72,7 +72,7 @@ def local_batch(batch: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
     All processes along "cp" and "tp" must have the same batch. `cu_seqlens` remain those of the whole sequences.
 
     Raises:
-        ConfigError: T is no multiple of cp x tp.
+        ConfigError: T is not a multiple of cp x tp.
     """
     split = SequenceSplit(Group.of(mesh, "cp"), Group.of(mesh, "tp"))
     local = dict(batch)

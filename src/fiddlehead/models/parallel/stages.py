@@ -27,7 +27,7 @@ class Stage(nn.Module):
     def __init__(self, transformer: Transformer, number: int, count: int) -> None:
         super().__init__()
         self.number, self.first, self.last = number, number == 0, number == count - 1
-        self._transformer = [transformer]  # in a list, so that it is no part of this module
+        self._transformer = [transformer]  # in a list, so that it is not part of this module
         children = dict(transformer.layers.named_children())
         self.layers = nn.ModuleList(children[str(layer)] for layer in layers_of(transformer.config, number, count))
         for name in (_BEFORE if self.first else ()) + (_AFTER if self.last else ()):

@@ -21,7 +21,7 @@ class CollectGarbage(Callback):
 
     Args:
         every_n_steps: how often to look at what was made since the last time. All that was made since training began is
-            looked at after a validation, which is no part of a step.
+            looked at after a validation, which is not part of a step.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:

@@ -37,7 +37,7 @@ class Window:
 
 
 class Phases(Callback):
-    """Marks where phases begin. It is the last of the callbacks, so that what the others do is no phase.
+    """Marks where phases begin. It is the last of the callbacks, so that what the others do is not a phase.
 
     On a GPU a mark is a CUDA event, which is recorded and not waited for: the times are the device's own. `data` is
     then how long it stood still for want of a batch, and a phase in which the host is too slow for it is as long as the

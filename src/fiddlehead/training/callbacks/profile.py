@@ -28,7 +28,7 @@ def parse_steps(text: str) -> tuple[int, int]:
     """The first and the last step of `10:12`, counted from 1.
 
     Raises:
-        ConfigError: it is no such range.
+        ConfigError: it is not such a range.
     """
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if match is None:
