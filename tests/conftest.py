@@ -64,6 +64,11 @@ def once(tmp_path_factory: pytest.TempPathFactory, name: str, fill: Callable[[Pa
     return folder
 
 
+def cpu_seconds() -> float:
+    """What this process, and the ended ones that it has started, have computed: the same on a busy machine."""
+    return sum(os.times()[:4])
+
+
 @pytest.fixture
 def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory; what a test adds to the places that are imported from is forgotten afterwards."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fiddlehead.run.directory import RunDirectory, State, Status
+from tests.conftest import cpu_seconds
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -132,12 +133,12 @@ def test_sync_wants_a_key_only_if_there_is_something_to_send(tmp_path: Path, run
     assert result.returncode == 2 and "no API key" in result.stderr
 
 
-def test_thirty_runs_are_listed_in_two_seconds(tmp_path: Path, runs: Command):
+def test_thirty_runs_are_listed_in_two_seconds_of_work(tmp_path: Path, runs: Command):
     for number in range(30):
         run = made(tmp_path, f"run-{number}", executor="slurm")
         run.executor.write_text(json.dumps({"kind": "slurm"}))
         (run.path / "job_id").write_text(f"{number}\n")
-    began = time.monotonic()
+    before = cpu_seconds()
     result = runs()
     assert result.returncode == 0 and result.stdout.count("SUCCEEDED") == 30
-    assert time.monotonic() - began < 4  # 2 s on an idle machine
+    assert cpu_seconds() - before < 2

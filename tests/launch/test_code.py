@@ -6,7 +6,6 @@ import os
 import stat
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from fiddlehead.launch import code
 from fiddlehead.launch.code import CodeCopy, ship, shipped
 from fiddlehead.recipe import project
 from fiddlehead.run.directory import RunDirectory
+from tests.conftest import cpu_seconds
 
 
 def git(directory: Path, *arguments: str) -> str:
@@ -276,9 +276,9 @@ def test_a_file_that_cannot_be_read_is_named(tree: Path, run: RunDirectory) -> N
 def test_thousands_of_files_take_seconds(tree: Path, run: RunDirectory) -> None:
     for number in range(3000):
         write(tree / f"package{number % 50}" / f"module{number}.py")
-    began = time.monotonic()
+    before = cpu_seconds()
     assert ship(tree, run.code).files == 3001
-    assert time.monotonic() - began < 10
+    assert cpu_seconds() - before < 10
 
 
 def test_what_is_imported_from_the_tree_is_imported_from_the_copy(
