@@ -122,6 +122,7 @@ def test_a_value_of_another_kind_is_read_or_refused(
         {"shape": [0, 10**30], "data_offsets": [56, 56]},
         *({"data_offsets": [0, 24]}, {"data_offsets": [-24, 0]}, {"data_offsets": [32.0, 56.0]}, {"data_offsets": []}),
         *({"dtype": []}, {"dtype": "F4"}, {"dtype": None}, {"extra": Raw("NaN")}, {"extra": [Raw("-Infinity")]}),
+        *({"extra": "\ud800"}, {"\udfff": 1}),  # half of a surrogate pair
     ],
     ids=str,
 )

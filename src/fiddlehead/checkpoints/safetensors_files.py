@@ -133,7 +133,7 @@ def read_header(file: Path) -> dict[str, Stored]:
         length = int.from_bytes(read_start(file, 8), "little")
         if length > size - 8:
             raise ValueError("its header is cut short")
-        header = parse_json(read_start(file, 8 + length)[8:], nan=False)
+        header = parse_json(read_start(file, 8 + length)[8:], strict=True)
         if not isinstance(header, dict):
             raise ValueError(f"its header is not an object but a {type(header).__name__}")
         metadata = header.pop("__metadata__", {})

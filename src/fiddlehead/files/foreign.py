@@ -57,18 +57,22 @@ def read_text(file: Path, limit: int = MAX_BYTES) -> str:
     return read_bytes(file, limit).decode("utf-8")
 
 
-def parse_json(text: str | bytes, *, nan: bool = True) -> Any:
+def parse_json(text: str | bytes, *, strict: bool = False) -> Any:
     """The value that a JSON text stands for.
 
     Args:
-        nan: accept NaN, Infinity and -Infinity, which Python's `json` writes and the standard does not have.
+        strict: refuse what Python's `json` reads and others do not: NaN, Infinity, and half of a surrogate pair.
 
     Raises:
         ValueError: it is not valid JSON, or has nesting or numbers that no file here needs; a JSONDecodeError says
             where it is not valid.
     """
     try:
-        value = json.loads(text, parse_int=_int, parse_constant=float if nan else _refuse_constant)
+        value = json.loads(text, parse_int=_int, parse_constant=_refuse_constant if strict else float)
+        if strict:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("not Unicode: half of a surrogate pair") from None
     except RecursionError:
         raise ValueError(f"nested too deep: more than {_MAX_DEPTH} levels") from None
     level = [value]
