@@ -68,7 +68,7 @@ wheel: $(VENV)/.installed-dev  ## Build dist/*.whl and the source archive
 
 # The lock holds for all versions of Python and all platforms. A hash is kept for each file of a release on PyPI.
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes $(LOCK) \
-	--excludes requirements/cuda.txt --no-emit-package torch --custom-compile-command "make lock" \
+	--excludes requirements/cuda.txt --extra tensorboard --no-emit-package torch --custom-compile-command "make lock" \
 	pyproject.toml requirements/build.in requirements/torch.txt
 lock: | $(VENV)/bin/python  ## Write requirements/lock*.txt, which the tests and the image install, from pyproject.toml
 	$(BIN)/python $(PIP) uv

@@ -100,6 +100,14 @@ def test_every_logged_step_has_its_row(pretrain: Pretrain) -> None:
 # -- TensorBoard
 
 
+def test_tensorboard_that_is_not_installed_is_named_with_what_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fiddlehead.training.loggers.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'fiddlehead\[tensorboard\]'$"):
+        Log(tensorboard=True).loggers(RunDirectory(tmp_path), 0)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 def test_tensorboard_reads_what_the_csv_file_has(pretrain: Pretrain) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

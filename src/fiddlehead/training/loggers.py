@@ -8,6 +8,7 @@ import netrc
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -75,9 +76,15 @@ class Log:
         return None if self.profile is None else parse_steps(self.profile)
 
     def loggers(self, run: RunDirectory, resumed_step: int) -> list[Logger]:
-        """The loggers of a run that starts after `resumed_step`, which is 0 for a new one."""
+        """The loggers of a run that starts after `resumed_step`, which is 0 for a new one.
+
+        Raises:
+            ConfigError: TensorBoard is asked for and not installed.
+        """
         loggers: list[Logger] = [MetricsCSV(run.metrics, resumed_step)]
         if self.tensorboard:
+            if find_spec("tensorboard") is None:
+                raise ConfigError("log.tensorboard=True needs tensorboard: pip install 'fiddlehead[tensorboard]'")
             from lightning.pytorch.loggers import TensorBoardLogger
 
             # purge_step hides what a killed attempt logged after the step that is resumed from.
