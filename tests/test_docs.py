@@ -22,7 +22,7 @@ from fiddlehead.run.directory import RunDirectory
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = ("bash", "sh", "python")
-SHOWN = ("text", "yaml", "toml", "json")
+SHOWN = ("text", "yaml", "toml", "json", "mermaid")
 
 
 @dataclass(frozen=True)
