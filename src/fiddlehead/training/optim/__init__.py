@@ -13,6 +13,9 @@ __all__ = ["AdamW", "CosineAnnealing", "Muon", "Optim", "Schedule", "WarmupStabl
 
 def kind_of(groups: Sequence[Mapping[str, Any]]) -> str:
     """Which optimizer the groups in a checkpoint are of."""
+    if "kind" in groups[0]:
+        return groups[0]["kind"]
+    # Checkpoints of earlier versions, which knew these two.
     if "momentum" in groups[0]:
         return "Muon"
     return AdamW(state_bits=groups[0].get("state_bits", 32)).kind

@@ -44,6 +44,7 @@ class Optim:
     ) -> dict[str, Any]:
         """The optimizer and its schedule, in Lightning's form; the arguments are those of `optimizer`."""
         optimizer = self.optimizer([(name, p) for name, p in named_parameters if p.requires_grad], fused)
+        optimizer.param_groups[0]["kind"] = self.kind  # a checkpoint has the groups
         schedule = LambdaLR(optimizer, lambda step: self.lr_scheduler(step, max_steps, self.lr))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
