@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fiddlehead.attention.backends.backend import Backend, Extras
-from fiddlehead.attention.call import NO_LIMIT, call_fields
+from fiddlehead.attention.call import NO_LIMIT, Call, spec_fields
 from fiddlehead.attention.kv_cache import KVCache
 from fiddlehead.attention.selection import BACKENDS, explain, select
 from fiddlehead.attention.spec import AttentionSpec, Target
@@ -87,22 +87,24 @@ def attend(
         _check_new(q, k, causal, kv_cache, new_lengths)
     if kv_cache is not None:
         new_positions = k.shape[1]
-        k, v, cache_lengths, page_table, page_size = kv_cache.write(k, v)
+        view = kv_cache.write(k, v)
+        k, v, page_size = view.k, view.v, view.page_size
+        cache_lengths, page_table = view.cache_lengths, view.page_table
     if cu_seqlens_q is not None:
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         max_seqlen_k = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
     training = torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
     )
-    call = (
+    call = Call(  # by position, in the order of its fields: keywords would add a microsecond to each call
         q.shape,
         k.shape,
         v.shape,
-        max_seqlen_q,
-        max_seqlen_k,
         q.dtype,
         k.dtype,
         v.dtype,
+        max_seqlen_q,
+        max_seqlen_k,
         causal,
         window_size,
         softcap,
@@ -132,15 +134,15 @@ def attend(
     if not has_extras:
         return chosen.run(q, k, v, spec, factor, NOTHING)
     extras = Extras(
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q or 0,
-        max_seqlen_k or 0,
-        padding_mask,
-        alibi_slopes,
-        sinks,
-        cache_lengths,
-        page_table,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q or 0,
+        max_seqlen_k=max_seqlen_k or 0,
+        padding_mask=padding_mask,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        cache_lengths=cache_lengths,
+        page_table=page_table,
     )
     return chosen.run(q, k, v, spec, factor, extras)
 
@@ -166,17 +168,15 @@ _chosen: dict[Any, tuple[AttentionSpec, Backend, bool]] = {}
 _watchers: list[Callable[[AttentionSpec, str], None]] = []
 
 
-def _choose(call: tuple[Any, ...], device: torch.device, backend: str) -> tuple[AttentionSpec, Backend, bool]:
+def _choose(call: Call, device: torch.device, backend: str) -> tuple[AttentionSpec, Backend, bool]:
     """The spec of a call, the backend that serves it, and whether it has extras."""
-    spec = AttentionSpec(**call_fields(*call))
+    spec = AttentionSpec(**spec_fields(call))
     return spec, BACKENDS[_serving(spec, device, backend, _shape(call, spec))], spec.has_extras
 
 
-def _choose_while_tracing(
-    call: tuple[Any, ...], device: torch.device, backend: str
-) -> tuple[AttentionSpec, Backend, bool]:
+def _choose_while_tracing(call: Call, device: torch.device, backend: str) -> tuple[AttentionSpec, Backend, bool]:
     """The same under torch.compile, which traces the call again whenever the setting or the spec changes."""
-    fields = call_fields(*call)
+    fields = spec_fields(call)
     spec = AttentionSpec(**fields)
     # Lengths may be symbolic and stay so, unless the choice depends on them.
     shape = _shape(call, spec) if backend == "measured" else ()
@@ -222,9 +222,10 @@ def watched(watcher: Callable[[AttentionSpec, str], None]) -> Iterator[None]:
         _watchers.remove(watcher)
 
 
-def _shape(call: tuple[Any, ...], spec: AttentionSpec) -> Shape:
+def _shape(call: Call, spec: AttentionSpec) -> Shape:
     """The sizes that a measurement takes for this call."""
-    q, k, _, max_seqlen_q, max_seqlen_k = call[:5]
     if spec.packed:
-        return Shape(max(1, q[0] // max_seqlen_q), max_seqlen_q, max_seqlen_k)
-    return Shape(q[0], q[1], k[0] * k[1] // q[0] if spec.page_size else k[1])
+        assert call.max_seqlen_q is not None and call.max_seqlen_k is not None
+        return Shape(max(1, call.q[0] // call.max_seqlen_q), call.max_seqlen_q, call.max_seqlen_k)
+    batch, length = call.q[:2]
+    return Shape(batch, length, call.k[0] * call.k[1] // batch if spec.page_size else call.k[1])

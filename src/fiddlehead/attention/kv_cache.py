@@ -12,14 +12,14 @@ import torch
 from fiddlehead.errors import ConfigError
 
 
-class Written(NamedTuple):
-    """What attention reads once the new positions are written; the names are those of `Extras`."""
+class CacheView(NamedTuple):
+    """The keys and values that attention reads, and how they are stored; the names are those of `Extras`."""
 
     k: torch.Tensor
     v: torch.Tensor
-    cache_lengths: torch.Tensor | None
-    page_table: torch.Tensor | None
-    page_size: int
+    cache_lengths: torch.Tensor | None = None
+    page_table: torch.Tensor | None = None
+    page_size: int = 0
 
 
 class KVCache:
@@ -128,7 +128,7 @@ class KVCache:
         """Whether `_lengths` counts, and not `_taken` alone."""
         self._lengths.zero_()
 
-    def write(self, k: torch.Tensor, v: torch.Tensor) -> Written:
+    def write(self, k: torch.Tensor, v: torch.Tensor) -> CacheView:
         """Writes new positions behind those that are held, among which they count only after `advance`.
 
         Args:
@@ -146,7 +146,7 @@ class KVCache:
             end = self._taken + T
             self.k[:, self._taken : end] = k
             self.v[:, self._taken : end] = v
-            return Written(self.k[:, :end], self.v[:, :end], None, None, 0)
+            return CacheView(self.k[:, :end], self.v[:, :end])
         position = self._lengths[:, None] + torch.arange(T, device=k.device)
         block = self._rows
         if self.page_table is not None:
@@ -154,7 +154,7 @@ class KVCache:
             position = position % self.page_size
         self.k[block, position] = k
         self.v[block, position] = v
-        return Written(self.k, self.v, self._lengths + T, self.page_table, self.page_size)
+        return CacheView(self.k, self.v, self._lengths + T, self.page_table, self.page_size)
 
     def advance(self, T: int, new_lengths: torch.Tensor | None = None) -> None:
         """Counts T positions that `write` has written.

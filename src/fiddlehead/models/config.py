@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from fiddlehead.attention import CHOICES, AttentionSpec
-from fiddlehead.attention.call import call_fields
+from fiddlehead.attention.call import Call, spec_fields
 from fiddlehead.errors import ConfigError, unknown
 from fiddlehead.models.rope import LongRopeScaling, Rotary, Scaling, scaling_from_dict
 from fiddlehead.numbers import is_number, is_whole
@@ -201,20 +201,24 @@ class TransformerConfig:
         heads, groups = split_heads(*split_heads(self.num_attention_heads, self.groups, tp), cp)
         T = longest or self.seq_length or UNKNOWN
         q, k = ((*((T,) if packed else (1, T)), count, self.head_dim) for count in (heads, groups))
-        return AttentionSpec(
-            **call_fields(
-                *(q, k, k),
-                *((T, T) if packed else (None, None)),
-                *(dtype, dtype, dtype),
-                window_size=self.window(layer),
-                softcap=self.attn_logit_softcapping or 0.0,
-                sinks=self.attention_sinks,
-                dropout=self.attention_dropout if training else 0.0,
-                deterministic=deterministic,
-                training=training if gradients is None else gradients,
-                packed=packed,
-            )
+        call = Call(
+            q=q,
+            k=k,
+            v=k,
+            dtype_q=dtype,
+            dtype_k=dtype,
+            dtype_v=dtype,
+            max_seqlen_q=T if packed else None,
+            max_seqlen_k=T if packed else None,
+            window_size=self.window(layer),
+            softcap=self.attn_logit_softcapping or 0.0,
+            sinks=self.attention_sinks,
+            dropout=self.attention_dropout if training else 0.0,
+            deterministic=deterministic,
+            training=training if gradients is None else gradients,
+            packed=packed,
         )
+        return AttentionSpec(**spec_fields(call))
 
     def num_matmul_parameters(self) -> int:
         """Parameters that a token is multiplied with: all but norms, biases, the embedding, and experts not chosen."""

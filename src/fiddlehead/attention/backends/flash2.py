@@ -58,13 +58,11 @@ def _forward(
         "return_softmax": False,
     }
     if spec.packed:
-        out, lse, _, rng_state = function("flash2", "_flash_attn_varlen_forward")(
-            q, k, v, **_borders(extras), **options
-        )
+        out, lse, *rest = function("flash2", "_flash_attn_varlen_forward")(q, k, v, **_borders(extras), **options)
     else:
         # Splits the keys by itself where there are few queries, so that decoding fills the GPU.
-        out, lse, _, rng_state = function("flash2", "_flash_attn_forward")(q, k, v, **options)
-    return out, lse, rng_state
+        out, lse, *rest = function("flash2", "_flash_attn_forward")(q, k, v, **options)
+    return out, lse, rest[-1]  # the state of the random numbers
 
 
 def _backward(

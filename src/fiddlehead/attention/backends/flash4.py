@@ -110,7 +110,8 @@ def _backward(
     left, right = _window(spec)
     D, padding = spec.head_dim, gradient_padding(spec.head_dim) if _on_hopper(q.device) else 0
     if padding:
-        dout, q, k, v, out = (F.pad(x, (0, padding)) for x in (dout, q, k, v, out))
+        q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
+        out, dout = (F.pad(x, (0, padding)) for x in (out, dout))
     dq, dk, dv = contiguous_like(q, k, v)
     gradients = function("flash4", "_flash_attn_bwd")(
         q,

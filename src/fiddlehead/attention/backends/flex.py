@@ -133,7 +133,7 @@ def _attention(
     """What is compiled: q (B, T, H, D), k and v (B, S, G, D) to (B, T, H, D)."""
     if not torch.compiler.is_compiling():
         raise RuntimeError("attention_backend=flex: torch.compile is switched off, and there is no kernel without it")
-    begin, end, position, blocks = sight
+    begin, end, position = sight.begin, sight.end, sight.position
 
     def mask_mod(b: torch.Tensor, h: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         row = (t,) if begin.dim() == 1 else (b, t)
@@ -158,7 +158,7 @@ def _attention(
         k.transpose(1, 2),
         v.transpose(1, 2),
         score_mod=score_mod if spec.softcap or slopes is not None else None,
-        block_mask=BlockMask(lengths, *blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod),
+        block_mask=BlockMask(lengths, *sight.blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod),
         scale=scale,
         # Its other kernel, for decoding, is taken for up to 128 queries but has no tiles for so many.
         kernel_options={"BACKEND": "TRITON"} if q.device.type == "cuda" and spec.training else None,

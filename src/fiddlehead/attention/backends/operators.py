@@ -31,14 +31,21 @@ Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
 """Of the output's gradient, q, k, v, what `Forward` returned, the spec, scale and extras: the gradients of q, k, v and
 the sinks, new and contiguous; None for sinks that are not there."""
 
-# An operator takes tensors and numbers only: these are what a spec, a scale and extras come to.
+# An operator takes tensors and numbers only: these, in this order, are what a spec, a scale and extras come to.
 _TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sinks", "cache_lengths", "page_table")
-_NUMBERS = (
-    *("SymInt max_seqlen_q", "SymInt max_seqlen_k", "bool causal", "SymInt window_left", "SymInt window_right"),
-    *("float softcap", "float dropout", "float scale", "bool deterministic"),
-)
+_NUMBERS = {
+    "max_seqlen_q": "SymInt",
+    "max_seqlen_k": "SymInt",
+    "causal": "bool",
+    "window_left": "SymInt",
+    "window_right": "SymInt",
+    "softcap": "float",
+    "dropout": "float",
+    "scale": "float",
+    "deterministic": "bool",
+}
 _QKV = "Tensor q, Tensor k, Tensor v"
-_CALL = ", ".join([*(f"Tensor? {name}" for name in _TENSORS), *_NUMBERS])
+_CALL = ", ".join([*(f"Tensor? {name}" for name in _TENSORS), *(f"{kind} {name}" for name, kind in _NUMBERS.items())])
 _SINKS = _TENSORS.index("sinks")
 
 
@@ -76,8 +83,7 @@ def register(name: str, forward: Forward, backward: Backward, from_cache: Run, *
 
     @forward_op.register_fake
     def _(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *batch, tokens, heads, _ = q.shape
-        lse = q.new_empty((*batch, heads, tokens), dtype=torch.float32)
+        lse = q.new_empty(q.transpose(-3, -2).shape[:-1], dtype=torch.float32)
         return q.new_empty(q.shape), lse, q.new_empty(2 if random else 0, dtype=torch.int64)
 
     schema = f"(Tensor dout, {_QKV}, Tensor out, Tensor lse, Tensor rng_state, {_CALL})"
@@ -99,11 +105,11 @@ def register(name: str, forward: Forward, backward: Backward, from_cache: Run, *
         ctx.save_for_backward(*qkv, *output, *tensors)
 
     def gradients(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk, dv, dsinks = backward_op(dout, *ctx.saved_tensors, *ctx.numbers)
+        *dqkv, dsinks = backward_op(dout, *ctx.saved_tensors, *ctx.numbers)
         of_call: list[Tensor | None] = [None] * (len(_TENSORS) + len(_NUMBERS))
         if ctx.saved_tensors[6 + _SINKS] is not None:
             of_call[_SINKS] = dsinks
-        return dq, dk, dv, *of_call
+        return *dqkv, *of_call
 
     forward_op.register_autograd(gradients, setup_context=save)
 
@@ -119,16 +125,16 @@ def register(name: str, forward: Forward, backward: Backward, from_cache: Run, *
         @once_differentiable
         def backward(ctx: Any, *grad_outputs: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
             try:
-                dq, dk, dv, dsinks = backward(*grad_outputs, *ctx.saved_tensors, *ctx.call)
+                gradients = backward(*grad_outputs, *ctx.saved_tensors, *ctx.call)
             except RuntimeError as error:
                 _raise_if_built_without(error, name)
                 raise
-            return dq, dk, dv, dsinks, None, None, None
+            return *gradients, None, None, None
 
     def run(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, scale: float, extras: Extras) -> Tensor:
         if torch.compiler.is_compiling():
             call = _flattened(spec, scale, extras)
-            return forward_op(q, k, v, *call)[0] if spec.training else inference_op(q, k, v, *call)
+            return forward_op(q, k, v, **call)[0] if spec.training else inference_op(q, k, v, **call)
         try:
             if spec.training:
                 return Attention.apply(q, k, v, extras.sinks, spec, scale, extras)
@@ -167,44 +173,45 @@ def _raise_if_built_without(error: RuntimeError, backend: str) -> None:
         ) from error
 
 
-def _flattened(spec: AttentionSpec, scale: float, extras: Extras) -> tuple[Any, ...]:
-    return (
-        extras.cu_seqlens_q,
-        extras.cu_seqlens_k,
-        extras.alibi_slopes,
-        extras.sinks,
-        extras.cache_lengths,
-        extras.page_table,
-        extras.max_seqlen_q,
-        extras.max_seqlen_k,
-        spec.causal,
-        *spec.window_size,
-        spec.softcap,
-        spec.dropout,
-        scale,
-        spec.deterministic,
-    )
+def _flattened(spec: AttentionSpec, scale: float, extras: Extras) -> dict[str, Any]:
+    left, right = spec.window_size
+    return {
+        "cu_seqlens_q": extras.cu_seqlens_q,
+        "cu_seqlens_k": extras.cu_seqlens_k,
+        "alibi_slopes": extras.alibi_slopes,
+        "sinks": extras.sinks,
+        "cache_lengths": extras.cache_lengths,
+        "page_table": extras.page_table,
+        "max_seqlen_q": extras.max_seqlen_q,
+        "max_seqlen_k": extras.max_seqlen_k,
+        "causal": spec.causal,
+        "window_left": left,
+        "window_right": right,
+        "softcap": spec.softcap,
+        "dropout": spec.dropout,
+        "scale": scale,
+        "deterministic": spec.deterministic,
+    }
 
 
 def _unflattened(q: Tensor, k: Tensor, call: tuple[Any, ...], *, training: bool) -> tuple[AttentionSpec, float, Extras]:
-    tensors, numbers = dict(zip(_TENSORS, call, strict=False)), call[len(_TENSORS) :]
-    max_seqlen_q, max_seqlen_k, causal, left, right, softcap, dropout, scale, deterministic = numbers
-    extras = Extras(**tensors, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+    named = dict(zip((*_TENSORS, *_NUMBERS), call, strict=True))
+    extras = Extras(**{name: named[name] for name in Extras._fields if name in named})
     spec = AttentionSpec(
         dtype=q.dtype,
         head_dim=q.shape[-1],
         num_attention_heads=q.shape[-2],
         num_query_groups=k.shape[-2],
-        causal=causal,
-        window_size=(left, right),
-        softcap=softcap,
+        causal=named["causal"],
+        window_size=(named["window_left"], named["window_right"]),
+        softcap=named["softcap"],
         alibi=extras.alibi_slopes is not None,
         sinks=extras.sinks is not None,
-        dropout=dropout,
+        dropout=named["dropout"],
         packed=extras.cu_seqlens_q is not None,
         cached=extras.cache_lengths is not None,
         page_size=k.shape[1] if extras.page_table is not None else 0,
         training=training,
-        deterministic=deterministic,
+        deterministic=named["deterministic"],
     )
-    return spec, scale, extras
+    return spec, named["scale"], extras

@@ -29,9 +29,24 @@ def run(
     if spec.packed:  # one sequence, of which only the parts of the same document see each other
         q, k, v = q[None], k[None], v[None]
     if torch.compiler.is_compiling():
-        tensors = (extras.cu_seqlens_q, extras.cu_seqlens_k, extras.padding_mask, extras.alibi_slopes, extras.sinks)
-        numbers = (spec.causal, *spec.window_size, spec.softcap, spec.dropout, scale)
-        out = forward(q, k, v, *tensors, extras.cache_lengths, *numbers)[0]
+        left, right = spec.window_size
+        out = forward(
+            q,
+            k,
+            v,
+            cu_seqlens_q=extras.cu_seqlens_q,
+            cu_seqlens_k=extras.cu_seqlens_k,
+            padding_mask=extras.padding_mask,
+            alibi_slopes=extras.alibi_slopes,
+            sinks=extras.sinks,
+            cache_lengths=extras.cache_lengths,
+            causal=spec.causal,
+            left=left,
+            right=right,
+            softcap=spec.softcap,
+            dropout=spec.dropout,
+            scale=scale,
+        )[0]
     else:
         out = attention(q, k, v, spec, scale, extras)
     return out[0] if spec.packed else out
@@ -74,7 +89,7 @@ def softmax(
     extras: Extras,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The attention weights before dropout, and the scores before mask and ALiBi, both (B, G, R, T, S)."""
-    (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
+    (B, T, H), (S, G) = q.shape[:3], k.shape[1:3]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scores = torch.einsum("btgrd,bsgd->bgrts", q.to(dtype).unflatten(2, (G, H // G)) * scale, k.to(dtype))
     if spec.softcap:
@@ -120,7 +135,14 @@ def forward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention` with the fields of spec and extras one by one; also returns the seed of its dropout."""
-    extras = Extras(cu_seqlens_q, cu_seqlens_k, 0, 0, padding_mask, alibi_slopes, sinks, cache_lengths)
+    extras = Extras(
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        padding_mask=padding_mask,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        cache_lengths=cache_lengths,
+    )
     spec = _spec(q, k, extras, causal, left, right, softcap, dropout)
     seed = torch.randint(2**62, ()) if dropout else torch.zeros((), dtype=torch.int64)
     return attention(q, k, v, spec, scale, extras, _generator(seed, spec, q.device)), seed
@@ -152,7 +174,14 @@ def backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k, v and sinks, the weights computed once more."""
-    extras = Extras(cu_seqlens_q, cu_seqlens_k, 0, 0, padding_mask, alibi_slopes, sinks, cache_lengths)
+    extras = Extras(
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        padding_mask=padding_mask,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        cache_lengths=cache_lengths,
+    )
     spec = _spec(q, k, extras, causal, left, right, softcap, dropout)
     G = k.shape[2]
     with without_autocast(q.device):
@@ -190,9 +219,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, out_gradient, _):
-    dq, dk, dv, d_sinks = backward(out_gradient, *ctx.saved_tensors, *ctx.numbers)
+    *d_qkv, d_sinks = backward(out_gradient, *ctx.saved_tensors, *ctx.numbers)
     sinks = ctx.saved_tensors[7]
-    return dq, dk, dv, *[None] * 4, None if sinks is None else d_sinks, *[None] * 7
+    return *d_qkv, *[None] * 4, None if sinks is None else d_sinks, *[None] * 7
 
 
 forward.register_autograd(_backward, setup_context=_setup_context)

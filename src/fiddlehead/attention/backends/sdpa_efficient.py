@@ -206,8 +206,9 @@ def _(out_gradient, q, k, v, *rest):
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, bias, cu_seqlens_q, cu_seqlens_k, *numbers, _training, deterministic = inputs
-    ctx.save_for_backward(q, k, v, bias, cu_seqlens_q, cu_seqlens_k, *output)
+    tensors, numbers = inputs[:6], inputs[6:]
+    *numbers, _training, deterministic = numbers
+    ctx.save_for_backward(*tensors, *output)
     ctx.numbers = (*numbers, deterministic)
 
 
