@@ -13,7 +13,7 @@ import torch
 from fiddlehead.attention import BACKENDS, AttentionSpec, Package, Packages, Target
 from fiddlehead.attention.packages import NEWEST_KNOWN
 from fiddlehead.attention.selection import preference
-from fiddlehead.attention.switches import DETERMINISM, SWITCHES
+from fiddlehead.attention.switches import DETERMINISM, by_variable
 
 PAGE = Path(__file__).with_name("attention.md")
 
@@ -97,7 +97,8 @@ def _order() -> str:
 
 def _variables() -> str:
     rows = [
-        [f"`{name}=0`", f"turns off {', '.join(f'`{x}`' for x in backends)}"] for name, backends in SWITCHES.items()
+        [f"`{name}=0`", f"turns off {', '.join(f'`{x}`' for x in backends)}"]
+        for name, backends in by_variable().items()
     ]
     rows.append([f"`{DETERMINISM}=0`", "turns off what does not give the same gradients each time"])
     return "\n".join(_table(["variable", "what it does"], rows))

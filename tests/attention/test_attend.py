@@ -13,8 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fiddlehead.attention import attend
-from fiddlehead.attention.selection import BACKENDS
+from fiddlehead.attention import BACKENDS, attend
 from fiddlehead.errors import ConfigError
 from tests.attention.definition import Call, calls, windows
 from tests.attention.graphs import Graphs

@@ -13,13 +13,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fiddlehead.attention import (
     BACKENDS,
-    CHOICES,
     GPUS,
     AttentionSpec,
     Package,
     Packages,
     Target,
     attend,
+    backend_choices,
     explain,
     select,
     selection,
@@ -38,7 +38,7 @@ WITHOUT_3 = replace(ALL, flash3=Package())
 
 @pytest.fixture(autouse=True)
 def switches_unset(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*switches.SWITCHES, switches.DETERMINISM):
+    for name in (*switches.by_variable(), switches.DETERMINISM):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -47,7 +47,7 @@ def three_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One that cannot serve anything, and two that can."""
 
     def backend(reason: str | None) -> SimpleNamespace:
-        return SimpleNamespace(why_not=lambda spec, target: reason)
+        return SimpleNamespace(SWITCHES=(), why_not=lambda spec, target: reason)
 
     backends = {"flash2": backend("needs a newer GPU"), "sdpa_flash": backend(None), "reference": backend(None)}
     monkeypatch.setattr(selection, "BACKENDS", backends)
@@ -80,7 +80,7 @@ def test_a_choice_is_logged_once(three_backends: None, caplog: pytest.LogCapture
 
 
 def test_if_nothing_is_left_every_backend_is_listed_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in switches.SWITCHES:
+    for name in switches.by_variable():
         monkeypatch.setenv(name, "0")
     with pytest.raises(ConfigError) as error:
         select(replace(SPEC, sinks=True, dropout=0.1), Target.gpu("a100", NEMO))
@@ -106,7 +106,7 @@ def test_specs_and_targets_are_values() -> None:
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("backend", CHOICES)
+@pytest.mark.parametrize("backend", backend_choices())
 def test_every_backend_is_taken_or_has_a_reason_on_every_gpu(backend: str, gpu: str) -> None:
     choice = explain(SPEC, Target.gpu(gpu, NEMO), backend)
     assert {*choice.candidates, *choice.reasons} == ({backend} if backend in BACKENDS else set(BACKENDS))
@@ -165,7 +165,7 @@ def test_newer_flash_attn_comes_first_on_hopper() -> None:
     assert set(explain(SPEC, Target.gpu("h100", ALL)).candidates[:2]) == {"flash3", "flash4"}
 
 
-@pytest.mark.parametrize(("variable", "backends"), switches.SWITCHES.items())
+@pytest.mark.parametrize(("variable", "backends"), switches.by_variable().items())
 def test_each_variable_turns_off_its_backends_and_no_other(
     variable: str, backends: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,7 +255,7 @@ def test_what_a_cpu_backend_says_of_itself_is_true(name: str, dropout: float, dt
         attend(q, k, v, dropout=dropout, backend=name)
 
 
-@pytest.mark.parametrize("variable", [*switches.SWITCHES, switches.DETERMINISM])
+@pytest.mark.parametrize("variable", [*switches.by_variable(), switches.DETERMINISM])
 def test_every_variable_is_part_of_the_setting(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(variable, raising=False)
     before = switches.setting()

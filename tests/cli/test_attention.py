@@ -24,7 +24,7 @@ def typed(tmp_path, monkeypatch, capsys):
     """Types a command in an empty directory; returns what it prints on stdout, and on stderr if it fails."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    for name in (*switches.SWITCHES, switches.DETERMINISM):
+    for name in (*switches.by_variable(), switches.DETERMINISM):
         monkeypatch.delenv(name, raising=False)
 
     def command(*arguments: str, rc: int = 0) -> str:

@@ -1,19 +1,20 @@
 """Attention with grouped key/value heads: one function, several kernels, a choice that explains itself.
 
-- `attend`: what models call, and `watched`: of which kinds; `KVCache`: what a decoder keeps between calls
+- `attend`: what models call; `watched` tells of each kind of call; `KVCache`: what a decoder keeps between calls
 - `AttentionSpec`, `Target`: what a call needs, and where it would run
 - `explain`, `select`: which backend serves a spec, and why the others do not
+- `BACKENDS`, `backend_choices`: the backends by name, and what may be asked for; `register`: adds a backend of your own
 """
 
 from fiddlehead.attention.attend import attend, watched
+from fiddlehead.attention.backends import BACKENDS, register
 from fiddlehead.attention.kv_cache import KVCache
 from fiddlehead.attention.packages import Package, Packages
-from fiddlehead.attention.selection import BACKENDS, CHOICES, Choice, explain, select
+from fiddlehead.attention.selection import Choice, backend_choices, explain, select
 from fiddlehead.attention.spec import GPUS, AttentionSpec, Target
 
 __all__ = [
     "BACKENDS",
-    "CHOICES",
     "GPUS",
     "AttentionSpec",
     "Choice",
@@ -22,7 +23,9 @@ __all__ = [
     "Packages",
     "Target",
     "attend",
+    "backend_choices",
     "explain",
+    "register",
     "select",
     "watched",
 ]

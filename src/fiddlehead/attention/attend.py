@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from fiddlehead.attention.backends import BACKENDS
 from fiddlehead.attention.backends.backend import Backend, Extras
 from fiddlehead.attention.call import NO_LIMIT, Call, spec_fields
 from fiddlehead.attention.kv_cache import KVCache
-from fiddlehead.attention.selection import BACKENDS, explain, select
+from fiddlehead.attention.selection import explain, select
 from fiddlehead.attention.spec import AttentionSpec, Target
 from fiddlehead.attention.switches import Setting, setting
 from fiddlehead.attention.tools.measure import fastest

@@ -10,77 +10,28 @@ from functools import lru_cache
 from typing import Any
 
 from fiddlehead.attention import switches
-from fiddlehead.attention.backends import cudnn, flash2, flash3, flash4, flex, reference, sdpa_efficient, sdpa_flash
-from fiddlehead.attention.backends.backend import Backend
+from fiddlehead.attention.backends import BACKENDS, RESERVED
 from fiddlehead.attention.packages import Package
 from fiddlehead.attention.spec import AttentionSpec, Target
 from fiddlehead.errors import ConfigError, unknown
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, Backend] = {
-    "flash2": flash2,
-    "flash3": flash3,
-    "flash4": flash4,
-    "cudnn": cudnn,
-    "sdpa_flash": sdpa_flash,
-    "sdpa_efficient": sdpa_efficient,
-    "flex": flex,
-    "reference": reference,
-}
-"""Every backend by name."""
 
-CHOICES = ("auto", "measured", *BACKENDS)
-"""What may be asked for."""
-
-CPU = ("sdpa_flash", "reference", "flex")
-WITHOUT_FLASH = ("sdpa_efficient", "flex", "reference")
-"""On GPUs before Ampere, and for float32, for which none of the others is made."""
-AMPERE = ("flash2", "sdpa_flash", "cudnn", "flash4", "flex", "sdpa_efficient", "reference")
-HOPPER = ("flash3", "flash4", "cudnn", "flash2", "sdpa_flash", "flex", "sdpa_efficient", "reference")
-DECODING = ("flash3", "flash2", "sdpa_flash", "flash4", "cudnn", "flex", "sdpa_efficient", "reference")
-"""On Hopper for few queries and many keys, which flash-attn 4 cannot split among the GPU's multiprocessors there."""
-BLACKWELL = ("flash4", "cudnn", "flash2", "sdpa_flash", "flex", "sdpa_efficient", "reference")
+def backend_choices() -> tuple[str, ...]:
+    """What may be asked for: "auto", "measured", and the name of every backend."""
+    return (*RESERVED, *BACKENDS)
 
 
 def preference(spec: AttentionSpec, target: Target) -> Sequence[str]:
-    """The backends worth trying for `spec` on `target`, the best first.
+    """The backends worth trying for `spec` on `target`, the best first, as each says of itself.
 
     With flash-attn 2 and cuDNN alone this is the order of NeMo and Transformer Engine: cuDNN first on Hopper and later,
     flash-attn first on Ampere. Where flash-attn 3 or 4 is there, the order on Hopper is what an H100 measured.
     """
-    if target.device_type != "cuda":
-        return CPU
-    if target.sm < 80 or spec.dtype.itemsize > 2:
-        return WITHOUT_FLASH
-    if target.sm < 90:
-        return AMPERE
-    return _hopper(spec) if target.sm < 100 else BLACKWELL
-
-
-def _hopper(spec: AttentionSpec) -> Sequence[str]:
-    """flash-attn 3 is ahead once sequences are long; on short ones flash-attn 4, and where it starts slower cuDNN."""
-    narrow, shortest = spec.head_dim <= 64, 0 < spec.length <= 1024
-    if not spec.training:
-        if spec.cached or not (spec.causal or spec.same_length):
-            return DECODING
-        if narrow and shortest:
-            return _first("cudnn", HOPPER)
-        multi_head = spec.num_query_groups == spec.num_attention_heads
-        if multi_head and not spec.packed and 0 < spec.length <= 4096:
-            return HOPPER
-        return _first("flash4", HOPPER) if narrow else HOPPER
-    padded = flash4.gradient_padding(spec.head_dim) > 0
-    if shortest and (padded or not narrow) and 1 < spec.num_query_groups < spec.num_attention_heads:
-        return _first("cudnn", HOPPER)
-    if padded:  # flash-attn 4 makes padded copies for its gradients, which only longer sequences are worth
-        short = 0 < spec.length <= (2048 if spec.head_dim <= 80 else 4096)
-        return _first("flash3", _first("cudnn", HOPPER)) if short else HOPPER
-    return _first("flash4", HOPPER) if 0 < spec.length <= 2048 or (narrow and spec.packed) else HOPPER
-
-
-def _first(name: str, order: Sequence[str]) -> Sequence[str]:
-    return (name, *(other for other in order if other != name))
+    places = {name: backend.place(spec, target) for name, backend in BACKENDS.items()}
+    worth_trying = [(place, name) for name, place in places.items() if place is not None]
+    return [name for _, name in sorted(worth_trying, key=lambda item: item[0])]
 
 
 @dataclass(frozen=True)
@@ -172,17 +123,17 @@ def explain(spec: AttentionSpec, target: Target, backend: str = "auto") -> Choic
     Raises:
         ConfigError: `backend` is none of these.
     """
-    if backend not in CHOICES:
-        raise ConfigError(f"attention_backend={backend!r}: {unknown('backend', backend, CHOICES)}")
+    if backend not in backend_choices():
+        raise ConfigError(f"attention_backend={backend!r}: {unknown('backend', backend, backend_choices())}")
     if switches.must_be_deterministic():
         spec = replace(spec, deterministic=True)
-    off = switches.turned_off()
     candidates: list[str] = []
     reasons: dict[str, str] = {}
     for name in _order(spec, target):
         if backend in BACKENDS and name != backend:
             continue
-        reason = f"turned off by {off[name]}=0" if name in off else BACKENDS[name].why_not(spec, target)
+        off = switches.turned_off(BACKENDS[name])
+        reason = f"turned off by {off}=0" if off else BACKENDS[name].why_not(spec, target)
         if reason is None:
             candidates.append(name)
         else:

@@ -6,16 +6,11 @@ import os
 
 import torch
 
-SWITCHES = {
-    "NVTE_FLASH_ATTN": ("flash2", "flash3", "flash4", "sdpa_flash"),
-    "NVTE_FLASH_ATTN_V2": ("flash2",),
-    "NVTE_FLASH_ATTN_V3": ("flash3",),
-    "NVTE_FLASH_ATTN_V4": ("flash4",),
-    "NVTE_FUSED_ATTN": ("cudnn",),
-    "NVTE_UNFUSED_ATTN": ("reference",),
-}
-"""Each variable, and the backends that it turns off when it is 0."""
+from fiddlehead.attention.backends import BACKENDS, VARIABLES
+from fiddlehead.attention.backends.backend import Backend
+
 DETERMINISM = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
+_DETERMINISM = DETERMINISM.encode()
 
 Setting = tuple[object, ...]
 """The values of all the variables at one moment."""
@@ -25,28 +20,24 @@ _environ: dict[bytes, bytes] = os.environ._data  # type: ignore[attr-defined]
 
 
 def setting() -> Setting:
-    """What the variables say now; it is part of what a selection depends on."""
-    get = _environ.get  # each written out: this is asked at every call, and a loop would take three times as long
-    return (
-        get(b"NVTE_FLASH_ATTN"),
-        get(b"NVTE_FLASH_ATTN_V2"),
-        get(b"NVTE_FLASH_ATTN_V3"),
-        get(b"NVTE_FLASH_ATTN_V4"),
-        get(b"NVTE_FUSED_ATTN"),
-        get(b"NVTE_UNFUSED_ATTN"),
-        get(b"NVTE_ALLOW_NONDETERMINISTIC_ALGO"),
-        torch.are_deterministic_algorithms_enabled(),
-    )
+    """What the variables say now, and how many backends there are; it is part of what a selection depends on."""
+    # Without a loop in Python: this is asked at every call of `attend`.
+    values = tuple(map(_environ.get, VARIABLES))
+    return values, _environ.get(_DETERMINISM), torch.are_deterministic_algorithms_enabled(), len(BACKENDS)
 
 
-def turned_off() -> dict[str, str]:
-    """The backends that are turned off, and by which variable."""
+def by_variable() -> dict[str, tuple[str, ...]]:
+    """Each variable, and the backends that it turns off when it is 0."""
+    variables = dict.fromkeys(variable for backend in BACKENDS.values() for variable in backend.SWITCHES)
     return {
-        backend: variable
-        for variable, backends in SWITCHES.items()
-        if os.environ.get(variable) == "0"
-        for backend in backends
+        variable: tuple(name for name, backend in BACKENDS.items() if variable in backend.SWITCHES)
+        for variable in variables
     }
+
+
+def turned_off(backend: Backend) -> str | None:
+    """The variable that turns the backend off; None if none does."""
+    return next((variable for variable in backend.SWITCHES if os.environ.get(variable) == "0"), None)
 
 
 def must_be_deterministic() -> bool:

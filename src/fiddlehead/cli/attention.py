@@ -271,7 +271,7 @@ def _variables() -> Iterator[tuple[str, str]]:
 
     from fiddlehead.attention import switches
 
-    for variable, backends in switches.SWITCHES.items():
+    for variable, backends in switches.by_variable().items():
         if os.environ.get(variable) == "0":
             yield f"{variable}=0", f"turns off {', '.join(backends)}"
     if os.environ.get(switches.DETERMINISM) == "0":

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from fiddlehead.attention import CHOICES, AttentionSpec
+from fiddlehead.attention import AttentionSpec, backend_choices
 from fiddlehead.attention.call import Call, spec_fields
 from fiddlehead.errors import ConfigError, unknown
 from fiddlehead.models.rope import LongRopeScaling, Rotary, Scaling, scaling_from_dict
@@ -297,8 +297,8 @@ class TransformerConfig:
         yield from self._norm_problems()
         yield from self._moe_problems(bad)
         yield from self._window_problems(bad)
-        if self.attention_backend not in CHOICES:
-            said = unknown("backend", str(self.attention_backend), CHOICES)
+        if self.attention_backend not in backend_choices():
+            said = unknown("backend", str(self.attention_backend), backend_choices())
             yield f"attention_backend={self.attention_backend!r}: {said}"
         heads, groups = self.num_attention_heads, self.num_query_groups
         if not bad & {"num_attention_heads", "num_query_groups"} and groups and heads % groups:

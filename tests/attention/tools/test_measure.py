@@ -24,6 +24,13 @@ SHAPE = Shape(2, 16, 16)
 class StandIn:
     """The reference, slowed down or broken, that counts its calls."""
 
+    NAME: str = "stand_in"
+    PLACE: int = 0
+    SWITCHES: tuple[str, ...] = ()
+
+    def place(self, spec: AttentionSpec, target: Target) -> float:
+        return self.PLACE
+
     def __init__(self, seconds: float = 0.0, error: str | None = None) -> None:
         self.seconds, self.error, self.calls = seconds, error, 0
 

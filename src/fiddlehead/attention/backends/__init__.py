@@ -1,1 +1,77 @@
-"""The kernels that can serve a call of `attend`, one file each: what it cannot do and why, and how it is run."""
+"""The kernels that can serve a call of `attend`, one file each: what it cannot do and why, and how it is run.
+
+Every module of this folder that defines `why_not` is a backend. It is found when this package is imported; nothing
+else lists it. `backend.py` says what such a module must define.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from typing import Any, cast
+
+from fiddlehead.attention.backends.backend import Backend
+from fiddlehead.errors import ConfigError
+
+BACKENDS: dict[str, Backend] = {}
+"""Every backend by name, in the order of `PLACE`."""
+VARIABLES: list[bytes] = []
+"""The environment variables that turn backends off, as `os.environ` keeps them."""
+RESERVED = ("auto", "measured")
+"""What may be asked for beside the name of a backend."""
+
+
+def register(backend: Backend) -> None:
+    """Adds a backend, such as a module of your own, to those that `attend` chooses from.
+
+    Nothing is registered unasked: call this where your recipe or your script imports your code.
+
+    Args:
+        backend: a module or an object with all that `Backend` says. The same one may be registered again.
+
+    Raises:
+        ConfigError: it lacks one of these, its name is taken, or one is not of the right kind.
+    """
+    if problem := _problem(backend):
+        raise ConfigError(f"attention backend {getattr(backend, '__name__', backend)!s}: {problem}")
+    if BACKENDS.get(backend.NAME) is backend:
+        return
+    BACKENDS[backend.NAME] = backend
+    for variable in backend.SWITCHES:
+        if (name := variable.encode()) not in VARIABLES:
+            VARIABLES.append(name)
+    ordered = sorted(BACKENDS.items(), key=lambda item: item[1].PLACE)
+    BACKENDS.clear()
+    BACKENDS.update(ordered)
+
+
+def _problem(backend: Any) -> str | None:
+    """What keeps this from being a backend; None if nothing does."""
+    needed = ("NAME", "PLACE", "SWITCHES", "place", "why_not", "run")
+    if missing := [name for name in needed if not hasattr(backend, name)]:
+        return f"has no {', '.join(missing)}; a backend needs {', '.join(needed)}"
+    name, switches = backend.NAME, backend.SWITCHES
+    if not isinstance(name, str) or not name.isidentifier() or name in RESERVED:
+        return f"NAME={name!r}: must be an identifier such as 'my_kernel', and not {' or '.join(RESERVED)}"
+    if BACKENDS.get(name, backend) is not backend:
+        return f"NAME={name!r} is taken; the backends are {', '.join(BACKENDS)}"
+    if isinstance(backend.PLACE, bool) or not isinstance(backend.PLACE, int | float):
+        return f"PLACE={backend.PLACE!r}: must be a number"
+    if not isinstance(switches, tuple | list) or not all(isinstance(variable, str) for variable in switches):
+        return f"SWITCHES={switches!r}: must be a tuple of names of environment variables; () for none"
+    if uncallable := [name for name in ("place", "why_not", "run") if not callable(getattr(backend, name))]:
+        return f"{', '.join(uncallable)}: must be functions"
+    return None
+
+
+def _modules() -> Iterator[Backend]:
+    """The modules of this folder that are backends."""
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        if hasattr(module, "why_not"):
+            yield cast(Backend, module)
+
+
+for _backend in sorted(_modules(), key=lambda module: module.PLACE):
+    register(_backend)

@@ -1,4 +1,4 @@
-"""What each backend is: a module of this package that says what it cannot do and runs the rest.
+"""What a backend is: a module that says what it cannot do, where it is preferred, and runs the rest.
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, D head dim, N sequences of a packed call.
 """
@@ -46,13 +46,47 @@ class Run(Protocol):
 
 
 class Backend(Protocol):
-    """One kernel: a module of this package with these two functions."""
+    """One kernel: a module with these names, in this folder or given to `register`."""
+
+    NAME: str
+    """What it is called in `attention_backend` and in every report."""
+    PLACE: int
+    """Where it stands in lists of all backends, the smallest first. From `LAST_RESORT` on it is a last resort."""
+    SWITCHES: tuple[str, ...]
+    """The environment variables that turn it off when they are 0; of several the last is for this backend alone."""
 
     @property
     def run(self) -> Run:
         """Runs a call whose spec `why_not` accepts."""
         ...
 
+    def place(self, spec: AttentionSpec, target: Target) -> float | None:
+        """Its place in the order of preference, the smallest first; None if it is not worth trying.
+
+        It is a number on the scale of `PLACE`. What is not worth trying comes after all others.
+        """
+        ...
+
     def why_not(self, spec: AttentionSpec, target: Target) -> str | None:
         """Why this backend cannot serve `spec` on `target`, or None if it can."""
         ...
+
+
+FIRST = 1
+"""The place ahead of all others."""
+LAST_RESORT = 70
+"""The `PLACE` from which on `measured` times a backend only if no other can serve."""
+
+
+def generation(spec: AttentionSpec, target: Target) -> str:
+    """The kind of device by which places are given: "cpu", "older", "ampere" (and Ada), "hopper" or "blackwell".
+
+    A GPU before Ampere is "older", and so is every GPU in float32 and float64, for which few kernels are made.
+    """
+    if target.device_type != "cuda":
+        return "cpu"
+    if target.sm < 80 or spec.dtype.itemsize > 2:
+        return "older"
+    if target.sm < 90:
+        return "ampere"
+    return "hopper" if target.sm < 100 else "blackwell"

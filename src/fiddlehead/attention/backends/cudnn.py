@@ -9,10 +9,29 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fiddlehead.attention.backends.backend import Extras
+from fiddlehead.attention.backends.backend import FIRST, Extras, generation
+from fiddlehead.attention.backends.hopper import cudnn_starts_first, gradient_padding, is_decoding
 from fiddlehead.attention.backends.masks import visible
 from fiddlehead.attention.backends.sdpa import HALF, dtype_name, first, hiding, outside
 from fiddlehead.attention.spec import AttentionSpec, Target
+
+NAME = "cudnn"
+PLACE = 40
+SWITCHES: tuple[str, ...] = ("NVTE_FUSED_ATTN",)
+
+
+def place(spec: AttentionSpec, target: Target) -> float | None:
+    """Behind flash-attn 3 and 4; on Hopper ahead of them on short sequences, as an H100 measured it."""
+    kind = generation(spec, target)
+    if kind != "hopper":
+        return PLACE if kind in ("ampere", "blackwell") else None
+    if is_decoding(spec):
+        return 54
+    if cudnn_starts_first(spec):
+        return FIRST
+    # flash-attn 4 makes padded copies for its gradients, which only longer sequences are worth.
+    short = 0 < spec.length <= (2048 if spec.head_dim <= 80 else 4096)
+    return 25 if spec.training and gradient_padding(spec.head_dim) and short else PLACE
 
 
 def why_not(spec: AttentionSpec, target: Target) -> str | None:

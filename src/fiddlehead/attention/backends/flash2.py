@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from fiddlehead.attention.backends.backend import Extras
+from fiddlehead.attention.backends.backend import Extras, generation
 from fiddlehead.attention.backends.operators import contiguous_like, register
 from fiddlehead.attention.backends.sdpa import HALF, dtype_name, first, outside
 from fiddlehead.attention.packages import function
 from fiddlehead.attention.spec import AttentionSpec, Target
 
 Tensor = torch.Tensor
+
+NAME = "flash2"
+PLACE = 10
+SWITCHES: tuple[str, ...] = ("NVTE_FLASH_ATTN", "NVTE_FLASH_ATTN_V2")
+
+
+def place(spec: AttentionSpec, target: Target) -> float | None:
+    """First on Ampere; behind flash-attn 3 and 4 and cuDNN on newer GPUs."""
+    return {"ampere": PLACE, "hopper": 45, "blackwell": 45}.get(generation(spec, target))
 
 
 def why_not(spec: AttentionSpec, target: Target) -> str | None:
@@ -120,4 +129,4 @@ def _from_cache(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, scale: flo
     )
 
 
-run = register("flash2", _forward, _backward, _from_cache, random=True)
+run = register(NAME, _forward, _backward, _from_cache, switch=SWITCHES[-1], random=True)

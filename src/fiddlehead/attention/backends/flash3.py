@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from fiddlehead.attention.backends.backend import Extras
+from fiddlehead.attention.backends.backend import Extras, generation
 from fiddlehead.attention.backends.operators import contiguous_like, register
 from fiddlehead.attention.backends.sdpa import HALF, dtype_name, first, outside
 from fiddlehead.attention.packages import function
 from fiddlehead.attention.spec import AttentionSpec, Target
 
 Tensor = torch.Tensor
+
+NAME = "flash3"
+PLACE = 20
+SWITCHES: tuple[str, ...] = ("NVTE_FLASH_ATTN", "NVTE_FLASH_ATTN_V3")
+
+
+def place(spec: AttentionSpec, target: Target) -> float | None:
+    """First on Hopper once sequences are long."""
+    return PLACE if generation(spec, target) == "hopper" else None
 
 
 def why_not(spec: AttentionSpec, target: Target) -> str | None:
@@ -119,4 +128,4 @@ def _from_cache(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, scale: flo
     )
 
 
-run = register("flash3", _forward, _backward, _from_cache)
+run = register(NAME, _forward, _backward, _from_cache, switch=SWITCHES[-1])

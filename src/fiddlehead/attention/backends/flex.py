@@ -24,13 +24,22 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fiddlehead.attention.backends.backend import Extras
+from fiddlehead.attention.backends.backend import Extras, generation
 from fiddlehead.attention.backends.masks import segments
 from fiddlehead.attention.backends.sdpa import HALF, dtype_name, first
 from fiddlehead.attention.spec import AttentionSpec, Target
 
 BLOCK = 128
 """Queries, and keys, in one block: the least that all of the kernel's tile sizes divide."""
+
+NAME = "flex"
+PLACE = 70
+SWITCHES: tuple[str, ...] = ()
+
+
+def place(spec: AttentionSpec, target: Target) -> float | None:
+    """Behind the ready-made kernels; on a CPU, where it compiles C++, behind the reference too."""
+    return 95 if generation(spec, target) == "cpu" else PLACE
 
 
 def why_not(spec: AttentionSpec, target: Target) -> str | None:

@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from fiddlehead.attention.backends.backend import Extras, Run
 from fiddlehead.attention.spec import AttentionSpec
-from fiddlehead.attention.switches import SWITCHES
 from fiddlehead.errors import ConfigError
 
 Tensor = torch.Tensor
@@ -49,13 +48,16 @@ _CALL = ", ".join([*(f"Tensor? {name}" for name in _TENSORS), *(f"{kind} {name}"
 _SINKS = _TENSORS.index("sinks")
 
 
-def register(name: str, forward: Forward, backward: Backward, from_cache: Run, *, random: bool = False) -> Run:
+def register(
+    name: str, forward: Forward, backward: Backward, from_cache: Run, *, switch: str, random: bool = False
+) -> Run:
     """The `run` of the backend `name`; makes the operators fiddlehead::{name}, {name}_forward and {name}_backward.
 
     Args:
         forward: attends, and keeps what `backward` needs.
         backward: the gradients.
         from_cache: attends to a cache that each sequence has filled to another length; has no gradients.
+        switch: the environment variable that turns off this backend alone.
         random: whether there is dropout; the compiler then never merges or repeats a call.
 
     Returns:
@@ -77,7 +79,7 @@ def register(name: str, forward: Forward, backward: Backward, from_cache: Run, *
 
     @operator("_forward", f"({_QKV}, {_CALL}) -> (Tensor out, Tensor lse, Tensor rng_state)")
     def forward_op(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with _errors_explained(name):
+        with _errors_explained(name, switch):
             out, lse, rng_state = forward(q, k, v, *_unflattened(q, k, call, training=True))
         return out.contiguous(), lse.contiguous(), rng_state
 
@@ -91,7 +93,7 @@ def register(name: str, forward: Forward, backward: Backward, from_cache: Run, *
     @operator("_backward", f"{schema} -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)")
     def backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         saved, call = rest[:3], rest[3:]
-        with _errors_explained(name):
+        with _errors_explained(name, switch):
             *gradients, dsinks = backward(dout, q, k, v, *saved, *_unflattened(q, k, call, training=True))
         return *gradients, q.new_empty(0) if dsinks is None else dsinks
 
@@ -127,7 +129,7 @@ def register(name: str, forward: Forward, backward: Backward, from_cache: Run, *
             try:
                 gradients = backward(*grad_outputs, *ctx.saved_tensors, *ctx.call)
             except RuntimeError as error:
-                _raise_if_built_without(error, name)
+                _raise_if_built_without(error, name, switch)
                 raise
             return *gradients, None, None, None
 
@@ -142,7 +144,7 @@ def register(name: str, forward: Forward, backward: Backward, from_cache: Run, *
                 return from_cache(q, k, v, spec, scale, extras)
             return forward(q, k, v, spec, scale, extras)[0]
         except RuntimeError as error:
-            _raise_if_built_without(error, name)
+            _raise_if_built_without(error, name, switch)
             raise
 
     return run
@@ -154,19 +156,18 @@ def contiguous_like(*tensors: Tensor) -> list[Tensor]:
 
 
 @contextmanager
-def _errors_explained(backend: str) -> Iterator[None]:
+def _errors_explained(backend: str, switch: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        _raise_if_built_without(error, backend)
+        _raise_if_built_without(error, backend, switch)
         raise
 
 
-def _raise_if_built_without(error: RuntimeError, backend: str) -> None:
+def _raise_if_built_without(error: RuntimeError, backend: str, switch: str) -> None:
     """Raises a ConfigError if the error is that the package's build lacks what the call needs."""
     found = re.search(r"flash attention build does not support ([^.\n]+)", str(error), re.IGNORECASE)
     if found:
-        switch = next(variable for variable, backends in SWITCHES.items() if backends == (backend,))
         raise ConfigError(
             f"attention_backend={backend}: this flash-attn was built without {found[1]}; install a build that has it, "
             f"name another backend, or set {switch}=0 so that auto takes another"

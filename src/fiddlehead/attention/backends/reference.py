@@ -13,6 +13,15 @@ from fiddlehead.attention.backends.backend import Extras
 from fiddlehead.attention.backends.masks import alibi_bias, gathered, visible
 from fiddlehead.attention.spec import AttentionSpec, Target
 
+NAME = "reference"
+PLACE = 90
+SWITCHES: tuple[str, ...] = ("NVTE_UNFUSED_ATTN",)
+
+
+def place(spec: AttentionSpec, target: Target) -> float | None:
+    """Behind every kernel."""
+    return PLACE
+
 
 def why_not(spec: AttentionSpec, target: Target) -> str | None:
     """It serves every floating-point call, in memory quadratic in the sequence length."""

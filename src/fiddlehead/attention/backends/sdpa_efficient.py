@@ -9,13 +9,22 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fiddlehead.attention.backends.backend import Extras
+from fiddlehead.attention.backends.backend import Extras, generation
 from fiddlehead.attention.backends.masks import alibi_bias, seen
 from fiddlehead.attention.backends.sdpa import HALF, dtype_name, first, hiding, outside
 from fiddlehead.attention.spec import AttentionSpec, Target
 
 FULL, CAUSAL_BOTTOM_RIGHT = 0, 2
 """The operator's numbers for its masks."""
+
+NAME = "sdpa_efficient"
+PLACE = 60
+SWITCHES: tuple[str, ...] = ()
+
+
+def place(spec: AttentionSpec, target: Target) -> float | None:
+    """First on older GPUs; behind FlexAttention on others, as it repeats the heads of keys and values."""
+    return {"cpu": None, "older": PLACE}.get(generation(spec, target), 80)
 
 
 def why_not(spec: AttentionSpec, target: Target) -> str | None:

@@ -11,10 +11,19 @@ from dataclasses import replace
 
 import torch
 
-from fiddlehead.attention.backends.backend import Extras
+from fiddlehead.attention.backends.backend import Extras, generation
 from fiddlehead.attention.backends.masks import alibi_bias, gathered, visible
 from fiddlehead.attention.backends.sdpa import HALF, dtype_name, first, outside
 from fiddlehead.attention.spec import AttentionSpec, Target
+
+NAME = "sdpa_flash"
+PLACE = 50
+SWITCHES: tuple[str, ...] = ("NVTE_FLASH_ATTN",)
+
+
+def place(spec: AttentionSpec, target: Target) -> float | None:
+    """First on a CPU; on Ampere behind flash-attn 2 only, of which it is a copy."""
+    return {"older": None, "ampere": 35}.get(generation(spec, target), PLACE)
 
 
 def why_not(spec: AttentionSpec, target: Target) -> str | None:

@@ -12,8 +12,9 @@ from math import isnan
 import torch
 
 from fiddlehead.attention import packages
+from fiddlehead.attention.backends import BACKENDS
 from fiddlehead.attention.packages import Package, Packages
-from fiddlehead.attention.selection import BACKENDS, explain, preference
+from fiddlehead.attention.selection import explain, preference
 from fiddlehead.attention.spec import AttentionSpec, Target, length_class
 from fiddlehead.attention.tools.trial import KEYS, trial, wrong
 

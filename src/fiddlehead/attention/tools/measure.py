@@ -16,15 +16,14 @@ from dataclasses import asdict
 
 import torch
 
-from fiddlehead.attention.backends.backend import Backend, Extras
+from fiddlehead.attention.backends import BACKENDS
+from fiddlehead.attention.backends.backend import LAST_RESORT, Backend, Extras
 from fiddlehead.attention.spec import AttentionSpec, Target
 from fiddlehead.attention.tools.sample import Inputs, Shape, sample
 from fiddlehead.files import kept
 
 logger = logging.getLogger(__name__)
 
-LAST_RESORTS = ("flex", "reference")
-"""Timed only if no other candidate is there: they are never the fastest then, and the first takes long to compile."""
 ROUNDS = 5
 SECONDS_PER_ROUND = 0.02
 
@@ -32,9 +31,12 @@ FILE = "attention.json"
 
 
 def contenders(candidates: Iterable[str]) -> list[str]:
-    """The names of those that are timed: all but the last resorts, or these if there is nothing else."""
+    """The names of those that are timed: all but the last resorts, or these if there is nothing else.
+
+    Last resorts are never the fastest, and FlexAttention takes long to compile.
+    """
     names = list(candidates)
-    return [name for name in names if name not in LAST_RESORTS] or names
+    return [name for name in names if name not in BACKENDS or BACKENDS[name].PLACE < LAST_RESORT] or names
 
 
 def fastest(

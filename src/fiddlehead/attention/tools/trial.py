@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import fiddlehead
+from fiddlehead.attention.backends import BACKENDS
 from fiddlehead.attention.backends.backend import Extras
-from fiddlehead.attention.selection import BACKENDS
 from fiddlehead.attention.spec import AttentionSpec, Target, length_class
 from fiddlehead.attention.tools.sample import Inputs, Shape, sample
 from fiddlehead.errors import ConfigError
