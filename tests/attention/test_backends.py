@@ -24,6 +24,7 @@ from fiddlehead.attention import (
     explain,
     register,
     switches,
+    unregister,
 )
 from fiddlehead.attention.tools.trial import trial, wrong
 from fiddlehead.errors import ConfigError
@@ -66,11 +67,10 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Takes away what a test registers."""
     for variable in ("PLAIN_ATTN", *switches.by_variable()):
         monkeypatch.delenv(variable, raising=False)
-    known, variables = dict(BACKENDS), list(backends.VARIABLES)
+    known = set(BACKENDS)
     yield
-    BACKENDS.clear()
-    BACKENDS.update(known)
-    backends.VARIABLES[:] = variables
+    for name in set(BACKENDS) - known:
+        unregister(name)
     for name in [name for name in sys.modules if name.startswith(f"{backends.__name__}.plain")]:
         del sys.modules[name]
 
@@ -165,7 +165,22 @@ def test_registering_the_same_again_changes_nothing(plain: Any) -> None:
     assert (list(BACKENDS.items()), backends.VARIABLES) == before
 
 
-WHOLE = {"NAME": "mine", "PLACE": 5, "SWITCHES": (), "place": print, "why_not": print, "run": print}
+def test_one_that_is_taken_away_serves_no_more_and_may_come_back_changed(plain: Any) -> None:
+    q, k, v = Call(T=5, S=5).inputs()
+    expected = attend(q, k, v)
+    register(plain)
+    attend(q, k, v)
+    unregister("plain")
+    torch.testing.assert_close(attend(q, k, v), expected)
+    assert len(plain.calls) == 1 and "plain" not in backend_choices() and b"PLAIN_ATTN" not in backends.VARIABLES
+    changed: Any = SimpleNamespace(**vars(plain) | {"run": lambda q, *rest: q + 1})
+    register(changed)
+    assert torch.equal(attend(q, k, v), q + 1)
+    with pytest.raises(ConfigError, match="unknown backend 'plian'; did you mean 'plain'"):
+        unregister("plian")
+
+
+WHOLE: dict[str, Any] = {"NAME": "mine", "PLACE": 5, "SWITCHES": (), "place": print, "why_not": print, "run": print}
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def attend(
         v: values, as k.
         causal: query t sees keys up to t + S - T, that is, the last query sees every key (flash-attn's alignment).
         window_size: how many keys to the left and to the right of its own position a query sees; -1 is no limit.
-            Under `causal` the right one counts for nothing.
+            Under `causal` the right limit has no effect.
         softcap: scores become softcap x tanh(score / softcap) (Gemma 2); 0 leaves them.
         alibi_slopes: (H,) or (B, H) float32; the score of query t and key s loses slope x |t + S - T - s|.
         sinks: (H,), a logit in each softmax that has no value (gpt-oss); it gets a gradient.
@@ -73,7 +73,7 @@ def attend(
         kv_cache: k and v are appended to it first, and q attends to all that it holds. A call that is refused
             leaves it as it was. There are no gradients through it.
         new_lengths: with a cache: how many of the T new positions each sequence has, (B,) integers on q's device; the
-            others are padding on the right, whose queries yield values without a meaning. All of them if None.
+            others are padding on the right, whose queries yield meaningless values. None: all T.
         backend: "auto", "measured", or the name of a backend.
 
     Returns:

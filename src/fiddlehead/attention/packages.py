@@ -19,7 +19,7 @@ from torch.torch_version import TorchVersion
 logger = logging.getLogger(__name__)
 
 CUDNN_OF_CUDA_BUILDS = "9.19.0"
-"""What PyTorch 2.11 for CUDA 13 brings; assumed of a GPU machine where the PyTorch here is one without CUDA."""
+"""What PyTorch 2.11 for CUDA 13 brings. It is assumed for a GPU elsewhere if the PyTorch here has no CUDA."""
 NEWEST_KNOWN = {"flash2": "2.8.3.post2", "flash3": "3.0.0", "flash4": "4.0.0b36"}
 """The newest version tried of each package, named after its major version; newer ones are used, with a note."""
 
@@ -45,14 +45,14 @@ class Package:
 
     @property
     def note(self) -> str | None:
-        """What to know of a version that is used although it is newer than what was tried."""
+        """Says that a version is newer than the newest that was tried; None if it is not."""
         release = self._release
         newest = NEWEST_KNOWN.get(f"flash{release.partition('.')[0]}") if release else None
         return f"newer than {newest}, the newest tried" if release and newest and release > newest else None
 
     @property
     def _release(self) -> TorchVersion | None:
-        """The version without what a build adds to it; None if it is none that can be compared."""
+        """The version without what a build adds to it; None if it is not a version that can be compared."""
         release = (self.version or "").partition("+")[0]
         return TorchVersion(release) if release[:1].isdigit() else None
 
@@ -100,9 +100,9 @@ def installed(*, probe: bool) -> Packages:
     """The packages of this environment.
 
     Args:
-        probe: also import each one's attention function, which is the only proof that it works; without it only the
-            installed versions are looked up, as for a GPU that is not here, and a PyTorch without CUDA stands for one
-            that has it.
+        probe: also import each package's attention function, which is the only proof that it works. Otherwise only the
+            installed versions are looked up, as for a GPU that is not here, and a PyTorch without CUDA counts as one
+            with CUDA.
     """
     number = _cudnn()
     cudnn = _cudnn_version(number) if number else None
@@ -113,7 +113,7 @@ def installed(*, probe: bool) -> Packages:
 
 
 def _cudnn() -> int | None:
-    """The number of the cuDNN that PyTorch finds; None without one, or with one that PyTorch refuses."""
+    """The version number of the cuDNN that PyTorch finds; None if there is none, or PyTorch refuses it."""
     try:
         return torch.backends.cudnn.version()
     except RuntimeError as error:  # another release of it comes first on LD_LIBRARY_PATH
@@ -137,7 +137,7 @@ def interface(name: str) -> ModuleType:
 def function(package: str, name: str) -> Callable[..., Any]:
     """A function of "flash2", "flash3" or "flash4" as it was written.
 
-    Some are wrapped as operators of PyTorch, which takes longer to get through than a small kernel runs.
+    Some are wrapped as operators of PyTorch, whose dispatch takes longer than a small kernel.
     """
     found = getattr(interface(package), name)
     return getattr(found, "_init_fn", found)

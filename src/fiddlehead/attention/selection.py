@@ -1,4 +1,4 @@
-"""Which backend serves a call: ask each in order of preference, keep the reasons, take the first."""
+"""Selects the backend that serves a call: the first in order of preference that can, with the reasons of the others."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def explain(spec: AttentionSpec, target: Target, backend: str = "auto") -> Choic
 
 
 def _order(spec: AttentionSpec, target: Target) -> list[str]:
-    """Every backend, those that are not worth trying last."""
+    """Every backend in order of preference; those that are not worth trying come last."""
     order = preference(spec, target)
     return [*order, *(name for name in BACKENDS if name not in order)]
 

@@ -28,7 +28,7 @@ GPUS: dict[str, tuple[int, int]] = {
 
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
-"""Up to which number of keys a call counts as how long; kernels differ in how they do on short sequences."""
+"""The classes of sequence lengths, in keys: kernels differ in how fast they are on short sequences."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +121,8 @@ class Target:
         """A GPU by the name of its model, such as "h100", which need not be here.
 
         Args:
-            packages: what is assumed to be installed beside it; None is what this environment says it has, which is
-                then not tried out.
+            packages: what is assumed to be installed beside it; None: what is installed in this environment, which is
+                not tried out.
 
         Raises:
             ConfigError: no such GPU is known.

@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from fiddlehead.attention import backends
 from fiddlehead.attention.backends import BACKENDS, VARIABLES
 from fiddlehead.attention.backends.backend import Backend
 
@@ -20,10 +21,10 @@ _environ: dict[bytes, bytes] = os.environ._data  # type: ignore[attr-defined]
 
 
 def setting() -> Setting:
-    """What the variables say now, and how many backends there are; it is part of what a selection depends on."""
+    """The variables' values and the state of the backends: a selection depends on them."""
     # Without a loop in Python: this is asked at every call of `attend`.
     values = tuple(map(_environ.get, VARIABLES))
-    return values, _environ.get(_DETERMINISM), torch.are_deterministic_algorithms_enabled(), len(BACKENDS)
+    return values, _environ.get(_DETERMINISM), torch.are_deterministic_algorithms_enabled(), backends.changes
 
 
 def by_variable() -> dict[str, tuple[str, ...]]:

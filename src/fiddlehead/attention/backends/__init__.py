@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from fiddlehead.attention.backends.backend import Backend
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, unknown
 
 BACKENDS: dict[str, Backend] = {}
 """Every backend by name, in the order of `PLACE`."""
 VARIABLES: list[bytes] = []
 """The environment variables that turn backends off, as `os.environ` keeps them."""
+changes = 0
+"""How often a backend was added or taken away; what was chosen before may not hold any more."""
 RESERVED = ("auto", "measured")
 """What may be asked for beside the name of a backend."""
 
@@ -37,13 +39,29 @@ def register(backend: Backend) -> None:
         raise ConfigError(f"attention backend {getattr(backend, '__name__', backend)!s}: {problem}")
     if BACKENDS.get(backend.NAME) is backend:
         return
-    BACKENDS[backend.NAME] = backend
-    for variable in backend.SWITCHES:
-        if (name := variable.encode()) not in VARIABLES:
-            VARIABLES.append(name)
-    ordered = sorted(BACKENDS.items(), key=lambda item: item[1].PLACE)
+    _set({**BACKENDS, backend.NAME: backend})
+
+
+def unregister(name: str) -> None:
+    """Takes a backend away, such as one that was registered and has been changed since.
+
+    Raises:
+        ConfigError: there is no backend of this name.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(f"attention backend {name!r}: {unknown('backend', name, list(BACKENDS))}")
+    _set({other: backend for other, backend in BACKENDS.items() if other != name})
+
+
+def _set(backends: dict[str, Backend]) -> None:
+    """Makes these the backends, in place, as others hold the same dictionary."""
+    global changes
+    changes += 1
+    ordered = sorted(backends.items(), key=lambda item: item[1].PLACE)
     BACKENDS.clear()
     BACKENDS.update(ordered)
+    variables = (variable.encode() for _, backend in ordered for variable in backend.SWITCHES)
+    VARIABLES[:] = dict.fromkeys(variables)
 
 
 def _problem(backend: Any) -> str | None:
@@ -55,7 +73,7 @@ def _problem(backend: Any) -> str | None:
     if not isinstance(name, str) or not name.isidentifier() or name in RESERVED:
         return f"NAME={name!r}: must be an identifier such as 'my_kernel', and not {' or '.join(RESERVED)}"
     if BACKENDS.get(name, backend) is not backend:
-        return f"NAME={name!r} is taken; the backends are {', '.join(BACKENDS)}"
+        return f"NAME={name!r} is taken; the backends are {', '.join(BACKENDS)}; `unregister` takes one away"
     if isinstance(backend.PLACE, bool) or not isinstance(backend.PLACE, int | float):
         return f"PLACE={backend.PLACE!r}: must be a number"
     if not isinstance(switches, tuple | list) or not all(isinstance(variable, str) for variable in switches):

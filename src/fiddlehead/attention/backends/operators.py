@@ -23,12 +23,16 @@ Tensor = torch.Tensor
 
 
 Forward = Callable[[Tensor, Tensor, Tensor, AttentionSpec, float, Extras], tuple[Tensor, Tensor, Tensor]]
-"""Of the same arguments: the output, the logarithm of each softmax's sum, (B, H, T) or packed (H, tokens) float32, and
-the state from which a dropout is drawn again, (2,) int64, or (0,) where there is none. Inference needs no more than the
-output."""
+"""Takes the arguments of `Run`.
+
+Returns the output, the logarithm of each softmax's sum, (B, H, T) or packed (H, tokens) float32, and the state from
+which a dropout is drawn again, (2,) int64, or (0,) without dropout. Inference needs only the output.
+"""
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
-"""Of the output's gradient, q, k, v, what `Forward` returned, the spec, scale and extras: the gradients of q, k, v and
-the sinks, new and contiguous; None for sinks that are not there."""
+"""Takes the output's gradient, q, k, v, what `Forward` returned, the spec, scale and extras.
+
+Returns the gradients of q, k, v and the sinks, new and contiguous; None for the sinks if there are none.
+"""
 
 # An operator takes tensors and numbers only: these, in this order, are what a spec, a scale and extras come to.
 _TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sinks", "cache_lengths", "page_table")

@@ -1,4 +1,4 @@
-"""Attention written out in float32 (float64 for float64 inputs): it defines what is right, not what is fast.
+"""Attention written out in float32 (float64 for float64 inputs): it defines the right result, and is not fast.
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, D head dim.
 """
@@ -115,12 +115,12 @@ def softmax(
 
 
 def without_blind(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """x (B, T, G, R, D) with zeros for queries that see no key, which `softmax` lets see all alike."""
+    """x (B, T, G, R, D) with zeros for queries that see no key, to which `softmax` gives equal weights."""
     return x if mask is None else x.masked_fill(~mask.any(dim=-1)[:, :, None, None, None], 0.0)
 
 
 def kept(weights: torch.Tensor, dropout: float, generator: torch.Generator | None) -> torch.Tensor:
-    """The factor of each weight under dropout: 0, or what makes up for those that are."""
+    """The factor of each weight under dropout: 0, or 1 / (1 - dropout)."""
     return torch.empty_like(weights).bernoulli_(1 - dropout, generator=generator) / (1 - dropout)
 
 

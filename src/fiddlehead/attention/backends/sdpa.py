@@ -1,4 +1,4 @@
-"""What the backends that call PyTorch's own kernels share.
+"""Rules and helpers that the backends for PyTorch's own kernels share.
 
 They call the operator of one kernel directly: `scaled_dot_product_attention` would choose among the kernels itself, and
 its context manager for choosing costs more time than a small kernel takes and changes the state of the whole process.

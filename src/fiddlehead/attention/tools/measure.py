@@ -1,4 +1,4 @@
-"""`attention_backend="measured"`: the candidates are timed once on this device, and the fastest is kept.
+"""`attention_backend="measured"`: times the candidates once on this device and keeps the fastest.
 
 The outcome is kept in `attention.json` of the cache folder (`$FIDDLEHEAD_CACHE`, or `~/.cache/fiddlehead`), under the
 device, the versions of every package with kernels, the spec, and the lengths rounded up to powers of two. Delete the

@@ -1,4 +1,4 @@
-"""How much memory a backend takes beside its inputs, worked out from what the kernels' own code allocates."""
+"""How much memory a backend takes beside its inputs, computed from what the kernels' code allocates."""
 
 from __future__ import annotations
 

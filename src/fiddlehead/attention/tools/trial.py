@@ -1,7 +1,7 @@
 """A kernel tried out on a small call, forward and backward, and compared with the reference in float64.
 
-A kernel can be wrong without a word, in its gradients alone and for some head dims only. A trial has the dtype, heads,
-head dim and mask of the calls to come, and lengths that fill no tile of any kernel.
+A kernel can be wrong without an error, in its gradients alone and for some head dims only. A trial has the dtype,
+heads, head dim and mask of the calls to come, and lengths that fill no tile of any kernel.
 """
 
 from __future__ import annotations
