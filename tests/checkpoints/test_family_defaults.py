@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from fiddlehead.checkpoints.huggingface.families import FAMILIES
-from fiddlehead.checkpoints.huggingface.family_defaults import DEFAULTS
 from fiddlehead.checkpoints.huggingface.files import HuggingFaceCheckpoint
 from fiddlehead.checkpoints.weights import load_transformer
 from fiddlehead.errors import ConfigError
@@ -45,7 +44,7 @@ def full(name: str) -> Fields:
 
 
 READ = {
-    name: {*DEFAULTS[name], *family.required, *family.aliases, "model_type", "dtype", "partial_rotary_factor"}
+    name: {*family.defaults, *family.required, *family.aliases, "model_type", "dtype", "partial_rotary_factor"}
     for name, family in FAMILIES.items()
 }
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from fiddlehead.checkpoints.huggingface.families import Family, family_of
-from fiddlehead.checkpoints.huggingface.family_defaults import DEFAULTS
 from fiddlehead.checkpoints.huggingface.tensor_map import Mapped, tensor_map
 from fiddlehead.checkpoints.safetensors_files import DTYPES, Stored, read_header
 from fiddlehead.errors import ConfigError, first_of, nearest
@@ -177,7 +176,7 @@ def _refuse_larger(settings: dict[str, Any], family: Family, tensors: Sequence[S
         for name, value in (given[ours] for ours in sizes if ours in given)
         if value > max(longest, _SMALL)
     ]
-    defaults = DEFAULTS[family.model_type]
+    defaults = family.defaults
     layers, experts = (
         given.get(ours, (usual.get(ours, ""), defaults.get(usual.get(ours, ""), 1)))
         for ours in ("num_layers", "num_moe_experts")
