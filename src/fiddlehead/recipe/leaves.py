@@ -26,7 +26,7 @@ class Leaf:
 
 
 @dataclass(frozen=True)
-class Target:
+class Called:
     """Stands for a nested configuration: what it calls; its arguments are leaves of their own."""
 
     kind: str
@@ -62,7 +62,7 @@ def leaves(root: fdl.Buildable, *, defaults: bool = False) -> Iterator[Leaf]:
                 yield leaf(path, Shared(first_path[id(value)]))
                 return
             first_path[id(value)] = path
-            yield leaf(path, Target(kind_of(value), fdl.get_callable(value)))
+            yield leaf(path, Called(kind_of(value), fdl.get_callable(value)))
             for key, argument in fdl.ordered_arguments(value, include_defaults=defaults).items():
                 of_argument = functools.partial(Leaf, owner=value, key=key, is_default=key not in value.__arguments__)
                 yield from visit(argument, of_argument, join(path, key))
@@ -133,7 +133,7 @@ def _same_keys(left: Any, right: Any) -> bool:
 def show(value: Any) -> str:
     """`value` as one would write it in Python, short."""
     match value:
-        case Target():
+        case Called():
             return f"{'' if value.kind == 'Buildable' else value.kind + ' '}{_name(value.function)}(...)"
         case Shared():
             return f"<shared with {value.path or 'the root'}>"
