@@ -19,7 +19,7 @@ from lightning.fabric.plugins import CheckpointIO
 
 from fiddlehead.checkpoints.folder import read_state, read_tensors, verify, write_state, write_together
 from fiddlehead.checkpoints.safetensors_files import FORMAT, Stored, Written, in_order, to_write, write_file
-from fiddlehead.checkpoints.sharding import Sharded
+from fiddlehead.checkpoints.sharding import ShardedTensor
 from fiddlehead.run.team import Team
 
 _TENSOR, _PAIRS = "__tensor__", "__pairs__"
@@ -50,7 +50,7 @@ class SafetensorsIO(CheckpointIO):
             CheckpointNotWrittenError: the disk did not take it, or where this is `asynchronous`, the one before.
         """
         self.wait()
-        optimizer: dict[str, torch.Tensor | Sharded] = {}
+        optimizer: dict[str, torch.Tensor | ShardedTensor] = {}
         state = {key: _encode(checkpoint[key], key, optimizer) for key in _KEPT if key in checkpoint}
         state["step"] = checkpoint["global_step"]
         files = self._own_files("model", checkpoint["state_dict"]) | self._own_files("optimizer", optimizer)
@@ -120,7 +120,7 @@ class SafetensorsIO(CheckpointIO):
                 self._error = error
 
     def _own_files(
-        self, kind: str, tensors: Mapping[str, torch.Tensor | Sharded]
+        self, kind: str, tensors: Mapping[str, torch.Tensor | ShardedTensor]
     ) -> dict[str, dict[str, torch.Tensor]]:
         """The files that this rank writes: their tensors, gathered, and for a thread copied to main memory."""
         holders: dict[int, list[str]] = {0: []}
@@ -144,7 +144,7 @@ class SafetensorsIO(CheckpointIO):
                 files[file] = {}
             for name in names:  # in the same order on every rank, as all of them gather
                 tensor = tensors[name]
-                gathered = isinstance(tensor, Sharded)
+                gathered = isinstance(tensor, ShardedTensor)
                 whole = tensor.gather() if gathered else tensor.detach()
                 if own:
                     moved = gathered or self.asynchronous
@@ -173,10 +173,10 @@ def _finish(state: dict[str, Any], folder: Path, written: dict[str, Written]) ->
     write_state(folder, state, written)
 
 
-def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor | Sharded]) -> Any:
+def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor | ShardedTensor]) -> Any:
     """The JSON form of `value`; its tensors go into `tensors` under the path that leads to them."""
-    if isinstance(value, torch.Tensor | Sharded):
-        tensors[name] = value if isinstance(value, Sharded) else value.detach().contiguous()
+    if isinstance(value, torch.Tensor | ShardedTensor):
+        tensors[name] = value if isinstance(value, ShardedTensor) else value.detach().contiguous()
         return {_TENSOR: name}
     if isinstance(value, dict):
         pairs = [(key, _encode(item, f"{name}.{key}", tensors)) for key, item in value.items()]

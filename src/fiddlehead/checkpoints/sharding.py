@@ -22,7 +22,7 @@ from fiddlehead.models.parallel import Layout, Stage, local
 
 
 @dataclass(frozen=True)
-class Sharded:
+class ShardedTensor:
     """A tensor of which this rank holds a part, on its way to a checkpoint."""
 
     name: str

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from fiddlehead.checkpoints import sharding
 from fiddlehead.checkpoints.safetensors_files import DTYPES, Stored
-from fiddlehead.checkpoints.sharding import Sharded
+from fiddlehead.checkpoints.sharding import ShardedTensor
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.parallel import Layout, local_batch, parallelize, reduce_gradients, refuse_sizes
@@ -325,9 +325,9 @@ class Parallel(ModelParallelStrategy):
             optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
         return None
 
-    def _sharded(self, name: str, tensor: torch.Tensor) -> Sharded:
+    def _sharded(self, name: str, tensor: torch.Tensor) -> ShardedTensor:
         assert self.layout is not None
-        return Sharded(name, tensor, self.layout, 0 if self.pipeline is None else self.pipeline.holder(name))
+        return ShardedTensor(name, tensor, self.layout, 0 if self.pipeline is None else self.pipeline.holder(name))
 
     def _parameters_of(self, optimizer: Optimizer) -> list[tuple[str, torch.Tensor]]:
         """The optimizer's parameters and their names, as it numbers them."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
-from fiddlehead.checkpoints.sharding import Sharded
+from fiddlehead.checkpoints.sharding import ShardedTensor
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.parallel import Stage, keep_stages, refuse_stages, stage_of
@@ -117,7 +117,7 @@ class Pipeline:
         """The rank that has a parameter."""
         return stage_of(name, self.config, self.count) % self.ranks
 
-    def completed(self, own: Mapping[str, Sharded]) -> dict[str, Sharded]:
+    def completed(self, own: Mapping[str, ShardedTensor]) -> dict[str, ShardedTensor]:
         """Also the parameters that other ranks have; all under their names in a `LanguageModel`, in the model's order.
 
         Args:
@@ -136,7 +136,7 @@ class Pipeline:
         """An optimizer's state with that of all parameters, as one process numbers them.
 
         Args:
-            state: of the parameters that this rank has, its tensors of their shapes `Sharded`.
+            state: of the parameters that this rank has, its tensors of their shapes `ShardedTensor`.
             own: their names, in the order of their numbers.
         """
         groups, kept = self.numbered(optim), {name: state["state"][n] for n, name in enumerate(own) if state["state"]}
@@ -170,10 +170,10 @@ class Pipeline:
 
     def _absent(self, name: str, like: Any) -> Any:
         """What others keep of a parameter, as this rank keeps `like` of one; what is not of its shape all have."""
-        if not isinstance(like, Sharded):
+        if not isinstance(like, ShardedTensor):
             return like
         shape = self.whole[name.removeprefix("transformer.")].shape
-        return Sharded(name, torch.empty(shape, dtype=like.dtype, device="meta"), like.layout, self.holder(name))
+        return ShardedTensor(name, torch.empty(shape, dtype=like.dtype, device="meta"), like.layout, self.holder(name))
 
 
 def refuse_pipeline(
