@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from fiddlehead.checkpoints.safetensors_files import Stored, Written, read_header
+from fiddlehead.checkpoints.safetensors_files import StoredTensor, Written, read_header
 from fiddlehead.errors import RunError
 from fiddlehead.files import kept
 from fiddlehead.files.foreign import filled, inside, read_json
@@ -193,7 +193,7 @@ def verified_by_first(team: Team, look: Callable[[], T]) -> T:
     return found  # pyright: ignore[reportReturnType]
 
 
-def read_tensors(path: Path, state: Mapping[str, Any], kind: str) -> dict[str, Stored]:
+def read_tensors(path: Path, state: Mapping[str, Any], kind: str) -> dict[str, StoredTensor]:
     """A checkpoint's tensors of a kind, "model" or "optimizer", in however many files; `state` is its state."""
     files = [name for name in state["files"] if name.startswith((f"{kind}.", f"{kind}-"))]
     return {name: tensor for file in files for name, tensor in read_header(path / file).items()}

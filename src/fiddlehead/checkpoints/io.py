@@ -18,7 +18,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from fiddlehead.checkpoints.folder import read_state, read_tensors, verify, write_state, write_together
-from fiddlehead.checkpoints.safetensors_files import FORMAT, Stored, Written, in_order, to_write, write_file
+from fiddlehead.checkpoints.safetensors_files import FORMAT, StoredTensor, Written, in_order, to_write, write_file
 from fiddlehead.checkpoints.sharding import ShardedTensor
 from fiddlehead.run.team import Team
 
@@ -200,7 +200,7 @@ def _decode(value: Any, tensors: Mapping[str, Any]) -> Any:
 
 def _load(value: Any) -> Any:
     """The same with its tensors in memory."""
-    if isinstance(value, Stored):
+    if isinstance(value, StoredTensor):
         return value.load()
     if isinstance(value, dict):
         return {key: _load(item) for key, item in value.items()}

@@ -40,7 +40,7 @@ _PIECE = 1 << 23
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in a file."""
 
     file: Path
@@ -122,7 +122,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def read_header(file: Path) -> dict[str, Stored]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors in a safetensors file by name.
 
     Raises:
@@ -139,7 +139,7 @@ def read_header(file: Path) -> dict[str, Stored]:
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("__metadata__: must be an object whose values are texts")
-        tensors = {name: _stored(file, name, entry, 8 + length) for name, entry in header.items()}
+        tensors = {name: _stored_tensor(file, name, entry, 8 + length) for name, entry in header.items()}
         _refuse_gaps(tensors, 8 + length)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: is not a safetensors file: {reason(error)}") from error
@@ -149,7 +149,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _stored(file: Path, name: str, entry: Any, data: int) -> Stored:
+def _stored_tensor(file: Path, name: str, entry: Any, data: int) -> StoredTensor:
     fields = ("dtype", "shape", "data_offsets")
     if not isinstance(entry, dict) or not all(field in entry for field in fields):
         raise ValueError(f"{name}: must be an object with {', '.join(fields)}")
@@ -160,13 +160,13 @@ def _stored(file: Path, name: str, entry: Any, data: int) -> Stored:
         raise ValueError(f"{name}: shape {shape!r}: must be a list of whole numbers from 0 to below 2**63")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_whole(at) and at >= 0 for at in offsets):
         raise ValueError(f"{name}: data_offsets {offsets!r}: must be two whole numbers of 0 or more")
-    stored = Stored(file, dtype, tuple(shape), data + offsets[0], offsets[1] - offsets[0])
+    stored = StoredTensor(file, dtype, tuple(shape), data + offsets[0], offsets[1] - offsets[0])
     if ToWrite(stored.dtype, stored.shape, lambda: ()).nbytes != stored.nbytes:
         raise ValueError(f"{name}: a tensor of shape {shape} and dtype {dtype} does not have {stored.nbytes} bytes")
     return stored
 
 
-def _refuse_gaps(tensors: Mapping[str, Stored], start: int) -> None:
+def _refuse_gaps(tensors: Mapping[str, StoredTensor], start: int) -> None:
     """Raises ValueError unless each tensor begins where another, or the header, ends, as the format has it."""
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if tensor.start != start:

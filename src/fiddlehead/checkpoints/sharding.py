@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fiddlehead.checkpoints.safetensors_files import Stored
+from fiddlehead.checkpoints.safetensors_files import StoredTensor
 from fiddlehead.checkpoints.weights import Weights
 from fiddlehead.models import LoRA, Transformer
 from fiddlehead.models.moe import MoE
@@ -129,7 +129,7 @@ def load(transformer: Transformer, names: Iterable[str], weights: Weights, layou
 
 
 @torch.no_grad()
-def read(name: str, tensor: torch.Tensor, stored: Stored, layout: Layout) -> None:
+def read(name: str, tensor: torch.Tensor, stored: StoredTensor, layout: Layout) -> None:
     """Copies this rank's part of a tensor in a file into `tensor`, without reading the rest."""
     for piece in layout.pieces(name, tensor):
         local(tensor)[piece.local] = stored.load(piece.whole)

@@ -11,7 +11,7 @@ import torch
 
 from fiddlehead.checkpoints.folder import newest_good, read_tensors, verify
 from fiddlehead.checkpoints.huggingface.files import HuggingFaceCheckpoint, refuse_adapters
-from fiddlehead.checkpoints.safetensors_files import Stored
+from fiddlehead.checkpoints.safetensors_files import StoredTensor
 from fiddlehead.errors import ConfigError, first_of
 from fiddlehead.files.paths import user_path
 from fiddlehead.models import Transformer, TransformerConfig
@@ -46,7 +46,7 @@ class CheckpointWeights:
     path: Path
     state: dict[str, Any]
     config: TransformerConfig
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
     base: Weights | None
     """What the adapters belong to; None if the checkpoint is whole."""
 
@@ -98,7 +98,7 @@ class CheckpointWeights:
         return merge_state({name: self.base.load(name)} | own, lora)[name]
 
 
-def _refuse_other_tensors(path: Path, config: TransformerConfig, tensors: Mapping[str, Stored]) -> None:
+def _refuse_other_tensors(path: Path, config: TransformerConfig, tensors: Mapping[str, StoredTensor]) -> None:
     """Raises ConfigError if a checkpoint lacks a parameter of the `Transformer` that its config describes."""
     if config.num_layers > len(tensors):  # before anything is made for each layer
         raise ConfigError(f"{path}: its config has num_layers={config.num_layers}, and it has {len(tensors)} tensors")

@@ -11,7 +11,7 @@ import torch
 
 from fiddlehead.checkpoints.huggingface.families import Family, family_of
 from fiddlehead.checkpoints.huggingface.tensor_map import Mapped, tensor_map
-from fiddlehead.checkpoints.safetensors_files import DTYPES, Stored, read_header
+from fiddlehead.checkpoints.safetensors_files import DTYPES, StoredTensor, read_header
 from fiddlehead.errors import ConfigError, first_of, nearest
 from fiddlehead.files.foreign import inside, read_object
 from fiddlehead.models.config import TransformerConfig
@@ -25,7 +25,7 @@ class HuggingFaceCheckpoint:
     directory: Path
     family: Family
     config: TransformerConfig
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
     """By the names that the family's modules have."""
     mapped: dict[str, Mapped]
     """By the names of our parameters."""
@@ -62,7 +62,7 @@ class HuggingFaceCheckpoint:
         return mapped.to_ours([self.tensors[name].load() for name, _ in mapped.theirs])[tuple(part)]
 
     def dtype(self, name: str) -> str:
-        """Its dtype, as `Stored` has it."""
+        """Its dtype, as `StoredTensor` has it."""
         return self.tensors[self.mapped[name].theirs[0][0]].dtype
 
     @property
@@ -131,9 +131,9 @@ def _no_weights(directory: Path, names: Sequence[str]) -> str:
     return f"{directory}: has no *.safetensors"
 
 
-def _headers(files: Sequence[Path]) -> dict[str, Stored]:
+def _headers(files: Sequence[Path]) -> dict[str, StoredTensor]:
     """The tensors of some files, each of which is in one of them."""
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     problems = []
     for file in files:
         for name, tensor in read_header(file).items():
@@ -145,7 +145,7 @@ def _headers(files: Sequence[Path]) -> dict[str, Stored]:
     return tensors
 
 
-def _with_prefix(tensors: dict[str, Stored], family: Family) -> dict[str, Stored]:
+def _with_prefix(tensors: dict[str, StoredTensor], family: Family) -> dict[str, StoredTensor]:
     """The tensors by the names they have in the whole model; a checkpoint of its body alone lacks the prefix."""
     prefix = str(family.modules["embedding"]).partition(".")[0] + "."
     if any(name.startswith(prefix) for name in tensors):
@@ -161,7 +161,7 @@ _SMALL, _FEW = 1 << 16, 256
 """Sizes, and a number of layers, that cost nothing to try; if they are wrong, `_problems` says which tensors differ."""
 
 
-def _refuse_larger(settings: dict[str, Any], family: Family, tensors: Sequence[Stored]) -> None:
+def _refuse_larger(settings: dict[str, Any], family: Family, tensors: Sequence[StoredTensor]) -> None:
     """Raises ConfigError for sizes that tensors like these cannot have, before anything is made of such a size."""
     sizes = (*_SIZES, "seq_length") if "position_embedding" in family.modules else _SIZES
     longest = max((side for tensor in tensors if tensor.nbytes for side in tensor.shape), default=0)
@@ -190,7 +190,9 @@ def _refuse_larger(settings: dict[str, Any], family: Family, tensors: Sequence[S
         raise ConfigError(*problems)
 
 
-def _problems(tensors: dict[str, Stored], mapped: list[Mapped], family: Family, config: TransformerConfig) -> list[str]:
+def _problems(
+    tensors: dict[str, StoredTensor], mapped: list[Mapped], family: Family, config: TransformerConfig
+) -> list[str]:
     expected = dict(pair for each in mapped for pair in each.theirs)
     embedding = f"{family.modules['embedding']}.weight"
     extra = [name for name in tensors if name not in expected and not name.endswith(family.ignored or ("\0",))]
@@ -212,7 +214,7 @@ def _problems(tensors: dict[str, Stored], mapped: list[Mapped], family: Family, 
     return first_of(problems)
 
 
-def _same_bytes(one: Stored, other: Stored) -> bool:
+def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     return all(a == b for a, b in zip(one.pieces(), other.pieces(), strict=True))

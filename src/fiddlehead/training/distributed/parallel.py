@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from fiddlehead.checkpoints import sharding
-from fiddlehead.checkpoints.safetensors_files import DTYPES, Stored
+from fiddlehead.checkpoints.safetensors_files import DTYPES, StoredTensor
 from fiddlehead.checkpoints.sharding import ShardedTensor
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
@@ -306,7 +306,7 @@ class Parallel(ModelParallelStrategy):
         assert stored.keys() == own.keys(), "a checkpoint of another model"
         for name, tensor in own.items():
             # What is not in a file is here already: what adapters were trained on.
-            if tensor.is_here and isinstance(stored[name], Stored):
+            if tensor.is_here and isinstance(stored[name], StoredTensor):
                 sharding.read(name, tensor.local, stored[name], tensor.layout)
         return None
 
@@ -345,7 +345,7 @@ class Parallel(ModelParallelStrategy):
         """What this rank has of something that an optimizer keeps: a tensor of the parameter's shape is cut like it."""
         name, parameter = named
         assert self.layout is not None
-        if not isinstance(stored, Stored):
+        if not isinstance(stored, StoredTensor):
             return stored
         if stored.shape != self.layout.shape(name, parameter):
             return stored.load()
