@@ -20,7 +20,7 @@ from typing import Any
 from fiddlehead.checkpoints.folder import write_folder, write_state
 from fiddlehead.checkpoints.huggingface.families import FAMILIES, Family, family_for, family_of, same_model
 from fiddlehead.checkpoints.huggingface.files import HuggingFaceCheckpoint
-from fiddlehead.checkpoints.huggingface.tensor_map import Mapped, tensor_map
+from fiddlehead.checkpoints.huggingface.tensor_map import MappedTensor, tensor_map
 from fiddlehead.checkpoints.safetensors_files import DTYPES, ToWrite, bytes_of, write_file
 from fiddlehead.checkpoints.weights import PREFIX, CheckpointWeights, find_weights, open_weights
 from fiddlehead.data.progress import ByteProgress
@@ -169,7 +169,7 @@ def find_checkpoint(source: str, *, progress: bool = True) -> Path:
         raise ConfigError(f"{source!r} is no folder here, and the Hub does not give it: {error}") from error
 
 
-def _ours(checkpoint: HuggingFaceCheckpoint, mapped: Mapped) -> ToWrite:
+def _ours(checkpoint: HuggingFaceCheckpoint, mapped: MappedTensor) -> ToWrite:
     parts = [checkpoint.tensors[name] for name, _ in mapped.theirs]
     dtypes = {part.dtype for part in parts}
 
@@ -186,7 +186,7 @@ def _ours(checkpoint: HuggingFaceCheckpoint, mapped: Mapped) -> ToWrite:
     return ToWrite(parts[0].dtype, mapped.shape, joined if mapped.plain else changed)
 
 
-def _theirs(weights: CheckpointWeights, mapped: Mapped, cast: str | None) -> dict[str, ToWrite]:
+def _theirs(weights: CheckpointWeights, mapped: MappedTensor, cast: str | None) -> dict[str, ToWrite]:
     dtype = cast or weights.dtype(mapped.name)
     if mapped.plain and dtype == weights.dtype(mapped.name) and weights.base is None:
         stored = weights.tensors[mapped.name]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fiddlehead.checkpoints.huggingface.families import Family, family_of
-from fiddlehead.checkpoints.huggingface.tensor_map import Mapped, tensor_map
+from fiddlehead.checkpoints.huggingface.tensor_map import MappedTensor, tensor_map
 from fiddlehead.checkpoints.safetensors_files import DTYPES, StoredTensor, read_header
 from fiddlehead.errors import ConfigError, first_of, nearest
 from fiddlehead.files.foreign import inside, read_object
@@ -27,7 +27,7 @@ class HuggingFaceCheckpoint:
     config: TransformerConfig
     tensors: dict[str, StoredTensor]
     """By the names that the family's modules have."""
-    mapped: dict[str, Mapped]
+    mapped: dict[str, MappedTensor]
     """By the names of our parameters."""
     unread: tuple[str, ...] = ()
     """Other safetensors files in the folder, which transformers does not read either."""
@@ -191,7 +191,7 @@ def _refuse_larger(settings: dict[str, Any], family: Family, tensors: Sequence[S
 
 
 def _problems(
-    tensors: dict[str, StoredTensor], mapped: list[Mapped], family: Family, config: TransformerConfig
+    tensors: dict[str, StoredTensor], mapped: list[MappedTensor], family: Family, config: TransformerConfig
 ) -> list[str]:
     expected = dict(pair for each in mapped for pair in each.theirs)
     embedding = f"{family.modules['embedding']}.weight"

@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Mapped:
+class MappedTensor:
     """A parameter of `Transformer`, and the tensors of a Hugging Face checkpoint that it is made of."""
 
     name: str
@@ -54,14 +54,14 @@ class Mapped:
         ]
 
 
-def tensor_map(family: Family, config: TransformerConfig) -> list[Mapped]:
+def tensor_map(family: Family, config: TransformerConfig) -> list[MappedTensor]:
     """Every parameter of a model of `family`, in the order of the module."""
     with torch.device("meta"):
         parameters = Transformer(config).state_dict()
     return [_mapped(name, tuple(tensor.shape), family, config) for name, tensor in parameters.items()]
 
 
-def _mapped(name: str, shape: Shape, family: Family, config: TransformerConfig) -> Mapped:
+def _mapped(name: str, shape: Shape, family: Family, config: TransformerConfig) -> MappedTensor:
     layer = next(iter(re.findall(r"^layers\.(\d+)\.", name)), "")
     pattern = re.sub(r"^layers\.\d+\.", "layers.*.", name)
     module, _, kind = pattern.rpartition(".")
@@ -76,12 +76,12 @@ def _mapped(name: str, shape: Shape, family: Family, config: TransformerConfig) 
         E, rows, *rest = shape
         part = (rows // len(names), *rest)
         each = [(name.replace("#", str(expert)), part) for expert in range(E) for name in names]
-        return Mapped(name, shape, tuple(each))
+        return MappedTensor(name, shape, tuple(each))
     if len(names) == 1:
         single = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
-        return Mapped(name, shape, ((names[0], single),), transposed, interleaved)
+        return MappedTensor(name, shape, ((names[0], single),), transposed, interleaved)
     D = config.head_dim
     rows = [shape[0] // len(names)] * len(names)
     if len(names) == 3:  # queries, keys, values
         rows = [config.num_attention_heads * D, config.groups * D, config.groups * D]
-    return Mapped(name, shape, tuple((name, (n, *shape[1:])) for name, n in zip(names, rows, strict=True)))
+    return MappedTensor(name, shape, tuple((name, (n, *shape[1:])) for name, n in zip(names, rows, strict=True)))
