@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from fiddlehead.checkpoints.safetensors_files import StoredTensor, Written, read_header
+from fiddlehead.checkpoints.safetensors_files import FileChecksum, StoredTensor, read_header
 from fiddlehead.errors import RunError
 from fiddlehead.files import kept
 from fiddlehead.files.foreign import filled, inside, read_json
@@ -74,8 +74,8 @@ def write_folder(path: Path) -> Iterator[Path]:
 def write_together(
     path: Path,
     team: Team,
-    write: Callable[[Path], dict[str, Written]],
-    finish: Callable[[Path, dict[str, Written]], None],
+    write: Callable[[Path], dict[str, FileChecksum]],
+    finish: Callable[[Path, dict[str, FileChecksum]], None],
 ) -> None:
     """As `write_folder`, by all ranks of a team: each writes files of its own, and the first one finishes the folder.
 
@@ -87,13 +87,13 @@ def write_together(
         CheckpointNotWrittenError: on every rank, if the disk did not take a file of one.
     """
 
-    def write_and_sync(temporary: Path) -> dict[str, Written]:
+    def write_and_sync(temporary: Path) -> dict[str, FileChecksum]:
         written = write(temporary)
         for name in written:
             _sync(temporary / name)
         return written
 
-    def finish_folder(temporary: Path, written: dict[str, Written]) -> None:
+    def finish_folder(temporary: Path, written: dict[str, FileChecksum]) -> None:
         finish(temporary, written)
         _become(temporary, path)
 
@@ -104,7 +104,7 @@ def write_together(
         team.all(lambda: finish_folder(temporary, written) if team.first else None)
 
 
-def write_state(folder: Path, state: dict[str, Any], written: Mapping[str, Written] | None = None) -> None:
+def write_state(folder: Path, state: dict[str, Any], written: Mapping[str, FileChecksum] | None = None) -> None:
     """Writes `state.json`, which vouches for the other files of `folder`.
 
     Args:

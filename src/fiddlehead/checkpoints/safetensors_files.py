@@ -174,7 +174,7 @@ def _refuse_gaps(tensors: Mapping[str, StoredTensor], start: int) -> None:
         start += tensor.nbytes
 
 
-class Written(TypedDict):
+class FileChecksum(TypedDict):
     """What a file holds."""
 
     bytes: int
@@ -186,7 +186,7 @@ def write_file(
     tensors: Mapping[str, ToWrite],
     advance: Callable[[int], Any] = lambda count: None,
     metadata: Mapping[str, str] | None = FORMAT,
-) -> Written:
+) -> FileChecksum:
     """Writes a safetensors file, and returns what it holds.
 
     Args:
@@ -208,7 +208,7 @@ def write_file(
                 written += len(piece)
                 advance(len(piece))
             assert written == tensor.nbytes, f"{name}: {written} bytes, not {tensor.nbytes}"
-        return Written(bytes=stream.tell(), crc32=checksum)
+        return FileChecksum(bytes=stream.tell(), crc32=checksum)
 
 
 def _write(stream: BinaryIO, data: bytes | memoryview, checksum: int) -> int:
