@@ -16,7 +16,7 @@ from fiddlehead.files.paths import user_path
 
 if TYPE_CHECKING:
     from fiddlehead.inference.generation import Sampling
-    from fiddlehead.inference.text import Writer, Written
+    from fiddlehead.inference.text import Completion, Writer
 
 SourceArgument = typer.Argument(
     metavar="RUN|CHECKPOINT",
@@ -225,7 +225,7 @@ def _refuse_long(prompts: dict[str, str], writer: Writer) -> None:
 
 def _write(
     writer: Writer, prompts: list[str], max_new_tokens: int, stop: list[str], sampling: Sampling, batch_size: int
-) -> Iterator[tuple[str, Written]]:
+) -> Iterator[tuple[str, Completion]]:
     """Yields each prompt with what follows it, in their order."""
     from rich.console import Console
     from rich.progress import Progress

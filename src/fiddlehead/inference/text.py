@@ -26,7 +26,7 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decodes to it may be the begin
 
 
 @dataclass(frozen=True)
-class Written:
+class Completion:
     """What a model wrote after a prompt."""
 
     ids: list[int]
@@ -82,7 +82,7 @@ class Writer:
 
     def write_all(
         self, prompts: Sequence[str], max_new_tokens: int = 200, *, stop: Sequence[str] = (), **options: Any
-    ) -> list[Written]:
+    ) -> list[Completion]:
         """The texts that follow several prompts, as `write` writes them, but no further than the model's `seq_length`.
 
         Args:
@@ -112,7 +112,7 @@ class Writer:
         seeds: Sequence[int] | None = None,
         batch_size: int = 16,
         advance: Callable[[int], Any] = lambda _: None,
-    ) -> list[Written]:
+    ) -> list[Completion]:
         """What follows each of several prompts of tokens, those of about one length at once.
 
         Args:
@@ -134,7 +134,7 @@ class Writer:
 
         for prompt in prompts:
             self.refuse_missing_rows(prompt)
-        found: dict[int, Written] = {}
+        found: dict[int, Completion] = {}
         for batch in _batches([len(prompt) for prompt in prompts], batch_size, limit - max_new_tokens):
             texts = sample_batch(
                 self.model,
@@ -149,7 +149,7 @@ class Writer:
             for number, ids in zip(batch, texts, strict=True):
                 full = len(ids) == min(max_new_tokens, limit - len(prompts[number]))
                 reason = "length" if full and not stopped(ids) else "stop"
-                found[number] = Written(ids, self.tokenizer.decode(ids), reason)
+                found[number] = Completion(ids, self.tokenizer.decode(ids), reason)
             advance(len(batch))
         return [found[number] for number in range(len(prompts))]
 
