@@ -19,7 +19,7 @@ from fiddlehead.checkpoints.folder import CheckpointNotWrittenError, verify, wri
 from fiddlehead.checkpoints.grouped_query import convert_gqa
 from fiddlehead.checkpoints.huggingface.convert import export_checkpoint
 from fiddlehead.checkpoints.io import deal
-from fiddlehead.checkpoints.safetensors_files import read_header, to_write, write_file
+from fiddlehead.checkpoints.safetensors_files import lazy_tensors, read_header, write_file
 from fiddlehead.checkpoints.weights import PREFIX, open_weights
 from fiddlehead.errors import StopRequested
 from fiddlehead.inference.text import Writer
@@ -155,7 +155,7 @@ def test_a_sharded_checkpoint_is_exported_as_a_whole_one_is(dataset: Path, tmp_p
         names = list(Transformer(weights.config).state_dict())
     copy = tmp_path / "copy"
     with write_folder(copy) as folder:
-        tensors = to_write({PREFIX + name: weights.load(name) for name in names})
+        tensors = lazy_tensors({PREFIX + name: weights.load(name) for name in names})
         write_file(folder / "model.safetensors", tensors)
         write_state(folder, {"config": asdict(weights.config), "step": 20})
     for source, out in ((run, "sharded"), (copy, "whole")):

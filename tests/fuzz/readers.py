@@ -20,7 +20,7 @@ from fiddlehead.checkpoints import folder as checkpoint_folder
 from fiddlehead.checkpoints.huggingface.families import FAMILIES
 from fiddlehead.checkpoints.huggingface.files import HuggingFaceCheckpoint
 from fiddlehead.checkpoints.huggingface.tensor_map import tensor_map
-from fiddlehead.checkpoints.safetensors_files import ToWrite, read_header, to_write, write_file
+from fiddlehead.checkpoints.safetensors_files import LazyTensor, lazy_tensors, read_header, write_file
 from fiddlehead.checkpoints.weights import CheckpointWeights
 from fiddlehead.data import ByteTokenizer
 from fiddlehead.data.chat_template import ChatTemplate
@@ -62,7 +62,7 @@ class Reader:
 
 def _safetensors(folder: Path) -> None:
     tensors = {"a": torch.ones(2, 3), "b": torch.arange(4), "c": torch.empty(0, 2)}
-    write_file(folder / "model.safetensors", to_write(tensors))
+    write_file(folder / "model.safetensors", lazy_tensors(tensors))
 
 
 def _read_safetensors(folder: Path) -> None:
@@ -90,7 +90,7 @@ def _family(model_type: str) -> Callable[[Path], None]:
         settings = family.config_json(config)
         config = family.config(settings)
         theirs = dict(pair for each in tensor_map(family, config) for pair in each.theirs)
-        tensors = {name: ToWrite("F32", shape, _zeros(shape)) for name, shape in theirs.items()}
+        tensors = {name: LazyTensor("F32", shape, _zeros(shape)) for name, shape in theirs.items()}
         write_file(folder / "model-00001-of-00001.safetensors", tensors)
         index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(theirs, "model-00001-of-00001.safetensors")}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -212,7 +212,7 @@ def _read_run(folder: Path) -> None:
 
 def _checkpoint(folder: Path) -> None:
     parameters = {f"transformer.{name}": tensor for name, tensor in Transformer(SHAPE).state_dict().items()}
-    write_file(folder / "model.safetensors", to_write(parameters))
+    write_file(folder / "model.safetensors", lazy_tensors(parameters))
     checkpoint_folder.write_state(folder, {"config": asdict(SHAPE), "step": 1, "val_loss": None})
 
 

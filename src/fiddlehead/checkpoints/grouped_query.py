@@ -12,7 +12,7 @@ import torch
 
 from fiddlehead.checkpoints.folder import write_folder, write_state
 from fiddlehead.checkpoints.huggingface.convert import OTHER_FILES, TOKENIZER_FILES
-from fiddlehead.checkpoints.safetensors_files import ToWrite, bytes_of, write_file
+from fiddlehead.checkpoints.safetensors_files import LazyTensor, bytes_of, write_file
 from fiddlehead.checkpoints.weights import PREFIX, find_tokenizer, find_weights, open_weights
 from fiddlehead.data.progress import ByteProgress
 from fiddlehead.errors import ConfigError, unknown
@@ -63,7 +63,7 @@ def convert_gqa(
     def pieces(name: str) -> Callable[[], Iterable[memoryview]]:
         return lambda: [bytes_of(pool_heads(name, weights.load(name), before, num_query_groups, method, generator))]
 
-    tensors = {PREFIX + name: ToWrite(weights.dtype(name), shape, pieces(name)) for name, shape in shapes.items()}
+    tensors = {PREFIX + name: LazyTensor(weights.dtype(name), shape, pieces(name)) for name, shape in shapes.items()}
     total = sum(tensor.nbytes for tensor in tensors.values())
     with ByteProgress(f"convert {source}", total, progress) as bar, write_folder(out) as folder:
         written = write_file(folder / "model.safetensors", tensors, bar.advance)

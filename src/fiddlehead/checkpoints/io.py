@@ -18,7 +18,14 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from fiddlehead.checkpoints.folder import read_state, read_tensors, verify, write_state, write_together
-from fiddlehead.checkpoints.safetensors_files import FORMAT, FileChecksum, StoredTensor, in_order, to_write, write_file
+from fiddlehead.checkpoints.safetensors_files import (
+    FORMAT,
+    FileChecksum,
+    StoredTensor,
+    in_order,
+    lazy_tensors,
+    write_file,
+)
 from fiddlehead.checkpoints.sharding import ShardedTensor
 from fiddlehead.run.team import Team
 
@@ -164,7 +171,7 @@ def deal(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:
 
 def _write(files: Mapping[str, Mapping[str, torch.Tensor]], folder: Path) -> dict[str, FileChecksum]:
     return {
-        name: write_file(folder / name, to_write(tensors), metadata=FORMAT if name.startswith("model") else None)
+        name: write_file(folder / name, lazy_tensors(tensors), metadata=FORMAT if name.startswith("model") else None)
         for name, tensors in files.items()
     }
 

@@ -84,7 +84,7 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class ToWrite:
+class LazyTensor:
     """A tensor that is to be written."""
 
     dtype: str
@@ -101,14 +101,16 @@ class ToWrite:
         return count * DTYPES[self.dtype].itemsize
 
 
-def to_write(tensors: Mapping[str, torch.Tensor]) -> dict[str, ToWrite]:
+def lazy_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, LazyTensor]:
     """Tensors in the order in which the `safetensors` package writes them; each is brought to main memory in turn."""
     names = {dtype: name for name, dtype in DTYPES.items()}
 
     def pieces(tensor: torch.Tensor) -> Callable[[], Iterable[memoryview]]:
         return lambda: [bytes_of(tensor.detach().cpu())]
 
-    return {name: ToWrite(names[(t := tensors[name]).dtype], tuple(t.shape), pieces(t)) for name in in_order(tensors)}
+    return {
+        name: LazyTensor(names[(t := tensors[name]).dtype], tuple(t.shape), pieces(t)) for name in in_order(tensors)
+    }
 
 
 def in_order(tensors: Mapping[str, Any]) -> list[str]:
@@ -161,7 +163,7 @@ def _stored_tensor(file: Path, name: str, entry: Any, data: int) -> StoredTensor
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_whole(at) and at >= 0 for at in offsets):
         raise ValueError(f"{name}: data_offsets {offsets!r}: must be two whole numbers of 0 or more")
     stored = StoredTensor(file, dtype, tuple(shape), data + offsets[0], offsets[1] - offsets[0])
-    if ToWrite(stored.dtype, stored.shape, lambda: ()).nbytes != stored.nbytes:
+    if LazyTensor(stored.dtype, stored.shape, lambda: ()).nbytes != stored.nbytes:
         raise ValueError(f"{name}: a tensor of shape {shape} and dtype {dtype} does not have {stored.nbytes} bytes")
     return stored
 
@@ -183,7 +185,7 @@ class FileChecksum(TypedDict):
 
 def write_file(
     file: Path,
-    tensors: Mapping[str, ToWrite],
+    tensors: Mapping[str, LazyTensor],
     advance: Callable[[int], Any] = lambda count: None,
     metadata: Mapping[str, str] | None = FORMAT,
 ) -> FileChecksum:

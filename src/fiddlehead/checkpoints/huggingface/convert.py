@@ -21,7 +21,7 @@ from fiddlehead.checkpoints.folder import write_folder, write_state
 from fiddlehead.checkpoints.huggingface.families import FAMILIES, Family, family_for, family_of, same_model
 from fiddlehead.checkpoints.huggingface.files import HuggingFaceCheckpoint
 from fiddlehead.checkpoints.huggingface.tensor_map import MappedTensor, tensor_map
-from fiddlehead.checkpoints.safetensors_files import DTYPES, ToWrite, bytes_of, write_file
+from fiddlehead.checkpoints.safetensors_files import DTYPES, LazyTensor, bytes_of, write_file
 from fiddlehead.checkpoints.weights import PREFIX, CheckpointWeights, find_weights, open_weights
 from fiddlehead.data.progress import ByteProgress
 from fiddlehead.data.special_tokens import SpecialTokens, read_settings, update_settings
@@ -169,7 +169,7 @@ def find_checkpoint(source: str, *, progress: bool = True) -> Path:
         raise ConfigError(f"{source!r} is no folder here, and the Hub does not give it: {error}") from error
 
 
-def _ours(checkpoint: HuggingFaceCheckpoint, mapped: MappedTensor) -> ToWrite:
+def _ours(checkpoint: HuggingFaceCheckpoint, mapped: MappedTensor) -> LazyTensor:
     parts = [checkpoint.tensors[name] for name, _ in mapped.theirs]
     dtypes = {part.dtype for part in parts}
 
@@ -183,28 +183,28 @@ def _ours(checkpoint: HuggingFaceCheckpoint, mapped: MappedTensor) -> ToWrite:
     if len(dtypes) > 1:
         names = ", ".join(name for name, _ in mapped.theirs)
         raise ConfigError(f"{names}: are of different dtypes, {', '.join(sorted(dtypes))}")
-    return ToWrite(parts[0].dtype, mapped.shape, joined if mapped.plain else changed)
+    return LazyTensor(parts[0].dtype, mapped.shape, joined if mapped.plain else changed)
 
 
-def _theirs(weights: CheckpointWeights, mapped: MappedTensor, cast: str | None) -> dict[str, ToWrite]:
+def _theirs(weights: CheckpointWeights, mapped: MappedTensor, cast: str | None) -> dict[str, LazyTensor]:
     dtype = cast or weights.dtype(mapped.name)
     if mapped.plain and dtype == weights.dtype(mapped.name) and weights.base is None:
         stored = weights.tensors[mapped.name]
         tensors, start = {}, stored.start
         for name, shape in mapped.theirs:
-            part = replace(stored, shape=shape, start=start, nbytes=ToWrite(dtype, shape, lambda: ()).nbytes)
-            tensors[name] = ToWrite(dtype, shape, part.pieces)
+            part = replace(stored, shape=shape, start=start, nbytes=LazyTensor(dtype, shape, lambda: ()).nbytes)
+            tensors[name] = LazyTensor(dtype, shape, part.pieces)
             start += part.nbytes
         return tensors
 
     def changed(number: int) -> Callable[[], Iterable[memoryview]]:
         return lambda: [bytes_of(mapped.to_theirs(weights.load(mapped.name).to(DTYPES[dtype]))[number])]
 
-    return {name: ToWrite(dtype, shape, changed(number)) for number, (name, shape) in enumerate(mapped.theirs)}
+    return {name: LazyTensor(dtype, shape, changed(number)) for number, (name, shape) in enumerate(mapped.theirs)}
 
 
-def _write_shards(folder: Path, tensors: dict[str, ToWrite], limit: int, advance: Callable[[int], Any]) -> None:
-    shards: list[dict[str, ToWrite]] = [{}]
+def _write_shards(folder: Path, tensors: dict[str, LazyTensor], limit: int, advance: Callable[[int], Any]) -> None:
+    shards: list[dict[str, LazyTensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
         if size and size + tensor.nbytes > limit:
