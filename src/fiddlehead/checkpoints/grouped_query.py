@@ -60,10 +60,10 @@ def convert_gqa(
         shapes = {name: tuple(tensor.shape) for name, tensor in Transformer(after).state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
 
-    def pieces(name: str) -> Callable[[], Iterable[memoryview]]:
+    def chunks(name: str) -> Callable[[], Iterable[memoryview]]:
         return lambda: [bytes_of(pool_heads(name, weights.load(name), before, num_query_groups, method, generator))]
 
-    tensors = {PREFIX + name: LazyTensor(weights.dtype(name), shape, pieces(name)) for name, shape in shapes.items()}
+    tensors = {PREFIX + name: LazyTensor(weights.dtype(name), shape, chunks(name)) for name, shape in shapes.items()}
     total = sum(tensor.nbytes for tensor in tensors.values())
     with ByteProgress(f"convert {source}", total, progress) as bar, write_folder(out) as folder:
         written = write_file(folder / "model.safetensors", tensors, bar.advance)

@@ -1,4 +1,4 @@
-"""Safetensors files larger than memory: read and written a tensor, or a piece of one, at a time.
+"""Safetensors files larger than memory: read and written a tensor, or a chunk of one, at a time.
 
 The format is eight bytes that hold the header's length, a JSON header, and the tensors' bytes one after another. The
 `safetensors` package reads it too, but writes only what is in memory as a whole.
@@ -36,7 +36,7 @@ DTYPES = {
 """In the order in which the `safetensors` package writes them."""
 FORMAT = {"format": "pt"}
 """The metadata of a file with a model: how transformers knows whose tensors they are."""
-_PIECE = 1 << 23
+_CHUNK = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class StoredTensor:
     """Where its bytes begin in the file."""
     nbytes: int
 
-    def pieces(self) -> Iterator[memoryview]:
-        """Its bytes, a few MB at a time; each piece holds until the next."""
-        buffer = memoryview(bytearray(min(_PIECE, self.nbytes)))
+    def chunks(self) -> Iterator[memoryview]:
+        """Its bytes, a few MB at a time; each chunk holds until the next."""
+        buffer = memoryview(bytearray(min(_CHUNK, self.nbytes)))
         left = self.nbytes
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
@@ -75,9 +75,9 @@ class StoredTensor:
             return rows.load()[(slice(None), *part[1:])]
         data = bytearray(self.nbytes)
         at = 0
-        for piece in self.pieces():
-            data[at : at + len(piece)] = piece
-            at += len(piece)
+        for chunk in self.chunks():
+            data[at : at + len(chunk)] = chunk
+            at += len(chunk)
         if not data:
             return torch.empty(self.shape, dtype=DTYPES[self.dtype])
         return torch.frombuffer(data, dtype=DTYPES[self.dtype]).view(self.shape)
@@ -89,7 +89,7 @@ class LazyTensor:
 
     dtype: str
     shape: tuple[int, ...]
-    pieces: Callable[[], Iterable[memoryview]]
+    chunks: Callable[[], Iterable[memoryview]]
     """Its bytes, made when it is its turn."""
 
     @property
@@ -105,11 +105,11 @@ def lazy_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, LazyTensor]:
     """Tensors in the order in which the `safetensors` package writes them; each is brought to main memory in turn."""
     names = {dtype: name for name, dtype in DTYPES.items()}
 
-    def pieces(tensor: torch.Tensor) -> Callable[[], Iterable[memoryview]]:
+    def chunks(tensor: torch.Tensor) -> Callable[[], Iterable[memoryview]]:
         return lambda: [bytes_of(tensor.detach().cpu())]
 
     return {
-        name: LazyTensor(names[(t := tensors[name]).dtype], tuple(t.shape), pieces(t)) for name in in_order(tensors)
+        name: LazyTensor(names[(t := tensors[name]).dtype], tuple(t.shape), chunks(t)) for name in in_order(tensors)
     }
 
 
@@ -205,10 +205,10 @@ def write_file(
         checksum = _write(stream, len(text).to_bytes(8, "little") + text, 0)
         for name, tensor in tensors.items():
             written = 0
-            for piece in tensor.pieces():
-                checksum = _write(stream, piece, checksum)
-                written += len(piece)
-                advance(len(piece))
+            for chunk in tensor.chunks():
+                checksum = _write(stream, chunk, checksum)
+                written += len(chunk)
+                advance(len(chunk))
             assert written == tensor.nbytes, f"{name}: {written} bytes, not {tensor.nbytes}"
         return FileChecksum(bytes=stream.tell(), crc32=checksum)
 

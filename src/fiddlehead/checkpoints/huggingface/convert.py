@@ -175,7 +175,7 @@ def _ours(checkpoint: HuggingFaceCheckpoint, mapped: MappedTensor) -> LazyTensor
 
     def joined() -> Iterator[memoryview]:
         for part in parts:
-            yield from part.pieces()
+            yield from part.chunks()
 
     def changed() -> Iterable[memoryview]:
         return [bytes_of(checkpoint.load(mapped.name))]
@@ -193,7 +193,7 @@ def _theirs(weights: CheckpointWeights, mapped: MappedTensor, cast: str | None) 
         tensors, start = {}, stored.start
         for name, shape in mapped.theirs:
             part = replace(stored, shape=shape, start=start, nbytes=LazyTensor(dtype, shape, lambda: ()).nbytes)
-            tensors[name] = LazyTensor(dtype, shape, part.pieces)
+            tensors[name] = LazyTensor(dtype, shape, part.chunks)
             start += part.nbytes
         return tensors
 

@@ -217,4 +217,4 @@ def _problems(
 def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    return all(a == b for a, b in zip(one.pieces(), other.pieces(), strict=True))
+    return all(a == b for a, b in zip(one.chunks(), other.chunks(), strict=True))
