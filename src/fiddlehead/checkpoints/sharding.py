@@ -124,15 +124,15 @@ def load(transformer: Transformer, names: Iterable[str], weights: Weights, layou
     """Fills the parameters of these names with this rank's part of given weights."""
     parameters = dict(transformer.named_parameters())
     for name in names:
-        for piece in layout.pieces(name, parameters[name]):
-            local(parameters[name])[piece.local] = weights.load(name, piece.whole)
+        for each in layout.local_slices(name, parameters[name]):
+            local(parameters[name])[each.local] = weights.load(name, each.whole)
 
 
 @torch.no_grad()
 def read(name: str, tensor: torch.Tensor, stored: StoredTensor, layout: Layout) -> None:
     """Copies this rank's part of a tensor in a file into `tensor`, without reading the rest."""
-    for piece in layout.pieces(name, tensor):
-        local(tensor)[piece.local] = stored.load(piece.whole)
+    for each in layout.local_slices(name, tensor):
+        local(tensor)[each.local] = stored.load(each.whole)
 
 
 def is_sharded(transformer: torch.nn.Module | None) -> bool:
@@ -161,6 +161,6 @@ class _Draw(TorchDispatchMode):
             return args[0]
         shape = self.layout.shape(name, parameter)
         whole = func(torch.empty(shape, dtype=parameter.dtype, device=self.device), *args[1:], **(kwargs or {}))
-        for piece in [] if parameter.is_meta else self.layout.pieces(name, parameter):
-            local(parameter)[piece.local] = whole[piece.whole]
+        for each in [] if parameter.is_meta else self.layout.local_slices(name, parameter):
+            local(parameter)[each.local] = whole[each.whole]
         return args[0]

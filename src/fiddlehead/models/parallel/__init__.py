@@ -28,16 +28,16 @@ x / (cp x tp) travels forward for each micro-batch, and as much backward.
 
 from fiddlehead.models.parallel.gradients import reduce_gradients
 from fiddlehead.models.parallel.layers import local_batch, parallelize
-from fiddlehead.models.parallel.shards import Layout, local, local_slices, refuse_sizes, splits_over
+from fiddlehead.models.parallel.shards import Layout, fsdp_slices, local, refuse_sizes, splits_over
 from fiddlehead.models.parallel.stages import Stage, keep_stages, refuse_stages, stage_of
 
 __all__ = [
     "Layout",
     "Stage",
+    "fsdp_slices",
     "keep_stages",
     "local",
     "local_batch",
-    "local_slices",
     "parallelize",
     "reduce_gradients",
     "refuse_sizes",

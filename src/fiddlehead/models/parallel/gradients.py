@@ -44,13 +44,13 @@ def _sum_copies(transformer: nn.Module, layout: Layout) -> None:
     for name, parameter in transformer.named_parameters():
         if parameter.grad is None:
             continue
-        for piece in layout.pieces(name, parameter.grad):
-            if piece.copies == 1:
+        for each in layout.local_slices(name, parameter.grad):
+            if each.copies == 1:
                 continue
             # One sum over all processes, with a place for each group of copies, needs no groups of its own.
-            rows, place = local(parameter.grad)[piece.local], layout.mesh.get_local_rank("tp") // piece.copies
+            rows, place = local(parameter.grad)[each.local], layout.mesh.get_local_rank("tp") // each.copies
             own.append(rows)
-            everyone.append(rows.new_zeros(tp // piece.copies, *rows.shape))
+            everyone.append(rows.new_zeros(tp // each.copies, *rows.shape))
             everyone[-1][place] = rows
             places.append(place)
     if everyone:

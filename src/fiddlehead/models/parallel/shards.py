@@ -22,7 +22,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def local_slices(tensor: torch.Tensor) -> Slices:
+def fsdp_slices(tensor: torch.Tensor) -> Slices:
     """Where that lies in the tensor."""
     sizes, starts = tuple(tensor.shape), (0,) * tensor.dim()
     if isinstance(tensor, DTensor):
@@ -30,7 +30,7 @@ def local_slices(tensor: torch.Tensor) -> Slices:
     return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 
-class Piece(NamedTuple):
+class LocalSlice(NamedTuple):
     """Something that a process has of a tensor."""
 
     local: Slices
@@ -56,14 +56,14 @@ class Layout:
 
     def __init__(self, config: TransformerConfig, mesh: DeviceMesh) -> None:
         self.config, self.mesh = config, mesh
-        self._known: dict[tuple[Any, ...], list[Piece]] = {}
+        self._known: dict[tuple[Any, ...], list[LocalSlice]] = {}
 
-    def pieces(self, name: str, tensor: torch.Tensor) -> list[Piece]:
+    def local_slices(self, name: str, tensor: torch.Tensor) -> list[LocalSlice]:
         """What this process has of a parameter, which is not in one place where layers are fused."""
         cut = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
         key = name, tensor.shape, cut
         if key not in self._known:  # it is asked for every gradient of every step
-            self._known[key] = self._find_pieces(name, tensor)
+            self._known[key] = self._find_local_slices(name, tensor)
         return self._known[key]
 
     def shape(self, name: str, tensor: torch.Tensor) -> torch.Size:
@@ -92,19 +92,19 @@ class Layout:
         whole = tensor.new_empty(self.shape(name, tensor))
         for rank, part in enumerate(parts):
             ranges = part_of(name, self.config, size, rank).ranges  # pyright: ignore[reportOptionalMemberAccess]
-            for each, piece in zip(ranges, part.split([each.size for each in ranges], dim=own.dim), strict=True):
-                whole.narrow(own.dim, each.start, each.size).copy_(piece)
+            for each, rows in zip(ranges, part.split([each.size for each in ranges], dim=own.dim), strict=True):
+                whole.narrow(own.dim, each.start, each.size).copy_(rows)
         return whole
 
-    def _find_pieces(self, name: str, tensor: torch.Tensor) -> list[Piece]:
-        within, ranks = local_slices(tensor), self.mesh.size()
+    def _find_local_slices(self, name: str, tensor: torch.Tensor) -> list[LocalSlice]:
+        within, ranks = fsdp_slices(tensor), self.mesh.size()
         if isinstance(tensor, DTensor):
             ranks //= _parts(tensor)
         everything = tuple(slice(each.stop - each.start) for each in within)
         own = self._part(name)
         if own is None:
-            return [Piece(everything, within, ranks, 1)]
-        dim, at, pieces = own.dim, 0, []
+            return [LocalSlice(everything, within, ranks, 1)]
+        dim, at, slices = own.dim, 0, []
         for each in own.ranges:
             # Those of the range that are also within what FSDP2 left; here they count from the range's beginning.
             first, last = (min(max(edge - at, 0), each.size) for edge in (within[dim].start, within[dim].stop))
@@ -114,9 +114,9 @@ class Layout:
             whole[dim] = slice(each.start + first, each.start + last)
             if first < last:
                 having = ranks // size_of(self.mesh, own.mesh_dim) * each.copies
-                pieces.append(Piece(tuple(here), tuple(whole), having, each.copies))
+                slices.append(LocalSlice(tuple(here), tuple(whole), having, each.copies))
             at += each.size
-        return pieces
+        return slices
 
     def _part(self, name: str) -> Part | None:
         split_over = splits_over(name, self.config)

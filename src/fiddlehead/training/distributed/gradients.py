@@ -29,10 +29,10 @@ def global_norm(gradients: Mapping[str, torch.Tensor], layout: Layout | None = N
         return torch.nn.utils.get_total_norm(list(gradients.values()))
     by_ranks: dict[int, list[torch.Tensor]] = {}
     for name, gradient in gradients.items():
-        for piece in layout.pieces(name, gradient):
-            by_ranks.setdefault(piece.ranks, []).append(local(gradient)[piece.local])
+        for each in layout.local_slices(name, gradient):
+            by_ranks.setdefault(each.ranks, []).append(local(gradient)[each.local])
     # What several ranks have counts once.
-    squares = [torch.nn.utils.get_total_norm(pieces).float() ** 2 / ranks for ranks, pieces in by_ranks.items()]
+    squares = [torch.nn.utils.get_total_norm(slices).float() ** 2 / ranks for ranks, slices in by_ranks.items()]
     total = torch.stack(squares).sum()
     torch.distributed.all_reduce(total)
     return total.sqrt()

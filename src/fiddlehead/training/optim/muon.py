@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from fiddlehead.models.parallel import local, local_slices
+from fiddlehead.models.parallel import fsdp_slices, local
 from fiddlehead.numbers import is_number
 from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.optim.optim import NOT_FUSED, FusedRows, Optim
@@ -135,7 +135,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         update = gradient.lerp(momentum, group["momentum"])  # type: ignore[union-attr]  # Nesterov's
         if isinstance(update, DTensor):
             update = update.to(_product_dtype(update)).full_tensor()  # type: ignore[attr-defined]
-        update = orthogonal_update(update, group["rows"])[local_slices(parameter)]
+        update = orthogonal_update(update, group["rows"])[fsdp_slices(parameter)]
         own = local(parameter)
         own.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 
