@@ -1,4 +1,4 @@
-"""Gradients of parameters that are whole, split, or in copies."""
+"""Gradients of parameters that are whole, split, or in replicas."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def reduce_gradients(transformer: nn.Module, layout: Layout, averaged: Collectio
             # Before the sum, as NCCL's average is not gloo's. What is split has the sum already, by the backward pass.
             torch._foreach_mul_(split + whole, 1 / size)  # pyright: ignore[reportPrivateImportUsage]
         _sum(whole, layout.mesh.get_group(dim))
-    _sum_copies(transformer, layout)
+    _sum_replicas(transformer, layout)
 
 
-def _sum_copies(transformer: nn.Module, layout: Layout) -> None:
+def _sum_replicas(transformer: nn.Module, layout: Layout) -> None:
     """Sums the gradients of key/value heads that several processes of a tensor-parallel group have."""
     tp = size_of(layout.mesh, "tp")
     own, everyone, places = [], [], []
@@ -45,12 +45,12 @@ def _sum_copies(transformer: nn.Module, layout: Layout) -> None:
         if parameter.grad is None:
             continue
         for each in layout.local_slices(name, parameter.grad):
-            if each.copies == 1:
+            if each.replicas == 1:
                 continue
-            # One sum over all processes, with a place for each group of copies, needs no groups of its own.
-            rows, place = local(parameter.grad)[each.local], layout.mesh.get_local_rank("tp") // each.copies
+            # One sum over all processes, with a place for each group of replicas, needs no groups of its own.
+            rows, place = local(parameter.grad)[each.local], layout.mesh.get_local_rank("tp") // each.replicas
             own.append(rows)
-            everyone.append(rows.new_zeros(tp // each.copies, *rows.shape))
+            everyone.append(rows.new_zeros(tp // each.replicas, *rows.shape))
             everyone[-1][place] = rows
             places.append(place)
     if everyone:

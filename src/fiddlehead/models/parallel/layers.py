@@ -22,7 +22,7 @@ from fiddlehead.models.collectives import (
 from fiddlehead.models.config import split_heads
 from fiddlehead.models.lora import adapter_state
 from fiddlehead.models.moe import MoE
-from fiddlehead.models.parallel.shards import Layout, copies, refuse_sizes
+from fiddlehead.models.parallel.shards import Layout, refuse_sizes, replicas
 from fiddlehead.models.transformer import MLP, Attention, Transformer, ZeroCenteredRMSNorm
 
 
@@ -57,7 +57,7 @@ def parallelize(transformer: Transformer, mesh: DeviceMesh) -> None:
                 module.linear_proj = RowParallelLinear(module.linear_proj, tp)
                 if module.q_layernorm is not None and config.qk_layernorm == "projection":
                     module.q_layernorm = SplitRMSNorm(module.q_layernorm, tp, 1)
-                    module.k_layernorm = SplitRMSNorm(module.k_layernorm, tp, copies(config, tp.size))
+                    module.k_layernorm = SplitRMSNorm(module.k_layernorm, tp, replicas(config, tp.size))
         elif isinstance(module, MoE):
             module.sequence_groups = tuple(group for group in (cp, tp) if group.size > 1)
             module.experts.group = ep
@@ -116,19 +116,19 @@ class RowParallelLinear(_Split):
 
 
 class SplitRMSNorm(nn.Module):
-    """RMSNorm of channels that are split over processes, `copies` of which have the same."""
+    """RMSNorm of channels that are split over processes, `replicas` of which have the same."""
 
-    def __init__(self, norm: Any, group: Group, copies: int) -> None:
+    def __init__(self, norm: Any, group: Group, replicas: int) -> None:
         super().__init__()
         self.weight = norm.weight
         self.eps, self.zero_centered = norm.eps, isinstance(norm, ZeroCenteredRMSNorm)
-        self.group, self.copies = group, copies
-        self.size = self.weight.numel() * group.size // copies
+        self.group, self.replicas = group, replicas
+        self.size = self.weight.numel() * group.size // replicas
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., size / n) to the same."""
         wide = x.float()
-        squares = all_reduce(wide.square().sum(dim=-1, keepdim=True), self.group) / self.copies
+        squares = all_reduce(wide.square().sum(dim=-1, keepdim=True), self.group) / self.replicas
         weight = self.weight.float()
         wide = wide * torch.rsqrt(squares / self.size + self.eps) * (1 + weight if self.zero_centered else weight)
         return wide.to(x.dtype)

@@ -39,7 +39,7 @@ class LocalSlice(NamedTuple):
     """Where it lies in the tensor."""
     ranks: int
     """How many processes have it."""
-    copies: int
+    replicas: int
     """How many of them there are along the dimension of the mesh that the parameter is split over; 1 without."""
 
 
@@ -113,8 +113,8 @@ class Layout:
             whole = [*within]
             whole[dim] = slice(each.start + first, each.start + last)
             if first < last:
-                having = ranks // size_of(self.mesh, own.mesh_dim) * each.copies
-                slices.append(LocalSlice(tuple(here), tuple(whole), having, each.copies))
+                having = ranks // size_of(self.mesh, own.mesh_dim) * each.replicas
+                slices.append(LocalSlice(tuple(here), tuple(whole), having, each.replicas))
             at += each.size
         return slices
 
@@ -130,7 +130,7 @@ class Range(NamedTuple):
 
     start: int
     size: int
-    copies: int = 1
+    replicas: int = 1
     """How many processes along the dimension of the mesh have it."""
 
 
@@ -155,10 +155,10 @@ def part_of(name: str, config: TransformerConfig, size: int, rank: int) -> Part 
     H, G, D, width = config.num_attention_heads, config.groups, config.head_dim, config.ffn_size
 
     def even(count: int, width: int = 1, offset: int = 0) -> Range:
-        """This process's of `count` things, `width` rows each; those that are too few are in copies."""
-        copies = max(size // count, 1)
-        each = count * copies // size * width
-        return Range(offset + rank // copies * each, each, copies)
+        """This process's of `count` things, `width` rows each; those that are too few are in replicas."""
+        replicas = max(size // count, 1)
+        each = count * replicas // size * width
+        return Range(offset + rank // replicas * each, each, replicas)
 
     def heads(count: int, offset: int = 0) -> Range:
         return even(count, D, offset * D)
@@ -208,7 +208,7 @@ TENSOR_PARALLEL = (
 )
 
 
-def copies(config: TransformerConfig, tp: int) -> int:
+def replicas(config: TransformerConfig, tp: int) -> int:
     """How many processes of a tensor-parallel group have the same key/value heads."""
     return max(tp // config.groups, 1)
 
