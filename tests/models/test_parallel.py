@@ -19,7 +19,7 @@ from fiddlehead.attention import BACKENDS, AttentionSpec, watched
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
 from fiddlehead.models.parallel import Layout, local_batch, parallelize, refuse_sizes
-from fiddlehead.models.parallel.shards import part_of, splits_over
+from fiddlehead.models.parallel.shards import shard_of, splits_over
 from tests.models import parallel_ranks
 
 QUICK = [("sinks", "tp=2"), ("multi-query", "cp=2"), ("experts", "cp=2")]
@@ -69,7 +69,7 @@ def test_the_parts_of_all_processes_are_the_whole(model: str, size: int) -> None
         if splits_over(name, config) is None:
             continue
         split += 1
-        parts = [part for rank in range(size) if (part := part_of(name, config, size, rank))]
+        parts = [part for rank in range(size) if (part := shard_of(name, config, size, rank))]
         covered = sorted(
             {i for part in parts for each in part.ranges for i in range(each.start, each.start + each.size)}
         )

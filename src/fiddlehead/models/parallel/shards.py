@@ -68,14 +68,14 @@ class Layout:
 
     def shape(self, name: str, tensor: torch.Tensor) -> torch.Size:
         """The whole parameter's."""
-        own, shape = self._part(name), list(tensor.shape)
+        own, shape = self._shard(name), list(tensor.shape)
         if own is not None:
             shape[own.dim] = own.whole
         return torch.Size(shape)
 
     def own(self, name: str, whole: torch.Tensor) -> torch.Tensor:
         """What `parallelize` leaves to this process of a parameter of a model on one; itself if that is all."""
-        own = self._part(name)
+        own = self._shard(name)
         if own is None:
             return whole
         return torch.cat([whole.narrow(own.dim, each.start, each.size) for each in own.ranges], dim=own.dim)
@@ -83,7 +83,7 @@ class Layout:
     def gather(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The whole parameter; all processes call it together."""
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        own = self._part(name)
+        own = self._shard(name)
         if own is None:
             return tensor
         size = size_of(self.mesh, own.mesh_dim)
@@ -91,7 +91,7 @@ class Layout:
         dist.all_gather(parts, tensor.contiguous(), group=self.mesh.get_group(own.mesh_dim))
         whole = tensor.new_empty(self.shape(name, tensor))
         for rank, part in enumerate(parts):
-            ranges = part_of(name, self.config, size, rank).ranges  # pyright: ignore[reportOptionalMemberAccess]
+            ranges = shard_of(name, self.config, size, rank).ranges  # pyright: ignore[reportOptionalMemberAccess]
             for each, rows in zip(ranges, part.split([each.size for each in ranges], dim=own.dim), strict=True):
                 whole.narrow(own.dim, each.start, each.size).copy_(rows)
         return whole
@@ -101,7 +101,7 @@ class Layout:
         if isinstance(tensor, DTensor):
             ranks //= _parts(tensor)
         everything = tuple(slice(each.stop - each.start) for each in within)
-        own = self._part(name)
+        own = self._shard(name)
         if own is None:
             return [LocalSlice(everything, within, ranks, 1)]
         dim, at, slices = own.dim, 0, []
@@ -118,14 +118,14 @@ class Layout:
             at += each.size
         return slices
 
-    def _part(self, name: str) -> Part | None:
+    def _shard(self, name: str) -> ParameterShard | None:
         split_over = splits_over(name, self.config)
         if split_over is None or (size := size_of(self.mesh, split_over)) == 1:
             return None
-        return part_of(name, self.config, size, self.mesh.get_local_rank(split_over))
+        return shard_of(name, self.config, size, self.mesh.get_local_rank(split_over))
 
 
-class Range(NamedTuple):
+class ShardRange(NamedTuple):
     """Consecutive rows, or columns, of a parameter."""
 
     start: int
@@ -134,7 +134,7 @@ class Range(NamedTuple):
     """How many processes along the dimension of the mesh have it."""
 
 
-class Part(NamedTuple):
+class ParameterShard(NamedTuple):
     """What a process has of a parameter along a dimension of the mesh."""
 
     mesh_dim: str
@@ -143,24 +143,24 @@ class Part(NamedTuple):
     """The parameter's dimension that is split."""
     whole: int
     """Its size."""
-    ranges: tuple[Range, ...]
+    ranges: tuple[ShardRange, ...]
     """One after another."""
 
 
-def part_of(name: str, config: TransformerConfig, size: int, rank: int) -> Part | None:
+def shard_of(name: str, config: TransformerConfig, size: int, rank: int) -> ParameterShard | None:
     """What the process `rank` of `size` has of a parameter; None if all have all of it.
 
     Where there are fewer key/value heads than processes, several have the same one.
     """
     H, G, D, width = config.num_attention_heads, config.groups, config.head_dim, config.ffn_size
 
-    def even(count: int, width: int = 1, offset: int = 0) -> Range:
+    def even(count: int, width: int = 1, offset: int = 0) -> ShardRange:
         """This process's of `count` things, `width` rows each; those that are too few are in replicas."""
         replicas = max(size // count, 1)
         each = count * replicas // size * width
-        return Range(offset + rank // replicas * each, each, replicas)
+        return ShardRange(offset + rank // replicas * each, each, replicas)
 
-    def heads(count: int, offset: int = 0) -> Range:
+    def heads(count: int, offset: int = 0) -> ShardRange:
         return even(count, D, offset * D)
 
     match splits_over(name, config), _kind(name):
@@ -168,22 +168,24 @@ def part_of(name: str, config: TransformerConfig, size: int, rank: int) -> Part 
             return None
         case "ep", _:
             experts = config.num_moe_experts or 0
-            return Part("ep", 0, experts, (even(experts),))
+            return ParameterShard("ep", 0, experts, (even(experts),))
         case _, "linear_qkv.weight" | "linear_qkv.bias":
-            return Part("tp", 0, (H + 2 * G) * D, (heads(H), heads(G, H), heads(G, H + G)))
+            return ParameterShard("tp", 0, (H + 2 * G) * D, (heads(H), heads(G, H), heads(G, H + G)))
         case _, "linear_proj.weight":
-            return Part("tp", 1, H * D, (heads(H),))
+            return ParameterShard("tp", 1, H * D, (heads(H),))
         case _, "linear_fc1.weight" | "linear_fc1.bias":
             both = (even(width), even(width, offset=width))
-            return Part("tp", 0, 2 * width, both) if config.gated else Part("tp", 0, width, both[:1])
+            return (
+                ParameterShard("tp", 0, 2 * width, both) if config.gated else ParameterShard("tp", 0, width, both[:1])
+            )
         case _, "linear_fc2.weight":
-            return Part("tp", 1, width, (even(width),))
+            return ParameterShard("tp", 1, width, (even(width),))
         case _, "sinks":
-            return Part("tp", 0, H, (even(H),))
+            return ParameterShard("tp", 0, H, (even(H),))
         case _, "q_layernorm.weight":
-            return Part("tp", 0, H * D, (heads(H),))
+            return ParameterShard("tp", 0, H * D, (heads(H),))
         case _, "k_layernorm.weight":
-            return Part("tp", 0, G * D, (heads(G),))
+            return ParameterShard("tp", 0, G * D, (heads(G),))
     raise AssertionError(name)
 
 
