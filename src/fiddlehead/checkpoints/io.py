@@ -1,6 +1,6 @@
 """How Lightning's state becomes the folder that `checkpoint_folder` describes, and is read back.
 
-Ranks that hold parts of the tensors deal these out: a tensor is gathered, and the rank that it fell to keeps it until
+Ranks that hold shards of the tensors deal these out: a tensor is gathered, and the rank that it fell to keeps it until
 it is written. So a rank has no more in main memory than its share and one tensor. In a pipeline the ranks of each stage
 do so among themselves.
 """
@@ -46,7 +46,7 @@ class SafetensorsIO(CheckpointIO):
         self.team = Team()
         """Those who save together; all of them have to call `save_checkpoint`."""
         self.pipeline_ranks = 1
-        """How many parts of the model there are, each with as many of them, in order."""
+        """How many stages the model has. The team's ranks are divided equally among them, in order."""
         self._thread: Thread | None = None
         self._error: BaseException | None = None
 

@@ -52,7 +52,7 @@ class StoredTensor:
     nbytes: int
 
     def chunks(self) -> Iterator[memoryview]:
-        """Its bytes, a few MB at a time; each chunk holds until the next."""
+        """Its bytes, a few MB at a time; each chunk is valid until the next one."""
         buffer = memoryview(bytearray(min(_CHUNK, self.nbytes)))
         left = self.nbytes
         with self.file.open("rb", buffering=0) as file:
@@ -64,15 +64,15 @@ class StoredTensor:
                 left -= read
                 yield buffer[:read]
 
-    def load(self, part: Sequence[slice] = ()) -> torch.Tensor:
-        """The tensor, or the part of it that has a slice of each dimension, in memory of its own."""
-        if part:
-            first, row = part[0], self.nbytes // max(1, self.shape[0])
+    def load(self, slices: Sequence[slice] = ()) -> torch.Tensor:
+        """Returns the tensor, in memory of its own; with slices, one a dimension, only that part is read."""
+        if slices:
+            first, row = slices[0], self.nbytes // max(1, self.shape[0])
             count = first.stop - first.start
             rows = replace(
                 self, shape=(count, *self.shape[1:]), start=self.start + first.start * row, nbytes=count * row
             )
-            return rows.load()[(slice(None), *part[1:])]
+            return rows.load()[(slice(None), *slices[1:])]
         data = bytearray(self.nbytes)
         at = 0
         for chunk in self.chunks():
@@ -85,16 +85,16 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is to be written."""
+    """A tensor that is to be written, with its bytes made only then."""
 
     dtype: str
     shape: tuple[int, ...]
     chunks: Callable[[], Iterable[memoryview]]
-    """Its bytes, made when it is its turn."""
+    """Makes its bytes."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes it will take."""
+        """The bytes that it will take."""
         count = 1
         for size in self.shape:
             count *= size
@@ -177,7 +177,7 @@ def _refuse_gaps(tensors: Mapping[str, StoredTensor], start: int) -> None:
 
 
 class FileChecksum(TypedDict):
-    """What a file holds."""
+    """The size and the checksum of a file that was written."""
 
     bytes: int
     crc32: int
@@ -189,7 +189,7 @@ def write_file(
     advance: Callable[[int], Any] = lambda count: None,
     metadata: Mapping[str, str] | None = FORMAT,
 ) -> FileChecksum:
-    """Writes a safetensors file, and returns what it holds.
+    """Writes a safetensors file, and returns its size and checksum.
 
     Args:
         advance: is told how many more bytes are written, now and then.

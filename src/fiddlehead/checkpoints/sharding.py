@@ -1,6 +1,6 @@
-"""Parameters of which each rank holds a part: how they are cut, filled and put together again.
+"""Parameters of which each rank holds a shard: how they are cut, filled and gathered again.
 
-A rank never holds more than its parts, the layer at work, and one whole tensor.
+A rank never holds more than its shards, the layer at work, and one whole tensor.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ from fiddlehead.models.parallel import Layout, Stage, local
 
 @dataclass(frozen=True)
 class ShardedTensor:
-    """A tensor of which this rank holds a part, on its way to a checkpoint."""
+    """A tensor of which this rank holds a shard, on its way to a checkpoint."""
 
     name: str
-    """Of the parameter that it is, or whose shape it has."""
+    """The name of the parameter that it is, or that has the same shape."""
     local: torch.Tensor
-    """On the meta device, and whole, if it is in a stage of other ranks."""
+    """The shard. If the tensor is in a stage of other ranks, it is whole and on the meta device."""
     layout: Layout
     pipeline_rank: int = 0
-    """Of the ranks that have it."""
+    """The pipeline rank of those that have it."""
 
     @property
     def shape(self) -> torch.Size:
-        """The whole tensor's."""
+        """The shape of the whole tensor."""
         return self.layout.shape(self.name, self.local)
 
     @property
     def dtype(self) -> torch.dtype:
-        """As the part's."""
+        """The dtype of the shard and of the whole tensor."""
         return self.local.dtype
 
     @property
     def nbytes(self) -> int:
-        """The whole tensor's."""
+        """The bytes of the whole tensor."""
         return self.shape.numel() * self.dtype.itemsize
 
     @property
     def is_here(self) -> bool:
-        """Whether this rank has a part of it."""
+        """Whether this rank has a shard of it."""
         return not self.local.is_meta
 
     def gather(self) -> torch.Tensor:
-        """The whole tensor; all ranks that have it call this together."""
+        """Returns the whole tensor; all ranks that have it call this together."""
         return self.layout.gather(self.name, self.local)
 
 
@@ -73,9 +73,9 @@ def shard(
     from the forward pass to the end of the backward pass.
 
     Args:
-        mesh: one dimension to cut over; or two, of which the first holds copies (HSDP).
+        mesh: one dimension to cut over; or two, of which the first holds replicas (HSDP).
         experts_mesh: the same for the experts' layers, of which ranks may have some only.
-        precision: Lightning's; with "bf16-mixed" the parts are float32, and what is gathered is bfloat16.
+        precision: Lightning's; with "bf16-mixed" the shards are float32, and what is gathered is bfloat16.
         reshard_after_forward: gather a layer again for its backward pass, rather than keep it in memory until then.
     """
     policy = MixedPrecisionPolicy(
@@ -121,7 +121,7 @@ def draw_adapters(transformer: Transformer, lora: LoRA, layout: Layout) -> None:
 
 @torch.no_grad()
 def load(transformer: Transformer, names: Iterable[str], weights: Weights, layout: Layout) -> None:
-    """Fills the parameters of these names with this rank's part of given weights."""
+    """Fills this rank's shards of the parameters of these names from given weights."""
     parameters = dict(transformer.named_parameters())
     for name in names:
         for each in layout.local_slices(name, parameters[name]):
@@ -130,7 +130,7 @@ def load(transformer: Transformer, names: Iterable[str], weights: Weights, layou
 
 @torch.no_grad()
 def read(name: str, tensor: torch.Tensor, stored: StoredTensor, layout: Layout) -> None:
-    """Copies this rank's part of a tensor in a file into `tensor`, without reading the rest."""
+    """Reads this rank's shard of a tensor in a file into `tensor`, and nothing else of the file."""
     for each in layout.local_slices(name, tensor):
         local(tensor)[each.local] = stored.load(each.whole)
 
@@ -141,7 +141,7 @@ def is_sharded(transformer: torch.nn.Module | None) -> bool:
 
 
 class _Draw(TorchDispatchMode):
-    """Draws what is to be random in a parameter for the whole of it, as one device would, and keeps this rank's part.
+    """Draws random numbers for a whole parameter, as one device would, and keeps this rank's shard.
 
     Args:
         parameters: by the identity of the tensor that is written to, the parameter that is meant, and its name.

@@ -30,8 +30,8 @@ class Weights(Protocol):
         """The model's shape."""
         ...
 
-    def load(self, name: str, part: Sequence[slice] = ()) -> torch.Tensor:
-        """The parameter of `Transformer` that has this name, or the part of it that has a slice of each dimension."""
+    def load(self, name: str, slices: Sequence[slice] = ()) -> torch.Tensor:
+        """Returns the parameter of `Transformer` that has this name; with slices, one a dimension, only that part."""
         ...
 
     def dtype(self, name: str) -> str:
@@ -78,9 +78,9 @@ class CheckpointWeights:
         """How the adapters were made; None if there are none."""
         return LoRA(**self.state["lora"]) if self.state.get("lora") else None
 
-    def load(self, name: str, part: Sequence[slice] = ()) -> torch.Tensor:
-        """As `Weights.load`; of a checkpoint without adapters, only the part is read."""
-        return self.tensors[name].load(part) if self.base is None else self._merged(name)[tuple(part)]
+    def load(self, name: str, slices: Sequence[slice] = ()) -> torch.Tensor:
+        """As `Weights.load`; of a checkpoint without adapters, only the slices are read."""
+        return self.tensors[name].load(slices) if self.base is None else self._merged(name)[tuple(slices)]
 
     def dtype(self, name: str) -> str:
         """As `Weights.dtype`."""

@@ -56,10 +56,10 @@ class HuggingFaceCheckpoint:
         unread = sorted({file.name for file in directory.glob("*.safetensors")} - {file.name for file in files})
         return cls(directory, family, config, tensors, {each.name: each for each in mapped}, tuple(unread))
 
-    def load(self, name: str, part: Sequence[slice] = ()) -> torch.Tensor:
-        """The parameter of ours that has this name, or the part of it that has a slice of each dimension."""
+    def load(self, name: str, slices: Sequence[slice] = ()) -> torch.Tensor:
+        """Returns the parameter of `Transformer` that has this name; with slices, one a dimension, only that part."""
         mapped = self.mapped[name]
-        return mapped.to_ours([self.tensors[name].load() for name, _ in mapped.theirs])[tuple(part)]
+        return mapped.to_ours([self.tensors[name].load() for name, _ in mapped.theirs])[tuple(slices)]
 
     def dtype(self, name: str) -> str:
         """Its dtype, as `StoredTensor` has it."""

@@ -1,4 +1,4 @@
-"""Which part of each parameter a process has."""
+"""Which shard of each parameter a process has."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Slices = tuple[slice, ...]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process has of a tensor that FSDP2 may have cut."""
+    """Returns what this process has of a tensor, which FSDP2 may have cut."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def fsdp_slices(tensor: torch.Tensor) -> Slices:
-    """Where that lies in the tensor."""
+    """Returns where `local(tensor)` lies in a tensor, which FSDP2 may have cut."""
     sizes, starts = tuple(tensor.shape), (0,) * tensor.dim()
     if isinstance(tensor, DTensor):
         sizes, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -31,23 +31,23 @@ def fsdp_slices(tensor: torch.Tensor) -> Slices:
 
 
 class LocalSlice(NamedTuple):
-    """Something that a process has of a tensor."""
+    """A block of a shard."""
 
     local: Slices
-    """Where it lies in what the process has."""
+    """Where it lies in the shard."""
     whole: Slices
-    """Where it lies in the tensor."""
+    """Where it lies in the whole tensor."""
     ranks: int
     """How many processes have it."""
     replicas: int
-    """How many of them there are along the dimension of the mesh that the parameter is split over; 1 without."""
+    """How many of them lie along the dimension of the mesh that the parameter is split over; 1 if it is not split."""
 
 
 class Layout:
-    """Where the parts of a model's parameters lie, on the processes of a mesh.
+    """Where the shards of a model's parameters lie, on the processes of a mesh.
 
     A tensor is what this process has of a parameter, or of something of its shape: what `parallelize` left, of which a
-    DTensor is a further part. It goes with the parameter's name in `Transformer`; what stands before "layers." in that
+    DTensor is a shard in turn. It goes with the parameter's name in `Transformer`; what stands before "layers." in that
     counts for nothing.
 
     Args:
@@ -59,7 +59,7 @@ class Layout:
         self._known: dict[tuple[Any, ...], list[LocalSlice]] = {}
 
     def local_slices(self, name: str, tensor: torch.Tensor) -> list[LocalSlice]:
-        """What this process has of a parameter, which is not in one place where layers are fused."""
+        """Returns what this process has of a parameter: one slice, or several where layers are fused."""
         cut = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
         key = name, tensor.shape, cut
         if key not in self._known:  # it is asked for every gradient of every step
@@ -67,21 +67,21 @@ class Layout:
         return self._known[key]
 
     def shape(self, name: str, tensor: torch.Tensor) -> torch.Size:
-        """The whole parameter's."""
+        """Returns the shape of the whole parameter."""
         own, shape = self._shard(name), list(tensor.shape)
         if own is not None:
             shape[own.dim] = own.whole
         return torch.Size(shape)
 
     def own(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """What `parallelize` leaves to this process of a parameter of a model on one; itself if that is all."""
+        """Cuts what `parallelize` leaves to this process from a whole parameter; it returns `whole` if that is all."""
         own = self._shard(name)
         if own is None:
             return whole
         return torch.cat([whole.narrow(own.dim, each.start, each.size) for each in own.ranges], dim=own.dim)
 
     def gather(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The whole parameter; all processes call it together."""
+        """Returns the whole parameter; all processes call it together."""
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         own = self._shard(name)
         if own is None:
@@ -99,7 +99,7 @@ class Layout:
     def _find_local_slices(self, name: str, tensor: torch.Tensor) -> list[LocalSlice]:
         within, ranks = fsdp_slices(tensor), self.mesh.size()
         if isinstance(tensor, DTensor):
-            ranks //= _parts(tensor)
+            ranks //= _shards(tensor)
         everything = tuple(slice(each.stop - each.start) for each in within)
         own = self._shard(name)
         if own is None:
@@ -126,7 +126,7 @@ class Layout:
 
 
 class ShardRange(NamedTuple):
-    """Consecutive rows, or columns, of a parameter."""
+    """Consecutive rows, or columns, of a parameter that are in a shard."""
 
     start: int
     size: int
@@ -135,27 +135,27 @@ class ShardRange(NamedTuple):
 
 
 class ParameterShard(NamedTuple):
-    """What a process has of a parameter along a dimension of the mesh."""
+    """The shard of a parameter that a process has along one dimension of the mesh."""
 
     mesh_dim: str
     """The dimension of the mesh that the parameter is split over."""
     dim: int
     """The parameter's dimension that is split."""
     whole: int
-    """Its size."""
+    """The size of that dimension in the whole parameter."""
     ranges: tuple[ShardRange, ...]
-    """One after another."""
+    """They follow one another in the shard."""
 
 
 def shard_of(name: str, config: TransformerConfig, size: int, rank: int) -> ParameterShard | None:
-    """What the process `rank` of `size` has of a parameter; None if all have all of it.
+    """Returns the shard that the process `rank` of `size` has of a parameter; None if all have all of it.
 
     Where there are fewer key/value heads than processes, several have the same one.
     """
     H, G, D, width = config.num_attention_heads, config.groups, config.head_dim, config.ffn_size
 
     def even(count: int, width: int = 1, offset: int = 0) -> ShardRange:
-        """This process's of `count` things, `width` rows each; those that are too few are in replicas."""
+        """This process's of `count` things, `width` rows each; if there are too few, they have replicas."""
         replicas = max(size // count, 1)
         each = count * replicas // size * width
         return ShardRange(offset + rank // replicas * each, each, replicas)
@@ -260,8 +260,8 @@ def refuse_sizes(config: TransformerConfig, *, tp: int = 1, cp: int = 1, ep: int
         raise ConfigError(*problems)
 
 
-def _parts(tensor: DTensor) -> int:
-    """Into how many parts a tensor is cut."""
+def _shards(tensor: DTensor) -> int:
+    """Returns the number of shards into which FSDP2 has cut a tensor."""
     parts = 1
     for size, placement in zip(tensor.device_mesh.shape, tensor.placements, strict=True):
         assert not placement.is_partial(), "a tensor that is yet to be added up over the ranks"

@@ -23,7 +23,7 @@ def global_norm(gradients: Mapping[str, torch.Tensor], layout: Layout | None = N
     """The 2-norm of all gradients together, the same on every rank; a scalar on their device.
 
     Args:
-        layout: where this rank's parts of the gradients lie; None if it has them whole.
+        layout: where this rank's shards of the gradients lie; None if it has them whole.
     """
     if layout is None:
         return torch.nn.utils.get_total_norm(list(gradients.values()))

@@ -299,7 +299,7 @@ class Parallel(ModelParallelStrategy):
         return io.open_checkpoint(Path(checkpoint_path))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Reads this rank's part of each tensor."""
+        """Reads this rank's shard of each tensor."""
         if self.world_size == 1:
             return Strategy.load_model_state_dict(self, checkpoint, strict)
         stored, own = checkpoint["state_dict"], self.lightning_module_state_dict()
@@ -311,7 +311,7 @@ class Parallel(ModelParallelStrategy):
         return None
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Reads this rank's part of each tensor; the optimizer numbers its parameters alike on any number of ranks."""
+        """Reads this rank's shard of each tensor; the optimizer numbers its parameters alike on any number of ranks."""
         if self.world_size == 1:
             return Strategy.load_optimizer_state_dict(self, checkpoint)
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -319,7 +319,7 @@ class Parallel(ModelParallelStrategy):
             if self.pipeline is not None:
                 saved = self.pipeline.own_state(saved, [name for name, _ in parameters], self._optim)
             state = {
-                number: {key: self._own_part(parameters[number], value) for key, value in values.items()}
+                number: {key: self._own_shard(parameters[number], value) for key, value in values.items()}
                 for number, values in saved["state"].items()
             }
             optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
@@ -341,7 +341,7 @@ class Parallel(ModelParallelStrategy):
         module: Any = self.lightning_module
         return module.optim
 
-    def _own_part(self, named: tuple[str, torch.Tensor], stored: Any) -> Any:
+    def _own_shard(self, named: tuple[str, torch.Tensor], stored: Any) -> Any:
         """What this rank has of something that an optimizer keeps: a tensor of the parameter's shape is cut like it."""
         name, parameter = named
         assert self.layout is not None
