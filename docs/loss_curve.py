@@ -13,7 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fiddlehead.errors import ConfigError
-from fiddlehead.run.directory import RunDirectory, find_run
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.names import find_run
 
 STYLE: dict[Any, Any] = {
     # A solid background of its own, so that the picture reads on light and dark pages alike.

@@ -17,7 +17,8 @@ from fiddlehead.files.paths import cache_folder, user_path
 from fiddlehead.launch import docker_engine as engine
 from fiddlehead.launch import nemo, secrets
 from fiddlehead.launch.executor import Executor
-from fiddlehead.run.directory import RunDirectory, Status
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import Status
 
 if TYPE_CHECKING:
     from docker import DockerClient

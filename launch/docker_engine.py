@@ -14,7 +14,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fiddlehead.errors import ConfigError, nearest
-from fiddlehead.run.directory import RunDirectory, State, Status, is_here
+from fiddlehead.run.alive import is_here
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import State, Status
 
 if TYPE_CHECKING:
     from docker import DockerClient

@@ -16,7 +16,8 @@ from fiddlehead.files.atomic import write_atomically
 from fiddlehead.launch import secrets
 from fiddlehead.recipe.coercion import coerce
 from fiddlehead.recipe.hints import Unevaluated, parameter_hint
-from fiddlehead.run.directory import RunDirectory, Status
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import Status
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)

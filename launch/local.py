@@ -17,9 +17,11 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.files.paths import user_path
 from fiddlehead.launch import nemo
 from fiddlehead.launch.executor import Executor
-from fiddlehead.run.directory import MISSING, RunDirectory, State, Status, alive, is_here, last_heard_of, way_out
+from fiddlehead.run.alive import MISSING, alive, is_here, last_heard_of, way_out
+from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.processes import is_running
 from fiddlehead.run.processes import started as process_started
+from fiddlehead.run.status import State, Status
 
 
 def local(ntasks_per_node: int = 0, **settings: Any) -> LocalExecutor:
@@ -87,12 +89,14 @@ class LocalExecutor(Executor):
         if status is None or status.state.ended:
             return
         if not is_here(status):
-            raise ConfigError(f"run {run.name!r} is on {status.host}, and can be killed there only; {way_out(run)}")
+            raise ConfigError(
+                f"run {run.name!r} is on {status.host}, and can be killed there only; {way_out(run.name)}"
+            )
         if status.state is State.PENDING:
             pid, running = _job(run)
             pid = pid if running else 0
         else:
-            pid = status.pid if alive(run, status) else 0
+            pid = status.pid if alive(run.lock, status) else 0
         if pid:
             with contextlib.suppress(ProcessLookupError):
                 # With its workers, unless it was started by hand, in the group of a shell's script.
@@ -109,7 +113,7 @@ def _state(run: RunDirectory) -> Status | None:
         return run.status_of_launch()
     _, running = _job(run)
     if running is None:
-        running = time.time() - last_heard_of(run, status) < MISSING
+        running = time.time() - last_heard_of(run.lock, status) < MISSING
     if running:
         return status
     if run.written_status() != status:  # it has begun, and may have ended, since it was read

@@ -17,7 +17,8 @@ from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.shell import Shell
 from fiddlehead.launch.slurm_offer import seconds
 from fiddlehead.launch.slurm_script import batch_script, sbatch_option_problems
-from fiddlehead.run.directory import RunDirectory, Status
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import Status
 
 
 def slurm(

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from fiddlehead.launch.shell import Shell
 from fiddlehead.launch.slurm_offer import rows
-from fiddlehead.run.directory import RunDirectory, State, Status
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import State, Status
 
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT", "CONFIGURING"}
 SAID_NOTHING = {"BOOT_FAIL", "NODE_FAIL", "LAUNCH_FAILED", "OUT_OF_MEMORY", "RECONFIG_FAIL"}

@@ -28,7 +28,9 @@ from fiddlehead.launch.script import job_script
 from fiddlehead.launch.taken import refuse_taken
 from fiddlehead.recipe import Recipe, trust
 from fiddlehead.run import RunDirectory, State, Status, locks, workers
-from fiddlehead.run.directory import PRIVATE, exclusive, reserve_name, this_process
+from fiddlehead.run.directory import PRIVATE, exclusive
+from fiddlehead.run.names import reserve_name
+from fiddlehead.run.status import this_process
 
 
 class RunFailedError(RuntimeError):

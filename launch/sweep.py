@@ -19,7 +19,8 @@ from fiddlehead.launch import Plan, watch
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.submit import hand_over
 from fiddlehead.recipe.literals import split_arguments
-from fiddlehead.run.directory import RunDirectory, State, Status
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import State, Status
 
 LOOK = 1.0
 """Seconds between two looks at runs that are going on."""

@@ -11,7 +11,7 @@ from fiddlehead.recipe.hints import written_hint
 from fiddlehead.recipe.leaves import leaves
 from fiddlehead.recipe.resumable import is_marked
 from fiddlehead.run import RunDirectory, damage
-from fiddlehead.run.directory import is_here, way_out
+from fiddlehead.run.alive import is_here, way_out
 
 TRAINER = frozenset(
     {
@@ -29,7 +29,7 @@ def refuse_taken(run: RunDirectory, recipe: Recipe) -> None:
         raise ConfigError(*(Elsewhere(problem) for problem in problems))
     (before,) = watch.states([run])
     if before is not None and not before.state.ended:
-        gone = "" if is_here(before) else f" ({way_out(run)})"
+        gone = "" if is_here(before) else f" ({way_out(run.name)})"
         raise ConfigError(
             f"log.name={run.name!r} is running ({before.state}, process {before.pid} on {before.host}); "
             f"cancel it with `fiddlehead runs cancel {run.name}`{gone}, or choose another name"

@@ -20,7 +20,9 @@ from fiddlehead.launch.docker import DockerExecutor
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.local import LocalExecutor
 from fiddlehead.launch.slurm import SlurmExecutor
-from fiddlehead.run.directory import RunDirectory, State, Status, StopRequest, is_locked
+from fiddlehead.run.alive import is_locked
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import State, Status, StopRequest
 
 KINDS: dict[str, type[Executor]] = {kind.kind: kind for kind in (LocalExecutor, SlurmExecutor, DockerExecutor)}
 LOOK, ASK = 0.1, 3.0
@@ -193,7 +195,7 @@ def write_off(run: RunDirectory) -> Status | None:
         ConfigError: a process still has the run's lock, and so is not gone.
     """
     status = run.written_status()
-    if is_locked(run):
+    if is_locked(run.lock):
         raise ConfigError(f"run {run.name!r}: its process runs, as it holds {run.lock}; cancel it without --force")
     if status is not None and not status.state.ended:
         reason = f"written off, as process {status.pid} on {status.host} is gone"

@@ -27,7 +27,8 @@ from fiddlehead.errors import ConfigError, StopRequested
 from fiddlehead.job import LAUNCHER_LOCK, _launcher_lock, execute
 from fiddlehead.recipes.tiny import tiny_test
 from fiddlehead.run import locks, outcomes, preflight, workers
-from fiddlehead.run.directory import RunDirectory, State, Status, StopRequest, this_process
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import State, Status, StopRequest, this_process
 from tests.conftest import cpu_seconds
 
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "val_loss")

@@ -27,7 +27,9 @@ from pathlib import Path
 
 from fiddlehead.errors import FULL_DISK, ConfigError, RunError, StopRequested, of_the_machine
 from fiddlehead.run import locks, outcomes, preflight, signals, workers
-from fiddlehead.run.directory import RunDirectory, State, Status, StopRequest, exclusive, showing_life, this_process
+from fiddlehead.run.alive import showing_life
+from fiddlehead.run.directory import RunDirectory, exclusive
+from fiddlehead.run.status import State, Status, StopRequest, this_process
 
 MAX_FAILURES = 3
 """How often in a row a job that is started again may fail at the same step."""
@@ -98,7 +100,7 @@ def execute(run: RunDirectory, work: Callable[[], None]) -> int:
     """Does `work` as the run's process: its status follows, from RUNNING to how it ended. Returns the exit code."""
     try:
         patience = LOCK_PATIENCE if signals.may_requeue() else 1.0
-        with signals.restored(), exclusive(run, patience), showing_life(run):
+        with signals.restored(), exclusive(run, patience), showing_life(run.lock):
             signals.stop_at_once(run)
             before = run.written_status()
             status = _next_attempt(run, before)

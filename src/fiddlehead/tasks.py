@@ -19,7 +19,8 @@ from fiddlehead.plan.resume import Start, data_checksums, resume_point
 from fiddlehead.plan.training import TrainingPlan, begin, plan_training
 from fiddlehead.recipe.resumable import Resumable
 from fiddlehead.run.console import is_rank_zero, say
-from fiddlehead.run.directory import PRIVATE, RunDirectory, reserve_name
+from fiddlehead.run.directory import PRIVATE, RunDirectory
+from fiddlehead.run.names import reserve_name
 from fiddlehead.run.team import Team
 from fiddlehead.training import Checkpoint, LanguageModel, Log, NonFiniteError, Parallel
 from fiddlehead.training.callbacks.checkpoint import restore_progress

@@ -25,7 +25,8 @@ from fiddlehead.errors import StopRequested
 from fiddlehead.inference.text import Writer
 from fiddlehead.models import LoRA, Transformer
 from fiddlehead.plan.resume import resume_point
-from fiddlehead.run.directory import RunDirectory, StopRequest
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import StopRequest
 from fiddlehead.training import Parallel
 from tests.training.conftest import make_parts, parameters
 from tests.training.layouts import SETTINGS, losses, train

@@ -16,7 +16,8 @@ import fiddlehead as fiddlehead_package
 from fiddlehead.cli import main
 from fiddlehead.errors import RunError
 from fiddlehead.launch.shell import Answer, Shell
-from fiddlehead.run.directory import RunDirectory, State, Status, this_process
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import State, Status, this_process
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fiddlehead.run.directory import RunDirectory, State, Status
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import State, Status
 from tests.conftest import cpu_seconds
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

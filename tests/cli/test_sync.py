@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from fiddlehead.run.directory import RunDirectory, State, Status
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import State, Status
 
 RECORD = """
 import sys, wandb

@@ -18,7 +18,7 @@ from fiddlehead.launch.sweep import load
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipe.edits import apply_overrides
 from fiddlehead.recipes.tiny import tiny_test
-from fiddlehead.run.directory import find_run, list_runs, reserve_name
+from fiddlehead.run.names import find_run, list_runs, reserve_name
 
 
 @pytest.fixture

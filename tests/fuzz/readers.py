@@ -35,7 +35,8 @@ from fiddlehead.recipe import Recipe
 from fiddlehead.recipe.catalog import find_part
 from fiddlehead.recipe.edits import apply_overrides
 from fiddlehead.recipes.tiny import tiny
-from fiddlehead.run.directory import RunDirectory, State, Status, StopRequest
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import State, Status, StopRequest
 from tests.data.small_tokenizers import QWEN_TEMPLATE, save_llama2, save_qwen
 
 _JINJA = "chat_template.jinja"

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from fiddlehead.launch import watch
-from fiddlehead.run.directory import RunDirectory, State, Status
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import State, Status
 
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "val_loss")
 """What of `metrics.csv` is the same however often a run was interrupted; the speeds are not."""

@@ -33,7 +33,8 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.launch import docker_engine, secrets, watch
 from fiddlehead.launch.docker import DockerExecutor, _mounts, container_name, docker
-from fiddlehead.run.directory import RunDirectory, State, Status, StopRequest, this_process
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import State, Status, StopRequest, this_process
 
 IMAGE = "fiddlehead-test:latest"
 REPOSITORY = Path(fiddlehead.__file__).resolve().parents[2]

@@ -18,7 +18,8 @@ import pytest
 
 from fiddlehead.checkpoints.folder import newest_first, newest_good
 from fiddlehead.launch import watch
-from fiddlehead.run.directory import RunDirectory, State
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import State
 from tests.launch.cluster import (
     PACED,
     Cluster,

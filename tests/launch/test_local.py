@@ -25,8 +25,9 @@ from fiddlehead.checkpoints.folder import newest_first, newest_good
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import watch
 from fiddlehead.launch.local import LocalExecutor, local
-from fiddlehead.run.directory import RunDirectory, State, StopRequest, this_process
+from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.processes import started as process_started
+from fiddlehead.run.status import State, StopRequest, this_process
 from tests.conftest import once
 
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "val_loss")

@@ -32,7 +32,8 @@ from fiddlehead.recipe.resumable import Resumable
 from fiddlehead.recipes.finetune import dora, dpo, full, lora
 from fiddlehead.recipes.llama import llama2_13b
 from fiddlehead.recipes.tiny import tiny_test
-from fiddlehead.run.directory import RunDirectory, State, Status
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import State, Status
 from fiddlehead.training import AdamW, Parallel
 
 

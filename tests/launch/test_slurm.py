@@ -19,7 +19,8 @@ import pytest
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import shell
 from fiddlehead.launch.slurm import SlurmExecutor, slurm
-from fiddlehead.run.directory import RunDirectory, State, Status, StopRequest
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import State, Status, StopRequest
 
 pytestmark = pytest.mark.slurm
 

@@ -15,8 +15,9 @@ from fiddlehead.launch.shell import Shell
 from fiddlehead.launch.slurm import _refusal, _would_wait, slurm
 from fiddlehead.launch.slurm_offer import count_gpus, gpus_of_a_node, problems, seconds
 from fiddlehead.launch.slurm_queue import UNKNOWN, Job, corrected, find
-from fiddlehead.run.directory import RunDirectory, State, Status
+from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.processes import this_machine
+from fiddlehead.run.status import State, Status
 
 HERE = Shell()
 NO_ACCOUNTING = "echo 'Slurm accounting storage is disabled' >&2; exit 1"

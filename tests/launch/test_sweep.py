@@ -13,7 +13,8 @@ import pytest
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import sweep, watch
 from fiddlehead.launch.sweep import Sweep, Variant
-from fiddlehead.run.directory import RunDirectory, State, Status
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import State, Status
 
 
 def pretrain(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -24,7 +24,8 @@ from fiddlehead.launch.slurm import SlurmExecutor, slurm
 from fiddlehead.launch.taken import refuse_taken
 from fiddlehead.recipes.tiny import tiny_test
 from fiddlehead.run import processes
-from fiddlehead.run.directory import RunDirectory, State, Status, exclusive, last_lines, this_process
+from fiddlehead.run.directory import RunDirectory, exclusive, last_lines
+from fiddlehead.run.status import State, Status, this_process
 
 
 @dataclass(frozen=True, kw_only=True)

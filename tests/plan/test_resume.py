@@ -23,8 +23,9 @@ from fiddlehead.data.tokenize import tokenize
 from fiddlehead.errors import ConfigError, StopRequested
 from fiddlehead.models import RopeScaling
 from fiddlehead.plan.resume import resume_point
-from fiddlehead.run.directory import RunDirectory, State, Status, StopRequest
+from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.signals import SIGNALS
+from fiddlehead.run.status import State, Status, StopRequest
 from fiddlehead.training import Muon, WarmupStableDecay
 from tests.training.conftest import KillAfter, Killed, Parts, parameters, rows
 

@@ -12,9 +12,10 @@ import pytest
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import watch
-from fiddlehead.run import damage
-from fiddlehead.run import directory as runs
-from fiddlehead.run.directory import RunDirectory, State, Status, this_process
+from fiddlehead.recipe.plain import plain_recipe
+from fiddlehead.run import damage, directory
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import State, Status, this_process
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_on_a_full_disk_a_status_takes_the_place_of_the_one_before(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(runs, "write_atomically", full)
+    monkeypatch.setattr(directory, "write_atomically", full)
     run.write_status(replace(running, state=State.FAILED, reason="No space left"))
     assert run.written_status() == replace(running, state=State.FAILED, reason="No space left")
     room = 512 * (run.path / "status").stat().st_blocks
@@ -131,7 +132,7 @@ def test_a_status_that_was_never_there_cannot_take_its_place(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(runs, "write_atomically", full)
+    monkeypatch.setattr(directory, "write_atomically", full)
     with pytest.raises(OSError, match="No space left"):
         run.write_status(this_process(1, "direct"))
 
@@ -140,4 +141,4 @@ def test_a_recipe_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
     for content in (b"\xff", b"{", b"- 1", b"[" * 5000):
         (tmp_path / "recipe.yaml").write_bytes(content)
         with pytest.raises(ConfigError, match=r"recipe\.yaml (cannot be read|is not a recipe)"):
-            runs.plain_recipe(tmp_path / "recipe.yaml")
+            plain_recipe(tmp_path / "recipe.yaml")

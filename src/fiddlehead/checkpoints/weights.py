@@ -16,7 +16,8 @@ from fiddlehead.errors import ConfigError, first_of
 from fiddlehead.files.paths import user_path
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.lora import LoRA, merge_state
-from fiddlehead.run.directory import RunDirectory, find_run
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.names import find_run
 
 PREFIX = "transformer."
 """In front of the names of a model's parameters in a checkpoint."""

@@ -43,7 +43,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), allow: Sequence[str] =
     """
     from fiddlehead.recipe import Recipe
     from fiddlehead.recipe.edits import apply_overrides
-    from fiddlehead.run.directory import find_run
+    from fiddlehead.run.names import find_run
 
     file = user_path(name.removeprefix("@"))
     if name.startswith("@") or file.suffix in (".yaml", ".yml"):
@@ -194,7 +194,7 @@ def _call(function: Callable[[], Any]) -> Any:
 
 
 def _is_run(name: str) -> bool:
-    from fiddlehead.run.directory import find_run
+    from fiddlehead.run.names import find_run
 
     try:
         find_run(name)

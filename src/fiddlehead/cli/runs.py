@@ -19,7 +19,10 @@ from fiddlehead.cli.common import AllowOption, add_row, phases_table, table
 from fiddlehead.cli.common import show as show_things
 from fiddlehead.errors import ConfigError
 from fiddlehead.run import damage
-from fiddlehead.run.directory import RunDirectory, State, Status, find_run, is_here, last_lines, list_runs, way_out
+from fiddlehead.run.alive import is_here, way_out
+from fiddlehead.run.directory import RunDirectory, last_lines
+from fiddlehead.run.names import find_run, list_runs
+from fiddlehead.run.status import State, Status
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -239,7 +242,7 @@ def clean(
     for run, status in zip(found, watch.states(found), strict=True):
         if status is not None and not status.state.ended:
             if names:
-                gone = "" if is_here(status) else f", or, {way_out(run)}"
+                gone = "" if is_here(status) else f", or, {way_out(run.name)}"
                 raise ConfigError(f"run {run.name!r} is going on ({status.state}); cancel it first{gone}")
         elif (not state or (status is not None and status.state == state)) and (_last_sign(run, status) < before):
             chosen.append((run, status))

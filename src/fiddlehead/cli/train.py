@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from fiddlehead.launch.executor import Executor
     from fiddlehead.launch.sweep import Sweep
     from fiddlehead.recipe import Recipe
-    from fiddlehead.run.directory import RunDirectory, Status
+    from fiddlehead.run.directory import RunDirectory
+    from fiddlehead.run.status import Status
 
 
 FINETUNE_HELP = """Train a model that can write on examples of what to answer.
@@ -291,7 +292,8 @@ def _successes(names: Sequence[str], directory: str) -> list[RunDirectory]:
         ConfigError: one has ended otherwise.
     """
     from fiddlehead.launch import watch
-    from fiddlehead.run.directory import State, find_run
+    from fiddlehead.run.names import find_run
+    from fiddlehead.run.status import State
 
     waiting = []
     for run in [find_run(name, directory) for name in names]:
@@ -318,7 +320,7 @@ def _wait_for(runs: Sequence[RunDirectory]) -> None:
         ConfigError: one has not.
     """
     from fiddlehead.launch import watch
-    from fiddlehead.run.directory import State
+    from fiddlehead.run.status import State
 
     for run in runs:
         print(f"waiting for {run.name}", flush=True)  # noqa: T201

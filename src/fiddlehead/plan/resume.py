@@ -13,7 +13,8 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.files.paths import user_path
 from fiddlehead.models import TransformerConfig
 from fiddlehead.run.console import say
-from fiddlehead.run.directory import RunDirectory, find_run
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.names import find_run
 from fiddlehead.training.optim import Optim, kind_of
 
 

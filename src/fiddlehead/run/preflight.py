@@ -19,8 +19,9 @@ from pathlib import Path
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.recipe import project
+from fiddlehead.recipe.plain import plain_recipe
 from fiddlehead.recipe.references import BY_NAME_ONLY
-from fiddlehead.run.directory import RunDirectory, plain_recipe
+from fiddlehead.run.directory import RunDirectory
 
 PACKAGES = ("torch", "lightning", "fiddle", "numpy", "pydantic", "safetensors", "tokenizers", "yaml")
 DEVICES = Path("/dev")

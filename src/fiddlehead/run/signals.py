@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from fiddlehead.errors import StopRequested
-from fiddlehead.run.directory import RunDirectory, StopRequest
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import StopRequest
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from fiddlehead.errors import ConfigError, StopRequested
+from fiddlehead.recipe.plain import plain_recipe
 from fiddlehead.run import outcomes, signals
-from fiddlehead.run.directory import RunDirectory, StopRequest, plain_recipe
+from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.processes import die_with_parent, usable_cpus
+from fiddlehead.run.status import StopRequest
 
 PATIENCE = 60.0
 """Seconds that the other processes have to leave after one that was asked to stop."""

@@ -19,8 +19,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from fiddlehead.environment import wandb_mode_problems
 from fiddlehead.errors import ConfigError
 from fiddlehead.files.atomic import write_atomically
+from fiddlehead.recipe.plain import plain_recipe
 from fiddlehead.run.console import is_rank_zero, say
-from fiddlehead.run.directory import RunDirectory, plain_recipe
+from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training.callbacks.profile import parse_steps
 
 MAX_NAME_BYTES = 200

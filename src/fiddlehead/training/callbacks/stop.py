@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fiddlehead.errors import StopRequested
 from fiddlehead.run import signals
-from fiddlehead.run.directory import RunDirectory, StopRequest
+from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.status import StopRequest
 from fiddlehead.training.callbacks.checkpoint import Checkpoint, at_step_end
 
 

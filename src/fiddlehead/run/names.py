@@ -1,0 +1,40 @@
+"""Names of runs: how one is found, which there are, and new ones."""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import datetime
+from pathlib import Path
+
+from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.files.paths import user_path
+from fiddlehead.run.directory import PRIVATE, RunDirectory
+
+
+def find_run(name: str, directory: str | Path = "runs") -> RunDirectory:
+    """The run called `name` in `directory`, or in the folder that `name` is the path of.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    for path in (user_path(directory) / name, user_path(name)):
+        if (path / "recipe.yaml").is_file():
+            return RunDirectory(path.resolve())
+    names = [run.name for run in list_runs(directory)]
+    raise ConfigError(f"{unknown('run', name, names)} (looked in {directory}/)")
+
+
+def list_runs(directory: str | Path = "runs") -> list[RunDirectory]:
+    """Every run in `directory`, the oldest first."""
+    folders = user_path(directory).glob("*/recipe.yaml")
+    return [RunDirectory(file.parent.resolve()) for file in sorted(folders, key=lambda file: file.stat().st_mtime)]
+
+
+def reserve_name(recipe: str, directory: str | Path = "runs") -> str:
+    """Makes the folder of a new run and returns its name: the recipe's, the date and the time."""
+    name = f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+        with contextlib.suppress(FileExistsError):  # another run began in the same second
+            (user_path(directory) / (name + suffix)).mkdir(PRIVATE, parents=True)
+            return name + suffix
+    raise ConfigError(f"log.name: a thousand runs called {name} began in one second; give this one a name")

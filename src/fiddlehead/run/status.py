@@ -1,0 +1,79 @@
+"""What a run says of itself in its `status` and `stop` files; `fiddlehead.run` says who writes them, and when."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+
+from fiddlehead.run.processes import started as process_started
+from fiddlehead.run.processes import this_machine
+
+
+class State(StrEnum):
+    """What has become of a run."""
+
+    PENDING = "PENDING"
+    """Handed over, or requeued, and has not begun."""
+    RUNNING = "RUNNING"
+    INTERRUPTED = "INTERRUPTED"
+    """The job has saved its last step and left before its end, to be requeued."""
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    DIED = "DIED"
+    """The process is gone and said nothing: killed, out of memory, or the machine went down."""
+    DAMAGED = "DAMAGED"
+    """Its status cannot be read; never written."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen without a new attempt."""
+        return self not in (State.PENDING, State.RUNNING, State.INTERRUPTED)
+
+
+@dataclass(frozen=True)
+class Status:
+    """The content of a run's `status` file, written by whoever is responsible for the run at the moment."""
+
+    state: State
+    host: str = ""
+    machine: str = ""
+    """`this_machine` of the process, by which it is found when the host has another name."""
+    pid: int = 0
+    process_started: int = 0
+    """When the process began, as `processes.started` says: a pid alone may since belong to another process."""
+    attempt: int = 1
+    started: float = 0.0
+    ended: float | None = None
+    exit_code: int | None = None
+    reason: str = ""
+    executor: str = "direct"
+    failures: int = 0
+    """How often in a row the run has failed at `failed_step`."""
+    failed_step: int = -1
+
+
+@dataclass(frozen=True)
+class StopRequest:
+    """That a run shall save the step in hand and leave; the content of its `stop` file."""
+
+    reason: str
+    requeue: bool = False
+    """Whether it is to go on later, or is cancelled."""
+
+
+def this_process(attempt: int, executor: str) -> Status:
+    """The status of a run for which this process is responsible from now on."""
+    return Status(
+        State.RUNNING,
+        host=socket.gethostname(),
+        machine=this_machine(),
+        pid=os.getpid(),
+        process_started=process_started(os.getpid()) or 0,
+        attempt=attempt,
+        started=time.time(),
+        executor=executor,
+    )
