@@ -56,7 +56,7 @@ def send(shell: Shell, run: RunDirectory, place: Path) -> None:
                 tar.add(path, arcname=path.name)
     there = _quoted(place)
     command = (
-        f"umask o= && mkdir -p {there} && chmod o= {there} && cd {there} && rm -rf code && "
+        f"umask o= && mkdir -p {there} && chmod o= {there} && cd {there} && rm -rf code stop && "
         f"printf '%s\\n' {shlex.quote(origin(run))} > .origin && tar --no-same-owner -xzf -"
     )
     answer = shell.ask(command, packed.getvalue())
@@ -117,7 +117,11 @@ give() {  # the run's number, and a file: one line with what of it is new, where
 
 
 def _question(number: int, run: RunDirectory, place: Path) -> str:
-    """Shell lines that print what is new of a run."""
+    """Shell lines that print what is new of a run.
+
+    What is here has the time of what is there, so size and time tell whether that was written since; no state of a run
+    follows from them.
+    """
     files = [*(run.path / name for name in FETCHED), *run.logs.glob("*.txt")]
     known = " ".join(
         f"[{shlex.quote(str(file.relative_to(run.path)))}]={file.stat().st_size}:{int(file.stat().st_mtime)}"

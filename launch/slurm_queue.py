@@ -174,6 +174,9 @@ def _exit(wait_status: int) -> tuple[int, int]:
 
 
 def _last_sign(run: RunDirectory, status: Status) -> float:
-    """When a run was last heard of, in seconds since the epoch: its submission counts."""
+    """When a run was last heard of, in seconds since the epoch: its submission counts.
+
+    The times of these files are signs of life and nothing else: of which submission they are, their attempts say.
+    """
     files = (run.log, run.path / "job_id")
     return max(status.ended or status.started, *(file.stat().st_mtime for file in files if file.exists()))

@@ -123,7 +123,7 @@ def hand_over(
         _give_up(run, error)
         raise
     try:
-        write_atomically(run.path / "job_id", job_id + "\n")
+        run.write_job_id(job_id)
     except OSError as error:
         raise RunError(
             f"the job {job_id} of {run.path} was handed over, but its number cannot be written down: "
@@ -192,7 +192,8 @@ def write_run(
                 trust.remember(run, recipe.names_to_allow())
                 attempt = 1 if before is None else before.attempt + 1
                 status = this_process(attempt, "direct" if executor is None else executor.kind)
-                run.write_status(replace(status, state=State.PENDING, started=time.time()))
+                run.clear_stop_request()
+                run.write_status(replace(status, state=State.PENDING, started=time.time(), submission=attempt))
         except BaseException:
             secrets.remove(run)
             if new:

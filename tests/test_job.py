@@ -391,6 +391,17 @@ def run(tmp_path: Path) -> RunDirectory:
     return make_run(tmp_path / "run")
 
 
+def test_all_attempts_of_a_job_are_of_its_submission(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIDDLEHEAD_REQUEUES", "9")
+    run.write_status(replace(this_process(2, "slurm"), state=State.PENDING, submission=2))
+    run.write_job_id("17")
+    for attempt in (2, 3):  # queued again by Slurm, under the same number
+        assert execute(run, lambda: 1 // 0) == 75
+        status = run.written_status()
+        assert status and (status.attempt, status.submission) == (attempt, 2)
+        assert run.submitted
+
+
 def going_on(run: RunDirectory) -> State | None:
     """What the status says while the run's process works."""
     seen = []
@@ -473,7 +484,7 @@ def test_a_run_that_was_cancelled_while_it_waited_does_not_begin(run: RunDirecto
 def test_what_an_earlier_attempt_was_asked_is_forgotten(run: RunDirectory, request_: StopRequest) -> None:
     run.request_stop(request_)
     if not request_.requeue:  # submitted again since
-        os.utime(run.command, (time.time() + 1, time.time() + 1))
+        run.write_status(replace(this_process(2, "slurm"), state=State.PENDING, submission=2))
     assert execute(run, lambda: None) == 0
     assert run.stop_request() is None
 

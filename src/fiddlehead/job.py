@@ -131,7 +131,12 @@ def _next_attempt(run: RunDirectory, before: Status | None) -> Status:
     if before is None:
         return this_process(1, "direct")
     attempt = before.attempt if before.state is State.PENDING else before.attempt + 1
-    status = replace(this_process(attempt, before.executor), failures=before.failures, failed_step=before.failed_step)
+    status = replace(
+        this_process(attempt, before.executor),
+        submission=before.submission,
+        failures=before.failures,
+        failed_step=before.failed_step,
+    )
     return _with_failure(status, run) if before.state is State.RUNNING else status
 
 

@@ -284,8 +284,7 @@ def test_a_run_without_a_container_says_why(client, run):
 def test_an_earlier_attempts_id_is_not_this_ones(client, run):
     executor = submitted(run, "exit 0")
     assert end(executor, run).state is State.DIED
-    run.command.write_text("fiddlehead pretrain\nfiddlehead pretrain\n")
-    run.write_status(pending := replace(this_process(2, "docker"), state=State.PENDING))
+    run.write_status(pending := replace(this_process(2, "docker"), state=State.PENDING, submission=2))
     assert executor.states([run]) == [pending]  # this launcher is about to submit
 
 

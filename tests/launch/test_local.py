@@ -393,9 +393,8 @@ def test_cancelled_before_it_began(pending):
 def test_an_earlier_attempts_process_is_not_this_ones(pending):
     submitted(pending, "exit 0")
     wait_until(lambda: state(pending) is State.DIED, seconds=5)
-    with pending.command.open("a") as file:
-        file.write("fiddlehead pretrain\n")
-    pending.write_status(replace(this_process(2, "local"), state=State.PENDING))  # this launcher is about to submit
+    # This launcher is about to submit.
+    pending.write_status(replace(this_process(2, "local"), state=State.PENDING, submission=2))
     assert state(pending) is State.PENDING
 
 

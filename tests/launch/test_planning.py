@@ -324,6 +324,19 @@ def test_a_run_is_closed_to_others(name: str | None, umask: int, mode: int, work
         os.umask(before)
 
 
+def test_a_launch_numbers_its_attempt_and_forgets_what_earlier_ones_were_asked(working_directory: Path):
+    recipe = tiny_test()
+    recipe.log.name = "a"
+    run = write_run(recipe, None, name=None, command=None)
+    run.write_status(Status(State.CANCELLED, attempt=3))  # by an earlier version, which numbers nothing
+    (run.path / "stop").touch()
+    (run.path / "job_id").write_text("17\n")
+    write_run(recipe, None, name=None, command=None)
+    status = run.written_status()
+    assert status and (status.state, status.attempt, status.submission) == (State.PENDING, 4, 4)
+    assert run.stop_request() is None and not run.submitted
+
+
 @pytest.mark.parametrize("start", [Plan.submit, Plan.dry_run])
 def test_a_module_that_is_not_shipped_is_refused_before_the_cluster_is_asked(
     start, working_directory: Path, monkeypatch: pytest.MonkeyPatch

@@ -207,7 +207,7 @@ def test_the_job_of_an_earlier_submission_is_not_asked_for(tmp_path: Path, answe
     answer("squeue", "echo '17|FAILED|256|NonZeroExitCode|node1|'")
     run = a_run(tmp_path, State.PENDING, host="elsewhere")
     assert state_of(run).state is State.FAILED
-    os.utime(run.command, (time.time() + 5, time.time() + 5))  # it is being submitted again
+    run.write_status(Status(State.PENDING, executor="slurm", host="elsewhere", started=time.time(), submission=2))
     assert state_of(run).state is State.PENDING
 
 

@@ -132,11 +132,57 @@ def test_an_empty_stop_file_is_a_cancellation(run: RunDirectory) -> None:
 def test_a_request_is_of_the_newest_submission_or_before(run: RunDirectory) -> None:
     run.request_stop(StopRequest("cancelled"))
     assert not run.stop_requested_since_submission()  # it was never submitted
-    run.command.write_text("fiddlehead pretrain\n")
-    os.utime(run.command, (1, 1))
+    run.write_status(replace(this_process(3, "slurm"), submission=2))  # attempt 2 was queued again
+    run.clear_stop_request()
+    run.request_stop(StopRequest("cancelled"))
+    request = run.stop_request()
+    assert request and request.attempt == 3 and run.stop_requested_since_submission()
+    run.write_status(replace(this_process(4, "slurm"), submission=2))
     assert run.stop_requested_since_submission()
-    os.utime(run.command, (2e9, 2e9))
+    run.write_status(replace(this_process(4, "slurm"), submission=4))
     assert not run.stop_requested_since_submission()
+    run.request_stop(StopRequest("SIGUSR1", requeue=True))  # the earlier one does not stand in its way
+    assert run.stop_request() == StopRequest("SIGUSR1", requeue=True, attempt=4)
+
+
+@pytest.mark.parametrize("content", ['{"reason": "cancelled"}', "", "now"])
+@pytest.mark.parametrize("submission", [0, 2])
+def test_a_request_without_a_number_is_of_the_newest_submission(
+    run: RunDirectory, content: str, submission: int
+) -> None:
+    """It was written by hand or by an earlier version, since the launch: that deletes what is there."""
+    (run.path / "stop").write_text(content)
+    run.write_status(replace(this_process(2, "slurm"), submission=submission))
+    assert run.stop_requested_since_submission()
+
+
+# -- the job
+
+
+def test_a_job_is_of_the_submission_that_its_file_names_whatever_the_clocks_say(run: RunDirectory) -> None:
+    assert not run.submitted and run.job_id == ""
+    pending = replace(this_process(1, "slurm"), state=State.PENDING, submission=1)
+    run.write_status(pending)
+    run.write_job_id("17")
+    for now in (0, 4e9):
+        os.utime(run.path / "job_id", (now, now))
+        for attempt, state in ((1, State.PENDING), (1, State.RUNNING), (2, State.RUNNING), (3, State.INTERRUPTED)):
+            run.write_status(replace(pending, attempt=attempt, state=state))  # queued again by itself
+            assert run.submitted and run.job_id == "17"
+        for state in (State.PENDING, State.RUNNING):  # a job may begin before its launcher has its number
+            run.write_status(replace(pending, attempt=4, submission=4, state=state))
+            assert not run.submitted
+    run.write_job_id("18")
+    assert run.submitted and run.job_id == "18"
+
+
+@pytest.mark.parametrize("content", ["17\n", "17", "17\nx\n", "17\n-1\n", "17\n²\n"])
+def test_a_job_without_a_number_is_of_an_earlier_version_s_launch(run: RunDirectory, content: str) -> None:
+    (run.path / "job_id").write_text(content)
+    run.write_status(replace(this_process(3, "slurm"), state=State.PENDING))
+    assert run.submitted and run.job_id == "17"
+    run.write_status(replace(this_process(4, "slurm"), state=State.PENDING, submission=4))
+    assert not run.submitted, "it was launched again since"
 
 
 def test_the_status_file_is_plain_json(run: RunDirectory) -> None:

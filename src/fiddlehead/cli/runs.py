@@ -380,7 +380,7 @@ def _facts(run: RunDirectory, status: Status | None) -> dict[str, Any]:
 
 
 def _last_sign(run: RunDirectory, status: Status | None) -> float:
-    """When a run ended, or was last heard of, in seconds since the epoch."""
+    """When a run ended, or was last heard of, in seconds since the epoch; it only says how old a run is."""
     if status is not None and status.ended:
         return status.ended
     return max(file.stat().st_mtime for file in (run.recipe, run.command, run.log, run.metrics) if file.exists())

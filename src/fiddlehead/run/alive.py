@@ -51,7 +51,10 @@ def is_locked(lock: Path) -> bool:
 
 
 def last_heard_of(lock: Path, status: Status) -> float:
-    """When the run's process has last shown that it runs, in seconds since the epoch."""
+    """When the run's process has last shown that it runs, in seconds since the epoch.
+
+    The time of the lock is that of the machine that keeps the file, so its clock may differ a little from this one's.
+    """
     touched = lock.stat().st_mtime if lock.exists() else 0.0
     return max(status.started, touched)
 

@@ -80,8 +80,21 @@ class RunDirectory:
     @property
     def job_id(self) -> str:
         """The executor's id of the newest job: Slurm's number, a container's name; "" before it was submitted."""
+        return self._job[0]
+
+    def write_job_id(self, job_id: str) -> None:
+        """Notes the id of the job that was handed over, and with which attempt."""
+        status = self._status_or_none()
+        write_atomically(self.path / "job_id", f"{job_id}\n{status.submission if status else 0}\n")
+
+    @property
+    def _job(self) -> tuple[str, int]:
+        """The id of the newest job, and the attempt with which it was handed over; 0 is not known."""
         file = self.path / "job_id"
-        return file.read_text(errors="replace").strip() if file.exists() else ""
+        lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+        number = lines[1].strip() if len(lines) > 1 else ""
+        known = number.isascii() and number.isdecimal() and len(number) < 20
+        return lines[0].strip() if lines else "", int(number) if known else 0
 
     @property
     def script(self) -> Path:
@@ -111,10 +124,9 @@ class RunDirectory:
     @property
     def submitted(self) -> bool:
         """Whether `job_id` is that of the newest submission, and not of one before."""
-        try:
-            return (self.path / "job_id").stat().st_mtime_ns >= self.command.stat().st_mtime_ns
-        except FileNotFoundError:
-            return False
+        (job_id, submission), status = self._job, self.written_status()
+        # A launcher of an earlier version has numbered nothing.
+        return bool(job_id) and (status is None or status.submission in (0, submission))
 
     @property
     def scheduler_log(self) -> Path:
@@ -197,10 +209,11 @@ class RunDirectory:
     def request_stop(self, request: StopRequest) -> None:
         """Asks the job, wherever it runs, to save the step in hand and leave.
 
-        An earlier request stands, unless that was to go on later and this one is not.
+        An earlier request stands, unless it was of an earlier submission, or to go on later and this one is not.
         """
-        earlier = self.stop_request()
-        if earlier is None or (earlier.requeue and not request.requeue):
+        earlier, status = self.stop_request(), self._status_or_none()
+        if earlier is None or _is_outdated(earlier, status) or (earlier.requeue and not request.requeue):
+            request = replace(request, attempt=status.attempt if status else 0)
             write_atomically(self._stop, json.dumps(asdict(request)) + "\n")
 
     def stop_request(self) -> StopRequest | None:
@@ -213,15 +226,20 @@ class RunDirectory:
             return StopRequest("someone wrote its stop file by hand")
 
     def stop_requested_since_submission(self) -> bool:
-        """Whether there is a request and it is younger than the newest line of `command`."""
-        try:
-            return self._stop.stat().st_mtime_ns >= self.command.stat().st_mtime_ns
-        except OSError:
-            return False
+        """Whether there is a request, and it is not of a submission before the newest one."""
+        request, status = self.stop_request(), self._status_or_none()
+        return request is not None and status is not None and not _is_outdated(request, status)
 
     def clear_stop_request(self) -> None:
-        """Forgets what was asked of an earlier attempt."""
+        """Forgets what was asked of an earlier attempt, before the next one can be asked anything."""
         self._stop.unlink(missing_ok=True)
+
+    def _status_or_none(self) -> Status | None:
+        """`written_status`; None also if that is damaged, which must not keep a run from being stopped."""
+        try:
+            return self.written_status()
+        except ConfigError:
+            return None
 
     @property
     def _stop(self) -> Path:
@@ -238,6 +256,11 @@ class RunDirectory:
     def last_step(self) -> int:
         """As `metrics_file.last_step`."""
         return metrics_file.last_step(self.metrics)
+
+
+def _is_outdated(request: StopRequest, status: Status | None) -> bool:
+    """Whether a request is of an earlier submission; a launch deletes what has no number, so that is of this one."""
+    return status is not None and 0 < request.attempt < status.submission
 
 
 @contextlib.contextmanager

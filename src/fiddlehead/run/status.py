@@ -46,6 +46,9 @@ class Status:
     process_started: int = 0
     """When the process began, as `processes.started` says: a pid alone may since belong to another process."""
     attempt: int = 1
+    submission: int = 0
+    """The attempt with which the run was last handed over: a job that is queued again makes more of them. It tells
+    whether `job_id` and a stop request are of that submission or of one before; 0 is not known."""
     started: float = 0.0
     ended: float | None = None
     exit_code: int | None = None
@@ -63,6 +66,8 @@ class StopRequest:
     reason: str
     requeue: bool = False
     """Whether it is to go on later, or is cancelled."""
+    attempt: int = 0
+    """The attempt that was going on, or waiting to begin, when it was asked; 0 is not known."""
 
 
 def this_process(attempt: int, executor: str) -> Status:
