@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
@@ -17,6 +17,7 @@ from fiddlehead.files.paths import cache_folder, user_path
 from fiddlehead.launch import docker_engine as engine
 from fiddlehead.launch import nemo, secrets
 from fiddlehead.launch.executor import Executor
+from fiddlehead.launch.reconcile import Answer
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import Status
 
@@ -180,9 +181,9 @@ class DockerExecutor(Executor):
         }
         nemo.start_container(client, name, run.script, engine.label(run), settings, options)
 
-    def states(self, runs: Sequence[RunDirectory]) -> list[Status | None]:
-        """What each run's status file says, unless its container is gone without having ended it."""
-        return engine.states(runs)
+    def ask(self, going: Mapping[RunDirectory, Status]) -> Mapping[RunDirectory, Answer]:
+        """Asks the engine which runs have a container, and how those have ended that have none."""
+        return engine.answers(going)
 
     def kill(self, run: RunDirectory) -> None:
         """Removes the run's container, running or not.

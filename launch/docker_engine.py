@@ -9,11 +9,11 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fiddlehead.errors import ConfigError, nearest
+from fiddlehead.launch.reconcile import Answer, Phase
 from fiddlehead.run.alive import is_here
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import State, Status
@@ -124,49 +124,38 @@ def remove(client: DockerClient, run: RunDirectory, status: Sequence[str] = ()) 
                 raise
 
 
-def states(runs: Sequence[RunDirectory]) -> list[Status | None]:
-    """What each run's status file says, corrected where its container is gone; the engine is asked once for all.
+def answers(going: Mapping[RunDirectory, Status]) -> dict[RunDirectory, Answer]:
+    """What the engine knows of the runs' containers; it is asked once for all that run.
 
-    Where it does not answer, that is said once, and the files' word stands.
+    Where it does not answer, that is said once, and nothing is known.
     """
-    before = [(run.written_status(), run.submitted) for run in runs]
-    statuses = [status for status, _ in before]
-    if all(status is None or status.state.ended for status in statuses):
-        return statuses
+    submitted = {run for run in going if run.submitted}  # before it is asked: what is submitted later it does not know
     try:
         with connect() as client:
             running = {found["Labels"][LABEL] for found in client.api.containers(filters={"label": LABEL})}
-            for index, (run, (status, submitted)) in enumerate(zip(runs, before, strict=True)):
-                # Read again: a run that has begun or ended since has said so by now.
-                statuses[index] = run.written_status()
-                if status is not None and statuses[index] == status and label(run) not in running:
-                    statuses[index] = _without_container(client, run, status, submitted)
+            return {
+                run: _without_container(client, run, status, run in submitted)
+                for run, status in going.items()
+                if label(run) not in running
+            }
     except ConfigError as error:
         _warn_once(f"WARNING: {error}; the runs' own words are shown")
-    return statuses
+        return {}
 
 
-def _without_container(client: DockerClient, run: RunDirectory, status: Status, submitted: bool) -> Status | None:
-    """What has become of a run whose status is `status`, and that has no container that runs."""
-    if status.state.ended:
-        return status
+def _without_container(client: DockerClient, run: RunDirectory, status: Status, submitted: bool) -> Answer:
+    """What is known of a run that has written `status`, and has no container that runs."""
     begun = status.state is not State.PENDING
     if begun and is_here(status):
-        return run.status()  # by hand
+        return Answer(Phase.PROCESS)  # by hand
     if not (begun or submitted):
-        return run.status_of_launch()  # its launcher is still at it, pulling perhaps
+        return Answer(Phase.LAUNCHING)  # its launcher is still at it, pulling perhaps
     code, ended, out_of_memory = _ending(client, run, status.started)
-    ended_as = functools.partial(replace, status, ended=ended, exit_code=code)
-    if not begun:
-        if run.stop_requested_since_submission():
-            return ended_as(state=State.CANCELLED, reason="cancelled before it began")
-        if error := run.last_error():  # the script found no interpreter
-            return ended_as(state=State.FAILED, reason=error)
     how = "its container is gone" if code is None else f"its container ended with exit code {code}"
     when = "and it has not said why" if begun else "before the job began"
     if code == 127 and not begun:
         when += "; has the image a bash?"
-    return ended_as(state=State.DIED, reason=f"{'out of memory: ' * out_of_memory}{how}, {when}")
+    return Answer(Phase.ENDED, f"{'out of memory: ' * out_of_memory}{how}, {when}", exit_code=code, ended=ended)
 
 
 def _ending(client: DockerClient, run: RunDirectory, since: float) -> tuple[int | None, float | None, bool]:

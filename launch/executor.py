@@ -14,6 +14,7 @@ from fiddlehead.environment import wandb_mode_problems
 from fiddlehead.errors import ConfigError, unknown
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.launch import secrets
+from fiddlehead.launch.reconcile import Answer, reconcile
 from fiddlehead.recipe.coercion import coerce
 from fiddlehead.recipe.hints import Unevaluated, parameter_hint
 from fiddlehead.run.directory import RunDirectory
@@ -173,9 +174,20 @@ class Executor(ABC):
             after_any: ids of such jobs that must have ended first, however.
         """
 
-    @abstractmethod
+    def ask(self, going: Mapping[RunDirectory, Status]) -> Mapping[RunDirectory, Answer]:
+        """What the scheduler knows of the jobs of runs that have not ended; one question for all of them.
+
+        Args:
+            going: what each of these runs has written.
+        """
+        return {}
+
     def states(self, runs: Sequence[RunDirectory]) -> list[Status | None]:
-        """What has become of each run: its status file, corrected by whoever knows better."""
+        """What has become of each run: its status file, corrected by what the scheduler says of its job."""
+        before = [(run, run.written_status()) for run in runs]
+        going = {run: status for run, status in before if status is not None and not status.state.ended}
+        answers = self.ask(going) if going else {}
+        return [reconcile(run, status, answers.get(run, Answer())) for run, status in before]
 
     @abstractmethod
     def kill(self, run: RunDirectory) -> None:

@@ -10,13 +10,14 @@ import signal
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.files.paths import user_path
 from fiddlehead.launch import nemo
 from fiddlehead.launch.executor import Executor
+from fiddlehead.launch.reconcile import Answer, Phase
 from fiddlehead.run.alive import MISSING, alive, is_here, last_heard_of, way_out
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.processes import is_running
@@ -75,9 +76,9 @@ class LocalExecutor(Executor):
         pid = nemo.start_process(run.name, run.script, run.path / "nemo_run")
         return f"{pid}:{process_started(pid) or 0}"
 
-    def states(self, runs: Sequence[RunDirectory]) -> list[Status | None]:
-        """What each run's status file says, corrected by a look at its process."""
-        return [_state(run) for run in runs]
+    def ask(self, going: Mapping[RunDirectory, Status]) -> Mapping[RunDirectory, Answer]:
+        """Looks at the processes of jobs that have not begun; when they have, the run itself says which are its."""
+        return {run: _answer(run, status) for run, status in going.items()}
 
     def kill(self, run: RunDirectory) -> None:
         """Kills a run's processes; nothing is saved, and the last checkpoint is whole.
@@ -104,25 +105,18 @@ class LocalExecutor(Executor):
                 kill(pid, signal.SIGKILL)
 
 
-def _state(run: RunDirectory) -> Status | None:
-    """Like `RunDirectory.status`, which knows nothing of a job between its submission and its first word."""
-    status = run.written_status()
-    if status is None or status.state is not State.PENDING or not is_here(status):
-        return run.status()
+def _answer(run: RunDirectory, status: Status) -> Answer:
+    """What is known of a run's job between its submission and its first word."""
+    if status.state is not State.PENDING or not is_here(status):
+        return Answer(Phase.PROCESS)
     if not run.submitted:
-        return run.status_of_launch()
+        return Answer(Phase.LAUNCHING)
     _, running = _job(run)
     if running is None:
         running = time.time() - last_heard_of(run.lock, status) < MISSING
     if running:
-        return status
-    if run.written_status() != status:  # it has begun, and may have ended, since it was read
-        return run.status()
-    if run.stop_requested_since_submission():
-        return replace(status, state=State.CANCELLED, ended=time.time(), reason="cancelled before it began")
-    if error := run.last_error():  # the script found no interpreter
-        return replace(status, state=State.FAILED, ended=time.time(), exit_code=2, reason=error)
-    return replace(status, state=State.DIED, ended=time.time(), reason="its process is gone, before the job began")
+        return Answer(Phase.WAITING)
+    return Answer(Phase.ENDED, "its process is gone, before the job began", ended=time.time())
 
 
 def _job(run: RunDirectory) -> tuple[int, bool | None]:

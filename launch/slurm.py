@@ -14,6 +14,7 @@ from fiddlehead.files.atomic import write_atomically
 from fiddlehead.files.paths import user_path
 from fiddlehead.launch import mirror, secrets, slurm_offer, slurm_queue
 from fiddlehead.launch.executor import Executor
+from fiddlehead.launch.reconcile import Answer
 from fiddlehead.launch.shell import Shell
 from fiddlehead.launch.slurm_offer import seconds
 from fiddlehead.launch.slurm_script import batch_script, sbatch_option_problems
@@ -258,17 +259,18 @@ class SlurmExecutor(Executor):
             raise ConfigError(_refusal(answer.error))
         return number[1]
 
+    def ask(self, going: Mapping[RunDirectory, Status]) -> Mapping[RunDirectory, Answer]:
+        """What squeue, sacct and scontrol say of each run's job; over SSH, the mirrors are brought up to date then."""
+        return slurm_queue.answers(self.shell(), going, self._fetch)
+
+    def _fetch(self, runs: Sequence[RunDirectory]) -> None:
+        if self.host and runs:
+            mirror.fetch(self.shell(), {run.path: self.place(run) for run in runs})
+
     def states(self, runs: Sequence[RunDirectory]) -> list[Status | None]:
-        """What squeue, sacct and scontrol say of each run's job, beside its own status file."""
-        shell, going = self.shell(), slurm_queue.going(runs)
-        try:
-            jobs = slurm_queue.find(shell, [run.job_id for run in going]) or {}
-            if self.host and going:
-                mirror.fetch(shell, {run.path: self.place(run) for run in going})
-        except ConfigError as error:
-            slurm_queue.unanswered(shell, str(error))
-            jobs = {}
-        found = [slurm_queue.state(run, jobs.get(run.job_id) if run in going else None) for run in runs]
+        """As `Executor.states`; the secrets of runs that have ended without removing them are removed."""
+        going = slurm_queue.going(runs)
+        found = super().states(runs)
         ended = [run for run, status in zip(runs, found, strict=True) if status and status.state.ended]
         self._remove_secrets([run for run in ended if run in going])
         return found

@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+from fiddlehead.errors import ConfigError
+from fiddlehead.launch.reconcile import Answer, Phase
 from fiddlehead.launch.shell import Shell
 from fiddlehead.launch.slurm_offer import rows
 from fiddlehead.run.directory import RunDirectory
@@ -46,44 +48,39 @@ class Job:
         return f"Slurm: {', '.join(filter(None, (self.state, code, how, reason)))}"
 
 
-def corrected(status: Status, job: Job, said: str = "") -> Status:
-    """What a run is that has not ended by its own word, `status`, by what Slurm says of its job.
-
-    Args:
-        said: the error with which the job's script has ended, if it did before the run could write its status.
-    """
+def answered(status: Status, job: Job, ended: float | None = None) -> Answer:
+    """What Slurm's words on a job mean for a run that has written `status`."""
     if job.state in WAITING:
-        reason = job.reason if job.reason != "None" else ""
-        return replace(status, state=State.PENDING, reason="; ".join(filter(None, (reason, status.reason))))
+        return Answer(Phase.WAITING, job.reason if job.reason != "None" else "")
     if job.state not in ENDED and job.state != UNKNOWN:
-        if status.state is State.PENDING:  # the status file is the launcher's, and knows no node
-            status = replace(status, host=job.nodes, pid=0)
         leaving = status.state is State.INTERRUPTED and job.state == "COMPLETING"
-        return status if leaving else replace(status, state=State.RUNNING)
-    state, reason = _end(status, job, said)
-    code = 0 if state is State.SUCCEEDED else job.exit_code or (128 + job.signal if job.signal else 1)
-    return replace(status, state=state, exit_code=code, reason=reason)
+        return Answer() if leaving else Answer(Phase.RUNNING, host=job.nodes)
+    state, reason = _end(status, job)
+    return Answer(
+        Phase.ENDED,
+        reason,
+        state=state,
+        exit_code=0 if state is State.SUCCEEDED else job.exit_code or (128 + job.signal if job.signal else 1),
+        ended=ended,
+        requeue_limit=job.exit_code in (75, 137),
+    )
 
 
-def _end(status: Status, job: Job, said: str) -> tuple[State, str]:
-    """How a run has ended whose job is over, and why."""
+def _end(status: Status, job: Job) -> tuple[State, str]:
+    """How a job has ended, and why."""
     if job.state == "CANCELLED":
-        if job.reason.startswith("Dependency"):
-            return State.CANCELLED, "a run that had to succeed first has not"
-        return State.CANCELLED, status.reason or "cancelled in Slurm"
+        dependency = job.reason.startswith("Dependency")
+        return State.CANCELLED, "a run that had to succeed first has not" if dependency else "cancelled in Slurm"
     if job.state == UNKNOWN and status.state is State.PENDING:
         return State.CANCELLED, "its job has left Slurm's queue, and never began"
-    if status.state is State.INTERRUPTED:
-        limit = " (requeue limit reached)" if job.exit_code in (75, 137) else ""
-        return State.FAILED, f"not queued again{limit}: {status.reason}"
     if job.state == UNKNOWN:
         return State.DIED, "Slurm has forgotten its job, and the run did not say how it ended"
     if job.state == "COMPLETED":  # exit code 0 is that of a run that succeeded; a full disk took no status
-        return State.SUCCEEDED, f"{job.words}, though the run could not write it down"
+        return State.SUCCEEDED, job.words
     if job.exit_code == 130:
-        return State.CANCELLED, status.reason or job.words
+        return State.CANCELLED, job.words
     died = job.state in SAID_NOTHING or job.signal or job.exit_code == 137
-    return (State.DIED if died else State.FAILED), said or job.words
+    return State.DIED if died else State.FAILED, job.words
 
 
 def find(shell: Shell, ids: Sequence[str]) -> dict[str, Job] | None:
@@ -128,21 +125,36 @@ def going(runs: Sequence[RunDirectory]) -> list[RunDirectory]:
     return [run for run in runs if (status := run.written_status()) and not status.state.ended and run.submitted]
 
 
-def state(run: RunDirectory, job: Job | None) -> Status | None:
-    """What a run is by its own word, read now, and by what Slurm said before of its job; None if that is not known.
+def answers(
+    shell: Shell, going: Mapping[RunDirectory, Status], fetch: Callable[[Sequence[RunDirectory]], None]
+) -> dict[RunDirectory, Answer]:
+    """What Slurm knows of the jobs of runs.
 
-    In this order a run that ends between the two is one that has ended well.
+    Args:
+        fetch: brings what runs have written on another machine; after Slurm has answered, so that an end counts.
     """
-    status = run.written_status()
-    if status is None or status.state.ended:
-        return status
-    if job is not None:
-        if job.state == UNKNOWN and time.time() - _last_sign(run, status) < LAG:
-            return status  # its parts do not know a new job, or one that has just ended, at the same moment
-        status = corrected(status, job, run.last_error())
-    elif status.state is State.PENDING and not run.submitted:
-        status = run.status_of_launch() or status  # its launcher is at it, or died before
-    return replace(status, ended=_last_sign(run, status)) if status.state.ended else status
+    submitted = [run for run in going if run.submitted]
+    try:
+        jobs = find(shell, [run.job_id for run in submitted]) or {}
+        fetch(submitted)
+    except ConfigError as error:
+        unanswered(shell, str(error))
+        jobs = {}
+    newest = {run: run.written_status() or status for run, status in going.items()}
+    return {
+        run: _answer(run, status, jobs.get(run.job_id) if run in submitted else None) for run, status in newest.items()
+    }
+
+
+def _answer(run: RunDirectory, status: Status, job: Job | None) -> Answer:
+    """What is known of a run's job by what Slurm said of it; None if it said nothing, or was not asked."""
+    if job is None:
+        launching = status.state is State.PENDING and not run.submitted
+        return Answer(Phase.LAUNCHING) if launching else Answer()
+    ended = _last_sign(run, status)
+    if job.state == UNKNOWN and time.time() - ended < LAG:
+        return Answer()  # its parts do not know a new job, or one that has just ended, at the same moment
+    return answered(status, job, ended)
 
 
 def unanswered(shell: Shell, said: str) -> None:

@@ -11,10 +11,11 @@ import pytest
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import slurm_offer, slurm_queue
+from fiddlehead.launch.reconcile import corrected
 from fiddlehead.launch.shell import Shell
 from fiddlehead.launch.slurm import _refusal, _would_wait, slurm
 from fiddlehead.launch.slurm_offer import count_gpus, gpus_of_a_node, problems, seconds
-from fiddlehead.launch.slurm_queue import UNKNOWN, Job, corrected, find
+from fiddlehead.launch.slurm_queue import UNKNOWN, Job, answered, find
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.processes import this_machine
 from fiddlehead.run.status import State, Status
@@ -104,7 +105,7 @@ RUNNING, PENDING, INTERRUPTED = (Status(state) for state in (State.RUNNING, Stat
     ids=str,
 )
 def test_what_slurm_says_corrects_what_the_run_says(status: Status, job: Job, state: State, reason: str):
-    found = corrected(status, job)
+    found = corrected(status, answered(status, job))
     assert found.state is state and reason in found.reason
     if state.ended:
         assert (found.exit_code == 0) == (state is State.SUCCEEDED)
@@ -112,8 +113,8 @@ def test_what_slurm_says_corrects_what_the_run_says(status: Status, job: Job, st
 
 def test_why_it_waits_again_is_said():
     interrupted = Status(State.INTERRUPTED, reason="stopped after step 7: SIGUSR1")
-    assert corrected(interrupted, Job("PENDING", reason="None")).reason == "stopped after step 7: SIGUSR1"
-    assert corrected(interrupted, Job("PENDING", reason="BeginTime")).reason == "BeginTime; " + interrupted.reason
+    for said, reason in (("None", interrupted.reason), ("BeginTime", "BeginTime; " + interrupted.reason)):
+        assert corrected(interrupted, answered(interrupted, Job("PENDING", reason=said))).reason == reason
 
 
 def test_one_question_for_many_runs(tmp_path: Path, answer):
