@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any, ClassVar, Self
 
 from fiddlehead.environment import wandb_mode_problems
@@ -18,10 +19,26 @@ from fiddlehead.launch.reconcile import Answer, reconcile
 from fiddlehead.recipe.coercion import coerce
 from fiddlehead.recipe.hints import Unevaluated, parameter_hint
 from fiddlehead.run.directory import RunDirectory
-from fiddlehead.run.status import Status
+from fiddlehead.run.status import State, Status
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
+
+
+_NO_SLURM = """\
+# A launcher may itself be in a Slurm job, which is not this one.
+unset "${!SLURM_@}" MASTER_ADDR MASTER_PORT
+"""
+
+
+def where_process(status: Status) -> str:
+    """Where a run is, or was, that is known by its process."""
+    return f"{status.executor} on {status.host}, process {status.pid}"
+
+
+def on_host(status: Status) -> str:
+    """ " on HOST", for a run that has one."""
+    return f" on {status.host}" if status.state is not State.PENDING else ""
 
 
 def _no_factory(text: str) -> Any:
@@ -64,6 +81,8 @@ class Executor(ABC):
     """Whether a job can be handed over before the ones that it waits for have ended."""
     dies_with_launcher: ClassVar[bool] = True
     """Whether the job of an attached launch ends when the launcher does, however that ends."""
+    begins_at_once: ClassVar[bool] = False
+    """Whether a job that is handed over begins within moments, so that one is asked to stop, and not killed, before."""
 
     def __post_init__(self) -> None:
         problems = self._type_problems() or self.problems()
@@ -128,6 +147,37 @@ class Executor(ABC):
     def shares_environment(self) -> bool:
         """Whether the job sees this machine's files, and what is installed here, at their own paths."""
         return True
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a job goes no further than this machine, with no command and no variable of its own."""
+        return False
+
+    @property
+    def time_limit(self) -> int | None:
+        """Seconds that an attempt may take; None is no limit."""
+        return None
+
+    def sent(self, status: Status) -> bool:
+        """Whether a run that has written `status` was sent to such an executor."""
+        return status.executor == self.kind
+
+    @classmethod
+    def where(cls, run: RunDirectory, status: Status) -> str:
+        """Where a run is, or was, in a few words."""
+        return f"{cls.kind} {run.job_id}{on_host(status)}"
+
+    def start_lines(self) -> str:
+        """Shell lines with which the job's script begins: they unset what of its environment is the launcher's."""
+        return _NO_SLURM
+
+    def where_lines(self) -> str:
+        """Shell lines that set `_where` in the job's script, which its log then begins with."""
+        return f"_where={quote(self.kind)}"
+
+    def requeue_lines(self) -> str:
+        """Shell lines that say how often a job may be queued again, and with which exit code it asks for that."""
+        return ""
 
     def devices_per_node(self) -> int:
         """How many devices each machine gives the run; 0 follows `trainer.devices`."""

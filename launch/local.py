@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from fiddlehead.errors import ConfigError
 from fiddlehead.files.paths import user_path
 from fiddlehead.launch import nemo
-from fiddlehead.launch.executor import Executor
+from fiddlehead.launch.executor import Executor, where_process
 from fiddlehead.launch.reconcile import Answer, Phase
 from fiddlehead.run.alive import MISSING, alive, is_here, last_heard_of, way_out
 from fiddlehead.run.directory import RunDirectory
@@ -46,6 +46,17 @@ class LocalExecutor(Executor):
 
     kind: ClassVar[str] = "local"
     ships_code: ClassVar[bool] = False
+    begins_at_once: ClassVar[bool] = True
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is no command and no variable of its own."""
+        return not (self.setup_lines or self.python or self.env_vars)
+
+    @classmethod
+    def where(cls, run: RunDirectory, status: Status) -> str:
+        """The machine, and the process."""
+        return where_process(status)
 
     def problems(self) -> list[str]:
         """As `Executor.problems`."""

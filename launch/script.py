@@ -56,8 +56,8 @@ def job_script(
     options = "".join(f" --allow {quote(name)}" for name in allow)
     parts = [
         _HEAD.format(name=" ".join(run.name.split())),
-        _NO_SLURM if executor.kind != "slurm" else "",
-        _OUTPUT.format(log=quote(there(run.log)), logs=quote(there(run.logs)), where=_where(executor)),
+        executor.start_lines(),
+        _OUTPUT.format(log=quote(there(run.log)), logs=quote(there(run.logs)), where=executor.where_lines()),
         _SECRETS.format(file=quote(secrets_file)) if secrets_file else "",
         _variables(executor, quote(there(lock)) if lock else ""),
         _HOME,
@@ -77,11 +77,6 @@ _HEAD = """\
 # The job of run {name}, on one node; to repeat it by hand: bash job.sh
 # No tracing, whoever asked for it: secrets would be printed.
 {{ set +euxv; }} 2> /dev/null
-"""
-
-_NO_SLURM = """\
-# A launcher may itself be in a Slurm job, which is not this one.
-unset "${!SLURM_@}" MASTER_ADDR MASTER_PORT
 """
 
 _OUTPUT = """\
@@ -129,17 +124,6 @@ fi
 """
 
 
-def _where(executor: Executor) -> str:
-    """Shell lines that set `_where`."""
-    if executor.kind != "slurm":
-        return f"_where={quote(executor.kind)}"
-    return (
-        '_where="${SLURM_JOB_ID:+slurm job $SLURM_JOB_ID}"\n'
-        'if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then _where+=", restart $SLURM_RESTART_COUNT"; fi\n'
-        'if [ -z "$_where" ]; then _where="by hand"; fi'
-    )
-
-
 def _variables(executor: Executor, lock: str) -> str:
     """Shell lines for the environment of the job, and for a stop that is asked for before Python runs."""
     lines = [
@@ -150,10 +134,8 @@ def _variables(executor: Executor, lock: str) -> str:
     if lock:
         # Nobody holds it when the script is run by hand. macOS has no `flock`: there the job looks.
         lines.append(f"if ! flock --nonblock {lock} true 2> /dev/null; then export FIDDLEHEAD_LAUNCHER_LOCK={lock}; fi")
-    requeues = getattr(executor, "requeues", 0)
-    if requeues:
-        # By hand there is nobody who would queue it again.
-        lines.append(f'if [ -n "$SLURM_JOB_ID" ]; then export FIDDLEHEAD_REQUEUES={requeues} _stopped=75; fi')
+    if requeue := executor.requeue_lines():
+        lines.append(requeue)
     lines.append("trap 'exit $_stopped' INT TERM USR1")
     return "\n".join(lines) + "\n"
 

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Self
 from fiddlehead.errors import ConfigError
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.files.paths import user_path
-from fiddlehead.launch import mirror, secrets, slurm_offer, slurm_queue
-from fiddlehead.launch.executor import Executor
+from fiddlehead.launch import mirror, secrets, slurm_offer, slurm_queue, slurm_script
+from fiddlehead.launch.executor import Executor, on_host
 from fiddlehead.launch.reconcile import Answer
 from fiddlehead.launch.shell import Shell
 from fiddlehead.launch.slurm_offer import seconds
@@ -175,6 +175,23 @@ class SlurmExecutor(Executor):
     def time_limit(self) -> int | None:
         """Seconds that an attempt may take; None means no limit."""
         return seconds(self.time)
+
+    @classmethod
+    def where(cls, run: RunDirectory, status: Status) -> str:
+        """The job's number, and its first node."""
+        return f"slurm job {run.job_id}{on_host(status)}"
+
+    def start_lines(self) -> str:
+        """None: the environment is that of the job."""
+        return ""
+
+    def where_lines(self) -> str:
+        """As `Executor.where_lines`."""
+        return slurm_script.WHERE
+
+    def requeue_lines(self) -> str:
+        """As `Executor.requeue_lines`; by hand there is nobody who would queue it again."""
+        return slurm_script.requeue_lines(self.requeues)
 
     def queue(self) -> str:
         """Slurm, where it is asked, and where runs are kept there."""

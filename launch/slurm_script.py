@@ -160,6 +160,20 @@ def _setup(executor: SlurmExecutor, run: RunDirectory) -> str:
     )
 
 
+WHERE = """\
+_where="${SLURM_JOB_ID:+slurm job $SLURM_JOB_ID}"
+if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then _where+=", restart $SLURM_RESTART_COUNT"; fi
+if [ -z "$_where" ]; then _where="by hand"; fi"""
+"""Shell lines that set `_where` to the number of the job, and of its restart."""
+
+
+def requeue_lines(requeues: int) -> str:
+    """Shell lines by which a job of Slurm knows that it may be queued again so often; by hand nobody would do it."""
+    if not requeues:
+        return ""
+    return f'if [ -n "$SLURM_JOB_ID" ]; then export FIDDLEHEAD_REQUEUES={requeues} _stopped=75; fi'
+
+
 _SETUP = """\
 ended() {{
     set +ex

@@ -17,7 +17,7 @@ from typing import TextIO
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import secrets
 from fiddlehead.launch.docker import DockerExecutor
-from fiddlehead.launch.executor import Executor
+from fiddlehead.launch.executor import Executor, where_process
 from fiddlehead.launch.local import LocalExecutor
 from fiddlehead.launch.slurm import SlurmExecutor
 from fiddlehead.run.alive import is_locked
@@ -63,7 +63,13 @@ def is_plain(run: RunDirectory) -> bool:
     executor = load_executor(run)
     if executor is None:
         return True
-    return executor.kind == LocalExecutor.kind and not (executor.setup_lines or executor.python or executor.env_vars)
+    return executor.is_plain
+
+
+def where(run: RunDirectory, status: Status) -> str:
+    """Where a run is, or was, in a few words."""
+    kind = KINDS.get(status.executor)
+    return kind.where(run, status) if kind else where_process(status)
 
 
 def states(runs: Sequence[RunDirectory]) -> list[Status | None]:
@@ -79,7 +85,7 @@ def states(runs: Sequence[RunDirectory]) -> list[Status | None]:
         except ConfigError as error:
             found[run.path] = Status(State.DAMAGED, reason=str(error))
             continue
-        if executor is None or status is None or status.executor != executor.kind:
+        if executor is None or status is None or not executor.sent(status):
             found[run.path] = run.status()
         else:
             groups.setdefault(executor.queue(), (executor, []))[1].append(run)
@@ -175,7 +181,7 @@ def cancel(run: RunDirectory, patience: float = 60.0, *, printer: _Printer | Non
         return status
     ask_to_stop(run)
     executor = load_executor(run)
-    if status.state is not State.RUNNING and executor is not None and status.executor != "local":
+    if status.state is not State.RUNNING and executor is not None and not executor.begins_at_once:
         return kill(run)
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:

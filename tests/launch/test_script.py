@@ -23,6 +23,7 @@ from fiddlehead.launch import secrets
 from fiddlehead.launch.code import ship
 from fiddlehead.launch.local import LocalExecutor
 from fiddlehead.launch.script import job_script
+from fiddlehead.launch.slurm import SlurmExecutor
 from fiddlehead.recipe import project
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.workers import JOB_VARIABLES
@@ -45,6 +46,9 @@ class Cluster(LocalExecutor):
     requeues: int = 0
 
     kind: ClassVar[str] = "slurm"
+    start_lines = SlurmExecutor.start_lines
+    where_lines = SlurmExecutor.where_lines
+    requeue_lines = SlurmExecutor.requeue_lines
 
 
 @dataclass(frozen=True, kw_only=True)

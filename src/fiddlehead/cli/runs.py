@@ -92,7 +92,7 @@ def show(run: str = RunArgument, directory: str = DirOption) -> None:
         add_row(made, "reason", status.reason)
         add_row(made, "exit code", str(status.exit_code if status.exit_code is not None else ""))
         add_row(made, "attempt", str(status.attempt))
-        add_row(made, "where", _where(found, status))
+        add_row(made, "where", watch.where(found, status))
         add_row(made, "elapsed", _elapsed(status.started, status.ended))
     for problem in damage.find(found):
         add_row(made, "damaged", problem)
@@ -340,6 +340,8 @@ def _unsent(run: RunDirectory) -> list[Path]:
 def _row(run: RunDirectory, status: Status | None) -> list[Any]:
     from rich.text import Text
 
+    from fiddlehead.launch import watch
+
     metrics, damaged = run.last_metrics(), damage.find(run)
     rate = metrics.get("tokens_per_s")
     row = [
@@ -367,7 +369,7 @@ def _row(run: RunDirectory, status: Status | None) -> list[Any]:
         *row,
         _elapsed(status.started, status.ended),
         str(status.attempt),
-        _where(run, status),
+        watch.where(run, status),
         reason if len(reason) <= 60 else reason[:59] + "…",
     ]
 
@@ -384,14 +386,6 @@ def _last_sign(run: RunDirectory, status: Status | None) -> float:
     if status is not None and status.ended:
         return status.ended
     return max(file.stat().st_mtime for file in (run.recipe, run.command, run.log, run.metrics) if file.exists())
-
-
-def _where(run: RunDirectory, status: Status) -> str:
-    """Where a run is, or was."""
-    if status.executor in ("slurm", "docker"):
-        on = f" on {status.host}" if status.state is not State.PENDING else ""
-        return f"{status.executor} {'job ' if status.executor == 'slurm' else ''}{run.job_id}{on}"
-    return f"{status.executor} on {status.host}, process {status.pid}"
 
 
 def _coloured(state: State) -> Text:

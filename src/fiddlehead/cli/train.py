@@ -278,9 +278,8 @@ def _totals(plans: Sequence[Plan], executor: Executor) -> list[tuple[str, str]]:
     if any(plan.recipe.trainer.accelerator in ("gpu", "cuda") for plan in plans):
         hours = flops / (0.4 * 989e12) / 3600
         rows.append(("GPU hours", f"about {hours:,.1f} on H100s at 40 % MFU"))
-        limit = getattr(executor, "time_limit", None)
-        if limit:
-            most = sum(each.world_size for each in trainings) * limit / 3600
+        if executor.time_limit:
+            most = sum(each.world_size for each in trainings) * executor.time_limit / 3600
             rows.append(("", f"at most {most:,.1f} for an attempt of each, by executor.time"))
     return rows
 
