@@ -77,6 +77,8 @@ VALUES: list[tuple[str, tuple[Any, ...], Any]] = [
     ("tokenizer-bpe", ("model", "vocab", "a"), 10**12),
     ("tokenizer-bpe", ("model", "vocab"), [[[]]]),
     ("tokenizer-bpe", ("added_tokens",), 1),
+    *(("tokenizer-unigram", ("decoder", "type"), value) for value in ([], {}, 1, None)),
+    *(("tokenizer-unigram", ("decoder", "decoders"), value) for value in (1, None, [1])),
     ("tokenizer-bpe", ("pre_tokenizer",), {"type": "FixedLength", "length": 0}),
     ("tokenizer-bpe", ("decoder",), {"type": "Strip", "content": "d", "start": 10**9, "stop": 10**9}),
     ("tokenizer-bpe", ("normalizer",), {"normalizers": [{"pattern": {"String": "a"}, "content": "a" * 99}] * 9}),

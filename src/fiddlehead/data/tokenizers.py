@@ -604,5 +604,7 @@ def _component_types(component: Any) -> set[str]:
     """The types of a decoder or pre-tokenizer and of those in its sequence."""
     if not isinstance(component, dict):
         return set()
-    parts = [*component.get("decoders", []), *component.get("pretokenizers", [])]
-    return {component.get("type", ""), *(kind for part in parts for kind in _component_types(part))}
+    kind, sequences = component.get("type"), (component.get("decoders"), component.get("pretokenizers"))
+    parts = [part for sequence in sequences if isinstance(sequence, list) for part in sequence]
+    own = {kind} if isinstance(kind, str) else set()
+    return own.union(*map(_component_types, parts))
