@@ -105,6 +105,7 @@ VALUES: list[tuple[str, tuple[Any, ...], Any]] = [
     ("forged-checkpoint", ("config", "num_moe_experts"), 10**9),
     ("forged-checkpoint", ("files",), {"../x": {}}),
     ("forged-checkpoint", ("files", "model.safetensors"), 1),
+    ("forged-checkpoint", ("saved",), []),
     ("checkpoint", (), BRACKETS),
 ]
 
@@ -222,3 +223,11 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         read_object(tmp_path / "config.json")
     with pytest.raises(ConfigError, match="it is not a plain file"):
         HuggingFaceCheckpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config", "step", "val_loss", "format_version", "saved", "files", "crc32"])
+def test_a_checkpoint_s_state_without_a_field_is_read_or_refused(name: str, folders: Callable[[str], Path]) -> None:
+    reader = READERS["forged-checkpoint"]
+    state = json.loads((folders("forged-checkpoint") / reader.file).read_text())
+    del state[name]
+    check(reader, folders("forged-checkpoint"), json.dumps(state).encode())

@@ -38,7 +38,7 @@ FORMAT_VERSION = 1
 STEP, TEMPORARY = "step-", ".writing-"
 
 T = TypeVar("T")
-_verified: dict[Path, tuple[float, dict[str, kept.Stamp]]] = {}
+_verified: dict[Path, tuple[float | None, dict[str, kept.Stamp]]] = {}
 """The checkpoints that were verified: when each was saved, and its files' stamps."""
 
 
@@ -168,7 +168,7 @@ def verify(path: Path) -> dict[str, Any]:
         size = file.stat().st_size if file.is_file() else None
         if size != written["bytes"]:
             raise DamagedCheckpointError(f"{file} has {size} of {written['bytes']} bytes")
-    checked = state["saved"], {name: kept.stamp(path / name) for name in files}
+    checked = state.get("saved"), {name: kept.stamp(path / name) for name in files}
     if _verified.get(path.resolve()) == checked:
         return state
     with ThreadPoolExecutor(max_workers=8) as readers:
