@@ -18,6 +18,7 @@ from fiddlehead.launch import secrets
 from fiddlehead.launch.reconcile import Answer, reconcile
 from fiddlehead.recipe.coercion import coerce
 from fiddlehead.recipe.hints import Unevaluated, parameter_hint
+from fiddlehead.recipe.references import reference_to
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import State, Status
 
@@ -248,5 +249,7 @@ class Executor(ABC):
         write_atomically(run.executor, json.dumps(self.to_dict(), indent=1) + "\n", mode=0o600)
 
     def to_dict(self) -> dict[str, Any]:
-        """The kind and the settings, as JSON values."""
-        return {"kind": self.kind, **asdict(self)}
+        """The kind and the settings, as JSON values; of an executor of the user's also the class, by its name."""
+        ours = type(self).__module__.startswith("fiddlehead.")
+        own = {} if ours else {"class": reference_to(type(self))}
+        return {"kind": self.kind, **own, **asdict(self)}

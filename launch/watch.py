@@ -20,6 +20,8 @@ from fiddlehead.launch.docker import DockerExecutor
 from fiddlehead.launch.executor import Executor, where_process
 from fiddlehead.launch.local import LocalExecutor
 from fiddlehead.launch.slurm import SlurmExecutor
+from fiddlehead.recipe import trust
+from fiddlehead.recipe.references import locate
 from fiddlehead.run.alive import is_locked
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import State, Status, StopRequest
@@ -41,12 +43,15 @@ _unreadable: set[Path] = set()
 def load_executor(run: RunDirectory) -> Executor | None:
     """The executor that a run was sent to; None if it ran in its launcher's own process.
 
+    An executor of the user's is imported only if this user has sent the run there.
+
     Raises:
         ConfigError: what is written down is not understood.
     """
     try:
         settings = json.loads(run.executor.read_text())
-        kind = KINDS[settings.pop("kind")]
+        name, own = settings.pop("kind"), settings.pop("class", None)
+        kind = KINDS[name] if own is None else _own_kind(run, own)
         known = {field.name for field in fields(kind)}
         return kind(**{name: value for name, value in settings.items() if name in known})
     except (FileNotFoundError, NotADirectoryError):
@@ -56,6 +61,18 @@ def load_executor(run: RunDirectory) -> Executor | None:
             f"{run.executor} cannot be read: {error!r}; start the run again with its log.name and executor=..., which "
             "writes that file anew"
         ) from error
+
+
+def _own_kind(run: RunDirectory, name: str) -> type[Executor]:
+    """The class of an executor of the user's, ``module:name``."""
+    if not trust.knows_executor(run):
+        raise ConfigError(
+            f"{run.executor}: names {name}, an executor that is not fiddlehead's, and you did not send the run there"
+        )
+    kind = locate(name)
+    if not (isinstance(kind, type) and issubclass(kind, Executor)):
+        raise ConfigError(f"{run.executor}: {name} is not an executor")
+    return kind
 
 
 def is_plain(run: RunDirectory) -> bool:

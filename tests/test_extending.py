@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fiddlehead.cli.common import load_recipe
-from fiddlehead.launch import launch, plan
+from fiddlehead.cli.common import configure_executor, load_recipe
+from fiddlehead.errors import ConfigError
+from fiddlehead.launch import launch, plan, watch
+from fiddlehead.launch.submit import write_run
+from fiddlehead.recipe import trust
+from fiddlehead.run import State
 
 OPTIMIZER = '''
 """Plain stochastic gradient descent."""
@@ -147,6 +151,30 @@ def test_an_optimizer_a_callback_a_data_reader_and_a_recipe_train_a_model(projec
     made = plan(recipe)
     assert not made.problems and made.training.state_gib > 0
     run = launch(recipe)
-    assert sorted(set(Path("steps.txt").read_text().split())) == ["1", "2", "3", "4", "5", "6"]
+    assert sorted(set(Path("steps.txt").read_text().split())) == ["0", "1", "2", "3", "4", "5", "6"]
     assert run.last_step() == 6 and float(run.last_metrics()["loss"]) < 6
     assert load_recipe("mine", ["log.name=mine", "trainer.max_steps=7"], ())[0].launch().last_step() == 7
+
+
+def test_an_executor_is_found_by_its_file_and_again_by_the_run_that_it_was_sent(project: Path) -> None:
+    executor, _ = configure_executor(["executor=ours", "executor.queue_name=short"])
+    made = plan(load_recipe("tiny_test", ["log.name=a"], ())[0], executor)
+    made.refuse_problems()
+    run = write_run(made.recipe, made.executor, name=None, command=None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "launch"]:
+        del sys.modules[name]  # as in another process
+    found = watch.load_executor(run)
+    assert type(found).__name__ == "OursExecutor" and getattr(found, "queue_name", "") == "short"
+    trust.forget(run)
+    with pytest.raises(ConfigError, match=r"names launch\.ours:OursExecutor, an executor that is not fiddlehead's"):
+        watch.load_executor(run)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # NeMo-Run's, of what it imports
+def test_a_run_goes_through_an_executor_of_one_file(project: Path) -> None:
+    executor, _ = configure_executor(["executor=ours"])
+    recipe, _ = load_recipe("tiny_test", ["log.name=a", "trainer.max_steps=1"], ())
+    run = launch(recipe, executor)
+    (status,) = watch.states([run])
+    assert status and (status.state, status.executor) == (State.SUCCEEDED, "ours")
