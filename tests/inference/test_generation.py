@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from fiddlehead.attention import Packages, Target
 from fiddlehead.errors import ConfigError
 from fiddlehead.inference import generation
 from fiddlehead.inference.generation import Sampling, sample, sample_batch
@@ -114,11 +116,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def shaped(name: str, hidden_size: int = 16) -> Transformer:
+def shaped(name: str, hidden_size: int = 16, **changes: Any) -> Transformer:
     torch.manual_seed(0)
     config = TransformerConfig(
         num_layers=2, hidden_size=hidden_size, num_attention_heads=4, vocab_size=23, seq_length=24, init_method_std=0.5,
-        **SHAPES[name],
+        **SHAPES[name], **changes,
     )  # fmt: skip
     return Transformer(config).eval()
 
@@ -215,7 +217,8 @@ def test_a_compiled_step_is_one_graph_and_changes_no_token(name: str, monkeypatc
 @pytest.mark.parametrize("name", ["gqa", "learned"])
 def test_on_a_gpu_the_tokens_are_those_without_a_cache(name: str, compile: bool) -> None:
     """Also compiled and captured: of fourteen steps the first three are compiled, and the others replayed."""
-    model = shaped(name, hidden_size=64).cuda()
+    # Of float32 and a cache, the only other backend is flex, which a compiled step refuses.
+    model = shaped(name, hidden_size=64, attention_backend="reference" if compile else "auto").cuda()
     prompts = [PROMPT, [5, 6, 7, 8, 9, 10]]
     assert list(sample(model, PROMPT, 14, temperature=0, compile=compile)) == uncached(model, PROMPT, 14)
     written = sample_batch(model, prompts, 14, Sampling(temperature=0), compile=compile)
@@ -231,3 +234,16 @@ def test_without_a_gpu_no_step_is_captured(model: Transformer) -> None:
         next(sample(model, PROMPT, 1, compile=True))
     with pytest.raises(ConfigError, match="experts' products are compiled in bfloat16 only"):
         next(sample(shaped("experts"), PROMPT, 1, compile=True))
+
+
+def test_what_flex_would_decode_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    h100 = Target.gpu("h100", Packages(torch="2.11.0", cudnn="9.19.0"))
+    monkeypatch.setattr(Target, "of", lambda device: h100)
+    cuda, config = (
+        torch.device("cuda"),
+        TransformerConfig(num_layers=2, hidden_size=512, num_attention_heads=8, vocab_size=23, seq_length=64),
+    )
+    with pytest.raises(ConfigError, match=r"^compile=True: float32, 8/8 heads of 64.*would be decoded by flex"):
+        compiled_step.refuse_compiled_step(config, cuda, torch.float32)
+    compiled_step.refuse_compiled_step(config, cuda, torch.bfloat16)
+    compiled_step.refuse_compiled_step(replace(config, attention_backend="reference"), cuda, torch.float32)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from fiddlehead.attention import KVCache
+from fiddlehead.attention import AttentionSpec, KVCache, Target, explain
 from fiddlehead.errors import ConfigError
 from fiddlehead.models.config import TransformerConfig
 from fiddlehead.models.transformer import Transformer
@@ -30,8 +31,27 @@ def refuse_compiled_step(config: TransformerConfig, device: torch.device, dtype:
             f"compile=True: experts' products are compiled in bfloat16 only, and the weights are {dtype}; "
             "leave compile out"
         )
+    if not problems and (layer := _by_flex(config, device, dtype)) is not None:
+        problems.append(
+            f"compile=True: {layer} would be decoded by flex, whose results within a compiled step are wrong for a "
+            "batch; use bfloat16 or install a flash-attn package (`fiddlehead doctor`), or leave compile out"
+        )
     if problems:
         raise ConfigError(*problems)
+
+
+def _by_flex(config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> AttentionSpec | None:
+    """The calls of a decoding layer that FlexAttention would serve on this device; None if there are none.
+
+    Seen with PyTorch 2.11 on an H200: its compiler fails on a mask that is computed from a cache's lengths in the same
+    graph, and if it is kept from looking into them, rows of a batch get wrong tokens.
+    """
+    target = Target.of(device)
+    for layer in range(config.num_layers):
+        spec = replace(config.attention_spec(layer, dtype, training=False), cached=True)
+        if explain(spec, target, config.attention_backend).backend == "flex":
+            return spec
+    return None
 
 
 class CompiledStep:
