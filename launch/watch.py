@@ -21,7 +21,7 @@ from fiddlehead.launch.executor import Executor, where_process
 from fiddlehead.launch.local import LocalExecutor
 from fiddlehead.launch.slurm import SlurmExecutor
 from fiddlehead.recipe import trust
-from fiddlehead.recipe.references import locate
+from fiddlehead.recipe.references import locate, reference_to
 from fiddlehead.run.alive import is_locked
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import State, Status, StopRequest
@@ -51,7 +51,8 @@ def load_executor(run: RunDirectory) -> Executor | None:
     try:
         settings = json.loads(run.executor.read_text())
         name, own = settings.pop("kind"), settings.pop("class", None)
-        kind = KINDS[name] if own is None else _own_kind(run, own)
+        known_here = own is None or (name in KINDS and own == reference_to(KINDS[name]))
+        kind = KINDS[name] if known_here else _own_kind(run, str(own))
         known = {field.name for field in fields(kind)}
         return kind(**{name: value for name, value in settings.items() if name in known})
     except (FileNotFoundError, NotADirectoryError):
