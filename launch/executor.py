@@ -156,7 +156,7 @@ class Executor(ABC):
 
     @property
     def time_limit(self) -> int | None:
-        """Seconds that an attempt may take; None is no limit."""
+        """Seconds that an attempt may take; None means no limit."""
         return None
 
     def sent(self, status: Status) -> bool:

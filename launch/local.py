@@ -50,7 +50,7 @@ class LocalExecutor(Executor):
 
     @property
     def is_plain(self) -> bool:
-        """Whether there is no command and no variable of its own."""
+        """Whether a job runs as settings are by default: without commands, variables or another Python."""
         return not (self.setup_lines or self.python or self.env_vars)
 
     @classmethod

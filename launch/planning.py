@@ -152,9 +152,7 @@ def plan(
         return Plan(recipe, executor, error.problems)
     here = target is None and (executor is None or not executor.ships_code)
     lacking = missing_here(fitted) if here else ""
-    if here and not lacking:
-        target = None
-    elif target is None:
+    if target is None and not (here and not lacking):
         target = "unknown"
     try:
         training = _plan_training(fitted, target)

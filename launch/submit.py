@@ -116,8 +116,8 @@ def hand_over(
         if error.errno in FULL_DISK:
             raise RunError(f"executor={executor.kind}: {of_the_machine(error)}") from error
         raise ConfigError(
-            f"executor={executor.kind}: cannot write {error.filename}: {error.strerror}; where that is for want of a "
-            "home, NEMORUN_HOME and FIDDLEHEAD_CACHE name other folders"
+            f"executor={executor.kind}: cannot write {error.filename}: {error.strerror}; if there is no home "
+            "directory, set NEMORUN_HOME and FIDDLEHEAD_CACHE to other folders"
         ) from error
     except BaseException as error:
         _give_up(run, error)

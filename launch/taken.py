@@ -9,6 +9,7 @@ from fiddlehead.launch import watch
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipe.hints import written_hint
 from fiddlehead.recipe.leaves import leaves
+from fiddlehead.recipe.references import is_trainer
 from fiddlehead.recipe.resumable import is_marked
 from fiddlehead.run import RunDirectory, damage
 from fiddlehead.run.alive import is_here, way_out
@@ -61,7 +62,6 @@ def _resumable_paths(recipe: Recipe) -> list[str]:
         function = fdl.get_callable(leaf.owner)
         if not isinstance(leaf.key, str) or leaf.key not in leaf.owner.__signature_info__.parameters:
             continue
-        of_trainer = getattr(function, "__name__", "") == "Trainer" and leaf.key in TRAINER
-        if of_trainer or is_marked(written_hint(function, leaf.key)):
+        if (leaf.key in TRAINER and is_trainer(function)) or is_marked(written_hint(function, leaf.key)):
             found.append(leaf.path)
     return found

@@ -20,7 +20,7 @@ from fiddlehead.data.readers import (
     uncompressed,
 )
 from fiddlehead.errors import ConfigError, Elsewhere
-from fiddlehead.files.foreign import inside, parse_json, read_json
+from fiddlehead.files.foreign import has_half_pair, inside, parse_json, read_json
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
@@ -48,17 +48,13 @@ def parse_line(line: bytes) -> tuple[Any, str]:
     """The values of a line of JSONL, and why they cannot be read, or ""."""
     try:
         values = parse_json(line.decode("utf-8-sig"))
-        if b"\\u" in line:
-            json.dumps(values, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         return None, f"is not valid UTF-8: byte {error.object[error.start]:#04x} at {error.start}"
-    except UnicodeEncodeError:
-        return None, "is not valid Unicode: has half a surrogate pair"
     except json.JSONDecodeError as error:
         return None, f"is not valid JSON: column {error.colno}: {error.msg}"
     except ValueError as error:
         return None, f"is not JSON that can be read: {error}"
-    return values, ""
+    return (None, "is not valid Unicode: has half a surrogate pair") if has_half_pair(line, values) else (values, "")
 
 
 def _json_rows(path: Path, suffix: str) -> Iterator[tuple[str, Any, str]]:

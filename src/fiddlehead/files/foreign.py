@@ -69,10 +69,8 @@ def parse_json(text: str | bytes, *, strict: bool = False) -> Any:
     """
     try:
         value = json.loads(text, parse_int=_int, parse_constant=_refuse_constant if strict else float)
-        if strict:
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("not Unicode: half of a surrogate pair") from None
+        if strict and has_half_pair(text, value):
+            raise ValueError("not Unicode: half of a surrogate pair")
     except RecursionError:
         raise ValueError(f"nested too deep: more than {_MAX_DEPTH} levels") from None
     level = [value]
@@ -87,6 +85,17 @@ def parse_json(text: str | bytes, *, strict: bool = False) -> Any:
         if not level:
             return value
     raise ValueError(f"nested too deep: more than {_MAX_DEPTH} levels")
+
+
+def has_half_pair(text: str | bytes, value: Any) -> bool:
+    """Whether `value`, which the JSON `text` stands for, has half of a surrogate pair: JSON can escape it."""
+    if not ("\\u" in text if isinstance(text, str) else b"\\u" in text):
+        return False
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def read_json(file: Path, limit: int = MAX_BYTES) -> Any:

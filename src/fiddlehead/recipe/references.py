@@ -122,12 +122,15 @@ def is_listed(value: Any, *, task: bool = False) -> bool:
         return False
 
 
+def is_trainer(function: Any) -> bool:
+    """Whether a class is Lightning's Trainer, or derived from it; Lightning is not imported to know."""
+    bases = getattr(function, "__mro__", ())
+    return any(base.__name__ == "Trainer" and base.__module__.startswith("lightning.") for base in bases)
+
+
 def check_argument(function: Any, name: str | int) -> None:
     """Raises ConfigError if a recipe file may not set the argument `name` of a class or function."""
-    if name in WITHHELD and any(
-        base.__name__ == "Trainer" and base.__module__.startswith("lightning.")
-        for base in getattr(function, "__mro__", ())
-    ):
+    if name in WITHHELD and is_trainer(function):
         raise ConfigError(f"may not be set in a recipe file: {WITHHELD[name]}")
 
 

@@ -89,7 +89,7 @@ class Family:
     defaults: Fields = field(default_factory=lambda: COMMON | {"head_dim": None})
     """The values of fields that `config.json` leaves out. A setting that is not here must be in `config.json`."""
     nullable: tuple[str, ...] = ()
-    """Fields that may be null although their default is not; null then means that there is no such thing."""
+    """Fields that may be null although their default is not; null then turns off what the field is for."""
     precedence: int = 100
     """Of several families that have a model, the one with the lowest number is chosen to export it."""
 

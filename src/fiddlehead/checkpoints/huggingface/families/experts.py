@@ -15,7 +15,7 @@ def read_balance(settings: Fields) -> Fields:
     weight, k, layers = (settings[n] for n in ("router_aux_loss_coef", "num_experts_per_tok", "num_hidden_layers"))
     if all(isinstance(number, int | float) for number in (weight, k, layers)) and layers:
         weight = _rounded(weight * k / layers)
-    return {"moe_aux_loss_coeff": weight}  # `TransformerConfig` refuses what is no number
+    return {"moe_aux_loss_coeff": weight}  # `TransformerConfig` refuses what is not a number
 
 
 def write_balance(config: TransformerConfig) -> Fields:
