@@ -69,6 +69,12 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
+def forget_modules(*packages: str) -> None:
+    """Lets the `recipes/` and `launch/` of a project, and other `packages` of it, be imported anew."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("recipes", "launch", *packages)]:
+        del sys.modules[name]
+
+
 @pytest.fixture
 def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory; what a test adds to the places that are imported from is forgotten afterwards."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from fiddlehead.launch import launch, plan, watch
 from fiddlehead.launch.submit import write_run
 from fiddlehead.recipe import trust
 from fiddlehead.run import State
+from tests.conftest import forget_modules
 
 OPTIMIZER = '''
 """Plain stochastic gradient descent."""
@@ -139,11 +139,9 @@ def project(working_directory: Path) -> Iterator[Path]:
     for name, text in files.items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(text)
-    before = set(sys.modules)
+    forget_modules()  # another test's
     yield working_directory
-    for name in set(sys.modules) - before:
-        if name.partition(".")[0] in ("my_optimizer", "my_callback", "my_data", "recipes", "launch"):
-            del sys.modules[name]
+    forget_modules("my_optimizer", "my_callback", "my_data")
 
 
 def test_an_optimizer_a_callback_a_data_reader_and_a_recipe_train_a_model(project: Path) -> None:
@@ -161,8 +159,7 @@ def test_an_executor_is_found_by_its_file_and_again_by_the_run_that_it_was_sent(
     made = plan(load_recipe("tiny_test", ["log.name=a"], ())[0], executor)
     made.refuse_problems()
     run = write_run(made.recipe, made.executor, name=None, command=None)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "launch"]:
-        del sys.modules[name]  # as in another process
+    forget_modules()  # as in another process
     found = watch.load_executor(run)
     assert type(found).__name__ == "OursExecutor" and getattr(found, "queue_name", "") == "short"
     trust.forget(run)

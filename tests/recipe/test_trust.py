@@ -19,6 +19,7 @@ from fiddlehead.launch.slurm import slurm
 from fiddlehead.launch.submit import write_run
 from fiddlehead.recipe import Recipe, catalog, trust
 from fiddlehead.run.directory import RunDirectory
+from tests.conftest import forget_modules
 
 MINE = """
 from dataclasses import dataclass
@@ -46,11 +47,6 @@ def project(working_directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     Path("recipes/mine.py").write_text(MINE)
     yield working_directory
     forget_modules()
-
-
-def forget_modules() -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("recipes", "launch")]:
-        del sys.modules[name]
 
 
 def launched(name: str = "a", **executor: str) -> RunDirectory:
