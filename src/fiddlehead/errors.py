@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import errno
 from collections.abc import Iterable, Sequence
+from pathlib import PurePath
+from typing import Any
 
 _LONGEST = 2000
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -21,35 +23,115 @@ _OF_THE_MACHINE = (
 )
 
 
-class Elsewhere(str):
-    """A problem that begins with its own place, such as a file and a line, and not with a field of the recipe."""
+class _Unset:
+    def __repr__(self) -> str:
+        return "UNSET"
 
-    __slots__ = ()
+
+UNSET: Any = _Unset()
+"""What `Problem.given` is where no value was given, or none is worth repeating."""
+
+
+class Problem(str):
+    """What is wrong with what a user gave: the value itself, and as text the line that the user reads.
+
+    `Problem("num_query_groups", 3, "does not divide num_attention_heads=8", (1, 2, 4, 8))` reads
+    ``num_query_groups=3: does not divide num_attention_heads=8; allowed: 1, 2, 4, 8``.
+
+    Args:
+        path: of the field in the recipe, or the name of an argument; "" where no single field is at fault.
+        given: its value.
+        message: what is wrong with it.
+        allowed: what may stand there instead. If one of these names is close to `given`, the text offers that one.
+    """
+
+    __slots__ = ("allowed", "given", "message", "path")
+
+    def __new__(
+        cls, path: str, given: object = UNSET, message: str = "", allowed: Iterable[object] | None = None
+    ) -> Problem:
+        names = None if allowed is None else tuple(allowed)
+        head = path if given is UNSET else f"{path}={_shown(given)}"
+        text = message if names is None else f"{message}; {_choice(given, names)}"
+        self = super().__new__(cls, _shortened(f"{head}: {text}" if head else text))
+        self.path, self.given, self.message, self.allowed = path, given, message, names
+        return self
+
+    def __getnewargs__(self) -> tuple[object, ...]:  # type: ignore[override]
+        return self.path, self.given, self.message, self.allowed
+
+    @classmethod
+    def unknown(cls, path: str, given: str, what: str, allowed: Iterable[str]) -> Problem:
+        """A name that is not among `allowed`; `what` says what it would name."""
+        return cls(path, given, f"unknown {what} {given!r}", allowed)
+
+    @classmethod
+    def in_file(cls, place: object, message: str) -> Problem:
+        """Something wrong in a file; `place` is its path, with a line where there is one."""
+        return cls("", UNSET, f"{place}: {message}")
+
+    def under(self, path: str) -> Problem:
+        """The same, of the field that sits under `path`."""
+        if not path or not self.path:
+            return self
+        return Problem(f"{path}.{self.path}", self.given, self.message, self.allowed)
 
 
 class ConfigError(ValueError):
     """What a user asked for cannot be done; the command prints it without a traceback and exits with 2.
 
-    Each problem is a line that starts with the name of the field at fault and says what was given and what is
-    allowed, for example ``num_query_groups=3 does not divide num_attention_heads=8; allowed: 1, 2, 4, 8``. Whoever
-    knows where the field sits puts the path in front with `under`. A problem that does not begin with a field is an
-    `Elsewhere`.
+    Args:
+        problems: all that is wrong. A text that is not a `Problem` is about no single field.
     """
 
     def __init__(self, *problems: str) -> None:
-        self.problems = tuple(_shortened(problem) for problem in problems)
+        self.problems = tuple(each if isinstance(each, Problem) else _Sentence(each) for each in problems)
         super().__init__("\n".join(self.problems))
 
     def under(self, path: str) -> ConfigError:
-        """The same problems, each that begins with a field with `path` and a dot in front."""
-        return ConfigError(*(p if isinstance(p, Elsewhere) or not path else f"{path}.{p}" for p in self.problems))
+        """The same problems, of fields that sit under `path`."""
+        return ConfigError(*(problem.under(path) for problem in self.problems))
+
+    def of(self, path: str, given: object = UNSET) -> ConfigError:
+        """The same problems, as those of the field that led to them."""
+        return ConfigError(*(Problem(path, given, problem) for problem in self.problems))
 
 
-def _shortened(problem: str) -> str:
+def refuse(problems: Iterable[str], cause: BaseException | None = None) -> None:
+    """Raises ConfigError if there are problems."""
+    if found := tuple(problems):
+        raise ConfigError(*found) from cause
+
+
+def _shown(given: object) -> str:
+    return repr(str(given) if isinstance(given, PurePath) else given)
+
+
+def _choice(given: object, allowed: tuple[object, ...]) -> str:
+    match = nearest(given, map(str, allowed)) if isinstance(given, str) else None
+    return f"did you mean {match!r}?" if match else f"allowed: {', '.join(map(str, allowed)) or 'none'}"
+
+
+def _shortened(text: str) -> str:
     """Without the middle, where a problem repeats a value that nobody reads to its end."""
-    if len(problem) <= _LONGEST:
-        return problem
-    return type(problem)(f"{problem[: _LONGEST // 2]} ... {problem[-_LONGEST // 2 :]}")  # an `Elsewhere` stays one
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+
+
+class _Sentence(Problem):  # to go: a text that may begin with a field
+    __slots__ = ()
+
+    def __new__(cls, text: str) -> _Sentence:  # type: ignore[misc]
+        return super().__new__(cls, "", UNSET, text)  # type: ignore[return-value]
+
+    def __getnewargs__(self) -> tuple[object, ...]:  # type: ignore[override]
+        return (self.message,)
+
+    def under(self, path: str) -> Problem:
+        return _Sentence(f"{path}.{self.message}") if path else self
+
+
+def Elsewhere(text: str) -> Problem:  # noqa: N802  # to go: `Problem.in_file`, or a text
+    return Problem("", UNSET, text)
 
 
 class RunError(RuntimeError):
