@@ -15,7 +15,7 @@ import fiddle as fdl
 import torch
 from pydantic import Field
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.num_query_groups and self.num_attention_heads % self.num_query_groups:
-            raise ConfigError(f"num_query_groups={self.num_query_groups} does not divide {self.num_attention_heads}")
+            raise ConfigError(
+                Problem("num_query_groups", self.num_query_groups, f"does not divide {self.num_attention_heads}")
+            )
         if self.num_layers < 1:
             raise ValueError("too few layers")
 

@@ -205,7 +205,7 @@ def test_a_recipe_file_is_explained_as_its_recipe(explained, typed):
             "error: trainer.strategy.tensor_parallel=3: must divide num_attention_heads=32",
         ),
         (["data.micro_batch_size=0"], "error: data.micro_batch_size=0; allowed: 1 or more"),
-        (["trainer.precision=16-mixed"], "error: trainer.precision='16-mixed': allowed: 32-true"),
+        (["trainer.precision=16-mixed"], "error: trainer.precision='16-mixed': unknown precision '16-mixed'"),
     ],
 )
 def test_a_mistake_is_one_line(typed, arguments, message):

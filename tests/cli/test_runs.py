@@ -82,7 +82,7 @@ def test_a_log_is_that_of_the_newest_attempt(tmp_path: Path, runs: Command):
         (["logs", "a", "--attempt", "9"], "--attempt 9"),
         (["clean"], "nothing says which"),
         (["clean", "--older-than", "7x"], "--older-than 7x"),
-        (["clean", "--state", "RUNNING"], "--state RUNNING: allowed"),
+        (["clean", "--state", "RUNNING"], "--state='RUNNING': unknown state 'RUNNING'; allowed: "),
         (["cancel", "a"], "not running: SUCCEEDED"),
         (["sweep", "b"], "unknown sweep 'b'"),
     ],

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import TypedDict
 
 import fiddle as fdl
 import lightning.pytorch
@@ -100,6 +101,7 @@ CONFIG = "model.config."
         ("data.paths=a,b", ["a", "b"]),
         ("data.paths[-1]=z", ["a", "z"]),
         ("data.paths=[]", []),
+        ("data.paths=a],b", ["a]", "b"]),
         (CONFIG + "extra={a: 1, 'b c': 2}", {"a": 1, "b c": 2}),
         (CONFIG + "names=x", ["x"]),
         # Enums, literals, dtypes, paths, callables, classes.
@@ -108,6 +110,7 @@ CONFIG = "model.config."
         (CONFIG + "dtype=bfloat16", torch.bfloat16),
         (CONFIG + "dtype=bf16", torch.bfloat16),
         (CONFIG + "dtype=torch.bfloat16", torch.bfloat16),
+        (CONFIG + "dtype=torch.bf16", torch.bfloat16),
         (CONFIG + "dtype=None", None),
         (CONFIG + "dtype_or_name=float32", torch.float32),
         (CONFIG + "dtype_or_name=from file", "from file"),
@@ -155,6 +158,8 @@ def test_values_are_what_the_annotation_asks_for(override, value):
         ("optim.betas=(0.9", "')' is missing"),
         ("data.paths=[a, b", "']' is missing"),
         ("data.paths=[a,, b]", "a value is missing"),
+        ("data.paths=[a]]", "']' has no opening bracket"),
+        ("data.paths=[a], [b]", "']' has no opening bracket"),
         ("data.paths[2]=x", "data.paths has 2 members, none is [2]"),
         (CONFIG + "extra={a: x}", "expects int, not 'x'"),
         (CONFIG + "extra=[1]", "expects dict[str, int] | None, not '[1]'"),
@@ -283,6 +288,8 @@ def test_a_name_and_a_text_in_one_union():
         ("model=tiny(num_layers=1", "expects Model"),
         ("model=wsd", "expects Model | None, not a configuration of Optim"),
         ("model=broken", "broken returned 3, not a configuration"),
+        ("odd.strategy=wsd(lr=1)", "expects Strategy | str, not a configuration of Optim"),
+        ("odd.parts=[tiny]", "expects Optim, not a configuration of Model"),
         ("model=whole", "whole makes a whole recipe"),
         ("model=os:getcwd", "os:getcwd is not trusted"),
         ("loss=nothing", "unknown name 'nothing'"),
@@ -290,6 +297,30 @@ def test_a_name_and_a_text_in_one_union():
 )
 def test_mistaken_factories(override, problem):
     assert problem in refused(override)
+
+
+class Fields(TypedDict):
+    a: int
+
+
+def unusual(listed: [int] = None, fields: Fields | None = None, unique: set = frozenset(), seed: int = 3): ...  # type: ignore[valid-type]
+
+
+@pytest.mark.parametrize(
+    ("edits", "problem"),
+    [
+        (["listed=[1]"], "its type [<class 'int'>] cannot be evaluated"),
+        (["fields=[1]"], "expects Fields | None, not '[1]'"),
+        (["fields=Optim"], "expects Fields | None, not 'Optim'"),
+        (["unique=[[1], {a: 1}]"], "expects set, not '[[1], {a: 1}]'"),
+        (["seed=" + "9" * 2000, "seed*=" + "9" * 2000], "the result of *= is too large"),
+    ],
+)
+def test_unusual_annotations_and_values_are_refused_without_a_traceback(edits, problem):
+    with pytest.raises(ConfigError) as caught:
+        apply_overrides(Recipe(unusual), edits, find=find)
+    assert problem in str(caught.value)
+    assert apply_overrides(Recipe(unusual), ["fields={a: 1}"], find=find).fields == {"a": 1}
 
 
 def test_without_find_only_importable_names():
@@ -300,6 +331,7 @@ def test_without_find_only_importable_names():
 def test_files(tmp_path):
     (tmp_path / "optim.yaml").write_text("_target_: tests.recipe_parts:Optim\nlr: 0.125\n")
     (tmp_path / "betas.yaml").write_text("[0.5, 0.25]")
+    (tmp_path / "number.yaml").write_text("90")
     (tmp_path / "bad.yaml").write_text("a: 1\na: 2")
     (tmp_path / "evil.yaml").write_text("_target_: os:system\ncommand: ls")
     changed = edit(f"optim=@{tmp_path}/optim.yaml", f"optim.betas=@{tmp_path}/betas.yaml")
@@ -307,6 +339,7 @@ def test_files(tmp_path):
     assert changed.sources()["optim.lr"] == f"{tmp_path}/optim.yaml:2"
     assert "not a configuration of Optim" in refused(f"model=@{tmp_path}/optim.yaml")
     assert "expects int, not [0.5, 0.25]" in refused(f"seed=@{tmp_path}/betas.yaml")
+    assert "expects timedelta | None, not 90" in refused(f"odd.wait=@{tmp_path}/number.yaml"), "of no unit"
     assert "bad.yaml:2:1: duplicate key" in refused(f"optim=@{tmp_path}/bad.yaml")
     assert "not trusted" in refused(f"optim=@{tmp_path}/evil.yaml")
 

@@ -167,16 +167,16 @@ def test_all_problems_of_all_constructors_come_together():
     problems = [problem[:45] for problem in caught.value.problems]
     problems[3] = problems[3].replace("expected", "argument")  # Python's own words, which changed with 3.12
     assert problems == [
-        "model.config.num_query_groups=3 does not divi",
+        "model.config.num_query_groups=3: does not div",
         "optim: ModelConfig: too few layers",
-        "anything[x][0].config is required by Model an",
+        "anything[x][0].config: is required by Model a",
         "anything[x][1]: Tokenizer.from_name: argument",
     ]
     assert isinstance(caught.value.__cause__, ConfigError)
 
 
 def test_required_arguments_of_the_task_must_be_set_but_not_those_of_a_partial():
-    with pytest.raises(ConfigError, match="out is required by report and not set") as caught:
+    with pytest.raises(ConfigError, match="out: is required by report and not set") as caught:
         Recipe(parts.report).build_arguments()
     assert len(caught.value.problems) == 2
     Recipe(parts.pretrain, loss=fdl.Partial(parts.report)).build_arguments()

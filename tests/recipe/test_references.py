@@ -1,6 +1,7 @@
 """What a recipe file may name: a short list, and what its reader allows; nothing else is imported or called."""
 
 import contextlib
+import functools
 import importlib
 import re
 import sys
@@ -357,6 +358,12 @@ def test_a_file_cannot_say_what_lightning_opens_or_where_it_sends_to(trainer: ty
     setattr(recipe.anything, name, value)
     with pytest.raises(ConfigError, match=f"anything.{name}: may not be set in a recipe file"):
         recipe.to_yaml()
+
+
+def test_what_a_file_may_not_set_is_not_written_into_a_partial_either() -> None:
+    trainer = functools.partial(lightning.pytorch.Trainer, default_root_dir="x")
+    with pytest.raises(ConfigError, match=r"anything\.default_root_dir: may not be set in a recipe file"):
+        Recipe(recipe_parts.pretrain, anything=trainer).to_yaml()
 
 
 def test_what_is_allowed_may_stand_anywhere() -> None:

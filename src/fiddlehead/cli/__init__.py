@@ -61,10 +61,12 @@ app.command("doctor", rich_help_panel="Kernels")(attention.doctor)
 def main() -> None:
     """Runs the command.
 
-    A user's mistake is a few lines and exit code 2, what the machine or its disk refuses a line and 1; a failed job has
-    its own exit code.
+    A user's mistake prints a few lines and exits with 2. What the machine or its disk refuses prints one line and exits
+    with 1. A failed job has its own exit code.
     """
-    gc.set_threshold(100_000)  # or importing PyTorch and Lightning spends a tenth of its time looking at what stays
+    gc.set_threshold(
+        100_000
+    )  # else a tenth of the time of importing PyTorch and Lightning goes into garbage collection
     # Nothing is imported from the working directory unasked: not here under `python -c`, nor in processes started here.
     sys.path[:] = filter(None, sys.path)
     os.environ["PYTHONSAFEPATH"] = "1"

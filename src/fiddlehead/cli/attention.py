@@ -21,7 +21,7 @@ from fiddlehead.cli.common import (
     show,
     table,
 )
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Problem, unknown
 
 if TYPE_CHECKING:
     from fiddlehead.attention import Choice, Packages, Target
@@ -103,7 +103,7 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="The same, for pro
 
 
 class _Explained:
-    """The choices for a recipe's layers, and what they rest on."""
+    """The choices for a recipe's layers, and the facts that decided them."""
 
     def __init__(self, recipe: Recipe, name: str, gpu: str | None, assume: Sequence[str]) -> None:
         import torch
@@ -127,7 +127,7 @@ class _Explained:
         self.steps = on_longest(self.served)
 
     def memory(self, choice: Choice, backend: str) -> int:
-        """Bytes that a layer takes beside q, k and v."""
+        """The bytes that a layer needs in addition to q, k and v."""
         from fiddlehead.attention.tools.memory import extra_bytes
 
         device = self.target.device_type
@@ -222,7 +222,7 @@ class _Explained:
 
 
 def _target(accelerator: str, gpu: str | None) -> tuple[Target, str, bool]:
-    """Where the recipe would run, in words how that is known, and whether that is a device of this machine."""
+    """Where the recipe would run, why that is assumed, and whether it is a device of this machine."""
     import torch
 
     from fiddlehead.attention import Target
@@ -239,7 +239,7 @@ def _target(accelerator: str, gpu: str | None) -> tuple[Target, str, bool]:
 
 
 def _assumed(packages: Packages, assume: Sequence[str]) -> Packages:
-    """The packages with the versions of `--assume` in their place."""
+    """The packages, with the versions that `--assume` gives."""
     from fiddlehead.attention import Package
 
     backends = {**{name: name for name in DISTRIBUTIONS}, **{label: name for name, label in DISTRIBUTIONS.items()}}
@@ -247,15 +247,16 @@ def _assumed(packages: Packages, assume: Sequence[str]) -> Packages:
         name, equals, version = assumption.partition("=")
         known = ["torch", "cudnn", *DISTRIBUTIONS.values()]
         if not equals or not (version == "none" or re.match(r"\d+(\.\d+)*", version)):
-            raise ConfigError(f"--assume {assumption}: expected NAME=VERSION or NAME=none, such as flash-attn=2.8.3")
+            said = "expected NAME=VERSION or NAME=none, such as flash-attn=2.8.3"
+            raise ConfigError(Problem(f"--assume {assumption}", message=said))
         if name in backends:
             packages = replace(packages, **{backends[name]: Package(None if version == "none" else version)})
         elif name == "cudnn" or (name == "torch" and version != "none"):
             packages = replace(packages, **{name: None if version == "none" else version})
         elif name == "torch":
-            raise ConfigError("--assume torch=none: nothing runs without it")
+            raise ConfigError(Problem("--assume torch=none", message="nothing runs without it"))
         else:
-            raise ConfigError(f"--assume {assumption}: {unknown('package', name, known)}")
+            raise ConfigError(Problem(f"--assume {assumption}", message=unknown("package", name, known)))
     return packages
 
 
@@ -283,7 +284,7 @@ def _size(size: int) -> str:
 
 
 def _escaped(text: str) -> str:
-    """`text` as it is, for what takes markup."""
+    """`text` for rich, which would else take brackets for markup."""
     from rich.markup import escape
 
     return escape(text)

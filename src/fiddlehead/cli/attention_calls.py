@@ -1,4 +1,4 @@
-"""What a recipe asks of attention, on a machine that need not have its devices."""
+"""The attention calls of a recipe, on a machine that may not have the recipe's devices."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from fiddlehead.plan.attention_calls import Calls
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Trainer:
-    """What of a trainer can be built on a machine that has none of its devices."""
+    """The part of a trainer that can be built on a machine without its devices."""
 
     strategy: Any
 
@@ -25,7 +25,7 @@ def _parts(model: Any, data: Any, trainer: Any) -> None:
 
 
 def calls_of_recipe(recipe: Recipe) -> Calls:
-    """What a recipe's training asks of attention; nothing of it is started or read but the shape of `init_from`.
+    """The attention calls of a recipe's training. Nothing is started, and only the shape of `init_from` is read.
 
     Raises:
         ConfigError: the recipe is not a training, or its parts do not fit together.
@@ -44,7 +44,7 @@ def calls_of_recipe(recipe: Recipe) -> Calls:
     precision = str(recipe.trainer.precision or "32-true")  # Lightning's default
     precision = {"32": "32-true", "bf16": "bf16-mixed"}.get(precision, precision)  # what it takes them for
     if precision not in PRECISIONS:
-        raise ConfigError(f"trainer.precision={precision!r}: allowed: {', '.join(PRECISIONS)}")
+        raise ConfigError(Problem.unknown("trainer.precision", precision, "precision", PRECISIONS))
     trainer = fdl.Config(_Trainer, recipe.trainer.strategy)
     data = copy.copy(recipe.data)
     if fdl.get_callable(data) is FineTuningDataModule and not data.paths:
@@ -52,7 +52,7 @@ def calls_of_recipe(recipe: Recipe) -> Calls:
     parts = Recipe(_parts, model=recipe.model, data=data, trainer=trainer).build_arguments()
     model, data, strategy = parts["model"], parts["data"], parts["trainer"].strategy
     if not isinstance(model, LanguageModel):
-        raise ConfigError(f"model: is a {type(model).__name__}, not a LanguageModel")
+        raise ConfigError(Problem("model", message=f"is a {type(model).__name__}, not a LanguageModel"))
     try:
         if recipe.model.config is None:
             model.take_shape()
@@ -63,5 +63,5 @@ def calls_of_recipe(recipe: Recipe) -> Calls:
     except ConfigError as error:
         raise error.under("model") from None
     if isinstance(strategy, Parallel) and (problems := strategy.problems(calls.config, data.seq_length)):
-        raise ConfigError(*(f"trainer.strategy.{problem}" for problem in problems))
+        raise ConfigError(*problems).under("trainer.strategy")
     return calls

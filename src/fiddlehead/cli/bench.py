@@ -24,7 +24,7 @@ from fiddlehead.cli.common import (
     split_executor,
     table,
 )
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.paths import user_path
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def bench(
     for edit in edits:
         for path, why in SETTLED.items():
             if edit.startswith((f"{path}=", f"{path}.")):
-                raise ConfigError(f"{edit}: {why}")
+                raise ConfigError(Problem(edit, message=why))
     from fiddlehead import figures
 
     before = None if against is None else figures.read(against)

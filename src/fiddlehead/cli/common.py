@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.paths import user_path
 from fiddlehead.recipe import catalog
 
@@ -48,7 +48,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), allow: Sequence[str] =
     file = user_path(name.removeprefix("@"))
     if name.startswith("@") or file.suffix in (".yaml", ".yml"):
         if not file.is_file():
-            raise ConfigError(f"{name}: there is no file {file}")
+            raise ConfigError(f"there is no file {file}")
         recipe, title = Recipe.load(file, allow=tuple(allow)), file.stem
         if title == "recipe":  # runs/NAME/recipe.yaml
             title = file.absolute().parent.name
@@ -59,7 +59,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), allow: Sequence[str] =
         function = _call(lambda: catalog.find_recipe(name))
         recipe, title = _call(function), function.__name__
         if not isinstance(recipe, Recipe):
-            raise ConfigError(f"{name}: returned a {type(recipe).__name__}, not a Recipe")
+            raise ConfigError(f"{name} returned a {type(recipe).__name__}, not a Recipe")
     return apply_overrides(recipe, list(overrides), find=catalog.find_part, allow=tuple(allow)), title
 
 
@@ -78,8 +78,8 @@ def split_executor(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def configure_executor(arguments: Sequence[str], default: str = "local") -> tuple[Executor, str]:
     """The executor that `executor=NAME executor.x=1` says, and its name; nothing of it is started or asked.
 
-    An edit is an argument of the executor function if it has one of that name, else a setting of what it returns; where
-    the function only passes settings on, it is always the latter.
+    An edit sets the executor function's argument of that name, or else a setting of the executor that it returns. If
+    the function only passes settings on, every edit is a setting.
     """
     import fiddle as fdl
 
@@ -96,21 +96,20 @@ def configure_executor(arguments: Sequence[str], default: str = "local") -> tupl
         else:
             edits.append(argument.removeprefix("run.").removeprefix("executor."))
     if len(named) > 1:
-        raise ConfigError(f"executor={named[1]}: discards the earlier executor={named[0]}; give only one of them")
+        raise ConfigError(Problem("executor", named[1], f"discards the earlier {named[0]!r}; give only one of them"))
     name, call, rest = (named[0] if named else default).partition("(")  # executor=local(ntasks_per_node=2) works too
     if call:
         edits = split_arguments(rest.removesuffix(")")) + edits
     function = _call(lambda: catalog.find_executor(name))
     parameters = inspect.signature(function).parameters
-    # A function that takes **settings passes them on as they are; then they are checked together, and not one by one.
+    # A function that takes **settings passes them on as they are; they are then checked all at once.
     passes_on = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     required = _required(parameters)
     taken = required if passes_on else parameters
     keys = {edit: re.split(r"[-+*/]?=|[.\[]", edit)[0] for edit in edits}
     own = [edit for edit, key in keys.items() if key in taken]
     missing = [parameter for parameter in required if parameter not in keys.values()]
-    if missing:
-        raise ConfigError(*(f"executor.{parameter}: {name} needs it" for parameter in missing))
+    refuse(Problem(f"executor.{parameter}", message=f"{name} needs it") for parameter in missing)
     try:
         executor = _call(fdl.build(apply_overrides(Recipe(function), own)))
         if not isinstance(executor, Executor):
@@ -144,14 +143,14 @@ def table(*columns: str) -> Table:
 
 
 def add_row(table: Table, *cells: Any) -> None:
-    """Adds a row of texts as they are: what a user named something must not be taken for markup."""
+    """Adds a row of texts as they are: a name that a user chose must not be read as markup."""
     from rich.text import Text
 
     table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
 
 
 def phases_table(metrics: Mapping[str, float]) -> Table:
-    """Where the time of a step goes, by the metrics of a run: milliseconds of each phase, its part, and a bar."""
+    """Where the time of a step goes, from the metrics of a run: milliseconds, share and a bar for each phase."""
     total = metrics["seconds_per_step"]
     found = {name: metrics[f"seconds_{name}"] for name in ("data", "forward", "backward", "optimizer")}
     found["the rest"] = max(0.0, total - sum(found.values()))
@@ -167,7 +166,7 @@ def phases_table(metrics: Mapping[str, float]) -> Table:
 
 
 def show(*things: Any) -> None:
-    """Prints tables and text, in colour where the terminal has any, and whole where it is a pipe."""
+    """Prints tables and text: in colour if the terminal has colours, and without cutting lines into a pipe."""
     import shutil
     import sys
 
@@ -180,7 +179,7 @@ def show(*things: Any) -> None:
 
 
 def _call(function: Callable[[], Any]) -> Any:
-    """What `function` returns; a mistake in the user's code is reported where it is, without the way there."""
+    """What `function` returns. An error in the user's code is reported with its file and line, without a traceback."""
     try:
         return function()
     except ConfigError:
@@ -190,7 +189,8 @@ def _call(function: Callable[[], Any]) -> Any:
         theirs = [frame for frame in frames if Path(frame.filename).is_relative_to(Path.cwd())]
         if not theirs:
             raise
-        raise ConfigError(f"{theirs[-1].filename}:{theirs[-1].lineno}: {type(error).__name__}: {error}") from error
+        place = f"{theirs[-1].filename}:{theirs[-1].lineno}"
+        raise ConfigError(Problem.in_file(place, f"{type(error).__name__}: {error}")) from error
 
 
 def _is_run(name: str) -> bool:

@@ -13,7 +13,7 @@ import typer
 from fiddlehead.cli.common import add_row, show, table
 from fiddlehead.cli.runs import DirOption
 from fiddlehead.cli.use import SourceArgument
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.paths import user_path
 
 
@@ -33,7 +33,8 @@ def evaluate(
 ) -> None:
     """Say how well a model predicts a text, or how it does on tasks.
 
-    Of a text: nats a token and a byte, and perplexity. Tasks are those of lm-evaluation-harness (the extra `eval`).
+    For a text it prints nats per token and per byte, and perplexity. Tasks are those of lm-evaluation-harness, which
+    the extra `eval` installs.
 
     Example:  fiddlehead evaluate demo --file notes.txt
 
@@ -61,7 +62,8 @@ def evaluate(
 
 def _need_harness() -> None:
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("tasks: lm-evaluation-harness is not installed; pip install 'fiddlehead[eval]' brings it")
+        said = "lm-evaluation-harness is not installed; pip install 'fiddlehead[eval]' brings it"
+        raise ConfigError(Problem("tasks", message=said))
 
 
 def _show_results(results: dict[str, Any]) -> None:
@@ -89,7 +91,7 @@ def _evaluate_text(file: Path, source: str, directory: str, stride: int | None, 
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"file={str(file)!r}: cannot be read: {error}") from error
+        raise ConfigError(Problem("file", file, f"cannot be read: {error}")) from error
     writer = Writer.open(source, directory)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:

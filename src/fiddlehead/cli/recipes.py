@@ -95,7 +95,7 @@ def diff(
 
 
 def _matching(entries: list[catalog.Entry], pattern: str | None) -> list[catalog.Entry]:
-    """Those whose name has `pattern` in it, or is like it if it has wildcards; all if it is None."""
+    """The entries whose name contains `pattern`, or matches it if it has wildcards; all if it is None."""
     if pattern is None:
         return entries
     like = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
@@ -108,7 +108,7 @@ def _matching(entries: list[catalog.Entry], pattern: str | None) -> list[catalog
 
 
 def _measure(entry: catalog.Entry) -> list[str]:
-    """Parameters and devices of a recipe; the first problem where it cannot be built here."""
+    """Parameters and devices of a recipe, or the first problem if it cannot be built here."""
     from fiddlehead.launch import plan
 
     try:
@@ -123,6 +123,6 @@ def _measure(entry: catalog.Entry) -> list[str]:
 
 
 def _short(file: Path) -> str:
-    """The path as one would type it from here, if that is shorter."""
+    """The path relative to the working directory, if that is shorter."""
     relative = os.path.relpath(file)
     return min(relative, str(file), key=len)

@@ -17,7 +17,7 @@ import typer
 
 from fiddlehead.cli.common import AllowOption, add_row, phases_table, table
 from fiddlehead.cli.common import show as show_things
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.run import damage
 from fiddlehead.run.alive import is_here, way_out
 from fiddlehead.run.directory import RunDirectory, last_lines
@@ -63,7 +63,8 @@ def runs(
 
     if context.invoked_subcommand is not None:
         if directory != "runs":
-            raise ConfigError(f"--dir {directory}: goes after {context.invoked_subcommand}, to which it belongs")
+            said = f"goes after {context.invoked_subcommand}, to which it belongs"
+            raise ConfigError(Problem(f"--dir {directory}", message=said))
         return
     found = list_runs(directory)
     statuses = watch.states(found)
@@ -132,12 +133,12 @@ def logs(
 
     found = find_run(run, directory)
     if rank != "all" and not rank.isdigit():
-        raise ConfigError(f"--rank {rank}: must be a number or all")
+        raise ConfigError(Problem(f"--rank {rank}", message="must be a number or all"))
     if attempt not in ("", "all") and not attempt.isdigit():
-        raise ConfigError(f"--attempt {attempt}: must be a number or all")
+        raise ConfigError(Problem(f"--attempt {attempt}", message="must be a number or all"))
     if follow:
         if attempt:
-            raise ConfigError("--attempt: an attempt that is over cannot be followed; leave out -f")
+            raise ConfigError(Problem("--attempt", message="an attempt that is over cannot be followed; leave out -f"))
         watch.print_logs(found, rank)
         return
     files = watch.log_files(found, rank)
@@ -194,11 +195,11 @@ def rerun(
 
     found = find_run(run, directory)
     if not (trust_executor or trust.knows_executor(found) or watch.is_plain(found)):
-        raise ConfigError(
-            f"{found.executor}: you did not launch this run from here, and where a run goes can have commands in it; "
-            "read that file, then add --trust-executor, or start the recipe anew where you say: "
-            f"--factory @{found.recipe} log.name=NAME executor=..."
+        said = (
+            "you did not launch this run from here, and where a run goes can have commands in it; read that file, then "
+            f"add --trust-executor, or start the recipe anew: --factory @{found.recipe} log.name=NAME executor=..."
         )
+        raise ConfigError(Problem.in_file(found.executor, said))
     recipe = Recipe.load(found.recipe, allow=tuple(allow or ()))
     recipe.log.dir, recipe.log.name = str(found.path.parent), found.name
     executor = watch.load_executor(found)
@@ -233,9 +234,11 @@ def clean(
         raise ConfigError("nothing says which runs: give names, --older-than or --state")
     age = re.fullmatch(r"(\d+)([mhdw])", older_than)
     if older_than and not age:
-        raise ConfigError(f"--older-than {older_than}: must be a number and a unit: 30m, 12h, 7d or 2w")
-    if state and state not in [kind for kind in State if kind.ended]:
-        raise ConfigError(f"--state {state}: allowed: {', '.join(kind for kind in State if kind.ended)}")
+        said = "must be a number and a unit: 30m, 12h, 7d or 2w"
+        raise ConfigError(Problem(f"--older-than {older_than}", message=said))
+    ended = [kind for kind in State if kind.ended]
+    if state and state not in ended:
+        raise ConfigError(Problem.unknown("--state", state, "state", ended))
     before = time.time() - int(age[1]) * UNITS[age[2]] if age else float("inf")
     found = [find_run(name, directory) for name in names] if names else list_runs(directory)
     chosen = []
@@ -290,7 +293,7 @@ def sync(
             print(f"{run.name}: is going on ({status.state}); to be sent when it has ended")  # noqa: T201
             continue
         print(f"{run.name}: {len(folders)} attempt{'s' * (len(folders) > 1)}", flush=True)  # noqa: T201
-        # All at once, because only then W&B appends them to each other.
+        # All attempts at once: only then does W&B append them to one run.
         command = [sys.executable, "-m", "wandb", "sync", "--id", run.wandb_id, *map(str, folders)]
         code = subprocess.run(command, env={**os.environ, "WANDB_MODE": "online"}).returncode
         if code or _unsent(run):  # W&B's exit code is 0 also when it could not send them
@@ -382,7 +385,7 @@ def _facts(run: RunDirectory, status: Status | None) -> dict[str, Any]:
 
 
 def _last_sign(run: RunDirectory, status: Status | None) -> float:
-    """When a run ended, or was last heard of, in seconds since the epoch; it only says how old a run is."""
+    """When a run ended or last wrote something, in seconds since the epoch."""
     if status is not None and status.ended:
         return status.ended
     return max(file.stat().st_mtime for file in (run.recipe, run.command, run.log, run.metrics) if file.exists())

@@ -25,7 +25,7 @@ from fiddlehead.cli.common import (
     table,
 )
 from fiddlehead.cli.runs import complete_run
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.paths import user_path
 
 if TYPE_CHECKING:
@@ -145,7 +145,8 @@ def pretrain(
     here = [run for run in before if run not in queued]
     if here and detach:
         names = ", ".join(run.name for run in here)
-        raise ConfigError(f"--after --detach: {where} cannot wait for {names}, so this command has to stay and do it")
+        said = f"{where} cannot wait for {names}, so this command has to stay and do it"
+        raise ConfigError(Problem("--after --detach", message=said))
     _wait_for(here)
     try:
         run = plan.submit(name=name, detach=detach, allow=allow or (), command=_typed(), after=queued)
@@ -170,17 +171,19 @@ def _sweep(
     yes: bool,
     allow: Sequence[str],
 ) -> None:
-    """Checks every run of a sweep, shows what they amount to, and runs them."""
+    """Checks every run of a sweep, shows their total cost, and runs them."""
     from fiddlehead import launch
     from fiddlehead.launch import sweep as sweeps
 
     if detach and not executor.queues:
-        raise ConfigError(f"--sweep --detach: {where} queues nothing, so this command has to stay and start the runs")
+        said = f"{where} queues nothing, so this command has to stay and start the runs"
+        raise ConfigError(Problem("--sweep --detach", message=said))
     first, title = load_recipe(factory, sweeps.expand(edits, "", zipped=zipped)[0].edits(edits), allow)
     _refuse_other_tasks(first, factory, task)
     name = first.log.name or f"{title}-{datetime.now():%Y%m%d-%H%M%S}"
     variants = sweeps.expand(edits, name, zipped=zipped)
-    plans, problems = [], []
+    plans: list[Plan] = []
+    problems: list[str] = []
     for variant in variants:
         try:
             recipe, _ = load_recipe(factory, variant.edits(edits), allow)
@@ -188,9 +191,8 @@ def _sweep(
             plans.append(launch.plan(recipe, executor))
             plans[-1].refuse_problems()
         except ConfigError as error:
-            problems += [f"{variant.name}: {problem}" for problem in error.problems]
-    if problems:
-        raise ConfigError(*problems)
+            problems += error.of(variant.name).problems
+    refuse(problems)
     if not executor.queues and max_running is None:
         max_running = 1
     if not dryrun and (missing := sorted({reason for plan in plans for reason in plan.missing})):
@@ -231,27 +233,28 @@ def _sweep(
 
 @contextlib.contextmanager
 def _pointing_to_sweep(edits: Sequence[str]) -> Iterator[None]:
-    """Adds to a problem with an edit that gives several values what would make a run of each."""
+    """Adds advice to the problems of an edit that gives several values: --sweep makes a run of each."""
     try:
         yield
     except ConfigError as error:
         from fiddlehead.launch.sweep import values_of
 
-        several: list[tuple[str, str]] = []
+        several = []
         for edit in edits:
-            path, _, text = edit.partition("=")
             with contextlib.suppress(ConfigError):  # the edit is not well formed, which is the problem
                 if len(values_of(edit)) > 1:
-                    several.append((path, text))
-        advice = "; for a run with each value add --sweep"
-        raise ConfigError(
-            *(
-                p + advice
-                if any(p.startswith((f"{path}=", f"{path}:")) or repr(text) in p for path, text in several)
-                else p
-                for p in error.problems
-            )
-        ) from error
+                    several.append(edit)
+        raise ConfigError(*(_with_advice(problem, several) for problem in error.problems)) from error
+
+
+def _with_advice(problem: Problem, several: Sequence[str]) -> Problem:
+    """The problem, with the advice if it is about one of the edits in `several`."""
+    for edit in several:
+        path, _, text = edit.partition("=")
+        if problem.path in (edit, path) or repr(text) in problem.message:
+            said = f"{problem.message}; for a run with each value add --sweep"
+            return Problem(problem.path, problem.given, said, problem.allowed)
+    return problem
 
 
 class _Report:
@@ -271,7 +274,7 @@ class _Report:
 
 
 def _totals(plans: Sequence[Plan], executor: Executor) -> list[tuple[str, str]]:
-    """What the runs of a sweep amount to together."""
+    """The tokens, FLOPs and GPU hours of all runs of a sweep."""
     trainings = [plan.training for plan in plans]
     tokens, flops = sum(each.tokens for each in trainings), sum(each.flops for each in trainings)
     rows = [("together", f"{tokens:,} tokens, {flops:.2e} FLOPs")]
@@ -298,14 +301,15 @@ def _successes(names: Sequence[str], directory: str) -> list[RunDirectory]:
     for run in [find_run(name, directory) for name in names]:
         (status,) = watch.states([run])
         if status is None or (status.state.ended and status.state is not State.SUCCEEDED):
-            raise ConfigError(f"--after {run.name}: it is {status.state if status else 'no run that began'}")
+            said = f"it is {status.state if status else 'no run that began'}"
+            raise ConfigError(Problem(f"--after {run.name}", message=said))
         if not status.state.ended:
             waiting.append(run)
     return waiting
 
 
 def _in_queue_of(run: RunDirectory, executor: Executor) -> bool:
-    """Whether `executor` can wait for a run by itself, because it has that in its own queue."""
+    """Whether the run is in the queue of `executor`, which can then wait for it."""
     from fiddlehead.launch import watch
 
     theirs = watch.load_executor(run)
@@ -325,7 +329,8 @@ def _wait_for(runs: Sequence[RunDirectory]) -> None:
         print(f"waiting for {run.name}", flush=True)  # noqa: T201
         status = watch.wait(run)
         if status is None or status.state is not State.SUCCEEDED:
-            raise ConfigError(f"--after {run.name}: it ended {status.state if status else ''}, so this run never began")
+            said = f"it ended {status.state if status else ''}, so this run never began"
+            raise ConfigError(Problem(f"--after {run.name}", message=said))
 
 
 def _refuse_other_tasks(recipe: Recipe, factory: str, typed: str | None) -> None:
@@ -333,14 +338,17 @@ def _refuse_other_tasks(recipe: Recipe, factory: str, typed: str | None) -> None
     from fiddlehead import tasks
 
     task = recipe.__fn_or_cls__
+    said = ""
     if task not in (tasks.pretrain, tasks.finetune):
-        raise ConfigError(f"--factory {factory}: configures {task.__module__}:{task.__qualname__}, not a training")
-    if task.__name__ != typed:
-        raise ConfigError(f"--factory {factory}: is a recipe to {task.__name__}; type `fiddlehead {task.__name__} ...`")
+        said = f"configures {task.__module__}:{task.__qualname__}, not a training"
+    elif task.__name__ != typed:
+        said = f"is a recipe to {task.__name__}; type `fiddlehead {task.__name__} ...`"
+    if said:
+        raise ConfigError(Problem(f"--factory {factory}", message=said))
 
 
 def _typed() -> str:
-    """The command line, without the values of environment variables: they may be secrets."""
+    """The command line without the values of environment variables, which may be secrets."""
     words = [re.sub(r"(env_vars\b[^=]*=).*", r"\1***", word, flags=re.DOTALL) for word in sys.argv[1:]]
     return shlex.join(["fiddlehead", *words])
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from fiddlehead.cli.runs import DirOption, complete_run
-from fiddlehead.errors import ConfigError, first_of
+from fiddlehead.errors import ConfigError, Problem, first_of, refuse
 from fiddlehead.files.paths import user_path
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def generate(
 ) -> None:
     """Let a model go on from a prompt, or from many.
 
-    A single text is shown as it is written, and goes on beyond the length that the model was trained on; of several, or
-    with --json, none does.
+    A single text is shown while it is written, and may grow beyond the length that the model was trained on. Several
+    texts, or texts with --json, may not.
 
     Example:  fiddlehead generate demo --prompt "def " --stop "\\n\\n"
 
@@ -78,7 +78,7 @@ def generate(
     from fiddlehead.inference.text import Writer
 
     if checkpoint is not None and not checkpoint.is_dir():
-        raise ConfigError(f"checkpoint={str(checkpoint)!r}: there is no such checkpoint")
+        raise ConfigError(Problem("checkpoint", checkpoint, "there is no such checkpoint"))
     prompts = {f"prompt {number}": _typed(text) for number, text in enumerate(prompt or (), start=1)}
     prompts |= _read_prompts(prompt_file) if prompt_file else {}
     if not prompts:
@@ -146,11 +146,12 @@ def chat(
 
 
 def _typed(prompt: str) -> str:
-    """A prompt as typed; raises ConfigError for bytes that are not UTF-8, of which Python makes surrogates."""
+    """A prompt as typed; ConfigError if it is not valid UTF-8, which Python shows as surrogates."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"--prompt {prompt!r}: is not valid UTF-8 at character {error.start}") from error
+        said = f"is not valid UTF-8 at character {error.start}"
+        raise ConfigError(Problem(f"--prompt {prompt!r}", message=said)) from error
     return prompt
 
 
@@ -159,7 +160,7 @@ _ESCAPE = re.compile(r"""\\([\\'"abfnrtv]|[0-7]{1,3}|x.{0,2}|u.{0,4}|U.{0,8}|N(\
 
 
 def _unescaped(stop: str) -> str:
-    """The text of `--stop`, in which escapes such as `\\n` stand for a character, as in Python.
+    """The text of `--stop`, with Python's escapes such as `\\n` replaced by their characters.
 
     Raises:
         ConfigError: an escape is not complete, or the text is empty or not Unicode.
@@ -168,19 +169,20 @@ def _unescaped(stop: str) -> str:
         text = _ESCAPE.sub(lambda escape: escape[0].encode().decode("unicode_escape"), stop)
         text.encode()
     except UnicodeError as error:
-        raise ConfigError(f"--stop {stop!r}: is not text: {getattr(error, 'reason', error)}") from error
+        said = f"is not text: {getattr(error, 'reason', error)}"
+        raise ConfigError(Problem(f"--stop {stop!r}", message=said)) from error
     if not text:
-        raise ConfigError("--stop '': is before every text; leave it out, or give one that may come")
+        raise ConfigError(Problem("--stop ''", message="is before every text; leave it out, or give one that may come"))
     return text
 
 
 def _read_prompts(file: Path) -> dict[str, str]:
-    """The prompts of a file, by where they are in it; raises one `ConfigError` for all that is wrong with it."""
+    """The prompts of a file, by file and line; one ConfigError lists all that is wrong."""
     from fiddlehead.data.readers import LINES_SUFFIXES, known_suffix
     from fiddlehead.data.record_files import read_rows
 
     found: dict[str, str] = {}
-    problems = []
+    problems: list[str] = []
     is_json = known_suffix(file) in LINES_SUFFIXES and file.is_file()
     for place, values, problem in read_rows(file) if is_json else _text_rows(file):
         if not problem and not isinstance(values, dict):
@@ -188,12 +190,11 @@ def _read_prompts(file: Path) -> dict[str, str]:
         elif not problem and not isinstance(values.get("prompt"), str):
             problem = f"needs a text prompt, and has {', '.join(values) or 'nothing'}"
         if problem:
-            problems.append(f"{place}: {problem}")
+            problems.append(Problem.in_file(place, problem))
         found[place] = "" if problem else values["prompt"]
-    if problems:
-        raise ConfigError(*first_of(problems))
+    refuse(first_of(problems))
     if not found:
-        raise ConfigError(f"prompt_file={str(file)!r}: has no prompt")
+        raise ConfigError(Problem("prompt_file", file, "has no prompt"))
     return found
 
 
@@ -202,7 +203,7 @@ def _text_rows(file: Path) -> Iterator[tuple[str, dict[str, str], str]]:
     try:
         lines = file.read_bytes().splitlines()
     except OSError as error:
-        raise ConfigError(f"prompt_file={str(file)!r}: cannot be read: {error.strerror}") from error
+        raise ConfigError(Problem("prompt_file", file, f"cannot be read: {error.strerror}")) from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
@@ -214,19 +215,18 @@ def _text_rows(file: Path) -> Iterator[tuple[str, dict[str, str], str]]:
 def _refuse_long(prompts: dict[str, str], writer: Writer) -> None:
     limit = writer.model.config.seq_length
     lengths = [len(writer.tokenizer.encode_prompt(prompt)) for prompt in prompts.values()]
-    problems = [
-        f"{place}: has {length} tokens; the model sees seq_length={limit}, those that it writes included"
+    said = f"the model sees seq_length={limit}, those that it writes included"
+    refuse(
+        Problem.in_file(place, f"has {length} tokens; {said}")
         for place, length in zip(prompts, lengths, strict=True)
         if limit is not None and length >= limit
-    ]
-    if problems:
-        raise ConfigError(*problems)
+    )
 
 
 def _write(
     writer: Writer, prompts: list[str], max_new_tokens: int, stop: list[str], sampling: Sampling, batch_size: int
 ) -> Iterator[tuple[str, Completion]]:
-    """Yields each prompt with what follows it, in their order."""
+    """Yields each prompt with its completion, in order."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -234,7 +234,7 @@ def _write(
     hidden = not console.is_terminal or len(prompts) <= batch_size
     with Progress(console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("texts", total=len(prompts))
-        some = 16 * batch_size  # enough to put those of about one length together, few enough not to lose when stopped
+        some = 16 * batch_size  # enough to batch texts of similar length, and few enough to lose little when stopped
         for start in range(0, len(prompts), some):
             texts = prompts[start : start + some]
             options: dict[str, Any] = {"sampling": sampling, "batch_size": batch_size}

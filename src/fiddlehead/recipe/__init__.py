@@ -1,6 +1,6 @@
 """`Recipe`, the complete configuration of a run: its edits, the catalogue of named ones, its YAML form, its types.
 
-`Recipe` and what comparing two gives are imported when they are first used, as naming a recipe does not need Fiddle.
+The names here are imported when they are first used: finding a recipe by its name does not need Fiddle.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Recipes and executors by name: found by reading files, imported only when called.
 
-The functions of `recipes/*.py` (or `launch/*.py`) in the working directory come first, then the built-in ones;
-`package.module:function` names anything importable. A file that cannot be read stops nobody who did not ask for it.
+The functions of `recipes/*.py` (or `launch/*.py`) in the working directory come first, then the built-in ones.
+`package.module:function` names anything importable. A file that cannot be read is an error only for who asks for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Problem, unknown
 from fiddlehead.recipe import project
 from fiddlehead.recipe.references import PARTS
 
@@ -54,47 +54,101 @@ class Entry:
 
 @dataclass(frozen=True)
 class Broken:
-    """A file that cannot be read, or is not valid Python."""
+    """A file that cannot be read, or is not valid Python; `line` is 0 if that has none."""
 
     file: Path
     line: int
-    """0 if it has none."""
     problem: str
 
     def __str__(self) -> str:
-        return f"{self.file}{f':{self.line}' if self.line else ''}: {self.problem}"
+        return Problem.in_file(f"{self.file}{f':{self.line}' if self.line else ''}", self.problem)
 
 
 @dataclass
-class _Found:
-    """What the files of `recipes/` or `launch/` hold."""
+class _Shelf:
+    """What the files of one folder hold: functions that return a `returns`, in errors called a `what`."""
 
+    what: str
+    folder: str
+    returns: str
     entries: list[Entry] = field(default_factory=list)
     others: dict[str, str] = field(default_factory=dict)
     """Of functions that cannot be named: where each is, and why."""
     broken: list[Broken] = field(default_factory=list)
 
-    def missing(self, what: str, name: str) -> ConfigError:
-        """The error for a name that no entry has."""
+    def read(self) -> _Shelf:
+        """Reads the user's folder, if there is one, and ours."""
+        own, ours = Path.cwd() / self.folder, _BUILT_IN / self.folder
+        if own.is_dir() and own.resolve() != ours.resolve():
+            self._read(own, self.folder)
+        self._read(ours, f"fiddlehead.{self.folder}")
+        return self
+
+    def _read(self, folder: Path, package: str) -> None:
+        functions: list[tuple[Path, ast.FunctionDef]] = []
+        for file in sorted(folder.glob("*.py")):
+            if file.name.startswith("."):  # an editor's
+                continue
+            parsed = _parse(file)
+            if isinstance(parsed, Broken):
+                self.broken.append(parsed)
+                continue
+            defined = [node for node in parsed.body if isinstance(node, ast.FunctionDef)]
+            functions += [(file, node) for node in defined if not node.name.startswith("_")]
+        bodies = {node.name: node for _, node in reversed(functions)}
+        for file, node in functions:
+            name = node.name
+            if why := _why_not(node, self.returns):
+                if self.returns == "Recipe" or not _returns(node, "Recipe"):
+                    self.others.setdefault(name, Problem.in_file(f"{file}:{node.lineno}", why))
+                continue
+            summary = (ast.get_docstring(node) or "").split("\n")[0]
+            module, task = f"{package}.{file.stem}", _task(name, bodies)
+            self.entries.append(Entry(name, module, file.resolve(), node.lineno, summary, task))
+
+    def find(self, name: str) -> Callable:
+        """The function called `name`; a user's comes before ours."""
+        for broken in self.broken:
+            if _defines(broken.file, name):
+                raise ConfigError(f"{self.what} {name!r}: {broken}")
+        entries = [entry for entry in self.entries if entry.name == name]
+        if not entries:
+            raise self.missing(name)
+        first = [entry for entry in entries if entry.module.split(".")[0] == entries[0].module.split(".")[0]]
+        if len(first) > 1:
+            places = ", ".join(f"{entry.file}:{entry.line}" for entry in first)
+            raise ConfigError(f"{self.what} {name!r} is ambiguous: {places}; name one as package.module:function")
+        return first[0].load()
+
+    def missing(self, name: str, *more: str) -> ConfigError:
+        """The error for a name that no entry has, nor any of `more`."""
         if name in self.others:
-            return ConfigError(f"{what} {name!r}: {self.others[name]}")
+            return ConfigError(f"{self.what} {name!r}: {self.others[name]}")
         unread = [f"{broken} (so whatever is in this file is not found)" for broken in self.broken]
-        return ConfigError(unknown(what, name, sorted({entry.name for entry in self.entries})), *unread)
+        return ConfigError(unknown(self.what, name, sorted({*more, *(entry.name for entry in self.entries)})), *unread)
+
+
+def _recipes() -> _Shelf:
+    return _Shelf("recipe", "recipes", "Recipe").read()
+
+
+def _executors() -> _Shelf:
+    return _Shelf("executor", "launch", "Executor").read()
 
 
 def recipes() -> list[Entry]:
     """Every recipe: a public function that says it returns a `Recipe` and takes no argument it cannot do without."""
-    return _scan("recipes", "Recipe").entries
+    return _recipes().entries
 
 
 def broken_recipes() -> list[Broken]:
     """The files of `recipes/` that cannot be read, and what is wrong with each."""
-    return _scan("recipes", "Recipe").broken
+    return _recipes().broken
 
 
 def executors() -> list[Entry]:
     """Every executor: a public function that says it returns an `Executor`, or a kind of it, or calls one that does."""
-    return _scan("launch", "Executor").entries
+    return _executors().entries
 
 
 def find_recipe(name: str) -> Callable:
@@ -103,16 +157,12 @@ def find_recipe(name: str) -> Callable:
     Raises:
         ConfigError: there is none, or the working directory has two, or a file that may have it cannot be read.
     """
-    return import_by_path(name) if ":" in name else _find(name, _scan("recipes", "Recipe"), "recipe")
+    return import_by_path(name) if ":" in name else _recipes().find(name)
 
 
 def find_executor(name: str) -> Callable:
-    """The executor function called `name`.
-
-    Raises:
-        ConfigError: there is none, or the working directory has two, or a file that may have it cannot be read.
-    """
-    return import_by_path(name) if ":" in name else _find(name, _scan("launch", "Executor"), "executor")
+    """The executor function called `name`; errors as those of `find_recipe`."""
+    return import_by_path(name) if ":" in name else _executors().find(name)
 
 
 def find_part(name: str) -> Callable:
@@ -124,21 +174,16 @@ def find_part(name: str) -> Callable:
     Raises:
         ConfigError: there is no such part, or the working directory has two.
     """
-    found = _scan("recipes", "Config")
-    for entry in found.entries:
+    parts = _Shelf("part of a recipe", "recipes", "Config").read()
+    for entry in parts.entries:
         if name == f"{entry.module}:{entry.name}":
             return entry.load()
-    if any(entry.name == name for entry in found.entries):
-        return _find(name, found, "part of a recipe")
-    exported = {
-        part: package for package, parts in PARTS.items() if package.startswith("fiddlehead.") for part in parts
-    }
-    if name not in exported:
-        if name in found.others:
-            raise found.missing("part of a recipe", name)
-        names = sorted([*exported, *(entry.name for entry in found.entries)])
-        raise ConfigError(unknown("part of a recipe", name, names))
-    return getattr(importlib.import_module(exported[name]), name)
+        if name == entry.name:
+            return parts.find(name)
+    ours = {part: package for package, names in PARTS.items() if package.startswith("fiddlehead.") for part in names}
+    if name not in ours:
+        raise parts.missing(name, *ours)
+    return getattr(importlib.import_module(ours[name]), name)
 
 
 def import_by_path(path: str) -> Callable:
@@ -161,64 +206,15 @@ def import_by_path(path: str) -> Callable:
     return getattr(found, function)
 
 
-def _find(name: str, found: _Found, what: str) -> Callable:
-    for broken in found.broken:
-        if _defines(broken.file, name):
-            raise ConfigError(f"{what} {name!r}: {broken}")
-    entries = [entry for entry in found.entries if entry.name == name]
-    if not entries:
-        raise found.missing(what, name)
-    first = [entry for entry in entries if entry.module.split(".")[0] == entries[0].module.split(".")[0]]
-    if len(first) > 1:
-        places = ", ".join(f"{entry.file}:{entry.line}" for entry in first)
-        raise ConfigError(f"{what} {name!r} is ambiguous: {places}; name one as package.module:function")
-    return first[0].load()
-
-
-def _scan(folder: str, returns: str) -> _Found:
-    found = _Found()
-    own = Path.cwd() / folder
-    if own.is_dir() and own.resolve() != (_BUILT_IN / folder).resolve():
-        _scan_folder(found, own, folder, returns)
-    _scan_folder(found, _BUILT_IN / folder, f"fiddlehead.{folder}", returns)
-    return found
-
-
-def _scan_folder(found: _Found, folder: Path, package: str, returns: str) -> None:
-    functions: dict[str, list[tuple[Path, ast.FunctionDef]]] = {}
-    for file in sorted(folder.glob("*.py")):
-        if file.name.startswith("."):  # an editor's
-            continue
-        parsed = _parse(file)
-        if isinstance(parsed, Broken):
-            found.broken.append(parsed)
-            continue
-        for node in parsed.body:
-            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-                functions.setdefault(node.name, []).append((file, node))
-    bodies = {name: places[0][1] for name, places in functions.items()}
-    for name, places in functions.items():
-        for file, function in places:
-            why = _why_not(function, returns)
-            if why and not (returns != "Recipe" and _returns(function, "Recipe")):
-                found.others.setdefault(name, f"{file}:{function.lineno}: {why}")
-            if why:
-                continue
-            summary = (ast.get_docstring(function) or "").split("\n")[0]
-            module = f"{package}.{file.stem}"
-            found.entries.append(Entry(name, module, file.resolve(), function.lineno, summary, _task(name, bodies)))
-
-
 def _why_not(function: ast.FunctionDef, returns: str) -> str:
-    """Why a function is none that returns a `returns`; "" if it is one."""
+    """Why a function cannot be named as one that returns a `returns`; "" if it can."""
     if not _returns(function, returns):
-        given = (
-            f"says that it returns {ast.unparse(function.returns)}"
-            if function.returns
-            else "does not say what it returns"
-        )
-        return f"{function.name} {given}; write `def {function.name}(...) -> {returns}:`"
-    if returns == "Recipe" and _needs_arguments(function):
+        said = f"says that it returns {ast.unparse(function.returns)}" if function.returns else ""
+        form = f"`def {function.name}(...) -> {returns}:`"
+        return f"{function.name} {said or 'does not say what it returns'}; write {form}"
+    arguments = function.args
+    positional = len(arguments.posonlyargs) + len(arguments.args) - len(arguments.defaults)
+    if returns == "Recipe" and (positional > 0 or None in arguments.kw_defaults):
         return (
             f"{function.name} has arguments without a default, so it is not a recipe by itself; call it in one that is"
         )
@@ -231,13 +227,13 @@ def _returns(function: ast.FunctionDef, kind: str) -> bool:
         return ast.unparse(function.returns).strip("'\"").split("[")[0].endswith(kind)
     ends = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
     calls = [ast.unparse(end.func).split(".")[-1] for end in ends if isinstance(end, ast.Call)]
-    return kind == "Executor" and bool(calls) and all(call in ("local", "slurm", "docker") for call in calls)
+    return kind == "Executor" and bool(calls) and {*calls} <= {"local", "slurm", "docker"}
 
 
 def _parse(file: Path) -> ast.Module | Broken:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Python would say of the user's code it says when that is imported
+            warnings.simplefilter("ignore")  # Python warns of the user's code when that is imported
             return ast.parse(file.read_bytes())  # bytes: Python itself knows their encoding
     except SyntaxError as error:
         return Broken(file, error.lineno or 1, error.msg)
@@ -256,23 +252,16 @@ def _defines(file: Path, name: str) -> bool:
     return re.search(rf"^(async )?def {re.escape(name)}\b", text, re.MULTILINE) is not None
 
 
-def _needs_arguments(function: ast.FunctionDef) -> bool:
-    arguments = function.args
-    positional = len(arguments.posonlyargs) + len(arguments.args) - len(arguments.defaults)
-    return positional > 0 or any(default is None for default in arguments.kw_defaults)
-
-
 def _task(name: str, bodies: dict[str, ast.FunctionDef]) -> str:
-    """The skeleton that a recipe calls, through other recipes if need be; "" if it cannot be told."""
-    seen: list[str] = []
+    """The skeleton that a recipe calls, through other recipes if need be; "" if none is seen."""
+    seen: set[str] = set()
     waiting = [name]
     while waiting:
         current = waiting.pop()
         if current in ("pretrain", "finetune"):
             return current
-        if current in seen or current not in bodies:
-            continue
-        seen.append(current)
-        calls = (node for node in ast.walk(bodies[current]) if isinstance(node, ast.Call))
-        waiting += [ast.unparse(call.func).split(".")[-1] for call in calls]
+        if current in bodies and current not in seen:
+            seen.add(current)
+            calls = (node for node in ast.walk(bodies[current]) if isinstance(node, ast.Call))
+            waiting += [ast.unparse(call.func).split(".")[-1] for call in calls]
     return ""

@@ -1,24 +1,30 @@
-"""From what was typed to a value of the type that a parameter asks for; nothing is guessed."""
+"""From what was typed to a value of the type that a parameter asks for; nothing is guessed.
+
+Pydantic checks the values. Each level of a type has an `_Expected`, which says what an unquoted text means there.
+"""
 
 from __future__ import annotations
 
-import collections.abc
-import inspect
+import contextlib
+import functools
 import re
-import types
 import typing
+from collections import abc
 from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePath
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-import fiddle as fdl
-
-from fiddlehead.errors import ConfigError, nearest, unknown
-from fiddlehead.recipe.hints import Unevaluated
-from fiddlehead.recipe.leaves import show
+from fiddlehead.errors import ConfigError, nearest
+from fiddlehead.recipe.hints import is_union, members
+from fiddlehead.recipe.kinds import MismatchError, check_kind, is_named, is_part
 from fiddlehead.recipe.literals import Bare, is_bracketed, literal, parse, parse_list
+from fiddlehead.recipe.scalars import NONE, READERS, device, dtype, enum_member
+
+if TYPE_CHECKING:
+    from pydantic_core import CoreSchema, ValidationError
+    from pydantic_core.core_schema import ValidationInfo
 
 
 class Make(Protocol):
@@ -35,26 +41,25 @@ class Make(Protocol):
 
 CALL = re.compile(r"(?P<name>[A-Za-z_][\w.]*(:[A-Za-z_][\w.]*)?)(\((?P<arguments>.*)\))?", re.DOTALL)
 
-_INT = re.compile(r"[-+]?\d+(_\d+)*")
 _REFERENCE = re.compile(r"[A-Za-z_][\w.]*[.:][A-Za-z_][\w.]*")
-_NONE = ("None", "null")
-_BOOL = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
-_SEQUENCES = (list, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
-_MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
-_CONTAINERS = (*_SEQUENCES, *_MAPPINGS, tuple, set, frozenset, collections.abc.MutableSequence)
-# Classes of the standard library that pydantic reads from a text.
+_NARROW_FIRST = (type(None), typing.Literal, bool, int, float, Enum)
+_MAPPINGS = (dict, abc.Mapping, abc.MutableMapping)
+_SEQUENCES = (list, abc.Sequence, abc.MutableSequence, abc.Iterable, abc.Collection)
+_CONTAINERS: dict[Any, Any] = {
+    **dict.fromkeys(_SEQUENCES, list),
+    **dict.fromkeys(_MAPPINGS, dict),
+    **{kind: kind for kind in (tuple, set, frozenset)},
+}
+"""Types of containers, and what is made for each."""
+# Modules of the standard library with classes that pydantic reads from a text.
 _READABLE = ("datetime", "decimal", "uuid", "fractions", "ipaddress")
-
-
-class MismatchError(ConfigError):
-    """The value is not of the type; the message says which."""
-
-    def __init__(self, given: Any, hint: Any, advice: str = "") -> None:
-        self.given = given
-        self.advice = advice
-        shown = "nothing" if given == "" and isinstance(given, Bare) else show_given(given)
-        super().__init__(f"expects {describe(hint)}, not {shown}{advice and '; ' + advice}")
+_ADVICE: dict[Any, str] = {
+    bool: "write true or false",
+    bytes: "write b'...'",
+    abc.Callable: "write package.module:name",
+    type: "write package.module:name",
+    **dict.fromkeys(_MAPPINGS, "write {key: value}"),
+}
 
 
 def coerce(given: Any, hint: Any, make: Make) -> Any:
@@ -62,157 +67,174 @@ def coerce(given: Any, hint: Any, make: Make) -> Any:
 
     `given` is a `Bare` as typed, a str that was in quotes, a list, tuple or dict of such, or any Python value that
     was loaded from a file. `make` turns ``name`` or ``name(argument=...)`` into a configuration where `hint` is a
-    class. Raises MismatchError, or a ConfigError that says more.
+    class.
+
+    Raises:
+        MismatchError: it is of another type.
+        ConfigError: what was typed is not well formed, or names nothing.
     """
-    origin = typing.get_origin(hint) or hint
-    if hint in (Any, object) or isinstance(hint, typing.TypeVar):
-        return literal(given)
-    if origin is typing.Annotated:
-        return _validated(coerce(given, typing.get_args(hint)[0], make), hint, given)
+    from pydantic_core import SchemaValidator, ValidationError
+
+    try:
+        value = SchemaValidator(_schema(hint)).validate_python(given, context=make)
+    except ValidationError as error:
+        raise _causes(error)[-1] from None
+    check_kind(value, hint)
+    return value
+
+
+def _causes(error: ValidationError) -> list[ConfigError]:
+    """The errors that the levels within have raised."""
+    causes = [each.get("ctx", {}).get("error") for each in error.errors(include_url=False)]
+    return [cause for cause in causes if isinstance(cause, ConfigError)]
+
+
+def _schema(hint: Any, company: tuple[Any, ...] = ()) -> CoreSchema:
+    """What pydantic checks for `hint`; `company` is what else may stand there, if it is a member of a union."""
+    from pydantic_core import core_schema
+
     if isinstance(hint, typing.NewType):
-        return coerce(given, hint.__supertype__, make)
-    if origin in (typing.Union, types.UnionType):
-        return _union(given, hint, make)
-    if origin is typing.Literal:
-        return _literal(given, hint)
-    if hint in (None, type(None)):
-        if given is None or (isinstance(given, Bare) and given in _NONE):
-            return None
-        raise MismatchError(given, hint)
-    if hint in _SCALARS:
-        return _SCALARS[hint](given, hint)
-    if origin in _CONTAINERS:
-        return _container(given, hint, origin, make)
-    if origin in (collections.abc.Callable, type):
-        return _callable(given, hint, origin, make)
-    if isinstance(hint, type):
-        return _instance(given, hint, make)
-    return _instance(given, origin, make)
+        return _schema(hint.__supertype__, company)
+    if not members(hint):
+        return core_schema.no_info_plain_validator_function(literal)
+    expected = _Expected(dict[str, Any] if typing.is_typeddict(hint) else hint, company)
+    return core_schema.with_info_wrap_validator_function(expected, _inner_schema(expected))
 
 
-def describe(hint: Any) -> str:
-    """A type as one would write it in an annotation."""
-    if isinstance(hint, Unevaluated):
-        return hint.text
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " | ".join(dict.fromkeys(describe(arg) for arg in args))
-    if origin is typing.Literal:
-        return " | ".join(map(show, args))
-    if origin is typing.Annotated:
-        return describe(args[0])
-    if hint in (None, type(None)):
-        return "None"
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return f"one of {', '.join(hint.__members__)}"
-    if isinstance(hint, type) and origin is None:
-        return hint.__name__
-    return re.sub(r"\b(typing|collections\.abc)\.", "", str(hint))
+def _inner_schema(expected: _Expected) -> CoreSchema:
+    """What pydantic checks at one level: the value itself, and the levels within."""
+    from pydantic_core import core_schema
+
+    kind, arguments = expected.kind, typing.get_args(expected.hint)
+    if is_union(expected.hint):
+        others = {each: tuple({*arguments} - {each, type(None)}) for each in arguments}
+        choices = [_schema(each, others[each]) for each in sorted(arguments, key=_breadth)]
+        return core_schema.union_schema(choices, mode="left_to_right")  # type: ignore[arg-type]
+    if kind is Annotated or _is_readable(kind):
+        from pydantic import TypeAdapter
+
+        if kind is not Annotated:
+            read = TypeAdapter(kind).core_schema
+            return core_schema.no_info_before_validator_function(
+                lambda given: given if isinstance(given, kind) else str(given), read
+            )
+        constraints = TypeAdapter(Annotated[(Any, *expected.hint.__metadata__)]).core_schema  # type: ignore[arg-type]
+        return core_schema.chain_schema([_schema(arguments[0], expected.company), constraints])
+    if container := _CONTAINERS.get(kind):
+        items = [_schema(each) for each in arguments or (Any, Any) if each is not Ellipsis]
+        if container is dict:
+            return core_schema.dict_schema(*items)
+        if container is tuple:
+            variadic = None if arguments and Ellipsis not in arguments else 0
+            return core_schema.tuple_schema(items if variadic is None else items[:1], variadic_item_index=variadic)
+        return getattr(core_schema, f"{container.__name__}_schema")(items[0])
+    if kind in (bool, int, float, str, bytes):
+        return getattr(core_schema, f"{kind.__name__}_schema")(strict=True)
+    if kind is typing.Literal:
+        return core_schema.literal_schema([*arguments])
+    if kind is abc.Callable:
+        return core_schema.callable_schema()
+    return core_schema.no_info_plain_validator_function(functools.partial(_instance, kind))
 
 
-def show_given(given: Any) -> str:
-    """What was given, as it was typed."""
-    return f"'{given}'" if isinstance(given, Bare) else show(given)
+def _instance(kind: Any, value: Any) -> Any:
+    with contextlib.suppress(TypeError):  # a protocol that is for type checkers only
+        if isinstance(value, kind):
+            return value
+    raise ValueError
 
 
-def _bool(given: Any, hint: Any) -> bool:
-    if isinstance(given, bool):
-        return given
-    if isinstance(given, Bare) and given.strip().lower() in _BOOL:
-        return _BOOL[given.strip().lower()]
-    raise MismatchError(given, hint, "write true or false")
+def _is_readable(kind: Any) -> bool:
+    """Whether pydantic reads a class from a text."""
+    return isinstance(kind, type) and kind.__module__ in _READABLE
 
 
-def _int(given: Any, hint: Any) -> int:
-    if type(given) is int:
-        return given
-    if isinstance(given, Bare):
-        if _INT.fullmatch(given.strip()):
-            if len(given) > 4000:
-                raise MismatchError(given, hint, "a number of so many digits is not read")
-            return int(given)
+def _breadth(member: Any) -> int:
+    """The order in which the members of a union are tried: what takes the fewest texts comes first."""
+    kind = typing.get_origin(member) or member
+    kind = Enum if isinstance(kind, type) and issubclass(kind, Enum) else kind
+    if kind in _NARROW_FIRST:
+        return _NARROW_FIRST.index(kind)
+    last = (str, Path, PurePath, Any)
+    return 20 + last.index(kind) if kind in last else 10 if kind in _CONTAINERS else 9 if _is_torch(kind) else 11
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What is expected at one level of a type, where pydantic calls it with what was given.
+
+    `company` are the other members of a union. Beside them a text is read strictly: 1 is an int, and not also a bool.
+    """
+
+    hint: Any
+    company: tuple[Any, ...]
+
+    @property
+    def kind(self) -> Any:
+        return typing.get_origin(self.hint) or self.hint
+
+    def __call__(self, given: Any, handler: Callable[[Any], Any], info: ValidationInfo) -> Any:
+        from pydantic_core import ValidationError
+
+        value = self._read(given, info.context) if isinstance(given, str) else given
+        if is_named(value):
+            return value  # checked when all is read: else a union would take a wrong part for a text
         try:
-            number = Decimal(given.strip())
-        except InvalidOperation:
-            raise MismatchError(given, hint) from None
-        if number.is_finite() and number.adjusted() < 30 and number == number.to_integral_value():
-            return int(number)
-    raise MismatchError(given, hint)
+            return handler(value)
+        except ValidationError as error:
+            causes = _causes(error)
+            about_parts = [cause for cause in causes if getattr(cause, "given", None) is not given]
+            if about_parts:
+                raise about_parts[-1 if is_union(self.hint) else 0] from None
+            if self.kind is Annotated and causes:
+                raise causes[0] from None
+            raise MismatchError(given, self.hint, self._advice(given, value, error)) from None
 
+    def _advice(self, given: Any, value: Any, error: ValidationError) -> str:
+        first, *others = members(self.hint)
+        choices = [str(choice) for kind in (first, *others) for choice in _choices(kind)]
+        if choices:
+            match = nearest(str(given), choices)
+            return f"did you mean {match!r}?" if match else ""
+        if others:
+            return ""
+        if is_union(self.hint):
+            return getattr(_causes(error)[-1], "advice", "")
+        if self.kind is tuple and isinstance(value, (list, tuple)):
+            return f"that is {len(value)} values, not {len(typing.get_args(self.hint))}"
+        if self.kind is Annotated or _is_readable(self.kind):
+            return error.errors()[0]["msg"]
+        return _ADVICE.get(
+            self.kind, "name a factory, name(argument=...), or a file, @file.yaml" if is_part(first) else ""
+        )
 
-def _float(given: Any, hint: Any) -> float:
-    if isinstance(given, (int, float)) and not isinstance(given, bool):
-        try:
-            return float(given)
-        except OverflowError:
-            raise MismatchError(given, hint, "the number is too large") from None
-    if isinstance(given, Bare):
-        try:
-            return float(given)
-        except ValueError:
-            pass
-    raise MismatchError(given, hint)
-
-
-def _str(given: Any, hint: Any) -> str:
-    if isinstance(given, Bare):
-        if given in _NONE:
-            raise MismatchError(given, hint, f"for that text write '\"{given}\"'")
-        return str(given)
-    if isinstance(given, str):
-        return given
-    raise MismatchError(given, hint)
-
-
-def _bytes(given: Any, hint: Any) -> bytes:
-    if isinstance(given, bytes):
-        return given
-    value = literal(given)
-    if isinstance(value, bytes):
-        return value
-    raise MismatchError(given, hint, "write b'...'")
-
-
-def _path(given: Any, hint: Any) -> PurePath:
-    if isinstance(given, PurePath):
-        return given
-    if isinstance(given, str) and given and not (isinstance(given, Bare) and given in _NONE):
-        return hint(given) if issubclass(hint, PurePath) else Path(given)
-    raise MismatchError(given, hint)
-
-
-_SCALARS: dict[Any, Callable[[Any, Any], Any]] = {
-    bool: _bool,
-    int: _int,
-    float: _float,
-    str: _str,
-    bytes: _bytes,
-    Path: _path,
-    PurePath: _path,
-}
-
-
-def _union(given: Any, hint: Any, make: Make) -> Any:
-    """The first member, the narrowest first, that takes `given`; a text is what nothing else in the union is."""
-    members = typing.get_args(hint)
-    if isinstance(given, Bare) and given in _NONE and type(None) in members:
-        return None
-    telling: ConfigError | None = None
-    advice = ""
-    for member in sorted(members, key=_breadth):
-        if isinstance(given, Bare) and not _could_mean(given, member, members):
-            continue
-        try:
-            return coerce(given, member, make)
-        except MismatchError as error:
-            if error.given is not given:
-                telling = error  # about a part of what was given
-            advice = error.advice or advice
-        except ConfigError as error:
-            telling = error
-    match = nearest(str(given), [str(value) for member in members for value in _choices(member)])
-    optional = len(set(members) - {type(None)}) == 1
-    raise telling or MismatchError(given, hint, f"did you mean {match!r}?" if match else advice if optional else "")
+    def _read(self, given: str, make: Any) -> Any:
+        """What a text means here; the text itself if it means nothing of the kind."""
+        kind = self.kind
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            return enum_member(given, kind)
+        if _is_torch(kind):
+            return dtype(given) if kind.__name__ == "dtype" else device(given)
+        if kind in READERS:
+            return READERS[kind](given, self.hint, self.company) if isinstance(given, Bare) else given
+        if kind is Annotated or is_union(self.hint):
+            return given
+        if given == "" or (isinstance(given, Bare) and given in NONE):
+            raise MismatchError(given, self.hint)
+        if isinstance(kind, type) and issubclass(kind, PurePath):
+            return kind(given)
+        if not isinstance(given, Bare):
+            return given
+        if kind in _CONTAINERS:
+            several = is_bracketed(given) or (str not in self.company and len(parse_list(given)) > 1)
+            return given if self.company and not several else (parse if kind in _MAPPINGS else parse_list)(given)
+        call = CALL.fullmatch(given)
+        if str in self.company and not (call and (call["arguments"] is not None or ":" in call["name"])):
+            raise MismatchError(given, self.hint)
+        if not call or _is_readable(kind):
+            return given
+        is_reference = kind in (abc.Callable, type) and _REFERENCE.fullmatch(given)
+        return make.named(given) if is_reference else make(given)
 
 
 def _choices(hint: Any) -> list[Any]:
@@ -221,178 +243,5 @@ def _choices(hint: Any) -> list[Any]:
     return list(typing.get_args(hint)) if typing.get_origin(hint) is typing.Literal else []
 
 
-def _breadth(member: Any) -> int:
-    origin = typing.get_origin(member) or member
-    narrow_first = (typing.Literal, bool, int, float)
-    if origin in narrow_first:
-        return narrow_first.index(origin)
-    if isinstance(origin, type) and issubclass(origin, Enum):
-        return 4
-    if origin in _CONTAINERS:
-        return 6
-    return {str: 8, Path: 9, PurePath: 9, Any: 10}.get(origin, 5 if _is_torch(origin) else 7)
-
-
-def _could_mean(given: Bare, member: Any, members: tuple[Any, ...]) -> bool:
-    """Whether, in this company, an unquoted text may be taken for `member`: what is also a number is a number."""
-    origin = typing.get_origin(member) or member
-    others = set(members) - {member}
-    if member is bool and others & {int, float, str}:
-        return given.lower() in ("true", "false")
-    if member is int and others & {float, str}:
-        return bool(_INT.fullmatch(given.strip()))
-    if origin in _CONTAINERS and others - {type(None)}:
-        return is_bracketed(given) or (str not in members and len(parse_list(given)) > 1)
-    if str not in members or member in _SCALARS or origin is typing.Literal or _breadth(member) in (4, 5):
-        return True
-    call = CALL.fullmatch(given)
-    return bool(call and (call["arguments"] is not None or ":" in call["name"]))
-
-
-def _literal(given: Any, hint: Any) -> Any:
-    allowed = typing.get_args(hint)
-    for value in sorted(allowed, key=lambda value: isinstance(value, str)):
-        if isinstance(value, Enum):
-            if given is value or (isinstance(given, str) and given == value.name):
-                return value
-        elif type(given) is type(value) and given == value:
-            return value
-        elif isinstance(given, Bare):
-            if isinstance(value, str) and given == value:
-                return value
-            if not isinstance(value, str):
-                try:
-                    if coerce(given, type(value), _NoNames()) == value:
-                        return value
-                except ConfigError:
-                    pass
-    match = nearest(str(given), [str(value) for value in _choices(hint)])
-    raise MismatchError(given, hint, f"did you mean {match!r}?" if match else "")
-
-
-def _container(given: Any, hint: Any, origin: Any, make: Make) -> Any:
-    arguments = typing.get_args(hint)
-    if origin in _MAPPINGS:
-        mapping = parse(given) if isinstance(given, Bare) else given
-        if not isinstance(mapping, dict):
-            raise MismatchError(given, hint, "write {key: value}")
-        key_hint, item_hint = arguments or (Any, Any)
-        return {coerce(key, key_hint, make): coerce(item, item_hint, make) for key, item in mapping.items()}
-    if isinstance(given, Bare) and given in ("", *_NONE):
-        raise MismatchError(given, hint)
-    members = parse_list(given) if isinstance(given, Bare) else given
-    if not isinstance(members, (list, tuple, set, frozenset)):
-        raise MismatchError(given, hint)
-    if origin is tuple and arguments and arguments[-1] is not Ellipsis:
-        arguments = () if arguments == ((),) else arguments
-        if len(arguments) != len(members):
-            raise MismatchError(given, hint, f"that is {len(members)} values, not {len(arguments)}")
-        return tuple(coerce(member, argument, make) for member, argument in zip(members, arguments, strict=True))
-    item_hint = arguments[0] if arguments else Any
-    values = [coerce(member, item_hint, make) for member in members]
-    return origin(values) if origin in (tuple, set, frozenset) else values
-
-
-def _callable(given: Any, hint: Any, origin: Any, make: Make) -> Any:
-    """A class or function named by its path; only here does a text import anything."""
-    if isinstance(given, fdl.Buildable):
-        return given
-    value = given
-    if isinstance(given, Bare):
-        if not _REFERENCE.fullmatch(given):
-            if CALL.fullmatch(given) and given not in _NONE:
-                return make(given)
-            raise MismatchError(given, hint, "write package.module:name")
-        value = make.named(given)
-    bound = (typing.get_args(hint) or (object,))[0]
-    if not callable(value) or isinstance(value, str) or (origin is type and not _is_subclass(value, bound)):
-        raise MismatchError(given, hint)
-    return value
-
-
-def _instance(given: Any, hint: Any, make: Make) -> Any:
-    """A value of some class: one that pydantic or torch reads from a text, or else a configuration of it."""
-    if isinstance(given, fdl.Buildable):
-        return given
-    if isinstance(given, str) and isinstance(hint, type) and issubclass(hint, Enum):
-        return _enum(given, hint)
-    if isinstance(given, str) and _is_torch(hint):
-        return _torch(given, hint)
-    if isinstance(hint, type) and not isinstance(given, Bare) and _is_instance(given, hint):
-        return given
-    if getattr(hint, "__module__", "") in _READABLE or typing.is_typeddict(hint):
-        return _validated(literal(given) if typing.is_typeddict(hint) else str(given), hint, given)
-    if isinstance(given, Bare) and given and given not in _NONE and CALL.fullmatch(given):
-        return make(given)
-    raise MismatchError(given, hint, "name a factory, name(argument=...), or a file, @file.yaml")
-
-
-def _enum(given: str, hint: type[Enum]) -> Enum:
-    if given in hint.__members__:
-        return hint[given]
-    for member in hint:
-        if str(member.value) == given:
-            return member
-    raise ConfigError(unknown(hint.__name__, given, list(hint.__members__)))
-
-
 def _is_torch(hint: Any) -> bool:
     return getattr(hint, "__module__", "") == "torch" and getattr(hint, "__name__", "") in ("dtype", "device")
-
-
-def _torch(given: str, hint: Any) -> Any:
-    import torch
-
-    if hint is torch.device:
-        try:
-            return torch.device(given)
-        except RuntimeError:
-            raise MismatchError(given, hint) from None
-    name = given.removeprefix("torch.")
-    return dtype(_DTYPES.get(name, name))
-
-
-def dtype(name: str) -> Any:
-    """The `torch.dtype` of this name; ConfigError if there is none."""
-    import torch
-
-    # Not getattr, for which torch imports modules of its own.
-    dtypes = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-    if name not in dtypes:
-        raise ConfigError(unknown("dtype", name, sorted(dtypes)))
-    return dtypes[name]
-
-
-def _validated(value: Any, hint: Any, given: Any) -> Any:
-    """`value` as pydantic takes it for `hint`, with the constraints of an `Annotated`."""
-    from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
-
-    try:
-        arbitrary = None if typing.is_typeddict(hint) else ConfigDict(arbitrary_types_allowed=True)
-        return value if isinstance(value, fdl.Buildable) else TypeAdapter(hint, config=arbitrary).validate_python(value)
-    except PydanticSchemaGenerationError:
-        return value
-    except ValidationError as error:
-        raise MismatchError(given, hint, error.errors()[0]["msg"]) from None
-
-
-def _is_instance(value: Any, kind: type) -> bool:
-    try:
-        return isinstance(value, kind)
-    except TypeError:  # a protocol that is for type checkers only
-        return False
-
-
-def _is_subclass(value: Any, bound: Any) -> bool:
-    bound = typing.get_origin(bound) or bound
-    return inspect.isclass(value) and (not inspect.isclass(bound) or issubclass(value, bound))
-
-
-class _NoNames:
-    """For places where nothing can be named."""
-
-    def __call__(self, text: str) -> Any:
-        raise MismatchError(Bare(text), Any)
-
-    def named(self, reference: str) -> Any:
-        raise MismatchError(Bare(reference), Any)

@@ -8,8 +8,8 @@ import inspect
 import operator
 import os
 import re
-import sys
 import typing
+from collections import abc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +17,13 @@ from typing import Any
 import fiddle as fdl
 from fiddle import history
 
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Problem, refuse, unknown
 from fiddlehead.files.foreign import MAX_TEXT, read_text
 from fiddlehead.files.paths import user_path
 from fiddlehead.recipe import Recipe, reader
-from fiddlehead.recipe.coercion import CALL, Make, MismatchError, coerce
-from fiddlehead.recipe.hints import Unevaluated, parameter_hint
-from fiddlehead.recipe.kinds import check_kind, members
+from fiddlehead.recipe.coercion import CALL, coerce
+from fiddlehead.recipe.hints import Unevaluated, argument_hint, item_hint, members
+from fiddlehead.recipe.kinds import MismatchError, check_kind, is_part
 from fiddlehead.recipe.leaves import leaves, show
 from fiddlehead.recipe.literals import Bare, literal, split_arguments, typed
 from fiddlehead.recipe.references import named
@@ -31,22 +31,12 @@ from fiddlehead.recipe.slots import Slot, find_slot
 
 Find = Callable[[str], Callable[..., Any]]
 
-_OVERRIDE = re.compile(
-    r"(?P<path>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*|\[[^\]]*\])*)(?P<sign>[-+*/]?)=(?P<value>.*)", re.DOTALL
-)
+_EDIT = re.compile(r"(?P<path>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*|\[[^\]]*\])*)(?P<sign>[-+*/]?)=(?P<value>.*)", re.DOTALL)
 _READ_FROM_FILES = ("TokenizerFile",)
 """Parts that are what the file at their `path` says."""
+_FILES = (".json", ".jsonl", ".yaml", ".yml", ".txt", ".model", ".safetensors", ".parquet")
+_MOST_BITS = 10_000  # Python does not write longer numbers
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-
-
-@dataclass(frozen=True)
-class _Override:
-    """One edit as typed, and its parts; `sign` is '' for plain assignment."""
-
-    text: str
-    path: str
-    sign: str
-    value: str
 
 
 def apply_overrides(
@@ -56,126 +46,66 @@ def apply_overrides(
 
     An edit is ``path=value``, or ``path+=value`` and likewise ``-= *= /=`` for numbers; ``+=`` also extends lists and
     texts. A path is dotted names, with ``[0]`` or ``[key]`` for members of lists and dicts. The value is read as the
-    parameter's annotation asks: quotes make it a text, ``@file.yaml`` a file's content, and where a configuration
+    parameter's annotation asks. Quotes make it a text. ``@file.yaml`` is a file's content. Where a configuration
     belongs, ``name`` or ``name(argument=value)`` calls the function that `find` gives for the name, or configures the
     class. ``package.module:name`` must be one of the parts that a recipe file may name, or be in `allow`.
 
-    Raises one ConfigError with the mistakes of all edits. An edit that a later one would discard is a mistake too.
+    Raises:
+        ConfigError: with the mistakes of all edits. An edit that a later one would discard is a mistake too.
     """
-    recipe = copy.deepcopy(recipe)
-    editor = _Editor(recipe, find, allow)
-    problems = []
+    editor = _Editor(copy.deepcopy(recipe), find, tuple(allow))
+    problems: list[str] = []
     for text in overrides:
         try:
-            editor.apply(_parse(text))
+            editor.apply(text)
         except ConfigError as error:
-            problems += [f"{text}: {problem}" for problem in error.problems]
+            problems += error.of(text).problems
         except RecursionError:
-            problems.append(f"{text}: nested too deep")
-    if problems:
-        raise ConfigError(*problems)
-    return recipe
-
-
-def _parse(text: str) -> _Override:
-    match = _OVERRIDE.fullmatch(text)
-    if not match:
-        raise ConfigError("not of the form path=value, such as trainer.max_steps=10, without spaces around the sign")
-    return _Override(text, match["path"], match["sign"], match["value"])
+            problems.append(Problem(text, message="nested too deep"))
+    refuse(problems)
+    return editor.recipe
 
 
 class _Editor:
     """Applies edits to one recipe and remembers them, so that none is lost unnoticed."""
 
     def __init__(self, recipe: Recipe, find: Find | None, allow: Sequence[str]) -> None:
-        self._recipe = recipe
+        self.recipe = recipe
         self._find = find
         self._allow = allow
-        self._edits: list[tuple[_Override, Slot]] = []
+        self._edits: list[tuple[str, Slot]] = []
 
-    def apply(self, override: _Override) -> None:
-        slot = find_slot(self._recipe, override.path)
-        here = _location(override)
-        if override.sign:
-            value = _computed(override, slot, self._names(here))
+    def apply(self, text: str) -> None:
+        match = _EDIT.fullmatch(text)
+        if not match:
+            raise ConfigError(
+                "not of the form path=value, such as trainer.max_steps=10, without spaces around the sign"
+            )
+        slot = find_slot(self.recipe, match["path"])
+        names = _Names(self._find, self._allow, history.Location(f"command line: {text}", 0, None))
+        if match["sign"]:
+            value = _computed(match["sign"], match["value"], slot, names)
         else:
             for earlier, edited in self._edits:
                 if slot.holds(edited):
-                    raise ConfigError(f"discards the earlier {earlier.text}; give only one of them")
+                    raise ConfigError(f"discards the earlier {earlier}; give only one of them")
             try:
-                value = self._value(override.value, slot, here)
+                value = _value(match["value"], slot, names)
             except ConfigError as error:
-                raise self._about_file(override.value, slot) or error from error
+                raise _about_file(match["value"], slot, names) or error from error
         check_kind(value, slot.hint)
-        with history.custom_location(lambda: here):
+        with history.custom_location(lambda: names.here):
             slot.set(value)
-        reachable = {id(leaf.owner) for leaf in leaves(self._recipe)}
+        reachable = {id(leaf.owner) for leaf in leaves(self.recipe)}
         for earlier, edited in self._edits:
             if id(edited.owner) not in reachable:
-                raise ConfigError(f"discards the earlier {earlier.text}; put this one first")
-        self._edits.append((override, slot))
-
-    def _value(self, text: str, slot: Slot, here: history.Location) -> Any:
-        make = self._names(here)
-        if text.startswith("@"):
-            return coerce(self._file(text[1:]), slot.hint_for_file, make)
-        given = typed(text)
-        if isinstance(slot.hint, Unevaluated) or (isinstance(slot.value, fdl.Buildable) and slot.hint is Any):
-            return self._unannotated(given, slot, make)
-        if given == "" and slot.hint is Any and isinstance(given, Bare):
-            raise ConfigError("expects a value; for an empty text write \"''\"")
-        if isinstance(slot.value, fdl.Buildable) and isinstance(given, Bare) and slot.wants_name(given):
-            try:
-                return make(given)
-            except _UnknownNameError:
-                return coerce(given, slot.hint, make)  # 'auto' for a `Strategy | str`
-        return coerce(given, slot.hint, make)
-
-    def _unannotated(self, given: Bare | str, slot: Slot, make: Make) -> Any:
-        """Where the annotation does not help: None, a configuration, or what is like the present value."""
-        if isinstance(given, Bare):
-            if given in ("None", "null") and (slot.hint is Any or slot.value is None):
-                return None
-            if isinstance(slot.value, fdl.Buildable) and CALL.fullmatch(given):
-                return make(given)
-        value = literal(given)
-        if slot.value is not None and type(value) is type(slot.value):
-            return value
-        if isinstance(slot.hint, Unevaluated):
-            raise ConfigError(f"its type {slot.hint.text} cannot be evaluated; give @file.yaml or set it in Python")
-        raise MismatchError(given, fdl.Config, "name a factory, name(argument=...), or a file, @file.yaml")
-
-    def _file(self, name: str) -> Any:
-        try:
-            text = read_text(user_path(name), MAX_TEXT)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(
-                f"{name!r} cannot be read: {reason}; for a text that starts with @ put it in quotes"
-            ) from None
-        return reader.load(text, allow=self._allow, source=name)
-
-    def _about_file(self, text: str, slot: Slot) -> ConfigError | None:
-        """What to write instead of a file's name where a part of a recipe belongs; None if it is something else."""
-        parts = isinstance(slot.value, fdl.Buildable) or any(_is_part(kind) for kind in members(slot.hint))
-        if not parts or text.startswith("@") or not _names_file(text):
-            return None
-        advice = [f"@{text} for a part that is written in it"] if text.endswith((".yaml", ".yml")) else []
-        find = self._find
-        for name in () if find is None else _READ_FROM_FILES:
-            with contextlib.suppress(ConfigError):
-                check_kind(fdl.Config(find(name), path=text), slot.hint)  # pyright: ignore[reportOptionalCall]
-                advice.append(f"{name}(path={text})")
-        said = f"write {' or '.join(advice)}" if advice else "name a class, or a function that makes a part"
-        return ConfigError(f"{text!r} is a file; {said}")
-
-    def _names(self, here: history.Location) -> _Names:
-        return _Names(self._find, self._allow, here)
+                raise ConfigError(f"discards the earlier {earlier}; put this one first")
+        self._edits.append((text, slot))
 
 
 @dataclass(frozen=True)
 class _Names:
-    """What names mean in an edit: `coerce` asks it."""
+    """What names mean in an edit: `coerce` asks it. `here` is the edit, as the source of what it sets."""
 
     find: Find | None
     allow: Sequence[str]
@@ -185,114 +115,146 @@ class _Names:
         match = CALL.fullmatch(text.strip())
         if not match:
             raise ConfigError(f"{text!r} is not of the form name or name(argument=value)")
-        factory = self._factory(match["name"])
-        arguments = _arguments(factory, match["arguments"] or "", self)
+        name = match["name"]
+        factory = self._factory(name)
+        arguments = self._arguments(factory, match["arguments"] or "")
         if inspect.isclass(factory):
             with history.custom_location(lambda: self.here):
                 return fdl.Config(factory, **arguments)
-        made = _called(factory, arguments, match["name"])
+        try:
+            inspect.signature(factory).bind(**arguments)
+            made = factory(**arguments)
+        except (TypeError, ValueError) as error:
+            raise error if isinstance(error, ConfigError) else ConfigError(f"{name}: {error}") from error
         if isinstance(made, Recipe):
-            raise ConfigError(f"{match['name']} makes a whole recipe, not part of one")
+            raise ConfigError(f"{name} makes a whole recipe, not part of one")
         if not isinstance(made, fdl.Buildable):
-            raise ConfigError(f"{match['name']} returned {show(made)}, not a configuration such as fdl.Config")
+            raise ConfigError(f"{name} returned {show(made)}, not a configuration such as fdl.Config")
         return made
 
     def named(self, reference: str) -> Any:
         return named(reference, self.allow)
 
     def _factory(self, name: str) -> Callable[..., Any]:
-        problems: tuple[str, ...] = (
-            f"unknown name {name!r}; yours are written package.module:name, and --allow names them",
-        )
+        error = ConfigError(f"unknown name {name!r}; yours are written package.module:name, and --allow names them")
         if self.find is not None:
             try:
                 return self.find(name)
-            except ConfigError as error:
-                problems = error.problems
+            except ConfigError as found:
+                error = found
         if "." not in name and ":" not in name:
-            raise _UnknownNameError(*problems)
+            raise _UnknownNameError(*error.problems)
         return self.named(name)
 
-
-def _is_part(kind: Any) -> bool:
-    """Whether a type is a class that a recipe configures, and not one of Python's own."""
-    origin = typing.get_origin(kind) or kind
-    return inspect.isclass(origin) and origin.__module__.partition(".")[0] not in sys.stdlib_module_names
-
-
-def _names_file(text: str) -> bool:
-    suffixes = (".json", ".jsonl", ".yaml", ".yml", ".txt", ".model", ".safetensors", ".parquet")
-    return text.endswith(suffixes) or os.path.exists(text)  # noqa: PTH110  Path raises for a text that is too long
+    def _arguments(self, function: Callable[..., Any], text: str) -> dict[str, Any]:
+        """The keyword arguments of a call, each read as the annotation of its parameter asks."""
+        config = fdl.Config(function)
+        info = config.__signature_info__
+        arguments: dict[str, Any] = {}
+        for argument in split_arguments(text):
+            name, equals, value = argument.partition("=")
+            name = name.strip()
+            if not equals or not name.isidentifier():
+                raise ConfigError(f"{argument!r} must be name=value")
+            if name in arguments:
+                raise ConfigError(f"{name} is given twice")
+            if name not in info.valid_param_names and not info.has_var_keyword:
+                raise ConfigError(unknown(f"argument of {function.__name__}", name, info.valid_param_names))
+            hint, given = argument_hint(config, name), typed(value.strip())
+            try:
+                arguments[name] = literal(given) if isinstance(hint, Unevaluated) else coerce(given, hint, self)
+            except ConfigError as error:
+                raise error.of(name) from error
+        return arguments
 
 
 class _UnknownNameError(ConfigError):
     """No factory has the name."""
 
 
-def _location(override: _Override) -> history.Location:
-    return history.Location(f"command line: {override.text}", 0, None)
+def _value(text: str, slot: Slot, names: _Names) -> Any:
+    """The value that an edit sets."""
+    hint, holds_part = slot.hint, isinstance(slot.value, fdl.Buildable)
+    is_evaluated = not isinstance(hint, Unevaluated)
+    if text.startswith("@"):
+        return coerce(_file(text[1:], names.allow), hint if is_evaluated else Any, names)
+    given = typed(text)
+    if not is_evaluated or (holds_part and hint is Any):
+        return _unannotated(given, slot, names)
+    if given == "" and hint is Any and isinstance(given, Bare):
+        raise ConfigError("expects a value; for an empty text write \"''\"")
+    if holds_part and isinstance(given, Bare) and _is_name_first(given, hint):
+        with contextlib.suppress(_UnknownNameError):  # 'auto' for a `Strategy | str`
+            return names(given)
+    return coerce(given, hint, names)
 
 
-def _arguments(function: Callable[..., Any], text: str, make: Make) -> dict[str, Any]:
-    """The keyword arguments of a call, each read as the annotation of its parameter asks."""
-    parameters = inspect.signature(function).parameters
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    names = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    ]
-    arguments: dict[str, Any] = {}
-    for argument in split_arguments(text):
-        name, equals, value = argument.partition("=")
-        name = name.strip()
-        if not equals or not name.isidentifier():
-            raise ConfigError(f"{argument!r} must be name=value")
-        if name in arguments:
-            raise ConfigError(f"{name} is given twice")
-        if name not in names and not open_ended:
-            raise ConfigError(unknown(f"argument of {function.__name__}", name, names))
-        hint = parameter_hint(function, name) if name in names else Any
-        try:
-            given = typed(value.strip())
-            arguments[name] = literal(given) if isinstance(hint, Unevaluated) else coerce(given, hint, make)
-        except ConfigError as error:
-            raise ConfigError(*(f"{name}: {problem}" for problem in error.problems)) from error
-    return arguments
+def _is_name_first(text: str, hint: Any) -> bool:
+    """Whether a text, for a place that holds a configuration, is first of all the name of another one."""
+    match = CALL.fullmatch(text)
+    callables = any((typing.get_origin(kind) or kind) in (abc.Callable, type) for kind in members(hint))
+    return bool(match) and text not in ("None", "null") and not (callables and match["arguments"] is None)
 
 
-def _called(factory: Callable[..., Any], arguments: dict[str, Any], name: str) -> Any:
+def _unannotated(given: Bare | str, slot: Slot, names: _Names) -> Any:
+    """Where the annotation does not help: None, a configuration, or what is like the present value."""
+    if isinstance(given, Bare):
+        if given in ("None", "null") and (slot.hint is Any or slot.value is None):
+            return None
+        if isinstance(slot.value, fdl.Buildable) and CALL.fullmatch(given):
+            return names(given)
+    value = literal(given)
+    if slot.value is not None and type(value) is type(slot.value):
+        return value
+    if isinstance(slot.hint, Unevaluated):
+        raise ConfigError(f"its type {slot.hint.text} cannot be evaluated; give @file.yaml or set it in Python")
+    raise MismatchError(given, fdl.Config, "name a factory, name(argument=...), or a file, @file.yaml")
+
+
+def _file(name: str, allow: Sequence[str]) -> Any:
     try:
-        inspect.signature(factory).bind(**arguments)
-    except TypeError as error:
-        raise ConfigError(f"{name}: {error}") from error
-    try:
-        return factory(**arguments)
-    except ConfigError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name}: {error}") from error
+        text = read_text(user_path(name), MAX_TEXT)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{name!r} cannot be read: {reason}; put a text that starts with @ in quotes") from None
+    return reader.load(text, allow=allow, source=name)
 
 
-def _computed(override: _Override, slot: Slot, make: Make) -> Any:
+def _about_file(text: str, slot: Slot, names: _Names) -> ConfigError | None:
+    """What to write instead of a file's name where a part of a recipe belongs; None if it is something else."""
+    takes_part = isinstance(slot.value, fdl.Buildable) or any(map(is_part, members(slot.hint)))
+    is_file = text.endswith(_FILES) or os.path.exists(text)  # noqa: PTH110  Path raises for a text that is too long
+    if not takes_part or text.startswith("@") or not is_file:
+        return None
+    advice = [f"@{text} for a part that is written in it"] if text.endswith((".yaml", ".yml")) else []
+    for name in _READ_FROM_FILES if names.find else ():
+        with contextlib.suppress(ConfigError):
+            check_kind(fdl.Config(names._factory(name), path=text), slot.hint)
+            advice.append(f"{name}(path={text})")
+    said = f"write {' or '.join(advice)}" if advice else "name a class, or a function that makes a part"
+    return ConfigError(f"{text!r} is a file; {said}")
+
+
+def _computed(sign: str, text: str, slot: Slot, names: _Names) -> Any:
     """The present value of `slot` with the operator applied, as the annotation asks."""
     now = slot.value
-    sign = override.sign
     if now is None or now is fdl.NO_VALUE:
         raise ConfigError(f"{slot.path} is {'not set' if now is fdl.NO_VALUE else 'None'}; use = first")
     if sign == "+" and isinstance(now, str):
-        return now + str(typed(override.value))
+        return now + str(typed(text))
     if sign == "+" and isinstance(now, (list, tuple)):
-        return _extended(override, slot, make)
+        return type(now)([*now, *_members(typed(text), item_hint(slot.hint, now, 0), names)])
     if isinstance(now, bool) or not isinstance(now, (int, float)):
         raise ConfigError(f"{sign}= needs a number{', a list or a text' if sign == '+' else ''}, not {show(now)}")
-    operand = literal(Bare(override.value))
+    operand = literal(Bare(text))
     if isinstance(operand, bool) or not isinstance(operand, (int, float)):
-        raise MismatchError(Bare(override.value), float)
+        raise MismatchError(Bare(text), float)
     try:
         result = _OPERATORS[sign](now, operand)
     except (ZeroDivisionError, OverflowError) as error:
         raise ConfigError(f"{show(now)} {sign} {show(operand)}: {error}") from error
+    if isinstance(result, int) and result.bit_length() > _MOST_BITS:
+        raise ConfigError(f"the result of {sign}= is too large")
     if isinstance(now, int) and isinstance(result, float):
         if not result.is_integer():
             raise ConfigError(
@@ -300,18 +262,15 @@ def _computed(override: _Override, slot: Slot, make: Make) -> Any:
             )
         # Exactly: a large int does not survive the way through a float.
         result = now // operand if sign == "/" and isinstance(operand, int) else int(result)
-    return result if slot.hint is Any or isinstance(slot.hint, Unevaluated) else coerce(result, slot.hint, make)
+    return result if isinstance(slot.hint, Unevaluated) else coerce(result, slot.hint, names)
 
 
-def _extended(override: _Override, slot: Slot, make: Make) -> Any:
-    """The list or tuple with the value's members at its end, or with the value itself if it is not a list of them."""
-    now, given = slot.value, typed(override.value)
-    hint = slot.list_hint
+def _members(given: Bare | str, hint: Any, names: _Names) -> list[Any]:
+    """The members that a text adds to a list of `hint`: those of the list that it is, or itself."""
     try:
-        more = coerce(given, list[hint], make)
+        return coerce(given, list[hint], names)
     except ConfigError:
         try:
-            more = [coerce(given, hint, make)]
+            return [coerce(given, hint, names)]
         except MismatchError:
             raise MismatchError(given, list[hint]) from None
-    return type(now)([*now, *more])

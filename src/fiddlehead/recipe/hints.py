@@ -1,16 +1,19 @@
-"""The type that a parameter of a class or function asks for."""
+"""The types that annotations ask for: of a parameter, of an argument, of a member of a container."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import sys
 import types
 import typing
+from enum import Enum
 from typing import Any
 
 import fiddle as fdl
 
+from fiddlehead.recipe.leaves import show
 from fiddlehead.recipe.resumable import unmarked
 
 
@@ -35,26 +38,22 @@ def parameter_hint(function: Any, name: str) -> Any:
 def written_hint(function: Any, name: str) -> Any:
     """The annotation of the parameter `name` of a class or function, as it is written; `Any` if there is none.
 
-    Strings are evaluated, one by one if need be: an annotation that cannot be is `Unevaluated`.
+    Annotations that are strings are evaluated. One that cannot be is `Unevaluated`.
     """
-    parameter = _signature(function).parameters[name]
-    for source in _annotated(function):
-        try:
-            hints = typing.get_type_hints(source, include_extras=True)
-        except Exception:  # whatever evaluating somebody's annotations may raise
-            hints = {name: _evaluate(source, name)}
-        if name in hints and hints[name] is not None:
-            hint = hints[name]
+    hint = _signature(function).parameters[name].annotation
+    hint = Any if hint is inspect.Parameter.empty else hint
+    for owner in _annotated(function):
+        annotations = inspect.get_annotations(owner)
+        if name in annotations:
+            hint = _evaluated(annotations[name], owner)
             break
-    else:
-        hint = parameter.annotation if parameter.annotation is not parameter.empty else Any
-    if isinstance(hint, str):
-        hint = Unevaluated(hint)
+    if isinstance(hint, (str, list, dict, set)):  # a text, or something that is not a type
+        hint = Unevaluated(str(hint))
     return hint.type if isinstance(hint, dataclasses.InitVar) else hint
 
 
 def argument_hint(config: fdl.Buildable, key: str | int) -> Any:
-    """The annotation of the argument `key` of a configuration, which may be one of ``*args`` or ``**kwargs``."""
+    """The type of the argument `key` of a configuration, which may be one of ``*args`` or ``**kwargs``."""
     info = config.__signature_info__
     if isinstance(key, int):
         start = info.var_positional_start
@@ -64,31 +63,78 @@ def argument_hint(config: fdl.Buildable, key: str | int) -> Any:
     return parameter_hint(fdl.get_callable(config), name) if name else Any
 
 
+def item_hint(hint: Any, container: Any, key: Any) -> Any:
+    """The type of the member `key` of a `container` whose own type is `hint`."""
+    for member in members(hint):
+        origin, arguments = typing.get_origin(member), typing.get_args(member)
+        if not inspect.isclass(origin) or not isinstance(container, origin) or not arguments:
+            continue
+        if isinstance(container, dict):
+            return arguments[1]
+        if origin is tuple and arguments[-1] is not Ellipsis:
+            return arguments[key] if key < len(arguments) else Any
+        return arguments[0]
+    return Any
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, without None; of another type the type itself; of one that allows anything, none."""
+    if isinstance(hint, typing.NewType):
+        return members(hint.__supertype__)
+    if hint in (Any, object) or isinstance(hint, (Unevaluated, typing.TypeVar, typing.ForwardRef, str)):
+        return ()
+    if typing.get_origin(hint) is typing.Annotated:
+        return members(typing.get_args(hint)[0])
+    if is_union(hint):
+        within = [members(member) for member in typing.get_args(hint) if member is not type(None)]
+        return tuple(kind for kinds in within for kind in kinds) if all(within) else ()
+    return (dict[str, Any] if typing.is_typeddict(hint) else hint,)
+
+
+def is_union(hint: Any) -> bool:
+    """Whether a type is ``A | B`` or ``Optional[A]``."""
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def describe(hint: Any) -> str:
+    """A type as one would write it in an annotation."""
+    if isinstance(hint, Unevaluated):
+        return hint.text
+    arguments = typing.get_args(hint)
+    if is_union(hint):
+        return " | ".join(dict.fromkeys(map(describe, arguments)))
+    match typing.get_origin(hint):
+        case typing.Literal:
+            return " | ".join(map(show, arguments))
+        case typing.Annotated:
+            return describe(arguments[0])
+    if hint in (None, type(None)):
+        return "None"
+    if isinstance(hint, type) and not arguments:
+        return f"one of {', '.join(hint.__members__)}" if issubclass(hint, Enum) else hint.__name__
+    return re.sub(r"\b(typing|collections\.abc)\.", "", str(hint))
+
+
 def _signature(function: Any) -> inspect.Signature:
     return inspect.signature(typing.get_origin(function) or function)
 
 
 def _annotated(function: Any) -> list[Any]:
-    """The objects whose annotations describe the parameters of `function`, the one that decides first."""
+    """The objects whose annotations describe the parameters of `function`; the first one that has a name decides."""
     function = typing.get_origin(function) or function
     if not isinstance(function, type):
         return [inspect.unwrap(function)]
     constructors = [function.__init__, function.__new__]
     written = [inspect.unwrap(constructor) for constructor in constructors if inspect.isfunction(constructor)]
-    return [function, *written] if dataclasses.is_dataclass(function) else [*written, function]
+    return [*function.__mro__, *written] if dataclasses.is_dataclass(function) else [*written, *function.__mro__]
 
 
-def _evaluate(source: Any, name: str) -> Any:
-    """The one annotation `name`, evaluated where it was written; `Unevaluated` if it cannot be; None if missing."""
-    owners = source.__mro__ if isinstance(source, type) else [source]
-    for owner in owners:
-        annotation = inspect.get_annotations(owner).get(name)
-        if annotation is None:
-            continue
-        namespace = getattr(owner, "__globals__", None) or vars(sys.modules[owner.__module__])
-        stub = types.SimpleNamespace(__annotations__={name: annotation})
-        try:
-            return typing.get_type_hints(stub, globalns=namespace, include_extras=True)[name]
-        except Exception:
-            return Unevaluated(str(annotation))
-    return None
+def _evaluated(annotation: Any, owner: Any) -> Any:
+    """An annotation of `owner`, evaluated where it was written; `Unevaluated` if it cannot be."""
+    module = getattr(sys.modules.get(owner.__module__), "__dict__", {})
+    names = {**vars(owner), **module} if isinstance(owner, type) else getattr(owner, "__globals__", module)
+    stub = types.SimpleNamespace(__annotations__={"it": annotation})
+    try:
+        return typing.get_type_hints(stub, globalns=names, include_extras=True)["it"]
+    except Exception:  # whatever evaluating somebody's annotations may raise
+        return Unevaluated(str(annotation))

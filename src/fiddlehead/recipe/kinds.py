@@ -1,11 +1,11 @@
-"""What kind of thing may stand where, as annotations say."""
+"""Which classes, functions and configurations may stand where a type is asked for."""
 
 from __future__ import annotations
 
 import collections.abc
 import functools
 import inspect
-import types
+import sys
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +13,17 @@ from typing import Any
 import fiddle as fdl
 
 from fiddlehead.errors import ConfigError
-from fiddlehead.recipe.coercion import describe
-from fiddlehead.recipe.hints import Unevaluated
-from fiddlehead.recipe.leaves import show
+from fiddlehead.recipe.hints import describe, item_hint, members
+from fiddlehead.recipe.leaves import holds, show
+from fiddlehead.recipe.literals import Bare
+
+
+class MismatchError(ConfigError):
+    """A value is not of the type that is asked for; the message says of which."""
+
+    def __init__(self, given: Any, hint: Any, advice: str = "") -> None:
+        self.given, self.advice = given, advice
+        super().__init__(f"expects {describe(hint)}, not {_shown(given)}{advice and '; ' + advice}")
 
 
 def check_kind(value: Any, hint: Any, is_free: Callable[[Any], bool] = lambda _: False) -> None:
@@ -27,73 +35,65 @@ def check_kind(value: Any, hint: Any, is_free: Callable[[Any], bool] = lambda _:
         is_free: whether a class or function may stand anywhere.
 
     Raises:
-        ConfigError: with what the annotation asks for.
+        MismatchError: with what the annotation asks for.
     """
     kinds = members(hint)
-    if not kinds or not _names_something(value):
-        return
-    if isinstance(value, (list, tuple, set, dict)):
-        if not any(_is_instance(value, kind) for kind in kinds):
-            raise ConfigError(f"expects {describe(hint)}, not a {type(value).__name__}")
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in pairs:
+    if is_named(value):
+        if kinds and not is_free(_function(value)) and not any(_fits(value, kind) for kind in kinds):
+            raise MismatchError(value, hint)
+    elif kinds and isinstance(value, (list, tuple, set, dict)) and holds(value, is_named):
+        origins = [typing.get_origin(kind) or kind for kind in kinds]
+        if not any(inspect.isclass(origin) and isinstance(value, origin) for origin in origins):
+            raise MismatchError(value, hint)
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             check_kind(item, item_hint(hint, value, key), is_free)
-        return
-    function = fdl.get_callable(value) if isinstance(value, fdl.Buildable) else getattr(value, "func", value)
-    if is_free(function):
-        return
-    if isinstance(value, fdl.Config):
-        made = function if inspect.isclass(function) else _returned(function)
-        if made is not None and not any(_makes(made, kind) for kind in kinds):
-            raise ConfigError(f"expects {describe(hint)}, not a configuration of {function.__qualname__}")
-    elif not any(_takes(value, kind) for kind in kinds):
-        raise ConfigError(f"expects {describe(hint)}, not {show(function)}")
 
 
-def members(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, without None; of another type only itself, of one that says nothing none."""
-    if isinstance(hint, typing.NewType):
-        return members(hint.__supertype__)
-    if hint in (Any, object) or isinstance(hint, (Unevaluated, typing.TypeVar, typing.ForwardRef, str)):
-        return ()
-    if typing.get_origin(hint) is typing.Annotated:
-        return members(typing.get_args(hint)[0])
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        within = [members(member) for member in typing.get_args(hint) if member is not type(None)]
-        return tuple(kind for kinds in within for kind in kinds) if all(within) else ()
-    return (hint,)
-
-
-def item_hint(hint: Any, container: Any, key: Any) -> Any:
-    """The type of the member `key` of a `container` whose own type is `hint`."""
-    for member in members(hint):
-        origin, arguments = typing.get_origin(member), typing.get_args(member)
-        if not inspect.isclass(origin) or not isinstance(container, origin) or not arguments:
-            continue
-        if isinstance(container, dict):
-            return arguments[1]
-        if origin is tuple and arguments[-1] is not Ellipsis:
-            return arguments[key] if key < len(arguments) else Any
-        return arguments[0]
-    return Any
-
-
-def _names_something(value: Any) -> bool:
-    """Whether `value` is a class, a function or a configuration, or a container with one inside."""
-    if isinstance(value, dict):
-        return any(map(_names_something, value.values()))
-    if isinstance(value, (list, tuple, set)):
-        return any(map(_names_something, value))
+def is_named(value: Any) -> bool:
+    """Whether `value` is a class or a function, or calls one: a configuration, a `functools.partial`."""
     return isinstance(value, (fdl.Buildable, functools.partial)) or inspect.isclass(value) or inspect.isroutine(value)
 
 
-def _is_instance(container: Any, kind: Any) -> bool:
+def is_part(kind: Any) -> bool:
+    """Whether a type is a class that a recipe configures, and not one of Python's own."""
     origin = typing.get_origin(kind) or kind
-    return inspect.isclass(origin) and isinstance(container, origin)
+    return inspect.isclass(origin) and origin.__module__.partition(".")[0] not in sys.stdlib_module_names
+
+
+def _function(value: Any) -> Any:
+    """The class or function that a named value is or calls."""
+    return fdl.get_callable(value) if isinstance(value, fdl.Buildable) else getattr(value, "func", value)
+
+
+def _shown(given: Any) -> str:
+    """What was given, as it was typed."""
+    if isinstance(given, Bare):
+        return f"'{given}'" if given else "nothing"
+    if isinstance(given, fdl.Config):
+        return f"a configuration of {fdl.get_callable(given).__qualname__}"
+    if is_named(given):
+        return show(_function(given))
+    return f"a {type(given).__name__}" if holds(given, is_named) else show(given)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a named value may stand where a `kind` is expected: itself, or what it makes when built."""
+    origin = typing.get_origin(kind) or kind
+    if isinstance(value, fdl.Config):
+        function = fdl.get_callable(value)
+        made = function if inspect.isclass(function) else _returned(function)
+        return made is None or _makes(made, origin)
+    if origin is type:
+        bound = (typing.get_args(kind) or (object,))[0]
+        bound = typing.get_origin(bound) or bound
+        return inspect.isclass(value) and (not inspect.isclass(bound) or issubclass(value, bound))
+    if origin is collections.abc.Callable:
+        return True
+    return inspect.isclass(origin) and isinstance(value, fdl.Buildable) and issubclass(origin, fdl.Buildable)
 
 
 def _returned(function: Any) -> type | None:
-    """The class that a function says it returns; None if it says nothing of the kind."""
+    """The class that a function says it returns; None if it does not say."""
     try:
         hint = typing.get_type_hints(function).get("return")
     except Exception:  # whatever evaluating somebody's annotations may raise
@@ -104,33 +104,21 @@ def _returned(function: Any) -> type | None:
 
 def _makes(made: type, kind: Any) -> bool:
     """Whether an instance of `made` is a `kind`."""
-    origin = typing.get_origin(kind) or kind
-    if origin is collections.abc.Callable:
+    if kind is collections.abc.Callable:
         return issubclass(made, collections.abc.Callable)
-    if not inspect.isclass(origin):
+    if not inspect.isclass(kind):
         return False
-    if getattr(origin, "_is_protocol", False) and not getattr(origin, "_is_runtime_protocol", False):
-        # Attributes may be set by the constructor, but methods are there.
-        public = [(name, each) for base in origin.__mro__ for name, each in vars(base).items() if _is_public(name)]
-        has = {name for base in made.__mro__ for name in vars(base)}  # hasattr finds the metaclass's `__call__` too
+    if getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False):
+        # Only methods count: attributes may be set by the constructor. Not hasattr, which finds the metaclass's
+        # `__call__` too.
+        public = [(name, each) for base in kind.__mro__ for name, each in vars(base).items() if _is_public(name)]
+        has = {name for base in made.__mro__ for name in vars(base)}
         return all(name in has for name, each in public if inspect.isfunction(each))
     try:
-        return issubclass(made, origin) or issubclass(origin, fdl.Buildable)
+        return issubclass(made, kind) or issubclass(kind, fdl.Buildable)
     except TypeError:  # a protocol that has more than methods
         return True
 
 
 def _is_public(name: str) -> bool:
     return name == "__call__" or not name.startswith("_")
-
-
-def _takes(value: Any, kind: Any) -> bool:
-    """Whether a class or function, or a Partial, can stand itself where a `kind` is expected."""
-    origin = typing.get_origin(kind) or kind
-    if origin is type:
-        bound = (typing.get_args(kind) or (object,))[0]
-        bound = typing.get_origin(bound) or bound
-        return inspect.isclass(value) and (not inspect.isclass(bound) or issubclass(value, bound))
-    if origin is collections.abc.Callable:
-        return True
-    return inspect.isclass(origin) and isinstance(value, fdl.Buildable) and issubclass(origin, fdl.Buildable)

@@ -1,11 +1,11 @@
-"""A configuration as a flat list of paths and values: what printing, comparing and tracing a recipe share."""
+"""A configuration as a flat list of paths and values, for printing, comparing and tracing a recipe."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import PurePath
@@ -26,26 +26,14 @@ class Leaf:
 
 
 @dataclass(frozen=True)
-class Called:
-    """Stands for a nested configuration: what it calls; its arguments are leaves of their own."""
+class Nested:
+    """Stands for a value whose parts are leaves of their own: a configuration, or a container that holds one.
 
-    kind: str
-    function: Any
+    Two are equal if they read the same and are of the same class or function.
+    """
 
-
-@dataclass(frozen=True)
-class Shared:
-    """Stands for a configuration that is also used at `path`, where its arguments are."""
-
-    path: str
-
-
-@dataclass(frozen=True)
-class Container:
-    """Stands for a list, tuple or dict that holds configurations; its items are leaves of their own."""
-
-    kind: type
-    length: int
+    text: str
+    kind: Any = None
 
 
 def leaves(root: fdl.Buildable, *, defaults: bool = False) -> Iterator[Leaf]:
@@ -59,26 +47,23 @@ def leaves(root: fdl.Buildable, *, defaults: bool = False) -> Iterator[Leaf]:
     def visit(value: Any, leaf: functools.partial[Leaf], path: str) -> Iterator[Leaf]:
         if isinstance(value, fdl.Buildable):
             if id(value) in first_path:
-                yield leaf(path, Shared(first_path[id(value)]))
+                yield leaf(path, Nested(f"<shared with {first_path[id(value)] or 'the root'}>"))
                 return
             first_path[id(value)] = path
-            yield leaf(path, Called(kind_of(value), fdl.get_callable(value)))
+            function = fdl.get_callable(value)
+            kind = next((f"{each.__name__} " for each in (fdl.Partial, fdl.ArgFactory) if isinstance(value, each)), "")
+            yield leaf(path, Nested(f"{kind}{name_of(function)}(...)", function))
             for key, argument in fdl.ordered_arguments(value, include_defaults=defaults).items():
                 of_argument = functools.partial(Leaf, owner=value, key=key, is_default=key not in value.__arguments__)
                 yield from visit(argument, of_argument, join(path, key))
         elif holds_configuration(value):
-            yield leaf(path, Container(type(value), len(value)))
+            yield leaf(path, Nested(f"<{type(value).__name__} of {len(value)}>", type(value)))
             for key, item in items(value):
                 yield from visit(item, leaf, f"{path}[{key}]")
         else:
             yield leaf(path, value)
 
     yield from visit(root, functools.partial(Leaf, owner=root, key=""), "")
-
-
-def kind_of(buildable: fdl.Buildable) -> str:
-    """The Fiddle class that `buildable` behaves as, whatever subclass of it was used."""
-    return next(kind.__name__ for kind in (fdl.Partial, fdl.ArgFactory, fdl.Buildable) if isinstance(buildable, kind))
 
 
 def join(path: str, key: str | int) -> str:
@@ -97,17 +82,20 @@ def items(container: Any) -> Iterator[tuple[Any, Any]]:
         yield from enumerate(container)
 
 
-def holds_configuration(value: Any) -> bool:
-    """Whether `value` is a list, tuple or dict with a configuration somewhere inside."""
+def holds(value: Any, wanted: Callable[[Any], bool]) -> bool:
+    """Whether `value` is a list, tuple, set or dict with something `wanted` inside, at any depth."""
     if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return False
-    return any(isinstance(item, fdl.Buildable) or holds_configuration(item) for item in value)
+        value = list(value.values())
+    return isinstance(value, (list, tuple, set)) and any(wanted(item) or holds(item, wanted) for item in value)
+
+
+def holds_configuration(value: Any) -> bool:
+    """Whether `value` is a container with a configuration inside."""
+    return holds(value, lambda item: isinstance(item, fdl.Buildable))
 
 
 def same(left: Any, right: Any) -> bool:
-    """Whether two leaves mean the same: 1, 1.0 and True differ, and a nan is like another nan."""
+    """Whether two leaves are equal: 1, 1.0 and True are not, and two nans are."""
     if type(left) is not type(right):
         return False
     if isinstance(left, float):
@@ -131,14 +119,10 @@ def _same_keys(left: Any, right: Any) -> bool:
 
 
 def show(value: Any) -> str:
-    """`value` as one would write it in Python, short."""
+    """`value` as one would write it in Python, in short."""
     match value:
-        case Called():
-            return f"{'' if value.kind == 'Buildable' else value.kind + ' '}{_name(value.function)}(...)"
-        case Shared():
-            return f"<shared with {value.path or 'the root'}>"
-        case Container():
-            return f"<{value.kind.__name__} of {value.length}>"
+        case Nested():
+            return value.text
         case Enum():
             return f"{type(value).__name__}.{value.name}"
         case PurePath():
@@ -154,10 +138,11 @@ def show(value: Any) -> str:
     if type(value) is dict:
         return f"{{{', '.join(f'{show(key)}: {show(item)}' for key, item in value.items())}}}"
     if inspect.isclass(value) or inspect.isroutine(value):
-        return value.__qualname__ if value.__module__ == "builtins" else f"{value.__module__}.{_name(value)}"
+        return value.__qualname__ if value.__module__ == "builtins" else f"{value.__module__}.{name_of(value)}"
     return repr(value)
 
 
-def _name(function: Any) -> str:
+def name_of(function: Any) -> str:
+    """The name of a class or function without its module."""
     name = getattr(function, "__qualname__", None) or repr(function)
     return name.removeprefix("_VariableFunctionsClass.")  # torch.tanh and its like

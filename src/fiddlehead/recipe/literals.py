@@ -9,10 +9,11 @@ from fiddlehead.errors import ConfigError
 
 _OPEN = {"[": "]", "(": ")", "{": "}"}
 _WORDS = {"true": True, "false": False, "null": None}
+_NOT_A_LITERAL = (SyntaxError, ValueError, TypeError, MemoryError, RecursionError)
 
 
 class Bare(str):
-    """A text without quotes: it may mean a number, a name or itself, as the type asks for."""
+    """A text without quotes: the type that is asked for decides whether it is a number, a name or a text."""
 
     __slots__ = ()
 
@@ -22,7 +23,7 @@ def typed(text: str) -> Bare | str:
     if len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]:
         try:
             value = ast.literal_eval(text)
-        except (SyntaxError, ValueError, MemoryError, RecursionError):
+        except _NOT_A_LITERAL:
             return Bare(text)
         if isinstance(value, str):
             return value
@@ -43,7 +44,7 @@ def literal(given: Any) -> Any:
         return float(given)
     try:
         return ast.literal_eval(given.strip())
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+    except _NOT_A_LITERAL:
         return str(given)
 
 
@@ -53,124 +54,88 @@ def is_bracketed(text: str) -> bool:
     return len(text) > 1 and text[0] in _OPEN and text[-1] == _OPEN[text[0]]
 
 
+def parse(text: str) -> Any:
+    """The list, tuple, set, dict, quoted or bare text written in `text`.
+
+    Raises:
+        ConfigError: it is not well formed.
+    """
+    text = text.strip()
+    close = _OPEN.get(text[:1])
+    if not text:
+        raise ConfigError("a value is missing")
+    if close is None:
+        return typed(text)
+    if not is_bracketed(text):
+        raise _malformed(text, f"{close!r} is missing")
+    members = _without_last(_split(text[1:-1], ",", close))
+    if close == "}":
+        return _braces(text, members)
+    return [parse(member) for member in members] if close == "]" else tuple(parse(member) for member in members)
+
+
 def parse_list(text: str) -> list[Any]:
     """The members of ``[a, b]``, ``(a, b)``, ``{a, b}`` or ``a,b``: `Bare`, str where quoted, or nested."""
-    parsed = parse(text) if text.strip()[:1] in _OPEN else _Parser(text, "]").members("]")
-    return [parsed] if isinstance(parsed, (dict, str)) else list(parsed)
-
-
-def parse(text: str) -> Any:
-    """The list, tuple, set, dict, quoted or bare text written in `text`; ConfigError if it is not well formed."""
-    parser = _Parser(text.strip())
-    value = parser.value("")
-    parser.end()
-    return value
+    if text.strip()[:1] not in _OPEN:
+        return [parse(member) for member in _without_last(_split(text, ","))]
+    parsed = parse(text)
+    return [parsed] if isinstance(parsed, dict) else list(parsed)
 
 
 def split_arguments(text: str) -> list[str]:
     """The arguments of a call, as they were typed: ``a=1, b=[2, 3]`` gives two."""
-    parser = _Parser(text, "]")
-    arguments = []
-    while parser.peek() != "]" or parser.position < len(text):
-        start = parser.position
-        parser.skip_to(",]")
-        arguments.append(text[start : parser.position].strip())
-        if parser.position >= len(text):
-            break
-        parser.take(",")
-    return arguments
+    return [argument.strip() for argument in _without_last(_split(text, ","))]
 
 
-class _Parser:
-    """Recursive descent over one text, to which a closing bracket that was not typed may be added."""
+def _braces(text: str, members: list[str]) -> Any:
+    """A dict, or the members of a set if none of them has a colon."""
+    pairs: dict[Any, Any] = {}
+    for member in members:
+        key, *value = _split(member, ":")
+        name = parse(key)
+        if not value:
+            if pairs:
+                raise _malformed(text, f"{name!r} has no value")
+            continue
+        if isinstance(name, (list, dict)):
+            raise _malformed(text, f"{name!r} cannot be a key")
+        if name in pairs:
+            raise _malformed(text, f"two keys {name!r}")
+        pairs[name] = parse(":".join(value))
+    if pairs and len(pairs) < len(members):
+        raise _malformed(text, "a key has no value")
+    return pairs or [parse(member) for member in members] or {}
 
-    def __init__(self, typed: str, added: str = "") -> None:
-        self.typed = typed
-        self.text = typed + added
-        self.position = 0
 
-    def peek(self) -> str:
-        while self.position < len(self.text) and self.text[self.position].isspace():
-            self.position += 1
-        return self.text[self.position : self.position + 1]
+def _split(text: str, separator: str, close: str = "") -> list[str]:
+    """`text` cut at each `separator` that is outside of quotes and brackets; `close` is the bracket that ends it."""
+    pieces, start, position = [], 0, 0
+    closing: list[str] = []
+    while position < len(text):
+        character = text[position]
+        if character in "'\"":
+            position = text.find(character, position + 1)
+            if position < 0:
+                raise _malformed(text, f"the quote {character} is not closed")
+        elif character in _OPEN:
+            closing.append(_OPEN[character])
+        elif closing and character == closing[-1]:
+            closing.pop()
+        elif not closing and character == close:
+            raise _malformed(text, f"{character!r} has no opening bracket")
+        elif not closing and character == separator:
+            pieces.append(text[start:position])
+            start = position + 1
+        position += 1
+    if closing:
+        raise _malformed(text, f"{closing[-1]!r} is missing")
+    return [*pieces, text[start:]]
 
-    def take(self, character: str) -> None:
-        if self.peek() != character:
-            raise self.error(f"{character!r} is missing")
-        self.position += 1
 
-    def end(self) -> None:
-        if self.peek():
-            raise self.error(f"{self.text[self.position :]!r} is too much")
+def _without_last(pieces: list[str]) -> list[str]:
+    """The pieces without an empty last one: a comma may end a list."""
+    return pieces if pieces[-1].strip() else pieces[:-1]
 
-    def error(self, problem: str) -> ConfigError:
-        return ConfigError(f"{self.typed!r} is not well formed: {problem}")
 
-    def value(self, stop: str) -> Any:
-        character = self.peek()
-        if character == "[":
-            self.position += 1
-            return self.members("]")
-        if character == "(":
-            self.position += 1
-            return tuple(self.members(")"))
-        if character == "{":
-            self.position += 1
-            return self.braces()
-        start = self.position
-        self.skip_to(stop)
-        text = self.text[start : self.position].strip()
-        if not text:
-            raise self.error("a value is missing")
-        return typed(text)
-
-    def members(self, close: str) -> list[Any]:
-        members = []
-        while self.peek() != close:
-            members.append(self.value("," + close))
-            if self.peek() != close:
-                self.take(",")
-        self.position += 1
-        return members
-
-    def braces(self) -> Any:
-        """A dict, or a set where the first member is followed by no colon."""
-        pairs: dict[Any, Any] = {}
-        members: list[Any] = []
-        while self.peek() != "}":
-            key = self.value(",:}")
-            if self.peek() == ":":
-                self.position += 1
-                if isinstance(key, (list, dict)) or key in pairs:
-                    raise self.error(
-                        f"{key!r} cannot be a key" if isinstance(key, (list, dict)) else f"two keys {key!r}"
-                    )
-                pairs[key] = self.value(",}")
-            else:
-                members.append(key)
-            if self.peek() != "}":
-                self.take(",")
-        self.position += 1
-        if pairs and members:
-            raise self.error(f"{members[0]!r} has no value")
-        return members if members else pairs
-
-    def skip_to(self, stop: str) -> None:
-        """Moves to the first of the characters `stop` that is in no quotes and no brackets."""
-        closing: list[str] = []
-        while self.position < len(self.text):
-            character = self.text[self.position]
-            if not closing and character in stop:
-                return
-            if character in "'\"":
-                self.position = self.text.find(character, self.position + 1)
-                if self.position < 0:
-                    self.position = len(self.text)
-                    raise self.error(f"the quote {character} is not closed")
-            elif character in _OPEN:
-                closing.append(_OPEN[character])
-            elif closing and character == closing[-1]:
-                closing.pop()
-            self.position += 1
-        if closing or stop:
-            raise self.error(f"{(closing or [stop[-1]])[-1]!r} is missing")
+def _malformed(text: str, problem: str) -> ConfigError:
+    return ConfigError(f"{text!r} is not well formed: {problem}")

@@ -1,4 +1,4 @@
-"""A saved recipe as plain values, for those who only look at it: it imports nothing that the recipe names."""
+"""A saved recipe as plain values, to look at: nothing that the recipe names is imported."""
 
 from __future__ import annotations
 

@@ -16,15 +16,15 @@ HOME = str(Path(__file__).resolve().parents[2])
 
 
 def folder() -> str:
-    """Where the user's modules are: what `VARIABLE` says, or else the working directory."""
+    """The folder of the user's modules: the value of `VARIABLE`, or else the working directory."""
     return os.environ.get(VARIABLE) or str(Path.cwd())
 
 
 def make_importable() -> None:
     """Lets this process import the user's modules, after all that is installed.
 
-    Called only where the user has asked for code of theirs: a file `csv.py` that lies in the working directory must
-    neither take the place of the standard library's nor run because a command looked around.
+    Called only where the user has asked for their own code. A file `csv.py` in the working directory must not replace
+    the standard library's, and must not run because a command looks around.
     """
     if folder() not in sys.path:
         sys.path.append(folder())

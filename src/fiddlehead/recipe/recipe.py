@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import html
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ import fiddle as fdl
 import yaml
 from fiddle import daglish, history
 
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Problem, refuse, unknown
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.files.foreign import MAX_TEXT, read_text
 from fiddlehead.files.paths import user_path
 from fiddlehead.recipe import reader, trust, writer
-from fiddlehead.recipe.leaves import Leaf, items, join, leaves, same, show
+from fiddlehead.recipe.leaves import Leaf, join, leaves, name_of, same, show
 
 history.add_exclude_location("nemo_run/config.py")  # run.Config(...) is set where it was written
 
@@ -34,7 +35,7 @@ class Recipe(fdl.Partial):
     """
 
     def __str__(self) -> str:
-        """One ``path = value`` a line; defaults, which are the library's word and not the recipe's, are left out."""
+        """One ``path = value`` a line, without the values that are left at their default."""
         lines = [f"{leaf.path} = {show(leaf.value)}" for leaf in leaves(self) if leaf.path]
         return "\n".join([f"# {show(fdl.get_callable(self))}", *lines])
 
@@ -52,7 +53,8 @@ class Recipe(fdl.Partial):
     def to_yaml(self) -> str:
         """The recipe as YAML that `from_yaml` loads back to an equal recipe.
 
-        Raises ConfigError that lists every value that cannot be written: lambdas, live objects, tensors.
+        Raises:
+            ConfigError: with every value that cannot be written: lambdas, live objects, tensors.
         """
         return writer.dump(self)
 
@@ -67,17 +69,20 @@ class Recipe(fdl.Partial):
         """The recipe written in `text`; nothing that it names is called.
 
         It may name the parts that recipes are made of, and what `allow` has: modules of the user's, and names,
-        ``package.module:name``. `source` stands for the text in errors and in `sources`. Raises ConfigError with line
-        and column.
+        ``package.module:name``. `source` stands for the text in errors and in `sources`.
+
+        Raises:
+            ConfigError: with the line and column of all that is wrong.
         """
         loaded = reader.load(text, allow=allow, source=source, task=True)
         if not isinstance(loaded, fdl.Partial):
-            raise ConfigError(f"{source}: not a recipe; its first keys must be _target_ and _partial_: true")
+            said = "not a recipe; its first keys must be _target_ and _partial_: true"
+            raise ConfigError(Problem.in_file(source, said))
         return cls.__unflatten__(*loaded.__flatten__())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, allow: Sequence[str] = ()) -> Self:
-        """The recipe saved at `path`; see `from_yaml`. A run that this user has launched may name what it did."""
+        """The recipe saved at `path`; see `from_yaml`. A run that this user launched may use the names that it had."""
         try:
             text = read_text(user_path(path), MAX_TEXT)
         except (OSError, ValueError) as error:
@@ -85,11 +90,11 @@ class Recipe(fdl.Partial):
         return cls.from_yaml(text, allow=(*allow, *trust.names(user_path(path), text)), source=str(path))
 
     def names_to_allow(self) -> list[str]:
-        """The names, ``package.module:name``, that must be allowed when the recipe is loaded: those of a user's own."""
+        """The names of a user's own, ``package.module:name``, that must be allowed when the recipe is loaded."""
         return writer.unlisted(self)
 
     def diff(self, other: fdl.Buildable) -> Differences:
-        """Where `other` has another value, a nested configuration more or less, or shares one elsewhere."""
+        """The paths where `other` has another value, lacks or adds a configuration, or shares one differently."""
         left, right = _by_path(self), _by_path(other)
         found = []
         for path in dict.fromkeys((*left, *right)):
@@ -112,13 +117,14 @@ class Recipe(fdl.Partial):
     def build_arguments(self) -> dict[str, Any]:
         """The task's arguments, built; a configuration used twice is built once.
 
-        Raises one ConfigError with all problems of all constructors, each with its path in front. What depends on
-        something that failed is not tried.
+        What depends on something that failed is not tried.
+
+        Raises:
+            ConfigError: with all problems of all constructors, each with its path.
         """
         builder = _Builder()
         arguments = daglish.MemoizedTraversal.run(builder.build, self)
-        if builder.problems:
-            raise ConfigError(*builder.problems) from builder.cause
+        refuse(builder.problems, builder.cause)
         return arguments
 
     def launch(self, executor: Any = None, **kwargs: Any) -> Any:
@@ -212,7 +218,7 @@ class _Failed:
 
 
 class _Builder:
-    """Builds a configuration bottom up and keeps what went wrong."""
+    """Builds a configuration bottom up, and collects the problems."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -227,25 +233,28 @@ class _Builder:
             return _Failed if failed else children.unflatten()
         path = _path_str(state.current_path)
         is_root = not state.current_path
+        name = name_of(fdl.get_callable(value))
         if is_root or not isinstance(value, (fdl.Partial, fdl.ArgFactory)):
-            missing = _required(value)
-            self.problems += [f"{join(path, name)} is required by {_name(value)} and not set" for name in missing]
+            given = fdl.ordered_arguments(value, include_unset=True, include_defaults=True)
+            missing = [key for key, argument in given.items() if argument is fdl.NO_VALUE]
+            said = f"is required by {name} and not set"
+            self.problems += [Problem(join(path, key), message=said) for key in missing]
             failed = failed or bool(missing)
         if failed:
             return _Failed
         arguments = children.metadata.arguments(children.values)
         if is_root:
             return arguments
-        positional, named = value.__signature_info__.transform_to_args_kwargs(arguments)
+        positional, by_name = value.__signature_info__.transform_to_args_kwargs(arguments)
         try:
-            return value.__build__(*positional, **named)
+            return value.__build__(*positional, **by_name)
         except ConfigError as error:
             self._note(error, error.under(path).problems)
         except Exception as error:
-            # Lightning has a kind of its own for a wrong value; any other is a bug, and passes through.
+            # Lightning has its own exception for a wrong value. Any other exception is a bug, and passes through.
             if not isinstance(error, (ValueError, TypeError)) and type(error).__name__ != "MisconfigurationException":
                 raise
-            self._note(error, [f"{path}: {_name(value)}: {error}"])
+            self._note(error, [Problem(path, message=f"{name}: {error}")])
         return _Failed
 
     def _note(self, error: Exception, problems: Sequence[str]) -> None:
@@ -253,32 +262,15 @@ class _Builder:
         self.cause = self.cause or error
 
 
-def _required(config: fdl.Buildable) -> list[str | int]:
-    arguments = fdl.ordered_arguments(config, include_unset=True, include_defaults=True)
-    return [name for name, value in arguments.items() if value is fdl.NO_VALUE]
-
-
-def _name(config: fdl.Buildable) -> str:
-    return getattr(fdl.get_callable(config), "__qualname__", repr(fdl.get_callable(config)))
-
-
 def _path_str(path: daglish.Path) -> str:
-    text = ""
-    for element in path:
-        match element:
-            case daglish.Attr(name):
-                text = join(text, name)
-            case daglish.Key(key):
-                text += f"[{next(iter(items({key: None})))[0]}]"
-            case _:
-                text += daglish.path_str((element,))
-    return text
+    """As `leaves` writes it: ``data.sources[train][0]``."""
+    return re.sub(r"\['([^\W\d]\w*)'\]", r"[\1]", daglish.path_str(path)).removeprefix(".")
 
 
 def _register_with_nemo_run() -> None:
-    """Lets NeMo-Run, if it is loaded, take a Recipe for its own Partial, which adds only pictures to Fiddle's."""
+    """If NeMo-Run is loaded, makes it accept a Recipe as its own Partial, which only adds pictures to Fiddle's."""
     nemo_run = sys.modules.get("nemo_run.config")
-    if nemo_run is None or not hasattr(nemo_run, "register_supported_cast"):  # not loaded, or not to its end
+    if nemo_run is None or not hasattr(nemo_run, "register_supported_cast"):  # not loaded, or still loading
         return
     nemo_run.Partial.register(Recipe)
     nemo_run.register_supported_cast(Recipe, nemo_run.Partial)

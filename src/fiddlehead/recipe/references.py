@@ -1,7 +1,7 @@
-"""Names of classes and functions: from an object to its name, and back, for nothing but what is listed or allowed.
+"""Names of classes and functions, from an object to its name and back; only what is listed or allowed has one.
 
-A recipe file may come from anybody. What it names is imported and, once the recipe is checked or run, called; so it may
-name the parts that recipes are made of, which are listed here, and what its reader allows by name.
+A recipe file may come from anybody. The things it names are imported, and they are called when the recipe is checked or
+run. So a file may name only the parts that are listed here, and what its reader allows by name.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "torch.nn.functional": ("gelu", "relu", "silu"),
     "builtins": ("bool", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple"),
 }
-"""What a recipe may name unasked, by the package that exports it: nothing that runs or writes when it is built."""
+"""What a recipe may always name, by the package that exports it: nothing that runs or writes when it is built."""
 
 FORMER = {
     "fiddlehead.training": (
@@ -82,7 +82,7 @@ WITHHELD = {
 """Arguments of Lightning's Trainer that a recipe file may not set, and why."""
 
 BY_NAME_ONLY = frozenset({*sys.stdlib_module_names, "fiddle", "fiddlehead", "lightning", "numpy", "torch"})
-"""Packages too large to be allowed whole: somewhere in each is a function that runs, loads or imports anything."""
+"""Packages that cannot be allowed whole: each has functions that run, load or import anything."""
 
 
 def named(reference: str, allow: Sequence[str] = (), *, task: bool = False) -> Any:
@@ -93,7 +93,7 @@ def named(reference: str, allow: Sequence[str] = (), *, task: bool = False) -> A
         task: whether it may also be a task.
 
     Raises:
-        ConfigError: it may not be named, and nothing was imported for it; or it is allowed, and there is no such thing.
+        ConfigError: it may not be named, and was not imported; or it may be, and does not exist.
     """
     dotted = _dotted(reference)
     found = _listed(reference, task=task)
@@ -128,16 +128,17 @@ def is_trainer(function: Any) -> bool:
     return any(base.__name__ == "Trainer" and base.__module__.startswith("lightning.") for base in bases)
 
 
-def check_argument(function: Any, name: str | int) -> None:
-    """Raises ConfigError if a recipe file may not set the argument `name` of a class or function."""
-    if name in WITHHELD and is_trainer(function):
-        raise ConfigError(f"may not be set in a recipe file: {WITHHELD[name]}")
+def withheld_problem(function: Any, name: str | int) -> str:
+    """Why a recipe file may not set the argument `name` of a class or function; "" if it may."""
+    withheld = name in WITHHELD and is_trainer(function)
+    return f"may not be set in a recipe file: {WITHHELD[name]}" if withheld else ""  # type: ignore[index]
 
 
 def locate(reference: str) -> Any:
     """What ``package.module:name`` or ``package.module.name`` names; the user's modules come after the installed ones.
 
-    Raises ConfigError if there is no such module or name, or if the way there leads through another module's imports.
+    Raises:
+        ConfigError: there is no such module or name, or the module only imports it from another one.
     """
     _dotted(reference)
     if reference.partition(":")[0].partition(".")[0] not in BY_NAME_ONLY:
@@ -184,7 +185,7 @@ def _in_its_module(value: Any) -> str:
         raise ConfigError(f"{qualname} is defined inside a function; move it to the top of its module")
     if module == "__main__":
         raise ConfigError(f"{qualname} is defined in the script that runs; move it to a module that can be imported")
-    # Builtin functions of torch know only their private home, or call themselves a method of it.
+    # Builtin functions of torch give a private module as their own, or a name as if they were its methods.
     homes = ("torch.nn.functional", module) if module == "torch._C._nn" else (module,)
     for home in homes:
         for candidate in (qualname, name):
@@ -230,7 +231,7 @@ def _is_below(module: str, allow: Sequence[str]) -> bool:
 
 
 def _advice(reference: str) -> str:
-    """How the author of a file, or its reader, can mend a name that may not be used."""
+    """What to write, or to allow, in place of a name that may not be used."""
     package, _, name = reference.replace(":", ".").rpartition(".")
     close = nearest(name, PARTS.get(package, ()))
     similar = [f"{package}:{close}"] if close else [f"{home}:{name}" for home, parts in PARTS.items() if name in parts]

@@ -1,8 +1,8 @@
-"""`Resumable`: what may change when a run goes on from its checkpoint, said where the field is declared.
+"""`Resumable` marks a field that may change when a run goes on from its checkpoint.
 
     compile: Resumable[Compile | None] = None
 
-Whatever is not marked so makes it another run, which a run's name is refused to.
+A change of any other field makes it another run, which cannot have the same name.
 """
 
 from __future__ import annotations

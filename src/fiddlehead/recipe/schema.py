@@ -18,7 +18,7 @@ FORMAT = 1
 TARGET, PARTIAL, ARGS = "_target_", "_partial_", "_args_"
 MAX_VALUES = 100_000
 MAX_NODES = 20_000
-"""How many values a text may have; aliases make more of them, up to `MAX_VALUES`."""
+"""How many values a text may have. With aliases they may become up to `MAX_VALUES`."""
 MAX_DEPTH = 100
 """How deeply its values may be nested. PyYAML looks at every open bracket for every token."""
 
@@ -40,8 +40,8 @@ class Dumper(yaml.SafeDumper):
         return super().choose_scalar_style()
 
 
-class TooMuchError(Exception):
-    """A text has more values than any recipe, or aliases of aliases make a short one a huge value."""
+class TooMuchError(yaml.YAMLError):
+    """A text has more values than any recipe; a few nested aliases are enough for that."""
 
 
 class Loader(yaml.SafeLoader):
@@ -50,7 +50,7 @@ class Loader(yaml.SafeLoader):
     _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """As PyYAML's, which takes a second for this many."""
+        """As PyYAML's, with limits: PyYAML needs a second for this many values."""
         self._nodes += 1
         self._depth += 1
         if self._nodes > MAX_NODES:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import collections.abc
 import re
-import typing
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +10,8 @@ import fiddle as fdl
 from fiddle import daglish
 
 from fiddlehead.errors import ConfigError, unknown
-from fiddlehead.recipe.coercion import CALL
-from fiddlehead.recipe.hints import Unevaluated, argument_hint
-from fiddlehead.recipe.kinds import item_hint, members
-from fiddlehead.recipe.leaves import show
+from fiddlehead.recipe.hints import argument_hint, item_hint
+from fiddlehead.recipe.leaves import name_of, show
 from fiddlehead.recipe.literals import typed
 
 _STEP = re.compile(r"\.?(?P<name>\w+)|\[(?P<item>[^\]]*)\]")
@@ -37,12 +32,8 @@ class Slot:
     hint: Any
 
     def set(self, value: Any) -> None:
-        """Puts `value` there, in a new container if there is one: a default or another's list must not change."""
-        for depth in reversed(range(len(self.inside))):
-            container = _argument(self.owner, self.key)
-            for key in self.inside[:depth]:
-                container = container[key]
-            value = _replaced(container, self.inside[depth], value)
+        """Puts `value` there. Containers are copied: a default, or a list that is used elsewhere, must not change."""
+        value = _replaced(_argument(self.owner, self.key), self.inside, value)
         if isinstance(self.key, str):
             setattr(self.owner, self.key, value)
         else:
@@ -53,108 +44,81 @@ class Slot:
         same = self.owner is other.owner and self.key == other.key
         return same and other.inside[: len(self.inside)] == self.inside
 
-    def wants_name(self, text: str) -> bool:
-        """Whether `text`, for a place that holds a configuration, is first of all the name of another one."""
-        match = CALL.fullmatch(text)
-        callables = any(
-            (typing.get_origin(member) or member) in (collections.abc.Callable, type) for member in members(self.hint)
-        )
-        return bool(match) and text not in ("None", "null") and not (callables and match["arguments"] is None)
-
-    @property
-    def hint_for_file(self) -> Any:
-        """The type for a value that was read from a file and needs no interpretation where the annotation is none."""
-        return Any if isinstance(self.hint, Unevaluated) else self.hint
-
-    @property
-    def list_hint(self) -> Any:
-        """The type of the members of a list or tuple."""
-        return item_hint(self.hint, self.value, 0)
-
 
 def find_slot(root: fdl.Buildable, path: str) -> Slot:
     """The place at `path`; only its last step may lead to something that is not there yet.
 
-    Raises ConfigError with the nearest name, or with why there is no such place.
+    Raises:
+        ConfigError: there is no such place; the text has the nearest name, or says why.
     """
-    slot: Slot | None = None
-    value: Any = root
+    owner, key, inside, value, hint = root, "", (), root, Any
     for match in _STEP.finditer(path):
-        at = path[: match.start()]
-        try:
-            slot = _step(value, slot, at, match["name"], match["item"], path[: match.end()])
-        except _UnknownParameterError as error:
-            raise error.found_in(root, path) from None
-        value = slot.value
-    assert slot is not None, "an override has a path"
-    return slot
+        at, name, item = path[: match.start()], match["name"], match["item"]
+        if isinstance(value, fdl.Buildable):
+            if name and not _takes(value, name):
+                raise _unknown(root, path, value, name)
+            owner, inside = value, ()
+            key = name or _position(value, item)
+            value, hint = _argument(value, key), argument_hint(value, key)
+            continue
+        if isinstance(value, dict):
+            step = _dict_key(value, name or item)
+            present = value.get(step, fdl.NO_VALUE)
+        elif isinstance(value, (list, tuple)) and not name:
+            step = _index(value, item, at)
+            present = value[step]
+        else:
+            raise _no_field(value, at, name or item)
+        value, hint, inside = present, item_hint(hint, value, step), (*inside, step)
+    return Slot(path, owner, key, inside, value, hint)
 
 
-def _step(value: Any, slot: Slot | None, at: str, name: str | None, item: str | None, path: str) -> Slot:
-    if isinstance(value, fdl.Buildable):
-        key = _argument_key(value, name, item)
-        return Slot(path, value, key, (), _argument(value, key), argument_hint(value, key))
-    assert slot is not None, "the root is a Buildable"
-    if isinstance(value, dict):
-        key = _dict_key(value, name if item is None else item)
-        present = value.get(key, fdl.NO_VALUE)
-    elif isinstance(value, (list, tuple)) and item is not None:
-        key = _index(value, item, at)
-        present = value[key]
-    elif value is fdl.NO_VALUE:
-        raise ConfigError(f"{at} is not set; set it whole first: {at}=...")
-    else:
-        kind = show(value) if value is None else f"{show(value)} ({type(value).__name__})"
-        advice = f"write {at}[0]" if isinstance(value, (list, tuple)) else f"set it whole first: {at}=..."
-        raise ConfigError(f"{at} is {kind} and has no field {name or item!r}; {advice}")
-    return Slot(path, slot.owner, slot.key, (*slot.inside, key), present, item_hint(slot.hint, value, key))
-
-
-def _argument_key(config: fdl.Buildable, name: str | None, item: str | None) -> str | int:
+def _takes(config: fdl.Buildable, name: str) -> bool:
     info = config.__signature_info__
-    function = getattr(fdl.get_callable(config), "__qualname__", repr(fdl.get_callable(config)))
-    if name is None:
-        arguments = config[:]
-        if not str(item).isdecimal() or int(str(item)) >= len(arguments):
-            raise ConfigError(f"{function} has {len(arguments)} positional arguments, none is [{item}]")
-        return info.index_to_key(int(str(item)), config.__arguments__)
-    if name in info.valid_param_names or (info.has_var_keyword and name not in info.parameters):
-        return name
-    raise _UnknownParameterError(f"parameter of {function}", name, info.valid_param_names)
+    return name in info.valid_param_names or bool(info.has_var_keyword and name not in info.parameters)
 
 
-class _UnknownParameterError(ConfigError):
-    """A configuration's function has no such parameter."""
+def _unknown(root: fdl.Buildable, path: str, config: fdl.Buildable, name: str) -> ConfigError:
+    """The error that `config` has no parameter `name`; it offers the places in `root` that `path` may have meant."""
+    *above, last = [match["name"] or match["item"] for match in _STEP.finditer(path)]
+    places = {
+        f"{daglish.path_str(place)}.{last}".removeprefix("."): None
+        for value, place in daglish.iterate(root)
+        if isinstance(value, fdl.Buildable) and last in value.__signature_info__.valid_param_names
+    }
+    what = f"parameter of {name_of(fdl.get_callable(config))}"
+    if not places:
+        return ConfigError(unknown(what, name, config.__signature_info__.valid_param_names))
+    # Of several, those with the most of what was typed in front.
+    shared = {place: len({*above} & {*place.split(".")[:-1]}) for place in places}
+    likely = [place for place in places if shared[place] == max(shared.values())]
+    return ConfigError(f"unknown {what} {name!r}; did you mean {' or '.join(likely)}?")
 
-    def __init__(self, what: str, name: str, allowed: Sequence[str]) -> None:
-        super().__init__(unknown(what, name, allowed))
-        self.what, self.name = what, name
 
-    def found_in(self, root: fdl.Buildable, typed: str) -> ConfigError:
-        """The error that names the places in `root` that have the parameter at the end of the path `typed`, if any."""
-        steps = [match["name"] or match["item"] for match in _STEP.finditer(typed)]
-        name, above = steps[-1], steps[:-1]
-        places = {
-            f"{daglish.path_str(path).removeprefix('.')}.{name}".removeprefix("."): None
-            for value, path in daglish.iterate(root)
-            if isinstance(value, fdl.Buildable) and name in value.__signature_info__.valid_param_names
-        }
-        if not places:
-            return self
-        # Of several the ones with the most of what was typed in front.
-        shared = {place: len(set(above) & set(place.split(".")[:-1])) for place in places}
-        likely = [place for place in places if shared[place] == max(shared.values())]
-        return ConfigError(f"unknown {self.what} {self.name!r}; did you mean {' or '.join(likely)}?")
+def _position(config: fdl.Buildable, item: str) -> int:
+    count = len(config[:])
+    if not item.isdecimal() or int(item) >= count:
+        raise ConfigError(f"{name_of(fdl.get_callable(config))} has {count} positional arguments, none is [{item}]")
+    return config.__signature_info__.index_to_key(int(item), config.__arguments__)  # type: ignore[return-value]
+
+
+def _no_field(value: Any, at: str, name: str) -> ConfigError:
+    if value is fdl.NO_VALUE:
+        return ConfigError(f"{at} is not set; set it whole first: {at}=...")
+    kind = show(value) if value is None else f"{show(value)} ({type(value).__name__})"
+    advice = f"write {at}[0]" if isinstance(value, (list, tuple)) else f"set it whole first: {at}=..."
+    return ConfigError(f"{at} is {kind} and has no field {name!r}; {advice}")
 
 
 def _argument(config: fdl.Buildable, key: str | int) -> Any:
     arguments = fdl.ordered_arguments(config, include_defaults=True, include_unset=True)
     value = arguments.get(key, fdl.NO_VALUE)
-    return fdl.NO_VALUE if repr(value) == "<factory>" else value  # what a dataclass makes its default with
+    # What stands for a dataclass's default_factory.
+    return fdl.NO_VALUE if type(value).__name__ == "_HAS_DEFAULT_FACTORY_CLASS" else value
 
 
-def _dict_key(container: dict[Any, Any], text: str | None) -> Any:
-    text = str(typed(text or ""))
+def _dict_key(container: dict[Any, Any], text: str) -> Any:
+    text = str(typed(text))
     return next((key for key in container if str(key) == text), text)
 
 
@@ -164,7 +128,12 @@ def _index(container: list[Any] | tuple[Any, ...], text: str, at: str) -> int:
     raise ConfigError(f"{at} has {len(container)} members, none is [{text}]; {at}+=... adds one")
 
 
-def _replaced(container: Any, key: Any, value: Any) -> Any:
+def _replaced(container: Any, inside: tuple[Any, ...], value: Any) -> Any:
+    """A copy of `container` with `value` at the keys `inside`; `value` itself if there are none."""
+    if not inside:
+        return value
+    key = inside[0]
     if isinstance(container, dict):
-        return {**container, key: value}
-    return type(container)([*container[:key], value, *container[key + 1 :]])
+        return {**container, key: _replaced(container.get(key), inside[1:], value)}
+    changed = _replaced(container[key], inside[1:], value)
+    return type(container)([*container[:key], changed, *container[key + 1 :]])

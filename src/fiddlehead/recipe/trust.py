@@ -1,7 +1,7 @@
 """What this user has launched: the names of their own that a run's recipe may use when the run is read again.
 
-A run's folder cannot vouch for itself, as it may have come from someone else. So a launch notes outside of it what it
-was given, and a note counts for the very files that were launched, in their place, with code from where it was.
+A run's folder may come from someone else, so it cannot say itself what is trusted. A launch therefore writes a note
+outside of it. The note counts only for the files that were launched, in the same place, with code from the same places.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fiddlehead.run.directory import RunDirectory
 
 
 def remember(run: RunDirectory, names: Iterable[str]) -> None:
-    """Notes that this user has launched `run` as its files now are, with a recipe that has `names`."""
+    """Notes that this user has launched `run` with its present files; its recipe uses `names`."""
     names = sorted(names)
     packages = {name.partition(":")[0].partition(".")[0] for name in names}
     note = {
@@ -32,7 +32,7 @@ def remember(run: RunDirectory, names: Iterable[str]) -> None:
         "names": names,
         "places": {package: project.places(package) for package in sorted(packages)},
     }
-    with contextlib.suppress(OSError, ConfigError):  # without a home that can be written, the run asks for --allow
+    with contextlib.suppress(OSError, ConfigError):  # if it cannot be written, the run will need --allow
         file = _file(run)
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomically(file, json.dumps(note, indent=1) + "\n", mode=0o600)
@@ -45,7 +45,7 @@ def forget(run: RunDirectory) -> None:
 
 
 def names(file: Path, text: str) -> tuple[str, ...]:
-    """The names that the recipe in `file`, which is `text`, may use: this user has launched it, with the same code."""
+    """The names that the recipe in `file` may use, because this user has launched this `text` with the same code."""
     note = _note(RunDirectory(file.resolve().parent))
     if file.name != "recipe.yaml" or note.get("recipe") != hashlib.sha256(text.encode()).hexdigest():
         return ()
@@ -61,7 +61,7 @@ def knows_executor(run: RunDirectory) -> bool:
 def _note(run: RunDirectory) -> dict[str, Any]:
     try:
         note = json.loads(_file(run).read_text())
-    except (OSError, ValueError):  # among them a home that is not known
+    except (OSError, ValueError):  # also if the home directory is unknown
         return {}
     return note if isinstance(note, dict) and note.get("run") == str(run.path.resolve()) else {}
 

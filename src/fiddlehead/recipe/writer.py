@@ -1,4 +1,4 @@
-"""From a configuration to YAML, exactly, or with a list of all that cannot be written."""
+"""From a configuration to YAML that reads back the same, or an error that lists what cannot be written."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from yaml.representer import SafeRepresenter
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.recipe.leaves import holds_configuration, items, join
-from fiddlehead.recipe.references import check_argument, is_listed, reference_to
+from fiddlehead.recipe.references import is_listed, reference_to, withheld_problem
 from fiddlehead.recipe.schema import ARGS, FORMAT, PARTIAL, TARGET, Dumper, nameless_keys
 
 _MAP, _SEQ, _STR, _NULL = (f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "null"))
@@ -25,12 +25,12 @@ _MAP, _SEQ, _STR, _NULL = (f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq"
 def dump(value: Any, *, what: str = "recipe") -> str:
     """`value`, a configuration or a plain value, as text.
 
-    Raises ConfigError that lists every path whose value cannot be written, and what to do about it.
+    Raises:
+        ConfigError: with every path whose value cannot be written, and what to do about it.
     """
     writer = _Writer()
     node = writer.node(value, "")
-    if writer.problems:
-        raise ConfigError(*writer.problems)
+    refuse(writer.problems)
     header = f"# fiddlehead {what}, format {FORMAT}\n"
     return header + yaml.serialize(node, Dumper=Dumper, allow_unicode=True, width=120)
 
@@ -47,7 +47,7 @@ class _Writer:
     """Turns values into YAML nodes and keeps the problems, each with its path."""
 
     def __init__(self) -> None:
-        self.problems: list[str] = []
+        self.problems: list[Problem] = []
         self.named: list[Any] = []
         self._configs: dict[int, Node] = {}
         self._open: set[int] = set()
@@ -63,13 +63,13 @@ class _Writer:
         try:
             return self._node(value, path)
         except ConfigError as error:
-            return self._problem(path, str(error))
+            return self._problem(path, *error.problems)
         finally:
             if nested:
                 self._open.discard(id(value))
 
-    def _problem(self, path: str, problem: str) -> Node:
-        self.problems.append(f"{path or 'the recipe'}: {problem}")
+    def _problem(self, path: str, *problems: str) -> Node:
+        self.problems += [Problem(path or "the recipe", message=problem) for problem in problems]
         return ScalarNode(_NULL, "null")
 
     def _node(self, value: Any, path: str) -> Node:
@@ -92,12 +92,7 @@ class _Writer:
             ]
             return MappingNode("!dict" if TARGET in value else _MAP, pairs, flow_style=not pairs)
         if isinstance(value, functools.partial):
-            pairs = [_pair(TARGET, self._reference(value.func))]
-            if value.args:
-                nodes = [self._plain(item, join(path, index)) for index, item in enumerate(value.args)]
-                pairs.append(_pair(ARGS, SequenceNode(_SEQ, nodes)))
-            pairs += [_pair(_free(key), self._plain(item, join(path, key))) for key, item in value.keywords.items()]
-            return MappingNode("!partial", pairs, flow_style=False)
+            return self._call("!partial", value.func, dict(enumerate(value.args)), value.keywords, path)
         return self._tagged(value)
 
     def _plain(self, value: Any, path: str) -> Node:
@@ -137,38 +132,36 @@ class _Writer:
             raise ConfigError("an ArgFactory cannot be written; use fdl.Config or fdl.Partial")
         if any(config.__argument_tags__.values()):
             raise ConfigError("Fiddle's tags cannot be written; set the values and clear the tags")
-        pairs = [_pair(TARGET, self._reference(function))]
-        if isinstance(config, fdl.Partial):
-            pairs.append(_pair(PARTIAL, SafeRepresenter().represent_data(True)))
         arguments = fdl.ordered_arguments(config)
-        positions = [key for key in arguments if isinstance(key, int)]
-        if positions:
-            if positions != nameless_keys(config, len(positions)):
-                raise ConfigError("a positional argument before the ones that are set is not set")
-            nodes = [self.node(arguments[key], join(path, key)) for key in positions]
-            pairs.append(_pair(ARGS, SequenceNode(_SEQ, nodes)))
-        for key, item in arguments.items():
-            if isinstance(key, str):
-                pairs.append(_pair(_free(key), self._argument(function, key, item, join(path, key))))
-        return MappingNode(_MAP, pairs, flow_style=False)
+        positional = {key: item for key, item in arguments.items() if isinstance(key, int)}
+        by_name = {key: item for key, item in arguments.items() if isinstance(key, str)}
+        if [*positional] != nameless_keys(config, len(positional)):
+            raise ConfigError("a positional argument before the ones that are set is not set")
+        return self._call(_MAP, function, positional, by_name, path, partial=isinstance(config, fdl.Partial))
 
-    def _argument(self, function: Any, key: str, value: Any, path: str) -> Node:
-        try:
-            check_argument(function, key)
-        except ConfigError as error:
-            return self._problem(path, str(error))
-        return self.node(value, path)
+    def _call(
+        self,
+        tag: str,
+        function: Any,
+        positional: dict[int, Any],
+        by_name: dict[str, Any],
+        path: str,
+        partial: bool = False,
+    ) -> Node:
+        """The mapping for a call of `function`."""
+        node = self._plain if tag == "!partial" else self.node
+        pairs = [(TARGET, self._reference(function))]
+        if partial:
+            pairs.append((PARTIAL, SafeRepresenter().represent_data(True)))
+        if positional:
+            pairs.append((ARGS, SequenceNode(_SEQ, [node(item, join(path, key)) for key, item in positional.items()])))
+        for name, item in by_name.items():
+            if name in (TARGET, PARTIAL, ARGS):
+                raise ConfigError(f"an argument named {name} cannot be written: the name has a meaning of its own")
+            withheld, place = withheld_problem(function, name), join(path, name)
+            pairs.append((name, self._problem(place, withheld) if withheld else node(item, place)))
+        return MappingNode(tag, [(SafeRepresenter().represent_str(key), each) for key, each in pairs], flow_style=False)
 
     def _reference(self, function: Any, tag: str = _STR) -> Node:
         self.named.append(function)
         return ScalarNode(tag, reference_to(function))
-
-
-def _pair(key: str, value: Node) -> tuple[Node, Node]:
-    return SafeRepresenter().represent_str(key), value
-
-
-def _free(name: str) -> str:
-    if name in (TARGET, PARTIAL, ARGS):
-        raise ConfigError(f"an argument named {name} cannot be written: the name has a meaning of its own")
-    return name
