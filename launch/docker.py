@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from fiddlehead.environment import kernel_folders
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files import secret_files
 from fiddlehead.files.paths import cache_folder, user_path
 from fiddlehead.launch import docker_engine as engine
@@ -63,72 +63,67 @@ class DockerExecutor(Executor):
 
     kind: ClassVar[str] = "docker"
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         """As `Executor.problems`."""
         problems = super().problems()
         if not self.image:
-            problems.append(
-                "image='': name the image to run, for example one built with `docker build -t fiddlehead .`"
-            )
+            problems.append(Problem("image", "", "name the image to run, as of `docker build -t fiddlehead .`"))
         if self.nodes > 1:
-            problems.append(f"nodes={self.nodes!r}: a container is on one machine; executor=slurm has more")
+            problems.append(Problem("nodes", self.nodes, "a container runs on one machine; executor=slurm has more"))
         if self.gpus < 0:
-            problems.append(f"gpus={self.gpus!r}: must be 0 or more")
+            problems.append(Problem("gpus", self.gpus, "must be 0 or more"))
         for name, size in (("shm_size", self.shm_size), ("memory", self.memory or "0")):
             if not re.fullmatch(r"\d+[bkmg]?", size, re.IGNORECASE):
-                problems.append(f"{name}={size!r}: must be a number of bytes or have a unit: '512m', '16g'")
+                problems.append(Problem(name, size, "must be a number of bytes or have a unit: '512m', '16g'"))
         if self.network in ("", "none", "bridge", "default"):
-            problems.append(
-                f"network={self.network!r}: NeMo-Run takes 'host' or a bridge network with a name of its own"
-            )
+            message = "NeMo-Run takes 'host', or a bridge network with its own name"
+            problems.append(Problem("network", self.network, message))
         return problems
 
     @property
     def shares_environment(self) -> bool:
-        """False: what is installed is the image's."""
+        """False: the image has its own packages."""
         return False
 
     def devices_per_node(self) -> int:
-        """How many devices the container gives the run; 0 follows `trainer.devices`."""
+        """The number of devices of the container; 0 follows `trainer.devices`."""
         return self.ntasks_per_node or self.gpus
 
     def gpus_of_a_node(self, nodes: int = 1) -> int:
-        """How many GPUs the container gets, or else this machine has."""
+        """The number of GPUs of the container, or else of this machine."""
         return self.gpus or super().gpus_of_a_node(nodes)
 
     def fitted(self, devices: int, accelerator: str, nodes: int = 1) -> Self:
-        """These settings with as many processes as the recipe has devices, and GPUs for them if it uses any."""
+        """These settings with one process for each device of the recipe, and GPUs if it uses them."""
         gpus = self.gpus or (devices if accelerator in ("gpu", "cuda") else 0)
         return replace(self, ntasks_per_node=devices, gpus=gpus)
 
     def check(self, run: RunDirectory) -> None:
-        """Asks the engine for the image and for GPUs, and looks whether the mounts are there.
+        """Checks the image, the GPUs and the mounts.
 
         Raises:
             ConfigError: with every problem.
         """
         problems = [
-            f"the job would have {folder} of this machine in place of the image's; start in another folder"
+            Problem("", message=f"the job would have this machine's {folder} instead of the image's; start elsewhere")
             for folder in {str(Path.cwd()), str(run.path.parent)}
             if re.fullmatch(r"/(bin|dev|etc|lib|lib64|opt|proc|run|sbin|sys|tmp|usr)?", folder)
         ]
         try:
             for mount in _mounts(run, self.mounts):
                 if not Path(mount.source).exists():
-                    problems.append(f"executor.mounts: {mount.source} does not exist")
+                    problems.append(Problem("executor.mounts", message=f"{mount.source} does not exist"))
         except ConfigError as error:
             problems += error.problems
         try:
             with engine.connect() as client:
                 problems += [problem for problem in (engine.why_not(client, self.image),) if problem]
                 if self.gpus and not engine.has_gpus(client):
-                    problems.append(
-                        f"executor.gpus={self.gpus}: the engine has none to give; install the NVIDIA Container Toolkit"
-                    )
+                    message = "the engine has no GPUs; install the NVIDIA Container Toolkit"
+                    problems.append(Problem("executor.gpus", self.gpus, message))
         except ConfigError as error:
             problems += error.problems
-        if problems:
-            raise ConfigError(*problems)
+        refuse(problems)
 
     def submit(self, run: RunDirectory, *, after: Sequence[str] = (), after_any: Sequence[str] = ()) -> str:
         """Starts the container and returns its name; pulls the image if this machine has not got it.
@@ -137,7 +132,8 @@ class DockerExecutor(Executor):
             ConfigError: the engine refused, with its words.
         """
         if after or after_any:
-            raise ConfigError("executor=docker: containers are not queued; start the run when the other has ended")
+            message = "containers are not queued; start the run when the other has ended"
+            raise ConfigError(Problem("executor", "docker", message))
         name = container_name(run)
         with engine.connect() as client:
             # A launcher that was killed between the two steps of starting a container has left one with this name.
@@ -214,7 +210,8 @@ def _mounts(run: RunDirectory, texts: Sequence[str]) -> list[_Mount]:
     try:
         cache.mkdir(parents=True, exist_ok=True)  # else the engine would, and as root
     except OSError as error:
-        raise ConfigError(f"{cache}: cannot be made: {error.strerror}; name another in FIDDLEHEAD_CACHE") from error
+        message = f"cannot be made: {error.strerror}; name another in FIDDLEHEAD_CACHE"
+        raise ConfigError(Problem.in_file(cache, message)) from error
     mounts = [
         _Mount(str(Path.cwd()), str(Path.cwd()), True),
         *_covers(Path.cwd(), run.path.parent),
@@ -254,7 +251,7 @@ def _parsed(text: str) -> _Mount:
     """A mount from "SOURCE[:TARGET][:ro]"."""
     match = re.fullmatch(r"(?P<source>[/~][^:]*)(:(?P<target>/[^:]*))?(:(?P<mode>ro|rw))?", text)
     if not match:
-        raise ConfigError(f"executor.mounts: {text!r} is not SOURCE[:TARGET][:ro] with absolute paths")
+        raise ConfigError(Problem("executor.mounts", text, "must be SOURCE[:TARGET][:ro] with absolute paths"))
     source = str(user_path(match["source"]))
     return _Mount(source, match["target"] or source, match["mode"] == "ro")
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fiddlehead.errors import ConfigError, nearest
+from fiddlehead.errors import ConfigError, Problem, nearest
 from fiddlehead.launch.reconcile import Answer, Phase
 from fiddlehead.run.alive import is_here
 from fiddlehead.run.directory import RunDirectory
@@ -42,13 +42,15 @@ def connect() -> Iterator[DockerClient]:
         with contextlib.closing(docker.from_env()) as client:
             yield client
     except APIError as error:
-        raise ConfigError(f"executor=docker: the engine at {address} refused: {error.explanation or error}") from error
+        message = f"the engine at {address} refused: {error.explanation or error}"
+        raise ConfigError(Problem("executor", "docker", message)) from error
     except (DockerException, RequestException, UnreachableError) as error:
         if "Permission denied" in str(error):
             hint = "this user may not use it; the group `docker` may"
         else:
             hint = "is it running? `docker context ls` shows where, and DOCKER_HOST tells this command"
-        raise ConfigError(f"executor=docker: no answer from the engine at {address}; {hint} ({error})") from error
+        message = f"no answer from the engine at {address}; {hint} ({error})"
+        raise ConfigError(Problem("executor", "docker", message)) from error
 
 
 def reach() -> None:

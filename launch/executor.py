@@ -12,7 +12,7 @@ from shlex import quote
 from typing import Any, ClassVar, Self
 
 from fiddlehead.environment import wandb_mode_problems
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.launch import secrets
 from fiddlehead.launch.reconcile import Answer, reconcile
@@ -77,45 +77,43 @@ class Executor(ABC):
     kind: ClassVar[str]
     """What the executor is called on the command line and in a run's status."""
     ships_code: ClassVar[bool] = True
-    """Whether the job imports a copy of the working tree rather than the tree itself."""
+    """Whether the job imports a copy of the working tree instead of the tree itself."""
     queues: ClassVar[bool] = False
-    """Whether a job can be handed over before the ones that it waits for have ended."""
+    """Whether a job can be submitted before the jobs for which it waits have ended."""
     dies_with_launcher: ClassVar[bool] = True
-    """Whether the job of an attached launch ends when the launcher does, however that ends."""
+    """Whether the job of an attached launch ends whenever the launcher ends."""
     begins_at_once: ClassVar[bool] = False
-    """Whether a job that is handed over begins within moments, so that one is asked to stop, and not killed, before."""
+    """Whether a submitted job begins at once, so that it is asked to stop and not killed."""
 
     def __post_init__(self) -> None:
-        problems = self._type_problems() or self.problems()
-        if problems:
-            raise ConfigError(*problems)
+        refuse(self._type_problems() or self.problems())
 
-    def problems(self) -> list[str]:
-        """What is wrong with the settings, which are of the types that they are annotated with."""
+    def problems(self) -> list[Problem]:
+        """What is wrong with the settings, whose types are right already."""
         problems = [
-            f"{name}={getattr(self, name)!r}: must be {least} or more"
+            Problem(name, getattr(self, name), f"must be {least} or more")
             for name, least in (("nodes", 1), ("ntasks_per_node", 0))
             if (value := getattr(self, name)) is not None and value < least
         ]
         for name in (*self.env_vars, *self.secrets):
             if not _NAME.fullmatch(name):
-                problems.append(f"{name!r} is not the name of an environment variable")
+                problems.append(Problem("", message=f"{name!r} is not the name of an environment variable"))
         problems += [
-            f"env_vars.{name}: looks like a secret, and would be written down; put its name into secrets instead"
+            Problem(f"env_vars.{name}", message="looks like a secret, which files would show; use secrets instead")
             for name in self.env_vars
             if _SECRET.search(name)
         ]
         problems += [
-            f"{setting.name}={value!r}: must be one line, without control characters"
+            Problem(setting.name, value, "must be one line, without control characters")
             for setting in fields(self)
             if isinstance(value := getattr(self, setting.name), str) and setting.name != "setup_lines"
             if not value.isprintable()
         ]
-        problems += [f"env_vars.{problem}" for problem in wandb_mode_problems(self.env_vars.get("WANDB_MODE"))]
+        problems += [each.under("env_vars") for each in wandb_mode_problems(self.env_vars.get("WANDB_MODE"))]
         return problems
 
-    def _type_problems(self) -> list[str]:
-        """Which settings are of another type than they are annotated with, as the command line sees it."""
+    def _type_problems(self) -> list[Problem]:
+        """The settings whose values do not fit their annotations, by the rules of the command line."""
         problems = []
         for setting in fields(self):
             value, hint = getattr(self, setting.name), parameter_hint(type(self), setting.name)
@@ -123,7 +121,7 @@ class Executor(ABC):
                 if not isinstance(hint, Unevaluated):
                     coerce(value, hint, _no_factory)
             except ConfigError as error:
-                problems += [f"{setting.name}={value!r}: {problem}" for problem in error.problems]
+                problems += error.of(setting.name, value).problems
         return problems
 
     @classmethod
@@ -131,12 +129,10 @@ class Executor(ABC):
         """The executor with these settings, by name.
 
         Raises:
-            ConfigError: one is unknown, or has a value that it cannot have.
+            ConfigError: a setting is unknown, or has an impossible value.
         """
         known = [setting.name for setting in fields(cls)]
-        wrong = [unknown(f"setting of {cls.kind}", name, known) for name in settings if name not in known]
-        if wrong:
-            raise ConfigError(*wrong)
+        refuse(Problem.unknown("", name, f"setting of {cls.kind}", known) for name in settings if name not in known)
         return cls(**settings)
 
     @property

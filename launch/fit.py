@@ -1,4 +1,4 @@
-"""How a recipe follows the executor that it is sent to: machines, devices, and what kind they are."""
+"""Fits a recipe to its executor: the number of machines and devices, and their kind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import fiddle as fdl
 from fiddle import history
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.launch.executor import Executor, gpus_here
 from fiddlehead.recipe import Recipe
 
@@ -20,31 +20,31 @@ GPU = ("gpu", "cuda")
 def fit_to_executor(recipe: Recipe, executor: Executor | None) -> Recipe:
     """A copy of the recipe whose trainer uses the executor's machines and devices; None is one process here.
 
-    What the recipe function has set yields to the executor; what its user has set must agree with it. "auto" becomes
-    what is there: all GPUs of each machine, or one process where there are none. The global batch stays the same.
+    The executor overrides settings of the recipe function; settings of the user must agree with it. "auto" becomes all
+    GPUs of each machine, or one process where there are none. The global batch stays the same.
 
     Raises:
-        ConfigError: the user has set the trainer otherwise, or the executor cannot say what it has.
+        ConfigError: the user's settings contradict the executor, or the executor does not know its devices.
     """
     if executor is not None and not isinstance(executor, Executor):
-        raise ConfigError(
-            f"executor: is a {type(executor).__module__}.{type(executor).__name__}; give what "
-            "fiddlehead.launch.local.local, .slurm.slurm or .docker.docker return; settings are called as NeMo-Run's"
+        message = (
+            f"is a {type(executor).__module__}.{type(executor).__name__}; use fiddlehead.launch.local.local, "
+            ".slurm.slurm or .docker.docker, whose settings have NeMo-Run's names"
         )
+        raise ConfigError(Problem("executor", message=message))
     recipe = recipe.clone()
     if "trainer" not in recipe.__arguments__:
         return recipe
     trainer = recipe.trainer
     problems = [
-        f"trainer.{name}={value!r}: must be {what}"
+        Problem(f"trainer.{name}", value, f"must be {what}")
         for name, value, what in (
             ("num_nodes", trainer.num_nodes, "how many machines (1 or more)"),
             ("devices", _automatic(trainer.devices), "how many there are on a node (1 or more), or 'auto'"),
         )
         if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1)
     ]
-    if problems:
-        raise ConfigError(*problems)
+    refuse(problems)
     nodes = 1 if executor is None else executor.nodes or trainer.num_nodes
     given = 1 if executor is None else executor.devices_per_node()
     accelerator, devices = trainer.accelerator, _automatic(trainer.devices)
@@ -55,12 +55,11 @@ def fit_to_executor(recipe: Recipe, executor: Executor | None) -> Recipe:
     given = given or int(devices)
     where = "one process without an executor" if executor is None else f"the executor gives {given} on each node"
     if devices not in ("auto", given) and _is_users(trainer, "devices"):
-        problems.append(f"trainer.devices={devices}: {where}; set one of them, or both alike")
+        problems.append(Problem("trainer.devices", devices, f"{where}; set one of them, or both alike"))
     if trainer.num_nodes != nodes and _is_users(trainer, "num_nodes"):
         where = "one process without an executor" if executor is None else f"executor.nodes={nodes}"
-        problems.append(f"trainer.num_nodes={trainer.num_nodes}: {where}; set one of them, or both alike")
-    if problems:
-        raise ConfigError(*problems)
+        problems.append(Problem("trainer.num_nodes", trainer.num_nodes, f"{where}; set one of them, or both alike"))
+    refuse(problems)
     for name, value in (("accelerator", accelerator), ("devices", given), ("num_nodes", nodes)):
         if getattr(trainer, name) != value:
             setattr(trainer, name, value)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.paths import user_path
 from fiddlehead.launch import nemo
 from fiddlehead.launch.executor import Executor, where_process
@@ -58,9 +58,9 @@ class LocalExecutor(Executor):
         """The machine, and the process."""
         return where_process(status)
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         """As `Executor.problems`."""
-        more = [f"nodes={self.nodes}: there is one machine here; allowed: 1"] if self.nodes > 1 else []
+        more = [Problem("nodes", self.nodes, "there is one machine here", (1,))] if self.nodes > 1 else []
         return [*super().problems(), *more]
 
     def deliver_secrets(self, run: RunDirectory, values: Mapping[str, str]) -> str:
@@ -74,7 +74,8 @@ class LocalExecutor(Executor):
             ConfigError: it is not there.
         """
         if self.python and not self.setup_lines and not shutil.which(user_path(self.python)):
-            raise ConfigError(f"executor.python={self.python!r}: there is no such program on {socket.gethostname()}")
+            message = f"there is no such program on {socket.gethostname()}"
+            raise ConfigError(Problem("executor.python", self.python, message))
 
     def submit(self, run: RunDirectory, *, after: Sequence[str] = (), after_any: Sequence[str] = ()) -> str:
         """Starts `run.script` and returns its process's number and start; the process leads a session of its own.
@@ -83,7 +84,7 @@ class LocalExecutor(Executor):
             ConfigError: it is to wait for another job, and nobody is here who would.
         """
         if after or after_any:
-            raise ConfigError("executor=local: starts a job at once; to wait for another run is the launcher's part")
+            raise ConfigError(Problem("executor", "local", "starts a job at once; the launcher waits for a run"))
         pid = nemo.start_process(run.name, run.script, run.path / "nemo_run")
         return f"{pid}:{process_started(pid) or 0}"
 

@@ -16,7 +16,7 @@ import tarfile
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files import secret_files
 from fiddlehead.launch.shell import Shell
 from fiddlehead.run.directory import RunDirectory
@@ -61,7 +61,8 @@ def send(shell: Shell, run: RunDirectory, place: Path) -> None:
     )
     answer = shell.ask(command, packed.getvalue())
     if answer.code:
-        raise ConfigError(f"executor.remote_dir: cannot write {place} on {shell.name}: {answer.said}")
+        message = f"cannot write {place} on {shell.name}: {answer.said}"
+        raise ConfigError(Problem("executor.remote_dir", message=message))
 
 
 def write_secret(shell: Shell, path: PurePath, text: str) -> None:
@@ -77,7 +78,7 @@ def write_secret(shell: Shell, path: PurePath, text: str) -> None:
     )
     answer = shell.ask(command, os.fsencode(text))
     if answer.code:
-        raise ConfigError(f"executor.secrets: cannot write {path} on {shell.name}: {answer.said}")
+        raise ConfigError(Problem("executor.secrets", message=f"cannot write {path} on {shell.name}: {answer.said}"))
 
 
 def fetch(shell: Shell, places: Mapping[Path, Path]) -> None:
@@ -93,7 +94,7 @@ def fetch(shell: Shell, places: Mapping[Path, Path]) -> None:
     questions = [_question(number, run, places[run.path]) for number, run in enumerate(runs)]
     answer = shell.ask("bash -s", "\n".join([_GIVE, *questions]).encode())
     if answer.code:
-        raise ConfigError(f"executor.host={shell.host!r}: cannot read {shell.name}'s runs: {answer.said}")
+        raise ConfigError(Problem("executor.host", shell.host, f"cannot read {shell.name}'s runs: {answer.said}"))
     for line in answer.out.splitlines():
         number, name, start, modified, content = line.split(" ")
         _store(runs[int(number)].path, name, int(start), int(modified), gzip.decompress(base64.b64decode(content)))
@@ -140,12 +141,13 @@ def _question(number: int, run: RunDirectory, place: Path) -> str:
 def _store(mirror: Path, name: str, start: int, modified: int, content: bytes) -> None:
     """Puts what was brought back where it belongs."""
     if name not in FETCHED and not re.fullmatch(r"logs/[\w-]+\.txt", name):
-        raise ConfigError(f"{mirror}: was sent a file called {name!r}, which no run has")
+        raise ConfigError(Problem.in_file(mirror, f"was sent a file called {name!r}, which no run has"))
     file = mirror / name
     if any(
         (mirror / part).is_symlink() for part in ("logs", name)
     ):  # in a folder from elsewhere it could lead anywhere
-        raise ConfigError(f"{file}: is a link or lies in one, and what another machine sends is not written there")
+        message = "is a link or lies in one, and files from another machine are not written there"
+        raise ConfigError(Problem.in_file(file, message))
     file.parent.mkdir(exist_ok=True)
     if name.endswith(".txt"):
         with file.open("r+b" if file.exists() else "wb") as stream:

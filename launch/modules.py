@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import refuse
 from fiddlehead.files import secret_files
 from fiddlehead.files.paths import user_path
 from fiddlehead.launch.code import HIDDEN, CodeCopy
@@ -17,10 +17,10 @@ from fiddlehead.launch.imports import Module, modules_of
 
 
 def check(names: Iterable[str], copy: CodeCopy, executor: Executor) -> list[str]:
-    """Looks for the modules that a job imports, and returns what else it may miss: data files, each in a sentence.
+    """Checks that a job finds its modules, and returns a sentence for each data file that it may lack.
 
     Args:
-        names: what the recipe names, ``package.module:name``; what these modules import in turn is looked for too.
+        names: the recipe's names, ``package.module:name``; the imports of these modules are checked too.
 
     Raises:
         ConfigError: the job would not find a module; with its file, why it is not shipped, and what to do.
@@ -40,11 +40,10 @@ def check(names: Iterable[str], copy: CodeCopy, executor: Executor) -> list[str]
         if why:
             needed = f"{module.importer} imports it" if module.importer else "the recipe names it"
             problems.append(
-                f"module {module.name} ({module.file}) is not shipped, and {needed}: {why}; where the job has it "
-                f"anyway, or does without, set executor.unshipped=[{module.name}]"
+                f"module {module.name} ({module.file}) is not shipped, and {needed}: {why}; if the job has it anyway, "
+                f"or does not need it, set executor.unshipped=[{module.name}]"
             )
-    if problems:
-        raise ConfigError(*problems)
+    refuse(problems)
     return [line for module in mine for line in _missing_data(module, copy)]
 
 

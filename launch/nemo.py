@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -118,10 +118,11 @@ def start_container(
     try:
         container.run(client, label)
     except PermissionError as error:
-        raise ConfigError(
-            f"executor.network={settings['network']!r}: NeMo-Run locks {error.filename}, which is another user's; "
-            "set TMPDIR to a folder of your own, or executor.network=host"
-        ) from error
+        message = (
+            f"NeMo-Run locks {error.filename}, which another user owns; set TMPDIR to a folder of yours, or "
+            "executor.network=host"
+        )
+        raise ConfigError(Problem("executor.network", settings["network"], message)) from error
 
 
 def sbatch_script(name: str, place: Path, output: str, command: Sequence[str], settings: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.paths import user_path, working_directory
 from fiddlehead.launch import submit
 from fiddlehead.launch.executor import Executor
@@ -26,25 +26,24 @@ _NAMELESS = ".nameless"
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known of a run before it starts, as `plan` works it out."""
+    """All that is known of a run before it starts; `plan` makes it."""
 
     recipe: Recipe
-    """As it will run: its trainer uses the machines and devices of the executor."""
+    """The recipe as it will run: its trainer uses the machines and devices of the executor."""
     executor: Executor | None
-    """Where, with what follows from the recipe; None is this process."""
-    problems: tuple[str, ...] = ()
-    """What is wrong with the recipe, or with where it shall run, each under its path."""
+    """Where it runs, completed by what follows from the recipe; None is this process."""
+    problems: tuple[Problem, ...] = ()
+    """What is wrong with the recipe or its executor."""
     missing: tuple[str, ...] = ()
-    """What a start needs and is not there: data to train on, or the GPUs of this machine."""
+    """What a start lacks: data to train on, or GPUs of this machine."""
     changed: tuple[str, ...] = ()
-    """Which values of the recipe have yielded to the executor, a sentence for each."""
+    """The values of the recipe that the executor has overridden, a sentence for each."""
     known: TrainingPlan | None = None
     """What `training` gives; None if there are problems."""
 
     def refuse_problems(self) -> None:
         """Raises ConfigError with all problems, if there are any."""
-        if self.problems:
-            raise ConfigError(*self.problems)
+        refuse(self.problems)
 
     @property
     def training(self) -> TrainingPlan:
@@ -137,14 +136,14 @@ def plan(
     target: Target | Literal["unknown"] | None = None,
     waits: bool = False,
 ) -> Plan:
-    """Works out all that is known of a run before it starts. The recipe is not changed, and nothing is written.
+    """Plans a run before it starts. It does not change the recipe, and writes nothing.
 
     Args:
-        executor: where it shall run; None is this process.
-        target: plans for devices of this kind instead, as many as the recipe says, wherever they are.
-        waits: the run waits for others, so that what it resumes from need not be there yet.
+        executor: where it runs; None is this process.
+        target: plans for devices of this kind instead, as many as the recipe has, wherever they are.
+        waits: the run waits for others, so that the checkpoint from which it resumes need not exist yet.
 
-    What is wrong is in the plan's `problems`.
+    The plan's `problems` say what is wrong.
     """
     try:
         fitted = recipe.clone() if target is not None else fit_to_executor(recipe, executor)
@@ -167,13 +166,13 @@ def plan(
 
 
 def _plan_training(recipe: Recipe, target: Target | Literal["unknown"] | None) -> TrainingPlan:
-    """Builds everything that a recipe configures, the model without its memory, and plans its training.
+    """Builds everything in a recipe, the model without its memory, and plans its training.
 
     Args:
-        target: whose kernels serve; None is the trainer's own device, which is here.
+        target: the device whose kernels serve; None is the trainer's device, on this machine.
 
     Raises:
-        ConfigError: with every problem, each under its path.
+        ConfigError: with every problem.
     """
     from fiddlehead import bench, tasks
     from fiddlehead.plan.training import begin, plan_training
@@ -196,17 +195,17 @@ def _plan_training(recipe: Recipe, target: Target | Literal["unknown"] | None) -
 
 
 def _refuse_directory(recipe: Recipe, *, waits: bool) -> None:
-    """Raises ConfigError if the run's directory cannot be written or is taken, or what it resumes from is not there."""
+    """Raises ConfigError if the run's directory cannot be written or is taken, or there is no checkpoint to resume."""
     from fiddlehead.plan.resume import resume_point
 
     directory = user_path(recipe.log.dir).absolute()
     try:
         existing = next(path for path in (directory, *directory.parents) if path.exists())
         if not os.access(existing, os.W_OK) or not existing.is_dir():
-            raise ConfigError(f"log.dir={recipe.log.dir!r}: {existing} cannot be written")
+            raise ConfigError(Problem("log.dir", recipe.log.dir, f"{existing} cannot be written"))
         run = RunDirectory(directory / (recipe.log.name or _NAMELESS))
         refuse_taken(run, recipe)
     except OSError as error:
-        raise ConfigError(f"log.dir={recipe.log.dir!r}: {error.strerror} ({error.filename})") from error
+        raise ConfigError(Problem("log.dir", recipe.log.dir, f"{error.strerror} ({error.filename})")) from error
     if not waits:
         resume_point(run, recipe.resume)

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.paths import user_path
 from fiddlehead.run.directory import RunDirectory
 
@@ -32,23 +32,24 @@ def collect(names: Iterable[str]) -> dict[str, str]:
     names = tuple(names)
     missing = [name for name in names if name not in os.environ]
     if missing:
-        raise ConfigError(f"executor.secrets: not set in this process: {', '.join(missing)}; export them first")
+        message = f"{', '.join(missing)} are not set in this process; export them first"
+        raise ConfigError(Problem("executor.secrets", message=message))
     return {name: os.environ[name] for name in dict.fromkeys((*ALWAYS, *names)) if name in os.environ}
 
 
 def folder() -> Path:
-    """Where secrets are kept: $FIDDLEHEAD_SECRETS, else `~/.config/fiddlehead/secrets`."""
+    """The folder of secrets: $FIDDLEHEAD_SECRETS, else `~/.config/fiddlehead/secrets`."""
     return user_path(os.environ.get("FIDDLEHEAD_SECRETS") or "~/.config/fiddlehead/secrets").absolute()
 
 
 def file(run: RunDirectory) -> Path:
-    """Where the secrets of a run are kept, if it has any."""
+    """The file of a run's secrets, if it has any."""
     path = hashlib.sha256(os.fsencode(run.path.absolute())).hexdigest()
     return folder() / f"{run.name}-{path[:12]}.sh"
 
 
 def text(values: Mapping[str, str]) -> str:
-    """Shell lines that export `values`, whatever characters are in them."""
+    """Shell lines that export `values`, with any characters."""
     return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in values.items())
 
 
@@ -76,9 +77,8 @@ def write(run: RunDirectory, values: Mapping[str, str]) -> Path:
             Path(temporary).unlink()
             raise
     except OSError as error:
-        raise ConfigError(
-            f"executor.secrets: cannot be kept in {path.parent}: {error.strerror}; name a folder in FIDDLEHEAD_SECRETS"
-        ) from error
+        message = f"cannot be kept in {path.parent}: {error.strerror}; name a folder in FIDDLEHEAD_SECRETS"
+        raise ConfigError(Problem("executor.secrets", message=message)) from error
     return path
 
 

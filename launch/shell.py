@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.launch import nemo
 
 PATIENCE = 120.0
@@ -89,7 +89,7 @@ class Shell:
         except TimeoutError:
             return Answer(124, "", f"no answer in {PATIENCE:g} s")
         except Exception as broken:  # paramiko has no common base class for them
-            raise ConfigError(f"executor.host={self.host!r}: the connection broke: {broken!r}") from broken
+            raise ConfigError(Problem("executor.host", self.host, f"the connection broke: {broken!r}")) from broken
         return Answer(code, printed.decode(errors="replace"), complained.decode(errors="replace"))
 
 
@@ -97,23 +97,24 @@ def _client(shell: Shell) -> Any:
     """The SSH client of the machine's tunnel, connected (again, if need be).
 
     Raises:
-        ConfigError: it cannot be.
+        ConfigError: it cannot be connected.
     """
     tunnel = _tunnel(shell)
-    where = f"executor.host={shell.host!r}: cannot connect to {tunnel.user or 'its default user'}@{shell.host}"
+    message = f"cannot connect to {tunnel.user or 'its default user'}@{shell.host}: "
     try:
         return nemo.connect(tunnel)
     except PermissionError as error:
-        raise ConfigError(f"{where}: {error}; set executor.user or executor.identity") from None
+        message += f"{error}; set executor.user or executor.identity"
+        raise ConfigError(Problem("executor.host", shell.host, message)) from None
     except Exception as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(Problem("executor.host", shell.host, f"{message}{error}")) from error
 
 
 _tunnels: dict[Shell, Any] = {}
 
 
 def _tunnel(shell: Shell) -> Any:
-    """The tunnel to the machine; there is one for as long as this process lives."""
+    """The tunnel to the machine; this process opens one and keeps it."""
     if shell not in _tunnels:
         _tunnels[shell] = nemo.open_tunnel(shell.host or "", shell.user or "", shell.port, shell.identity)
     return _tunnels[shell]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Self
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.files.paths import user_path
 from fiddlehead.launch import mirror, secrets, slurm_offer, slurm_queue, slurm_script
@@ -103,41 +103,41 @@ class SlurmExecutor(Executor):
     queues: ClassVar[bool] = True
     dies_with_launcher: ClassVar[bool] = False
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         """As `Executor.problems`."""
         problems = super().problems()
         for name, allowed in (("container_runtime", ("pyxis", "apptainer")), ("launcher", ("torchrun", "srun"))):
             if getattr(self, name) not in allowed:
-                problems.append(f"{name}={getattr(self, name)!r}: allowed: {', '.join(allowed)}")
+                problems.append(Problem(name, getattr(self, name), "", allowed))
         for name, least in (("save_before", 0), ("requeues", 0), ("gpus_per_node", 0), ("cpus_per_task", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                problems.append(f"{name}={value}: must be {least} or more")
+                problems.append(Problem(name, value, f"must be {least} or more"))
         try:
             limit = seconds(self.time)
             if limit is not None and self.save_before >= limit:
-                problems.append(f"save_before={self.save_before}: must be less than time={self.time!r}")
+                problems.append(Problem("save_before", self.save_before, f"must be less than time={self.time!r}"))
         except ConfigError as error:
             problems += error.problems
         if self.host:
             problems += [
-                f"{path!r}: write the whole path on {self.host}, whose homes are not known here"
+                Problem.in_file(repr(path), f"write the whole path on {self.host}, whose homes are not known here")
                 for path in (self.container or "", *self.container_mounts)
                 if path.startswith("~")
             ]
         if self.host and not PurePosixPath(self.remote_dir).is_absolute():
-            problems.append(f"remote_dir={self.remote_dir!r}: must be an absolute path on {self.host}")
+            problems.append(Problem("remote_dir", self.remote_dir, f"must be an absolute path on {self.host}"))
         if not self.host:
             problems += [
-                f"{name}: is for a host, which is not set"
+                Problem(name, value, "is for a host, which is not set")
                 for name in ("user", "port", "identity", "remote_dir")
-                if getattr(self, name)
+                if (value := getattr(self, name))
             ]
         return [*problems, *sbatch_option_problems(self.additional_parameters)]
 
     @property
     def keeps_runs_elsewhere(self) -> bool:
-        """Whether they are on a cluster that is reached over SSH."""
+        """Whether runs are kept on a cluster reached over SSH."""
         return self.host is not None
 
     @property
@@ -228,32 +228,31 @@ class SlurmExecutor(Executor):
         shell = self.shell()
         if not shell.succeeds("command -v sbatch"):
             where = f"over SSH it is looked for as in `ssh {self.host} sbatch`" if self.host else "or set executor.host"
-            raise ConfigError(f"executor=slurm: there is no sbatch on {shell.name}; launch from a login node, {where}")
+            message = f"there is no sbatch on {shell.name}; launch from a login node, {where}"
+            raise ConfigError(Problem("executor", "slurm", message))
         slurm_offer.warn_of_settings(shell)
         problems = slurm_offer.problems(
             shell, self.partition, self.account, self.nodes or 1, self.time, self.gpus_per_node
         )
         pyxis = self.container and self.container_runtime == "pyxis"
         if pyxis and not shell.succeeds("srun --help | grep -q -e --container-image"):
-            problems.append(
-                f"executor.container={self.container!r}: {shell.name} has no Pyxis; "
-                "where the nodes have Apptainer, set executor.container_runtime=apptainer"
+            message = (
+                f"{shell.name} has no Pyxis; with Apptainer on the nodes, set executor.container_runtime=apptainer"
             )
+            problems.append(Problem("executor.container", self.container, message))
         if self.host and mirror.is_taken(shell, run, self.place(run)):
-            problems.append(
-                f"log.name={run.name!r}: {self.place(run)} on {shell.name} is another run; choose another name"
-            )
+            message = f"{self.place(run)} on {shell.name} is another run; choose another name"
+            problems.append(Problem("log.name", run.name, message))
         if not problems:
             answer = shell.ask("sbatch --test-only", batch_script(self, run).encode(), self._not_passed_on())
             if answer.code and not _would_wait(answer.error) and not self._may_wait(answer.error):
                 problems.append(_refusal(answer.error))
-        if problems:
-            raise ConfigError(*problems)
+        refuse(problems)
 
     def _may_wait(self, said: str) -> bool:
-        """Whether what `sbatch --test-only` says may be due to nodes that are away for now, and is not a refusal then.
+        """Whether nodes that are away for now may be the reason of `sbatch --test-only`, which is no refusal then.
 
-        It says the same of what no node will ever have; `sbatch` itself knows the difference.
+        It gives the same reason for what no node will ever have; `sbatch` itself tells the two apart.
         """
         unavailable = "node configuration is not available" in said
         return unavailable and slurm_offer.has_nodes_away(self.shell(), self.partition)
@@ -262,7 +261,7 @@ class SlurmExecutor(Executor):
         """Submits `RUN/sbatch.sh`, and returns the job's number.
 
         Raises:
-            ConfigError: it was not taken.
+            ConfigError: Slurm refused the job.
         """
         file = run.path / "sbatch.sh"
         write_atomically(file, batch_script(self, run, after, after_any))
@@ -277,7 +276,7 @@ class SlurmExecutor(Executor):
         return number[1]
 
     def ask(self, going: Mapping[RunDirectory, Status]) -> Mapping[RunDirectory, Answer]:
-        """What squeue, sacct and scontrol say of each run's job; over SSH, the mirrors are brought up to date then."""
+        """The answers of squeue, sacct and scontrol for each run's job; over SSH, it also updates the mirrors."""
         return slurm_queue.answers(self.shell(), going, self._fetch)
 
     def _fetch(self, runs: Sequence[RunDirectory]) -> None:
@@ -285,7 +284,7 @@ class SlurmExecutor(Executor):
             mirror.fetch(self.shell(), {run.path: self.place(run) for run in runs})
 
     def states(self, runs: Sequence[RunDirectory]) -> list[Status | None]:
-        """As `Executor.states`; the secrets of runs that have ended without removing them are removed."""
+        """As `Executor.states`; also removes secrets that ended runs have left."""
         going = slurm_queue.going(runs)
         found = super().states(runs)
         ended = [run for run, status in zip(runs, found, strict=True) if status and status.state.ended]
@@ -293,15 +292,15 @@ class SlurmExecutor(Executor):
         return found
 
     def kill(self, run: RunDirectory) -> None:
-        """Cancels the run's job; what runs has Slurm's `KillWait` seconds to save its step."""
+        """Cancels the run's job, which has Slurm's `KillWait` seconds to save its step."""
         if run.job_id:
             answer = self.shell().ask(f"scancel {shlex.quote(run.job_id)}")
             if answer.code:
-                raise ConfigError(f"run {run.name!r}: scancel {run.job_id}: {answer.said}")
+                raise ConfigError(f"run {run.name!r} cannot be cancelled: scancel {run.job_id}: {answer.said}")
         self._remove_secrets([run])
 
     def _remove_secrets(self, runs: Sequence[RunDirectory]) -> None:
-        """Removes what the jobs of ended runs would have, had they ended by themselves."""
+        """Removes the secrets that jobs remove when they end by themselves."""
         if not self.host:
             for run in runs:
                 secrets.remove(run)
@@ -309,18 +308,18 @@ class SlurmExecutor(Executor):
             self.shell().ask(shlex.join(["rm", "-f", *(self.secrets_file(run) for run in runs)]))
 
     def _not_passed_on(self) -> list[str]:
-        """Environment variables that sbatch, which copies all, shall not see."""
+        """Environment variables to hide from sbatch, which copies all of them."""
         return [*secrets.ALWAYS, *self.secrets]
 
 
-def _refusal(said: str) -> str:
-    """What sbatch says of a job that it does not take, for people."""
+def _refusal(said: str) -> Problem:
+    """A readable form of sbatch's refusal of a job."""
     lines = [re.sub(r"^(sbatch: )?(error: |fatal: )?(allocation failure: )?", "", line) for line in said.splitlines()]
     reasons = "; ".join(line for line in dict.fromkeys(lines) if line.strip())
-    return f"executor: sbatch refuses the job: {reasons or 'without a word'}"
+    return Problem("executor", message=f"sbatch refuses the job: {reasons or 'without a reason'}")
 
 
 def _would_wait(said: str) -> bool:
-    """Whether `sbatch --test-only` says only that a job cannot start now; `sbatch` takes it."""
+    """Whether `sbatch --test-only` says only that a job cannot start now, so that `sbatch` takes it."""
     busy = "are busy|not available \\(down|required for job are down"
     return re.search(busy, said, re.IGNORECASE) is not None

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.launch.shell import Shell
 
 _PROGRAMS = ("SALLOC", "SACCT", "SACCTMGR", "SBATCH", "SCONTROL", "SINFO", "SLURM", "SQUEUE", "SRUN")
@@ -44,26 +44,26 @@ class Partition:
         """How many nodes it has."""
         return len(self.gpus)
 
-    def problems(self, nodes: int, time: str, gpus: int) -> list[str]:
+    def problems(self, nodes: int, time: str, gpus: int) -> list[Problem]:
         """Why it cannot take a job of this size."""
-        found = [] if self.up == "up" else [f"executor.partition={self.name!r} is {self.up}"]
+        found = [] if self.up == "up" else [Problem("executor.partition", self.name, f"is {self.up}")]
         limit, most = seconds(time), seconds(self.time)
         if most is not None and (limit is None or limit > most):
-            found.append(f"executor.time={time!r}: partition {self.name!r} allows {self.time}")
+            found.append(Problem("executor.time", time, f"partition {self.name!r} allows {self.time}"))
         if nodes > self.nodes:
-            found.append(f"executor.nodes={nodes}: partition {self.name!r} has {self.nodes}")
+            found.append(Problem("executor.nodes", nodes, f"partition {self.name!r} has {self.nodes}"))
         enough = sum(count >= gpus for count in self.gpus)
         if gpus and enough < nodes <= self.nodes:
-            found.append(
-                f"executor.gpus_per_node={gpus}: the nodes of partition {self.name!r} have {max(self.gpus)} at most"
-                if not enough
-                else f"executor.nodes={nodes}: partition {self.name!r} has {enough} with {gpus} GPUs"
-            )
+            if enough:
+                found.append(Problem("executor.nodes", nodes, f"partition {self.name!r} has {enough} with {gpus} GPUs"))
+            else:
+                message = f"the nodes of partition {self.name!r} have at most {max(self.gpus)}"
+                found.append(Problem("executor.gpus_per_node", gpus, message))
         return found
 
 
 def warn_of_settings(shell: Shell) -> None:
-    """Says which variables of the user's environment would have changed the job, and have not."""
+    """Warns of environment variables that would change a job, because they do not change this one."""
     answer = replace(shell, before="").ask('echo "${!SBATCH_@} ${SLURM_CLUSTERS:+SLURM_CLUSTERS}"')
     names = re.findall(r"\b(?:SBATCH_\w+|SLURM_CLUSTERS)\b", answer.out)
     if names:
@@ -76,10 +76,10 @@ def warn_of_settings(shell: Shell) -> None:
 
 def problems(
     shell: Shell, partition: str | None, account: str | None, nodes: int, time: str, gpus: int | None
-) -> list[str]:
-    """Why the cluster cannot take a job of this size, as far as it says.
+) -> list[Problem]:
+    """Why the cluster cannot take a job of this size, as far as Slurm says.
 
-    Of several partitions, as in `a,b`, one that can is enough: Slurm takes the one that starts the job first.
+    Of several partitions, as in `a,b`, one is enough: Slurm takes the one that starts the job first.
     """
     try:
         of_each = [found.problems(nodes, time, gpus or 0) for found in _named(shell, partition)]
@@ -90,7 +90,7 @@ def problems(
         answer = shell.ask('sacctmgr --noheader --parsable2 show assoc user="$(id -un)" format=account')
         accounts = sorted(set(answer.out.split())) if answer.code == 0 else []
         if accounts and account not in accounts:  # without accounting there are none
-            found.append(f"executor.account: {unknown('account', account, accounts)}")
+            found.append(Problem.unknown("executor.account", account, "account", accounts))
     return found
 
 
@@ -103,7 +103,8 @@ def gpus_of_a_node(shell: Shell, partition: str | None, nodes: int) -> int:
     try:
         named = _named(shell, partition)
     except ConfigError as error:
-        raise ConfigError(*error.problems, "executor.gpus_per_node: say how many GPUs a node has for the run") from None
+        advice = Problem("executor.gpus_per_node", None, "set the number of GPUs that the run has on each node")
+        raise ConfigError(*error.problems, advice) from None
     return max(sorted(found.gpus, reverse=True)[min(nodes, found.nodes) - 1] for found in named)
 
 
@@ -113,8 +114,14 @@ def has_nodes_away(shell: Shell, partition: str | None) -> bool:
 
 
 def count_gpus(gres: str) -> int:
-    """How many GPUs generic resources are, as sinfo shows and sbatch takes them: `gpu:a100:4(S:0-1),shard:8`."""
+    """The number of GPUs in generic resources, as in sinfo and sbatch: `gpu:a100:4(S:0-1),shard:8`."""
     return sum(int(count or 1) for count in re.findall(r"(?<!\w)gpu(?=[:,(]|$)(?::[^:,(\d][^:,(]*)?(?::(\d+))?", gres))
+
+
+_TIMES = (
+    "allowed: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, "
+    "days-hours:minutes:seconds, UNLIMITED"
+)
 
 
 def seconds(time: str) -> int | None:
@@ -127,10 +134,7 @@ def seconds(time: str) -> int | None:
         return None
     match = re.fullmatch(r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?)|(?:(?:(\d+):)?(\d+):(\d+))|(\d+)", time)
     if not match:
-        raise ConfigError(
-            f"time={time!r}: allowed: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, "
-            "days-hours:minutes:seconds, UNLIMITED"
-        )
+        raise ConfigError(Problem("time", time, "is not a time limit; " + _TIMES))
     days, day_hours, day_minutes, day_seconds, hours, minutes, rest, only = (
         int(group or 0) for group in match.groups()
     )
@@ -138,30 +142,32 @@ def seconds(time: str) -> int | None:
 
 
 def rows(text: str, bars: int) -> list[list[str]]:
-    """The lines of a table with so many bars; others are a login script's."""
+    """The lines with this number of bars; other lines come from a login script."""
     return [line.split("|") for line in text.splitlines() if line.count("|") == bars]
 
 
 def _named(shell: Shell, names: str | None) -> list[Partition]:
-    """The partitions that are named, separated by commas; the default one if None.
+    """The partitions of these names, separated by commas; the default one if None.
 
     Raises:
         ConfigError: sinfo fails, or there is no such partition, or no default.
     """
     answer = shell.ask("sinfo --all --noheader --format='%P|%l|%D|%G|%a|%t'")  # --all: hidden ones take jobs too
     if answer.code:
-        raise ConfigError(f"executor=slurm: sinfo on {shell.name}: {answer.said}")
+        raise ConfigError(Problem("executor", "slurm", f"sinfo on {shell.name}: {answer.said}"))
     table = [row for row in rows(answer.out, 5) if row[2].isdigit()]
     known = sorted({row[0].rstrip("*") for row in table})
     if names is None:
         wanted: Sequence[str] = [row[0].rstrip("*") for row in table if row[0].endswith("*")][:1]
         if not wanted:
-            raise ConfigError(f"executor.partition: {shell.name} has no default; allowed: {', '.join(known)}")
+            raise ConfigError(Problem("executor.partition", None, f"{shell.name} has no default", known))
     else:
         wanted = [name.strip() for name in names.split(",") if name.strip()]
-        wrong = [f"executor.partition: {unknown('partition', name, known)}" for name in wanted if name not in known]
+        wrong = [
+            Problem.unknown("executor.partition", name, "partition", known) for name in wanted if name not in known
+        ]
         if wrong or not wanted:
-            raise ConfigError(*wrong or [f"executor.partition={names!r}: names none; allowed: {', '.join(known)}"])
+            raise ConfigError(*wrong or [Problem("executor.partition", names, "names no partition", known)])
     made = []
     for name in wanted:
         ours = [row for row in table if row[0].rstrip("*") == name]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fiddlehead.errors import Problem
 from fiddlehead.files.paths import user_path
 from fiddlehead.launch import nemo
 from fiddlehead.run.directory import RunDirectory
@@ -38,30 +39,30 @@ OPTIONS = {
     **dict.fromkeys(("help", "parsable", "quiet", "test_only", "usage", "version", "wait", "wrap"),
                     "would keep the job from being submitted"),
 }  # fmt: skip
-"""The options of sbatch that are the launcher's own, and what there is in their place."""
+"""The options of sbatch that only the launcher sets, and what to use instead."""
 
 
-def sbatch_option_problems(parameters: Mapping[str, Any]) -> list[str]:
-    """Which of a user's additional options of sbatch would be set twice, or another way; sbatch takes abbreviations."""
+def sbatch_option_problems(parameters: Mapping[str, Any]) -> list[Problem]:
+    """The user's options of sbatch that the launcher sets itself, also abbreviated, or that do not exist."""
     problems = []
     for key in parameters:
         name = key.lstrip("-").replace("-", "_")
         ours = name if name in OPTIONS else next((option for option in OPTIONS if name and option.startswith(name)), "")
         if ours:
-            problems.append(f"additional_parameters.{key}: {OPTIONS[ours]}")
+            problems.append(Problem(f"additional_parameters.{key}", message=OPTIONS[ours]))
         elif not re.fullmatch(r"[A-Za-z]\w*", name):
-            problems.append(f"additional_parameters.{key}: is not an option of sbatch")
+            problems.append(Problem(f"additional_parameters.{key}", message="is not an option of sbatch"))
     return problems
 
 
 def batch_script(
     executor: SlurmExecutor, run: RunDirectory, after: Sequence[str] = (), after_any: Sequence[str] = ()
 ) -> str:
-    """The text that sbatch gets. It starts `run.script` on every node, and queues the job again if that asks for it.
+    """The script for sbatch. It starts `run.script` on every node, and requeues the job if that asks for it.
 
     Args:
         after: ids of jobs that must have succeeded first.
-        after_any: ids of jobs that must have ended first, however.
+        after_any: ids of jobs that must have ended first, in any state.
     """
     place = executor.place(run)
     pyxis = _at_home(executor.container or "") if executor.container_runtime == "pyxis" else ""

@@ -19,7 +19,7 @@ from typing import TextIO
 
 from fiddlehead import job
 from fiddlehead.environment import describe_environment
-from fiddlehead.errors import FULL_DISK, ConfigError, RunError, of_the_machine
+from fiddlehead.errors import FULL_DISK, ConfigError, Problem, RunError, of_the_machine
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.files.paths import user_path
 from fiddlehead.launch import code, modules, secrets, watch
@@ -93,7 +93,7 @@ def hand_over(
     after: Sequence[RunDirectory] = (),
     after_any: Sequence[RunDirectory] = (),
 ) -> tuple[RunDirectory, int]:
-    """Hands what a plan has over to its executor, and returns the run and how long its log was before.
+    """Submits a plan to its executor; returns the run, and the length of its log before.
 
     Args:
         lifetime: the job ends when this does, where the executor's jobs end with their launcher; None: it does not.
@@ -114,11 +114,12 @@ def hand_over(
     except OSError as error:
         _give_up(run, error)
         if error.errno in FULL_DISK:
-            raise RunError(f"executor={executor.kind}: {of_the_machine(error)}") from error
-        raise ConfigError(
-            f"executor={executor.kind}: cannot write {error.filename}: {error.strerror}; if there is no home "
-            "directory, set NEMORUN_HOME and FIDDLEHEAD_CACHE to other folders"
-        ) from error
+            raise RunError(Problem("executor", executor.kind, of_the_machine(error))) from error
+        message = (
+            f"cannot write {error.filename}: {error.strerror}; if there is no home directory, set NEMORUN_HOME and "
+            "FIDDLEHEAD_CACHE to other folders"
+        )
+        raise ConfigError(Problem("executor", executor.kind, message)) from error
     except BaseException as error:
         _give_up(run, error)
         raise
@@ -201,14 +202,13 @@ def write_run(
                 shutil.rmtree(run.path)
             raise
     except OSError as error:
-        raise ConfigError(
-            f"log.dir={str(directory)!r}: cannot write there: {of_the_machine(error) or error}"
-        ) from error
+        message = f"cannot write there: {of_the_machine(error) or error}"
+        raise ConfigError(Problem("log.dir", directory, message)) from error
     return run
 
 
 def _close(folder: Path) -> None:
-    """Takes the permissions of others away from a run's folder, which may have been there before."""
+    """Removes the permissions of others from a run's folder, which may have existed before."""
     mode = stat.S_IMODE(folder.stat().st_mode)
     if mode & stat.S_IRWXO:
         try:
@@ -218,7 +218,7 @@ def _close(folder: Path) -> None:
 
 
 def _write_job(run: RunDirectory, recipe: Recipe, executor: Executor, allow: Sequence[str], *, detach: bool) -> None:
-    """Writes what a job needs beside the recipe: its code, its secrets, its script."""
+    """Writes what a job needs besides the recipe: its code, its secrets, its script."""
     executor.save(run)
     copy = _ship(run, recipe, executor, [run.path.parent])
     if copy and copy.left_out:
@@ -231,10 +231,10 @@ def _write_job(run: RunDirectory, recipe: Recipe, executor: Executor, allow: Seq
 
 
 def _ship(run: RunDirectory, recipe: Recipe, executor: Executor, exclude: Sequence[Path]) -> code.CodeCopy | None:
-    """Copies the working tree for a job that does not see it; None for one that does.
+    """Copies the working tree for a job that cannot see it; None for a job that can.
 
     Raises:
-        ConfigError: it cannot be copied, or has not all that the recipe needs.
+        ConfigError: it cannot be copied, or lacks something that the recipe needs.
     """
     if not executor.ships_code:
         return None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.files.paths import user_path
 from fiddlehead.launch import Plan, watch
@@ -56,14 +56,14 @@ class Sweep:
         return [RunDirectory(user_path(self.directory).absolute() / variant.name) for variant in self.variants]
 
     def save(self) -> None:
-        """Writes it down.
+        """Writes the sweep to its file.
 
         Raises:
-            ConfigError: another sweep has the name.
+            ConfigError: another sweep has this name.
         """
         file = user_path(self.directory) / f"{self.name}.sweep.json"
         if file.exists() and load(self.name, self.directory) != self:
-            raise ConfigError(f"log.name={self.name!r} is another sweep, {file}; choose another name")
+            raise ConfigError(Problem("log.name", self.name, f"is another sweep, {file}; choose another name"))
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(asdict(self), indent=1) + "\n")
 
@@ -80,23 +80,22 @@ def load(name: str, directory: str | Path = "runs") -> Sweep:
         return Sweep(found["name"], str(directory), variants)
     except FileNotFoundError:
         names = sorted(file.name.removesuffix(".sweep.json") for file in user_path(directory).glob("*.sweep.json"))
-        raise ConfigError(f"{unknown('sweep', name, names)} (looked in {directory}/)") from None
+        raise ConfigError(Problem("", name, f"unknown sweep {name!r} in {directory}/", names)) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{directory}/{name}.sweep.json cannot be read: {error!r}; the sweep's runs are listed by `fiddlehead runs`"
-        ) from error
+        message = f"cannot be read: {error!r}; `fiddlehead runs` lists the sweep's runs"
+        raise ConfigError(Problem.in_file(f"{directory}/{name}.sweep.json", message)) from error
 
 
 def expand(edits: Sequence[str], name: str, *, zipped: bool = False) -> list[Variant]:
     """The runs that edits with several values make: `optim.lr=1e-3,3e-4`.
 
     Args:
-        edits: as typed; commas in brackets or quotes part nothing.
-        name: what the names of the runs begin with.
+        edits: as typed; commas in brackets or quotes do not separate values.
+        name: the beginning of the runs' names.
         zipped: the first values make one run, the second ones another, and so on; else every combination makes one.
 
     Raises:
-        ConfigError: no edit has several values, or one that cannot, or zipped ones differ in number.
+        ConfigError: no edit has several values, an edit has that cannot, or zipped ones differ in number.
     """
     several: dict[str, list[str]] = {}
     for edit in edits:
@@ -104,7 +103,7 @@ def expand(edits: Sequence[str], name: str, *, zipped: bool = False) -> list[Var
         if len(values) < 2:
             continue
         if path in ("log.name", "log.dir"):
-            raise ConfigError(f"{edit}: a sweep names its runs itself, and keeps them in one folder; give one value")
+            raise ConfigError(f"{edit}: a sweep names its runs and keeps them in one folder; give one value")
         if path[-1:] in "+-*/":
             raise ConfigError(f"{edit}: a sweep sets values; give them as {path[:-1]}=...,...")
         if path in several:
@@ -206,11 +205,11 @@ def metric_of(sweep: Sweep, metric: str = "") -> str:
     """The metric to sort by: `metric`, or else `val_loss` if a run has it, or else `loss`.
 
     Raises:
-        ConfigError: the runs have metrics, and `metric` is none of them.
+        ConfigError: the runs have metrics, and `metric` is not one of them.
     """
     known = sorted({name for run in sweep.runs() for name in run.last_metrics()})
     if metric and known and metric not in known:
-        raise ConfigError(f"--metric: {unknown('metric', metric, known)}")
+        raise ConfigError(f"--metric: {Problem.unknown('', metric, 'metric', known)}")
     return metric or ("val_loss" if "val_loss" in known else "loss")
 
 
@@ -224,7 +223,7 @@ def failed(sweep: Sweep, statuses: Sequence[Status | None]) -> list[str]:
 
 
 def _cancel_all(runs: Sequence[RunDirectory]) -> None:
-    """Cancels those that are going on, all at the same time; another Ctrl-C kills them."""
+    """Cancels all runs that have not ended, at the same time; another Ctrl-C kills them."""
     going = [run for run, status in zip(runs, watch.states(runs), strict=True) if status and not status.state.ended]
     try:
         for run in going:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fiddle as fdl
 
-from fiddlehead.errors import ConfigError, Elsewhere
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.launch import watch
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipe.hints import written_hint
@@ -26,24 +26,25 @@ long it is, and how often it logs and validates."""
 
 def refuse_taken(run: RunDirectory, recipe: Recipe) -> None:
     """Raises ConfigError if the run is running, or was another recipe's."""
-    if run.path.exists() and (problems := damage.in_the_way(run)):
-        raise ConfigError(*(Elsewhere(problem) for problem in problems))
+    if run.path.exists():
+        refuse(damage.in_the_way(run))
     (before,) = watch.states([run])
     if before is not None and not before.state.ended:
         gone = "" if is_here(before) else f" ({way_out(run.name)})"
-        raise ConfigError(
-            f"log.name={run.name!r} is running ({before.state}, process {before.pid} on {before.host}); "
-            f"cancel it with `fiddlehead runs cancel {run.name}`{gone}, or choose another name"
+        message = (
+            f"is running ({before.state}, process {before.pid} on {before.host}); cancel it with `fiddlehead runs "
+            f"cancel {run.name}`{gone}, or choose another name"
         )
+        raise ConfigError(Problem("log.name", run.name, message))
     if not run.recipe.exists():
         if run.path.exists() and (not run.path.is_dir() or any(each.name != ".lock" for each in run.path.iterdir())):
-            raise ConfigError(f"log.name={run.name!r}: {run.path} is there and is not a run; choose another name")
+            raise ConfigError(Problem("log.name", run.name, f"{run.path} exists and is not a run; choose another name"))
         return
     try:
         earlier = Recipe.load(run.recipe, allow=recipe.names_to_allow())
     except ConfigError as error:
-        advice = f"log.name={run.name!r}: its recipe cannot be read; mend that file, or choose another name"
-        raise ConfigError(*map(Elsewhere, error.problems), advice) from error
+        advice = Problem("log.name", run.name, "its recipe cannot be read; repair that file, or choose another name")
+        raise ConfigError(*(Problem("", message=problem) for problem in error.problems), advice) from error
     free = {*_resumable_paths(recipe), *_resumable_paths(earlier)}
     differences = [
         difference
@@ -52,7 +53,8 @@ def refuse_taken(run: RunDirectory, recipe: Recipe) -> None:
     ]
     if differences:
         lines = "\n".join(f"  {d.path}: {d.right!r} before, {d.left!r} now" for d in differences)
-        raise ConfigError(f"log.name={run.name!r} is another recipe's run; choose another name, or undo:\n{lines}")
+        message = f"is another recipe's run; choose another name, or undo:\n{lines}"
+        raise ConfigError(Problem("log.name", run.name, message))
 
 
 def _resumable_paths(recipe: Recipe) -> list[str]:

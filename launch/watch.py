@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.launch import secrets
 from fiddlehead.launch.docker import DockerExecutor
 from fiddlehead.launch.executor import Executor, where_process
@@ -58,21 +58,18 @@ def load_executor(run: RunDirectory) -> Executor | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{run.executor} cannot be read: {error!r}; start the run again with its log.name and executor=..., which "
-            "writes that file anew"
-        ) from error
+        advice = "start the run again with its log.name and executor=..., which rewrites that file"
+        raise ConfigError(Problem.in_file(run.executor, f"cannot be read: {error!r}; {advice}")) from error
 
 
 def _own_kind(run: RunDirectory, name: str) -> type[Executor]:
     """The class of an executor of the user's, ``module:name``."""
     if not trust.knows_executor(run):
-        raise ConfigError(
-            f"{run.executor}: names {name}, an executor that is not fiddlehead's, and you did not send the run there"
-        )
+        message = f"names {name}, which is not an executor of fiddlehead, and you did not send the run there"
+        raise ConfigError(Problem.in_file(run.executor, message))
     kind = locate(name)
     if not (isinstance(kind, type) and issubclass(kind, Executor)):
-        raise ConfigError(f"{run.executor}: {name} is not an executor")
+        raise ConfigError(Problem.in_file(run.executor, f"{name} is not an executor"))
     return kind
 
 
@@ -132,7 +129,7 @@ def follow(run: RunDirectory, *, start: int = 0, out: TextIO | None = None) -> S
 
 
 def log_files(run: RunDirectory, rank: str = "0") -> dict[str, Path]:
-    """The logs of a run's processes, with what each line of them begins with; `rank` is a number or "all".
+    """The logs of a run's processes, by the prefix of their lines; `rank` is a number or "all".
 
     Raises:
         ConfigError: there is no such process.
@@ -151,7 +148,7 @@ def log_files(run: RunDirectory, rank: str = "0") -> dict[str, Path]:
 
 
 def print_attempt(run: RunDirectory, files: Mapping[str, Path], attempt: str = "", out: TextIO | None = None) -> bool:
-    """Prints what the processes printed in an attempt: a number, "all", or "" for the newest; returns whether any did.
+    """Prints the output of an attempt: a number, "all", or "" for the newest; returns whether there was any.
 
     Raises:
         ConfigError: there was no such attempt.
@@ -167,7 +164,7 @@ def print_attempt(run: RunDirectory, files: Mapping[str, Path], attempt: str = "
 
 
 def print_logs(run: RunDirectory, rank: str = "0", out: TextIO | None = None) -> None:
-    """Prints the newest attempt of a run, and what follows, until the run has ended."""
+    """Prints the newest attempt of a run, and its further output until the run has ended."""
     printers: dict[str, _Printer] = {}
     while True:
         (status,) = states([run])  # before the logs are read, so that the last lines are not missed
@@ -188,12 +185,12 @@ def print_logs(run: RunDirectory, rank: str = "0", out: TextIO | None = None) ->
 
 
 def ask_to_stop(run: RunDirectory) -> None:
-    """Asks a run, wherever it is, to save the step in hand and end; it does not wait for that."""
+    """Asks a run, wherever it is, to save its step and end, without waiting."""
     run.request_stop(StopRequest("cancelled by the user"))
 
 
 def cancel(run: RunDirectory, patience: float = 60.0, *, printer: _Printer | None = None) -> Status | None:
-    """Asks a run to save its step and end, and kills it if it has not after `patience` seconds, or has not begun."""
+    """Asks a run to save its step and end; kills it after `patience` seconds, or at once if it has not begun."""
     (status,) = states([run])
     if status is None or status.state.ended:
         return status
@@ -213,14 +210,14 @@ def cancel(run: RunDirectory, patience: float = 60.0, *, printer: _Printer | Non
 
 
 def write_off(run: RunDirectory) -> Status | None:
-    """Writes down that a run has died whose machine is gone, or cannot be asked.
+    """Marks a run as dead whose machine is gone or cannot be asked.
 
     Raises:
-        ConfigError: a process still has the run's lock, and so is not gone.
+        ConfigError: a process still holds the run's lock, and so is not gone.
     """
     status = run.written_status()
     if is_locked(run.lock):
-        raise ConfigError(f"run {run.name!r}: its process runs, as it holds {run.lock}; cancel it without --force")
+        raise ConfigError(f"run {run.name!r} still has a process, which holds {run.lock}; cancel it without --force")
     if status is not None and not status.state.ended:
         reason = f"written off, as process {status.pid} on {status.host} is gone"
         status = replace(status, state=State.DIED, ended=time.time(), reason=reason)

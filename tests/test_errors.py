@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import pickle
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -72,3 +75,72 @@ def test_a_long_problem_keeps_its_own_place_when_it_is_shortened() -> None:
     there, field = error.under("data").problems
     assert there.startswith("a.jsonl:2: ") and field.startswith("data.b=")
     assert all(len(problem) < 2_100 for problem in (there, field))
+
+
+ROOT = Path(__file__).parents[1]
+LISTS = ("problems", "found", "wrong")
+FIELD = re.compile(r"[A-Za-z_]([\w.]|\{[^}]*\})*(=|: )")
+
+
+def test_no_text_spells_a_field_where_a_problem_has_a_path() -> None:
+    files = (file for folder in ("src", "launch", "recipes") for file in sorted((ROOT / folder).rglob("*.py")))
+    names = ((file, file.relative_to(ROOT).as_posix()) for file in files)
+    assert [found for file, name in names for found in spelled(file, name)] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'raise ConfigError("data: is missing")',
+        'raise ConfigError(*(f"lr={lr}: too low" for lr in rates))',
+        'problems.append(f"lr={lr}: too low")',
+        'problems = [] if lr else ["lr=0: too low"]',
+        'found += [f"model.{name}: is missing" for name in names]',
+    ],
+)
+def test_a_spelled_field_is_found(line: str, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(line)
+    assert len(list(spelled(tmp_path / "a.py", "a.py"))) == 1
+    (tmp_path / "a.py").write_text('raise ConfigError("there is no run", Problem("lr", 0, f"lr={lr}: too low"))')
+    assert not list(spelled(tmp_path / "a.py", "a.py"))
+
+
+def spelled(file: Path, name: str) -> Iterator[str]:
+    """The texts of a file that are given to ConfigError, or added to a list of problems, and begin with a field."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        given: list[ast.expr] = []
+        match node:
+            case ast.Call(func=ast.Name(id="ConfigError" | "refuse"), args=args):
+                given = args
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=owner), attr="append"), args=args) if owner in LISTS:
+                given = args
+            case ast.Assign(targets=[ast.Name(id=owner)], value=value) if owner in LISTS:
+                given = [value]
+            case ast.AugAssign(target=ast.Name(id=owner), value=value) if owner in LISTS:
+                given = [value]
+        for text in (text for each in given for text in texts(each)):
+            if FIELD.match(text):
+                yield f"{name}: {text}"
+
+
+def texts(node: ast.expr) -> Iterator[str]:
+    """The texts that an expression gives as they are, or as members; the arguments of calls are not among them."""
+    match node:
+        case ast.Constant(value=str(text)):
+            yield text
+        case ast.JoinedStr():
+            yield ast.unparse(node)[2:-1]
+        case ast.Starred(value=inner) | ast.GeneratorExp(elt=inner) | ast.ListComp(elt=inner):
+            yield from texts(inner)
+        case ast.List(elts=members) | ast.Tuple(elts=members):
+            for member in members:
+                yield from texts(member)
+        case ast.BoolOp(values=operands):
+            for operand in operands:
+                yield from texts(operand)
+        case ast.IfExp(body=body, orelse=orelse):
+            yield from texts(body)
+            yield from texts(orelse)
+        case ast.BinOp(left=left, right=right):
+            yield from texts(left)
+            yield from texts(right)

@@ -163,7 +163,7 @@ def test_an_executor_is_found_by_its_file_and_again_by_the_run_that_it_was_sent(
     found = watch.load_executor(run)
     assert type(found).__name__ == "OursExecutor" and getattr(found, "queue_name", "") == "short"
     trust.forget(run)
-    with pytest.raises(ConfigError, match=r"names launch\.ours:OursExecutor, an executor that is not fiddlehead's"):
+    with pytest.raises(ConfigError, match=r"names launch\.ours:OursExecutor, which is not an executor of fiddlehead"):
         watch.load_executor(run)
 
 

@@ -1,4 +1,4 @@
-"""How fast a recipe trains: a few steps of it are timed, and nothing is kept but the figures."""
+"""Times a few steps of a recipe, and keeps only the figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fiddlehead.attention import Target
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.data.random_tokens import RandomTokens
 from fiddlehead.environment import describe_gpus, describe_machine
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.plan import attention
 from fiddlehead.plan.attention_calls import calls_of
@@ -47,7 +47,8 @@ def as_benchmark(recipe: Recipe, *, steps: int, warmup: int, random_tokens: bool
     if task not in (tasks.pretrain, tasks.finetune):
         raise ConfigError(f"the recipe configures {task.__module__}:{task.__qualname__}, not a training")
     if recipe.log.profile is not None:
-        raise ConfigError("log.profile: of a benchmark nothing is kept; profile a run with the same edits")
+        message = "a benchmark keeps no files; profile a run with the same edits"
+        raise ConfigError(Problem("log.profile", recipe.log.profile, message))
     arguments = {str(name): value for name, value in fdl.ordered_arguments(recipe.clone()).items()}
     timed = Recipe(benchmark, **arguments, steps=steps)
     timed.trainer.max_steps = warmup + steps
@@ -64,13 +65,11 @@ def as_benchmark(recipe: Recipe, *, steps: int, warmup: int, random_tokens: bool
 def _random_tokens(recipe: Recipe) -> fdl.Config[RandomTokens]:
     data = recipe.data
     if fdl.get_callable(data) is not PreTrainingDataModule:
-        raise ConfigError("--random-tokens: is for pretraining; fine-tuning is timed on its own examples")
+        raise ConfigError("--random-tokens is for pretraining; fine-tuning is timed on its own examples")
     if data.separate_documents:
-        raise ConfigError("--random-tokens: makes no documents that data.separate_documents=True could keep apart")
+        raise ConfigError("--random-tokens makes no documents, which data.separate_documents=True needs")
     if recipe.model.init_from is not None:
-        raise ConfigError(
-            "--random-tokens: the weights of model.init_from have learned with a tokenizer, and want its tokens"
-        )
+        raise ConfigError("--random-tokens does not fit the weights of model.init_from, which have a tokenizer")
     vocab_size = recipe.model.config.vocab_size or cast(PreTrainingDataModule, fdl.build(data)).vocab_size
     names = ("seq_length", "micro_batch_size", "global_batch_size", "num_workers", "seed")
     return fdl.Config(RandomTokens, vocab_size=vocab_size, **{name: getattr(data, name) for name in names})
@@ -92,7 +91,7 @@ def benchmark(
     Figures, over the timed steps: `tokens_per_s`, `tokens_per_s_per_device`, `tflops_per_s`, `memory_gib`, and where
     the device's peak is known `mfu` and `mfu_full`, as `fiddlehead.training.callbacks.metrics.Metrics` has them;
     `seconds_per_step`, a spread; `seconds_data`, `seconds_forward`, `seconds_backward` and `seconds_optimizer`, means.
-    And `seconds_to_first_step`, from here to its end: the model is made, and what is compiled is compiled.
+    And `seconds_to_first_step`, from here to the end of the first step, with building and compiling the model.
     """
     started = time.perf_counter()
     observer = _Observer()
@@ -160,7 +159,7 @@ class NoCheckpoint(Checkpoint):
 
 
 class _Observer(Callback):
-    """Notes what is gone when training is over: when the first step ended, memory, clocks."""
+    """Records what cannot be read after training: when the first step ended, memory, clocks."""
 
     def __init__(self) -> None:
         self.first_step = 0.0
@@ -170,14 +169,14 @@ class _Observer(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Waits for the first step."""
+        """Waits for the first step, and records when it ended."""
         if not self.first_step and at_step_end(trainer):
             if pl_module.device.type == "cuda":
                 torch.cuda.synchronize(pl_module.device)
             self.first_step = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The clocks still run as they do under load."""
+        """Records the clocks while they still run as under load."""
         self.gpus = describe_gpus()
         self.figures["memory_gib"] = peak_memory(pl_module.device)
         if pl_module.device.type == "cuda":

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from fiddlehead.errors import unknown
+from fiddlehead.errors import Problem
 from fiddlehead.files import secret_files
 from fiddlehead.files.paths import cache_folder
 from fiddlehead.run.processes import sysctl
@@ -32,11 +32,11 @@ def kernel_folders() -> dict[str, str]:
     return {variable: str(cache_folder() / folder) for variable, folder in folders.items()}
 
 
-def wandb_mode_problems(mode: str | None) -> list[str]:
+def wandb_mode_problems(mode: str | None) -> list[Problem]:
     """Why W&B would not take the value of WANDB_MODE."""
     if not mode or mode in WANDB_MODES:
         return []
-    return [f"WANDB_MODE={mode}: {unknown('mode', mode, WANDB_MODES)}"]
+    return [Problem.unknown("WANDB_MODE", mode, "mode", WANDB_MODES)]
 
 
 def describe_environment(directory: Path) -> dict[str, Any]:

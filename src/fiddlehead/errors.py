@@ -40,7 +40,7 @@ class Problem(str):
 
     Args:
         path: of the field in the recipe, or the name of an argument; "" where no single field is at fault.
-        given: its value.
+        given: its value; the text shows it only where there is a path.
         message: what is wrong with it.
         allowed: what may stand there instead. If one of these names is close to `given`, the text offers that one.
     """
@@ -51,8 +51,8 @@ class Problem(str):
         cls, path: str, given: object = UNSET, message: str = "", allowed: Iterable[object] | None = None
     ) -> Problem:
         names = None if allowed is None else tuple(allowed)
-        head = path if given is UNSET else f"{path}={_shown(given)}"
-        text = message if names is None else f"{message}; {_choice(given, names)}"
+        head = f"{path}={_shown(given)}" if path and given is not UNSET else path
+        text = message if names is None else "; ".join(filter(None, (message, _choice(given, names))))
         self = super().__new__(cls, _shortened(f"{head}: {text}" if head else text))
         self.path, self.given, self.message, self.allowed = path, given, message, names
         return self
@@ -61,8 +61,8 @@ class Problem(str):
         return self.path, self.given, self.message, self.allowed
 
     @classmethod
-    def unknown(cls, path: str, given: str, what: str, allowed: Iterable[str]) -> Problem:
-        """A name that is not among `allowed`; `what` says what it would name."""
+    def unknown(cls, path: str, given: object, what: str, allowed: Iterable[str]) -> Problem:
+        """A name that is not among `allowed`; `what` says what it should name."""
         return cls(path, given, f"unknown {what} {given!r}", allowed)
 
     @classmethod
@@ -130,10 +130,6 @@ class _Sentence(Problem):  # to go: a text that may begin with a field
         return _Sentence(f"{path}.{self.message}") if path else self
 
 
-def Elsewhere(text: str) -> Problem:  # noqa: N802  # to go: `Problem.in_file`, or a text
-    return Problem("", UNSET, text)
-
-
 class RunError(RuntimeError):
     """A run cannot go on, for a reason that its message says better than a traceback; exit code 1."""
 
@@ -148,7 +144,7 @@ def of_the_machine(error: BaseException) -> str:
 def first_of(problems: Sequence[str], shown: int = 20) -> list[str]:
     """The first of many problems, and how many more there are."""
     more = len(problems) - shown
-    return [*problems[:shown], *([Elsewhere(f"and {more:,} more")] if more > 0 else [])]
+    return [*problems[:shown], *([Problem("", message=f"and {more:,} more")] if more > 0 else [])]
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:

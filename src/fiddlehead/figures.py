@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 
 UNCHANGED = 0.02
 """A figure that differs by less is taken for the same."""
@@ -68,11 +68,12 @@ def read(file: Path) -> dict[str, Any]:
     try:
         results = json.loads(file.read_text())
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+        raise ConfigError(Problem.in_file(file, f"cannot be read: {error.strerror}")) from None
     except ValueError:
         results = None
     if not isinstance(results, dict) or not isinstance(results.get("figures"), dict):
-        raise ConfigError(f"{file}: has no figures; what `fiddlehead bench --json` and benchmarks/ write has them")
+        message = "has no figures; `fiddlehead bench --json` and benchmarks/ write files that have them"
+        raise ConfigError(Problem.in_file(file, message))
     return results
 
 

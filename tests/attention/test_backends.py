@@ -176,7 +176,7 @@ def test_one_that_is_taken_away_serves_no_more_and_may_come_back_changed(plain: 
     changed: Any = SimpleNamespace(**vars(plain) | {"run": lambda q, *rest: q + 1})
     register(changed)
     assert torch.equal(attend(q, k, v), q + 1)
-    with pytest.raises(ConfigError, match="unknown backend 'plian'; did you mean 'plain'"):
+    with pytest.raises(ConfigError, match="unknown attention backend 'plian'; did you mean 'plain'"):
         unregister("plian")
 
 
@@ -186,7 +186,7 @@ WHOLE: dict[str, Any] = {"NAME": "mine", "PLACE": 5, "SWITCHES": (), "place": pr
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"NAME": "flash2"}, "NAME='flash2' is taken"),
+        ({"NAME": "flash2"}, "NAME='flash2': is taken"),
         ({"NAME": "auto"}, "NAME='auto': must be an identifier"),
         ({"NAME": "my kernel"}, "NAME='my kernel': must be an identifier"),
         ({"NAME": 3}, "NAME=3: must be an identifier"),

@@ -282,9 +282,9 @@ def test_inference_mode_may_begin_and_end_around_any_call() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"batch": 0}, "batch=0: at least 1"),
-        ({"max_length": 0, "head_dim": -1}, "max_length=0: at least 1\nhead_dim=-1: at least 1"),
-        ({"page_size": -1}, "page_size=-1: at least 1, or 0"),
+        ({"batch": 0}, "batch=0: must be 1 or more"),
+        ({"max_length": 0, "head_dim": -1}, "max_length=0: must be 1 or more\nhead_dim=-1: must be 1 or more"),
+        ({"page_size": -1}, "page_size=-1: must be 1 or more, or 0"),
     ],
 )
 def test_impossible_sizes_are_refused(sizes: dict[str, int], message: str) -> None:
@@ -299,7 +299,7 @@ def test_storage_that_does_not_fit_together_is_refused() -> None:
         KVCache(k, k.double())
     with pytest.raises(ConfigError, match="expected two alike of four dimensions"):
         KVCache(k[0], k[0])
-    with pytest.raises(ConfigError, match=r"page_table\(2, 2\) torch.int64: expected .* int32"):
+    with pytest.raises(ConfigError, match=r"page_table: is \(2, 2\) torch.int64; expected .* int32"):
         KVCache(k, k, torch.arange(4).view(2, 2))
 
 
@@ -312,10 +312,18 @@ REFUSED: dict[str, tuple[list[torch.Tensor], dict[str, Any], str]] = {
     "fewer queries' sequences": ([INPUTS[0][:1], *INPUTS[1:]], {}, "expected as many sequences of both"),
     "another dtype": ([x.float() for x in INPUTS], {}, "k is torch.float32 .* the cache is torch.float64"),
     "another device": ([x.to("meta") for x in INPUTS], {}, "k is torch.float64 on meta .* on cpu"),
-    "too many": (Model().inputs(2, MAX_LENGTH), {}, "max_length=24: 3 positions are taken, padding counted, and 24"),
-    "padding without a mask": (INPUTS, {"causal": False, **MASKED}, "new_lengths with causal=False"),
+    "too many": (Model().inputs(2, MAX_LENGTH), {}, "max_length=24: 3 positions are taken, with padding, and 24"),
+    "padding without a mask": (
+        INPUTS,
+        {"causal": False, **MASKED},
+        "new_lengths: needs causal=True, .* has causal=False",
+    ),
     "padding of fewer queries": ([INPUTS[0][:, :1], *INPUTS[1:]], MASKED, "1 queries and 4 new keys"),
-    "lengths of another batch": (INPUTS, {"new_lengths": torch.tensor([4])}, r"new_lengths\(1,\): expected \(2,\)"),
+    "lengths of another batch": (
+        INPUTS,
+        {"new_lengths": torch.tensor([4])},
+        r"new_lengths: has shape \(1,\); expected \(2,\)",
+    ),
     "heads of no group": ([INPUTS[0][:, :, :3], *INPUTS[1:]], {}, "G dividing H"),
     "a backend that is not here": (INPUTS, {"backend": "flash2"}, "flash2: needs an NVIDIA GPU"),
 }
@@ -343,7 +351,7 @@ def test_gradients_are_refused() -> None:
 
 
 def test_lengths_of_new_positions_need_a_cache() -> None:
-    with pytest.raises(ConfigError, match="new_lengths is for calls with a kv_cache"):
+    with pytest.raises(ConfigError, match="new_lengths: needs a kv_cache"):
         attend(*INPUTS, new_lengths=MASKED["new_lengths"])
 
 

@@ -68,7 +68,7 @@ def test_the_first_that_can_is_taken_and_the_others_are_explained(three_backends
 def test_a_named_backend_is_taken_or_refused_but_never_replaced(three_backends: None) -> None:
     assert select(SPEC, CPU, "reference") == "reference"
     assert explain(SPEC, CPU, "flash2").backend is None
-    with pytest.raises(ConfigError, match=r"attention_backend='flash2' cannot serve .* flash2: needs a newer GPU$"):
+    with pytest.raises(ConfigError, match=r"attention_backend='flash2': cannot serve .* flash2: needs a newer GPU$"):
         select(SPEC, CPU, "flash2")
 
 

@@ -75,12 +75,12 @@ def test_more_layers_than_there_are_is_refused_in_twenty_lines(llama: Path) -> N
     [
         ({"model_type": "lama"}, "model_type='lama': unknown family 'lama'; did you mean 'llama'?"),
         ({"model_type": "mamba"}, "unknown family 'mamba'"),
-        ({"hidden_act": "relu"}, "hidden_act='relu': allowed: 'silu'"),
-        ({"attention_bias": True}, "attention_bias=True, mlp_bias=False: both or none"),
+        ({"hidden_act": "relu"}, "hidden_act='relu': must be 'silu'"),
+        ({"attention_bias": True}, "attention_bias=True: must be the same as mlp_bias=False"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "unknown kind of rotary positions 'dynamic'"),
         ({"quantization_config": {"quant_method": "mxfp4"}}, "quantized weights are not read"),
-        ({"num_attention_heads": 7}, "num_query_groups=3 does not divide num_attention_heads=7"),
-        ({"vocab_size": None}, "vocab_size=null: must have a value; left out, it is 32000"),
+        ({"num_attention_heads": 7}, "num_query_groups=3: does not divide num_attention_heads=7"),
+        ({"vocab_size": None}, "vocab_size: is null, and must have a value; left out, it is 32000"),
     ],
 )
 def test_settings_that_no_model_here_has_are_refused(llama: Path, settings: dict[str, Any], said: str) -> None:

@@ -75,8 +75,9 @@ def test_a_family_of_fiddlehead_is_not_replaced_and_a_users_own_is() -> None:
 def test_a_family_names_only_fields_that_there_are() -> None:
     with pytest.raises(ConfigError) as error:
         families.Family(model_type="m", architecture="M", settings={"n": "num_layer"}, fixed={"add_bias": True})
-    assert "family 'm': settings: unknown field of TransformerConfig 'num_layer'; did you mean 'num_layers'" in str(
-        error.value
+    assert (
+        "family 'm': settings='num_layer': unknown field of TransformerConfig 'num_layer'; did you mean 'num_layers'"
+        in str(error.value)
     )
     assert "'add_bias'" in str(error.value)
 

@@ -156,10 +156,14 @@ def config_list(saved: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "changed", "said"),
     [
-        ("many", no_index, f"has no model.safetensors and no {INDEX}; model-00001-of-00004.safetensors, model-00002"),
-        ("one", another_name, "weights.safetensors is not what transformers loads"),
-        ("one", adapters_too, "adapter_config.json: the folder holds adapters for 'owner/base', not a whole model"),
-        ("one", adapters_alone, "adapter_config.json: the folder holds adapters for 'owner/base', not a whole model"),
+        (
+            "many",
+            no_index,
+            f"has no model.safetensors and no {INDEX}, and transformers does not load model-00001-of-00004",
+        ),
+        ("one", another_name, "transformers does not load weights.safetensors"),
+        ("one", adapters_too, "adapter_config.json: the folder has adapters for 'owner/base', not a whole model"),
+        ("one", adapters_alone, "adapter_config.json: the folder has adapters for 'owner/base', not a whole model"),
         ("many", twice, "model.embed_tokens.weight: is in "),
         ("many", absent, f"{INDEX}: model.extra.weight is in none of the files that it lists"),
         ("many", removed, f"{INDEX}: model.norm.weight is in none of the files that it lists"),

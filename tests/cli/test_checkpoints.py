@@ -29,7 +29,7 @@ def test_there_and_back(fiddlehead, llama):  # noqa: F811
     ("arguments", "said"),
     [
         (["import", "hf", "nowhere", "--out", "x"], "'nowhere': there is no such folder"),
-        (["import", "hf", "hf", "--out", "hf"], "out='hf': is there already"),
+        (["import", "hf", "hf", "--out", "hf"], "out='hf': exists already"),
         (["export", "hf", "nowhere", "x"], "unknown run 'nowhere'"),
         (["export", "hf", "hf", "x"], "hf: is a Hugging Face checkpoint already"),
         (["export", "peft", "hf", "x"], "hf: has no adapters"),

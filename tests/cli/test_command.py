@@ -89,7 +89,7 @@ def test_what_tokenize_recommends_can_be_trained_on(fiddlehead, tmp_path):
     assert edits == ["data.paths=tokens", "data.tokenizer=None", "data.val_samples=0"]
     fiddlehead("pretrain", "-f", "tiny_test", *edits, "--dryrun")
     refused = fiddlehead("pretrain", "-f", "tiny_test", *edits[:2], "data.seq_length=99", "--dryrun", rc=2)
-    assert "data.seq_length=99 needs 100 tokens; the training split of tokens has 64" in refused
+    assert "data.seq_length=99: needs 100 tokens, and the training split of tokens has 64" in refused
     assert "the validation split of tokens has 0 (val_samples=0 trains without validation)" in refused
 
 
@@ -167,8 +167,8 @@ def test_a_saved_recipe_runs_like_the_function(fiddlehead, tmp_path):
 def test_all_mistakes_of_a_recipe_at_once(fiddlehead):
     edits = ["model.config.num_query_groups=3", "optim.lr=-1", "data.micro_batch_size=7"]
     output = fiddlehead("pretrain", "-f", "tiny", *edits, "--dryrun", rc=2)
-    assert "model.config.num_query_groups=3 does not divide num_attention_heads=4; allowed: 1, 2, 4 or None" in output
-    assert "optim.lr=-1.0: must be above 0" in output
+    assert "model.config.num_query_groups=3: does not divide num_attention_heads=4; allowed: 1, 2, 4, None" in output
+    assert "optim.lr=-1.0: must be a finite number above 0" in output
     assert "data.global_batch_size=16" in output
     assert len(output.strip().splitlines()) == 3
 
@@ -182,7 +182,7 @@ def test_all_mistakes_of_a_recipe_at_once(fiddlehead):
         (["pretrain", "-f", "tiny", "trainer.max_steps=many"], "trainer.max_steps"),
         (["pretrain", "-f", "tiny", "trainer.max_steps=1.5"], "trainer.max_steps"),
         (["pretrain", "-f", "tiny", "trainer.max_steps"], "expected KEY=VALUE"),
-        (["pretrain", "-f", "tiny", "model.config.num_query_groups=3", "--dryrun"], "allowed: 1, 2, 4 or None"),
+        (["pretrain", "-f", "tiny", "model.config.num_query_groups=3", "--dryrun"], "allowed: 1, 2, 4, None"),
         (["pretrain", "-f", "tiny", "executor=slrm"], "unknown executor 'slrm'"),
         (["pretrain", "-f", "tiny", "executor=local", "executor.ntasks=2"], "ntasks_per_node"),
         (["pretrain", "-f", "tiny", "--direct", "executor=local"], "--direct"),
@@ -221,12 +221,12 @@ def test_all_mistakes_of_a_recipe_at_once(fiddlehead):
         (["pretrain", "-f", "llama32_1b", *ON_A_CPU], "data.paths=None: there is no data; give data.paths=DIR"),
         (["bench", "llama32_1b", *ON_A_CPU], "`fiddlehead bench` also takes --random-tokens"),
         (["pretrain", "-f", "tiny_test", "data.corpus=python"], "data.corpus=python: expects 'stdlib' | None"),
-        (["finetune", "-f", "lora", "--dryrun"], "model.init_from=None: give the model to begin with"),
+        (["finetune", "-f", "lora", "--dryrun"], "model.init_from=None: name the model to begin with"),
         (
             ["finetune", "-f", "dpo", "--dryrun"],
-            "model.init_from=None: preferences are learned by a model that can answer already",
+            "model.init_from=None: name a model that can answer already",
         ),
-        (["finetune", "-f", "full", "--dryrun"], "data.paths is empty"),
+        (["finetune", "-f", "full", "--dryrun"], "data.paths: is empty"),
         (["pretrain"], "--factory"),
         (["show", "tinny"], "did you mean 'tiny'?"),
         (["recipes", "lamma3_8b"], "no recipe is called 'lamma3_8b'; did you mean 'llama3_8b' or "),
@@ -264,9 +264,9 @@ def test_spoiled_runs_are_listed_beside_the_others_and_say_what_to_do(fiddlehead
     assert "DAMAGED" in rows["cut"] and "SUCCEEDED" in rows["word"] and "SUCCEEDED" in rows["bytes"]
     output = fiddlehead("runs")
     for said in (
-        "status is damaged",
+        "status: is damaged",
         "loss='oops' is not a number",
-        "command is damaged: is not valid UTF-8",
+        "command: is damaged: is not valid UTF-8",
     ):
         assert said in " ".join(output.split())
     found = {run["name"]: run for run in json.loads(fiddlehead("runs", "--json"))}
@@ -275,7 +275,7 @@ def test_spoiled_runs_are_listed_beside_the_others_and_say_what_to_do(fiddlehead
         assert "damaged" in fiddlehead("runs", "show", name)
     refused = fiddlehead("pretrain", "-f", "tiny_test", "log.name=cut", "--dryrun", rc=2)
     assert "goes on from its newest checkpoint" in refused
-    assert "cut/status is damaged" in fiddlehead("runs", "cancel", "cut", rc=2)
+    assert "cut/status: is damaged" in fiddlehead("runs", "cancel", "cut", rc=2)
     fiddlehead("runs", "clean", "--state", "DAMAGED", "--yes")
     assert not (tmp_path / "runs" / "cut").exists() and (tmp_path / "runs" / "word").exists()
 

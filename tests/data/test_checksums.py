@@ -110,7 +110,7 @@ def test_flipped_tokens_are_refused_by_name(tmp_path: Path) -> None:
     sums = data.checksums()
     assert sums["train"] == [("train.bin", hashlib.sha256((folder / "train.bin").read_bytes()).hexdigest())]
     flip(folder / "train.bin")
-    with pytest.raises(ConfigError, match=r"train\.bin is not what was written: its SHA-256 is .*; tokenize again"):
+    with pytest.raises(ConfigError, match=r"train\.bin: is not what was written: its SHA-256 is .*; tokenize again"):
         data.checksums()
 
 

@@ -318,7 +318,7 @@ def test_a_pair_is_compared_after_the_tokens_that_ask_for_it(tmp_path: Path) -> 
         question = ours.encode_with_special(template.render(asked, add_generation_prompt=True))
         assert text.ids[~text.learned].tolist() == question == text.ids[: len(question)].tolist()
     path = lines(tmp_path / "b.jsonl", pair | {"chosen": [ANSWER, USER, ANSWER]})
-    with pytest.raises(ConfigError, match=r"b\.jsonl:1: chosen, rejected: one has several answers"):
+    with pytest.raises(ConfigError, match=r"b\.jsonl:1: chosen or rejected has several answers"):
         tokenize_records(read_records([path], preference=True), ours, template)
 
 

@@ -84,7 +84,7 @@ def test_what_is_too_long_is_cut_and_what_has_no_answer_left_dropped(tmp_path: P
     long, deaf = {"prompt": "a", "completion": "b" * 99}, {"prompt": "a" * 99, "completion": "b"}
     data = module(lines(tmp_path / "a.jsonl", COMPLETION, long, deaf), tokenizer)
     assert "2 in 2 rows" in capsys.readouterr().out and len(data._train or ()) == 2
-    with pytest.raises(ConfigError, match="leaves no answer of any example"):
+    with pytest.raises(ConfigError, match="is too short for any answer"):
         module(lines(tmp_path / "b.jsonl", deaf), tokenizer)
 
 

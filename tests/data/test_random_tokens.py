@@ -23,5 +23,5 @@ def test_a_sample_is_the_same_whenever_it_is_drawn():
 
 
 def test_there_is_something_to_draw():
-    with pytest.raises(ConfigError, match="vocab_size=0; allowed: 1 or more"):
+    with pytest.raises(ConfigError, match="vocab_size=0: must be a whole number of 1 or more"):
         RandomTokens(vocab_size=0)

@@ -59,10 +59,10 @@ def test_files_of_all_kinds_give_the_same(example: dict[str, Any], tmp_path: Pat
         ({"promt": "a", "completion": "b"}, "has promt, completion: unknown field 'promt'; did you mean 'prompt'?"),
         ({"prompt": "a", "completion": ""}, "completion: is empty"),
         ({"prompt": "a", "completion": 3}, "completion: is a int"),
-        ({"prompt": [USER], "completion": [USER]}, "completion: has no message of the assistant's"),
+        ({"prompt": [USER], "completion": [USER]}, "completion: has no message of the assistant"),
         ({"messages": "hi"}, "messages: is text; allowed: a list of messages"),
         (CHAT, "has messages, and the examples before prompt, completion; allowed: one shape for all"),
-        ({"messages": [USER]}, "has no message of the assistant's"),
+        ({"messages": [USER]}, "has no message of the assistant"),
         ({"messages": [{"role": "asistant", "content": "a"}]}, "did you mean 'assistant'?"),
         ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content: is a NoneType"),
         ({"messages": [{"role": "assistant", "content": ""}]}, "messages[0].content: is empty"),
@@ -83,8 +83,8 @@ def test_a_bad_line_is_named(record: Any, said: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"chosen": [USER]}, "chosen: has no message of the assistant's"),
-        ({"rejected": []}, "rejected: has no message of the assistant's"),
+        ({"chosen": [USER]}, "chosen: has no message of the assistant"),
+        ({"rejected": []}, "rejected: has no message of the assistant"),
         ({"rejected": "b"}, "either all are text or all are lists of messages"),
         ({"rejected": None}, "needs the fields prompt, chosen, rejected; or chosen, rejected; and has prompt, chosen"),
     ],
@@ -133,7 +133,7 @@ def test_files_and_folders_that_hold_no_examples_are_named(tmp_path: Path) -> No
     with pytest.raises(ConfigError) as error:
         read_records(paths, preference=False)
     assert len(error.value.problems) == len(paths)
-    assert f"one or more of {several / 'train'}, {several / 'test'}" in error.value.problems[1]
+    assert f"name some; allowed: {several / 'train'}, {several / 'test'}" in error.value.problems[1]
     with pytest.raises(ConfigError, match="there is no example"):
         read_records([lines(tmp_path / "a.jsonl")], preference=False)
 
@@ -244,7 +244,7 @@ def test_pairs_of_all_shapes_get_one_form(given: dict[str, Any], values: dict[st
         ),
         (
             {"messages": [USER, {**ANSWER, "weight": 0}]},
-            "messages: has no message of the assistant's that is to be learned",
+            "messages: has no message of the assistant to learn",
         ),
         (
             {"messages": [USER, {**ANSWER, "weight": 0.5}]},
@@ -270,7 +270,7 @@ def test_an_example_of_no_known_shape_is_named(record: Any, said: str, tmp_path:
     [
         ({"chosen": [ANSWER], "rejected": [CALL]}, "has no prompt, and chosen and rejected do not begin alike"),
         ({"chosen": "yes", "rejected": "no"}, "has no prompt, and chosen and rejected do not begin alike"),
-        ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, "chosen: has no message of the assistant's"),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, "chosen: has no message of the assistant"),
         ({"question": "a", "chosen": "yes", "rejected": "yet"}, "is 'question' the prompt? Name it 'prompt'"),
         ({"prompt": "hi", "chosen": [ANSWER], "rejected": [CALL]}, "either all are text or all are lists of messages"),
         ({"prompt": [USER], "chosen": "a", "rejected": "b"}, "either all are text or all are lists of messages"),

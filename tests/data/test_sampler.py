@@ -118,7 +118,7 @@ def test_it_is_fast() -> None:
 def test_sizes_that_do_not_divide() -> None:
     assert micro_batches(2, 16, 4) == 2
     with pytest.raises(
-        ConfigError, match=r"global_batch_size=12 is not a multiple of micro_batch_size=4 x 2 .*1, 2, 3, 6"
+        ConfigError, match=r"global_batch_size=12: is not a multiple of micro_batch_size=4 x 2 .*1, 2, 3, 6"
     ):
         micro_batches(4, 12, 2)
     with pytest.raises(ConfigError, match="allowed: a global_batch_size of 5, 10"):

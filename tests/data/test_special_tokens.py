@@ -212,16 +212,16 @@ def test_a_dataset_ends_documents_as_the_folder_says_and_keeps_what_it_says(tmp_
 @pytest.mark.parametrize(
     ("file", "text", "said"),
     [
-        ("tokenizer_config.json", "{", r"tokenizer_config\.json cannot be read"),
+        ("tokenizer_config.json", "{", r"tokenizer_config\.json: cannot be read"),
         ("special_tokens_map.json", "[]", r"special_tokens_map\.json: must hold a JSON object"),
-        ("tokenizer_config.json", '{"eos_token": 5}', "eos_token=5; allowed: the text of a token"),
+        ("tokenizer_config.json", '{"eos_token": 5}', "eos_token=5: must be the text of a token"),
         (
             "tokenizer_config.json",
             '{"eos_token": "<edn>"}',
             r"tokenizer_config\.json: eos_token='<edn>' is not a token",
         ),
-        ("generation_config.json", '{"eos_token_id": "1"}', r"generation_config\.json: eos_token_id='1'; allowed"),
-        ("config.json", '{"eos_token_id": [1, "2"]}', r"config\.json: eos_token_id=\[1, '2'\]; allowed"),
+        ("generation_config.json", '{"eos_token_id": "1"}', r"generation_config\.json: eos_token_id='1': must be"),
+        ("config.json", '{"eos_token_id": [1, "2"]}', r"config\.json: eos_token_id=\[1, '2'\]: must be"),
     ],
 )
 def test_files_that_name_no_token_are_refused(file: str, text: str, said: str, tmp_path: Path) -> None:
@@ -236,8 +236,8 @@ def test_files_that_name_no_token_are_refused(file: str, text: str, said: str, t
     [
         ([{"name": "rag", "template": "r"}], "chat_template has rag; one of them must be named default"),
         ({"rag": "r", "tool": "t"}, "chat_template has rag, tool; one of them must be named default"),
-        (5, "chat_template is a int; allowed: text, or named texts"),
-        ([{"name": "default", "template": 5}], "chat_template is a int; allowed"),
+        (5, "chat_template is a int; must be text, or named texts"),
+        ([{"name": "default", "template": 5}], "chat_template is a int; must be"),
     ],
 )
 def test_what_is_no_template_is_refused(given: Any, said: str, tmp_path: Path) -> None:

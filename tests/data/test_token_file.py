@@ -93,10 +93,10 @@ def test_another_tokenizer_is_refused(dataset: Path) -> None:
 
 def test_truncated_and_missing_files(dataset: Path) -> None:
     os.truncate(dataset / "train.bin", 7)
-    with pytest.raises(ConfigError, match=rf"train.bin has 7 bytes, but {len(IDS)} uint16 tokens are {2 * len(IDS)}"):
+    with pytest.raises(ConfigError, match=rf"train.bin: has 7 bytes, but {len(IDS)} uint16 tokens are {2 * len(IDS)}"):
         TokenFile(dataset)
     (dataset / "train.bin").unlink()
-    with pytest.raises(ConfigError, match=r"train\.bin is missing"):
+    with pytest.raises(ConfigError, match=r"train\.bin: is missing"):
         TokenFile(dataset)
 
 
@@ -137,7 +137,7 @@ def test_only_token_datasets_are_overwritten(tmp_path: Path, dataset: Path) -> N
     assert inside(tmp_path) == ["data"]
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("dear")
-    with pytest.raises(ConfigError, match="not overwritten, because only token datasets are"):
+    with pytest.raises(ConfigError, match="only token datasets are overwritten"):
         write(tmp_path / "thesis", overwrite=True)
     assert inside(tmp_path / "thesis") == ["chapter.txt"]
 
@@ -152,7 +152,7 @@ def test_the_first_of_two_writers_wins(tmp_path: Path) -> None:
     with TokenDatasetWriter(tmp_path / "data", ByteTokenizer(), []) as slow:
         write(tmp_path / "data")  # sees the other's folder and leaves it alone
         slow.add("train", np.zeros(1, dtype=np.uint16), 1, 0)
-        with pytest.raises(MadeMeanwhileError, match="made by another process"):
+        with pytest.raises(MadeMeanwhileError, match="another process has made it"):
             slow.finish()
     assert len(TokenFile(tmp_path / "data")) == len(IDS)
     assert inside(tmp_path) == ["data"]

@@ -77,7 +77,7 @@ def test_a_text_ends_with_a_document_or_for_want_of_room(writer: Writer) -> None
     (found,) = ended.complete([[97]], 9, sampling=Sampling(temperature=0))
     assert (found.ids, found.finish_reason) == (expected[:4], "stop")
     assert writer.complete([[97] * 30], 9)[0].finish_reason == "length"
-    with pytest.raises(ConfigError, match="prompts of 32 tokens"):
+    with pytest.raises(ConfigError, match="prompts: have 32 tokens"):
         writer.complete([[97] * 32], 9)
 
 

@@ -61,7 +61,7 @@ def test_an_unknown_setting_is_told_with_the_nearest():
 
 def test_row_2_a_container_is_on_one_machine():
     """NeMo-Run's groups of containers, in which the first to end decides, are out of reach."""
-    with pytest.raises(ConfigError, match="nodes=2: a container is on one machine"):
+    with pytest.raises(ConfigError, match="nodes=2: a container runs on one machine"):
         DockerExecutor(image=IMAGE, nodes=2)
 
 
@@ -83,7 +83,7 @@ def test_names_are_those_of_containers_and_hosts(name, tmp_path):
 
 @pytest.mark.parametrize("text", ["data", "/a:b", "/a:/b:/c", "/a:/b:rx", ":/b", ""])
 def test_a_mount_that_is_none(text, run):
-    with pytest.raises(ConfigError, match=r"executor\.mounts: .* is not SOURCE\[:TARGET\]\[:ro\]"):
+    with pytest.raises(ConfigError, match=r"executor\.mounts=.*: must be SOURCE\[:TARGET\]\[:ro\]"):
         docker(IMAGE, mounts=[text]).check(run)
 
 
@@ -374,14 +374,14 @@ def test_what_cannot_be_had_is_told_at_once(client, run, monkeypatch):
     assert "not on this machine, and cannot be pulled" in image and f"did you mean {IMAGE!r}?" in image
     others = set(error.value.problems) - {image}
     if "nvidia" not in client.info()["Runtimes"]:
-        assert {"executor.gpus=2: the engine has none to give; install the NVIDIA Container Toolkit"} <= others
+        assert {"executor.gpus=2: the engine has no GPUs; install the NVIDIA Container Toolkit"} <= others
     assert {"executor.mounts: /nowhere/a does not exist", "executor.mounts: /nowhere/b does not exist"} <= others
 
 
 @pytest.mark.docker
 def test_what_the_engine_refuses_is_in_its_words_and_leaves_nothing(client, run):
     run.script.write_text("")
-    with pytest.raises(ConfigError, match=r"executor=docker: the engine at .* refused: .*/nowhere"):
+    with pytest.raises(ConfigError, match=r"executor='docker': the engine at .* refused: .*/nowhere"):
         docker(IMAGE, mounts=["/nowhere"]).submit(run)
     assert not containers(client, run)
 
@@ -397,7 +397,7 @@ def test_an_image_without_bash_is_guessed(client, run):
 @pytest.mark.docker
 def test_the_folders_of_the_image_are_not_hidden(client, run, monkeypatch):
     monkeypatch.chdir("/usr")
-    with pytest.raises(ConfigError, match="the job would have /usr of this machine in place of the image's"):
+    with pytest.raises(ConfigError, match="the job would have this machine's /usr instead of the image's"):
         docker(IMAGE).check(run)
 
 

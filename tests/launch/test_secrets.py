@@ -46,7 +46,7 @@ def test_those_that_are_set_are_collected(run: RunDirectory, monkeypatch: pytest
 
 def test_all_that_are_missing_are_named(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINE", "there")
-    with pytest.raises(ConfigError, match=r"^executor\.secrets: not set in this process: GONE, AWAY; "):
+    with pytest.raises(ConfigError, match=r"^executor\.secrets: GONE, AWAY are not set in this process; "):
         secrets.collect(["GONE", "MINE", "AWAY"])
 
 

@@ -224,7 +224,7 @@ def test_a_killed_job_is_not_queued_again(jobs: Jobs):
 
 def test_what_the_cluster_refuses_is_said_before(jobs: Jobs):
     wrong = replace(jobs.executor, partition="no-such", nodes=99)
-    with pytest.raises(ConfigError, match=r"executor.partition: unknown partition 'no-such'"):
+    with pytest.raises(ConfigError, match=r"executor.partition='no-such': unknown partition 'no-such'"):
         wrong.check(jobs.prepare("wrong", "", wrong))
     for settings, said in (
         ({"nodes": 99}, "executor.nodes=99"),

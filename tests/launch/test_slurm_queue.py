@@ -282,12 +282,18 @@ SINFO = (
     [
         ((None, None, 9, "1-0", None), []),
         (("h100", None, 4, "UNLIMITED", 8), []),
-        (("h10", None, 1, "1:00:00", None), ["executor.partition: unknown partition 'h10'; did you mean 'h100'?"]),
+        (
+            ("h10", None, 1, "1:00:00", None),
+            ["executor.partition='h10': unknown partition 'h10'; did you mean 'h100'?"],
+        ),
         ((None, None, 1, "2-0", None), ["executor.time='2-0': partition 'cpu' allows 1-00:00:00"]),
         (("cpu", None, 10, "60", None), ["executor.nodes=10: partition 'cpu' has 9"]),
-        (("cpu", None, 1, "60", 1), ["executor.gpus_per_node=1: the nodes of partition 'cpu' have 0 at most"]),
+        (("cpu", None, 1, "60", 1), ["executor.gpus_per_node=1: the nodes of partition 'cpu' have at most 0"]),
         (("h100", None, 5, "60", 8), ["executor.nodes=5: partition 'h100' has 4 with 8 GPUs"]),
-        (("cpu", "reserch", 1, "60", None), ["executor.account: unknown account 'reserch'; did you mean 'research'?"]),
+        (
+            ("cpu", "reserch", 1, "60", None),
+            ["executor.account='reserch': unknown account 'reserch'; did you mean 'research'?"],
+        ),
     ],
     ids=str,
 )
@@ -302,9 +308,9 @@ def test_problems_name_the_setting(answer, asked, said: list[str]):
     [
         (("cpu,h100", None, 4, "UNLIMITED", 8), []),  # one that can is enough
         (("h100, cpu", None, 1, "60", None), []),
-        (("cpu,h10", None, 1, "60", None), ["executor.partition: unknown partition 'h10'; did you mean 'h100'?"]),
+        (("cpu,h10", None, 1, "60", None), ["executor.partition='h10': unknown partition 'h10'; did you mean 'h100'?"]),
         (("cpu,h100", None, 20, "2-0", 8), 3),
-        ((",", None, 1, "60", None), ["executor.partition=',': names none; allowed: cpu, h100"]),
+        ((",", None, 1, "60", None), ["executor.partition=',': names no partition; allowed: cpu, h100"]),
     ],
     ids=str,
 )

@@ -206,7 +206,7 @@ def test_row_19_each_job_and_attempt_has_a_port_of_its_own(tmp_path: Path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"time": "soon"}, "time='soon': allowed: minutes"),
+        ({"time": "soon"}, "time='soon': is not a time limit; allowed: minutes"),
         ({"time": "2"}, "save_before=120: must be less than time='2'"),
         ({"launcher": "mpi"}, "launcher='mpi': allowed: torchrun, srun"),
         ({"container_runtime": "docker"}, "container_runtime='docker': allowed: pyxis, apptainer"),
@@ -224,7 +224,7 @@ def test_row_19_each_job_and_attempt_has_a_port_of_its_own(tmp_path: Path):
         ({"requeues": 2.5}, "requeues=2.5: expects int"),
         ({"partition": "a\n#SBATCH --qos=x"}, "partition='a"),
         ({"host": "there"}, "remote_dir='': must be an absolute path on there"),
-        ({"user": "me"}, "user: is for a host"),
+        ({"user": "me"}, "user='me': is for a host"),
         ({"gpus": 4}, "unknown setting of slurm 'gpus'"),
         ({"nodes": 0}, "nodes=0: must be 1 or more"),
     ],

@@ -58,7 +58,7 @@ def test_what_is_no_sweep_is_refused():
         sweep.expand(["optim.lr*=1,2"], "a")
     with pytest.raises(ConfigError, match="several values already"):
         sweep.expand(["seed=1,2", "seed=3,4"], "a")
-    with pytest.raises(ConfigError, match="names its runs itself"):
+    with pytest.raises(ConfigError, match="names its runs and keeps"):
         sweep.expand(["log.name=b,c"], "a")
 
 

@@ -360,7 +360,7 @@ def test_a_process_of_another_machine_cannot_be_killed_here(runs: Runs):
     run.recipe.touch()
     with pytest.raises(ConfigError, match=r"running \(RUNNING, process .*`fiddlehead runs cancel a --force`"):
         refuse_taken(run, tiny_test())
-    with exclusive(run), pytest.raises(ConfigError, match="its process runs"):
+    with exclusive(run), pytest.raises(ConfigError, match="still has a process"):
         watch.write_off(run)
     assert watch.states([run])[0].state is State.RUNNING  # type: ignore[union-attr]
     status = watch.write_off(run)

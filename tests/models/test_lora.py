@@ -212,11 +212,9 @@ def test_patterns_without_a_layer_are_refused_together() -> None:
     with pytest.raises(ConfigError) as caught:
         lora.apply(model)
     first, second, third, fourth = caught.value.problems
-    assert first == "target_modules: unknown linear layer 'linear_kqv'; did you mean 'linear_qkv'?"
-    assert (
-        second
-        == "target_modules: unknown linear layer 'layers.2.mlp.linear_fc1'; did you mean 'layers.1.mlp.linear_fc1'?"
-    )
+    assert first == "target_modules='linear_kqv': unknown linear layer 'linear_kqv'; did you mean 'linear_qkv'?"
+    assert second.startswith("target_modules='layers.2.mlp.linear_fc1': unknown linear layer 'layers.2.mlp.linear_fc1'")
+    assert second.endswith("; did you mean 'layers.1.mlp.linear_fc1'?")
     assert "'output_layer' is output_layer, a Linear, which takes no adapter" in third
     assert fourth.endswith("'x'; allowed: linear_qkv, linear_proj, linear_fc1, linear_fc2")
     assert all(parameter.requires_grad for parameter in model.parameters()), "a refused model is left as it was"

@@ -157,7 +157,9 @@ def test_a_batch_is_cut_cp_first(mesh: DeviceMesh) -> None:
     assert local["labels"].tolist() == [[7, 8], [15, 16]]
     assert local["index"] is batch["index"]
     assert local["max_seqlen"] == 8
-    with pytest.raises(ConfigError, match="input_ids has 7 tokens in a sequence: must be a multiple of cp x tp = 4"):
+    with pytest.raises(
+        ConfigError, match="input_ids: a sequence has 7 tokens; must be a multiple of cp x tp=4, such as 8"
+    ):
         local_batch({"input_ids": whole[:, 1:]}, mesh)
 
 
@@ -169,5 +171,5 @@ def test_what_does_not_go_with_a_split_is_refused(mesh: DeviceMesh) -> None:
         parallelize(adapted, mesh)
     model = Transformer(config)
     parallelize(model, mesh)
-    with pytest.raises(ConfigError, match="caches: a model whose sequences are split over processes keeps none"):
+    with pytest.raises(ConfigError, match="caches: a model whose sequences are split over processes has no caches"):
         model(torch.zeros(1, 4, dtype=torch.int64), caches=[])

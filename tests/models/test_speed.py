@@ -120,7 +120,7 @@ def test_a_part_of_the_activations_is_kept_by_its_own_model_alone(monkeypatch: p
         ({"compile": "layer"}, "did you mean 'layers'?"),
         ({"activation_checkpointing": "fulll"}, "did you mean 'full'?"),
         ({"activation_checkpointing": 1.5, "compile": "layers"}, "0 to 1"),
-        ({"activation_checkpointing": 0.5}, "needs the compiler"),
+        ({"activation_checkpointing": 0.5}, "the compiler chooses"),
         ({"fp8": "tensor"}, "tensorwise"),
     ],
 )

@@ -273,5 +273,5 @@ def test_flipped_tokens_are_refused_at_a_start(pretrain: Pretrain, dataset: Path
     tokens = bytearray((copy / "train.bin").read_bytes())
     tokens[101] = 0xFF  # beyond the vocabulary, which the model would stumble over
     (copy / "train.bin").write_bytes(tokens)
-    with pytest.raises(ConfigError, match=r"data\.paths.*train\.bin is not what was written"):
+    with pytest.raises(ConfigError, match=r"data\.paths.*train\.bin: is not what was written"):
         pretrain(max_steps=1, paths=copy)

@@ -141,7 +141,7 @@ def test_a_folder_that_is_not_a_run_is_not_made_one(tmp_path: Path) -> None:
     work = tmp_path / "runs" / "work"
     work.mkdir(parents=True)
     (work / "thesis.txt").write_text("years")
-    with pytest.raises(ConfigError, match=r"log\.name='work': .*/runs/work is there and is not a run"):
+    with pytest.raises(ConfigError, match=r"log\.name='work': .*/runs/work exists and is not a run"):
         launched("work")
     assert [file.name for file in work.iterdir() if file.name != ".lock"] == ["thesis.txt"]
     (tmp_path / "runs" / "empty").mkdir()

@@ -50,7 +50,7 @@ def test_a_spoiled_status_is_said_and_the_others_are_as_ever(run: RunDirectory, 
     whole.write_status(replace(this_process(1, "local"), state=State.FAILED))
     (run.path / "status").write_bytes(content.encode(errors="surrogateescape"))
     (problem,) = damage.find(run)
-    assert f"{run.path}/status is damaged: " in problem and "goes on from its newest checkpoint" in problem
+    assert f"{run.path}/status: is damaged: " in problem and "goes on from its newest checkpoint" in problem
     before, after = watch.states([run, whole])
     assert before and after and (before.state, after.state) == (State.DAMAGED, State.FAILED)
     assert before.reason == problem and before.state.ended
@@ -73,7 +73,7 @@ NAMES = (
 def test_bytes_that_are_not_utf_8_are_damage_in_every_file(run: RunDirectory, name: str) -> None:
     (run.path / name).write_bytes(b"step,loss\n1,\xff\n")
     (problem,) = damage.find(run)
-    assert problem.startswith(f"{run.path / name} is damaged: ") and "; " in problem
+    assert problem.startswith(f"{run.path / name}: is damaged: ") and "; " in problem
     # And what only looks does not fail.
     watch.states([run])
     assert (run.last_metrics().get("loss"), run.last_step()) == ((None, 1) if name == "metrics.csv" else ("2.0", 2))
@@ -91,14 +91,14 @@ def test_a_word_among_the_metrics_is_left_out_and_said(run: RunDirectory, row: s
     numbers = row == "3,1.0,2.0,3.0"
     assert bool(damage.find(run)) is not numbers
     if not numbers:
-        assert "is not a number; mend it, or move it away" in damage.find(run)[0]
+        assert "is not a number; repair it, or move it away" in damage.find(run)[0]
 
 
 def test_only_what_a_run_goes_on_from_is_in_its_way(run: RunDirectory) -> None:
     for name in NAMES:
         (run.path / name).write_bytes(b"\xff")
     assert len(damage.find(run)) == len(NAMES)
-    named = {Path(problem.split(" is damaged")[0]).name for problem in damage.in_the_way(run)}
+    named = {Path(problem.split(": is damaged")[0]).name for problem in damage.in_the_way(run)}
     assert named == {"status", "recipe.yaml", "metrics.csv", "wandb_id", "resumed_from"}
 
 

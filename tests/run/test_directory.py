@@ -208,7 +208,7 @@ def test_a_lock_that_a_lost_machine_has_left_is_waited_for(run: RunDirectory) ->
 def test_a_status_that_cannot_be_read_is_said(run: RunDirectory) -> None:
     (run.path / "status").write_text("{")
     with pytest.raises(
-        ConfigError, match=r"status is damaged: .*; delete it once the run's process is gone, and start the run"
+        ConfigError, match=r"status: is damaged: .*; delete it once the run's process is gone, and start the run"
     ):
         run.status()
     (run.path / "status").write_text('{"state": "SUCCEEDED", "of_a_newer_version": 1}')

@@ -32,11 +32,11 @@ def test_a_run_is_found_by_name_or_path(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_name_that_no_run_has_is_refused_with_the_nearest(working_directory: Path) -> None:
-    with pytest.raises(ConfigError, match=r"unknown run 'x'; allowed: none \(looked in runs/\)"):
+    with pytest.raises(ConfigError, match=r"unknown run 'x' in runs/; allowed: none"):
         find_run("x")
     make(working_directory / "runs", "gpt2-long")
     (working_directory / "runs" / "gpt2-lang").mkdir()  # no run: it has no recipe
-    with pytest.raises(ConfigError, match=r"unknown run 'gpt2-lang'; did you mean 'gpt2-long'\? \(looked in runs/\)"):
+    with pytest.raises(ConfigError, match=r"unknown run 'gpt2-lang' in runs/; did you mean 'gpt2-long'\?"):
         find_run("gpt2-lang")
 
 

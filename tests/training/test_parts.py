@@ -47,16 +47,20 @@ SGD = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
             r"optim: is a partial of torch\.optim\.adamw\.AdamW, which",
         ),
         ("optim", None, "optim: is a builtins.NoneType, which lacks"),
-        ("optim", NoBytes(), r"optim: is a .*\.NoBytes, which lacks state_bytes; allowed: AdamW, Muon, or a class"),
+        (
+            "optim",
+            NoBytes(),
+            r"optim: is a .*\.NoBytes, which lacks state_bytes; derive it from fiddlehead.training.optim:Optim",
+        ),
         ("optim", Optim(), "which lacks optimizer, state_bytes;"),
         (
             "data",
             Plain(),
             r"data: is a .*\.Plain, which lacks val_samples, separate_documents, token_bytes, vocab_size",
         ),
-        ("data", [1, 2], "data: is a builtins.list; allowed: a LightningDataModule"),
-        ("model", LightningModule(), "model: is a .*LightningModule; allowed: a LanguageModel"),
-        ("trainer", 3, "trainer: is a builtins.int; allowed: Lightning's Trainer"),
+        ("data", [1, 2], "data: is a builtins.list; must be a LightningDataModule"),
+        ("model", LightningModule(), "model: is a .*LightningModule; must be a LanguageModel"),
+        ("trainer", 3, "trainer: is a builtins.int; must be Lightning's Trainer"),
     ],
 )
 def test_a_part_of_another_kind_is_named_with_what_it_lacks(parts: Any, name: str, part: Any, expected: str) -> None:

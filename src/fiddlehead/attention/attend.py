@@ -21,7 +21,7 @@ from fiddlehead.attention.spec import AttentionSpec, Target
 from fiddlehead.attention.switches import Setting, setting
 from fiddlehead.attention.tools.measure import fastest
 from fiddlehead.attention.tools.sample import Shape
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 
 
 def attend(
@@ -151,21 +151,23 @@ def attend(
 def _check_new(
     q: torch.Tensor, k: torch.Tensor, causal: bool, kv_cache: KVCache | None, new_lengths: torch.Tensor | None
 ) -> None:
-    """Raises ConfigError if queries and new keys do not fit together, which a cache's own shape does not show."""
+    """Raises ConfigError if queries and new keys do not fit together; the cache's shape alone does not show that."""
     if kv_cache is None:
-        raise ConfigError("new_lengths is for calls with a kv_cache; without one, pack the sequences (cu_seqlens_q)")
+        advice = "needs a kv_cache; without one, pack the sequences (cu_seqlens_q)"
+        raise ConfigError(Problem("new_lengths", message=advice))
     if q.shape[0] != k.shape[0]:
         raise ConfigError(f"q{tuple(q.shape)}, k{tuple(k.shape)} do not fit: expected as many sequences of both")
     if new_lengths is not None and not (causal and q.shape[1] == k.shape[1]):
-        raise ConfigError(
-            f"new_lengths with causal={causal}, {q.shape[1]} queries and {k.shape[1]} new keys: needs the causal mask, "
-            "which keeps the padding out of sight, and as many queries as new keys"
+        message = (
+            "needs causal=True, so that no query sees the padding, and as many queries as new keys; this "
+            f"call has causal={causal}, {q.shape[1]} queries and {k.shape[1]} new keys"
         )
+        raise ConfigError(Problem("new_lengths", message=message))
 
 
 NOTHING = Extras()
 _chosen: dict[Any, tuple[AttentionSpec, Backend, bool]] = {}
-"""How each kind of call is served: asking again would take longer than a small kernel runs."""
+"""How each kind of call is served. Choosing again would take longer than a small kernel."""
 _watchers: list[Callable[[AttentionSpec, str], None]] = []
 
 
@@ -176,7 +178,7 @@ def _choose(call: Call, device: torch.device, backend: str) -> tuple[AttentionSp
 
 
 def _choose_while_tracing(call: Call, device: torch.device, backend: str) -> tuple[AttentionSpec, Backend, bool]:
-    """The same under torch.compile, which traces the call again whenever the setting or the spec changes."""
+    """As `_choose`, under torch.compile, which traces the call again when the setting or the spec changes."""
     fields = spec_fields(call)
     spec = AttentionSpec(**fields)
     # Lengths may be symbolic and stay so, unless the choice depends on them.
@@ -193,7 +195,7 @@ def _serving_while_tracing(
     shape: tuple[int, ...],
     _setting: Setting,
 ) -> str:
-    """A constant of the graph, from nothing but constants."""
+    """A constant of the graph: its arguments are constants."""
     return _serving(AttentionSpec(**dict(fields)), device, backend, Shape(*shape) if shape else None)
 
 
@@ -214,8 +216,8 @@ def _serving(spec: AttentionSpec, device: torch.device, backend: str, shape: Sha
 
 @contextmanager
 def watched(watcher: Callable[[AttentionSpec, str], None]) -> Iterator[None]:
-    """Tells `watcher` of each kind of call that is made in the block, once, and of the backend that serves it."""
-    _chosen.clear()  # it would not be told of what was chosen before
+    """Within the block, calls `watcher` once for each kind of call, with its spec and the backend that serves it."""
+    _chosen.clear()  # the watcher would not hear of calls that were chosen before
     _watchers.append(watcher)
     try:
         yield
@@ -224,7 +226,7 @@ def watched(watcher: Callable[[AttentionSpec, str], None]) -> Iterator[None]:
 
 
 def _shape(call: Call, spec: AttentionSpec) -> Shape:
-    """The sizes that a measurement takes for this call."""
+    """The sizes with which this call is measured."""
     if spec.packed:
         assert call.max_seqlen_q is not None and call.max_seqlen_k is not None
         return Shape(max(1, call.q[0] // call.max_seqlen_q), call.max_seqlen_q, call.max_seqlen_k)

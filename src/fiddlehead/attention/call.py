@@ -1,4 +1,4 @@
-"""One call of `attend`: its shapes and options, without its numbers, and the fields of its `AttentionSpec`."""
+"""One call of `attend`, by its shapes and options, and the fields of its `AttentionSpec`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from fiddlehead.attention.spec import length_class
 from fiddlehead.attention.switches import must_be_deterministic
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 
 NO_LIMIT = (-1, -1)
 """The `window_size` that leaves nothing out."""
@@ -20,7 +20,7 @@ class Call(NamedTuple):
     """What a call of `attend` asks for. It is a tuple because it is the key under which each call finds its backend."""
 
     q: Sequence[int]
-    """The shape of q, as k and v are those of k and v."""
+    """The shape of q; k and v are the shapes of k and v."""
     k: Sequence[int]
     v: Sequence[int]
     dtype_q: torch.dtype
@@ -33,22 +33,22 @@ class Call(NamedTuple):
     window_size: tuple[int, int] = NO_LIMIT
     softcap: float = 0.0
     alibi: bool = False
-    """The call has ALiBi slopes; the next two say the same of sinks and of a padding mask."""
+    """Whether the call has ALiBi slopes; the next two: whether it has sinks, and a padding mask."""
     sinks: bool = False
     padding_mask: bool = False
     dropout: float = 0.0
     deterministic: bool = False
     training: bool = True
-    """Gradients will be asked for."""
+    """Whether gradients are wanted."""
     packed: bool = False
     cached: bool = False
-    """k and v are a cache with a length for each sequence."""
+    """Whether k and v are a cache with a length for each sequence."""
     page_size: int = 0
-    """Positions in a page of that cache; 0: it is not paged."""
+    """Positions in a page of that cache; 0: not paged."""
 
 
 def spec_fields(call: Call) -> dict[str, Any]:
-    """The fields of the call's `AttentionSpec`, as a dictionary that torch.compile can make.
+    """The fields of the call's `AttentionSpec`, as a dictionary, which torch.compile can trace.
 
     Raises:
         ConfigError: the parts of the call do not fit together.
@@ -57,10 +57,7 @@ def spec_fields(call: Call) -> dict[str, Any]:
     if call.dtype_q != call.dtype_k or call.dtype_q != call.dtype_v:
         raise ConfigError(f"q is {call.dtype_q}, k {call.dtype_k} and v {call.dtype_v}: they must have the same dtype")
     if min(call.window_size) < -1 or call.softcap < 0 or not 0 <= call.dropout < 1:
-        raise ConfigError(
-            f"window_size={call.window_size}, softcap={call.softcap}, dropout={call.dropout}: allowed: -1 or more, "
-            "0 or more, and from 0 to below 1"
-        )
+        raise ConfigError(*_out_of_range(call))
     causal, window_size = _mask(call, T, S)
     return {
         "dtype": call.dtype_q,
@@ -86,6 +83,15 @@ def spec_fields(call: Call) -> dict[str, Any]:
     }
 
 
+def _out_of_range(call: Call) -> list[Problem]:
+    limits = (
+        ("window_size", min(call.window_size) >= -1, "must be two numbers of -1 or more"),
+        ("softcap", call.softcap >= 0, "must not be negative"),
+        ("dropout", 0 <= call.dropout < 1, "must be at least 0 and below 1"),
+    )
+    return [Problem(name, getattr(call, name), message) for name, within, message in limits if not within]
+
+
 def _lengths(call: Call) -> tuple[int, int]:
     """How many queries and keys the longest sequence has; raises ConfigError if the shapes do not fit together."""
     q, k, v = call.q, call.k, call.v
@@ -96,9 +102,11 @@ def _lengths(call: Call) -> tuple[int, int]:
                 "expected (tokens, H, D), (tokens, G, D), (tokens, G, D) with G dividing H"
             )
         if call.max_seqlen_q is None or call.max_seqlen_k is None:
-            raise ConfigError("max_seqlen_q=None: packed sequences need it, as reading it from the device would stall")
+            raise ConfigError(
+                Problem("max_seqlen_q", None, "packed sequences need it; reading it from the device would stall")
+            )
         if call.padding_mask:
-            raise ConfigError("padding_mask is for sequences with padding; packed ones (cu_seqlens_q) have none")
+            raise ConfigError(Problem("padding_mask", message="packed sequences (cu_seqlens_q) have no padding"))
         return call.max_seqlen_q, call.max_seqlen_k
     expected = len(q) == len(k) == 4 and k[2] > 0 and k == v and q[3] == k[3] and q[2] % k[2] == 0
     if not expected or (q[0] != k[0] and not call.page_size):
@@ -114,7 +122,7 @@ def _lengths(call: Call) -> tuple[int, int]:
 
 
 def _mask(call: Call, T: int, S: int) -> tuple[bool, tuple[int, int]]:
-    """`causal` and `window_size` of the spec. A limit that leaves nothing out is dropped: more backends serve then."""
+    """`causal` and `window_size` of the spec. It drops a limit that hides no key, because more backends serve then."""
     causal, (left, right) = call.causal, call.window_size
     if not (call.page_size or call.cached):
         left = -1 if left >= S - 1 else left

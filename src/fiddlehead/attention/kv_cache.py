@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem, refuse
 
 
 class CacheView(NamedTuple):
@@ -33,11 +33,11 @@ class KVCache:
     """
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, page_table: torch.Tensor | None = None) -> None:
-        """Takes storage that is there; `allocate` makes it.
+        """Uses existing storage; `allocate` makes new storage.
 
         Args:
-            k: (B, max_length, G, D); paged (pages, page size, G, D), of which some may belong to other caches. Kernels
-                multiply what is not filled by zero, so it must hold neither NaN nor infinity.
+            k: (B, max_length, G, D); paged (pages, page size, G, D), where other caches may own some pages. Kernels
+                multiply unfilled positions by zero, so they must hold neither NaN nor infinity.
             v: as k.
             page_table: paged: the pages of each sequence in order, (B, pages of a sequence) int32.
 
@@ -50,9 +50,8 @@ class KVCache:
                 "expected two alike of four dimensions"
             )
         if page_table is not None and (page_table.dim() != 2 or page_table.dtype != torch.int32):
-            raise ConfigError(
-                f"page_table{tuple(page_table.shape)} {page_table.dtype}: expected (B, pages of a sequence) int32"
-            )
+            message = f"is {tuple(page_table.shape)} {page_table.dtype}; expected (B, pages of a sequence) int32"
+            raise ConfigError(Problem("page_table", message=message))
         self.k = k
         self.v = v
         self.page_table = page_table
@@ -86,11 +85,10 @@ class KVCache:
             ConfigError: a size is below 1, or `page_size` below 0.
         """
         sizes = {"batch": batch, "max_length": max_length, "num_query_groups": num_query_groups, "head_dim": head_dim}
-        problems = [f"{name}={size}: at least 1" for name, size in sizes.items() if size < 1]
+        problems = [Problem(name, size, "must be 1 or more") for name, size in sizes.items() if size < 1]
         if page_size < 0:
-            problems.append(f"page_size={page_size}: at least 1, or 0 for a cache that is not paged")
-        if problems:
-            raise ConfigError(*problems)
+            problems.append(Problem("page_size", page_size, "must be 1 or more, or 0 for a cache that is not paged"))
+        refuse(problems)
         page_table, blocks, positions = None, batch, max_length
         if page_size:
             pages = -(-max_length // page_size)
@@ -103,7 +101,7 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """The positions taken of each sequence, padding counted: what none is longer than."""
+        """The positions taken of each sequence, with padding; no sequence is longer."""
         return self._taken
 
     @property
@@ -117,19 +115,19 @@ class KVCache:
         return self.k.nbytes + self.v.nbytes
 
     def next_positions(self, T: int) -> torch.Tensor:
-        """The positions of the next T tokens: (T,) where they are the same in all sequences, else (B, T)."""
+        """The positions of the next T tokens: (T,) if they are the same in all sequences, else (B, T)."""
         new = torch.arange(T, device=self.k.device)
         return self._lengths[:, None] + new if self._on_device else new + self._taken
 
     def reset(self) -> None:
-        """Empties the cache; its storage stays."""
+        """Empties the cache and keeps its storage."""
         self._taken = 0
         self._on_device = self.page_table is not None
         """Whether `_lengths` counts, and not `_taken` alone."""
         self._lengths.zero_()
 
     def write(self, k: torch.Tensor, v: torch.Tensor) -> CacheView:
-        """Writes new positions behind those that are held, among which they count only after `advance`.
+        """Writes new positions behind the present ones; they count only after `advance`.
 
         Args:
             k: (B, T, G, D) in the cache's dtype.
@@ -139,7 +137,7 @@ class KVCache:
             What attention reads: keys and values with the new positions at each sequence's end.
 
         Raises:
-            ConfigError: they do not fit to the cache, there is no room for them, or they ask for gradients.
+            ConfigError: they do not fit the cache, there is no room for them, or they require gradients.
         """
         T = self._checked(k, v)
         if not self._on_device:
@@ -161,14 +159,15 @@ class KVCache:
 
         Args:
             new_lengths: how many of the T each sequence keeps, (B,) integers from 0 to T; all if None. The next write
-                goes over the others, which were padding on the right. From here on the lengths are on the device.
+                overwrites the others, which were padding on the right. From here on the lengths are on the device.
 
         Raises:
             ConfigError: `new_lengths` is not (B,).
         """
         if new_lengths is not None:
             if new_lengths.shape != (self.batch,):
-                raise ConfigError(f"new_lengths{tuple(new_lengths.shape)}: expected ({self.batch},), one a sequence")
+                message = f"has shape {tuple(new_lengths.shape)}; expected ({self.batch},), one for each sequence"
+                raise ConfigError(Problem("new_lengths", message=message))
             if not self._on_device:
                 self._lengths.fill_(self._taken)
                 self._on_device = True
@@ -193,10 +192,8 @@ class KVCache:
                 f"the cache is {self.k.dtype} on {self.k.device}"
             )
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
-            raise ConfigError("kv_cache: it has no gradients; decode under torch.no_grad()")
+            raise ConfigError(Problem("kv_cache", message="has no gradients; decode under torch.no_grad()"))
         if self._taken + k.shape[1] > self.max_length:
-            raise ConfigError(
-                f"max_length={self.max_length}: {self._taken} positions are taken, padding counted, "
-                f"and {k.shape[1]} more do not fit"
-            )
+            message = f"{self._taken} positions are taken, with padding, and {k.shape[1]} more do not fit"
+            raise ConfigError(Problem("max_length", self.max_length, message))
         return k.shape[1]

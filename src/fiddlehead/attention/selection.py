@@ -1,4 +1,4 @@
-"""Selects the backend that serves a call: the first in order of preference that can, with the reasons of the others."""
+"""Selects the backend of a call: the first that can serve it, in order of preference, and why each other one cannot."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from fiddlehead.attention import switches
 from fiddlehead.attention.backends import BACKENDS, RESERVED
 from fiddlehead.attention.packages import Package
 from fiddlehead.attention.spec import AttentionSpec, Target
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Problem
 
 logger = logging.getLogger(__name__)
 
 
 def backend_choices() -> tuple[str, ...]:
-    """What may be asked for: "auto", "measured", and the name of every backend."""
+    """What a caller may ask for: "auto", "measured", and the name of every backend."""
     return (*RESERVED, *BACKENDS)
 
 
 def preference(spec: AttentionSpec, target: Target) -> Sequence[str]:
-    """The backends worth trying for `spec` on `target`, the best first, as each says of itself.
+    """The backends worth trying for `spec` on `target`, best first; each backend gives its own place.
 
-    With flash-attn 2 and cuDNN alone this is the order of NeMo and Transformer Engine: cuDNN first on Hopper and later,
-    flash-attn first on Ampere. Where flash-attn 3 or 4 is there, the order on Hopper is what an H100 measured.
+    With only flash-attn 2 and cuDNN, this is the order of NeMo and Transformer Engine: cuDNN first on Hopper and later,
+    flash-attn first on Ampere. With flash-attn 3 or 4, the order on Hopper was measured on an H100.
     """
     places = {name: backend.place(spec, target) for name, backend in BACKENDS.items()}
     worth_trying = [(place, name) for name, place in places.items() if place is not None]
@@ -36,7 +36,7 @@ def preference(spec: AttentionSpec, target: Target) -> Sequence[str]:
 
 @dataclass(frozen=True)
 class Choice:
-    """The outcome of a selection: the backend taken, if any, and why each of the others was not."""
+    """The result of a selection: the backend taken, if any, and why each other one was not."""
 
     spec: AttentionSpec
     target: Target
@@ -55,24 +55,23 @@ class Choice:
         """The backend taken.
 
         Raises:
-            ConfigError: there is none; it lists every backend with its reason.
+            ConfigError: no backend can serve; the error gives each one's reason.
         """
         if self.backend is None:
-            raise ConfigError(
-                f"attention_backend={self.asked!r} cannot serve {self.spec} on {self.target.name}: "
-                + "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items())
-            )
+            why = "; ".join(f"{name}: {reason}" for name, reason in self.reasons.items())
+            message = f"cannot serve {self.spec} on {self.target.name}: {why}"
+            raise ConfigError(Problem("attention_backend", self.asked, message))
         return self.backend
 
     @property
     def measured(self) -> bool:
-        """Which of the candidates serves is decided by timing them when a call runs."""
+        """Whether timing the candidates in the first call decides which of them serves."""
         return self.asked == "measured" and len(self.candidates) > 1
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Each backend in order of preference: name, "chosen", "kept", "dropped" or "not asked for", and the reason.
 
-        One that is not dropped has none, but may have a note on its package's version there.
+        A backend that is not dropped has no reason; in its place may stand a note on its package's version.
         """
         rows = []
         for name in _order(self.spec, self.target):
@@ -87,7 +86,7 @@ class Choice:
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """The choice as JSON values; `backend` is None if none serves, or if that is still to be measured."""
+        """The choice as JSON values; `backend` is None if none serves or if a measurement will decide."""
         target = asdict(self.target)
         return {
             "spec": {**asdict(self.spec), "dtype": str(self.spec.dtype).removeprefix("torch.")},
@@ -117,14 +116,14 @@ def explain(spec: AttentionSpec, target: Target, backend: str = "auto") -> Choic
     """Says which backend serves `spec` on `target`, and why the others do not.
 
     Args:
-        backend: "auto" takes the first in the order of `preference`; a name allows only that one; "measured" is "auto"
-            here, as the times are taken when a call runs.
+        backend: "auto" takes the first in the order of `preference`; a name allows only that backend; "measured" is
+            "auto" here, because the times are taken when a call runs.
 
     Raises:
-        ConfigError: `backend` is none of these.
+        ConfigError: `backend` is not one of these.
     """
     if backend not in backend_choices():
-        raise ConfigError(f"attention_backend={backend!r}: {unknown('backend', backend, backend_choices())}")
+        raise ConfigError(Problem.unknown("attention_backend", backend, "backend", backend_choices()))
     if switches.must_be_deterministic():
         spec = replace(spec, deterministic=True)
     candidates: list[str] = []
@@ -151,7 +150,7 @@ def select(spec: AttentionSpec, target: Target, backend: str = "auto") -> str:
     """The name of the backend that serves `spec` on `target`, logged the first time.
 
     Raises:
-        ConfigError: no backend can, or the one named cannot; it lists every reason.
+        ConfigError: no backend can, or the named one cannot; the error gives every reason.
     """
     return _select(spec, target, backend, switches.setting())
 

@@ -1,4 +1,4 @@
-"""What an attention call needs apart from its numbers, and where it would run."""
+"""What an attention call asks of a kernel, and the device on which it would run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 from fiddlehead.attention.packages import Packages, installed
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Problem
 
 GPUS: dict[str, tuple[int, int]] = {
     "v100": (7, 0),
@@ -28,7 +28,7 @@ GPUS: dict[str, tuple[int, int]] = {
 
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
-"""The classes of sequence lengths, in keys: kernels differ in how fast they are on short sequences."""
+"""The classes of sequence lengths, in keys. Kernels differ in speed on short sequences."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,23 +53,23 @@ class AttentionSpec:
     dropout: float = 0.0
     padding_mask: bool = False
     packed: bool = False
-    """Sequences of different lengths lie one after another, without padding, borders in `cu_seqlens`."""
+    """Sequences of different lengths follow each other without padding; `cu_seqlens` has their borders."""
     cached: bool = False
-    """Keys and values are a cache of which each sequence has filled another length."""
+    """Keys and values are a cache, which each sequence has filled to its own length."""
     page_size: int = 0
     """Positions in one page of a paged cache; 0: the cache is not paged."""
     same_length: bool = True
     """There are as many queries as keys."""
     length: int = 0
-    """The least of `LENGTHS` that holds the longest sequence's keys; 0: longer, or not known."""
+    """The smallest of `LENGTHS` that holds the longest sequence's keys; 0: longer, or unknown."""
     training: bool = True
-    """Gradients will be asked for."""
+    """Gradients are wanted."""
     deterministic: bool = False
-    """Gradients must be the same, bit for bit, each time."""
+    """Gradients must be bitwise the same each time."""
 
     @property
     def has_extras(self) -> bool:
-        """Whether a call has tensors beside q, k and v."""
+        """Whether a call has tensors besides q, k and v."""
         return self.packed or self.cached or self.alibi or self.sinks or self.padding_mask
 
     def __str__(self) -> str:
@@ -93,13 +93,13 @@ class AttentionSpec:
 
 
 def length_class(keys: int) -> int:
-    """What `AttentionSpec.length` is for this many keys."""
+    """`AttentionSpec.length` for this many keys."""
     return next((length for length in LENGTHS if keys <= length), 0)
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a call would run; it need not be this machine."""
+    """The device on which a call would run; it need not be on this machine."""
 
     device_type: str
     name: str
@@ -109,7 +109,7 @@ class Target:
 
     @classmethod
     def of(cls, device: torch.device) -> Target:
-        """A device of this machine, with the packages that are found to work on it.
+        """A device of this machine, with the packages that work on it.
 
         Raises:
             ConfigError: PyTorch finds no such device.
@@ -118,18 +118,17 @@ class Target:
 
     @classmethod
     def gpu(cls, name: str, packages: Packages | None = None) -> Target:
-        """A GPU by the name of its model, such as "h100", which need not be here.
+        """A GPU by the name of its model, such as "h100". It need not be on this machine.
 
         Args:
-            packages: what is assumed to be installed beside it; None: what is installed in this environment, which is
-                not tried out.
+            packages: the packages assumed to be installed; None: those of this environment, without trying them.
 
         Raises:
             ConfigError: no such GPU is known.
         """
         key = name.lower()
         if key not in GPUS:
-            raise ConfigError(f"gpu={name!r}: {unknown('GPU', key, list(GPUS))}")
+            raise ConfigError(Problem.unknown("gpu", key, "GPU", GPUS))
         return cls("cuda", key, GPUS[key], packages or installed(probe=False))
 
     @property
@@ -143,6 +142,6 @@ def _target_of(device_type: str, index: int | None) -> Target:
     if device_type != "cuda":
         return Target(device_type, device_type, packages=Packages(torch.__version__, None))
     if not torch.cuda.is_available():
-        raise ConfigError("device cuda: PyTorch finds no CUDA GPU on this machine")
+        raise ConfigError(Problem("device", "cuda", "PyTorch finds no CUDA GPU on this machine"))
     properties = torch.cuda.get_device_properties(index if index is not None else torch.cuda.current_device())
     return Target("cuda", properties.name, (properties.major, properties.minor), installed(probe=True))

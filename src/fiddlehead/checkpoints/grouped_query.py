@@ -15,7 +15,7 @@ from fiddlehead.checkpoints.huggingface.convert import OTHER_FILES, TOKENIZER_FI
 from fiddlehead.checkpoints.safetensors_files import LazyTensor, bytes_of, write_file
 from fiddlehead.checkpoints.weights import PREFIX, find_tokenizer, find_weights, open_weights
 from fiddlehead.data.progress import ByteProgress
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.paths import user_path
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.heads import Method, pool_heads
@@ -43,18 +43,16 @@ def convert_gqa(
     """
     out = user_path(out)
     if out.exists():
-        raise ConfigError(f"out={str(out)!r}: is there already")
+        raise ConfigError(Problem("out", out, "exists already"))
     if method not in get_args(Method):
-        raise ConfigError(f"method={method!r}: {unknown('method', str(method), get_args(Method))}")
+        raise ConfigError(Problem.unknown("method", method, "method", get_args(Method)))
     path = find_weights(source)
     weights = open_weights(path)
     before = weights.config
     if num_query_groups < 1 or before.groups % num_query_groups or num_query_groups == before.groups:
-        allowed = ", ".join(str(groups) for groups in range(1, before.groups) if before.groups % groups == 0)
-        raise ConfigError(
-            f"num_query_groups={num_query_groups}: the model has {before.groups} key/value heads; "
-            f"allowed: {allowed or 'none, there is but one'}"
-        )
+        allowed = [groups for groups in range(1, before.groups) if before.groups % groups == 0]
+        message = f"the model has {before.groups} key/value heads"
+        raise ConfigError(Problem("num_query_groups", num_query_groups, message, allowed))
     after = replace(before, num_query_groups=num_query_groups)
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in Transformer(after).state_dict().items()}

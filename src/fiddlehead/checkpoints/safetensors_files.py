@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TypedDict
 
 import torch
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.foreign import parse_json, read_start, reason
 from fiddlehead.numbers import is_whole
 
@@ -60,7 +60,7 @@ class StoredTensor:
             while left:
                 read = file.readinto(buffer[:left])
                 if not read:
-                    raise ConfigError(f"{self.file}: is cut short")
+                    raise ConfigError(Problem.in_file(self.file, "is cut short"))
                 left -= read
                 yield buffer[:read]
 
@@ -144,10 +144,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         tensors = {name: _stored_tensor(file, name, entry, 8 + length) for name, entry in header.items()}
         _refuse_gaps(tensors, 8 + length)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: is not a safetensors file: {reason(error)}") from error
+        raise ConfigError(Problem.in_file(file, f"is not a safetensors file: {reason(error)}")) from error
     end = max((tensor.start + tensor.nbytes for tensor in tensors.values()), default=8 + length)
     if end != size:
-        raise ConfigError(f"{file}: has {size} bytes, and its header says {end}")
+        raise ConfigError(Problem.in_file(file, f"has {size} bytes, and its header says {end}"))
     return tensors
 
 

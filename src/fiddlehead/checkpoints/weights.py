@@ -12,7 +12,7 @@ import torch
 from fiddlehead.checkpoints.folder import newest_good, read_tensors, verify
 from fiddlehead.checkpoints.huggingface.files import HuggingFaceCheckpoint, refuse_adapters
 from fiddlehead.checkpoints.safetensors_files import StoredTensor
-from fiddlehead.errors import ConfigError, first_of
+from fiddlehead.errors import ConfigError, Problem, first_of, refuse
 from fiddlehead.files.paths import user_path
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.lora import LoRA, merge_state
@@ -24,7 +24,7 @@ PREFIX = "transformer."
 
 
 class Weights(Protocol):
-    """A model, of which each parameter is read when it is wanted."""
+    """A model whose parameters are read on demand."""
 
     @property
     def config(self) -> TransformerConfig:
@@ -42,22 +42,22 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class CheckpointWeights:
-    """Those in a checkpoint of ours; adapters are merged into what they were trained on."""
+    """The weights of a fiddlehead checkpoint; adapters are merged into their base."""
 
     path: Path
     state: dict[str, Any]
     config: TransformerConfig
     tensors: dict[str, StoredTensor]
     base: Weights | None
-    """What the adapters belong to; None if the checkpoint is whole."""
+    """The base of the adapters; None if the checkpoint is whole."""
 
     @classmethod
     def open(cls, path: Path) -> CheckpointWeights:
         """Checks every file of the checkpoint.
 
         Raises:
-            DamagedCheckpointError: a file is not what was written.
-            ConfigError: the adapters' base is not there, or another model than a `Transformer` wrote it.
+            DamagedCheckpointError: a file has changed since it was written.
+            ConfigError: the adapters' base is missing, or the tensors are not those of its config.
         """
         state = verify(path)
         tensors = {name.removeprefix(PREFIX): t for name, t in read_tensors(path, state, "model").items()}
@@ -66,9 +66,10 @@ class CheckpointWeights:
             try:
                 base = open_weights(state["init_from"])
             except ConfigError as error:
-                raise ConfigError(*(f"{path} has adapters only: {problem}" for problem in error.problems)) from error
+                problems = (Problem.in_file(path, f"has only adapters: {problem}") for problem in error.problems)
+                raise ConfigError(*problems) from error
         if "config" not in state:
-            raise ConfigError(f"{path} has no config: a LanguageModel writes it in on_save_checkpoint")
+            raise ConfigError(Problem.in_file(path, "has no config: a LanguageModel writes it in on_save_checkpoint"))
         config = TransformerConfig.from_dict(state["config"])
         if base is None:
             _refuse_other_tensors(path, config, tensors)
@@ -76,7 +77,7 @@ class CheckpointWeights:
 
     @property
     def lora(self) -> LoRA | None:
-        """How the adapters were made; None if there are none."""
+        """The settings of the adapters; None if there are none."""
         return LoRA(**self.state["lora"]) if self.state.get("lora") else None
 
     def load(self, name: str, slices: Sequence[slice] = ()) -> torch.Tensor:
@@ -102,29 +103,33 @@ class CheckpointWeights:
 def _refuse_other_tensors(path: Path, config: TransformerConfig, tensors: Mapping[str, StoredTensor]) -> None:
     """Raises ConfigError if a checkpoint lacks a parameter of the `Transformer` that its config describes."""
     if config.num_layers > len(tensors):  # before anything is made for each layer
-        raise ConfigError(f"{path}: its config has num_layers={config.num_layers}, and it has {len(tensors)} tensors")
+        message = f"its config has num_layers={config.num_layers}, and it has {len(tensors)} tensors"
+        raise ConfigError(Problem.in_file(path, message))
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
     problems = []
     for name, shape in expected.items():
         if name not in tensors:
-            problems.append(f"{PREFIX}{name}: is missing")
+            problems.append(Problem.in_file(PREFIX + name, "is missing"))
         elif tensors[name].shape != shape:
-            problems.append(f"{PREFIX}{name}: is {list(tensors[name].shape)}, and the config makes it {list(shape)}")
+            message = f"is {list(tensors[name].shape)}, and the config makes it {list(shape)}"
+            problems.append(Problem.in_file(PREFIX + name, message))
     if problems:
         raise ConfigError(
-            f"{path}: was not written by a LanguageModel, or by one that makes another model than its config says; "
-            "what wrote it has to read it:",
+            Problem.in_file(
+                path,
+                "its tensors are not those of its config, so another kind of model wrote it, which has to read it:",
+            ),
             *first_of(problems),
         )
 
 
 def open_weights(source: str | Path, runs: str | Path = "runs") -> Weights:
-    """The weights that a path, or the name of a run in the folder `runs`, stands for.
+    """The weights named by a path, or by a run's name in the folder `runs`.
 
     Raises:
         ConfigError: there are none.
-        DamagedCheckpointError: they are not what was written.
+        DamagedCheckpointError: they have changed since they were written.
     """
     path = find_weights(source, runs)
     if (path / "state.json").is_file():
@@ -146,30 +151,31 @@ def find_weights(source: str | Path, runs: str | Path = "runs") -> Path:
         run = RunDirectory(path) if (path / "checkpoints").is_dir() else find_run(str(source), runs)
     except ConfigError as error:
         what = "has no weights" if path.is_dir() else "is not a folder"
-        raise ConfigError(*(f"{problem}; and {str(source)!r} {what}" for problem in error.problems)) from None
+        problems = (Problem("", message=f"{problem}; and {str(source)!r} {what}") for problem in error.problems)
+        raise ConfigError(*problems) from None
     checkpoint = newest_good(run.checkpoints)
     if checkpoint is None:
-        raise ConfigError(f"{str(source)!r}: the run has no good checkpoint")
+        raise ConfigError(Problem.in_file(repr(str(source)), "the run has no good checkpoint"))
     return checkpoint
 
 
 def find_tokenizer(weights: Path) -> Path | None:
-    """The folder that has the tokenizer of what `find_weights` found; None if there is none."""
+    """The folder with the tokenizer of the weights in a folder; None if there is none."""
     of_run = weights.resolve().parents[1]
     return next((folder for folder in (weights, of_run) if (folder / "tokenizer.json").is_file()), None)
 
 
 def load_transformer(weights: Weights, config: TransformerConfig | None = None) -> Transformer:
-    """A model with these weights, in the default dtype; in memory are never more than it and one tensor.
+    """A model with these weights, in the default dtype. It needs memory for the model and one tensor.
 
     Args:
-        config: another than that of the weights, with parameters of the same shapes.
+        config: instead of that of the weights, with parameters of the same shapes.
     """
     with torch.device("meta"):
         transformer = Transformer(config or weights.config)
     names: Iterable[str] = transformer.state_dict()
     dtype = torch.get_default_dtype()
-    # Each becomes the parameter at once: a second copy of all of them would not fit where one just does.
+    # Each tensor becomes the parameter at once, because a second copy of all might not fit.
     for name in list(names):
         module, _, parameter = name.rpartition(".")
         tensor = torch.nn.Parameter(weights.load(name).to(dtype))
@@ -178,13 +184,11 @@ def load_transformer(weights: Weights, config: TransformerConfig | None = None) 
 
 
 def refuse_another_shape(config: TransformerConfig, weights: Weights, source: str | Path) -> None:
-    """Raises ConfigError if weights that are to be trained as `config` are of a model with other parameters."""
+    """Raises ConfigError if the weights have other parameters than a model of `config`."""
     free = ("attention_backend", "seq_length", "attention_dropout", "hidden_dropout", "init_method_std")
     theirs = asdict(weights.config)
-    problems = [
-        f"config.{name}={value!r}, but init_from={str(source)!r} has {theirs[name]!r}; config=None takes what it has"
+    refuse(
+        Problem(f"config.{name}", value, f"init_from={str(source)!r} has {theirs[name]!r}; config=None takes that")
         for name, value in asdict(config).items()
         if name not in (*free, "moe_aux_loss_coeff") and value is not None and theirs[name] != value
-    ]
-    if problems:
-        raise ConfigError(*problems)
+    )

@@ -21,7 +21,7 @@ import psutil
 from fiddlehead.data import template_process
 from fiddlehead.data.special_tokens import SpecialTokens, read_settings
 from fiddlehead.data.template_process import MEMORY, WATCHED
-from fiddlehead.errors import ConfigError, Elsewhere
+from fiddlehead.errors import ConfigError, Problem
 
 Message = Mapping[str, Any]
 """`role` and `content`, and whatever else a template asks for."""
@@ -49,14 +49,14 @@ class ChatTemplate:
         try:
             text = own.read_text(encoding="utf-8") if own.is_file() else read_settings(config).get("chat_template")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(Elsewhere(f"{own} cannot be read: {error}")) from error
+            raise ConfigError(Problem.in_file(own, f"cannot be read: {error}")) from error
         if isinstance(text, list):  # several by name
             text = {str(each.get("name")): each.get("template") for each in text if isinstance(each, dict)}
         tool_use = None
         if isinstance(text, dict):
             if "default" not in text:
                 raise ConfigError(
-                    Elsewhere(f"{config}: chat_template has {', '.join(text)}; one of them must be named default")
+                    Problem.in_file(config, f"chat_template has {', '.join(text)}; one of them must be named default")
                 )
             text, tool_use = text["default"], text.get("tool_use")
         if not text:
@@ -64,7 +64,7 @@ class ChatTemplate:
         for each in (text, tool_use or ""):
             if not isinstance(each, str):
                 raise ConfigError(
-                    Elsewhere(f"{config}: chat_template is a {type(each).__name__}; allowed: text, or named texts")
+                    Problem.in_file(config, f"chat_template is a {type(each).__name__}; must be text, or named texts")
                 )
         return cls(text, SpecialTokens.read(folder).names, str(own if own.is_file() else config), tool_use)
 
@@ -91,7 +91,7 @@ class ChatTemplate:
         try:
             return _renderer.render(self.tool_use if tools and self.tool_use else self.text, variables)
         except (TypeError, ValueError) as error:
-            raise ConfigError(Elsewhere(f"{self.source}: {error}")) from error
+            raise ConfigError(Problem.in_file(self.source, str(error))) from error
 
     def answer(self, messages: Sequence[Message], number: int, tools: Sequence[Any] | None = None) -> tuple[str, str]:
         """The text that asks for the answer `messages[number]`, and the text that this answer ends.
@@ -109,12 +109,11 @@ class ChatTemplate:
             prompt = self._generation_prompt()
             asked = whole[: whole.index(prompt) + len(prompt)] if prompt in whole else prompt
         if not whole.startswith(asked):
-            raise ConfigError(
-                Elsewhere(
-                    f"{self.source}: asks for an answer with {asked[-40:]!r}, and does not write the answer after it, "
-                    "so that it cannot be learned"
-                )
+            message = (
+                f"asks for an answer with {asked[-40:]!r}, and does not write the answer after it, so that it "
+                "cannot be learned"
             )
+            raise ConfigError(Problem.in_file(self.source, message))
         return asked, whole
 
     def _generation_prompt(self) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from fiddlehead.data.token_file import SPLITS, Split, TokenDatasetInfo
 from fiddlehead.data.token_writer import MadeMeanwhileError, TokenDatasetWriter, encode_documents
 from fiddlehead.data.tokenizers import BPETokenizer, Tokenizer
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 
 # Left out: what is not written by people (tables in encodings, pydoc_data, _sysconfigdata), what differs between
 # installations (packages, configuration, what a distribution moves elsewhere), and test data, three times all the rest.
@@ -66,9 +66,8 @@ class StandardLibrary:
                 bucket = int.from_bytes(hashlib.sha256(relative.encode()).digest()[:8], "big") % 100
                 files["val" if bucket < _VALIDATION_PERCENT else "train"].append(self._folder / relative)
         if not files["train"]:
-            raise ConfigError(
-                f"paths=None needs Python's standard library as source files, and {self._folder} has none"
-            )
+            message = f"the corpus is Python's standard library, and {self._folder} has no source files"
+            raise ConfigError(Problem("corpus", "stdlib", message))
         return files
 
 

@@ -1,4 +1,4 @@
-"""Examples of what to answer as tokens, of which those of the answers are to be learned."""
+"""Turns examples of answers into tokens; only the tokens of the answers are learned."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import numpy as np
 
 from fiddlehead.data.chat_template import ChatTemplate, Message
 from fiddlehead.data.progress import ByteProgress
-from fiddlehead.data.records import Record, is_learned, refuse
+from fiddlehead.data.records import Record, is_learned
 from fiddlehead.data.tokenizers import JSONTokenizer
-from fiddlehead.errors import ConfigError, Elsewhere
+from fiddlehead.errors import ConfigError, Problem, first_of, refuse
 
 _AT_ONCE = 1024
 _MANY = 10_000  # examples that are worth a progress bar
 
 Asked = tuple[str, str]
-"""What a model is given to answer, and the whole text: that and the answer."""
+"""The text that a model is asked to answer, and that text with the answer."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,20 @@ def tokenize_records(
 ) -> list[tuple[Example, ...]]:
     """The texts of all records as tokens: alone, or the better and the worse answer of a pair.
 
-    A text is tokenized whole, and begins with the tokens that a model is given when it is asked. Where the tokenizer
-    would merge the end of these with the beginning of the answer, the answer's tokens are those that it has elsewhere
-    within a text. A conversation is one text if each of its answers then has the tokens, and has before it the tokens,
-    that it has when the model is asked for it; else, as with a template that writes earlier answers otherwise, each
-    answer has a text of its own.
+    A text is tokenized whole, and begins with the tokens of the question. If the tokenizer would merge the end of the
+    question with the beginning of the answer, the answer gets the tokens that it has elsewhere within a text. A
+    conversation is one text if each answer in it has the same tokens, after the same tokens, as when the model is asked
+    for that answer alone. Otherwise, as with a template that changes earlier answers, each answer has its own text.
 
     Args:
-        progress: show how far it is, where there are many records.
+        progress: show a progress bar if there are many records.
 
     Raises:
-        ConfigError: a conversation needs a template that there is not, or the template refuses it; it lists up to
-            twenty.
+        ConfigError: a conversation needs a template and there is none, or the template refuses it; it lists the first
+            twenty problems.
     """
     examples: list[tuple[Example, ...]] = []
-    problems: list[str] = []
+    problems: list[Problem] = []
     cuts = template and find_cuts(tokenizer, "".join((template.text, *template.special_tokens.values())))
     many = len(records) >= _MANY
     with ByteProgress("tokenizing", sum(r.num_bytes for r in records) if many else 0, progress and many) as bar:
@@ -68,21 +67,21 @@ def tokenize_records(
                     with _naming(record, problems):
                         examples += _examples(record, each, encoded[record.is_chat], tokenizer)
             bar.advance(sum(record.num_bytes for record in here))
-        refuse(problems)
+        refuse(first_of(problems))
     return examples
 
 
 @contextmanager
-def _naming(record: Record, problems: list[str]) -> Iterator[None]:
-    """Adds what is wrong with a record to `problems`."""
+def _naming(record: Record, problems: list[Problem]) -> Iterator[None]:
+    """Adds the problems of a record to `problems`."""
     try:
         yield
     except ConfigError as error:
-        problems += [Elsewhere(f"{record.where}: {problem}") for problem in error.problems]
+        problems += [Problem.in_file(record.where, problem) for problem in error.problems]
 
 
 def _texts(record: Record, template: ChatTemplate | None) -> list[list[Asked]]:
-    """For each text or answer of a pair, what is learned of it."""
+    """For each text, or each answer of a pair: its questions and answers."""
     if not record.is_chat:
         prompt, *answers = record.values.values()
         stem = prompt.rstrip(" ")  # a model that is asked writes these spaces itself (`encode_prompt`)
@@ -107,7 +106,7 @@ def _encoded(
     tokenizer: JSONTokenizer,
     cuts: re.Pattern[str] | None,
 ) -> dict[bool, dict[str, list[int]]]:
-    """The tokens of every text, those of conversations apart: only in these are names of special tokens such tokens."""
+    """The tokens of every text by whether it is a conversation: only there do special tokens' names count as such."""
     found: dict[bool, dict[str, list[int]]] = {}
     for is_chat in (False, True):
         all_texts = dict.fromkeys(
@@ -124,13 +123,13 @@ def _encoded(
 
 
 def find_cuts(tokenizer: JSONTokenizer, markup: str) -> re.Pattern[str] | None:
-    """What matches before each special token that a template writes: there a text can be cut and tokenized in pieces.
+    """A pattern that matches before each special token of a template, where a text can be cut into pieces.
 
-    The texts that ask for the answers of a conversation begin alike, so that most of their pieces are the same. Tokens
-    that take in what is before them, or that another added token may take in, are none at which to cut.
+    The texts of one conversation begin alike, so most of their pieces are the same and are tokenized once. A token that
+    absorbs the text before it, or that another added token may absorb, is not a place to cut.
 
     Args:
-        markup: a text that has these special tokens in it.
+        markup: a text with the template's special tokens.
     """
     added = tokenizer.added_tokens()
     names = [token.content for token in added]
@@ -144,14 +143,14 @@ def find_cuts(tokenizer: JSONTokenizer, markup: str) -> re.Pattern[str] | None:
 
 
 def _takes_in(other: str, token: str) -> bool:
-    """Whether one token may be found in a text instead of another that begins later or at the same place."""
+    """Whether one token may match in a text in place of another that begins later or at the same place."""
     return token in other or any(other.endswith(token[:size]) for size in range(1, len(token)))
 
 
 def _examples(
     record: Record, texts: list[list[Asked]], encoded: dict[str, list[int]], tokenizer: JSONTokenizer
 ) -> list[tuple[Example, ...]]:
-    """The examples that a record is."""
+    """The examples of a record."""
     encode = tokenizer.encode_with_special if record.is_chat else tokenizer.encode
     found: list[list[Example]] = []
     for answers in texts:
@@ -163,20 +162,20 @@ def _examples(
         for (asked, whole), (before, text) in zip(answers, ids, strict=True):
             answer = text[len(before) :] if _begins(text, before) else _within_a_text(whole[len(asked) :], encode)
             found[-1].append(_example([*before, *answer], [(len(before), len(before) + len(answer))]))
-    if not record.is_chat:  # a template's text has what begins and ends a turn in it
+    if not record.is_chat:  # a template's text has its own begin and end of a turn
         found = [[_as_a_document(text, tokenizer) for text in each] for each in found]
     if len(found) == 1:
         return [(text,) for text in found[0]]
     if any(len(each) > 1 for each in found):
         raise ConfigError(
-            "chosen, rejected: one has several answers, which the chat template does not write into one text as it "
-            "does when it asks for each; allowed: one answer, the messages before it in the prompt"
+            "chosen or rejected has several answers, and the chat template changes the earlier ones; give one answer, "
+            "with the messages before it in the prompt"
         )
     return [tuple(text for each in found for text in each)]
 
 
 def _in_one(answers: Sequence[tuple[list[int], list[int]]]) -> bool:
-    """Whether the last text has every answer in it, with the same tokens and after the same tokens as on its own."""
+    """Whether the last text contains every answer with the same tokens, after the same tokens, as on its own."""
     text = answers[-1][1]
     return all(_begins(text, whole) and _begins(whole, asked) for asked, whole in answers)
 
@@ -186,9 +185,9 @@ def _begins(text: list[int], beginning: list[int]) -> bool:
 
 
 def _within_a_text(answer: str, encode: Callable[[str], list[int]]) -> list[int]:
-    """The tokens of an answer after something that they do not merge with, rather than at the beginning of a text.
+    """The tokens of an answer within a text, after something with which it does not merge.
 
-    There many tokenizers put a space.
+    At the beginning of a text many tokenizers add a space.
     """
     for before in ("\n", "0", "a", "."):
         ids, text = encode(before), encode(before + answer)
@@ -205,7 +204,7 @@ def _example(ids: list[int], learned: Iterable[tuple[int, int]]) -> Example:
 
 
 def _as_a_document(text: Example, tokenizer: JSONTokenizer) -> Example:
-    """A prompt as `encode_prompt` has it, and an answer that ends."""
+    """An example whose prompt is as in `encode_prompt`, and whose answer ends."""
     begin = tokenizer.begin_ids
     if not begin and text.learned[:1].all():
         begin = [tokenizer.eos_id]

@@ -15,10 +15,10 @@ from fiddlehead.data.chat_template import ChatTemplate
 from fiddlehead.data.checksums import Checksums, of_paths
 from fiddlehead.data.documents import NO_LABEL, borders
 from fiddlehead.data.examples import Example, tokenize_records
-from fiddlehead.data.records import Record, read_records, refuse
+from fiddlehead.data.records import Record, read_records
 from fiddlehead.data.steps import StepDataModule, opened
 from fiddlehead.data.tokenizers import TokenizerFile, no_row
-from fiddlehead.errors import ConfigError, Elsewhere
+from fiddlehead.errors import ConfigError, Problem, first_of, refuse
 from fiddlehead.files.paths import user_path
 from fiddlehead.numbers import is_number
 from fiddlehead.recipe.resumable import Resumable
@@ -65,9 +65,10 @@ class FineTuningDataModule(StepDataModule):
         seed: int = 1234,
         allow_changed: bool = False,
     ) -> None:
-        problems = [] if _listed(paths) else ["paths is empty; give JSONL or Parquet files with examples"]
+        empty = Problem("paths", message="is empty; give JSONL or Parquet files with examples")
+        problems = [] if _listed(paths) else [empty]
         if not (is_number(val_fraction) and 0 <= val_fraction < 1):
-            problems.append(f"val_fraction={val_fraction!r}; allowed: at least 0 and below 1")
+            problems.append(Problem("val_fraction", val_fraction, "must be at least 0 and below 1"))
         super().__init__(
             seq_length, micro_batch_size, global_batch_size, val_samples, num_workers, seed, problems=problems
         )
@@ -76,30 +77,30 @@ class FineTuningDataModule(StepDataModule):
         self.given_tokenizer = tokenizer
         self.allow_changed = allow_changed
         self.default_tokenizer: Path | None = None
-        """The folder of the tokenizer that the model to begin with has."""
+        """The folder with the tokenizer of the model to begin with."""
         self._records: tuple[list[Record], list[Record]] | None = None
 
     @property
     def vocab_size(self) -> int:
-        """The number of different tokens; the examples are read and checked first, and every wrong one is named."""
+        """The number of different tokens. It reads and checks the examples first, and names every wrong one."""
         if self._tokenizer is not None:
             return self._tokenizer.vocab_size
         self._read()
         return self._open_tokenizer().vocab_size
 
     def checksums(self) -> Checksums:
-        """Those of the files of `paths` and `val_paths`."""
+        """The checksums of the files of `paths` and `val_paths`."""
         return {"paths": of_paths(self.paths), "val_paths": of_paths(self.val_paths)}
 
     def missing_rows(self, vocab_size: int) -> list[str]:
-        """As for all data; before the examples are tokenized, of the token that ends an answer and fills up rows."""
+        """As in the base; before the examples are tokenized, only for the token that ends answers and pads rows."""
         tokenizer = self._tokenizer or self._open_tokenizer()
         if tokenizer.eos_id < vocab_size:
             return []
         return [f"the end of an answer is {no_row(tokenizer, tokenizer.eos_id, vocab_size)}"]
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads and tokenizes the examples; raises `ConfigError` for all that are wrong."""
+        """Reads and tokenizes the examples; raises `ConfigError` with the problems of all."""
         if not self.val_samples and self.trainer is not None:
             self.trainer.limit_val_batches = 0  # else Lightning warns that there are no batches
         if self._train is not None:
@@ -118,7 +119,7 @@ class FineTuningDataModule(StepDataModule):
             for records in self._read()
         )
         if not len(train):
-            raise ConfigError(f"seq_length={self.seq_length}: leaves no answer of any example")
+            raise ConfigError(Problem("seq_length", self.seq_length, "is too short for any answer"))
         if not len(val):
             self.val_samples = 0
             if self.trainer is not None:
@@ -131,7 +132,7 @@ class FineTuningDataModule(StepDataModule):
         self.token_bytes = None if lengths is None else torch.from_numpy(lengths)
 
     def first_question(self) -> list[int]:
-        """The tokens before the first answer to validate on; empty without a validation."""
+        """The tokens before the first validation answer; empty without a validation."""
         if not self._val:
             return []
         text = opened(self._val).examples[0][0]  # pyright: ignore[reportAttributeAccessIssue]
@@ -140,7 +141,7 @@ class FineTuningDataModule(StepDataModule):
     def _tokenize(
         self, records: Sequence[Record], tokenizer: TokenizerFile, template: ChatTemplate | None, *, progress: bool
     ) -> list[tuple[Example, ...]]:
-        """The records as tokens, each of which the model has a row for."""
+        """The records as tokens; every token has a row in the model."""
         examples = tokenize_records(records, tokenizer, template, progress=progress)
         rows = self.model_vocab_size
         if rows is None or tokenizer.vocab_size <= rows:
@@ -148,14 +149,15 @@ class FineTuningDataModule(StepDataModule):
         problems = []
         for record, texts in zip(records, examples, strict=True):
             beyond = sorted({int(i) for text in texts for i in text.ids[text.ids >= rows]})
-            problems += [Elsewhere(f"{record.where}: has {no_row(tokenizer, i, rows)}") for i in beyond]
-        refuse(problems)
+            problems += [Problem.in_file(record.where, f"has {no_row(tokenizer, i, rows)}") for i in beyond]
+        refuse(first_of(problems))
         return examples
 
     def _tokenizer_folder(self) -> Path:
         folder = self.given_tokenizer or self.default_tokenizer
         if folder is None:
-            raise ConfigError("tokenizer=None: the model to begin with has none either; give a folder with one")
+            message = "the model to begin with has no tokenizer either; give a folder with one"
+            raise ConfigError(Problem("tokenizer", None, message))
         path = user_path(folder)
         return path if path.is_dir() else path.parent
 

@@ -17,7 +17,7 @@ from fiddlehead.data.corpus import StandardLibrary, tokenize_corpus
 from fiddlehead.data.steps import StepDataModule
 from fiddlehead.data.token_file import FORMAT_VERSION, SPLITS, Split, TokenDatasetInfo, TokenFile
 from fiddlehead.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, no_row
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.paths import cache_folder, user_path
 from fiddlehead.recipe.resumable import Resumable
 
@@ -38,16 +38,16 @@ class PreTrainingDataModule(StepDataModule):
     continues needs no state of its data. Validation sees at most `val_samples` windows, always the same, spread evenly
     over the validation split, and as many on every rank; 0 turns validation off.
 
-    `separate_documents` keeps the documents of a window apart, in training and validation: a token sees its own
-    document only, positions start anew with each, and what follows a document's end is not to be predicted, so that
-    each is as if it were alone. (No token is then predicted from the end before it: a model that is to write without a
-    prompt learns how documents begin only without this option.) It is what NeMo's `reset_attention_mask`,
-    `reset_position_ids` and `eod_mask_loss` are together, without a mask in memory: a batch then also has `cu_seqlens`,
-    int32, and `max_seqlen`, for attention on packed sequences, and -100 for labels that do not count.
+    `separate_documents` separates the documents of a window, in training and validation, as if each were alone: a
+    token sees only its own document, positions restart with each document, and the token after a document's end is not
+    predicted. (So only without this option does a model learn how documents begin, and can write without a prompt.) It
+    does what NeMo's `reset_attention_mask`, `reset_position_ids` and `eod_mask_loss` do together, without a mask in
+    memory: a batch then also has `cu_seqlens`, int32, and `max_seqlen`, for attention on packed sequences, and -100 for
+    labels that do not count.
 
-    A checkpoint keeps the data's checksums, and a run goes on with other data only with `allow_changed`.
+    A checkpoint keeps the data's checksums. A run goes on with other data only with `allow_changed`.
 
-    Raises one `ConfigError` for all sizes that make no sense.
+    Raises one `ConfigError` for all impossible sizes.
     """
 
     def __init__(
@@ -67,9 +67,10 @@ class PreTrainingDataModule(StepDataModule):
     ) -> None:
         problems = []
         if corpus not in (None, "stdlib"):
-            problems.append(f"corpus={corpus!r}; allowed: None, 'stdlib'")
+            problems.append(Problem("corpus", corpus, "", (None, "stdlib")))
         if isinstance(tokenizer, BPETokenizer) and paths is not None:
-            problems.append("tokenizer is untrained, but paths is a tokenized folder with its own; allowed: None")
+            message = "is not trained, and paths is a tokenized folder with its own; leave it out"
+            problems.append(Problem("tokenizer", message=message))
         super().__init__(
             seq_length, micro_batch_size, global_batch_size, val_samples, num_workers, seed, problems=problems
         )
@@ -80,7 +81,7 @@ class PreTrainingDataModule(StepDataModule):
         self._given_tokenizer = ByteTokenizer() if tokenizer is None and paths is None else tokenizer
         self._corpus = StandardLibrary()
 
-    # -- what the model and the task ask
+    # -- for the model and the task
 
     @property
     def vocab_size(self) -> int:
@@ -98,33 +99,35 @@ class PreTrainingDataModule(StepDataModule):
 
     @property
     def missing(self) -> str:
-        """As for all data: `paths` and `corpus` are None."""
+        """As in the base: `paths` and `corpus` are None."""
         if self.paths is not None or self.corpus is not None:
             return ""
-        return (
-            "paths=None: there is no data; give data.paths=DIR, which `fiddlehead tokenize` makes, or for a demo "
-            "data.corpus=stdlib, 7 MB of Python's source code (`fiddlehead bench` also takes --random-tokens)"
+        return Problem(
+            "paths",
+            None,
+            "there is no data; give data.paths=DIR, which `fiddlehead tokenize` makes, or for a demo "
+            "data.corpus=stdlib, 7 MB of Python's source code (`fiddlehead bench` also takes --random-tokens)",
         )
 
-    def too_short(self) -> list[str]:
-        """As for all data, by what the dataset says of itself."""
+    def too_short(self) -> list[Problem]:
+        """As in the base, from the dataset's `meta.json`."""
         if self.paths is None:
             return []
         info = self.info()
         return self._too_short({split: getattr(info, split).tokens for split in SPLITS})
 
-    def _too_short(self, tokens: dict[Split, int]) -> list[str]:
-        needed = f"seq_length={self.seq_length} needs {self.seq_length + 1} tokens"
-        problems = []
+    def _too_short(self, tokens: dict[Split, int]) -> list[Problem]:
+        needed = f"needs {self.seq_length + 1} tokens, and the"
+        messages = []
         if tokens["train"] <= self.seq_length:
-            problems.append(f"{needed}; the training split of {self._directory()} has {tokens['train']}")
+            messages.append(f"{needed} training split of {self._directory()} has {tokens['train']}")
         if tokens["val"] <= self.seq_length and self.val_samples:
             hint = "val_samples=0 trains without validation"
-            problems.append(f"{needed}; the validation split of {self._directory()} has {tokens['val']} ({hint})")
-        return problems
+            messages.append(f"{needed} validation split of {self._directory()} has {tokens['val']} ({hint})")
+        return [Problem("seq_length", self.seq_length, message) for message in messages]
 
     def missing_rows(self, vocab_size: int) -> list[str]:
-        """As for all data; before the default corpus is tokenized, of what ends and begins each document."""
+        """As in the base; before the corpus is tokenized, only for the tokens that end and begin documents."""
         if self.vocab_size <= vocab_size:
             return []
         directory = self._directory()
@@ -138,12 +141,12 @@ class PreTrainingDataModule(StepDataModule):
             ]
         tokenizer = self._given_tokenizer
         if tokenizer is None or isinstance(tokenizer, BPETokenizer):  # learned from the data, so that all occur
-            return [f"tokenizer has {self.vocab_size} tokens, and the model has vocab_size={vocab_size}"]
+            return [f"the tokenizer has {self.vocab_size} tokens, and the model has vocab_size={vocab_size}"]
         ids = dict.fromkeys((*tokenizer.begin_ids, tokenizer.eos_id))
         return [f"each document has {no_row(tokenizer, i, vocab_size)}" for i in ids if i >= vocab_size]
 
     def info(self) -> TokenDatasetInfo:
-        """What the dataset says of itself; raises `ConfigError` that names `paths` if it is none."""
+        """The dataset's `meta.json`; raises `ConfigError` of `paths` if it is not a dataset."""
         with self._naming_paths():
             return TokenDatasetInfo.read(self._directory())
 
@@ -183,8 +186,7 @@ class PreTrainingDataModule(StepDataModule):
             )
             for s in SPLITS
         )
-        if problems := self._too_short({"train": len(train.tokens), "val": len(val.tokens)}):
-            raise ConfigError(*problems)
+        refuse(self._too_short({"train": len(train.tokens), "val": len(val.tokens)}))
         self.refuse_missing_rows()
         self._train, self._val = train, val
         if given is None or isinstance(given, BPETokenizer):
@@ -201,7 +203,7 @@ class PreTrainingDataModule(StepDataModule):
         try:
             yield
         except ConfigError as error:
-            raise ConfigError(*(f"paths={str(self.paths)!r}: {problem}" for problem in error.problems)) from error
+            raise error.of("paths", self.paths) from error
 
     def _directory(self) -> Path:
         if self.paths is not None:

@@ -9,6 +9,7 @@ import torch
 from fiddlehead.data.batches import Batch
 from fiddlehead.data.steps import StepDataModule
 from fiddlehead.data.tokenizers import ByteTokenizer
+from fiddlehead.errors import Problem
 from fiddlehead.numbers import is_whole
 from fiddlehead.recipe.resumable import Resumable
 
@@ -32,26 +33,26 @@ class RandomTokens(StepDataModule):
         seed: int = 1234,
     ) -> None:
         sound = is_whole(vocab_size) and vocab_size >= 1
-        problems = [] if sound else [f"vocab_size={vocab_size}; allowed: 1 or more, a whole number"]
+        problems = [] if sound else [Problem("vocab_size", vocab_size, "must be a whole number of 1 or more")]
         super().__init__(seq_length, micro_batch_size, global_batch_size, 0, num_workers, seed, problems)
         self.vocab_size = vocab_size
 
     def missing_rows(self, vocab_size: int) -> list[str]:
-        """As for all data: every id below the `vocab_size` of these occurs."""
+        """As in the base: every id below `self.vocab_size` occurs."""
         if self.vocab_size <= vocab_size:
             return []
-        return [f"vocab_size={self.vocab_size}: the model has vocab_size={vocab_size}"]
+        return [f"the data has {self.vocab_size} tokens, and the model has vocab_size={vocab_size}"]
 
     def setup(self, stage: str | None = None) -> None:
-        """Makes what the batches are drawn from."""
+        """Makes the samples."""
         if self.trainer is not None:
             self.trainer.limit_val_batches = 0
         self._train = _Random(self.vocab_size, self.seq_length)
-        self._tokenizer = ByteTokenizer()  # nobody will read them, but a run has one
+        self._tokenizer = ByteTokenizer()  # nobody reads the tokens, but a run has a tokenizer
 
 
 class _Random:
-    """Sample i is made by a generator with the seed i."""
+    """Samples; sample i is drawn with the seed i."""
 
     def __init__(self, vocab_size: int, seq_length: int) -> None:
         self.vocab_size, self.seq_length = vocab_size, seq_length

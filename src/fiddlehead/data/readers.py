@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fiddlehead.errors import ConfigError, Elsewhere, nearest
+from fiddlehead.errors import ConfigError, Problem, nearest, refuse
 
 TEXT_SUFFIXES = frozenset(
     {".txt", ".md", ".rst", ".tex", ".html", ".css", ".csv", ".toml", ".yaml", ".yml", ".xml", ".sql", ".sh"}
@@ -32,6 +32,11 @@ LINES_SUFFIXES = JSON_ARRAY_SUFFIXES | frozenset(
 """A line is a JSON object with a document."""
 PARQUET_SUFFIX = ".parquet"
 """A row is a document."""
+_KINDS = (
+    PARQUET_SUFFIX,
+    *(f"{suffix} (JSON objects)" for suffix in sorted(LINES_SUFFIXES)),
+    "text such as .txt, .md, .py",
+)
 
 _BLOCK_BYTES = 1 << 22
 _MAX_LINE = 1 << 26
@@ -40,24 +45,24 @@ _MAX_RATIO = 20
 
 @dataclass(frozen=True)
 class Block:
-    """Documents of one file as they were read: a whole text, JSON objects, or values of a column."""
+    """Documents of one file as read: a whole text, JSON objects, or values of a column."""
 
     path: str
     items: bytes | list[bytes] | list[Any]
     numbers: Sequence[int]
     """The line or row of each item, from 1."""
     size: int
-    """Bytes of the file that this block stands for."""
+    """The bytes of the file that this block covers."""
 
 
 def find_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The files of `paths`, folders searched for all that can be read, in the order given and sorted within a folder.
+    """The files of `paths` in the given order; a folder gives all files in it that can be read, sorted.
 
-    Hidden files and `__pycache__` are left out; files of other kinds in a folder are left out with one warning. Raises
-    one `ConfigError` for everything that is missing, of an unknown kind or given twice.
+    Hidden files and `__pycache__` are left out. Files of other kinds in a folder are left out with one warning. Raises
+    one `ConfigError` for all paths that are missing, of an unknown kind or given twice.
     """
     files: dict[Path, Path] = {}
-    problems: list[str] = []
+    problems: list[Problem] = []
     skipped: Counter[str] = Counter()
     for path in map(Path, paths):
         found: list[Path] = []
@@ -66,23 +71,22 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
             found = [p for p in inside if known_suffix(p)]
             skipped.update(p.suffix or p.name for p in inside if not known_suffix(p))
             if not found:
-                problems.append(f"paths: {path} holds no file that can be read; {_kinds()}")
+                problems.append(Problem("paths", message=f"{path} has no file that can be read", allowed=_KINDS))
         elif not path.exists():
-            problems.append(f"paths: there is no file or folder {path}")
+            problems.append(Problem("paths", message=f"there is no file or folder {path}"))
         elif not path.is_file():
-            problems.append(f"paths: {path} is not a plain file")
+            problems.append(Problem("paths", message=f"{path} is not a plain file"))
         elif not known_suffix(path):
-            problems.append(f"paths: {path} is of an unknown kind; {_kinds()}")
+            problems.append(Problem("paths", message=f"{path} is of an unknown kind", allowed=_KINDS))
         else:
             found = [path]
         for file in found:
             if file.resolve() in files:
-                problems.append(f"paths: {file} is given twice")
+                problems.append(Problem("paths", message=f"{file} is given twice"))
             files[file.resolve()] = file
     if not paths:
-        problems.append("paths is empty; give files or folders")
-    if problems:
-        raise ConfigError(*problems)
+        problems.append(Problem("paths", message="is empty; give files or folders"))
+    refuse(problems)
     if skipped:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common(10))
         warnings.warn(f"skipped {skipped.total()} files of other kinds: {counts}", stacklevel=3)
@@ -90,7 +94,7 @@ def find_files(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def read_blocks(file: Path, text_field: str) -> Iterator[Block]:
-    """The blocks of `file` in order; raises `ConfigError` when it cannot be read."""
+    """The blocks of `file` in order; raises `ConfigError` if it cannot be read."""
     suffix = known_suffix(file)
     try:
         if suffix == PARQUET_SUFFIX:
@@ -103,13 +107,13 @@ def read_blocks(file: Path, text_field: str) -> Iterator[Block]:
     except ConfigError:
         raise
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise ConfigError(Elsewhere(f"{file}: cannot be read: {error}")) from error
+        raise ConfigError(Problem.in_file(file, f"cannot be read: {error}")) from error
 
 
-def parse(block: Block, text_field: str) -> tuple[list[str], list[str]]:
-    """The documents of `block` that are not empty, and its problems, each with file and line."""
+def parse(block: Block, text_field: str) -> tuple[list[str], list[Problem]]:
+    """The documents of `block` that are not empty, and its problems with file and line."""
     texts: list[str] = []
-    problems: list[str] = []
+    problems: list[Problem] = []
     items: list[Any] = [block.items] if isinstance(block.items, bytes) else block.items
     is_lines = known_suffix(Path(block.path)) in LINES_SUFFIXES
     for number, item in zip(block.numbers, items, strict=True):
@@ -117,7 +121,7 @@ def parse(block: Block, text_field: str) -> tuple[list[str], list[str]]:
             text = _line_text(item, text_field) if is_lines else _text(item)
         except ValueError as error:
             place = block.path if isinstance(block.items, bytes) else f"{block.path}:{number}"
-            problems.append(f"{place}: {error}")
+            problems.append(Problem.in_file(place, str(error)))
         else:
             if text:
                 texts.append(text)
@@ -141,7 +145,7 @@ def _line_text(line: bytes, text_field: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """The text of bytes or of a string; raises `ValueError`, with the reason, for what is none."""
+    """The text of bytes or of a string; raises `ValueError` with the reason for anything else."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8-sig")
@@ -168,7 +172,7 @@ def uncompressed(raw: io.BufferedReader, suffix: str) -> io.BufferedReader | gzi
 
 
 def begins_array(content: io.BufferedReader | gzip.GzipFile) -> bool:
-    """Whether the content begins as a JSON array does; nothing of it is consumed."""
+    """Whether the content begins like a JSON array; it consumes nothing."""
     return content.peek(1).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
@@ -176,7 +180,7 @@ def array_elements(content: bytes) -> Iterator[tuple[int, bytes]]:
     """Yields the line, from 1, and the JSON text of each element of a JSON array.
 
     Raises:
-        ValueError: the content is not a JSON array; it says in which line.
+        ValueError: the content is not a JSON array; with the line.
     """
     text = _text(content)
     decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
@@ -208,7 +212,7 @@ def array_elements(content: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def bounded_lines(content: io.BufferedReader | gzip.GzipFile) -> Iterator[bytes]:
-    """Yields the lines of a file; one that is longer than any document raises ValueError before all of it is read."""
+    """Yields the lines of a file; raises ValueError for a line longer than any document, without reading all of it."""
     number = 1
     while line := content.readline(_MAX_LINE + 1):
         if len(line) > _MAX_LINE:
@@ -218,7 +222,7 @@ def bounded_lines(content: io.BufferedReader | gzip.GzipFile) -> Iterator[bytes]
 
 
 def read_array(content: io.BufferedReader | gzip.GzipFile, file: Path) -> bytes:
-    """All of a file; what a small compressed one says at enormous length raises ValueError before all of it is read."""
+    """All of a file; raises ValueError if a small compressed one is enormous, without reading all of it."""
     limit = max(_MAX_LINE, _MAX_RATIO * file.stat().st_size)
     data = content.read(limit + 1)
     if len(data) > limit:
@@ -264,7 +268,7 @@ def _read_parquet(file: Path, text_field: str) -> Iterator[Block]:
     try:
         with parquet.ParquetFile(file) as table:
             if text_field not in table.schema_arrow.names:
-                raise ConfigError(Elsewhere(f"{file}: {_no_field(text_field, table.schema_arrow.names)}"))
+                raise ConfigError(Problem.in_file(file, _no_field(text_field, table.schema_arrow.names)))
             rows, size, first = table.metadata.num_rows, file.stat().st_size, 1
             for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
                 items = batch.column(0).to_pylist()
@@ -275,7 +279,7 @@ def _read_parquet(file: Path, text_field: str) -> Iterator[Block]:
                 )
                 first = last
     except pa.ArrowException as error:
-        raise ConfigError(Elsewhere(f"{file}: cannot be read: {error}")) from error
+        raise ConfigError(Problem.in_file(file, f"cannot be read: {error}")) from error
 
 
 def _no_field(name: str, names: Sequence[str]) -> str:
@@ -293,8 +297,3 @@ def known_suffix(path: Path) -> str:
 
 def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-
-
-def _kinds() -> str:
-    lines = ", ".join(sorted(LINES_SUFFIXES))
-    return f"allowed: {PARQUET_SUFFIX}; {lines} (JSON objects); text such as .txt, .md, .py"

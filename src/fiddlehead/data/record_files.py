@@ -19,12 +19,12 @@ from fiddlehead.data.readers import (
     read_array,
     uncompressed,
 )
-from fiddlehead.errors import ConfigError, Elsewhere
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.foreign import has_half_pair, inside, parse_json, read_json
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
-    """Yields for each row where it is (file and line, or file and row), its values, and why it cannot be read, or "".
+    """Yields for each row its place (file, and line or row), its values, and why it cannot be read, or "".
 
     Raises:
         ConfigError: the file or folder is missing, of an unknown kind or broken.
@@ -34,14 +34,14 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any, str]]:
         for file in _saved_files(path):
             yield from _arrow_rows(file, is_parquet=False)
     elif not path.is_file():
-        raise ConfigError(f"paths: there is no file or folder {path}")
+        raise ConfigError(Problem("paths", message=f"there is no file or folder {path}"))
     elif suffix in LINES_SUFFIXES:
         yield from _json_rows(path, suffix)
     elif suffix == PARQUET_SUFFIX:
         yield from _arrow_rows(path, is_parquet=True)
     else:
-        allowed = ", ".join(sorted(LINES_SUFFIXES | {PARQUET_SUFFIX}))
-        raise ConfigError(f"paths: {path} is of an unknown kind; allowed: {allowed}, a folder of `datasets`")
+        allowed = (*sorted(LINES_SUFFIXES | {PARQUET_SUFFIX}), "a folder of `datasets`")
+        raise ConfigError(Problem("paths", message=f"{path} is of an unknown kind", allowed=allowed))
 
 
 def parse_line(line: bytes) -> tuple[Any, str]:
@@ -69,7 +69,7 @@ def _json_rows(path: Path, suffix: str) -> Iterator[tuple[str, Any, str]]:
                 if text.strip():
                     yield f"{path}:{number}", *parse_line(text)
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise ConfigError(Elsewhere(f"{path}: cannot be read: {error}")) from error
+        raise ConfigError(Problem.in_file(path, f"cannot be read: {error}")) from error
 
 
 def _saved_files(folder: Path) -> list[Path]:
@@ -77,15 +77,17 @@ def _saved_files(folder: Path) -> list[Path]:
     state, splits = folder / "state.json", folder / "dataset_dict.json"
     try:
         if splits.is_file():
-            names = ", ".join(str(folder / name) for name in read_json(splits)["splits"])
-            raise ConfigError(f"paths: {folder} has several data sets; allowed: one or more of {names}")
+            names = [folder / name for name in read_json(splits)["splits"]]
+            raise ConfigError(Problem("paths", message=f"{folder} has several data sets; name some", allowed=names))
         if not state.is_file():
-            raise ConfigError(f"paths: {folder} is a folder that `datasets` did not save: it has no state.json")
+            message = f"{folder} has no state.json, so it is not a folder that `datasets` saved"
+            raise ConfigError(Problem("paths", message=message))
         return [inside(folder, file["filename"], state) for file in read_json(state)["_data_files"]]
     except ConfigError:
         raise
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"paths: {folder} is not a folder that `datasets` saved: {error!r}") from error
+        message = f"{folder} is not a folder that `datasets` saved: {error!r}"
+        raise ConfigError(Problem("paths", message=message)) from error
 
 
 def _arrow_rows(file: Path, *, is_parquet: bool) -> Iterator[tuple[str, Any, str]]:
@@ -100,18 +102,18 @@ def _arrow_rows(file: Path, *, is_parquet: bool) -> Iterator[tuple[str, Any, str
             else:
                 batches = pyarrow.ipc.open_stream(source)
             for batch in batches:
-                batch.validate(full=True)  # what is not checked would be read from wherever in memory it points
+                batch.validate(full=True)  # without it, a broken file could read from anywhere in memory
                 for values in batch.to_pylist():
                     number += 1
                     yield f"{file}:{number}", _without_nulls(values), ""
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # of fields with one name; of text that is not UTF-8
-        raise ConfigError(Elsewhere(f"{file}: cannot be read after row {number}: {error}")) from error
+        raise ConfigError(Problem.in_file(file, f"cannot be read after row {number}: {error}")) from error
 
 
 def _without_nulls(value: Any) -> Any:
-    """A row without the fields that it only has because another row of the table has them.
+    """A row without the fields that are null, which it has only because other rows of the table have them.
 
-    Templates write all fields of a tool, and ask whether a message has some. The `content` of a message stays.
+    Templates write every field of a tool, and test for fields of a message. A null `content` of a message stays.
     """
     if isinstance(value, dict):
         kept = {name: field for name, field in value.items() if field is not None or name == "content"}

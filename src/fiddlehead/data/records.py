@@ -1,4 +1,4 @@
-"""Examples of what to answer, in the shapes in which people publish them, brought into one form."""
+"""Reads examples of answers, in the shapes in which people publish them, into one form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from fiddlehead.data.chat_template import shared_length
 from fiddlehead.data.record_files import read_rows
-from fiddlehead.errors import ConfigError, Elsewhere, first_of, nearest, unknown
+from fiddlehead.errors import ConfigError, Problem, first_of, nearest, refuse
 from fiddlehead.files.foreign import parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -40,8 +40,8 @@ class Record:
     values: Mapping[str, Any]
     """`messages`; or `prompt` and `completion`; or `prompt`, `chosen` and `rejected`: text, or lists of messages.
 
-    A message has a `role`, a `content` that is text, and what else a template asks for; an answer with `weight` 0 is
-    not to be learned.
+    A message has a `role`, a `content` that is text, and other fields for the template; an answer with `weight` 0 is
+    not learned.
     """
     tools: list[Any] | None = None
     """The functions that the assistant can call, for the template."""
@@ -67,7 +67,7 @@ def read_records(paths: Sequence[Path], *, preference: bool) -> list[Record]:
         preference: whether they are pairs of answers.
 
     Raises:
-        ConfigError: a file or an example is not what it should be; it lists all of them, up to twenty.
+        ConfigError: with the first twenty problems of the files and examples.
     """
     records: list[Record] = []
     problems: list[str] = []
@@ -82,25 +82,19 @@ def read_records(paths: Sequence[Path], *, preference: bool) -> list[Record]:
                 if shape and shape != first and not found:
                     allowed = "allowed: one shape for all"
                     found = [f"has {_names(shape)}, and the examples before {_names(first or ())}; {allowed}"]
-                problems += [Elsewhere(f"{where}: {problem}") for problem in found]
+                problems += [Problem.in_file(where, message) for message in found]
                 if record and not problems:
                     records.append(record)
         except ConfigError as error:
             problems += error.problems
     if not problems and not records:
-        problems.append(f"paths: {', '.join(map(str, paths))}: there is no example")
-    refuse(problems)
+        problems.append(Problem("paths", message=f"{', '.join(map(str, paths))}: there is no example"))
+    refuse(first_of(problems))
     return records
 
 
-def refuse(problems: Sequence[str]) -> None:
-    """Raises `ConfigError` if there are problems, with the first twenty and the number of the others."""
-    if problems:
-        raise ConfigError(*first_of(problems))
-
-
 def _read(where: str, values: Any, shapes: Sequence[Shape]) -> tuple[Shape | None, Record | None, list[str]]:
-    """The shape and the record of a row, each None where there is none, and what is wrong with it."""
+    """The shape and the record of a row, each None if it has none, and what is wrong with the row."""
     if not isinstance(values, dict):
         return None, None, [f"is a {type(values).__name__}, not an object with fields"]
     given = {name: value for name, value in values.items() if value is not None}
@@ -112,7 +106,7 @@ def _read(where: str, values: Any, shapes: Sequence[Shape]) -> tuple[Shape | Non
     problems = [problem for _, found in read.values() for problem in found]
     fields = {name: value for name, (value, _) in read.items()}
     tools = None
-    if not problems:  # published data sets have other columns too, which say nothing of the text
+    if not problems:  # published data sets have other columns too, which are ignored
         try:
             fields = _in_one_form(shape, fields, given)
             tools = _tools(given.get("tools"))
@@ -133,7 +127,7 @@ def _names(fields: Sequence[str]) -> str:
 
 
 def _read_field(name: str, value: Any) -> tuple[Any, list[str]]:
-    """A field's text, or its messages in one form, and what is wrong with it."""
+    """A field's text, or its messages in one form; and what is wrong with the field."""
     if isinstance(value, list) and name != "instruction":
         messages: list[dict[str, Any]] = []
         problems: list[str] = []
@@ -154,7 +148,7 @@ def _read_field(name: str, value: Any) -> tuple[Any, list[str]]:
 def _read_message(message: Any) -> dict[str, Any]:
     """A message with a role and a content that is text, without fields that are null.
 
-    Raises `ValueError` for what is not one; it begins with the place in the message.
+    Raises `ValueError` for anything else; its text begins with the place in the message.
     """
     if not isinstance(message, dict):
         raise ValueError(": is not a message with a role and a content")
@@ -166,7 +160,8 @@ def _read_message(message: Any) -> dict[str, Any]:
     if share_gpt:
         who = SHARE_GPT_ROLES.get(who, who)
     if who not in ROLES:
-        raise ValueError(f".{role}: {unknown('role', who, (*SHARE_GPT_ROLES, *ROLES) if share_gpt else ROLES)}")
+        allowed = (*SHARE_GPT_ROLES, *ROLES) if share_gpt else ROLES
+        raise ValueError(f".{role}: {Problem.unknown('', who, 'role', allowed)}")
     if isinstance(text, list):
         text = _joined(text, f".{content}")
     calls = message.get("tool_calls")
@@ -195,7 +190,7 @@ def _joined(parts: list[Any], place: str) -> str:
 
 
 def _in_one_form(shape: Shape, fields: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a `Record`; raises `ValueError` for what a single field does not show."""
+    """The values of a `Record`; raises `ValueError` for fields that do not fit together."""
     if "instruction" in shape:
         if any(isinstance(text, list) for text in fields.values()):
             raise ValueError("instruction, input, output: all must be text")
@@ -217,7 +212,7 @@ def _refuse_empty(answers: Mapping[str, Any]) -> None:
         if not value and isinstance(value, str):
             raise ValueError(f"{name}: is empty")
         if isinstance(value, list) and not any(is_learned(message) for message in value):
-            raise ValueError(f"{name}: has no message of the assistant's that is to be learned")
+            raise ValueError(f"{name}: has no message of the assistant to learn")
 
 
 def is_learned(message: Mapping[str, Any]) -> bool:
@@ -226,7 +221,7 @@ def is_learned(message: Mapping[str, Any]) -> bool:
 
 
 def _pair(fields: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Two answers and their prompt, which may also be what both begin with, as in TRL."""
+    """Two answers and their prompt, which may also be their common beginning, as in TRL."""
     prompt, chosen, rejected = fields.get("prompt"), fields["chosen"], fields["rejected"]
     if type(chosen) is not type(rejected) or (isinstance(prompt, list) and isinstance(chosen, str)):
         return fields
@@ -241,7 +236,7 @@ def _pair(fields: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     if prompt is None and asked:
         raise ValueError(f"has {_names(list(given))}: is {asked!r} the prompt? Name it 'prompt'")
     stem = chosen[: shared_length(chosen, rejected)]
-    if isinstance(stem, str):  # to the beginning of the word in which they differ: half a word is not tokens of a text
+    if isinstance(stem, str):  # up to the word in which they differ, because half a word has other tokens
         stem = (re.sub(r"\S+$", "", stem) or stem).rstrip(" ")
     if not stem and isinstance(prompt, str):
         return fields

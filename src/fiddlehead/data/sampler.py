@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 
 _ROUNDS = 8
 
@@ -37,9 +37,9 @@ class GlobalBatchSampler:
         shuffle: bool = True,
     ) -> None:
         if num_samples < 1:
-            raise ConfigError(f"num_samples={num_samples}; allowed: 1 or more")
+            raise ConfigError(Problem("num_samples", num_samples, "must be 1 or more"))
         if not 0 <= rank < world_size:
-            raise ConfigError(f"rank={rank} is not one of world_size={world_size} ranks")
+            raise ConfigError(Problem("rank", rank, f"is not one of world_size={world_size} ranks"))
         self.num_samples = num_samples
         self.micro_batch_size = micro_batch_size
         self.global_batch_size = global_batch_size
@@ -79,19 +79,17 @@ class GlobalBatchSampler:
 def micro_batches(micro_batch_size: int, global_batch_size: int, world_size: int) -> int:
     """The micro-batches that each rank runs in one step: the global batch over micro_batch_size x world_size.
 
-    Raises `ConfigError`, with the sizes that would do, when that is not a whole number.
+    Raises `ConfigError`, with the allowed sizes, if that is not a whole number.
     """
     per_rank, rest = divmod(global_batch_size, micro_batch_size * world_size)
     if rest or not per_rank:
         at_once = micro_batch_size * world_size
         sizes = [size for size in range(1, global_batch_size + 1) if global_batch_size % (size * world_size) == 0]
-        if sizes:
-            allowed = f"a micro_batch_size of {', '.join(map(str, sizes))}, or "
-        else:
-            allowed = ""
+        allowed = [f"a micro_batch_size of {', '.join(map(str, sizes))}"] if sizes else []
+        allowed.append(f"a global_batch_size of {at_once}, {2 * at_once}, ...")
+        message = f"is not a multiple of micro_batch_size={micro_batch_size} x {world_size} data-parallel ranks"
         raise ConfigError(
-            f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size={micro_batch_size} x "
-            f"{world_size} data-parallel ranks; allowed: {allowed}a global_batch_size of {at_once}, {2 * at_once}, ..."
+            Problem("global_batch_size", global_batch_size, f"{message}; allowed: {', or '.join(allowed)}")
         )
     return per_rank
 

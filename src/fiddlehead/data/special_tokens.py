@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fiddlehead.errors import ConfigError, Elsewhere
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.foreign import read_object
 
 NAMES_FILES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -81,7 +81,7 @@ def _names(settings: Mapping[str, Any], source: str) -> Iterator[tuple[str, str]
         text = _text(value)
         if text is None:
             raise ConfigError(
-                Elsewhere(f"{source}: {name}={value!r}; allowed: the text of a token, or an object with `content`")
+                Problem.in_file(source, f"{name}={value!r}: must be the text of a token, or an object with `content`")
             )
         yield name, text
 
@@ -104,7 +104,7 @@ def _eos_ids(folder: Path, name: str) -> tuple[int, ...]:
             ids = value if isinstance(value, list) else [value]
             if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
                 raise ConfigError(
-                    Elsewhere(f"{file}: eos_token_id={value!r}; allowed: the id of a token, or a list of ids")
+                    Problem.in_file(file, f"eos_token_id={value!r}: must be the id of a token, or a list of ids")
                 )
             return tuple(ids)
     return ()

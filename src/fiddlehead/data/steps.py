@@ -1,7 +1,8 @@
-"""What the data modules share: an order that is a function of the step, and a validation that is always the same."""
+"""The base of the data modules: the order is a function of the step, and validation is always the same."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -12,7 +13,7 @@ from fiddlehead.data.batches import Batches, FromGlobalStep, Samples
 from fiddlehead.data.checksums import Checksums
 from fiddlehead.data.sampler import GlobalBatchSampler, micro_batches
 from fiddlehead.data.tokenizers import Tokenizer
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.numbers import is_whole
 
 T = TypeVar("T")
@@ -21,16 +22,16 @@ T = TypeVar("T")
 class StepDataModule(pl.LightningDataModule):
     """A data module whose training step takes `global_batch_size` samples; which ones is a function of seed and step.
 
-    Validation sees at most `val_samples`, always the same, spread evenly, and as many on every rank; 0 is none. What
-    derives from it opens the samples in `setup`.
+    Validation uses at most `val_samples`, always the same, spread evenly, and as many on every rank; 0 is none. A
+    derived class opens the samples in `setup`.
 
-    Raises one `ConfigError` for all sizes that make no sense.
+    Raises one `ConfigError` for all impossible sizes.
     """
 
     separate_documents: bool
     """Whether batches have `cu_seqlens`, and labels or tokens that do not count."""
     allow_changed = False
-    """Whether a run may go on with other data than it was trained on so far."""
+    """Whether a run may go on with changed data."""
 
     def __init__(
         self,
@@ -40,7 +41,7 @@ class StepDataModule(pl.LightningDataModule):
         val_samples: int,
         num_workers: int,
         seed: int,
-        problems: list[str],
+        problems: Sequence[str],
     ) -> None:
         super().__init__()
         positive = {
@@ -50,19 +51,17 @@ class StepDataModule(pl.LightningDataModule):
         }
         natural = {"val_samples": val_samples, "num_workers": num_workers, "seed": seed}
         wrong = [
-            f"{name}={value}; allowed: {least} or more" + ("" if is_whole(value) else ", a whole number")
+            Problem(name, value, f"must be a whole number of {least} or more")
             for least, values in ((1, positive), (0, natural))
             for name, value in values.items()
             if not (is_whole(value) and value >= least)
         ]
         sizes = (micro_batch_size, global_batch_size)
         if all(is_whole(size) and size >= 1 for size in sizes) and global_batch_size % micro_batch_size:
-            wrong.append(
-                f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size={micro_batch_size}; "
-                f"allowed: {micro_batch_size}, {2 * micro_batch_size}, {3 * micro_batch_size}, ..."
-            )
-        if wrong + problems:
-            raise ConfigError(*wrong, *problems)
+            allowed = (*(times * micro_batch_size for times in (1, 2, 3)), "...")
+            message = f"is not a multiple of micro_batch_size={micro_batch_size}"
+            wrong.append(Problem("global_batch_size", global_batch_size, message, allowed))
+        refuse([*wrong, *problems])
         self.seq_length = seq_length
         self.micro_batch_size = micro_batch_size
         self.global_batch_size = global_batch_size
@@ -73,40 +72,40 @@ class StepDataModule(pl.LightningDataModule):
         self._val: Samples | None = None
         self._tokenizer: Tokenizer | None = None
         self.model_vocab_size: int | None = None
-        """The rows of the model's embedding, which a task sets; what occurs in the data is compared with it."""
+        """The rows of the model's embedding; a task sets it, and the tokens of the data must have rows."""
         self.token_bytes: Tensor | None = None
-        """UTF-8 bytes of each token after `setup`, (vocab_size,) int32; None where the tokenizer does not say."""
+        """UTF-8 bytes of each token after `setup`, (vocab_size,) int32; None if the tokenizer does not say."""
 
     def checksums(self) -> Checksums:
-        """What tells this data from other data; needs `prepare_data`. Data without files has none.
+        """The checksums of the data's files; needs `prepare_data`. Data without files has none.
 
-        A file is read once: its checksum is kept in the cache folder, by the file's size, time and inode.
+        A file is read once: the cache folder keeps its checksum, by the file's size, time and inode.
 
         Raises:
-            ConfigError: a file is not what was written.
+            ConfigError: a file has changed since it was written.
         """
         return {}
 
     @property
     def missing(self) -> str:
-        """Why training cannot start for want of data, though all else of a run can be planned; "" if it can."""
+        """Why training cannot start without data, though the run can be planned; "" if it can."""
         return ""
 
-    def too_short(self) -> list[str]:
-        """Which splits have no sample of `seq_length` tokens, as far as it is known before they are opened."""
+    def too_short(self) -> list[Problem]:
+        """Which splits have no sample of `seq_length` tokens, as far as known before they are opened."""
         return []
 
     def missing_rows(self, vocab_size: int) -> list[str]:
-        """Which tokens occur in the data, as far as it is known, and have no row in a model of `vocab_size` tokens.
+        """Sentences about tokens that occur in the data, as far as known, and have no row in a model of `vocab_size`.
 
-        A tokenizer may have more tokens than the model has rows, as long as they do not occur.
+        A tokenizer may have more tokens than the model has rows, as long as the others do not occur.
         """
         raise NotImplementedError
 
     def refuse_missing_rows(self) -> None:
-        """Raises `ConfigError` if a token that occurs has no row in the model, where `model_vocab_size` is known."""
-        if self.model_vocab_size is not None and (problems := self.missing_rows(self.model_vocab_size)):
-            raise ConfigError(*problems)
+        """Raises `ConfigError` if a token of the data has no row in the model, once `model_vocab_size` is known."""
+        if self.model_vocab_size is not None:
+            refuse(Problem("", message=each) for each in self.missing_rows(self.model_vocab_size))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -131,16 +130,17 @@ class StepDataModule(pl.LightningDataModule):
         trainer = self._trainer()
         rank, world_size = _data_rank(trainer)
         if trainer.max_steps < 1:
-            raise ConfigError(f"max_steps={trainer.max_steps}; allowed: 1 or more, for the data has no end of its own")
+            raise ConfigError(Problem("max_steps", trainer.max_steps, "must be 1 or more, because the data has no end"))
         accumulate = self.accumulate_grad_batches(world_size)
         if trainer.accumulate_grad_batches != accumulate:
-            raise ConfigError(
-                f"accumulate_grad_batches={trainer.accumulate_grad_batches} of the trainer; allowed: {accumulate}, for "
-                f"global_batch_size={self.global_batch_size}, micro_batch_size={self.micro_batch_size} and "
-                f"{world_size} data-parallel ranks"
+            message = (
+                f"of the trainer, with global_batch_size={self.global_batch_size}, "
+                f"micro_batch_size={self.micro_batch_size} and {world_size} data-parallel ranks"
             )
+            given = trainer.accumulate_grad_batches
+            raise ConfigError(Problem("accumulate_grad_batches", given, message, (accumulate,)))
         sampler = FromGlobalStep(self._sampler(rank, world_size, trainer.max_steps), lambda: trainer.global_step)
-        # Where all tokens have a label, all batches have as many.
+        # If all tokens have a label, all batches have as many labels.
         return self._batches(self._train, sampler, counted_over=accumulate if self.separate_documents else None)
 
     def val_dataloader(self) -> Batches | list[Batches]:
@@ -149,13 +149,12 @@ class StepDataModule(pl.LightningDataModule):
             return []
         rank, world_size = _data_rank(self._trainer())
         windows = len(opened(self._val))
-        # As many on every rank: a sharded model waits for the rank that runs one batch more.
+        # Every rank has as many, because ranks with a sharded model wait for each other.
         samples = min(self.val_samples, windows) // world_size * world_size
         if not samples:
-            raise ConfigError(
-                f"val_samples={self.val_samples}: {min(self.val_samples, windows)} windows are too few for "
-                f"{world_size} data-parallel ranks; allowed: 0, or at least one for each"
-            )
+            count = min(self.val_samples, windows)
+            message = f"{count} windows are too few for {world_size} data-parallel ranks; give 0, or one for each rank"
+            raise ConfigError(Problem("val_samples", self.val_samples, message))
         mine = (np.arange(samples) * windows // samples)[rank::world_size].tolist()
         size = self.micro_batch_size
         return self._batches(self._val, [mine[i : i + size] for i in range(0, len(mine), size)])
@@ -190,7 +189,7 @@ class StepDataModule(pl.LightningDataModule):
 
 
 def opened(value: T | None) -> T:
-    """The value, which `setup` has made."""
+    """The value, once `setup` has made it."""
     if value is None:
         raise RuntimeError("the data is not open yet: call prepare_data() and setup() first")
     return value

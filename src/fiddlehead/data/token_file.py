@@ -16,7 +16,7 @@ import numpy as np
 
 from fiddlehead.data.checksums import content
 from fiddlehead.data.tokenizers import TokenizerFile
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.foreign import filled, read_json
 from fiddlehead.files.paths import user_path
 
@@ -47,7 +47,7 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class TokenDatasetInfo:
-    """What `meta.json` says of a token dataset."""
+    """The contents of a token dataset's `meta.json`."""
 
     dtype: str
     vocab_size: int
@@ -60,33 +60,38 @@ class TokenDatasetInfo:
 
     @classmethod
     def read(cls, directory: str | Path) -> TokenDatasetInfo:
-        """The description of the dataset in `directory`; raises `ConfigError` when that is none."""
+        """The description of the dataset in `directory`; raises `ConfigError` if it is not a dataset."""
         directory = user_path(directory)
         if not directory.is_dir():
-            raise ConfigError(f"{directory} is not a token dataset: there is no such folder; `tokenize` makes one")
+            raise ConfigError(
+                Problem.in_file(directory, "is not a token dataset: there is no such folder; `tokenize` makes one")
+            )
         try:
             meta = read_json(directory / "meta.json")
         except FileNotFoundError:
             raise ConfigError(
-                f"{directory} is not a token dataset: it has no meta.json; `tokenize` makes one"
+                Problem.in_file(directory, "is not a token dataset: it has no meta.json; `tokenize` makes one")
             ) from None
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{directory / 'meta.json'} cannot be read: {error}") from error
+            raise ConfigError(Problem.in_file(directory / "meta.json", f"cannot be read: {error}")) from error
         if not isinstance(meta, dict) or meta.pop("format", None) != FORMAT:
-            raise ConfigError(f"{directory} is not a token dataset: its meta.json was written by another program")
+            raise ConfigError(
+                Problem.in_file(directory, "is not a token dataset: its meta.json was written by another program")
+            )
         version = meta.pop("version", None)
         if version != FORMAT_VERSION:
-            raise ConfigError(
-                f"{directory} has format version {version}; this fiddlehead reads version {FORMAT_VERSION}: "
-                "tokenize again, or use the fiddlehead that wrote it"
+            message = (
+                f"has format version {version}; this fiddlehead reads version {FORMAT_VERSION}: tokenize "
+                "again, or use the fiddlehead that wrote it"
             )
+            raise ConfigError(Problem.in_file(directory, message))
         try:
             info = filled(cls, meta)
             if info.dtype not in DTYPES:
-                raise ValueError(f"dtype={info.dtype!r}; allowed: {', '.join(DTYPES)}")
+                raise ValueError(Problem("dtype", info.dtype, "", DTYPES))
             return info
         except ValueError as error:
-            raise ConfigError(f"{directory / 'meta.json'} is damaged: {error}") from error
+            raise ConfigError(Problem.in_file(directory / "meta.json", f"is damaged: {error}")) from error
 
     def text(self) -> str:
         """The text of `meta.json`."""
@@ -100,8 +105,8 @@ class TokenDatasetInfo:
 class TokenFile:
     """The tokens of one split of a dataset, memory-mapped read-only.
 
-    Raises `ConfigError`, with the reason, for a folder that is not a dataset, a truncated file, and a tokenizer or
-    vocabulary that is not the expected one.
+    Raises `ConfigError` for a folder that is not a dataset, a truncated file, and a tokenizer or vocabulary other than
+    the expected one.
     """
 
     def __init__(
@@ -116,21 +121,23 @@ class TokenFile:
         self.split: Split = split
         self.info = info = TokenDatasetInfo.read(self.directory)
         if expect_fingerprint is not None and expect_fingerprint != info.tokenizer:
-            raise ConfigError(
-                f"{directory} was made with tokenizer {info.tokenizer} ({info.vocab_size} tokens), "
-                f"not with {expect_fingerprint}"
+            message = (
+                f"was made with tokenizer {info.tokenizer} ({info.vocab_size} tokens), not with {expect_fingerprint}"
             )
+            raise ConfigError(Problem.in_file(directory, message))
         if expect_vocab_size is not None and expect_vocab_size != info.vocab_size:
-            raise ConfigError(f"{directory} has a vocabulary of {info.vocab_size} tokens, not of {expect_vocab_size}")
+            raise ConfigError(
+                Problem.in_file(directory, f"has a vocabulary of {info.vocab_size} tokens, not of {expect_vocab_size}")
+            )
         self._tokens = _map(self.directory / f"{split}.bin", info.dtype, getattr(info, split).tokens)
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     def first_beyond(self, vocab_size: int) -> tuple[int, int] | None:
-        """Position and id of the first token whose id is not below `vocab_size`; None if there is none.
+        """Position and id of the first token with an id of `vocab_size` or above; None if there is none.
 
-        It reads the file only if `meta.json` does not rule such a token out.
+        It reads the file only if `meta.json` does not rule out such a token.
         """
         largest = getattr(self.info, self.split).max_id
         if self.info.vocab_size <= vocab_size or (largest is not None and largest < vocab_size):
@@ -143,25 +150,26 @@ class TokenFile:
         return None
 
     def check(self) -> str:
-        """Compares the file with what `meta.json` says of it, and returns its SHA-256.
+        """Compares the file with `meta.json`, and returns its SHA-256.
 
-        The whole file is read, but only once: what it held is kept in the cache folder, by its size, time and inode.
+        The whole file is read, but only once: the cache folder keeps the result, by the file's size, time and inode.
 
         Raises:
-            ConfigError: it is not what was written, or has token ids beyond the vocabulary.
+            ConfigError: the file has changed since it was written, or has token ids beyond the vocabulary.
         """
         path, info = self.directory / f"{self.split}.bin", self.info
         found, written = content(path, info.dtype), getattr(info, self.split).sha256
         if found.sha256 != written:
-            raise ConfigError(
-                f"{path} is not what was written: its SHA-256 is {found.sha256[:16]}..., and {written[:16]}... in its "
-                "meta.json; tokenize again"
+            message = (
+                f"is not what was written: its SHA-256 is {found.sha256[:16]}..., and {written[:16]}... in "
+                "its meta.json; tokenize again"
             )
+            raise ConfigError(Problem.in_file(path, message))
         if found.max_id >= info.vocab_size:
-            raise ConfigError(
-                f"{path} has the token id {found.max_id}, and its meta.json says vocab_size={info.vocab_size}; "
-                "tokenize again"
+            message = (
+                f"has the token id {found.max_id}, and its meta.json says vocab_size={info.vocab_size}; tokenize again"
             )
+            raise ConfigError(Problem.in_file(path, message))
         return found.sha256
 
     def window(self, start: int, length: int) -> np.ndarray:
@@ -188,9 +196,11 @@ def _map(path: Path, dtype: str, tokens: int) -> np.ndarray:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise ConfigError(f"{path} is missing, though its meta.json tells of {tokens} tokens") from None
+        raise ConfigError(Problem.in_file(path, f"is missing, though its meta.json tells of {tokens} tokens")) from None
     if size != expected:
-        raise ConfigError(f"{path} has {size} bytes, but {tokens} {dtype} tokens are {expected}: tokenize again")
+        raise ConfigError(
+            Problem.in_file(path, f"has {size} bytes, but {tokens} {dtype} tokens are {expected}: tokenize again")
+        )
     if not tokens:
         return np.empty(0, dtype=dtype)  # an empty file cannot be mapped
     # A plain array on the map: slices of np.memmap itself are several times slower to make.

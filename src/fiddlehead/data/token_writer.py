@@ -18,7 +18,7 @@ import numpy as np
 from fiddlehead.data.pieces import PIECE
 from fiddlehead.data.token_file import SPLITS, Split, SplitInfo, TokenDatasetInfo
 from fiddlehead.data.tokenizers import Tokenizer, save_tokenizer
-from fiddlehead.errors import FULL_DISK, ConfigError, RunError
+from fiddlehead.errors import FULL_DISK, ConfigError, Problem, RunError
 from fiddlehead.files.paths import user_path
 from fiddlehead.run import locks
 
@@ -97,7 +97,7 @@ class TokenDatasetWriter:
             self._temporary.rename(self.out)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise MadeMeanwhileError(f"out={str(self.out)!r} was made by another process meanwhile") from None
+                raise MadeMeanwhileError(Problem("out", self.out, "another process has made it meanwhile")) from None
             raise
         _fsync(self.out.parent)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -119,10 +119,9 @@ class TokenDatasetWriter:
         except OSError as error:
             if error.errno in FULL_DISK:
                 tokens = sum(total[0] for total in self._totals.values())
-                raise RunError(
-                    f"out={str(self.out)!r}: the disk is full after {tokens} tokens; the unfinished dataset was removed"
-                ) from error
-            raise ConfigError(f"out={str(self.out)!r} cannot be written: {error}") from error
+                message = f"the disk is full after {tokens} tokens; the unfinished dataset was removed"
+                raise RunError(Problem("out", self.out, message)) from error
+            raise ConfigError(Problem("out", self.out, f"cannot be written: {error}")) from error
 
 
 def check_destination(out: Path, overwrite: bool) -> None:
@@ -130,11 +129,11 @@ def check_destination(out: Path, overwrite: bool) -> None:
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
-        raise ConfigError(f"out={str(out)!r} exists; choose another folder, or overwrite it")
+        raise ConfigError(Problem("out", out, "exists; choose another folder, or overwrite it"))
     try:
         TokenDatasetInfo.read(out)
     except ConfigError as error:
-        raise ConfigError(f"out={str(out)!r} is not overwritten, because only token datasets are: {error}") from None
+        raise ConfigError(Problem("out", out, f"only token datasets are overwritten: {error}")) from None
 
 
 def remove_stale(out: Path) -> None:

@@ -23,7 +23,7 @@ from fiddlehead.data.readers import Block, find_files, parse, read_blocks
 from fiddlehead.data.token_file import SPLITS, Split, TokenDatasetInfo
 from fiddlehead.data.token_writer import TokenDatasetWriter, check_destination, encode_documents
 from fiddlehead.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, TokenizerFile
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.paths import user_path
 from fiddlehead.run.processes import usable_cpus
 
@@ -44,19 +44,19 @@ def tokenize(
     """Writes the documents of `paths` as a token dataset to the folder `out`.
 
     `paths` are files or folders: text files (a document each), JSON objects (`.jsonl` or `.json`: one a line, or an
-    array in `.json`; also with `.gz` or `.zst`), of which `text_field` is the document, and `.parquet` (a row each).
+    array in `.json`; also with `.gz` or `.zst`), whose `text_field` is the document, and `.parquet` (a row each).
     Empty documents are left out. A document belongs to the validation split if its hash falls into `val_fraction`, so
-    copies of a document never end up in both. An untrained tokenizer learns from the training split first. `workers`
-    processes, by default one for each core, encode; the files written are the same to the byte for any number of them.
+    copies of a document are never in both splits. An untrained tokenizer first learns from the training split.
+    `workers` processes, by default one for each core, encode; the files do not depend on their number.
 
-    Either `out` is complete afterwards or there is none: a run that fails or is interrupted removes what it wrote, and
-    what a killed one left is removed by the next. Raises `ConfigError` for bad input, with file and line of the first
-    20 problems and the number of the others.
+    Afterwards `out` is complete or absent: a call that fails or is interrupted removes its files, and the next call
+    removes those of a killed one. Raises `ConfigError` for bad input, with file and line of the first 20 problems and
+    the number of the others.
     """
     if not 0 <= val_fraction < 1:
-        raise ConfigError(f"val_fraction={val_fraction}; allowed: from 0 to below 1")
+        raise ConfigError(Problem("val_fraction", val_fraction, "must be at least 0 and below 1"))
     if workers is not None and workers < 1:
-        raise ConfigError(f"workers={workers}; allowed: 1 or more")
+        raise ConfigError(Problem("workers", workers, "must be 1 or more"))
     out = user_path(out)
     files = find_files(paths)
     check_destination(out, overwrite)
@@ -81,26 +81,25 @@ def parse_tokenizer(text: str, eos: str | None = None) -> Tokenizer | BPETokeniz
         eos: the token that ends a document, of a file's.
     """
     if eos is not None and (text == "bytes" or text.startswith("bpe:")):
-        raise ConfigError(f"eos={eos!r}: allowed only for a tokenizer.json; {text} has an end of its own")
+        raise ConfigError(Problem("eos", eos, f"is only for a tokenizer.json; {text} has its own end"))
     kind, colon, size = text.partition(":")
     if text == "bytes":
         return ByteTokenizer()
     if kind == "bpe":
         if not colon or not size.isdecimal():
-            raise ConfigError(f"tokenizer={text!r}; allowed: bpe:SIZE, such as bpe:4096")
+            raise ConfigError(Problem("tokenizer", text, "must be bpe:SIZE, such as bpe:4096"))
         return BPETokenizer(int(size))
     if not user_path(text).exists():
-        raise ConfigError(
-            f"tokenizer={text!r}; allowed: bytes, bpe:SIZE, or the path of a tokenizer.json, and there is none"
-        )
+        message = "there is no such file; give bytes, bpe:SIZE, or the path of a tokenizer.json"
+        raise ConfigError(Problem("tokenizer", text, message))
     return TokenizerFile(text, eos=eos)
 
 
 class _Encoded(NamedTuple):
-    """What became of a block: for each split its tokens and how many documents and bytes they were."""
+    """An encoded block: for each split its tokens, and their numbers of documents and bytes."""
 
     splits: dict[Split, tuple[np.ndarray, int, int]]
-    problems: list[str]
+    problems: list[Problem]
     size: int
 
 
@@ -124,29 +123,28 @@ class _Encoder:
                 if texts
             }
         except ConfigError as error:  # a document that is too long to tokenize at once
-            return _Encoded({}, [f"{block.path}: {problem}" for problem in error.problems], block.size)
+            return _Encoded({}, [Problem.in_file(block.path, problem) for problem in error.problems], block.size)
         return _Encoded(splits, [], block.size)
 
 
 class _Problems:
-    """Collects what is wrong with the input."""
+    """Collects the problems of the input: the first ones, and the number of all."""
 
     def __init__(self) -> None:
-        self._first: list[str] = []
+        self._first: list[Problem] = []
         self._count = 0
 
     def __bool__(self) -> bool:
         return self._count > 0
 
-    def add(self, problems: Sequence[str]) -> None:
+    def add(self, problems: Sequence[Problem]) -> None:
         self._first += problems[: _MAX_PROBLEMS - len(self._first)]
         self._count += len(problems)
 
     def check(self) -> None:
-        """Raises one `ConfigError` if there are any."""
-        if self:
-            rest = self._count - len(self._first)
-            raise ConfigError(*self._first, *([f"and {rest} more"] if rest else []))
+        """Raises one `ConfigError` if there are problems."""
+        rest = self._count - len(self._first)
+        refuse([*self._first, *([Problem("", message=f"and {rest} more")] if rest else [])])
 
 
 def _write_all(
@@ -163,12 +161,10 @@ def _write_all(
                 documents[split] += count
     problems.check()
     if not documents:
-        raise ConfigError("paths: all documents are empty")
+        raise ConfigError(Problem("paths", message="all documents are empty"))
     if not documents["train"]:
-        raise ConfigError(
-            f"val_fraction={encoder.val_fraction}: the validation split takes all {documents['val']} documents, "
-            "as their hashes say; give a smaller fraction, or 0"
-        )
+        message = f"by their hashes, all {documents['val']} documents are for validation; give less, or 0"
+        raise ConfigError(Problem("val_fraction", encoder.val_fraction, message))
 
 
 def _all_blocks(files: Sequence[Path], text_field: str, problems: _Problems) -> Iterator[Block]:
@@ -196,7 +192,8 @@ def _encode_all(blocks: Iterator[Block], encoder: _Encoder, workers: int, proble
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise ConfigError(f"workers={workers}: one was killed, probably for want of memory; try fewer") from None
+        message = "one was killed, probably because memory ran out; try fewer"
+        raise ConfigError(Problem("workers", workers, message)) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

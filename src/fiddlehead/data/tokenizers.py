@@ -19,7 +19,7 @@ import numpy as np
 
 from fiddlehead.data.pieces import PIECE, Cut, kinds, pieces
 from fiddlehead.data.special_tokens import COMPANIONS, NAMES_FILES, SpecialTokens, update_settings
-from fiddlehead.errors import ConfigError, Elsewhere, unknown
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.foreign import parse_json, read_text
 from fiddlehead.files.paths import user_path
 from fiddlehead.numbers import is_whole
@@ -124,14 +124,14 @@ class ByteTokenizer:
 
 
 class BPETokenizer:
-    """A byte-level BPE tokenizer still to be trained, on the corpus that it is used with.
+    """A byte-level BPE tokenizer that is still to be trained, on the corpus of its data.
 
-    Of its `vocab_size` tokens 256 are the bytes and one ends a document; the rest are learned.
+    Of its `vocab_size` tokens, 256 are the bytes and one ends a document; the rest are learned.
     """
 
     def __init__(self, vocab_size: int = 1024) -> None:
         if not (is_whole(vocab_size) and vocab_size >= 257):
-            raise ConfigError(f"vocab_size={vocab_size} is too small; allowed: 257 (256 bytes and one special) or more")
+            raise ConfigError(Problem("vocab_size", vocab_size, "must be 257 (256 bytes and one special) or more"))
         self.vocab_size = vocab_size
 
     @property
@@ -162,10 +162,8 @@ class BPETokenizer:
         cuts = kinds((), ["ByteLevel"])
         model.train_from_iterator((piece for text in texts for piece in pieces(text, cuts, words)), trainer)
         if model.get_vocab_size() < self.vocab_size:
-            raise ConfigError(
-                f"vocab_size={self.vocab_size} needs more text to learn from; these documents give at most "
-                f"{model.get_vocab_size()} tokens"
-            )
+            message = f"needs more text to learn from; these documents give at most {model.get_vocab_size()} tokens"
+            raise ConfigError(Problem("vocab_size", self.vocab_size, message))
         return JSONTokenizer(model.to_str(), eos=END_OF_TEXT)
 
 
@@ -345,7 +343,7 @@ class JSONTokenizer:
 
     @contextlib.contextmanager
     def _faults(self) -> Iterator[None]:
-        """What the library cannot do with the file becomes a ConfigError: it raises plain Exceptions, and panics."""
+        """Turns the library's errors with the file, plain Exceptions and panics, into ConfigErrors."""
         try:
             yield
         except ConfigError:
@@ -353,7 +351,7 @@ class JSONTokenizer:
         except BaseException as error:
             if type(error) is not Exception and type(error).__name__ != "PanicException":
                 raise
-            raise ConfigError(Elsewhere(f"{self._source} is not a tokenizer: {error}")) from error
+            raise ConfigError(Problem.in_file(self._source, f"is not a tokenizer: {error}")) from error
 
     @property
     def _added(self) -> list[dict[str, Any]]:
@@ -361,7 +359,7 @@ class JSONTokenizer:
 
     @cached_property
     def _promoted(self) -> list[str]:
-        """Tokens of the vocabulary that only the files beside it call special."""
+        """Tokens of the vocabulary that only the neighbouring files call special."""
         added = {token["content"] for token in self._added}
         return sorted(token for token in self.special.special if token in self._ids and token not in added)
 
@@ -375,21 +373,17 @@ class JSONTokenizer:
         ids, special, source = self._ids, self._special_ids, self._source
         if isinstance(eos, int):
             if eos not in ids.values():
-                raise ConfigError(f"eos={eos} is not a token of {source}; allowed: 0 to {max(ids.values())}")
+                raise ConfigError(Problem("eos", eos, f"is not a token of {source}", (f"0 to {max(ids.values())}",)))
             return eos
         if eos is not None:
             if eos not in ids:
                 added = [token["content"] for token in self._added]
-                raise ConfigError(f"eos={eos!r}: {unknown('token', eos, added)} ({source})")
+                raise ConfigError(Problem("eos", eos, f"is not a token of {source}", added))
             return ids[eos]
         if named := self.special.names.get("eos_token"):
             if named not in ids:
-                raise ConfigError(
-                    Elsewhere(
-                        f"{self.special.source}: eos_token={named!r} is not a token of {source}; "
-                        "name another with eos=..."
-                    )
-                )
+                message = f"eos_token={named!r} is not a token of {source}; name another with eos=..."
+                raise ConfigError(Problem.in_file(self.special.source, message))
             return ids[named]
         numbers = set(special.values())
         listed = (*self.special.config_eos_ids, *self.special.generation_eos_ids)
@@ -399,11 +393,11 @@ class JSONTokenizer:
             return found
         ordinary = ", ".join(repr(name) for name in _EOS_NAMES if name in ids)
         candidates = ", ".join(map(repr, [*special][:20])) or "none, it has no special tokens"
-        raise ConfigError(
-            f"eos=None: no special token of {source} has a usual name for the end of a document; name one with "
-            f"eos=..., or as eos_token in tokenizer_config.json; candidates: {candidates}"
-            + (f"; not special: {ordinary}" if ordinary else "")
+        message = (
+            f"no special token of {source} has a usual name for the end of a document; name one with eos=..., or as "
+            f"eos_token in tokenizer_config.json; candidates: {candidates}"
         )
+        raise ConfigError(Problem("eos", None, message + (f"; not special: {ordinary}" if ordinary else "")))
 
     def __getstate__(self) -> dict[str, Any]:
         # The library's object is rebuilt where it is needed.
@@ -413,9 +407,9 @@ class JSONTokenizer:
 class TokenizerFile(JSONTokenizer):
     """The tokenizer in a `tokenizer.json`, or in a folder that holds one.
 
-    `eos` is the token that ends a document; None is what the files beside it name, or else the first of the usual names
-    that is a special token (see `JSONTokenizer`). Raises `ConfigError` for a file that is missing or broken, and when
-    no end-of-document token is found.
+    `eos` is the token that ends a document. None takes the one that the neighbouring files name, or else the first of
+    the usual names that is a special token (see `JSONTokenizer`). Raises `ConfigError` for a file that is missing or
+    broken, and if no end-of-document token is found.
     """
 
     def __init__(self, path: str | Path, eos: str | int | None = None) -> None:
@@ -424,9 +418,9 @@ class TokenizerFile(JSONTokenizer):
         try:
             text = read_text(file, _MAX_BYTES)
         except FileNotFoundError:
-            raise ConfigError(f"path={str(path)!r} is not a tokenizer: there is no file {file}") from None
+            raise ConfigError(Problem("path", path, f"is not a tokenizer: there is no file {file}")) from None
         except (OSError, ValueError) as error:
-            raise ConfigError(f"path={str(path)!r} cannot be read: {error}") from error
+            raise ConfigError(Problem("path", path, f"cannot be read: {error}")) from error
         super().__init__(text, eos=eos, special=SpecialTokens.read(file.parent), source=str(file))
 
     @property
@@ -438,7 +432,7 @@ class TokenizerFile(JSONTokenizer):
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes `tokenizer.json` to `folder`, and beside it what the files beside `tokenizer` said.
+    """Writes `tokenizer.json` to `folder`, with the files that accompany `tokenizer`.
 
     `TokenizerFile(folder)` then has the same special tokens, the same end of a document and the same `stop_ids`.
     """
@@ -461,13 +455,13 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def refuse_missing_rows(tokenizer: Tokenizer, ids: Sequence[int], vocab_size: int, where: str) -> None:
-    """Raises `ConfigError` if tokens have no row in the embedding of a model of `vocab_size` tokens; it names each."""
+    """Raises `ConfigError`, naming each, if tokens have no row in the embedding of a model of `vocab_size` tokens."""
     if beyond := sorted({int(i) for i in ids if i >= vocab_size}):
-        raise ConfigError(*(f"{where}: has {no_row(tokenizer, i, vocab_size)}" for i in beyond))
+        raise ConfigError(*(Problem.in_file(where, f"has {no_row(tokenizer, i, vocab_size)}") for i in beyond))
 
 
 def no_row(tokenizer: Tokenizer, number: int, vocab_size: int) -> str:
-    """Which token it is that has no row in the embedding of a model of `vocab_size` tokens."""
+    """A phrase that names a token without a row in the embedding of a model of `vocab_size` tokens."""
     try:
         text = f" {tokenizer.token(number)!r}" if isinstance(tokenizer, JSONTokenizer) else ""
     except KeyError:  # a dataset that was not made with its tokenizer
@@ -481,10 +475,10 @@ def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
         spec = parse_json(text)
     except json.JSONDecodeError as error:
         raise ConfigError(
-            Elsewhere(f"{source} is broken JSON: line {error.lineno}, column {error.colno}: {error.msg}")
+            Problem.in_file(source, f"is broken JSON: line {error.lineno}, column {error.colno}: {error.msg}")
         ) from error
     except ValueError as error:
-        raise ConfigError(Elsewhere(f"{source} cannot be read: {error}")) from error
+        raise ConfigError(Problem.in_file(source, f"cannot be read: {error}")) from error
     try:
         vocab = spec["model"]["vocab"]
         # Unigram models list [token, score] pairs, all others map a token to its id.
@@ -493,31 +487,23 @@ def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[str, int]]:
         ids.update((token["content"], token["id"]) for token in added)
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         raise ConfigError(
-            Elsewhere(f"{source} is not a valid tokenizer.json: it has no model with a vocabulary")
+            Problem.in_file(source, "is not a valid tokenizer.json: it has no model with a vocabulary")
         ) from error
     if not isinstance(added, list) or not ids or not all(isinstance(token, str) for token in ids):
-        raise ConfigError(
-            Elsewhere(
-                f"{source} is not a valid tokenizer.json: its vocabulary is empty or has tokens that are not texts"
-            )
-        )
+        message = "is not a valid tokenizer.json: its vocabulary is empty or has tokens that are not texts"
+        raise ConfigError(Problem.in_file(source, message))
     if wrong := [i for i in ids.values() if not (is_whole(i) and 0 <= i < _MAX_IDS)]:
-        raise ConfigError(
-            Elsewhere(
-                f"{source} is not a valid tokenizer.json: its vocabulary has the id {wrong[0]!r}; "
-                f"allowed: 0 to {_MAX_IDS - 1}"
-            )
-        )
+        message = f"is not a valid tokenizer.json: its vocabulary has the id {wrong[0]!r}; allowed: 0 to {_MAX_IDS - 1}"
+        raise ConfigError(Problem.in_file(source, message))
     if (growth := _growth(spec.get("normalizer"))) > _MAX_GROWTH:
-        raise ConfigError(
-            Elsewhere(f"{source}: its normalizer makes a text up to {growth:.0f} times as long; allowed: {_MAX_GROWTH}")
-        )
+        message = f"its normalizer makes a text up to {growth:.0f} times as long; allowed: {_MAX_GROWTH}"
+        raise ConfigError(Problem.in_file(source, message))
     return spec, ids
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the report that a panic of the library writes to the standard error itself."""
+    """Hides the report that a panic of the library writes to standard error."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -530,7 +516,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _growth(normalizer: Any) -> float:
-    """How many times as long the normalizer of a tokenizer can make a text."""
+    """The factor by which a tokenizer's normalizer can lengthen a text."""
     if not isinstance(normalizer, dict):
         return 1.0
     parts = normalizer.get("normalizers")

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fiddlehead.errors import ConfigError, Elsewhere, unknown
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.numbers import is_number
 
 Made = TypeVar("Made")
@@ -112,9 +112,9 @@ def read_object(file: Path, limit: int = MAX_BYTES) -> dict[str, Any]:
     try:
         value = read_json(file, limit)
     except (OSError, ValueError) as error:
-        raise ConfigError(Elsewhere(f"{file} cannot be read: {reason(error)}")) from error
+        raise ConfigError(Problem.in_file(file, f"cannot be read: {reason(error)}")) from error
     if not isinstance(value, dict):
-        raise ConfigError(Elsewhere(f"{file}: must hold a JSON object, not a {type(value).__name__}"))
+        raise ConfigError(Problem.in_file(file, f"must hold a JSON object, not a {type(value).__name__}"))
     return value
 
 
@@ -128,7 +128,7 @@ def filled(kind: type[Made], values: Any) -> Made:
         raise ValueError(f"must be an object, not a {type(values).__name__}")
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     if strange := [name for name in values if name not in known]:
-        raise ValueError(unknown("field", strange[0], list(known)))
+        raise ValueError(Problem.unknown("", strange[0], "field", known))
     for name, field in known.items():
         if name not in values and field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"{name} is missing")
@@ -166,20 +166,20 @@ def inside(folder: Path, name: Any, named_in: Any = None) -> Path:
         ConfigError: it is not in the folder.
     """
     if not isinstance(name, str) or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ConfigError(Elsewhere(f"{named_in or folder}: {name!r} is not in the folder"))
+        raise ConfigError(Problem.in_file(named_in or folder, f"{name!r} is not in the folder"))
     file = folder / name
     try:
         home, target = folder.resolve(), file.resolve()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             file.lstat()  # which notices what `resolve` does not
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle; a name too long, or not Unicode
-        raise ConfigError(Elsewhere(f"{file} cannot be read: {reason(error)}")) from error
+        raise ConfigError(Problem.in_file(file, f"cannot be read: {reason(error)}")) from error
     roots = [home]
     if home.parent.name == "snapshots" and home.parents[1].name.startswith("models--"):
         roots.append(home.parents[1] / "blobs")
     if not any(target.is_relative_to(root) for root in roots):
         raise ConfigError(
-            Elsewhere(f"{file}: is a link that leads out of the folder, to {target}; put the file itself there")
+            Problem.in_file(file, f"is a link that leads out of the folder, to {target}; put the file itself there")
         )
     return file
 

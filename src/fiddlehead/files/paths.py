@@ -5,24 +5,25 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 
 
 def user_path(written: str | os.PathLike[str]) -> Path:
     """The path that a user has written: `~` is their home, and `~NAME` that of another user.
 
-    Every path that a user can write goes through here, so that it means the same wherever it is written.
+    Every path that a user can write goes through here, so that it means the same everywhere.
 
     Raises:
-        ConfigError: nobody knows the home, or no path can have these characters.
+        ConfigError: the home is not known, or a path cannot have these characters.
     """
     text = os.fspath(written)
     if "\0" in text:
-        raise ConfigError(f"{text!r}: a path cannot have a null character")
+        raise ConfigError(Problem.in_file(repr(text), "a path cannot have a null character"))
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise ConfigError(f"{text!r}: this machine knows no such home; write the whole path, or set HOME") from None
+        message = "this machine knows no such home; write the whole path, or set HOME"
+        raise ConfigError(Problem.in_file(repr(text), message)) from None
 
 
 def working_directory() -> Path:

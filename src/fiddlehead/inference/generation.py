@@ -9,7 +9,7 @@ from functools import lru_cache, partial
 import torch
 
 from fiddlehead.attention import KVCache
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.models.compiled_step import CompiledStep
 from fiddlehead.models.transformer import Transformer
 from fiddlehead.numbers import is_number, is_whole
@@ -32,18 +32,17 @@ class Sampling:
 
     def __post_init__(self) -> None:
         problems = [
-            f"{name}={value}: must not be negative, and {kind}"
+            Problem(name, value, f"must be a {kind} of 0 or more")
             for name, value, sound, kind in (
-                ("temperature", self.temperature, is_number, "finite"),
-                ("top_k", self.top_k, is_whole, "a whole number"),
-                ("seed", self.seed, is_whole, "a whole number"),
+                ("temperature", self.temperature, is_number, "finite number"),
+                ("top_k", self.top_k, is_whole, "whole number"),
+                ("seed", self.seed, is_whole, "whole number"),
             )
             if not (sound(value) and value >= 0)
         ]
         if not (is_number(self.top_p) and 0 < self.top_p <= 1):
-            problems.append(f"top_p={self.top_p}: must be above 0 and at most 1")
-        if problems:
-            raise ConfigError(*problems)
+            problems.append(Problem("top_p", self.top_p, "must be above 0 and at most 1"))
+        refuse(problems)
 
     def generators(self, count: int, device: torch.device) -> list[torch.Generator]:
         """One for each sequence."""
@@ -137,7 +136,8 @@ def sample_batch(
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     limit = model.config.seq_length
     if limit is not None and (long := [len(prompt) for prompt in prompts if len(prompt) >= limit]):
-        raise ConfigError(f"prompts of {', '.join(map(str, long))} tokens: the model writes up to seq_length={limit}")
+        message = f"have {', '.join(map(str, long))} tokens, and the model writes up to seq_length={limit}"
+        raise ConfigError(Problem("prompts", message=message))
     written: list[list[int]] = [[] for _ in prompts]
     going = [True] * len(prompts)
     for tokens in _continuations(model, prompts, max_new_tokens, sampling, generators, compile):
@@ -165,7 +165,9 @@ def _continuations(
     vocab_size = config.vocab_size or 0
     for prompt in prompts:
         if not prompt or not all(0 <= token < vocab_size for token in prompt):
-            raise ConfigError(f"prompt={list(prompt)}: needs at least one token, each below vocab_size={vocab_size}")
+            raise ConfigError(
+                Problem("prompt", list(prompt), f"needs at least one token, each below vocab_size={vocab_size}")
+            )
     lengths = [len(prompt) for prompt in prompts]
     room = min(max(lengths) + max_new_tokens, config.seq_length or max(lengths) + max_new_tokens)
     if max(lengths) > room:

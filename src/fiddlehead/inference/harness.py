@@ -25,7 +25,7 @@ from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.inference.generation import Sampling
 from fiddlehead.inference.text import Writer
 
@@ -52,8 +52,8 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> Tasks:
         ConfigError: there is no such folder or task.
     """
     if folder is not None and not folder.is_dir():
-        raise ConfigError(f"tasks_dir={str(folder)!r}: there is no such folder")
-    problems: list[str] = []
+        raise ConfigError(Problem("tasks_dir", folder, "there is no such folder"))
+    problems: list[Problem] = []
     # The harness's own tasks are thousands of files, and looked through only if need be.
     for defaults in (False, True) if folder else (True,):
         manager = TaskManager(include_path=os.fspath(folder) if folder else None, include_defaults=defaults)
@@ -81,7 +81,7 @@ def evaluate_tasks(
         loaded = tasks.manager.load(tasks.names)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:  # whatever reading a task's data raises
         message = str(error).splitlines() or [type(error).__name__]
-        raise ConfigError(f"tasks={','.join(tasks.names)}: cannot be loaded: {message[0]}") from error
+        raise ConfigError(Problem("tasks", ",".join(tasks.names), f"cannot be loaded: {message[0]}")) from error
     fixed = [name for name, task in loaded["tasks"].items() if task.get_config("num_fewshot") == 0]
     if num_fewshot and fixed:  # the harness leaves them as they are
         logger.warning("num_fewshot=%d: %s say num_fewshot: 0, which holds", num_fewshot, ", ".join(fixed))
@@ -202,13 +202,13 @@ class HarnessModel(TemplateLM):
 
     def _generate(self, contexts: list[str], options: dict[str, Any], seeds: list[int], bar: Any) -> list[str]:
         options = dict(normalize_gen_kwargs(options))
-        if unknown := options.keys() - set(_GENERATION):
-            raise ConfigError(
-                *(f"generation_kwargs.{name}: is not supported; allowed: {', '.join(_GENERATION)}" for name in unknown)
-            )
+        refuse(
+            Problem(f"generation_kwargs.{name}", message="is not supported", allowed=_GENERATION)
+            for name in options.keys() - set(_GENERATION)
+        )
         new, temperature = options["max_gen_toks"], options.get("temperature") or 0.0
         if new >= self.max_length:
-            raise ConfigError(f"max_gen_toks={new}: must be below the model's seq_length={self.max_length}")
+            raise ConfigError(Problem("max_gen_toks", new, f"must be below the model's seq_length={self.max_length}"))
         if options.get("do_sample") and "temperature" not in options:
             temperature = 1.0
         eos = self.writer.tokenizer.eos_token
@@ -228,7 +228,7 @@ class HarnessModel(TemplateLM):
         return [postprocess_generated_text(decode(each.ids), stop, None) for each in written]
 
 
-def _unknown(name: str, known: Sequence[str]) -> str:
+def _unknown(name: str, known: Sequence[str]) -> Problem:
     near = get_close_matches(name, known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "`lm-eval ls tasks` lists them"
-    return f"tasks: unknown task {name!r}; {hint}"
+    return Problem("tasks", name, f"unknown task; {hint}")

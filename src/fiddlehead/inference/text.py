@@ -17,7 +17,7 @@ from fiddlehead.checkpoints.weights import find_tokenizer, find_weights, load_tr
 from fiddlehead.data import TokenizerFile
 from fiddlehead.data.chat_template import ChatTemplate, Message
 from fiddlehead.data.tokenizers import refuse_missing_rows
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.inference.generation import Sampling, sample, sample_batch
 from fiddlehead.models import Transformer
 from fiddlehead.models.compiled_step import refuse_compiled_step
@@ -56,7 +56,7 @@ class Writer:
         path = find_weights(source, runs)
         folder = find_tokenizer(path)
         if folder is None:
-            raise ConfigError(f"{source}: has no tokenizer.json beside its weights")
+            raise ConfigError(Problem.in_file(source, "has no tokenizer.json beside its weights"))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         weights = open_weights(path)
         if compile:
@@ -160,9 +160,8 @@ class Writer:
             ConfigError: the model has no chat template, or it refuses the messages.
         """
         if self.template is None:
-            raise ConfigError(
-                f"{self.name}: has no chat template (chat_template.jinja); `fiddlehead generate` takes plain text"
-            )
+            message = "has no chat template (chat_template.jinja); `fiddlehead generate` takes plain text"
+            raise ConfigError(Problem.in_file(self.name, message))
         ids = self.tokenizer.encode_with_special(self.template.render(messages, add_generation_prompt=True))
         yield from until((), self._texts(ids, max_new_tokens, sampling))
 
@@ -264,7 +263,7 @@ def likelihood(
     length = writer.model.config.seq_length or len(ids)
     stride = max(1, length // 2) if stride is None else stride
     if not 1 <= stride <= length:
-        raise ConfigError(f"stride={stride}: must be from 1 to seq_length={length}")
+        raise ConfigError(Problem("stride", stride, f"must be from 1 to seq_length={length}"))
     if len(own) < 2:
         raise ConfigError("the text has fewer than two tokens")
     first = done = max(1, len(begin))

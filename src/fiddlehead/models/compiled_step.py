@@ -1,4 +1,4 @@
-"""One decoding step as a single launch: its kernels compiled, and all of them captured as one CUDA graph."""
+"""One decoding step as a single launch: its kernels are compiled and captured as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -8,36 +8,32 @@ from dataclasses import replace
 import torch
 
 from fiddlehead.attention import AttentionSpec, KVCache, Target, explain
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import Problem, refuse
 from fiddlehead.models.config import TransformerConfig
 from fiddlehead.models.transformer import Transformer
 
 _WARM_UP = 3
-"""Steps before the capture: the compiler sees a length, then that lengths differ, and then runs what it made."""
+"""Steps before the capture: the compiler sees one length, then a different one, and then runs the result."""
 
 _COMPILED = 64
-"""Kinds of layer, each compiled up to four times in all: a length, lengths, another length of the cache, a batch."""
+"""Layers are compiled up to four times: for a length, for any length, for another cache length, for a batch."""
 
 
 def refuse_compiled_step(config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Raises ConfigError if a model with weights of this dtype on this device cannot have a `CompiledStep`."""
-    problems = []
+    reasons = []
     if device.type != "cuda":
-        problems.append(f"compile=True: a step is captured on a GPU, and the model is on {device}; leave compile out")
+        reasons.append(f"a step is captured on a GPU, and the model is on {device}")
     if config.longrope_length is not None:
-        problems.append("compile=True: LongRoPE turns with the length of the text; leave compile out")
+        reasons.append("LongRoPE depends on the length of the text")
     if config.num_moe_experts is not None and dtype != torch.bfloat16:
-        problems.append(
-            f"compile=True: experts' products are compiled in bfloat16 only, and the weights are {dtype}; "
-            "leave compile out"
+        reasons.append(f"experts' products are compiled in bfloat16 only, and the weights are {dtype}")
+    if not reasons and (layer := _by_flex(config, device, dtype)) is not None:
+        reasons.append(
+            f"flex would decode {layer}, and its results for a batch are wrong in a compiled step; bfloat16 or a "
+            "flash-attn package avoids it (`fiddlehead doctor`)"
         )
-    if not problems and (layer := _by_flex(config, device, dtype)) is not None:
-        problems.append(
-            f"compile=True: {layer} would be decoded by flex, whose results within a compiled step are wrong for a "
-            "batch; use bfloat16 or install a flash-attn package (`fiddlehead doctor`), or leave compile out"
-        )
-    if problems:
-        raise ConfigError(*problems)
+    refuse(Problem("compile", True, f"{reason}; leave compile out") for reason in reasons)
 
 
 def _by_flex(config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> AttentionSpec | None:

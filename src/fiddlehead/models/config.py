@@ -10,7 +10,7 @@ import torch
 
 from fiddlehead.attention import AttentionSpec, backend_choices
 from fiddlehead.attention.call import Call, spec_fields
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.models.rope import LongRopeScaling, Rotary, Scaling, scaling_from_dict
 from fiddlehead.numbers import is_number, is_whole
 from fiddlehead.recipe.resumable import Resumable
@@ -22,7 +22,7 @@ Activation = Literal["swiglu", "geglu", "gelu", "clamped_swiglu"]
 PositionEmbedding = Literal["rope", "learned_absolute", "none"]
 
 UNKNOWN = 1 << 62
-"""The length of a sequence of which no length is known; no window is as wide, and it is of no class of lengths."""
+"""The length of a sequence whose length is unknown: wider than any window, and in no class of lengths."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +106,7 @@ class TransformerConfig:
     """"auto", "measured", or the name of an attention backend."""
 
     def __post_init__(self) -> None:
-        problems = list(self._problems())
-        if problems:
-            raise ConfigError(*problems)
+        refuse(self._problems())
 
     @property
     def head_dim(self) -> int:
@@ -137,19 +135,17 @@ class TransformerConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TransformerConfig:
-        """The configuration of which `values` is the `asdict`, also after it was written as JSON and read again.
+        """The reverse of `asdict`. It also takes the values as JSON returns them.
 
         Raises:
-            ConfigError: it has a field that is unknown here, or a value that makes no model.
+            ConfigError: a field is unknown or missing, or has an impossible value.
         """
         if not isinstance(values, dict):
-            raise ConfigError(f"config: must be an object, not a {type(values).__name__}")
+            raise ConfigError(Problem("config", message=f"must be an object, not a {type(values).__name__}"))
         names = [field.name for field in fields(cls)]
-        if strange := [f"{name}: {unknown('field', name, names)}" for name in values if name not in names]:
-            raise ConfigError(*strange)
+        refuse(Problem.unknown("", name, "field", names) for name in values if name not in names)
         needed = [field.name for field in fields(cls) if field.default is field.default_factory is MISSING]
-        if missing := [f"{name}: is missing" for name in needed if name not in values]:
-            raise ConfigError(*missing)
+        refuse(Problem(name, message="is missing") for name in needed if name not in values)
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         if isinstance(scaling := values.get("rope_scaling"), dict):
             values["rope_scaling"] = scaling_from_dict(scaling)
@@ -255,8 +251,8 @@ class TransformerConfig:
             keys += seen * (1 - seen / (2 * max(1, seq_length)))
         return products + 12 * keys * self.num_attention_heads * self.head_dim
 
-    def _problems(self) -> Iterator[str]:
-        """Yields a line for each impossible value; the comparisons between fields only look at sound ones."""
+    def _problems(self) -> Iterator[Problem]:
+        """Yields a problem for each impossible value. Comparisons between fields skip those that are impossible."""
         bad: set[str] = set()
         required = ("num_layers", "hidden_size", "num_attention_heads", "moe_router_topk")
         optional = (
@@ -269,7 +265,9 @@ class TransformerConfig:
                 continue
             if not (is_whole(value) and value >= 1):
                 bad.add(name)
-                yield f"{name}={value!r}: must be a whole number of 1 or more{' or None' if name in optional else ''}"
+                yield Problem(
+                    name, value, f"must be a whole number of 1 or more{' or None' if name in optional else ''}"
+                )
         choices = {
             "normalization": Normalization,
             "norm_placement": NormPlacement,
@@ -280,11 +278,11 @@ class TransformerConfig:
         for name, kind in choices.items():
             value = getattr(self, name)
             if value not in get_args(kind) and not (name == "qk_layernorm" and value is None):
-                yield f"{name}={value!r}: {unknown('value', str(value), get_args(kind))}"
+                yield Problem.unknown(name, value, "value", get_args(kind))
         for name in ("attention_dropout", "hidden_dropout"):
             value = getattr(self, name)
             if not is_number(value) or not 0 <= value < 1:
-                yield f"{name}={value!r}: must be a number of at least 0 and below 1"
+                yield Problem(name, value, "must be a number of at least 0 and below 1")
         above_zero = ("layernorm_epsilon", "rotary_base", "init_method_std", "rotary_percent")
         multipliers = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
         or_none = ("rotary_base_local", "attn_logit_softcapping", "final_logit_softcapping", "softmax_scale")
@@ -293,80 +291,76 @@ class TransformerConfig:
             if value is None and name in or_none:
                 continue
             if not is_number(value) or not value > 0:
-                yield f"{name}={value!r}: must be a number above 0{' or None' if name in or_none else ''}"
+                yield Problem(name, value, f"must be a number above 0{' or None' if name in or_none else ''}")
         yield from self._norm_problems()
         yield from self._moe_problems(bad)
         yield from self._window_problems(bad)
         if self.attention_backend not in backend_choices():
-            said = unknown("backend", str(self.attention_backend), backend_choices())
-            yield f"attention_backend={self.attention_backend!r}: {said}"
+            yield Problem.unknown("attention_backend", self.attention_backend, "backend", backend_choices())
         heads, groups = self.num_attention_heads, self.num_query_groups
         if not bad & {"num_attention_heads", "num_query_groups"} and groups and heads % groups:
-            allowed = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-            yield f"num_query_groups={groups} does not divide num_attention_heads={heads}; allowed: {allowed} or None"
+            allowed = (*(n for n in range(1, heads + 1) if heads % n == 0), None)
+            yield Problem("num_query_groups", groups, f"does not divide num_attention_heads={heads}", allowed)
         if bad & {"hidden_size", "num_attention_heads", "kv_channels"}:
             return
         if self.kv_channels is None and self.hidden_size % heads:
             lower = self.hidden_size - self.hidden_size % heads
             nearest = f"{lower} or {lower + heads}" if lower else f"{heads}"
-            yield (
-                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={heads}; "
-                f"the nearest: {nearest}; or set kv_channels"
-            )
+            message = f"is not a multiple of num_attention_heads={heads}; the nearest: {nearest}; or set kv_channels"
+            yield Problem("hidden_size", self.hidden_size, message)
         elif self.position_embedding_type == "rope" and is_number(self.rotary_percent):
             yield from self._rotary_problems()
 
-    def _rotary_problems(self) -> Iterator[str]:
+    def _rotary_problems(self) -> Iterator[Problem]:
         if self.rotary_percent > 1:
-            yield f"rotary_percent={self.rotary_percent!r}: must be at most 1"
+            yield Problem("rotary_percent", self.rotary_percent, "must be at most 1")
         elif (turning := int(self.head_dim * self.rotary_percent)) % 2 or not turning:
-            name = "kv_channels" if self.kv_channels else "hidden_size / num_attention_heads"
-            part = "" if self.rotary_percent == 1 else f" x rotary_percent={self.rotary_percent!r} is {turning}"
-            said = "is odd" if not part else "and odd"
-            if not turning:
-                said = "too few"
-            yield f"{name}={self.head_dim}{part} {said}: rotary positions turn pairs of channels"
+            name = "kv_channels" if self.kv_channels else "hidden_size"
+            part = "" if self.rotary_percent == 1 else f", and rotary_percent={self.rotary_percent!r} turns {turning}"
+            message = f"a head has {self.head_dim} channels{part}; rotary positions turn pairs of channels"
+            yield Problem(name, getattr(self, name), message)
         elif isinstance(scaling := self.rope_scaling, LongRopeScaling) and len(scaling.short_factor) != turning // 2:
-            yield (
-                f"rope_scaling.short_factor has {len(scaling.short_factor)} numbers; "
-                f"{turning} channels that turn need {turning // 2}"
-            )
+            message = f"has {len(scaling.short_factor)} numbers; {turning} rotary channels need {turning // 2}"
+            yield Problem("rope_scaling.short_factor", message=message)
 
-    def _norm_problems(self) -> Iterator[str]:
+    def _norm_problems(self) -> Iterator[Problem]:
         if self.normalization == "LayerNorm":
             if self.layernorm_zero_centered_gamma:
-                yield "layernorm_zero_centered_gamma=True: only RMSNorm has it; normalization='LayerNorm'"
+                yield Problem("layernorm_zero_centered_gamma", True, "only RMSNorm has it; normalization='LayerNorm'")
             if self.norm_placement != "pre":
-                yield f"norm_placement={self.norm_placement!r}: only RMSNorm has it; normalization='LayerNorm'"
+                yield Problem("norm_placement", self.norm_placement, "only RMSNorm has it; normalization='LayerNorm'")
         if self.rotary_base_local is not None and self.window_size is None:
-            yield f"rotary_base_local={self.rotary_base_local!r}: no layer has a window; set window_size"
+            yield Problem("rotary_base_local", self.rotary_base_local, "no layer has a window; set window_size")
 
-    def _moe_problems(self, bad: set[str]) -> Iterator[str]:
+    def _moe_problems(self, bad: set[str]) -> Iterator[Problem]:
         if not is_number(self.moe_aux_loss_coeff) or self.moe_aux_loss_coeff < 0:
-            yield f"moe_aux_loss_coeff={self.moe_aux_loss_coeff!r}: must be a number of 0 or more"
+            yield Problem("moe_aux_loss_coeff", self.moe_aux_loss_coeff, "must be a number of 0 or more")
         experts, topk = self.num_moe_experts or 0, self.moe_router_topk
         if experts and not bad & {"num_moe_experts", "moe_router_topk"} and topk > experts:
-            yield f"moe_router_topk={topk}: there are num_moe_experts={experts}"
+            yield Problem("moe_router_topk", topk, f"there are num_moe_experts={experts}")
 
-    def _window_problems(self, bad: set[str]) -> Iterator[str]:
+    def _window_problems(self, bad: set[str]) -> Iterator[Problem]:
         window, skip = self.window_size, self.window_attn_skip_freq
         if window is not None and (
             not isinstance(window, tuple)
             or len(window) != 2
             or not all(is_whole(side) and side >= -1 for side in window)
         ):
-            yield f"window_size={window!r}: must be two whole numbers of -1 or more, (left, right), or None"
+            yield Problem("window_size", window, "must be two whole numbers of -1 or more, (left, right), or None")
         if skip is None:
             return
         if window is None:
-            yield f"window_attn_skip_freq={skip!r}: there is no window; set window_size, or leave it None"
+            yield Problem("window_attn_skip_freq", skip, "there is no window; set window_size, or leave it None")
         if isinstance(skip, tuple):
             if any(mark not in (0, 1) for mark in skip):
-                yield f"window_attn_skip_freq={list(skip)!r}: each must be 1, with the window, or 0, without"
+                yield Problem("window_attn_skip_freq", list(skip), "each must be 1, with the window, or 0, without")
             elif "num_layers" not in bad and len(skip) != self.num_layers:
-                yield f"window_attn_skip_freq has {len(skip)} numbers; num_layers={self.num_layers} needs as many"
+                message = f"has {len(skip)} numbers; num_layers={self.num_layers} needs as many"
+                yield Problem("window_attn_skip_freq", list(skip), message)
         elif not is_whole(skip) or skip < 1:
-            yield f"window_attn_skip_freq={skip!r}: must be a whole number of 1 or more, a list of 0 and 1, or None"
+            yield Problem(
+                "window_attn_skip_freq", skip, "must be a whole number of 1 or more, a list of 0 and 1, or None"
+            )
 
 
 def split_heads(heads: int, groups: int, parts: int) -> tuple[int, int]:

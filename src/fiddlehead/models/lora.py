@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fiddlehead.attention.backends.reference import without_autocast
-from fiddlehead.errors import ConfigError, nearest, unknown
+from fiddlehead.errors import ConfigError, Problem, nearest, refuse
 from fiddlehead.models.autocast import product_dtype
 from fiddlehead.models.linear import Linear
 from fiddlehead.models.transformer import Transformer
@@ -28,31 +28,30 @@ PEFT_NAMES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude":
 PEFT_CONFIG = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "fan_in_fan_out": False}
 
 Parts = Mapping[str, Sequence[tuple[str, int]]]
-"""What each linear layer of a model is in Hugging Face's: the modules whose rows it holds, in order, and how many."""
+"""For each linear layer of a model: the Hugging Face modules whose rows it holds, in order, and how many each has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """Which linear layers of a transformer learn a low-rank change of their weights, while the rest stays as it is."""
+    """Adapters: the chosen linear layers learn a low-rank change of their weights; everything else is frozen."""
 
     rank: int = 16
     """Megatron's and NeMo's `dim`, PEFT's `r`."""
     alpha: int = 32
     """The change is multiplied by alpha / rank."""
     dropout: float = 0.0
-    """Of what goes into an adapter, in training."""
+    """Dropout on an adapter's input, in training."""
     target_modules: Sequence[str] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     """Patterns, with * and ?, for a linear layer's name or the last part of it: "linear_qkv", "layers.0.*"."""
     dora: bool = False
-    """Weight-decomposed: the length of each row of the weights is learned too, apart from its direction."""
+    """Weight-decomposed: the length of each row of the weights is learned separately from its direction."""
 
     def __post_init__(self) -> None:
-        if problems := list(self._problems()):
-            raise ConfigError(*problems)
+        refuse(self._problems())
 
     @property
     def scaling(self) -> float:
-        """What the change is multiplied by."""
+        """The factor on the change: alpha / rank."""
         return self.alpha / self.rank
 
     def apply(self, transformer: Transformer) -> None:
@@ -65,7 +64,7 @@ class LoRA:
             ConfigError: a pattern matches no linear layer of the transformer's layers, or there are adapters already.
         """
         if adapter_state(transformer):
-            raise ConfigError("lora: the model has adapters already; merge them first")
+            raise ConfigError(Problem("lora", message="the model has adapters already; merge them first"))
         names = self.adapted(transformer)
         transformer.requires_grad_(False)
         for name in names:
@@ -81,22 +80,21 @@ class LoRA:
         # Of the layers: the output layer's forward is never called, so that an adapter would do nothing there.
         linears = [n for n, m in transformer.layers.named_modules(prefix="layers") if isinstance(m, nn.Linear)]
         found = {pattern: [name for name in linears if _matches(pattern, name)] for pattern in self.target_modules}
-        if problems := [_unmatched(pattern, transformer, linears) for pattern in found if not found[pattern]]:
-            raise ConfigError(*problems)
+        refuse(_unmatched(pattern, transformer, linears) for pattern in found if not found[pattern])
         return list(dict.fromkeys(name for names in found.values() for name in names))
 
-    def _problems(self) -> Iterator[str]:
+    def _problems(self) -> Iterator[Problem]:
         for name in ("rank", "alpha"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                yield f"{name}={value!r}: must be a whole number of 1 or more"
+                yield Problem(name, value, "must be a whole number of 1 or more")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            yield f"dropout={self.dropout!r}: must be at least 0 and below 1"
+            yield Problem("dropout", self.dropout, "must be at least 0 and below 1")
         names = self.target_modules
         if not (isinstance(names, list | tuple) and names and all(isinstance(name, str) and name for name in names)):
-            yield f"target_modules={names!r}: must be a list of names or patterns, at least one"
+            yield Problem("target_modules", names, "must be a list of names or patterns, at least one")
         if not isinstance(self.dora, bool):
-            yield f"dora={self.dora!r}: must be True or False"
+            yield Problem("dora", self.dora, "must be True or False")
 
 
 class LoRALinear(nn.Linear):
@@ -120,8 +118,8 @@ class LoRALinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype that the layer without the adapter would return."""
-        # The adapter's two matrices are small, and what they are multiplied with is not: it is they that are scaled and
-        # turned into the products' dtype. Their gradients are summed up in their own.
+        # The adapter's two matrices are small and its input is large, so the matrices are scaled and cast to the
+        # products' dtype. Their gradients are accumulated in their own dtype.
         x = input.to(product_dtype(input))
         base = F.linear(x, self.weight, self.bias)
         if not self.enabled:
@@ -131,7 +129,7 @@ class LoRALinear(nn.Linear):
         change = F.linear(F.linear(dropped, a), b)
         if self.magnitude is None:
             return base + change
-        # As in PEFT, the layer's own output is from what was not dropped, and what DoRA adds from what was.
+        # As in PEFT, dropout applies to the input of what DoRA adds, and not to that of the layer itself.
         if self.training and self.lora.dropout:
             plain = F.linear(dropped, self.weight)
         else:
@@ -144,7 +142,7 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
-        """Starts the adapter anew, so that the layer computes what it did without; `weight` must have its values.
+        """Resets the adapter, so that the layer computes what it did without it; `weight` must have its values.
 
         `lora_a` is drawn as PEFT does, `lora_b` is 0, `magnitude` is the length of each row of `weight`.
         """
@@ -164,7 +162,7 @@ class LoRALinear(nn.Linear):
 
 
 def reset_adapters(transformer: nn.Module) -> None:
-    """Starts all adapters anew; for a model whose weights got their values by other means than `load_state_dict`."""
+    """Resets all adapters; for a model whose weights were not set by `load_state_dict`."""
     for module in transformer.modules():
         if isinstance(module, LoRALinear):
             module.reset_adapter()
@@ -172,7 +170,7 @@ def reset_adapters(transformer: nn.Module) -> None:
 
 @contextmanager
 def without_adapters(transformer: nn.Module) -> Iterator[None]:
-    """In the block the model computes what it did before it had adapters, and drops nothing."""
+    """Within the block, the model computes what it did before it had adapters, without dropout."""
     layers = [module for module in transformer.modules() if isinstance(module, LoRALinear)]
     training = transformer.training
     try:
@@ -202,7 +200,7 @@ def load_adapter_state(transformer: Transformer, state: Mapping[str, Tensor]) ->
     """Copies what `adapter_state` returned into the adapters of a model that has the same ones.
 
     Raises:
-        ConfigError: a tensor is missing, unknown or of another shape; the model is then as it was.
+        ConfigError: a tensor is missing, unknown or of another shape; the model is then unchanged.
     """
     own = adapter_state(transformer)
     ours, theirs = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (own, state))
@@ -216,7 +214,7 @@ def load_adapter_state(transformer: Transformer, state: Mapping[str, Tensor]) ->
 
 @torch.no_grad()
 def merge(transformer: Transformer) -> None:
-    """Folds the adapters into the weights, in place: an ordinary model, with nothing frozen, that computes the same."""
+    """Folds the adapters into the weights, in place. The model then has no adapters and nothing frozen."""
     for name, layer in list(transformer.named_modules()):
         if isinstance(layer, LoRALinear):
             linear = Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
@@ -228,7 +226,7 @@ def merge(transformer: Transformer) -> None:
 
 @torch.no_grad()
 def merge_state(state: Mapping[str, Tensor], lora: LoRA) -> dict[str, Tensor]:
-    """The `state_dict` of a model with adapters as that of the model that `merge` makes of it."""
+    """The `state_dict` that a model with adapters would have after `merge`."""
     merged = dict(state)
     for module in [name.removesuffix(".lora_a") for name in state if name.endswith(".lora_a")]:
         a, b = merged.pop(f"{module}.lora_a"), merged.pop(f"{module}.lora_b")
@@ -240,7 +238,7 @@ def merge_state(state: Mapping[str, Tensor], lora: LoRA) -> dict[str, Tensor]:
 def to_peft(
     adapters: Mapping[str, Tensor], parts: Parts, lora: LoRA, base_model_name_or_path: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What PEFT stores for the same adapters: its tensors by name, and its adapter_config.json.
+    """The same adapters as PEFT stores them: its tensors by name, and its adapter_config.json.
 
     A layer that holds the rows of several of Hugging Face's gives each of them its `lora_a`, and those rows of the
     others that are its own; the result is the same for DoRA too, which works row by row.
@@ -254,13 +252,15 @@ def to_peft(
     Raises:
         ConfigError: `parts` lacks a layer, or its rows do not add up.
     """
-    problems: list[str] = []
+    problems: list[Problem] = []
     tensors: dict[str, Tensor] = {}
     adapted: set[str] = set()
     for name, tensor in adapters.items():
         layer, _, part = name.rpartition(".")
         if part == "lora_b" and sum(rows for _, rows in parts.get(layer, ())) != len(tensor):
-            problems.append(f"parts: those of {layer} are {parts.get(layer)}, and it has {len(tensor)} rows")
+            problems.append(
+                Problem("parts", message=f"{layer} has {len(tensor)} rows, and its parts are {parts.get(layer)}")
+            )
         start = 0
         for module, rows in parts.get(layer, ()):
             own = tensor if part == "lora_a" else tensor[start : start + rows]
@@ -268,8 +268,7 @@ def to_peft(
             tensors[f"base_model.model.{module}.{PEFT_NAMES[part]}"] = own.clone()
             adapted.add(module)
             start += rows
-    if problems:
-        raise ConfigError(*problems)
+    refuse(problems)
     config = PEFT_CONFIG | {
         "base_model_name_or_path": base_model_name_or_path,
         "r": lora.rank,
@@ -289,7 +288,7 @@ def save_peft(directory: Path, tensors: Mapping[str, Tensor], config: Mapping[st
 
 
 def _start_adapters(transformer: nn.Module, keys: Any) -> None:
-    """After `load_state_dict`: a state without any adapter is that of a model to begin with."""
+    """After `load_state_dict`: allows a state without adapters, which is that of the model to begin with."""
     absent = [key for key in keys.missing_keys if key.rpartition(".")[2] in PEFT_NAMES]
     if len(keys.missing_keys) == len(absent) == len(adapter_state(transformer)):
         reset_adapters(transformer)
@@ -300,18 +299,18 @@ def _matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
 
 
-def _unmatched(pattern: str, transformer: Transformer, linears: list[str]) -> str:
+def _unmatched(pattern: str, transformer: Transformer, linears: list[str]) -> Problem:
     allowed = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
     for name, module in transformer.named_modules():
         if _matches(pattern, name) and next(module.parameters(recurse=False), None) is not None:
-            kind, others = type(module).__name__, ", ".join(allowed)
-            return f"target_modules: {pattern!r} is {name}, a {kind}, which takes no adapter; allowed: {others}"
+            message = f"{pattern!r} is {name}, a {type(module).__name__}, which takes no adapter"
+            return Problem("target_modules", message=message, allowed=allowed)
     close = "." in pattern and nearest(pattern, linears)
-    return f"target_modules: {unknown('linear layer', pattern, linears if close else allowed)}"
+    return Problem.unknown("target_modules", pattern, "linear layer", linears if close else allowed)
 
 
 def _target_modules(adapted: set[str], parts: Parts) -> list[str]:
-    """The last part of the modules' names where all modules that end so have adapters; else the whole names."""
+    """Each module's last part of the name if all modules with that last part have adapters; else the whole name."""
     others = {module for group in parts.values() for module, _ in group} - adapted
     taken = {module.rpartition(".")[2] for module in others}
     return sorted({module if (last := module.rpartition(".")[2]) in taken else last for module in adapted})

@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021), and the ways to stretch them to longer sequences than a model first learned."""
+"""Rotary positions (Su et al. 2021), and ways to extend them to sequences longer than those first trained on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.numbers import is_number
 
 Rope = tuple[torch.Tensor, torch.Tensor]
@@ -17,7 +17,7 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 class Scaling(ABC):
-    """A change of the angles by which channels turn from one position to the next."""
+    """Changes the angles by which channels turn from one position to the next."""
 
     @abstractmethod
     def frequencies(self, frequencies: torch.Tensor, base: float, length: int | torch.Tensor) -> torch.Tensor:
@@ -28,7 +28,7 @@ class Scaling(ABC):
 
     @property
     def attention_factor(self) -> float:
-        """What rotated queries and keys are multiplied with."""
+        """The factor on rotated queries and keys."""
         return 1.0
 
 
@@ -48,8 +48,8 @@ class RopeScaling(Scaling):
     def __post_init__(self) -> None:
         _refuse_unless_positive(self)
         if self.low_freq_factor >= self.high_freq_factor:
-            high = self.high_freq_factor
-            raise ConfigError(f"low_freq_factor={self.low_freq_factor!r}: must be below high_freq_factor={high!r}")
+            message = f"must be below high_freq_factor={self.high_freq_factor!r}"
+            raise ConfigError(Problem("low_freq_factor", self.low_freq_factor, message))
 
     def frequencies(self, frequencies: torch.Tensor, base: float, length: int | torch.Tensor) -> torch.Tensor:
         """As `Scaling.frequencies`."""
@@ -131,13 +131,11 @@ class LongRopeScaling(Scaling):
     def __post_init__(self) -> None:
         _refuse_unless_positive(self)
         if len(self.short_factor) != len(self.long_factor):
-            raise ConfigError(
-                f"short_factor has {len(self.short_factor)} numbers and long_factor {len(self.long_factor)}: "
-                "each needs one for every two channels that turn"
-            )
+            message = f"has {len(self.short_factor)} numbers; long_factor has {len(self.long_factor)}"
+            raise ConfigError(Problem("short_factor", message=message))
 
     def frequencies(self, frequencies: torch.Tensor, base: float, length: int | torch.Tensor) -> torch.Tensor:
-        """As `Scaling.frequencies`; each sequence has the factors of its own length, whatever is beside it."""
+        """As `Scaling.frequencies`; the length of each sequence decides its factors, whatever else is in the batch."""
         short, long = (
             frequencies / torch.tensor(factors, dtype=torch.float32, device=frequencies.device)
             for factors in (self.short_factor, self.long_factor)
@@ -160,12 +158,13 @@ SCALINGS = (RopeScaling, LinearRopeScaling, YarnRopeScaling, LongRopeScaling)
 
 
 def scaling_from_dict(values: dict[str, Any]) -> Scaling:
-    """The scaling of which `values` is the `asdict`; their fields tell the kinds apart."""
+    """The scaling whose `asdict` is `values`; the names of its fields say which kind it is."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     for kind in SCALINGS:
         if set(values) == set(kind.__dataclass_fields__):
             return kind(**values)
-    raise ConfigError(f"rope_scaling has the fields {', '.join(values)}, which are those of no kind of it")
+    message = f"has the fields {', '.join(values)}; no kind of rope_scaling has these"
+    raise ConfigError(Problem("rope_scaling", message=message))
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ class Rotary:
         Args:
             length: of all sequences, or for each position that of its sequence, (B, T).
         """
-        # Computed on the device in float32: positions times frequencies need the precision.
+        # In float32, because positions times frequencies need the precision.
         channel = torch.arange(0, self.channels, 2, device=positions.device, dtype=torch.float32)
         frequencies = self.base ** (-channel / self.channels)
         factor = 1.0
@@ -209,16 +208,15 @@ def _refuse_unless_positive(scaling: Scaling) -> None:
     for name, value in vars(scaling).items():
         if name == "truncate":
             if not isinstance(value, bool):
-                problems.append(f"{name}={value!r}: must be true or false")
+                problems.append(Problem(name, value, "must be true or false"))
             continue
         if name in ("short_factor", "long_factor") and not isinstance(value, tuple):
-            problems.append(f"{name}={value!r}: must be a list of numbers")
+            problems.append(Problem(name, value, "must be a list of numbers"))
             continue
         for number in value if isinstance(value, tuple) else (value,):
             if number is None and name == "mscale":
                 continue
             if not is_number(number) or not number > 0:
-                problems.append(f"{name}={value!r}: must be a number above 0")
+                problems.append(Problem(name, value, "must be a number above 0"))
                 break
-    if problems:
-        raise ConfigError(*problems)
+    refuse(problems)

@@ -1,4 +1,4 @@
-"""What makes a `Transformer` train faster or in less memory, and changes neither its parameters nor their names."""
+"""Makes a `Transformer` train faster or in less memory, without changing its parameters or their names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models.transformer import Transformer
 
 Compile = Literal["layers", "model"]
@@ -18,31 +18,28 @@ Recompute = Literal["selective", "full"] | float
 Float8 = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 
 
-def refused_speed(compile: Any, activation_checkpointing: Any, fp8: Any) -> list[str]:
-    """What is wrong with each of the three settings of a run that is not one, or does not go with another."""
+def refused_speed(compile: Any, activation_checkpointing: Any, fp8: Any) -> list[Problem]:
+    """What is wrong with the three settings: impossible values, and values that exclude each other."""
     problems = []
     if compile is not None and compile not in get_args(Compile):
-        problems.append(f"compile={compile!r}: {unknown('mode', compile, get_args(Compile))}")
+        problems.append(Problem.unknown("compile", compile, "mode", get_args(Compile)))
     recompute = activation_checkpointing
     if isinstance(recompute, str) and recompute not in ("selective", "full"):
-        problems.append(f"activation_checkpointing={recompute!r}: {unknown('mode', recompute, ('selective', 'full'))}")
+        problems.append(Problem.unknown("activation_checkpointing", recompute, "mode", ("selective", "full")))
     if isinstance(recompute, int | float):
         if isinstance(recompute, bool) or not 0 <= recompute <= 1:
-            problems.append(
-                f"activation_checkpointing={recompute!r}: as a number it is the part of the activations to keep, 0 to 1"
-            )
+            message = "a number is the part of the activations to keep, 0 to 1"
+            problems.append(Problem("activation_checkpointing", recompute, message))
         elif compile is None:
-            problems.append(
-                f"activation_checkpointing={recompute!r}: a part to keep needs the compiler, which chooses it; set "
-                "compile='layers', or 'selective' or 'full' here"
-            )
+            message = "the compiler chooses the part to keep; set compile='layers', or 'selective' or 'full' here"
+            problems.append(Problem("activation_checkpointing", recompute, message))
     if fp8 is not None and fp8 not in get_args(Float8):
-        problems.append(f"fp8={fp8!r}: {unknown('recipe', fp8, get_args(Float8))}")
+        problems.append(Problem.unknown("fp8", fp8, "recipe", get_args(Float8)))
     return problems
 
 
 def convert_to_float8(transformer: Transformer, recipe: Float8) -> None:
-    """Lets the layers' linear products take float8 operands, scaled as they come, forward and backward.
+    """Computes the layers' linear products with float8 operands, dynamically scaled, forward and backward.
 
     The parameters stay as they are. Layers whose sizes are not multiples of 16, the router of a mixture and the output
     layer stay in the higher precision. torchao does it (https://github.com/pytorch/ao, float8).
@@ -56,9 +53,11 @@ def convert_to_float8(transformer: Transformer, recipe: Float8) -> None:
             convert_to_float8_training,
         )
     except ImportError as error:
-        raise ConfigError(f"fp8={recipe!r} needs torchao: pip install 'fiddlehead[torchao]' ({error})") from error
+        raise ConfigError(
+            Problem("fp8", recipe, f"needs torchao: pip install 'fiddlehead[torchao]' ({error})")
+        ) from error
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
-        raise ConfigError(f"fp8={recipe!r}: {torch.cuda.get_device_name()} has no float8; set fp8=None")
+        raise ConfigError(Problem("fp8", recipe, f"{torch.cuda.get_device_name()} has no float8; set fp8=None"))
 
     def converts(module: nn.Module, name: str) -> bool:
         sizes = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else (1,)
@@ -69,7 +68,7 @@ def convert_to_float8(transformer: Transformer, recipe: Float8) -> None:
 
 
 def recompute_activations(transformer: Transformer, recompute: Recompute) -> None:
-    """Lets the backward pass compute again what the forward pass then need not keep.
+    """Recomputes activations in the backward pass instead of keeping them from the forward pass.
 
     "full" keeps each layer's input only (Chen et al. 2016); "selective" keeps what matrix products and attention gave,
     and computes the cheap rest again; a number is the part of the activations that the compiler may keep, which it
@@ -82,7 +81,7 @@ def recompute_activations(transformer: Transformer, recompute: Recompute) -> Non
     if recompute == "selective":
         contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
     for layer in transformer.layers:
-        # The layer's own forward is replaced and not the layer: the names of the parameters stay.
+        # Replaces the layer's forward and not the layer, so that the names of the parameters stay.
         layer.forward = _checkpointed(layer.forward, contexts)
 
 
@@ -97,12 +96,12 @@ def compile_transformer(transformer: Transformer, compile: Compile) -> None:
         transformer.hidden = _within(budget, torch.compile(transformer.hidden, fullgraph=True))
         return
     for layer in transformer.layers:
-        # What a strategy hangs on the layer itself, gathering its parameters, is not to be compiled with it.
+        # The hooks that a strategy puts on the layer, which gather its parameters, must not be compiled.
         layer.forward = _within(budget, torch.compile(layer.forward, fullgraph=True))
 
 
 def _within(budget: float | None, compiled: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Lets the compiler, which works when it is called, keep this part of the activations; others keep their own."""
+    """Sets the part of the activations that the compiler keeps for one call, since it compiles during the call."""
     if budget is None:
         return compiled
 

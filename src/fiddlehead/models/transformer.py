@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fiddlehead.attention import KVCache, attend
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models.autocast import product_dtype
 from fiddlehead.models.collectives import HeadExchange, SequenceSplit
 from fiddlehead.models.config import TransformerConfig
@@ -35,7 +35,7 @@ class Transformer(nn.Module):
         """
         super().__init__()
         if config.vocab_size is None:
-            raise ConfigError("vocab_size=None: a model needs to know its vocabulary")
+            raise ConfigError(Problem("vocab_size", None, "a model needs the size of its vocabulary"))
         self.config = config
         self.split = SequenceSplit()  # `parallelize` says which part of each sequence this process has
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -46,9 +46,9 @@ class Transformer(nn.Module):
         if not config.share_embeddings_and_output_weights:
             self.output_layer = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compiled = False
-        """Whether what is done to each logit in training is compiled into one kernel."""
+        """Whether the elementwise work on the logits is compiled into one kernel in training."""
         self.activation_memory_budget: float | None = None
-        """The part of the activations that the compiler may keep for the backward pass; None: as it likes."""
+        """The part of the activations that the compiler may keep for the backward pass; None: the compiler decides."""
         self.initialize()
 
     def forward(
@@ -93,7 +93,7 @@ class Transformer(nn.Module):
         new_lengths: torch.Tensor | None = None,
         run_layer: Callable[..., torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Token ids (B, T) to what the logits are made of, (B, T, C); the arguments are those of `forward`.
+        """Token ids (B, T) to the last hidden states, (B, T, C); the arguments are those of `forward`.
 
         `run_layer` is called with each layer and its arguments where they are to be run in another way.
         """
@@ -112,13 +112,15 @@ class Transformer(nn.Module):
         padding: torch.Tensor | None = None,
         new_lengths: torch.Tensor | None = None,
     ) -> Places:
-        """Where the tokens stand, of which this process has `input_ids`; the arguments are those of `forward`."""
+        """The positions of the whole sequences, of which this process has `input_ids`; arguments as of `forward`."""
         split = self.split
         T = split.parts * input_ids.shape[1]
         of_each = self.config.longrope_length is not None
         if caches is not None:
             if split.parts > 1:
-                raise ConfigError("caches: a model whose sequences are split over processes keeps none")
+                raise ConfigError(
+                    Problem("caches", message="a model whose sequences are split over processes has no caches")
+                )
             cache = caches[0]
             lengths = self._lengths_in_cache(cache, T, new_lengths) if of_each else None
             return Places(cache.next_positions(T), T + cache.length, lengths, None)
@@ -137,7 +139,7 @@ class Transformer(nn.Module):
         return Places(torch.arange(T, device=input_ids.device), T, lengths, None, sequences)
 
     def _lengths_in_cache(self, cache: KVCache, T: int, new_lengths: torch.Tensor | None) -> torch.Tensor:
-        """How long the sequence of each of T new tokens becomes, (B, T)."""
+        """The length that each sequence reaches with the T new tokens, (B, T)."""
         before = cache.lengths
         after = before + (T if new_lengths is None else new_lengths)
         limit = self.config.longrope_length or 0
@@ -145,10 +147,11 @@ class Transformer(nn.Module):
         if cache.length and cache.length + T > limit:
             crossing = (before > 0) & (before <= limit) & (after > limit)
             if bool(crossing.any()):
-                raise ConfigError(
-                    f"caches: a sequence grows beyond old_context_len={limit}, and LongRoPE then turns all of its keys "
-                    "by other factors; pass the whole sequence with empty caches"
+                message = (
+                    f"a sequence grows beyond old_context_len={limit}, where LongRoPE has other factors for all of its "
+                    "keys; pass the whole sequence with empty caches"
                 )
+                raise ConfigError(Problem("caches", message=message))
         return after[:, None].expand(-1, T)
 
     def embed(self, input_ids: torch.Tensor, places: Places) -> torch.Tensor:
@@ -157,12 +160,11 @@ class Transformer(nn.Module):
         x = _scaled(self.embedding(input_ids), config.embedding_multiplier)
         if self.position_embedding is not None:
             if self.position_embedding.num_embeddings < places.length:
-                raise ConfigError(
-                    f"seq_length={self.position_embedding.num_embeddings}: the model has no position for "
-                    f"{places.length} tokens"
-                )
+                length = self.position_embedding.num_embeddings
+                message = f"the model has no position for {places.length} tokens"
+                raise ConfigError(Problem("seq_length", length, message))
             x = x + self.position_embedding(self.split.own(places.positions))
-        # In mixed precision too the stream between the layers is as wide as their products: half the memory to move.
+        # In mixed precision too, the residual stream has the dtype of the products: half the memory to move.
         return F.dropout(x.to(product_dtype(x)), config.hidden_dropout, self.training)
 
     def run_layers(
@@ -175,7 +177,7 @@ class Transformer(nn.Module):
         new_lengths: torch.Tensor | None = None,
         run_layer: Callable[..., torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """What the first of `layers`, which are this model's, is given to what the last returns, (B, T, C) both."""
+        """The input of the first of `layers`, which are this model's, to the output of the last, both (B, T, C)."""
         config = self.config
         ropes: dict[Rotary, Rope] = {}
         if config.position_embedding_type == "rope":
@@ -192,7 +194,7 @@ class Transformer(nn.Module):
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """What `hidden` returns, or part of it, (..., C), to logits (..., V)."""
+        """Hidden states, (..., C), to logits (..., V)."""
         logits = linear(x, self._output_weight())
         if self.config.logits_scaling != 1:
             logits = logits / self.config.logits_scaling
@@ -200,7 +202,7 @@ class Transformer(nn.Module):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def nats(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The sum of the cross-entropy of what `hidden` returns, without all of its logits in memory at once."""
+        """The sum of the cross-entropy of hidden states, without all logits in memory at once."""
         return linear_cross_entropy(
             x.flatten(0, -2),
             self._output_weight(),
@@ -228,7 +230,7 @@ class Transformer(nn.Module):
         return sum(losses[1:], losses[0]) if losses else None
 
     def fused_rows(self) -> dict[str, tuple[int, ...]]:
-        """The weights that are several matrices in one, by name: how many rows belong to each of these."""
+        """The weights that are several matrices in one, by name, and how many rows each matrix has."""
         rows = {}
         for name, module in self.named_modules():
             if isinstance(module, Attention):
@@ -387,7 +389,7 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm (Zhang & Sennrich 2019), also of a narrower dtype than its weight's, as mixed precision has it."""
+    """RMSNorm (Zhang & Sennrich 2019). The input may be narrower than the weight, as in mixed precision."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., size) to the same, in x's dtype."""
@@ -420,12 +422,12 @@ class Places(NamedTuple):
     positions: torch.Tensor
     """In their sequence or document, (T,) or (B, T), of whole sequences."""
     length: int
-    """Which all positions are below."""
+    """A length above all positions."""
     lengths: torch.Tensor | None
-    """For each position how long its sequence or document is, (B, T), where that changes what is computed."""
+    """The length of each position's sequence or document, (B, T), where the result depends on it."""
     documents: Documents | None
     sequences: Sequences | None = None
-    """Over which experts are to share the work; None without a balancing loss."""
+    """The tokens over which the balancing loss is taken; None without that loss."""
 
 
 def documents_of(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -441,7 +443,7 @@ def positions_in_documents(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tenso
 
 
 def _scaled(x: torch.Tensor, multiplier: float) -> torch.Tensor:
-    """x times the multiplier as x's dtype holds it, which is how models that have one were trained."""
+    """x times the multiplier in x's dtype, as models with a multiplier were trained."""
     return x if multiplier == 1 else x * torch.tensor(multiplier, dtype=x.dtype).item()
 
 
@@ -460,5 +462,5 @@ def _position_embedding(config: TransformerConfig) -> nn.Embedding | None:
     if config.position_embedding_type != "learned_absolute":
         return None
     if config.seq_length is None:
-        raise ConfigError("seq_length=None: learned positions need to know how many there are")
+        raise ConfigError(Problem("seq_length", None, "learned positions need their number"))
     return nn.Embedding(config.seq_length, config.hidden_size)

@@ -1,4 +1,4 @@
-"""Which kernel serves which layers of a run: for its plan, and for its record."""
+"""Which kernel serves which layers of a run, for its plan and its record."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fiddlehead.attention import BACKENDS, GPUS, AttentionSpec, Choice, Package,
 from fiddlehead.attention.packages import CUDNN_OF_CUDA_BUILDS, NEWEST_KNOWN
 from fiddlehead.attention.tools.measure import contenders
 from fiddlehead.attention.tools.trial import LIMITS, Errors, require_right
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.plan.attention_calls import TRAINING, Calls
 
 
 class Served(NamedTuple):
-    """Some layers whose calls ask the same, and the kernel that they get."""
+    """Layers whose calls have one spec, and the kernel that serves them."""
 
     layers: tuple[int, ...]
     """Their indices."""
@@ -26,19 +26,19 @@ class Served(NamedTuple):
     during: str
     """The pass: `TRAINING`, `VALIDATION` or `COMPARISON`."""
     lengths: tuple[int, ...]
-    """What the longest sequence is in these calls, the greatest first. Where documents are kept apart, it is one thing
-    in one batch and another in the next."""
+    """The lengths of the longest sequence in these calls, the greatest first. With separate documents, they differ
+    between batches."""
     layers_by_pipeline_rank: tuple[tuple[int, ...], ...]
-    """Which of the layers each rank of the pipeline has; one has all of them without."""
+    """The layers that each rank of the pipeline has; without a pipeline, one rank has all of them."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values, those of `Choice.to_dict` among them."""
+        """The fields as JSON values, with those of `Choice.to_dict`."""
         fields = {name: value for name, value in self._asdict().items() if name != "choice"}
         return {**fields, **self.choice.to_dict()}
 
 
 Choices = tuple[Served, ...]
-"""All that a run asks, its steps on the longest sequences first."""
+"""All calls of a run; its steps on the longest sequences come first."""
 
 
 def explain_calls(calls: Calls, target: Target) -> Choices:
@@ -69,12 +69,12 @@ def choose(calls: Calls, target: Target) -> Choices:
 
 
 def on_longest(chosen: Choices) -> Choices:
-    """Those of a run's steps on the longest sequences; every layer is in one of them."""
+    """The choices of a run's steps on the longest sequences; every layer is in one of them."""
     return tuple(served for served in chosen if served.during == TRAINING and served.lengths[0] == chosen[0].lengths[0])
 
 
 def refuse_impossible(calls: Calls) -> None:
-    """Refuses a backend by name that no GPU could run; for a run on a machine of which nothing is known.
+    """Refuses a named backend that no GPU could run, for a run on an unknown machine.
 
     Raises:
         ConfigError: it says why not, for each different reason.
@@ -88,7 +88,7 @@ def refuse_impossible(calls: Calls) -> None:
         choices = [explain(spec, Target.gpu(gpu, packages), name) for gpu in GPUS]
         if not any(choice.backend for choice in choices):
             reasons = "; ".join(dict.fromkeys(choice.reasons[name] for choice in choices))
-            raise ConfigError(f"attention_backend={name!r} cannot serve {spec} on any GPU: {reasons}")
+            raise ConfigError(Problem("attention_backend", name, f"cannot serve {spec} on any GPU: {reasons}"))
 
 
 def rows(chosen: Choices) -> list[str]:
@@ -112,7 +112,7 @@ def rows(chosen: Choices) -> list[str]:
 
 
 def try_out(chosen: Choices, device: torch.device) -> list[dict[str, Errors]]:
-    """For each choice, the errors that the kernels which may serve make in a small call on this device.
+    """For each choice, the errors of the kernels that may serve it, in a small call on this device.
 
     Raises:
         ConfigError: an output or a gradient is wrong.
@@ -126,7 +126,7 @@ def try_out(chosen: Choices, device: torch.device) -> list[dict[str, Errors]]:
 
 @contextmanager
 def compared(chosen: Choices) -> Iterator[None]:
-    """Warns in the block if a step asks of attention what is not among `chosen`, or gets another kernel; once each."""
+    """Within the block, warns once for each call that is not among `chosen`, or that another kernel serves."""
     known = {served.choice.spec: served.choice for served in chosen}
 
     def compare(spec: AttentionSpec, backend: str) -> None:
@@ -140,7 +140,7 @@ def compared(chosen: Choices) -> Iterator[None]:
 
 
 def record(chosen: Choices, trials: list[dict[str, Errors]]) -> list[dict[str, Any]]:
-    """The choices as JSON: of each what `Served.to_dict` says, and its trials.
+    """The choices as JSON values: the `Served.to_dict` of each, and its trials.
 
     Args:
         trials: what `try_out` returned.
@@ -152,7 +152,7 @@ def record(chosen: Choices, trials: list[dict[str, Errors]]) -> list[dict[str, A
 
 
 def ranges(numbers: list[int]) -> str:
-    """Ascending numbers as one would write them: 0-3, 5."""
+    """Ascending numbers as text, such as "0-3, 5"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -163,7 +163,7 @@ def ranges(numbers: list[int]) -> str:
 
 
 def _when(served: Served, chosen: Choices) -> str:
-    """In which calls it is, in words."""
+    """The calls that it serves, in words."""
     shorter = served.lengths[0] < chosen[0].lengths[0]
     parts = [] if served.during == TRAINING else [served.during]
     if shorter:  # each stands for what is rounded up to it

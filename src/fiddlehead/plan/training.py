@@ -1,4 +1,4 @@
-"""What a training amounts to, worked out of its parts: sizes, kernels, memory, and everything that is wrong."""
+"""Derives a training's sizes, kernels and memory from its parts, and collects everything that is wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from fiddlehead.attention import Target
 from fiddlehead.checkpoints.weights import find_tokenizer
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.paths import user_path
 from fiddlehead.models import TransformerConfig
 from fiddlehead.numbers import is_whole
@@ -28,12 +28,12 @@ from fiddlehead.training.parts import refuse_others
 Data: TypeAlias = PreTrainingDataModule | FineTuningDataModule
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
-"""float16 is left out: its loss scaling hides an infinite gradient, and spoils the clipping of a fused optimizer."""
+"""Without float16: its loss scaling hides an infinite gradient, and breaks the clipping of a fused optimizer."""
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a run's training amounts to."""
+    """The sizes, kernels and memory of a run's training."""
 
     config: TransformerConfig
     """The model's shape, with the vocabulary and the sequence length that follow from the data."""
@@ -48,14 +48,14 @@ class TrainingPlan:
     accumulate_grad_batches: int
     tokens_per_step: int
     attention: attention.Choices
-    """Empty where the device that trains is not known."""
+    """Empty if the training device is not known."""
     state_gib: float
     """Parameters, gradients and optimizer state of one full copy, without activations."""
     device_gib: float
-    """What each device holds of it."""
+    """The part that each device holds."""
     warmup_steps: int
     missing: str = ""
-    """Why it cannot start, for want of data; "" if it can."""
+    """Why it cannot start without data; "" if it can."""
 
     @property
     def tokens(self) -> int:
@@ -64,13 +64,13 @@ class TrainingPlan:
 
     @property
     def flops(self) -> float:
-        """What the whole run computes, without recomputation."""
+        """The FLOPs of the whole run, without recomputation."""
         adapters = None if self.trained == self.parameters else self.trained
         a_token = self.config.train_flops_per_token(self.config.seq_length or 0, adapters=adapters)
         return a_token * self.tokens
 
     def apply(self, model: LanguageModel, data: Data, trainer: Trainer) -> None:
-        """Sets in the parts what follows from the others: the model's shape, the data's limit, the accumulation."""
+        """Completes the parts: the model's shape, the data's vocabulary, the trainer's accumulation."""
         model.config = self.config
         data.model_vocab_size = self.config.vocab_size
         trainer.accumulate_grad_batches = self.accumulate_grad_batches
@@ -99,7 +99,7 @@ class TrainingPlan:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values; of `attention`, what `Served.to_dict` says of each call."""
+        """The fields as JSON values; `attention` has the `Served.to_dict` of each call."""
         fields = {name: value for name, value in vars(self).items() if name not in ("config", "attention")}
         served = [each.to_dict() for each in self.attention]
         return {"config": asdict(self.config), **fields, "flops": self.flops, "attention": served}
@@ -119,12 +119,12 @@ class TrainingPlan:
 
 
 def begin(model: LanguageModel, data: Data, trainer: Trainer, optim: Optim) -> str | Path | None:
-    """Opens the weights that a model begins with: it takes their shape, and fine-tuning data their tokenizer.
+    """Opens the weights that a model begins with, for its shape and for the tokenizer of fine-tuning data.
 
-    Returns where they are; None if there are none.
+    Returns where they are; None if the model begins with random weights.
 
     Raises:
-        ConfigError: a part is not what a training needs, or the weights are not there, or of another shape.
+        ConfigError: a training cannot use a part, or the weights are missing or of another shape.
     """
     refuse_others(model, data, trainer, optim)
     try:
@@ -133,7 +133,7 @@ def begin(model: LanguageModel, data: Data, trainer: Trainer, optim: Optim) -> s
         raise error.under("model") from error
     if isinstance(data, FineTuningDataModule):
         if model.init_from is None:
-            raise ConfigError("model.init_from=None: fine-tuning begins with a model that can write already; give one")
+            raise ConfigError(Problem("model.init_from", None, "name a trained model, with which fine-tuning begins"))
         data.default_tokenizer = find_tokenizer(user_path(model.init_from))
     return model.init_from
 
@@ -148,15 +148,15 @@ def plan_training(
     target: Target | Literal["trainer"] | None = "trainer",
     **others: Any,
 ) -> TrainingPlan:
-    """Works out what a training amounts to. The parts are not changed; `TrainingPlan.apply` completes them.
+    """Plans a training. It does not change the parts; `TrainingPlan.apply` completes them.
 
     Args:
         model: after `begin`.
-        target: the device whose kernels serve; "trainer" is that of the trainer, and None one that is not known.
-        others: what else the task takes; it changes nothing.
+        target: the device whose kernels serve: "trainer" is the trainer's, None an unknown one.
+        others: other arguments of the task, which change nothing.
 
     Raises:
-        ConfigError: the parts do not fit together; it lists every problem.
+        ConfigError: the parts do not fit together; the error lists every problem.
     """
     world_size = trainer.num_devices * trainer.num_nodes
     sizes = Sizes(data=world_size, replicate=world_size)
@@ -199,12 +199,12 @@ def plan_training(
 def _fitting(
     model: LanguageModel, data: Data, trainer: Trainer, optim: Optim, log: Log | None, sizes: Sizes
 ) -> tuple[int, TransformerConfig]:
-    """How many micro-batches a step accumulates, and the model's complete shape; raises ConfigError as its caller."""
+    """The number of micro-batches in a step, and the model's complete shape; raises ConfigError with every problem."""
     strategy = trainer.strategy if isinstance(trainer.strategy, Parallel) else None
     cut = strategy if trainer.num_devices * trainer.num_nodes > 1 else None
-    problems: list[str] = []
+    problems: list[Problem] = []
     if cut is not None and model.compile_mode == "model":
-        problems.append("model.compile='model': a model cut over several devices takes 'layers' or None")
+        problems.append(Problem("model.compile", "model", "a model cut over several devices takes 'layers' or None"))
     accumulate, micro_batches = 1, None
     try:
         accumulate = micro_batches = data.accumulate_grad_batches(sizes.data)
@@ -212,22 +212,22 @@ def _fitting(
         problems += error.under("data").problems
     problems += _trainer_problems(trainer, accumulate, sizes.data)
     if log is not None and log.profile_steps and log.profile_steps[1] > trainer.max_steps:
-        problems.append(f"log.profile={log.profile!r}: the run ends with step trainer.max_steps={trainer.max_steps}")
+        message = f"the run ends with step trainer.max_steps={trainer.max_steps}"
+        problems.append(Problem("log.profile", log.profile, message))
     try:
         vocab_size = data.vocab_size
     except ConfigError as error:  # the dataset cannot be read
         raise ConfigError(*problems, *error.under("data").problems) from error
-    problems += [f"data.{problem}" for problem in data.too_short()]
+    problems += ConfigError(*data.too_short()).under("data").problems
     config = _longer(model, data.seq_length)
     problems += _model_problems(config, data, vocab_size)
     problems += model.problems(str(trainer.precision), sizes)
     if strategy is not None:
         divided = strategy.problems(config, data.seq_length, micro_batches)
-        problems += [f"trainer.strategy.{each}" for each in divided]
+        problems += [each.under("trainer.strategy") for each in divided]
     split = None if cut is None else sizes
     problems += optim.problems(str(trainer.precision), split, adapters=model.lora is not None)
-    if problems:
-        raise ConfigError(*problems)
+    refuse(problems)
     return accumulate, replace(
         config, vocab_size=config.vocab_size or vocab_size, seq_length=config.seq_length or data.seq_length
     )
@@ -240,7 +240,7 @@ def _kernels(
     trainer: Trainer,
     target: Target | Literal["trainer"] | None,
 ) -> attention.Choices:
-    """The kernels that serve on `target`; empty where that is not known."""
+    """The kernels that serve on `target`; empty if it is not known."""
     calls = calls_of(model, config, data, str(trainer.precision), trainer.strategy)
     try:
         if target is None:
@@ -251,58 +251,55 @@ def _kernels(
         raise error.under("model.config") from error
 
 
-def _trainer_problems(trainer: Trainer, accumulate: int, data_parallel: int) -> list[str]:
+def _trainer_problems(trainer: Trainer, accumulate: int, data_parallel: int) -> list[Problem]:
     problems = []
     if not (is_whole(trainer.max_steps) and trainer.max_steps >= 1):
-        problems.append(f"trainer.max_steps={trainer.max_steps}: must be 1 or more; a run ends by steps, not by epochs")
-    if trainer.accumulate_grad_batches not in (1, accumulate):
-        problems.append(
-            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: leave it out; the data's batch sizes "
-            f"on {data_parallel} data-parallel ranks make it {accumulate}"
-        )
+        message = "must be 1 or more; a run ends by steps, not by epochs"
+        problems.append(Problem("trainer.max_steps", trainer.max_steps, message))
+    if (given := trainer.accumulate_grad_batches) not in (1, accumulate):
+        message = f"leave it out; the data's batch sizes on {data_parallel} data-parallel ranks make it {accumulate}"
+        problems.append(Problem("trainer.accumulate_grad_batches", given, message))
     every: Any = trainer.log_every_n_steps  # type: ignore[attr-defined]
     if not (is_whole(every) and every >= 1):
-        problems.append(f"trainer.log_every_n_steps={every!r}: must be a whole number of steps, 1 or more")
+        problems.append(Problem("trainer.log_every_n_steps", every, "must be a whole number of steps, 1 or more"))
     interval = trainer.val_check_interval
     if interval != 1.0 and (not isinstance(interval, int) or interval < 1):
-        problems.append(f"trainer.val_check_interval={interval!r}: must be a whole number of steps, 1 or more")
+        problems.append(Problem("trainer.val_check_interval", interval, "must be a whole number of steps, 1 or more"))
     if str(trainer.precision) not in PRECISIONS:
-        problems.append(f"trainer.precision={str(trainer.precision)!r}: allowed: {', '.join(PRECISIONS)}")
-    if trainer.limit_train_batches not in (None, 1.0):
-        problems.append("trainer.limit_train_batches: would cut the steps short; trainer.max_steps ends a run")
-    if getattr(trainer, "overfit_batches", 0):
-        problems.append("trainer.overfit_batches: the order of the data is a function of the step; leave it out")
-    if getattr(trainer, "fast_dev_run", False):
-        problems.append("trainer.fast_dev_run: use trainer.max_steps=1, or --dryrun")
-    if trainer.max_epochs not in (None, -1):
-        problems.append(f"trainer.max_epochs={trainer.max_epochs}: a run ends by trainer.max_steps; leave it at -1")
+        problems.append(Problem("trainer.precision", str(trainer.precision), "", PRECISIONS))
+    if (limit := trainer.limit_train_batches) not in (None, 1.0):
+        problems.append(Problem("trainer.limit_train_batches", limit, "trainer.max_steps ends a run; leave it out"))
+    if batches := getattr(trainer, "overfit_batches", 0):
+        message = "the order of the data is a function of the step; leave it out"
+        problems.append(Problem("trainer.overfit_batches", batches, message))
+    if steps := getattr(trainer, "fast_dev_run", False):
+        problems.append(Problem("trainer.fast_dev_run", steps, "use trainer.max_steps=1, or --dryrun"))
+    if (epochs := trainer.max_epochs) not in (None, -1):
+        problems.append(Problem("trainer.max_epochs", epochs, "trainer.max_steps ends a run; leave it at -1"))
     if trainer.checkpoint_callback is not None:
-        problems.append("trainer.enable_checkpointing=True: checkpoints are written as `checkpoint` says")
+        problems.append(Problem("trainer.enable_checkpointing", True, "`checkpoint` decides; leave it out"))
     if trainer.loggers:
-        problems.append("trainer.logger: metrics are logged as `log` says")
+        problems.append(Problem("trainer.logger", message="`log` decides; leave it out"))
     if trainer.gradient_clip_val is not None and not trainer.gradient_clip_val >= 0:
-        problems.append(f"trainer.gradient_clip_val={trainer.gradient_clip_val!r}: must not be negative")
+        problems.append(Problem("trainer.gradient_clip_val", trainer.gradient_clip_val, "must not be negative"))
     if trainer.gradient_clip_algorithm not in (None, "norm"):
-        problems.append(f"trainer.gradient_clip_algorithm={str(trainer.gradient_clip_algorithm)!r}: allowed: 'norm'")
+        problems.append(Problem("trainer.gradient_clip_algorithm", str(trainer.gradient_clip_algorithm), "", ("norm",)))
     return problems
 
 
-def _model_problems(config: TransformerConfig, data: Data, vocab_size: int) -> list[str]:
+def _model_problems(config: TransformerConfig, data: Data, vocab_size: int) -> list[Problem]:
     problems = []
     if config.vocab_size is not None and (missing := data.missing_rows(config.vocab_size)):
-        problems.append(
-            f"model.config.vocab_size={config.vocab_size}: {'; '.join(missing)}; the tokenizer has {vocab_size} tokens"
-        )
+        message = f"{'; '.join(missing)}; the tokenizer has {vocab_size} tokens"
+        problems.append(Problem("model.config.vocab_size", config.vocab_size, message))
     if config.seq_length is not None and config.seq_length < data.seq_length:
-        problems.append(
-            f"model.config.seq_length={config.seq_length}: shorter than data.seq_length={data.seq_length}; leave it out"
-        )
+        message = f"is shorter than data.seq_length={data.seq_length}; leave it out"
+        problems.append(Problem("model.config.seq_length", config.seq_length, message))
     return problems
 
 
 def _longer(model: LanguageModel, seq_length: int) -> TransformerConfig:
-    """The model's shape; says so if weights that learned shorter sequences go on with longer ones, as rotary positions
-    let them."""
+    """The model's shape. If rotary weights go on with sequences longer than those they learned, it prints a warning."""
     config, learned = model.config, model.config.seq_length
     if model.init_from is None or learned is None or learned >= seq_length:
         return config

@@ -1,44 +1,49 @@
-"""What is wrong with the files of a run that a crash, a full disk or a hand has spoiled, and what to do about each."""
+"""Finds the damaged files of a run, and says what to do about each."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.run.directory import RunDirectory
 
 _ADVICE = {
     "recipe.yaml": "write the run's recipe there again: `fiddlehead pretrain --factory RECIPE ... --to-yaml` makes it",
-    "metrics.csv": "mend it, or move it away: the run goes on, and its metrics begin anew",
-    "resumed_from": "write into it what `resume` was, or delete it and leave out `resume`",
-    "wandb_id": "write into it the id that the run has in W&B, or delete it to begin another run there",
+    "metrics.csv": "repair it, or move it away to begin a new one",
+    "resumed_from": "write the value of `resume` into it, or delete it and leave out `resume`",
+    "wandb_id": "write the run's id in W&B into it, or delete it to begin another run there",
 }
-"""The text files that a run goes on from, beside its status, and what to do where one is damaged."""
-_REPLACED = ("executor.json", "environment.json", "attention.json", "command", "job_id", "stop")
-"""Those that are written anew, or added to, when it is started again."""
+"""The text files that a run needs to go on, besides its status, and what to do if one is damaged."""
+_REPLACED: tuple[str, ...] = ("executor.json", "environment.json", "attention.json", "command", "job_id", "stop")
+"""The files that the next attempt rewrites or extends."""
 
 
-def find(run: RunDirectory) -> list[str]:
-    """What is wrong with the files of a run: a sentence for each, with what to do; empty if nothing is."""
-    replaced = [f"{run.path / name} is damaged: {reason}" for name in _REPLACED if (reason := _reason(run, name))]
-    return [*in_the_way(run), *(f"{problem}; the next attempt replaces it" for problem in replaced)]
+def find(run: RunDirectory) -> list[Problem]:
+    """The damaged files of a run, each with what to do."""
+    return [*in_the_way(run), *_damaged(run, dict.fromkeys(_REPLACED, "the next attempt replaces it"))]
 
 
-def in_the_way(run: RunDirectory) -> list[str]:
-    """As `find`, of the files without which the run cannot go on."""
-    found: list[str] = []
+def in_the_way(run: RunDirectory) -> list[Problem]:
+    """As `find`, but only the files without which the run cannot go on."""
+    found: list[Problem] = []
     try:
         run.written_status()
     except ConfigError as error:
         found += error.problems
-    for name, advice in _ADVICE.items():
-        if reason := _reason(run, name):
-            found.append(f"{run.path / name} is damaged: {reason}; {advice}")
-    return found
+    return [*found, *_damaged(run, _ADVICE)]
+
+
+def _damaged(run: RunDirectory, advice: Mapping[str, str]) -> list[Problem]:
+    return [
+        Problem.in_file(run.path / name, f"is damaged: {reason}; {what_to_do}")
+        for name, what_to_do in advice.items()
+        if (reason := _reason(run, name))
+    ]
 
 
 def _reason(run: RunDirectory, name: str) -> str:
-    """Why a file cannot be read; "" if it can, or is not there."""
+    """Why a file cannot be read; "" if it can, or if there is no such file."""
     file = run.path / name
     try:
         text = file.read_text(encoding="utf-8")

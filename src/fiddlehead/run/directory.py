@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from fiddlehead.errors import FULL_DISK, ConfigError
+from fiddlehead.errors import FULL_DISK, ConfigError, Problem
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.files.foreign import filled, read_json, reason
 from fiddlehead.run import locks, metrics_file
@@ -181,12 +181,13 @@ class RunDirectory:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise ConfigError(f"{self.path}/status cannot be read: {error.strerror}") from error
+            raise ConfigError(Problem.in_file(f"{self.path}/status", f"cannot be read: {error.strerror}")) from error
         except ValueError as error:
-            raise ConfigError(
-                f"{self.path}/status is damaged: {reason(error)}; delete it once the run's process is gone, and start "
-                "the run again: it goes on from its newest checkpoint"
-            ) from error
+            message = (
+                f"is damaged: {reason(error)}; delete it once the run's process is gone, and start the run again: it "
+                "goes on from its newest checkpoint"
+            )
+            raise ConfigError(Problem.in_file(f"{self.path}/status", message)) from error
         return status
 
     def write_status(self, status: Status) -> None:
@@ -277,7 +278,7 @@ def exclusive(run: RunDirectory, patience: float = 1.0) -> Iterator[None]:
     with run.lock.open("a") as file:  # opened for writing anew it would seem to have been touched
         while not locks.take(file):
             if time.monotonic() >= deadline:
-                raise ConfigError(f"log.name={run.name!r} is running: another process holds {file.name}")
+                raise ConfigError(Problem("log.name", run.name, f"is running: another process holds {file.name}"))
             time.sleep(0.1)
         os.utime(run.lock)
         yield

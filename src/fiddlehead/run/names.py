@@ -1,4 +1,4 @@
-"""Names of runs: how one is found, which there are, and new ones."""
+"""Names of runs: finding a run, listing all, and new names."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import contextlib
 from datetime import datetime
 from pathlib import Path
 
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.paths import user_path
 from fiddlehead.run.directory import PRIVATE, RunDirectory
 
 
 def find_run(name: str, directory: str | Path = "runs") -> RunDirectory:
-    """The run called `name` in `directory`, or in the folder that `name` is the path of.
+    """The run called `name` in `directory`, or in the folder with the path `name`.
 
     Raises:
         ConfigError: there is no such run.
@@ -21,7 +21,7 @@ def find_run(name: str, directory: str | Path = "runs") -> RunDirectory:
         if (path / "recipe.yaml").is_file():
             return RunDirectory(path.resolve())
     names = [run.name for run in list_runs(directory)]
-    raise ConfigError(f"{unknown('run', name, names)} (looked in {directory}/)")
+    raise ConfigError(Problem("", name, f"unknown run {name!r} in {directory}/", names))
 
 
 def list_runs(directory: str | Path = "runs") -> list[RunDirectory]:
@@ -37,4 +37,4 @@ def reserve_name(recipe: str, directory: str | Path = "runs") -> str:
         with contextlib.suppress(FileExistsError):  # another run began in the same second
             (user_path(directory) / (name + suffix)).mkdir(PRIVATE, parents=True)
             return name + suffix
-    raise ConfigError(f"log.name: a thousand runs called {name} began in one second; give this one a name")
+    raise ConfigError(Problem("log.name", None, f"a thousand runs called {name} began in one second; give a name"))

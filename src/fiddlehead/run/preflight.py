@@ -1,6 +1,6 @@
-"""What is checked first thing in a job: whether this machine has what the run takes.
+"""The first check of a job: whether this machine has what the run needs.
 
-It imports nothing of what it looks for, so that a node that lacks it says so in a moment.
+It imports none of the packages that it looks for, so that a node without them says so at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.recipe import project
 from fiddlehead.recipe.plain import plain_recipe
 from fiddlehead.recipe.references import BY_NAME_ONLY
@@ -32,7 +32,7 @@ def check(run: RunDirectory, names: Sequence[str] = ()) -> None:
     """Refuses a machine on which `run` cannot work, and warns of what may go wrong.
 
     Args:
-        names: what its recipe names beside its own parts: modules, or names, ``package.module:name``.
+        names: what its recipe names besides its own parts: modules, or names, ``package.module:name``.
 
     Raises:
         ConfigError: with every problem, each naming the machine.
@@ -45,19 +45,20 @@ def check(run: RunDirectory, names: Sequence[str] = ()) -> None:
     if missing:
         raise ConfigError(
             f"{host} cannot import {', '.join(missing)} (the interpreter is {sys.executable}); is it the environment "
-            "that the run was launched from? executor.python and executor.setup_lines say which one a job uses"
+            "of the launch? executor.python and executor.setup_lines set that of a job"
         )
     trainer = plain_recipe(run.recipe).get("trainer", {})
     devices = trainer.get("devices", 1)
     wanted = devices if isinstance(devices, int) else 1
     if trainer.get("accelerator") in ("gpu", "cuda") and wanted > (found := gpus()):
-        raise ConfigError(f"trainer.devices={devices}, but {host} gives this job {found} GPU{'s' * (found != 1)}")
+        message = f"{host} gives this job {found} GPU{'s' * (found != 1)}"
+        raise ConfigError(Problem("trainer.devices", devices, message))
     for warning in _warnings(run, host):
         print(f"WARNING: {warning}", flush=True)  # noqa: T201
 
 
 def importable(module: str) -> bool:
-    """Whether there is such a module; neither it nor its packages are imported."""
+    """Whether there is such a module. It imports neither the module nor its packages."""
     package, *parts = module.split(".")
     spec: ModuleSpec | None = find_spec(package)
     name = package
@@ -71,14 +72,14 @@ def importable(module: str) -> bool:
 
 def gpus() -> int:
     """How many NVIDIA GPUs this process may use."""
-    # The devices that a container has, or else what the driver lists; a scheduler then says which of them are ours.
+    # A container's devices, or else the driver's list; of these a scheduler's variable names ours.
     found = len(list(DEVICES.glob("nvidia[0-9]*"))) or _listed_gpus()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return found if visible is None else min(found, _visible(visible, found))
 
 
 def _visible(names: str, found: int) -> int:
-    """How many of the GPUs CUDA takes that `CUDA_VISIBLE_DEVICES` names: those before the first that is not one."""
+    """The number of GPUs that CUDA takes from `CUDA_VISIBLE_DEVICES`: those before the first wrong name."""
     seen: list[str] = []
     for name in map(str.strip, names.split(",")):
         number = name.removeprefix("+").lstrip("0") or "0"

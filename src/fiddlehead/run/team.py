@@ -1,4 +1,4 @@
-"""Ranks that do something together beside training: they talk on the CPU, so that no device waits for it."""
+"""Ranks that work together outside training; they communicate on the CPU, so that no device waits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class TeamError(RunError):
-    """Another rank could not do its part."""
+    """Another rank failed."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,17 @@ class Team:
         """All processes that torch.distributed knows, which have to call this together; one thread each may use it."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return cls()
-        # Reading or writing a large checkpoint takes longer than what is waited for by default.
+        # Reading or writing a large checkpoint takes longer than the default timeout.
         group: Any = dist.new_group(backend="gloo", timeout=timedelta(hours=4))
         return cls(dist.get_rank(), dist.get_world_size(), group)
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that does what is to be done once."""
+        """Whether this rank does the work that is done once."""
         return self.rank == 0
 
     def all(self, work: Callable[[], T]) -> list[T]:
-        """What `work` returns on each rank; if it raises on one, all of them raise.
+        """The results of `work` on each rank; if it raises on one, all ranks raise.
 
         Raises:
             TeamError: another rank's work failed.

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from fiddlehead.errors import ConfigError, StopRequested
+from fiddlehead.errors import ConfigError, Problem, StopRequested
 from fiddlehead.recipe.plain import plain_recipe
 from fiddlehead.run import outcomes, signals
 from fiddlehead.run.directory import RunDirectory
@@ -98,7 +98,7 @@ def this_rank(nodes: int, devices: int) -> Rank | None:
     """Which of `nodes` times `devices` processes this one is; None if it is to start those of its node.
 
     Raises:
-        ConfigError: the job has not so many nodes or processes.
+        ConfigError: the job has another number of nodes or processes.
     """
     world_size = nodes * devices
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -108,14 +108,12 @@ def this_rank(nodes: int, devices: int) -> Rank | None:
         numbers = map(_number, ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
         found = Rank(*numbers, local_world_size=devices, node=_number("SLURM_NODEID"))
     elif nodes > 1 and _number("SLURM_NNODES", 1) != nodes:
-        raise ConfigError(f"trainer.num_nodes={nodes}, but the job has {_number('SLURM_NNODES', 1)}")
+        raise ConfigError(Problem("trainer.num_nodes", nodes, f"the job has {_number('SLURM_NNODES', 1)}"))
     else:
         return Rank(0, 1, 0, 1, 0) if world_size == 1 else None
     if found.world_size != world_size:
-        raise ConfigError(
-            f"trainer.num_nodes={nodes} and trainer.devices={devices} are {world_size} processes, "
-            f"but {found.world_size} were started"
-        )
+        message = f"with trainer.devices={devices} needs {world_size} processes, and {found.world_size} were started"
+        raise ConfigError(Problem("trainer.num_nodes", nodes, message))
     return found
 
 
@@ -269,7 +267,7 @@ def _where() -> str:
 
 
 def given_address() -> tuple[str, int]:
-    """The address and port of the first rank, as whoever started the job on several nodes has chosen them.
+    """The address and port of the first rank, which whoever starts a job on several nodes sets.
 
     Raises:
         ConfigError: they are not set.
@@ -277,7 +275,7 @@ def given_address() -> tuple[str, int]:
     try:
         return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError):
-        raise ConfigError("MASTER_ADDR and MASTER_PORT must say where the first process is") from None
+        raise ConfigError("MASTER_ADDR and MASTER_PORT must be the address and port of the first process") from None
 
 
 def free_address(reserved: socket.socket) -> tuple[str, int]:

@@ -22,7 +22,7 @@ from fiddlehead.checkpoints.weights import (
 )
 from fiddlehead.data import TokenizerFile
 from fiddlehead.data.documents import NO_LABEL
-from fiddlehead.errors import ConfigError, RunError
+from fiddlehead.errors import ConfigError, Problem, RunError, refuse
 from fiddlehead.files.paths import user_path
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
 from fiddlehead.models.speed import (
@@ -47,10 +47,10 @@ class NonFiniteError(RunError):
 
 
 class Divisors(NamedTuple):
-    """What sums over a micro-batch's part on this rank are divided by, to be means over the whole step.
+    """The divisors that turn sums over a micro-batch on this rank into means over the whole step.
 
-    Lightning averages over the micro-batches, and the strategy over the ranks: each divisor is the number in the step
-    over the number of these parts.
+    Lightning averages over the micro-batches, and the strategy over the ranks. So each divisor is the number in the
+    step divided by the number of these parts.
     """
 
     labels: torch.Tensor | int
@@ -62,18 +62,18 @@ class Divisors(NamedTuple):
 class LanguageModel(LightningModule):
     """A transformer that learns to predict the next token.
 
-    The parameters are made in `configure_model`, when the strategy and precision are known; until then the module
-    costs nothing, and `config` may still be completed with what follows from the data.
+    `configure_model` makes the parameters, when the strategy and precision are known. Until then the module takes no
+    memory, and `config` may be completed with what follows from the data.
 
     Args:
-        config: the model's shape; None is that of `init_from`.
-        init_from: begin with these weights and not with random ones: a run's name, a checkpoint, what `fiddlehead
-            import` made, or a Hugging Face checkpoint's folder.
-        lora: train low-rank adapters only; a checkpoint then has nothing else, and needs `init_from` to be there.
-        compile: what `torch.compile` takes at a time: "layers", or the whole "model", whose first step takes longer.
-        activation_checkpointing: what the backward pass computes again to save memory: everything inside a layer
-            ("full"), all but its matrix products ("selective"), or so much that this part of it is kept (0 to 1).
-        fp8: float8 matrix products in the layers, by torchao's recipe of that name; for a GPU from Ada or Hopper on.
+        config: the model's shape; None takes that of `init_from`.
+        init_from: begin with these weights instead of random ones: a run's name, a checkpoint, the output of
+            `fiddlehead import`, or a Hugging Face checkpoint's folder.
+        lora: train low-rank adapters only; a checkpoint then has nothing else, and needs `init_from`.
+        compile: what `torch.compile` compiles at once: "layers", or the whole "model", whose first step takes longer.
+        activation_checkpointing: what the backward pass recomputes to save memory: everything inside a layer ("full"),
+            all but its matrix products ("selective"), or all but this part of the activations (0 to 1).
+        fp8: float8 matrix products in the layers, by torchao's recipe of this name; needs an Ada GPU or later.
     """
 
     def __init__(
@@ -89,14 +89,11 @@ class LanguageModel(LightningModule):
         super().__init__()
         problems = refused_speed(compile, activation_checkpointing, fp8)
         if config is None and init_from is None:
-            problems.append(
-                "init_from=None: give the model to begin with: a run, a checkpoint or its folder; or else config, a "
-                "TransformerConfig"
-            )
+            message = "name the model to begin with, a run, a checkpoint or its folder; or set config"
+            problems.append(Problem("init_from", None, message))
         elif lora is not None and init_from is None:
-            problems.append("init_from=None: adapters need a model that they change; give one, or leave lora=None")
-        if problems:
-            raise ConfigError(*problems)
+            problems.append(Problem("init_from", None, "adapters need a model to change; name one, or set lora=None"))
+        refuse(problems)
         self._config = config
         self.init_from, self.lora = init_from, lora
         self.compile_mode: Compile | None = compile
@@ -116,7 +113,7 @@ class LanguageModel(LightningModule):
 
     @property
     def config(self) -> TransformerConfig:
-        """The model's shape; needs `take_shape` where that of `init_from` is to be taken."""
+        """The model's shape; call `take_shape` first if it is that of `init_from`."""
         if self._config is None:
             raise RuntimeError("the shape is that of init_from: call take_shape() first")
         return self._config
@@ -126,10 +123,10 @@ class LanguageModel(LightningModule):
         self._config = config
 
     def take_shape(self) -> None:
-        """Takes the shape from the weights to begin with, or compares it with them.
+        """Takes the shape from the weights of `init_from`, or compares it with them.
 
         Raises:
-            ConfigError: they are not there, or of another shape than `config`.
+            ConfigError: the weights are missing, or of another shape than `config`.
         """
         if self.init_from is None:
             return
@@ -137,45 +134,43 @@ class LanguageModel(LightningModule):
             path = find_weights(self.init_from)
             self._weights = path.absolute(), open_weights(path)
         except ConfigError as error:
-            raise ConfigError(
-                *(f"init_from={str(self.init_from)!r}: {problem}" for problem in error.problems)
-            ) from None
+            raise error.of("init_from", self.init_from) from None
         self.init_from, weights = self._weights
         if self._config is None:
             self._config = weights.config
         refuse_another_shape(self._config, weights, path)
 
-    def problems(self, precision: str, sizes: Sizes) -> list[str]:
-        """Why the model cannot be trained so, with the recipe's names; empty if it can."""
+    def problems(self, precision: str, sizes: Sizes) -> list[Problem]:
+        """Why the model cannot be trained with these; empty if it can. Paths are those of the recipe."""
         problems = []
         for field, size in (("tensor_parallel", sizes.tensor), ("pipeline_parallel", sizes.pipeline)):
             if size > 1 and self.lora is not None:
-                problems.append(f"model.lora: adapters cannot be split; set trainer.strategy.{field}=1")
+                message = f"adapters cannot be split; set trainer.strategy.{field}=1"
+                problems.append(Problem("model.lora", message=message))
         if sizes.tensor > 1 and self._fp8 is not None:
-            problems.append(
-                f"model.fp8={self._fp8!r}: not for split layers; set trainer.strategy.tensor_parallel=1, or None here"
-            )
+            message = "not for split layers; set trainer.strategy.tensor_parallel=1, or None here"
+            problems.append(Problem("model.fp8", self._fp8, message))
         if self.compile_mode is None or self.config.num_moe_experts is None:
             return problems
         if sizes.expert > 1:
-            problems.append(
-                f"model.compile={self.compile_mode!r}: ranks wait to know how many tokens come to their experts, "
-                "which is not to be compiled; set None here, or trainer.strategy.expert_parallel=1"
+            message = (
+                "ranks wait for the numbers of tokens of their experts, which cannot be compiled; set None here, or "
+                "trainer.strategy.expert_parallel=1"
             )
+            problems.append(Problem("model.compile", self.compile_mode, message))
         if precision == "32-true":
-            problems.append(
-                f"model.compile={self.compile_mode!r}: experts' products are compiled in bfloat16 only; set "
-                "trainer.precision=bf16-mixed, or compile=None here"
-            )
+            message = "experts' products are compiled in bfloat16 only; set trainer.precision=bf16-mixed, or None here"
+            problems.append(Problem("model.compile", self.compile_mode, message))
         if isinstance(self._recompute, str) and self.config.moe_aux_loss_coeff:
-            problems.append(
-                f"model.activation_checkpointing={self._recompute!r}: a compiled layer with experts cannot be computed "
-                "again as one, as its balancing loss leaves it; give the part to keep, such as 0.5, or set compile=None"
+            message = (
+                "a compiled layer with experts cannot be recomputed whole, because its balancing loss leaves it; give "
+                "the part to keep, such as 0.5, or set compile=None"
             )
+            problems.append(Problem("model.activation_checkpointing", self._recompute, message))
         return problems
 
     def _open_weights(self) -> Weights | None:
-        """What to begin with; not checked again if `take_shape` has, as that reads all of it."""
+        """The weights to begin with; those that `take_shape` opened are not checked again, which reads all of them."""
         if self.init_from is None:
             return None
         path, weights = self._weights or (None, None)
@@ -185,7 +180,7 @@ class LanguageModel(LightningModule):
         """The model as it will be trained, without values.
 
         Args:
-            config: its shape, where `self.config` is not complete yet.
+            config: its shape, if `self.config` is not complete yet.
 
         Raises:
             ConfigError: the adapters match none of its layers.
@@ -207,7 +202,7 @@ class LanguageModel(LightningModule):
     def _make_transformer(
         self, lora: LoRA | None, change: Callable[[Transformer], None] = lambda transformer: None
     ) -> Transformer:
-        """A model as the run begins with, changed by `change`; where the strategy shards it, this rank's part."""
+        """The model with which the run begins, changed by `change`; this rank's shard if the strategy shards it."""
         weights = self._open_weights()
         strategy = None if self._trainer is None else self._trainer.strategy
         if not (isinstance(strategy, Parallel) and strategy.world_size > 1):
@@ -233,7 +228,7 @@ class LanguageModel(LightningModule):
         return transformer
 
     def _speed_up(self, transformer: Transformer) -> None:
-        # In this order: what is recomputed is part of what is compiled.
+        # In this order, because recomputation is part of what is compiled.
         if self._fp8 is not None:
             convert_to_float8(transformer, self._fp8)
         if self._recompute is not None:
@@ -242,7 +237,7 @@ class LanguageModel(LightningModule):
             compile_transformer(transformer, self.compile_mode)
 
     def on_fit_start(self) -> None:
-        """Takes from the data how many bytes a token stands for."""
+        """Takes the bytes of each token from the data, and compares the tokenizer with that of `init_from`."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self.token_bytes = data.token_bytes
         if self.init_from is not None and (folder := find_tokenizer(user_path(self.init_from))):
@@ -252,23 +247,24 @@ class LanguageModel(LightningModule):
             if learned.fingerprint != data.tokenizer.fingerprint:
                 ends = [repr(getattr(each, "eos_token", each.eos_id)) for each in (data.tokenizer, learned)]
                 differs = f"documents end in {ends[0]}, there in {ends[1]}" if ends[0] != ends[1] else "other tokens"
-                raise ConfigError(
-                    f"data.tokenizer: is another than the one in {folder}, with which the model learned ({differs}); "
-                    f"set data.tokenizer=TokenizerFile data.tokenizer.path={folder}"
+                message = (
+                    f"differs from the one in {folder}, with which the model learned ({differs}); set "
+                    f"data.tokenizer=TokenizerFile data.tokenizer.path={folder}"
                 )
+                raise ConfigError(Problem("data.tokenizer", message=message))
 
     def forward(
         self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor | None = None, max_seqlen: int | None = None
     ) -> torch.Tensor:
-        """Token ids (B, T) to logits (B, T, V); the others keep documents apart, as in `Transformer.forward`."""
+        """Token ids (B, T) to logits (B, T, V); other arguments separate documents, as in `Transformer.forward`."""
         assert self.transformer is not None
         return self.transformer(input_ids, cu_seqlens, max_seqlen)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        """The cross-entropy, in nats a token, and the balancing loss of a mixture.
+        """The cross-entropy, in nats a token, plus the balancing loss of a mixture of experts.
 
-        Each is a mean over the whole step, of the tokens that have a label, and of all that are not padding, however
-        many of them a micro-batch or a rank has. What is logged is the cross-entropy.
+        The first is a mean over the tokens of the whole step that have a label, the second over all that are not
+        padding, however many a micro-batch or a rank has. Only the cross-entropy is logged.
 
         In a pipeline a micro-batch only waits here for the others of its step.
         """
@@ -282,7 +278,7 @@ class LanguageModel(LightningModule):
         return self._with_balance(loss, divisors)
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """The backward pass; in a pipeline both passes of all micro-batches, once they are there."""
+        """The backward pass; in a pipeline, both passes of all micro-batches once the last one has arrived."""
         if self._pipeline is None:
             super().backward(loss, *args, **kwargs)
         elif len(self._pipeline.waiting) == self.trainer.accumulate_grad_batches:
@@ -296,19 +292,19 @@ class LanguageModel(LightningModule):
         return strategy.pipeline if isinstance(strategy, Parallel) else None
 
     def _own_tokens(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """What this rank has of a batch."""
+        """This rank's part of a batch."""
         strategy = self.trainer.strategy
         return dict(strategy.own_tokens(batch)) if isinstance(strategy, Parallel) else batch
 
     def _divisors(self, batch: dict[str, Any], batch_idx: int) -> Divisors:
-        """Those of a micro-batch, of which this rank has its part; all ranks call it together."""
+        """The divisors of a micro-batch; all ranks call it together."""
         accumulate = self.trainer.accumulate_grad_batches
-        if "in_step" not in batch:  # as many in every micro-batch, on every rank
+        if "in_step" not in batch:  # every micro-batch on every rank has as many tokens
             size = batch["labels"].numel()
             self._step_divisors = Divisors(size, size, 0)
         elif batch_idx % accumulate == 0:
             assert self.transformer is not None
-            # A rank has in its batches what the ranks that it shares a sequence with have: the mean counts that once.
+            # Ranks that share a sequence have the same counts; the mean counts them once.
             counted = self.trainer.strategy.reduce(batch["in_step"].float(), reduce_op="mean")
             parts = accumulate * self.transformer.split.parts
             self._step_divisors = Divisors(*(torch.as_tensor(counted) / parts))
@@ -322,7 +318,7 @@ class LanguageModel(LightningModule):
         return loss if balance is None else loss + balance / divisors.tokens
 
     def _nats(self, batch: dict[str, Any]) -> torch.Tensor:
-        """The sum of the cross-entropy over what this rank has of a batch."""
+        """The sum of the cross-entropy over this rank's part of a batch."""
         assert self.transformer is not None
         documents = batch.get("cu_seqlens"), batch.get("max_seqlen")
         return self.transformer(batch["input_ids"], *documents, labels=batch["labels"], padding=batch.get("padding"))
@@ -332,16 +328,16 @@ class LanguageModel(LightningModule):
         self._losses += 1
 
     def take_loss(self) -> torch.Tensor:
-        """The mean loss since it was last taken, of which the mean over the ranks is that of the step."""
+        """The mean loss since the last call; its mean over the ranks is the loss of the step."""
         loss = self._loss_sum / max(self._losses, 1)
         self._loss_sum, self._losses = torch.zeros_like(self._loss_sum), 0
         return loss
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Makes dropout a pure function of seed, step and rank, so that a resumed run drops what it would have."""
+        """Makes dropout a pure function of seed, step and rank, so that a resumed run drops the same."""
         if self.config.hidden_dropout or self.config.attention_dropout or (self.lora and self.lora.dropout):
             micro_batch = batch_idx % self.trainer.accumulate_grad_batches  # a resumed run counts batches from 0
-            # Of the data-parallel ranks: those that share a layer drop the same.
+            # The data-parallel rank, because ranks that share a layer must drop the same.
             rank = (self.trainer.distributed_sampler_kwargs or {"rank": 0})["rank"]
             torch.manual_seed(hash((self.seed, self.trainer.global_step, micro_batch, rank)) % 2**63)
 
@@ -352,7 +348,7 @@ class LanguageModel(LightningModule):
         return self.optim.build(self.named_parameters(), self.trainer.max_steps, fused)
 
     def on_train_start(self) -> None:
-        """Puts the schedule in force at once where a resumed run has another length than before."""
+        """Applies the schedule at once if a resumed run has another length than before."""
         for config in self.trainer.lr_scheduler_configs:
             schedule: Any = config.scheduler
             for group, base, factor in zip(
@@ -361,17 +357,17 @@ class LanguageModel(LightningModule):
                 group["lr"] = base * factor(schedule.last_epoch)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clips the global norm, also in mixed precision with a fused optimizer, where Lightning itself refuses to.
+        """Clips the global norm, also in mixed precision with a fused optimizer, where Lightning refuses.
 
         As with Lightning, None and 0 clip nothing.
         """
         limit = float(gradient_clip_val or math.inf)
-        self.lr = optimizer.param_groups[0]["lr"]  # noted here, as the schedule moves on before the step is logged
+        self.lr = optimizer.param_groups[0]["lr"]  # noted here, because the schedule advances before the step is logged
         self.grad_norm = self._clip(limit)
         self._note_non_finite()
 
     def _clip(self, limit: float) -> torch.Tensor:
-        """Completes the gradients of the step, and clips them to the norm `limit`; returns the norm before."""
+        """Reduces the gradients of the step and clips them to the norm `limit`; returns the norm before clipping."""
         strategy, layout = self.trainer.strategy, None
         if isinstance(strategy, Parallel):
             strategy.reduce_gradients()
@@ -383,7 +379,7 @@ class LanguageModel(LightningModule):
         return norm
 
     def _note_non_finite(self) -> None:
-        """Stops before the optimizer's step on a CPU; on a GPU only remembers the step, as looking would stall it."""
+        """On a CPU, raises before the optimizer's step; on a GPU only remembers the step, as looking stalls."""
         bad = ~(self.grad_norm.isfinite() & self._loss_sum.isfinite())
         step = self.trainer.global_step + 1
         if self._first_bad_step is None:
@@ -393,7 +389,7 @@ class LanguageModel(LightningModule):
             self.raise_if_non_finite()
 
     def raise_if_non_finite(self) -> None:
-        """Raises NonFiniteError if any step so far was not finite; waits for the device."""
+        """Raises NonFiniteError if a step so far was not finite; waits for the device."""
         step = -1 if self._first_bad_step is None else int(self._first_bad_step)
         if step >= 0:
             indices = self.trainer.datamodule.batch_indices(step - 1)  # type: ignore[attr-defined]
@@ -403,7 +399,7 @@ class LanguageModel(LightningModule):
             )
 
     def on_validation_epoch_start(self) -> None:
-        """Starts the sums of a validation: nats, tokens, bytes."""
+        """Resets the sums of a validation: nats, tokens, bytes."""
         self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

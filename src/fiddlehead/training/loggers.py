@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from fiddlehead.environment import wandb_mode_problems
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.recipe.plain import plain_recipe
 from fiddlehead.run.console import is_rank_zero, say
@@ -25,12 +25,12 @@ from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training.callbacks.profile import parse_steps
 
 MAX_NAME_BYTES = 200
-"""Of a run's name: files are called as it is, with something behind, and 255 is the most that file systems take."""
+"""Of a run's name. Files are named after it, with suffixes, and file systems take at most 255."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
-    """What a run is called, where it lives, what records it beside `metrics.csv`, and which steps are profiled.
+    """The name and folder of a run, what records it besides `metrics.csv`, and which steps are profiled.
 
     Running the same recipe again under the same `name` continues the run; without a name every run gets a new one.
     """
@@ -39,10 +39,10 @@ class Log:
     dir: str = "runs"
     tensorboard: bool = False
     wandb: bool = False
-    """Online with an API key (or WANDB_MODE), offline and without a question if there is none."""
+    """Online with an API key (or as WANDB_MODE says); offline without one, and without asking."""
     wandb_project: str = "fiddlehead"
     profile: str | None = None
-    """Steps to profile, FIRST:LAST; "10:12" is the steps 10, 11 and 12. What comes of it is in the run's `profile/`."""
+    """Steps to profile, FIRST:LAST; "10:12" is the steps 10, 11 and 12. The run's `profile/` has the results."""
     profile_shapes: bool = False
     """Whether the profile has the shapes of the operations' inputs."""
 
@@ -53,23 +53,22 @@ class Log:
         except ConfigError as error:
             problems += error.problems
         if self.name is not None and (self.name in ("", ".", "..") or Path(self.name).name != self.name):
-            problems.append(f"name={self.name!r}: must be the name of one folder; log.dir says where")
+            problems.append(Problem("name", self.name, "must be the name of one folder; log.dir says where"))
         elif self.name is not None and (self.name.startswith(("-", "~")) or not self.name.isprintable()):
-            problems.append(f"name={self.name!r}: must be printable characters on one line, and not begin with - or ~")
+            problems.append(
+                Problem("name", self.name, "must be printable characters on one line, and not begin with - or ~")
+            )
         elif self.name is not None and (size := len(self.name.encode())) > MAX_NAME_BYTES:
-            problems.append(f"name={self.name!r}: has {size} bytes; a name has at most {MAX_NAME_BYTES}")
+            problems.append(Problem("name", self.name, f"has {size} bytes; a name has at most {MAX_NAME_BYTES}"))
         wrong = sorted(set("/\\#?%:") & set(self.wandb_project))
         if wrong or not self.wandb_project or len(self.wandb_project) > 128:
-            problems.append(
-                f"wandb_project={self.wandb_project!r}: W&B takes 1 to 128 characters, none of / \\ # ? % :; whose it "
-                "is says WANDB_ENTITY"
-            )
+            message = "W&B takes 1 to 128 characters, none of / \\ # ? % :; WANDB_ENTITY names the owner"
+            problems.append(Problem("wandb_project", self.wandb_project, message))
         if self.wandb:
             problems += wandb_mode_problems(os.environ.get("WANDB_MODE"))
         if not self.dir:
-            problems.append("dir='': must name a folder; '.' is the working directory")
-        if problems:
-            raise ConfigError(*problems)
+            problems.append(Problem("dir", "", "must name a folder; '.' is the working directory"))
+        refuse(problems)
 
     @property
     def profile_steps(self) -> tuple[int, int] | None:
@@ -85,7 +84,8 @@ class Log:
         loggers: list[Logger] = [MetricsCSV(run.metrics, resumed_step)]
         if self.tensorboard:
             if find_spec("tensorboard") is None:
-                raise ConfigError("log.tensorboard=True needs tensorboard: pip install 'fiddlehead[tensorboard]'")
+                message = "needs tensorboard: pip install 'fiddlehead[tensorboard]'"
+                raise ConfigError(Problem("log.tensorboard", True, message))
             from lightning.pytorch.loggers import TensorBoardLogger
 
             # purge_step hides what a killed attempt logged after the step that is resumed from.
@@ -98,7 +98,7 @@ class Log:
         from lightning.pytorch.loggers import WandbLogger
 
         class Surviving(WandbLogger):
-            """Goes on without W&B when its service is gone: a scheduler's SIGTERM reaches that too, and it obeys."""
+            """Goes on without W&B when its service has ended, as it does on a scheduler's SIGTERM."""
 
             lost = False
 
@@ -142,8 +142,8 @@ def has_wandb_key() -> bool:
 class MetricsCSV(Logger):
     """One row for each logged step; a new metric gets a new column.
 
-    Rows after `resumed_step`, which a killed attempt may have left, are dropped: the file always reads like that of a
-    run that was never interrupted. Floats are written so that they read back as the same float.
+    It drops rows after `resumed_step`, which a killed attempt may have left, so that the file is that of an
+    uninterrupted run. Floats read back as the same floats.
     """
 
     FIRST_COLUMNS = ("step", "loss", "val_loss", "val_nats_per_byte", "lr", "grad_norm", "tokens", "tokens_per_s")
@@ -157,16 +157,16 @@ class MetricsCSV(Logger):
 
     @property
     def name(self) -> str:
-        """The file's folder, as Lightning asks for."""
+        """The file's folder."""
         return self.path.parent.name
 
     @property
     def version(self) -> str:
-        """There is one for each run."""
+        """Empty: each run has one."""
         return ""
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: the recipe stands beside the file."""
+        """Does nothing: the recipe is in the same folder."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -182,7 +182,7 @@ class MetricsCSV(Logger):
             file.write(text.getvalue())
 
     def _rewrite(self, last_step: int | None) -> None:
-        """Writes the file anew with the present columns, and the rows up to `last_step` (None: all)."""
+        """Rewrites the file with the present columns and the rows up to `last_step` (None: all)."""
         rows: list[dict[str, str]] = []
         if self.path.exists():
             text, _, _cut_short = self._text().rpartition("\n")  # by a crash in the middle of a write
@@ -199,12 +199,10 @@ class MetricsCSV(Logger):
         try:
             return self.path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"{self.path} is damaged: not valid UTF-8 at {error.start}; mend it, or move it away: the run goes on, "
-                "and its metrics begin anew"
-            ) from error
+            message = f"is not valid UTF-8 at byte {error.start}; repair it, or move it away to begin a new one"
+            raise ConfigError(Problem.in_file(self.path, message)) from error
 
 
 def _is_up_to(row: dict[str, str], last_step: int) -> bool:
-    """Whether a row belongs to the steps that are kept."""
+    """Whether a row's step is at most `last_step`."""
     return (row.get("step") or "").isdecimal() and int(row["step"]) <= last_step

@@ -1,4 +1,4 @@
-"""What a task asks of the parts that it is given, by name."""
+"""The names that a task needs in the parts that it is given."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, Trainer
 
 from fiddlehead.data.steps import StepDataModule
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import Problem, refuse
 from fiddlehead.training.language_model import LanguageModel
 from fiddlehead.training.optim import Optim
 
@@ -25,36 +25,34 @@ DATA = (
         "batch_indices",
     ),
 )
-"""What a task and its model ask of data, beside Lightning's hooks."""
+"""What a task and its model need of data, besides Lightning's hooks."""
 OPTIM = ("lr", "lr_scheduler", "kind", "build", "optimizer", "problems", "compiles", "state_bytes")
-"""What they ask of an optimizer's settings."""
+"""What they need of an optimizer's settings."""
 
 
 def refuse_others(model: Any, data: Any, trainer: Any, optim: Any) -> None:
-    """Raises one ConfigError for all parts that are not what a training needs, with the names that each lacks."""
+    """Raises one ConfigError for all parts that a training cannot use, with the names that each lacks."""
     problems = []
     if not isinstance(model, LanguageModel):
-        problems.append(f"model: is {_kind(model)}; allowed: a LanguageModel, or a class derived from it")
+        problems.append(Problem("model", message=f"is {_kind(model)}; must be a LanguageModel"))
     if not isinstance(trainer, Trainer):
-        problems.append(f"trainer: is {_kind(trainer)}; allowed: Lightning's Trainer")
+        problems.append(Problem("trainer", message=f"is {_kind(trainer)}; must be Lightning's Trainer"))
     if not isinstance(data, LightningDataModule):
-        problems.append(f"data: is {_kind(data)}; allowed: a LightningDataModule, derived from StepDataModule")
+        message = f"is {_kind(data)}; must be a LightningDataModule derived from StepDataModule"
+        problems.append(Problem("data", message=message))
     elif lacks := _lacks(data, StepDataModule, DATA):
-        problems.append(
-            f"data: is {_kind(data)}, which lacks {', '.join(lacks)}; allowed: a class derived from "
-            "fiddlehead.data.steps:StepDataModule"
+        message = (
+            f"is {_kind(data)}, which lacks {', '.join(lacks)}; derive it from fiddlehead.data.steps:StepDataModule"
         )
+        problems.append(Problem("data", message=message))
     if lacks := _lacks(optim, Optim, OPTIM):
-        problems.append(
-            f"optim: is {_kind(optim)}, which lacks {', '.join(lacks)}; allowed: AdamW, Muon, or a class derived from "
-            "fiddlehead.training.optim:Optim"
-        )
-    if problems:
-        raise ConfigError(*problems)
+        message = f"is {_kind(optim)}, which lacks {', '.join(lacks)}; derive it from fiddlehead.training.optim:Optim"
+        problems.append(Problem("optim", message=message))
+    refuse(problems)
 
 
 def _lacks(value: Any, base: type, names: Sequence[str]) -> list[str]:
-    """The names that a part has not, or only as the base that leaves them to others."""
+    """The names that a part lacks, or inherits from a base that does not implement them."""
     kind = type(value)
     unwritten = [name for name in ("optimizer", "state_bytes", "missing_rows") if hasattr(base, name)]
     return [

@@ -1,4 +1,4 @@
-"""Direct preference optimization (Rafailov et al. 2023): of two answers the better one becomes likelier."""
+"""Direct preference optimization (Rafailov et al. 2023): the better of two answers becomes likelier."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fiddlehead.data.documents import NO_LABEL
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import Problem, refuse
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
 from fiddlehead.models.lora import without_adapters
 from fiddlehead.models.transformer import documents_of
@@ -21,11 +21,11 @@ from fiddlehead.training.language_model import LanguageModel
 class PreferenceModel(LanguageModel):
     """A transformer that learns which of two answers is the better one.
 
-    It is compared with itself as it was in the beginning. With adapters that takes no memory, as what they change stays
-    as it was; without, the weights are held twice.
+    The reference is the model at the beginning. With adapters it takes no memory, because the weights below them do not
+    change; without adapters, the weights are held twice.
 
     Args:
-        beta: how much a difference from the beginning weighs; the greater, the closer the model stays to it.
+        beta: the weight of a difference from the reference; with a greater one the model stays closer to it.
     """
 
     def __init__(
@@ -37,25 +37,24 @@ class PreferenceModel(LanguageModel):
     ) -> None:
         problems = []
         if init_from is None:
-            problems.append("init_from=None: preferences are learned by a model that can answer already; give one")
+            problems.append(Problem("init_from", None, "name a model that can answer already, to learn preferences"))
         if not (is_number(beta) and beta > 0):
-            problems.append(f"beta={beta!r}: must be above 0 and finite")
-        if problems:
-            raise ConfigError(*problems)
+            problems.append(Problem("beta", beta, "must be a finite number above 0"))
+        refuse(problems)
         super().__init__(config, init_from, lora)
         self.beta = beta
         self._reference: list[Transformer] = []  # in a list, so that it is not part of the module
 
-    def problems(self, precision: str, sizes: Sizes) -> list[str]:
+    def problems(self, precision: str, sizes: Sizes) -> list[Problem]:
         """As `LanguageModel.problems`."""
         problems = super().problems(precision, sizes)
         for field in ("context", "tensor", "pipeline"):
             if (size := getattr(sizes, field)) > 1:
-                problems.append(f"trainer.strategy.{field}_parallel={size}: answers are compared whole; allowed: 1")
+                problems.append(Problem(f"trainer.strategy.{field}_parallel", size, "answers are compared whole", (1,)))
         return problems
 
     def on_fit_start(self) -> None:
-        """Also makes the model to compare with, where it is another one."""
+        """Also makes the reference, where it is a model of its own."""
         super().on_fit_start()
         if self.lora is None:
             self._reference = [self._make_transformer(None).to(self.device).requires_grad_(False).eval()]

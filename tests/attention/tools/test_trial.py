@@ -98,7 +98,7 @@ def test_one_gradient_that_is_wrong_is_refused_by_name(cache: Path, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(BACKENDS["sdpa_flash"], "run", lambda q, k, *rest: run(q, 2 * k - k.detach(), *rest))
         with pytest.raises(
-            ConfigError, match=r"sdpa_flash is wrong on cpu .*: relative error of dk 1\.0e\+00, above"
+            ConfigError, match=r"sdpa_flash': is wrong on cpu .*: relative error of dk 1\.0e\+00, above"
         ) as error:
             require_right("sdpa_flash", SPEC, Target.of(CPU), CPU)
     assert "dq" not in str(error.value) and "dv" not in str(error.value)

@@ -245,12 +245,15 @@ def test_answers_are_not_compared_in_parts(dimension: str) -> None:
 @pytest.mark.parametrize(
     ("strategy", "problem"),
     [
-        ({"tensor_parallel": 3}, "tensor_parallel=3 x context_parallel=1 does not divide the 8 devices; allowed: a"),
-        ({"data_parallel": 4}, "data_parallel=4: with tensor_parallel=1 and context_parallel=1, 8 devices make it 8"),
-        ({"data_parallel_replicate": 3}, "data_parallel_replicate=3 does not divide the 8 .*; allowed: 1, 2, 4, 8"),
+        ({"tensor_parallel": 3}, "tensor_parallel=3: does not divide the 8 devices; allowed products: 1, 2, 4, 8"),
+        (
+            {"data_parallel": 4},
+            "data_parallel=4: 8 devices with tensor_parallel=1, .* make it 8; allowed: 8, None",
+        ),
+        ({"data_parallel_replicate": 3}, "data_parallel_replicate=3: does not divide the 8 .*; allowed: 1, 2, 4, 8"),
         (
             {"data_parallel_replicate": 2, "expert_parallel": 8},
-            "expert_parallel=8 does not .* 4 .* copy; allow",
+            "expert_parallel=8: does not .* 4 .* copy; allowed: 1, 2, 4",
         ),
     ],
 )

@@ -106,7 +106,7 @@ def test_a_compiled_step_is_the_same() -> None:
 
 def test_a_run_does_not_go_on_with_other_bits(pretrain: Pretrain, eager: None) -> None:
     pretrain(max_steps=2, **LARGE)
-    with pytest.raises(ConfigError, match=r"^optim is AdamW, but .* was trained with AdamW\(state_bits=8\); set that"):
+    with pytest.raises(ConfigError, match=r"^optim: is AdamW, but .* was trained with AdamW\(state_bits=8\); set that"):
         pretrain(max_steps=4, **LARGE | {"state_bits": 32})
 
 
@@ -122,7 +122,7 @@ def test_runs_that_it_would_spoil_are_refused(parts: Parts) -> None:
     with pytest.raises(ConfigError, match=r"^optim\.state_bits=8: trainer\.precision='bf16-true' would round"):
         plan_of(made)
     made = parts(state_bits=8, devices=4, strategy=Parallel(), global_batch_size=16)
-    with pytest.raises(ConfigError, match=r"^optim\.state_bits=8: the scales of 8-bit moments cannot be cut"):
+    with pytest.raises(ConfigError, match=r"^optim\.state_bits=8: the scales of 8-bit moments cannot be sharded"):
         plan_of(made)
     with pytest.raises(ConfigError, match=r"^state_bits=4: allowed: 8, 32"):
         AdamW(state_bits=4)  # type: ignore[arg-type]

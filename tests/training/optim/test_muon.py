@@ -191,7 +191,7 @@ def test_a_run_does_not_go_on_with_another_optimizer(pretrain: Callable[..., Run
         names = before.__name__, after.__name__
         pretrain(name=names[0], optim=before, max_steps=2)
         with pytest.raises(
-            ConfigError, match=f"^optim is {names[1]}, but .*step-00000002 was trained with {names[0]};"
+            ConfigError, match=f"^optim: is {names[1]}, but .*step-00000002 was trained with {names[0]};"
         ):
             pretrain(name=names[0], optim=after, max_steps=4)
 

@@ -1,7 +1,7 @@
-"""The kernels that can serve a call of `attend`, one file each: what it cannot do and why, and how it is run.
+"""The kernels that can serve a call of `attend`. Each file says what one kernel cannot do, why, and how to run it.
 
-Every module of this folder that defines `why_not` is a backend. It is found when this package is imported; nothing
-else lists it. `backend.py` says what such a module must define.
+Every module of this folder that defines `why_not` is a backend. Importing this package finds it; no list names it.
+`backend.py` says what such a module must define.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from fiddlehead.attention.backends.backend import Backend
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Problem
 
 BACKENDS: dict[str, Backend] = {}
 """Every backend by name, in the order of `PLACE`."""
 VARIABLES: list[bytes] = []
 """The environment variables that turn backends off, as `os.environ` keeps them."""
 changes = 0
-"""How often a backend was added or taken away; what was chosen before may not hold any more."""
+"""How often a backend was added or removed. A choice made before the last change may no longer hold."""
 RESERVED = ("auto", "measured")
-"""What may be asked for beside the name of a backend."""
+"""What a caller may ask for besides the name of a backend."""
 
 
 def register(backend: Backend) -> None:
@@ -43,18 +43,18 @@ def register(backend: Backend) -> None:
 
 
 def unregister(name: str) -> None:
-    """Takes a backend away, such as one that was registered and has been changed since.
+    """Removes a backend, such as a registered one that has been changed since.
 
     Raises:
         ConfigError: there is no backend of this name.
     """
     if name not in BACKENDS:
-        raise ConfigError(f"attention backend {name!r}: {unknown('backend', name, list(BACKENDS))}")
+        raise ConfigError(Problem.unknown("name", name, "attention backend", BACKENDS))
     _set({other: backend for other, backend in BACKENDS.items() if other != name})
 
 
 def _set(backends: dict[str, Backend]) -> None:
-    """Makes these the backends, in place, as others hold the same dictionary."""
+    """Makes these the backends. It works in place, because other modules hold the same dictionary."""
     global changes
     changes += 1
     ordered = sorted(backends.items(), key=lambda item: item[1].PLACE)
@@ -65,19 +65,19 @@ def _set(backends: dict[str, Backend]) -> None:
 
 
 def _problem(backend: Any) -> str | None:
-    """What keeps this from being a backend; None if nothing does."""
+    """Why this is not a backend; None if it is one."""
     needed = ("NAME", "PLACE", "SWITCHES", "place", "why_not", "run")
     if missing := [name for name in needed if not hasattr(backend, name)]:
         return f"has no {', '.join(missing)}; a backend needs {', '.join(needed)}"
     name, switches = backend.NAME, backend.SWITCHES
     if not isinstance(name, str) or not name.isidentifier() or name in RESERVED:
-        return f"NAME={name!r}: must be an identifier such as 'my_kernel', and not {' or '.join(RESERVED)}"
+        return Problem("NAME", name, f"must be an identifier such as 'my_kernel', and not {' or '.join(RESERVED)}")
     if BACKENDS.get(name, backend) is not backend:
-        return f"NAME={name!r} is taken; the backends are {', '.join(BACKENDS)}; `unregister` takes one away"
+        return Problem("NAME", name, f"is taken; the backends are {', '.join(BACKENDS)}; `unregister` removes one")
     if isinstance(backend.PLACE, bool) or not isinstance(backend.PLACE, int | float):
-        return f"PLACE={backend.PLACE!r}: must be a number"
+        return Problem("PLACE", backend.PLACE, "must be a number")
     if not isinstance(switches, tuple | list) or not all(isinstance(variable, str) for variable in switches):
-        return f"SWITCHES={switches!r}: must be a tuple of names of environment variables; () for none"
+        return Problem("SWITCHES", switches, "must be a tuple of names of environment variables; () for none")
     if uncallable := [name for name in ("place", "why_not", "run") if not callable(getattr(backend, name))]:
         return f"{', '.join(uncallable)}: must be functions"
     return None

@@ -1,4 +1,4 @@
-"""How a flash-attn package is called: by autograd, or under torch.compile as one operator forward and one backward.
+"""Calls a flash-attn package: by autograd, or under torch.compile as one forward and one backward operator.
 
 Both use the packages' functions for the two passes. The packages' own differentiable functions either cannot be traced
 or are more than one node, and some reach their kernels through an operator whose dispatch takes longer than a small
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fiddlehead.attention.backends.backend import Extras, Run
 from fiddlehead.attention.spec import AttentionSpec
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 
 Tensor = torch.Tensor
 
@@ -172,10 +172,11 @@ def _raise_if_built_without(error: RuntimeError, backend: str, switch: str) -> N
     """Raises a ConfigError if the error is that the package's build lacks what the call needs."""
     found = re.search(r"flash attention build does not support ([^.\n]+)", str(error), re.IGNORECASE)
     if found:
-        raise ConfigError(
-            f"attention_backend={backend}: this flash-attn was built without {found[1]}; install a build that has it, "
-            f"name another backend, or set {switch}=0 so that auto takes another"
-        ) from error
+        message = (
+            f"this flash-attn was built without {found[1]}; install a build that has it, name another backend, "
+            f"or set {switch}=0, so that auto takes another"
+        )
+        raise ConfigError(Problem("attention_backend", backend, message)) from error
 
 
 def _flattened(spec: AttentionSpec, scale: float, extras: Extras) -> dict[str, Any]:

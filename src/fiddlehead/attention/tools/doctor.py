@@ -1,4 +1,4 @@
-"""Whether the attention kernels of this machine work: each is tried, and its answer compared with the reference's."""
+"""Tries the attention kernels of this machine and compares each result with the reference."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from fiddlehead.attention.packages import Package, Packages
 from fiddlehead.attention.selection import explain, preference
 from fiddlehead.attention.spec import AttentionSpec, Target, length_class
 from fiddlehead.attention.tools.trial import KEYS, trial, wrong
+from fiddlehead.errors import Problem
 
 HEADS, GROUPS = 4, 2
 HEAD_DIMS = (64, 80, 112)
-"""A usual one, and two that fill no tile of 32 channels, with which a kernel can be wrong that is right otherwise."""
+"""A usual one, and two that do not fill tiles of 32 channels: some kernels are wrong only with these."""
 
 INSTALL = {
     "flash2": 'MAX_JOBS=4 pip install --no-build-isolation "fiddlehead[flash2]"',
@@ -36,12 +37,12 @@ REINSTALL = {
     "of Dao-AILab/flash-attention",
     "flash4": 'pip install --upgrade "fiddlehead[flash]"',
 }
-"""How each package is installed again for the PyTorch that is here now."""
+"""How each package is installed again for the installed PyTorch."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one backend."""
+    """The result for one backend."""
 
     backend: str
     version: str | None
@@ -67,13 +68,13 @@ class Report:
 
     @property
     def healthy(self) -> bool:
-        """A backend works, and nothing that is installed is broken."""
+        """Whether a backend works and no installed one is broken."""
         states = {finding.state for finding in self.findings}
         return "works" in states and "broken" not in states
 
 
 def examine(progress: Callable[[str], None] = lambda _: None) -> Report:
-    """Tries every backend on this machine's GPU, or on its CPU if PyTorch finds no GPU; nothing it finds is raised.
+    """Tries every backend on this machine's GPU, or on its CPU if PyTorch finds no GPU. It raises nothing.
 
     Args:
         progress: is told the name of each backend before it is tried, which takes many seconds where kernels are
@@ -126,7 +127,7 @@ def _findings(
 def _tried(name: str, version: str | None, spec: AttentionSpec, device: torch.device) -> Finding:
     """A forward and backward pass for each head dim, compared with the reference in float64."""
     largest, problems = 0.0, []
-    # FlexAttention is compiled for each head dim, for longer than all others take together.
+    # Compiling FlexAttention for one head dim takes longer than all other backends together.
     head_dims = HEAD_DIMS[1:2] if name == "flex" else HEAD_DIMS
     for spec in (replace(spec, head_dim=head_dim) for head_dim in head_dims):
         try:
@@ -136,14 +137,14 @@ def _tried(name: str, version: str | None, spec: AttentionSpec, device: torch.de
             return Finding(name, version, "broken", f"it fails: {type(error).__name__}: {message}")
         largest = float(max(largest, *errors.values(), key=lambda error: (isnan(error), error)))
         if problem := wrong(errors, spec):
-            problems.append(f"head_dim={spec.head_dim}: {problem}")
+            problems.append(Problem("head_dim", spec.head_dim, problem))
     if problems:
         return Finding(name, version, "broken", f"it is wrong: {'; '.join(problems)}", largest)
     return Finding(name, version, "works", error=largest)
 
 
 def _dtype(target: Target) -> torch.dtype:
-    """What models are trained in there."""
+    """The usual dtype of training on the device."""
     if target.device_type != "cuda":
         return torch.float32
     return torch.bfloat16 if target.sm >= 80 else torch.float16
@@ -162,7 +163,7 @@ def _cuda() -> tuple[bool, str]:
 
 
 def _cuda_still_works() -> bool:
-    """Whether the last failure left CUDA as it was; after a kernel's invalid access nothing runs any more."""
+    """Whether CUDA still works; after a kernel's invalid memory access it does not."""
     try:
         torch.cuda.synchronize()
         return bool(torch.ones(1, device="cuda").item())
@@ -171,7 +172,7 @@ def _cuda_still_works() -> bool:
 
 
 def _only_lacks_the_driver(problem: str, target: Target) -> bool:
-    """As on a login node: the package needs the driver's library, which machines without a GPU do not have."""
+    """Whether only the driver's library is missing, as on a login node without a GPU."""
     return target.device_type != "cuda" and "libcuda.so" in problem
 
 

@@ -1,4 +1,4 @@
-"""A kernel tried out on a small call, forward and backward, and compared with the reference in float64.
+"""Tries a kernel on a small call, forward and backward, and compares it with the reference in float64.
 
 A kernel can be wrong without an error, in its gradients alone and for some head dims only. A trial has the dtype,
 heads, head dim and mask of the calls to come, and lengths that fill no tile of any kernel.
@@ -17,14 +17,14 @@ from fiddlehead.attention.backends import BACKENDS
 from fiddlehead.attention.backends.backend import Extras
 from fiddlehead.attention.spec import AttentionSpec, Target, length_class
 from fiddlehead.attention.tools.sample import Inputs, Shape, sample
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files import kept
 
 LIMITS = {torch.float16: 0.01, torch.bfloat16: 0.02, torch.float32: 1e-4}
-"""What the relative error of an output or gradient may be; a working kernel's is a tenth of it."""
+"""The limit of the relative error of an output or gradient; a working kernel has a tenth of it."""
 
 QUERIES, KEYS = 201, 333
-"""Lengths of a trial's sequences; where a call has as many queries as keys, both are `KEYS`."""
+"""Lengths of a trial's sequences; if a call has as many queries as keys, both are `KEYS`."""
 WINDOW = 100
 """The widest window of a trial, so that it leaves keys out."""
 FILE = "attention_trials.json"
@@ -35,7 +35,7 @@ Errors = dict[str, float]
 
 
 def require_right(backend: str, spec: AttentionSpec, target: Target, device: torch.device) -> Errors:
-    """Tries a backend out, unless an earlier process did so with this device, these versions and this spec.
+    """Tries a backend, unless an earlier process did so with this device, these versions and this spec.
 
     Raises:
         ConfigError: its output or a gradient is wrong.
@@ -50,27 +50,25 @@ def require_right(backend: str, spec: AttentionSpec, target: Target, device: tor
         if not wrong(errors, spec):  # what is wrong is tried again: it may have been mended without a new version
             kept.keep(FILE, key, errors)
     if problem := wrong(errors, spec):
-        raise ConfigError(
-            f"attention_backend: {backend} is wrong on {target.name} for {spec}: {problem}; choose another backend, or "
-            "see `fiddlehead doctor`"
-        )
+        message = f"is wrong on {target.name} for {spec}: {problem}; choose another backend, or see `fiddlehead doctor`"
+        raise ConfigError(Problem("attention_backend", backend, message))
     return errors
 
 
 def wrong(errors: Errors, spec: AttentionSpec) -> str | None:
-    """Says which errors are above the limit; None if none is."""
+    """Which errors are above the limit; None if none is."""
     limit = LIMITS[spec.dtype]
     listed = ", ".join(f"{name} {error:.1e}" for name, error in errors.items() if not error <= limit)  # NaN is not
     return f"relative error of {listed}, above {limit:.0e}" if listed else None
 
 
 def trial(backend: str, spec: AttentionSpec, device: torch.device) -> Errors:
-    """The errors of a small call; whatever the kernel raises is raised."""
+    """The errors of a small call. It raises whatever the kernel raises."""
     spec = _small(spec)
     inputs, extras = _call(spec, device)
     exact = replace(spec, dtype=torch.float64)
     with torch.autocast(device.type, enabled=False):
-        # Another order of q's own numbers: drawing new ones would move the generator that a model's weights come from.
+        # Reuses q's numbers in another order: drawing new ones would advance the generator of the model's weights.
         gradient = inputs[0].detach().flip(0, 1)
         got = _outcome(backend, inputs, spec, extras, gradient)
         wanted = _outcome("reference", tuple(x.double() for x in inputs), exact, extras, gradient.double())
@@ -78,13 +76,13 @@ def trial(backend: str, spec: AttentionSpec, device: torch.device) -> Errors:
 
 
 def _small(spec: AttentionSpec) -> AttentionSpec:
-    """The spec of a trial: with its lengths, and without dropout, which has no right answer."""
+    """The spec of a trial: with the trial's lengths, and without dropout, which has no exact result."""
     left, right = spec.window_size
     return replace(spec, dropout=0.0, window_size=(min(left, WINDOW), min(right, WINDOW)), length=length_class(KEYS))
 
 
 def _call(spec: AttentionSpec, device: torch.device) -> tuple[Inputs, Extras]:
-    """A sample whose mask, borders and sinks are not all alike."""
+    """A sample whose mask, borders and sinks differ between sequences."""
     T, S = KEYS if spec.same_length else QUERIES, KEYS
     inputs, extras = sample(spec, device, Shape(2, T, S))
     generator = torch.Generator().manual_seed(0)

@@ -26,7 +26,7 @@ from fiddlehead.checkpoints.weights import PREFIX, CheckpointWeights, find_weigh
 from fiddlehead.data.progress import ByteProgress
 from fiddlehead.data.special_tokens import SpecialTokens, read_settings, update_settings
 from fiddlehead.data.tokenizers import TokenizerFile
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.foreign import inside, read_object
 from fiddlehead.files.paths import user_path
 from fiddlehead.models import TransformerConfig
@@ -41,14 +41,14 @@ SHARD_BYTES = 5 * 10**9
 
 
 def import_checkpoint(source: str, out: Path, *, progress: bool = True) -> HuggingFaceCheckpoint:
-    """Makes a checkpoint of ours, the folder `out`, from a folder of Hugging Face's or a model's name on the Hub.
+    """Makes a fiddlehead checkpoint, the folder `out`, from a Hugging Face folder or a model's name on the Hub.
 
     Raises:
-        ConfigError: `out` exists, or the source is not there or not what it says.
+        ConfigError: `out` exists, or the source is missing or inconsistent.
     """
     out = user_path(out)
     if out.exists():
-        raise ConfigError(f"out={str(out)!r}: is there already")
+        raise ConfigError(Problem("out", out, "exists already"))
     checkpoint = HuggingFaceCheckpoint.open(find_checkpoint(source, progress=progress))
     tensors = {PREFIX + mapped.name: _ours(checkpoint, mapped) for mapped in checkpoint.mapped.values()}
     with ByteProgress(f"import {source}", checkpoint.nbytes, progress) as bar, write_folder(out) as folder:
@@ -74,20 +74,20 @@ def export_checkpoint(
     """Writes the model of a run, or of one checkpoint, as a folder that Hugging Face's tools load.
 
     Args:
-        source: a run's folder, a `step-*` of one, or what `import_checkpoint` made.
-        family: as which family; None is the one it was imported as, or else the first that has such models.
-        dtype: "float32", "bfloat16" or "float16"; None is as it is stored.
+        source: a run's folder, a `step-*` in one, or the output of `import_checkpoint`.
+        family: the family to write; None takes that of the import, or else the first that has such models.
+        dtype: "float32", "bfloat16" or "float16"; None keeps the stored one.
 
     Raises:
         ConfigError: there is no checkpoint, no family has such models, or `out` exists.
     """
     out = user_path(out)
     if out.exists():
-        raise ConfigError(f"out={str(out)!r}: is there already")
+        raise ConfigError(Problem("out", out, "exists already"))
     path = find_weights(source)
     weights = open_weights(path)
     if not isinstance(weights, CheckpointWeights):
-        raise ConfigError(f"{source}: is a Hugging Face checkpoint already")
+        raise ConfigError(Problem.in_file(source, "is a Hugging Face checkpoint already"))
     folders = _folders(weights)
     original = next((settings for folder in folders if (settings := _settings(folder))), None)
     chosen = _family(family, weights.config, original)
@@ -113,17 +113,17 @@ def export_checkpoint(
 
 
 def export_adapters(source: str | Path, out: Path) -> str:
-    """Writes the adapters of a run or a checkpoint as PEFT loads them, and returns what they belong to.
+    """Writes the adapters of a run or a checkpoint for PEFT, and returns the model to which they belong.
 
     Raises:
-        ConfigError: it has none, or `out` exists.
+        ConfigError: the source has no adapters, or `out` exists.
     """
     out = user_path(out)
     if out.exists():
-        raise ConfigError(f"out={str(out)!r}: is there already")
+        raise ConfigError(Problem("out", out, "exists already"))
     weights = open_weights(find_weights(source))
     if not isinstance(weights, CheckpointWeights) or weights.lora is None:
-        raise ConfigError(f"{source}: has no adapters; `fiddlehead export hf` writes the whole model")
+        raise ConfigError(Problem.in_file(source, "has no adapters; `fiddlehead export hf` writes the whole model"))
     original = next((settings for folder in _folders(weights) if (settings := _settings(folder))), None)
     family = _family(None, weights.config, original)
     parts = {
@@ -141,19 +141,19 @@ def export_adapters(source: str | Path, out: Path) -> str:
 
 
 def find_checkpoint(source: str, *, progress: bool = True) -> Path:
-    """The folder that `source` names, or the one to which the Hub's model of that name is downloaded.
+    """The folder named by `source`, or the folder to which the Hub's model of that name is downloaded.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such folder or model.
     """
     if user_path(source).is_dir():
         return user_path(source)
     if user_path(source).is_file():
-        raise ConfigError(
-            f"{source!r}: is a file; name its folder, which has config.json too: {str(user_path(source).parent)!r}"
-        )
+        message = f"is a file; name its folder, which has config.json too: {str(user_path(source).parent)!r}"
+        raise ConfigError(Problem.in_file(repr(source), message))
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise ConfigError(f"{source!r}: there is no such folder, and it is not a model's name on the Hub (OWNER/NAME)")
+        message = "there is no such folder, and it is not a model's name on the Hub (OWNER/NAME)"
+        raise ConfigError(Problem.in_file(repr(source), message))
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
@@ -161,12 +161,13 @@ def find_checkpoint(source: str, *, progress: bool = True) -> Path:
     if not progress:
         disable_progress_bars()
     try:
-        # No pickled weights, no code; nor weights in other formats' folders or names, which are not read.
+        # No pickled weights, no code, and no weights in other formats, which are not read.
         files = ["*.safetensors", "*.safetensors.index.json", "adapter_config.json", *TOKENIZER_FILES, *OTHER_FILES]
         others = ["*/*", "consolidated*.safetensors"]
         return Path(snapshot_download(source, allow_patterns=files, ignore_patterns=others))
     except Exception as error:  # of the Hub, of the network, of the disk: many kinds
-        raise ConfigError(f"{source!r} is no folder here, and the Hub does not give it: {error}") from error
+        message = f"there is no such folder, and the Hub does not give it: {error}"
+        raise ConfigError(Problem.in_file(repr(source), message)) from error
 
 
 def _ours(checkpoint: HuggingFaceCheckpoint, mapped: MappedTensor) -> LazyTensor:
@@ -182,7 +183,7 @@ def _ours(checkpoint: HuggingFaceCheckpoint, mapped: MappedTensor) -> LazyTensor
 
     if len(dtypes) > 1:
         names = ", ".join(name for name, _ in mapped.theirs)
-        raise ConfigError(f"{names}: are of different dtypes, {', '.join(sorted(dtypes))}")
+        raise ConfigError(Problem.in_file(names, f"have different dtypes, {', '.join(sorted(dtypes))}"))
     return LazyTensor(parts[0].dtype, mapped.shape, joined if mapped.plain else changed)
 
 
@@ -225,7 +226,7 @@ def _write_shards(folder: Path, tensors: dict[str, LazyTensor], limit: int, adva
 
 
 def _folders(weights: CheckpointWeights) -> list[Path]:
-    """Where the files beside the weights are: with the checkpoint or its run, or with what that began from."""
+    """The folders with the files beside the weights: of the checkpoint, its run, and the weights it began with."""
     folders: list[Path] = []
     seen: CheckpointWeights | None = weights
     while seen is not None:
@@ -245,7 +246,7 @@ def _found(folders: list[Path], name: str) -> Iterator[Path]:
 
 
 def _settings(folder: Path) -> dict[str, Any] | None:
-    """A `config.json` that came with weights of Hugging Face's."""
+    """The `config.json` of imported Hugging Face weights."""
     for file in (folder / "huggingface" / "config.json", folder / "config.json"):
         if file.is_file():
             return read_object(file)
@@ -256,7 +257,8 @@ def _family(name: str | None, config: TransformerConfig, original: dict[str, Any
     if name is not None:
         family = family_of({"model_type": name}, "--as")
         if not family.expresses(config):
-            raise ConfigError(f"model_type={name!r}: has no model of this shape; {family_for(config).model_type!r} has")
+            message = f"has no model of this shape; {family_for(config).model_type!r} has"
+            raise ConfigError(Problem("model_type", name, message))
         return family
     if original is not None and (family := FAMILIES.get(str(original.get("model_type")))) and family.expresses(config):
         return family
@@ -264,7 +266,7 @@ def _family(name: str | None, config: TransformerConfig, original: dict[str, Any
 
 
 def _token_ids(folders: list[Path]) -> dict[str, Any]:
-    """The special tokens that the tokenizer has; those it has not are said to be none, as families assume some."""
+    """The tokenizer's special tokens; missing ones are set to null, because families have defaults for them."""
     ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     if home := next((folder for folder in folders if (folder / "tokenizer.json").is_file()), None):
         tokenizer = TokenizerFile(home)
@@ -274,7 +276,7 @@ def _token_ids(folders: list[Path]) -> dict[str, Any]:
 
 
 def _complete_tokenizer(folder: Path) -> None:
-    """Adds what transformers needs beside a `tokenizer.json` that stands alone."""
+    """Adds the file that transformers needs beside a lone `tokenizer.json`."""
     if not (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
         return
     tokenizer = TokenizerFile(folder / "tokenizer.json")
@@ -283,9 +285,9 @@ def _complete_tokenizer(folder: Path) -> None:
 
 
 def _write_generation_config(folder: Path, origins: list[Path]) -> None:
-    """Writes what the origins say of generation, and all tokens at which `fiddlehead generate` stops, to `folder`."""
+    """Writes to `folder` the generation settings of the origins, and all tokens at which generation stops."""
     files = list(_found(origins, "generation_config.json"))
-    for file in reversed(files):  # those of the model itself last, so that they count
+    for file in reversed(files):  # the model's own last, so that they win
         update_settings(folder / "generation_config.json", **read_settings(file))
     home = next((each for each in origins if (each / "tokenizer.json").is_file()), None)
     if home is None:
@@ -297,14 +299,14 @@ def _write_generation_config(folder: Path, origins: list[Path]) -> None:
 
 
 def _one_or_all(ids: list[int]) -> int | list[int]:
-    """Ids as Hugging Face's files have them."""
+    """Ids in the form of Hugging Face's files."""
     return ids[0] if len(ids) == 1 else ids
 
 
 def _dtype(name: str) -> str:
     allowed = {_dtype_name(dtype): dtype for dtype in ("F32", "BF16", "F16")}
     if name not in allowed:
-        raise ConfigError(f"dtype={name!r}: allowed: {', '.join(allowed)}")
+        raise ConfigError(Problem("dtype", name, "", allowed))
     return allowed[name]
 
 

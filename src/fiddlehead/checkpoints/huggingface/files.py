@@ -12,7 +12,7 @@ import torch
 from fiddlehead.checkpoints.huggingface.families import Family, family_of
 from fiddlehead.checkpoints.huggingface.tensor_map import MappedTensor, tensor_map
 from fiddlehead.checkpoints.safetensors_files import DTYPES, StoredTensor, read_header
-from fiddlehead.errors import ConfigError, first_of, nearest
+from fiddlehead.errors import ConfigError, Problem, first_of, nearest, refuse
 from fiddlehead.files.foreign import inside, read_object
 from fiddlehead.models.config import TransformerConfig
 from fiddlehead.numbers import is_whole
@@ -30,14 +30,14 @@ class HuggingFaceCheckpoint:
     mapped: dict[str, MappedTensor]
     """By the names of our parameters."""
     unread: tuple[str, ...] = ()
-    """Other safetensors files in the folder, which transformers does not read either."""
+    """Other safetensors files in the folder; transformers does not read them either."""
 
     @classmethod
     def open(cls, directory: Path) -> HuggingFaceCheckpoint:
         """Reads the settings and the headers of the tensor files.
 
         Raises:
-            ConfigError: something is not there or not what it says; it lists everything.
+            ConfigError: something is missing or inconsistent; with all problems.
         """
         refuse_adapters(directory)
         settings = read_object(inside(directory, "config.json"))
@@ -48,11 +48,12 @@ class HuggingFaceCheckpoint:
             _refuse_larger(settings, family, list(tensors.values()))
             config = family.config(settings)
         except ConfigError as error:
-            raise ConfigError(*(f"{directory}/config.json: {problem}" for problem in error.problems)) from error
+            file = directory / "config.json"
+            raise ConfigError(*(Problem.in_file(file, problem) for problem in error.problems)) from error
         mapped = tensor_map(family, config)
         problems = _problems(tensors, mapped, family, config)
         if problems:
-            raise ConfigError(f"{directory}: the tensors are not those of config.json:", *problems)
+            raise ConfigError(Problem.in_file(directory, "the tensors are not those of config.json:"), *problems)
         unread = sorted({file.name for file in directory.glob("*.safetensors")} - {file.name for file in files})
         return cls(directory, family, config, tensors, {each.name: each for each in mapped}, tuple(unread))
 
@@ -72,15 +73,16 @@ class HuggingFaceCheckpoint:
 
 
 def refuse_adapters(directory: Path) -> None:
-    """Raises ConfigError if the folder holds PEFT's adapters, which transformers adds to the model that they name."""
+    """Raises ConfigError if the folder has PEFT adapters, which transformers adds to the model that they name."""
     file = inside(directory, "adapter_config.json")
     if file.is_file():
         base = read_object(file).get("base_model_name_or_path")
-        raise ConfigError(
-            f"{file}: the folder holds adapters for {base!r}, not a whole model. Merge them with PEFT "
-            "(merge_and_unload, then save_pretrained) and take that folder; if the folder has the whole model too, "
-            "move its adapter_* files away"
+        message = (
+            f"the folder has adapters for {base!r}, not a whole model. Merge them with PEFT "
+            "(merge_and_unload, then save_pretrained) and use that folder; if the folder has the whole "
+            "model too, move its adapter_* files away"
         )
+        raise ConfigError(Problem.in_file(file, message))
 
 
 def weight_files(directory: Path, named: Any = None) -> list[Path]:
@@ -90,11 +92,13 @@ def weight_files(directory: Path, named: Any = None) -> list[Path]:
         named: the file or the index that `config.json` asks for as `transformers_weights`.
 
     Raises:
-        ConfigError: there are none, a file that the index lists is missing, or a listed tensor is in none of them.
+        ConfigError: there are no weights, or a file or tensor that the index lists is missing.
     """
     names = ("model.safetensors", "model.safetensors.index.json") if named is None else (named,)
     if not all(str(name).endswith((".safetensors", ".safetensors.index.json")) for name in names):
-        raise ConfigError(f"transformers_weights={named!r}: must name a safetensors file, or its index, in {directory}")
+        raise ConfigError(
+            Problem("transformers_weights", named, f"must name a safetensors file, or its index, in {directory}")
+        )
     files = (inside(directory, name, f"{directory}/config.json: transformers_weights") for name in names)
     found = next((file for file in files if file.is_file()), None)
     if found is None:
@@ -106,47 +110,47 @@ def _listed(index: Path) -> list[Path]:
     """The files that an index lists."""
     listed = read_object(index).get("weight_map")
     if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
-        raise ConfigError(f"{index}: weight_map must say for each tensor which file has it")
+        raise ConfigError(Problem.in_file(index, "weight_map must say for each tensor which file has it"))
     files = [inside(index.parent, name, index) for name in sorted(set(listed.values()))]
     if missing := [file for file in files if not file.is_file()]:
-        raise ConfigError(*first_of([f"{file}: is missing, and {index.name} names it" for file in missing]))
+        refuse(first_of([Problem.in_file(file, f"is missing, and {index.name} names it") for file in missing]))
     there = {name for file in files for name in read_header(file)}
-    if absent := [name for name in listed if name not in there]:
-        raise ConfigError(*first_of([f"{index}: {name} is in none of the files that it lists" for name in absent]))
+    absent = [name for name in listed if name not in there]
+    refuse(first_of([Problem.in_file(index, f"{name} is in none of the files that it lists") for name in absent]))
     return files
 
 
-def _no_weights(directory: Path, names: Sequence[str]) -> str:
+def _no_weights(directory: Path, names: Sequence[str]) -> Problem:
     there = sorted(file.name for file in directory.glob("*.safetensors"))
     if there:
         said = ", ".join(there[:3]) + (f" and {len(there) - 3} more" if len(there) > 3 else "")
-        return f"{directory}: has no {' and no '.join(names)}; {said} is not what transformers loads"
+        return Problem.in_file(directory, f"has no {' and no '.join(names)}, and transformers does not load {said}")
     pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
     if pickled:
-        return (
-            f"{directory}: has only pickled weights ({', '.join(pickled[:3])}), and unpickling runs what they "
-            'say. If you trust them, convert them: python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{directory}').save_pretrained('CONVERTED')\""
+        return Problem.in_file(
+            directory,
+            f"has only pickled weights ({', '.join(pickled[:3])}), and unpickling runs code from them. If you trust "
+            'them, convert them: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{directory}').save_pretrained('CONVERTED')\"",
         )
-    return f"{directory}: has no *.safetensors"
+    return Problem.in_file(directory, "has no *.safetensors")
 
 
 def _headers(files: Sequence[Path]) -> dict[str, StoredTensor]:
-    """The tensors of some files, each of which is in one of them."""
+    """The tensors of some files; each must be in only one of them."""
     tensors: dict[str, StoredTensor] = {}
     problems = []
     for file in files:
         for name, tensor in read_header(file).items():
             if name in tensors:
-                problems.append(f"{name}: is in {tensors[name].file} and in {file}")
+                problems.append(Problem.in_file(name, f"is in {tensors[name].file} and in {file}"))
             tensors[name] = tensor
-    if problems:
-        raise ConfigError(*first_of(problems))
+    refuse(first_of(problems))
     return tensors
 
 
 def _with_prefix(tensors: dict[str, StoredTensor], family: Family) -> dict[str, StoredTensor]:
-    """The tensors by the names they have in the whole model; a checkpoint of its body alone lacks the prefix."""
+    """The tensors by their names in the whole model; a checkpoint of the body alone lacks the prefix."""
     prefix = str(family.modules["embedding"]).partition(".")[0] + "."
     if any(name.startswith(prefix) for name in tensors):
         return tensors
@@ -158,11 +162,11 @@ _SIZES = (
     *("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size"),
 )
 _SMALL, _FEW = 1 << 16, 256
-"""Sizes, and a number of layers, that cost nothing to try; if they are wrong, `_problems` says which tensors differ."""
+"""Sizes and numbers of layers that are cheap to try; if they are wrong, `_problems` says which tensors differ."""
 
 
 def _refuse_larger(settings: dict[str, Any], family: Family, tensors: Sequence[StoredTensor]) -> None:
-    """Raises ConfigError for sizes that tensors like these cannot have, before anything is made of such a size."""
+    """Raises ConfigError for sizes that these tensors cannot have, before anything of such a size is made."""
     sizes = (*_SIZES, "seq_length") if "position_embedding" in family.modules else _SIZES
     longest = max((side for tensor in tensors if tensor.nbytes for side in tensor.shape), default=0)
     usual = {ours: theirs for theirs, ours in family.settings.items()}
@@ -172,7 +176,7 @@ def _refuse_larger(settings: dict[str, Any], family: Family, tensors: Sequence[S
         if ours and is_whole(value):
             given[ours] = name, value
     problems = [
-        f"{name}={value}: no tensor in the files is as large; the longest side is {longest}"
+        Problem(name, value, f"no tensor in the files is as large; the longest side is {longest}")
         for name, value in (given[ours] for ours in sizes if ours in given)
         if value > max(longest, _SMALL)
     ]
@@ -185,9 +189,8 @@ def _refuse_larger(settings: dict[str, Any], family: Family, tensors: Sequence[S
     needed = layers[1] * (max(1, experts[1]) if by_expert else 1)
     if needed > max(len(tensors), _FEW):
         said = f"{layers[0]}={layers[1]}" + (f", {experts[0]}={experts[1]}" if by_expert else "")
-        problems.append(f"{said}: the files hold only {len(tensors)} tensors")
-    if problems:
-        raise ConfigError(*problems)
+        problems.append(Problem("", message=f"{said}: the files have only {len(tensors)} tensors"))
+    refuse(problems)
 
 
 def _problems(
@@ -200,17 +203,21 @@ def _problems(
     for name, shape in expected.items():
         if name not in tensors:
             like = nearest(name, extra)
-            problems.append(f"{name} {list(shape)}: is missing" + (f"; the nearest there: {like}" if like else ""))
+            hint = f"; the nearest there: {like}" if like else ""
+            problems.append(Problem.in_file(f"{name} {list(shape)}", f"is missing{hint}"))
         elif tensors[name].shape != shape:
-            problems.append(f"{name}: is {list(tensors[name].shape)}, and config.json makes it {list(shape)}")
+            message = f"is {list(tensors[name].shape)}, and config.json makes it {list(shape)}"
+            problems.append(Problem.in_file(name, message))
         elif not DTYPES[tensors[name].dtype].is_floating_point or tensors[name].dtype.startswith("F8"):
-            problems.append(f"{name}: is {tensors[name].dtype}, quantized: only F64, F32, F16 and BF16 are read")
+            message = f"is {tensors[name].dtype}, quantized: only F64, F32, F16 and BF16 are read"
+            problems.append(Problem.in_file(name, message))
     for name in extra:
         if name == "lm_head.weight" and config.share_embeddings_and_output_weights and embedding in tensors:
             if not _same_bytes(tensors[name], tensors[embedding]):
-                problems.append(f"{name}: differs from {embedding}, and tie_word_embeddings makes them one")
+                message = f"differs from {embedding}, and tie_word_embeddings makes them one"
+                problems.append(Problem.in_file(name, message))
             continue
-        problems.append(f"{name} {list(tensors[name].shape)}: is not part of such a model")
+        problems.append(Problem.in_file(f"{name} {list(tensors[name].shape)}", "is not part of such a model"))
     return first_of(problems)
 
 

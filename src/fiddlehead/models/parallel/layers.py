@@ -1,4 +1,4 @@
-"""A transformer made to be one process's part, and a batch."""
+"""Replaces a transformer's layers, and a batch, by one process's part of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models.collectives import (
     Group,
     HeadExchange,
@@ -27,7 +27,7 @@ from fiddlehead.models.transformer import MLP, Attention, Transformer, ZeroCente
 
 
 def parallelize(transformer: Transformer, mesh: DeviceMesh) -> None:
-    """Leaves of a transformer what this process has and does along "tp", "cp" and "ep" of a mesh, in place.
+    """Reduces a transformer, in place, to this process's part along "tp", "cp" and "ep" of a mesh.
 
     It then takes `local_batch`es, and returns logits of their tokens. Parameters may be on the meta device; where they
     have values, those must be the same on all processes. To be done before `fully_shard`.
@@ -39,7 +39,7 @@ def parallelize(transformer: Transformer, mesh: DeviceMesh) -> None:
     tp, cp, ep = (Group.of(mesh, dim) for dim in ("tp", "cp", "ep"))
     refuse_sizes(config, tp=tp.size, cp=cp.size, ep=ep.size)
     if tp.size > 1 and adapter_state(transformer):
-        raise ConfigError(f"tp={tp.size}: a model with adapters (lora) cannot be split; allowed: 1")
+        raise ConfigError(Problem("tp", tp.size, "a model with adapters (lora) cannot be split", (1,)))
     layout = Layout(config, mesh)
     for name, parameter in list(transformer.named_parameters()):
         local = layout.own(name, parameter.detach())
@@ -81,16 +81,15 @@ def local_batch(batch: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
             continue
         length = batch[name].shape[1]
         if length % split.parts:
-            raise ConfigError(
-                f"{name} has {length} tokens in a sequence: must be a multiple of cp x tp = {split.parts}; "
-                f"the nearest: {max(round(length / split.parts), 1) * split.parts}"
-            )
+            nearest = max(round(length / split.parts), 1) * split.parts
+            message = f"a sequence has {length} tokens; must be a multiple of cp x tp={split.parts}, such as {nearest}"
+            raise ConfigError(Problem(name, message=message))
         local[name] = split.own(batch[name], dim=1).contiguous()
     return local
 
 
 class _Split(nn.Linear):
-    """A linear layer around the part of the parameters that a process has of it."""
+    """A linear layer with one process's part of the parameters."""
 
     def __init__(self, linear: nn.Linear, group: Group) -> None:
         out_features, in_features = linear.weight.shape
@@ -116,7 +115,7 @@ class RowParallelLinear(_Split):
 
 
 class SplitRMSNorm(nn.Module):
-    """RMSNorm of channels that are split over processes, `replicas` of which have the same."""
+    """RMSNorm of channels that are split over processes; `replicas` processes have the same channels."""
 
     def __init__(self, norm: Any, group: Group, replicas: int) -> None:
         super().__init__()

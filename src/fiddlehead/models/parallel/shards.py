@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import Problem, refuse
 from fiddlehead.models.config import TransformerConfig, split_heads
 
 Slices = tuple[slice, ...]
@@ -31,7 +31,7 @@ def fsdp_slices(tensor: torch.Tensor) -> Slices:
 
 
 class LocalSlice(NamedTuple):
-    """A block of a shard."""
+    """A rectangular part of a shard."""
 
     local: Slices
     """Where it lies in the shard."""
@@ -74,7 +74,7 @@ class Layout:
         return torch.Size(shape)
 
     def own(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """Cuts what `parallelize` leaves to this process from a whole parameter; it returns `whole` if that is all."""
+        """This process's part of a whole parameter, as `parallelize` splits it; `whole` itself if it is not split."""
         own = self._shard(name)
         if own is None:
             return whole
@@ -106,7 +106,7 @@ class Layout:
             return [LocalSlice(everything, within, ranks, 1)]
         dim, at, slices = own.dim, 0, []
         for each in own.ranges:
-            # Those of the range that are also within what FSDP2 left; here they count from the range's beginning.
+            # The rows of the range that FSDP2 left on this process, counted from the beginning of the range.
             first, last = (min(max(edge - at, 0), each.size) for edge in (within[dim].start, within[dim].stop))
             here = [*everything]
             here[dim] = slice(at + first - within[dim].start, at + last - within[dim].start)
@@ -155,7 +155,7 @@ def shard_of(name: str, config: TransformerConfig, size: int, rank: int) -> Para
     H, G, D, width = config.num_attention_heads, config.groups, config.head_dim, config.ffn_size
 
     def even(count: int, width: int = 1, offset: int = 0) -> ShardRange:
-        """This process's of `count` things, `width` rows each; if there are too few, they have replicas."""
+        """This process's part of `count` items of `width` rows each; with fewer items than processes, it is shared."""
         replicas = max(size // count, 1)
         each = count * replicas // size * width
         return ShardRange(offset + rank // replicas * each, each, replicas)
@@ -224,13 +224,10 @@ def size_of(mesh: DeviceMesh, dim: str) -> int:
 def refuse_sizes(config: TransformerConfig, *, tp: int = 1, cp: int = 1, ep: int = 1) -> None:
     """Raises ConfigError, with the allowed sizes, if a model cannot be split over so many processes.
 
-    The length of the sequences is a matter of the batch, see `local_batch`.
+    `local_batch` checks the length of the sequences.
     """
     H, G = config.num_attention_heads, config.groups
     problems = []
-
-    def refuse(dim: str, size: int, why: str, allowed: list[int]) -> None:
-        problems.append(f"{dim}={size}: {why}; allowed: {', '.join(map(str, allowed))}")
 
     def fits(heads: int, groups: int, size: int) -> bool:
         return heads % size == 0 and (groups % size == 0 or size % groups == 0)
@@ -243,7 +240,7 @@ def refuse_sizes(config: TransformerConfig, *, tp: int = 1, cp: int = 1, ep: int
         if config.num_moe_experts is None:
             why += f" and ffn_hidden_size={config.ffn_size}"
         why += f", and divide num_query_groups={G} or be a multiple of it"
-        refuse("tp", tp, why, [n for n in range(1, H + 1) if tp_fits(n)])
+        problems.append(Problem("tp", tp, why, [n for n in range(1, H + 1) if tp_fits(n)]))
     else:
         heads, groups = split_heads(H, G, tp)
         if not fits(heads, groups, cp):
@@ -251,13 +248,13 @@ def refuse_sizes(config: TransformerConfig, *, tp: int = 1, cp: int = 1, ep: int
                 f"must divide the {heads} query heads of a process (tp={tp}), and divide its {groups} key/value heads "
                 "or be a multiple of them"
             )
-            refuse("cp", cp, why, [n for n in range(1, heads + 1) if fits(heads, groups, n)])
+            problems.append(Problem("cp", cp, why, [n for n in range(1, heads + 1) if fits(heads, groups, n)]))
     if ep > 1 and config.num_moe_experts is None:
-        refuse("ep", ep, "num_moe_experts=None, there are no experts to split", [1])
+        problems.append(Problem("ep", ep, "num_moe_experts=None, there are no experts to split", (1,)))
     elif (E := config.num_moe_experts or 1) % ep:
-        refuse("ep", ep, f"must divide num_moe_experts={E}", [n for n in range(1, E + 1) if E % n == 0])
-    if problems:
-        raise ConfigError(*problems)
+        allowed = [n for n in range(1, E + 1) if E % n == 0]
+        problems.append(Problem("ep", ep, f"must divide num_moe_experts={E}", allowed))
+    refuse(problems)
 
 
 def _shards(tensor: DTensor) -> int:
@@ -270,6 +267,6 @@ def _shards(tensor: DTensor) -> int:
 
 
 def _kind(name: str) -> str:
-    """The last two parts of a name in a layer, or the last one if it is the attention's own."""
+    """The last two parts of a name in a layer; the last one for the attention's own parameters."""
     found = re.search(r"(sinks|[a-z0-9_]+\.(?:weight|bias))$", name)
     return found[1] if found else name

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import Problem, refuse
 from fiddlehead.models.config import TransformerConfig
 from fiddlehead.models.transformer import Transformer
 
 
 class Stage(nn.Module):
-    """Some of a transformer's modules, which stay in it too: the first stage has the embedding, the last the loss.
+    """Some of a transformer's modules: the first stage has the embedding, the last the loss.
 
     All processes have all of a batch; only what layers give travels between them.
 
@@ -60,14 +60,14 @@ def layers_of(config: TransformerConfig, number: int, count: int) -> range:
 
 
 def stage_of(name: str, config: TransformerConfig, count: int) -> int:
-    """The stage of `count` that has a parameter, by its name in `Transformer`; a prefix counts for nothing."""
+    """The stage, of `count`, that has a parameter, by its name in `Transformer`; a prefix of the name is ignored."""
     if found := re.search(r"\blayers\.(\d+)\.", name):
         return int(found[1]) // (config.num_layers // count)
     return 0 if any(f"{part}." in name for part in _BEFORE) else count - 1
 
 
 def keep_stages(transformer: Transformer, numbers: Iterable[int], count: int) -> None:
-    """Leaves of a transformer what these of `count` stages have, in place, under the same names.
+    """Reduces a transformer, in place, to the parameters of some of `count` stages; their names stay.
 
     Raises:
         ConfigError: the model cannot be cut so.
@@ -85,20 +85,22 @@ def refuse_stages(config: TransformerConfig, count: int) -> None:
     """Raises ConfigError if a model cannot be cut into so many stages."""
     problems = []
     if config.num_layers % count:
-        allowed = ", ".join(str(n) for n in range(1, config.num_layers + 1) if config.num_layers % n == 0)
-        problems.append(f"num_layers={config.num_layers}: {count} stages do not divide it; allowed: {allowed}")
+        message = f"{count} stages do not divide it"
+        allowed = [n for n in range(1, config.num_layers + 1) if config.num_layers % n == 0]
+        problems.append(Problem("num_layers", config.num_layers, message, allowed))
     if count > 1:
         if config.share_embeddings_and_output_weights:
-            problems.append("share_embeddings_and_output_weights=True: the first and last stage cannot share them")
+            problems.append(
+                Problem("share_embeddings_and_output_weights", True, "the first and the last stage cannot share them")
+            )
         if config.num_moe_experts is not None and config.moe_aux_loss_coeff:
             problems.append(
-                f"moe_aux_loss_coeff={config.moe_aux_loss_coeff}: only the last stage adds to the loss; allowed: 0"
+                Problem("moe_aux_loss_coeff", config.moe_aux_loss_coeff, "only the last stage adds to the loss", (0,))
             )
         for name in ("hidden_dropout", "attention_dropout"):
             if value := getattr(config, name):
-                problems.append(f"{name}={value}: stages would drop other values than one process does; allowed: 0")
-    if problems:
-        raise ConfigError(*problems)
+                problems.append(Problem(name, value, "stages would drop other values than a single process", (0,)))
+    refuse(problems)
 
 
 _BEFORE = ("embedding", "position_embedding")

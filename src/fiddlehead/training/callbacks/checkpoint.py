@@ -1,4 +1,4 @@
-"""When a run is saved, and which of its checkpoints are kept.
+"""Decides when a run is saved and which of its checkpoints are kept.
 
 What is resumed from it is exact, because all the rest of a run's state follows from the step: the sampler, the schedule
 and dropout are functions of it.
@@ -17,7 +17,7 @@ from fiddlehead.checkpoints.folder import TEMPORARY, DamagedCheckpointError, new
 from fiddlehead.checkpoints.io import SafetensorsIO
 from fiddlehead.data.checksums import Checksums
 from fiddlehead.data.tokenizers import save_tokenizer
-from fiddlehead.errors import ConfigError, StopRequested
+from fiddlehead.errors import Problem, StopRequested, refuse
 from fiddlehead.numbers import is_whole
 from fiddlehead.run.console import say
 
@@ -36,13 +36,11 @@ class Checkpoint(Callback):
     def __init__(
         self, every_n_steps: int = 1000, keep_last: int = 2, keep_best: bool = True, asynchronous: bool = False
     ) -> None:
-        problems = [
-            f"{name}={value!r}: must be a whole number of 1 or more"
+        refuse(
+            Problem(name, value, "must be a whole number of 1 or more")
             for name, value in (("every_n_steps", every_n_steps), ("keep_last", keep_last))
             if not (is_whole(value) and value >= 1)
-        ]
-        if problems:
-            raise ConfigError(*problems)
+        )
         self.every_n_steps, self.keep_last, self.keep_best = every_n_steps, keep_last, keep_best
         self.io = SafetensorsIO(asynchronous=asynchronous)
         self.directory = Path("checkpoints")
@@ -54,7 +52,7 @@ class Checkpoint(Callback):
         self._val_loss: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Clears what a killed attempt left half-written, and recalls which checkpoint is the best."""
+        """Deletes the half-written files of a killed attempt, and reads which checkpoint is the best."""
         if trainer.is_global_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
             for leftover in self.directory.glob(f"{TEMPORARY}*"):
@@ -62,12 +60,12 @@ class Checkpoint(Callback):
         self.best_loss = self._recall_best_loss()  # on every rank: all must agree on what to save
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the tokenizer beside the checkpoints: without it the model is of no use."""
+        """Puts the tokenizer beside the checkpoints, because the model is useless without it."""
         if trainer.is_global_zero:
             save_tokenizer(trainer.datamodule.tokenizer, self.directory.parent)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed step is already saved; if it was stopped before its validation, that is made up for first."""
+        """A resumed step is saved already; if it was stopped before its validation, validates it first."""
         self._saved_step = trainer.global_step
         if self._validated_step == -1 and trainer.global_step and validates_now(trainer):
             trainer.validating = True
@@ -77,7 +75,7 @@ class Checkpoint(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves when it is time, unless this step is validated first."""
+        """Saves every n-th step, unless its validation comes first."""
         if not at_step_end(trainer):
             return
         # Lightning then ends the loop, which this step does anyway, and validates first.
@@ -86,7 +84,7 @@ class Checkpoint(Callback):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves a step that was to be saved or that is the best so far."""
+        """Saves an n-th step, or the best step so far."""
         if trainer.sanity_checking:
             return
         self._val_loss = float(trainer.callback_metrics.get("val_loss", float("nan")))
@@ -99,12 +97,12 @@ class Checkpoint(Callback):
             self.best_loss = self._val_loss
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the last step, and waits until all is written."""
+        """Saves the last step, and waits until all checkpoints are written."""
         self.save(trainer)
         self.wait(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Lets what was saved be written; a run that was stopped has waited already, or is not to wait."""
+        """Waits for pending writes, unless the run was stopped, which has waited already or must not wait."""
         if not isinstance(exception, StopRequested):
             try:
                 self.io.wait()
@@ -112,13 +110,12 @@ class Checkpoint(Callback):
                 say(f"WARNING: a checkpoint was not written: {error}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the step's validation loss, by which the best is known, None if it was not validated, and the data's
-        checksums."""
+        """Adds the data's checksums and the step's validation loss, which finds the best; None without a validation."""
         checkpoint["data"] = self.data
         checkpoint["val_loss"] = self._val_loss if self._validated_step == trainer.global_step else None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Recalls whether the step that is resumed was validated."""
+        """Reads whether the resumed step was validated."""
         self._val_loss = checkpoint["val_loss"]
         self._validated_step = -1 if self._val_loss is None else checkpoint["global_step"]
 
@@ -140,7 +137,7 @@ class Checkpoint(Callback):
             self.io.then(partial(self._keep, trainer.global_step, best))
 
     def wait(self, trainer: Trainer) -> None:
-        """Waits until what was saved is written, by whichever rank: one that left early would hurry the others.
+        """Waits until all ranks have written their checkpoints: one that left early would hurry the others.
 
         Raises:
             CheckpointNotWrittenError: the disk did not take it.
@@ -149,7 +146,7 @@ class Checkpoint(Callback):
         trainer.strategy.barrier("Checkpoint.wait")
 
     def _keep(self, step: int, best: bool) -> None:
-        """Points to the checkpoint of a step that is written, if it is the best, and deletes those to be forgotten."""
+        """Links a written checkpoint as the best if it is, and deletes the checkpoints that are no longer kept."""
         if best:
             link = self.directory / ".best.tmp"
             link.unlink(missing_ok=True)
@@ -198,11 +195,11 @@ def restore_progress(trainer: Trainer, step: int) -> None:
 
 
 def at_step_end(trainer: Trainer) -> bool:
-    """Whether the micro-batch that just ended was the last of its step."""
+    """Whether the last micro-batch was the last of its step."""
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def validates_now(trainer: Trainer) -> bool:
-    """Whether Lightning validates after the step that just ended."""
+    """Whether Lightning validates after the last step."""
     due = trainer.fit_loop.epoch_loop.batch_progress.total.ready % trainer.val_check_batch == 0  # type: ignore[operator]
     return bool(trainer.num_val_batches) and (due or trainer.should_stop)

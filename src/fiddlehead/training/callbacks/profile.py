@@ -1,4 +1,4 @@
-"""A profile of chosen steps: a timeline, the slowest operations, and on a GPU what is in its memory."""
+"""A profile of chosen steps: a timeline, the slowest operations, and on a GPU the contents of its memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler
 from torch.profiler import ProfilerActivity, record_function
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.run.console import say
 from fiddlehead.training.callbacks.checkpoint import at_step_end
 from fiddlehead.training.callbacks.phases import Phases
@@ -33,16 +33,16 @@ def parse_steps(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if match is None:
         said = f", such as {text}:{text} for one step" if text.isdecimal() else ", such as 10:12"
-        raise ConfigError(f"profile={text!r}: must be FIRST:LAST, the numbers of two steps{said}")
+        raise ConfigError(Problem("profile", text, f"must be FIRST:LAST, the numbers of two steps{said}"))
     first, last = int(match[1]), int(match[2])
     if not 1 <= first <= last:
         why = "steps are counted from 1" if first < 1 else f"ends before it begins; did you mean {last}:{first}?"
-        raise ConfigError(f"profile={text!r}: {why}")
+        raise ConfigError(Problem("profile", text, why))
     return first, last
 
 
 class Profile(Callback):
-    """Profiles steps on the first rank, from the first one's batch on, and writes what it finds into a folder.
+    """Profiles steps on the first rank, from the first one's batch on, and writes the results into a folder.
 
     `rank0-steps-10-12.json.gz` is the timeline, which marks each step, its batches, forward and backward passes; `.txt`
     beside it has the slowest operations; `.memory.pickle`, on a GPU, every allocation. Where a run is resumed in the
@@ -62,12 +62,12 @@ class Profile(Callback):
         self._others: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says so if there is nothing left to profile."""
+        """Prints a line if no step is left to profile."""
         if trainer.global_step >= self.last:
             say(f"profile: steps {self.first} to {self.last} are done already, so nothing is profiled")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begins when it is time."""
+        """Begins with the first step to profile."""
         step = trainer.global_step + 1
         if self._profiler is None and trainer.is_global_zero and self.first <= step <= self.last:
             self.first = step
@@ -86,11 +86,11 @@ class Profile(Callback):
             self._finish(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keeps what there is of a run that ends early."""
+        """Writes the steps so far if the run ends early."""
         self._finish(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Keeps what there is of a run that is stopped."""
+        """Writes the steps so far if the run is stopped."""
         self._finish(trainer)
 
     # -- inside
@@ -112,7 +112,7 @@ class Profile(Callback):
             self._step = None
 
     def _finish(self, trainer: Trainer) -> None:
-        """Writes what was found up to the end of this step."""
+        """Writes the profile up to the end of this step."""
         if self._profiler is None:
             return
         self.phases.pause()
@@ -142,10 +142,10 @@ class Profile(Callback):
 
 
 class _Ranges(Profiler):
-    """Takes the place of Lightning's profiler, which is told where each part of a step begins and ends."""
+    """Replaces Lightning's profiler, which Lightning tells when each part of a step begins and ends."""
 
     NAMES: ClassVar = {"train_dataloader_next": "data", "training_step": "forward", "backward": "backward"}
-    """What the timeline calls them; the optimizer's step is marked by PyTorch."""
+    """Their names in the timeline; PyTorch marks the optimizer's step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ def _entered(name: str) -> record_function:
 
 
 def _listing(profiler: torch.profiler.profile, title: str) -> str:
-    """The operations that take the most time, and for a GPU how much of it that is busy."""
+    """The slowest operations, and on a GPU the part of the time in which it is busy."""
     kernels = [
         (event.time_range.start, event.time_range.end, event.name)
         for event in profiler.events() or ()
@@ -191,7 +191,7 @@ def _listing(profiler: torch.profiler.profile, title: str) -> str:
 
 
 def covered(intervals: list[Interval]) -> float:
-    """How much time lies in at least one of the intervals."""
+    """The time covered by at least one of the intervals."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(intervals):
         total += max(0.0, end - max(start, reached))

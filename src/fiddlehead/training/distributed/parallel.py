@@ -1,8 +1,9 @@
-"""A run on many devices: which of them share samples, and which share a model."""
+"""Trains on many devices: which of them share samples, and which share a model."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+import math
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from fiddlehead.checkpoints import sharding
 from fiddlehead.checkpoints.safetensors_files import DTYPES, StoredTensor
 from fiddlehead.checkpoints.sharding import ShardedTensor
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.parallel import Layout, local_batch, parallelize, reduce_gradients, refuse_sizes
 from fiddlehead.numbers import is_whole
@@ -68,13 +69,11 @@ class Parallel(ModelParallelStrategy):
             "pipeline_parallel": pipeline_parallel,
             "pipeline_stages_per_rank": pipeline_stages_per_rank,
         }
-        problems = [
-            f"{name}={value!r}: must be a whole number of 1 or more"
+        refuse(
+            Problem(name, value, "must be a whole number of 1 or more")
             for name, value in given.items()
             if not (is_whole(value) and value >= 1) and not (name == "data_parallel" and value is None)
-        ]
-        if problems:
-            raise ConfigError(*problems)
+        )
         super().__init__()
         self.data_parallel, self.data_parallel_replicate = data_parallel, data_parallel_replicate
         self.tensor_parallel, self.context_parallel = tensor_parallel, context_parallel
@@ -82,43 +81,36 @@ class Parallel(ModelParallelStrategy):
         self.pipeline_stages_per_rank = pipeline_stages_per_rank
         self.reshard_after_forward = reshard_after_forward
         self.layout: Layout | None = None
-        """Where this rank's parts of the parameters lie; None if it has them whole."""
+        """Where this rank's shards of the parameters lie; None if it has whole parameters."""
         self.pipeline: Pipeline | None = None
-        """The layers that this rank has of them; None if it has all."""
+        """This rank's stages; None if it has all layers."""
         self._team: Team | None = None
 
     def sizes(self, devices: int) -> Sizes:
         """The ranks along each dimension, of `devices` in all.
 
         Raises:
-            ConfigError: they do not multiply to that; it says what would.
+            ConfigError: the sizes do not multiply to `devices`.
         """
-        shared = self.tensor_parallel * self.context_parallel * self.pipeline_parallel
-        named = [f"tensor_parallel={self.tensor_parallel}", f"context_parallel={self.context_parallel}"]
-        if self.pipeline_parallel > 1:
-            named.append(f"pipeline_parallel={self.pipeline_parallel}")
+        fields = ("tensor_parallel", "context_parallel", "pipeline_parallel")
+        shared = math.prod(getattr(self, field) for field in fields)
         if devices % shared:
-            counts = ", ".join(map(str, _divisors(devices)))
-            raise ConfigError(
-                f"{' x '.join(named)} does not divide the {devices} devices; allowed: a product of {counts}"
-            )
+            message = f"does not divide the {devices} devices; allowed products: {_listed(_divisors(devices))}"
+            raise ConfigError(self._product(fields, message))
         data = devices // shared
         problems = []
         if self.data_parallel not in (None, data):
-            problems.append(
-                f"data_parallel={self.data_parallel}: with {' and '.join(named)}, {devices} devices make it {data}; "
-                f"allowed: {data} or None"
-            )
+            sizes = _listed(f"{field}={getattr(self, field)}" for field in fields)
+            message = f"{devices} devices with {sizes} make it {data}"
+            problems.append(Problem("data_parallel", self.data_parallel, message, (data, None)))
         copy, name = data, "data-parallel ranks"
         for field in ("data_parallel_replicate", "expert_parallel"):
             value = getattr(self, field)
             if copy % value:
-                allowed = ", ".join(map(str, _divisors(copy)))
-                problems.append(f"{field}={value} does not divide the {copy} {name}; allowed: {allowed}")
+                problems.append(Problem(field, value, f"does not divide the {copy} {name}", _divisors(copy)))
                 break
             copy, name = copy // value, "data-parallel ranks of each copy"
-        if problems:
-            raise ConfigError(*problems)
+        refuse(problems)
         return Sizes(
             data,
             self.data_parallel_replicate,
@@ -129,31 +121,35 @@ class Parallel(ModelParallelStrategy):
             self.pipeline_parallel * self.pipeline_stages_per_rank,
         )
 
-    def problems(self, config: TransformerConfig, seq_length: int, micro_batches: int | None = None) -> list[str]:
-        """Why a model, sequences of this length, or so many micro-batches cannot be split so; empty if they can."""
+    def problems(self, config: TransformerConfig, seq_length: int, micro_batches: int | None = None) -> list[Problem]:
+        """Why a model, sequences of this length, or this number of micro-batches cannot be split; empty if they can."""
         problems = refuse_pipeline(config, self.pipeline_parallel, self.pipeline_stages_per_rank, micro_batches)
         try:
             refuse_sizes(config, tp=self.tensor_parallel, cp=self.context_parallel, ep=self.expert_parallel)
         except ConfigError as error:
-            names = {"tp=": "tensor_parallel=", "cp=": "context_parallel=", "ep=": "expert_parallel="}
-            problems += [names.get(problem[:3], problem[:3]) + problem[3:] for problem in error.problems]
-        parts = self.tensor_parallel * self.context_parallel
-        if seq_length % parts:
-            sharing = {"tensor_parallel": self.tensor_parallel, "context_parallel": self.context_parallel}
-            product = " x ".join(f"{name}={size}" for name, size in sharing.items() if size > 1)
-            problems.append(f"{product}: does not divide data.seq_length={seq_length}")
+            names = {"tp": "tensor_parallel", "cp": "context_parallel", "ep": "expert_parallel"}
+            problems += [Problem(names[each.path], each.given, each.message, each.allowed) for each in error.problems]
+        if seq_length % (self.tensor_parallel * self.context_parallel):
+            message = f"does not divide data.seq_length={seq_length}"
+            problems.append(self._product(("tensor_parallel", "context_parallel"), message))
         return problems
+
+    def _product(self, fields: Sequence[str], message: str) -> Problem:
+        """A problem of the product of these sizes, some of which are above 1."""
+        first, *others = [field for field in fields if getattr(self, field) > 1]
+        times = "".join(f"times {field}={getattr(self, field)} " for field in others)
+        return Problem(first, getattr(self, first), f"{times}{message}")
 
     # -- the model
 
     def keep_stages(self, transformer: Transformer) -> None:
-        """Leaves of a model on the meta device the layers that this rank has, where it is not to have all."""
+        """In a pipeline, reduces a model on the meta device to this rank's layers."""
         if self.pipeline_parallel > 1:
             dtype = torch.float32 if str(self.precision_plugin.precision) == "32-true" else torch.bfloat16
             self.pipeline = Pipeline(transformer, self.device_mesh, self.pipeline_stages_per_rank, dtype)
 
     def shard(self, transformer: Transformer) -> Layout:
-        """Cuts a model on the meta device over the mesh, in place; `sharding` gives it values by the layout.
+        """Shards a model on the meta device over the mesh, in place; `sharding` fills it by the layout.
 
         Ranks that share a sequence have all parameters in common, so that these are cut over them too, and so do those
         that have different experts, but for these.
@@ -178,24 +174,24 @@ class Parallel(ModelParallelStrategy):
         return self.layout
 
     def reduce_gradients(self) -> None:
-        """Completes the gradients of a step, of which FSDP2 has averaged what it knows of; once all are there."""
+        """Completes the gradients of a step, which FSDP2 has averaged only over its own dimensions."""
         module: Any = self.lightning_module
         if self.layout is not None and self.tensor_parallel * self.expert_parallel > 1:
             reduce_gradients(module, self.layout, averaged=[dim for dim in MESH if dim != "tp"])
 
     def own_tokens(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What this rank trains on of a batch that it has in common with others."""
+        """This rank's part of a batch that it shares with other ranks."""
         return local_batch(batch, self.device_mesh) if self.world_size > 1 else batch
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        """Makes tensors on the device, as other strategies do, so that the same numbers are drawn."""
+        """Makes tensors on the device, as other strategies do, so that random numbers are the same."""
         with self.root_device, self.precision_plugin.tensor_init_context():
             yield
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Adds up the gradients of micro-batches before copies of the model exchange them."""
+        """Accumulates the gradients of micro-batches before copies of the model exchange them."""
         module: Any = self.lightning_module
         sharded = [m for m in module.children() if sharding.is_sharded(m)]
         for transformer in sharded:
@@ -208,12 +204,12 @@ class Parallel(ModelParallelStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """The data-parallel rank, and how many of them there are."""
+        """The data-parallel rank, and the number of such ranks."""
         sizes = self.sizes(self.world_size)
         return {"num_replicas": sizes.data, "rank": sizes.data_rank(self.global_rank)}
 
     def join_ranks(self) -> Team:
-        """Connects the processes, which all have to call it, and returns them as a team.
+        """Connects the processes and returns them as a team. All processes must call it.
 
         A process that is to start the others when training begins is alone until then.
         """
@@ -248,7 +244,7 @@ class Parallel(ModelParallelStrategy):
             super()._configure_launcher()
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """As Lightning's, also without other processes."""
+        """As in Lightning, but also for a single process."""
         return decision if self.world_size == 1 else super().reduce_boolean_decision(decision, all)
 
     # -- checkpoints
@@ -259,7 +255,7 @@ class Parallel(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The model's tensors, of which this rank holds a part, or which are in another stage."""
+        """The model's tensors; this rank holds a shard of each, or nothing of those of other stages."""
         state = Strategy.lightning_module_state_dict(self)
         if self.layout is None:
             return state
@@ -267,7 +263,7 @@ class Parallel(ModelParallelStrategy):
         return own if self.pipeline is None else self.pipeline.completed(own)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's tensors, of which this rank holds a part."""
+        """The optimizer's tensors, of each of which this rank holds a shard."""
         state: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
         if self.layout is None:
             return state
@@ -292,7 +288,7 @@ class Parallel(ModelParallelStrategy):
         self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """A checkpoint that was verified, its tensors still in their files if each rank is to read parts of them."""
+        """A verified checkpoint; its tensors stay in their files if ranks read only shards of them."""
         if self.world_size == 1:
             return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
         io: Any = self.checkpoint_io
@@ -311,7 +307,7 @@ class Parallel(ModelParallelStrategy):
         return None
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Reads this rank's shard of each tensor; the optimizer numbers its parameters alike on any number of ranks."""
+        """Reads this rank's shard of each tensor. The numbers of parameters do not depend on the number of ranks."""
         if self.world_size == 1:
             return Strategy.load_optimizer_state_dict(self, checkpoint)
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -330,19 +326,19 @@ class Parallel(ModelParallelStrategy):
         return ShardedTensor(name, tensor, self.layout, 0 if self.pipeline is None else self.pipeline.holder(name))
 
     def _parameters_of(self, optimizer: Optimizer) -> list[tuple[str, torch.Tensor]]:
-        """The optimizer's parameters and their names, as it numbers them."""
+        """The optimizer's parameters and their names, in the order of their numbers."""
         assert self.lightning_module is not None
         names = {id(parameter): name for name, parameter in self.lightning_module.named_parameters()}
         return [(names[id(parameter)], parameter) for group in optimizer.param_groups for parameter in group["params"]]
 
     @property
     def _optim(self) -> Optim:
-        """By which parameters are numbered."""
+        """The settings that number the parameters."""
         module: Any = self.lightning_module
         return module.optim
 
     def _own_shard(self, named: tuple[str, torch.Tensor], stored: Any) -> Any:
-        """What this rank has of something that an optimizer keeps: a tensor of the parameter's shape is cut like it."""
+        """This rank's part of an optimizer's value: a tensor of the parameter's shape is sharded like it."""
         name, parameter = named
         assert self.layout is not None
         if not isinstance(stored, StoredTensor):
@@ -355,10 +351,14 @@ class Parallel(ModelParallelStrategy):
 
 
 class _CastByShards(MixedPrecision):
-    """Mixed precision where what a layer is gathered as is bfloat16 already, so that there is nothing left to cast."""
+    """Mixed precision without autocast, because layers are gathered in bfloat16 already."""
 
     def autocast_context_manager(self) -> Any:
         return nullcontext()
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Pipeline parallelism: ranks that have different layers, and pass micro-batches on by torch's schedules."""
+"""Pipeline parallelism: ranks have different layers and pass micro-batches on, by torch's schedules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
 from fiddlehead.checkpoints.sharding import ShardedTensor
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.parallel import Stage, keep_stages, refuse_stages, stage_of
 from fiddlehead.training.optim import Optim
@@ -20,15 +20,15 @@ Batch = Mapping[str, Any]
 
 
 class Pipeline:
-    """The stages of a model that this rank has, and how it runs them in turn with the others.
+    """This rank's stages of a model, and their schedule.
 
     Stage i is on rank i modulo the number of ranks. With one stage each, the schedule is 1F1B (Narayanan et al. 2019),
     with several it is interleaved (Narayanan et al. 2021).
 
     Args:
-        transformer: whole, on the meta device; this rank's stages are left of it.
+        transformer: the whole model, on the meta device; it is reduced to this rank's stages.
         mesh: with a dimension "pp".
-        dtype: of what layers give.
+        dtype: of the layers' outputs.
     """
 
     def __init__(self, transformer: Transformer, mesh: DeviceMesh, stages_per_rank: int, dtype: torch.dtype) -> None:
@@ -41,16 +41,16 @@ class Pipeline:
         keep_stages(transformer, numbers, self.count)
         self.stages = [Stage(transformer, number, self.count) for number in numbers]
         self.waiting: list[Batch] = []
-        """Micro-batches of the step, until all of them are there."""
+        """Micro-batches of the step, until the last one has arrived."""
         self._schedule: Any = None
         self._divisor: torch.Tensor | int = 1
 
     # -- training
 
     def train(self, divisor: torch.Tensor | int) -> torch.Tensor:
-        """Adds the gradients of the mean loss of the micro-batches that wait; returns it, on every rank.
+        """Adds the gradients of the mean loss of the waiting micro-batches; returns that loss on every rank.
 
-        A loss is the sum of the cross-entropy over `divisor`; all micro-batches are of one shape.
+        A loss is the sum of the cross-entropy, divided by `divisor`. All micro-batches have one shape.
         """
         batches, self.waiting = self.waiting, []
         self._divisor = divisor * len(batches)
@@ -59,18 +59,18 @@ class Pipeline:
             self._schedule = self._make_schedule(batches)
         for stage in self.stages:
             stage.take(batches)
-        # Stages have the batches already: what is given here is only divided, and counted.
+        # The stages have the batches already; the schedule only splits and counts these placeholders.
         counted = torch.zeros(len(batches), device=device)
         inputs, labels = [counted] if self.stages[0].first else [], counted if self.stages[-1].last else None
         losses: list[torch.Tensor] = []
         self._schedule.step(*inputs, target=labels, losses=losses)
-        # The ranks without the last stage have no loss; in float32, whatever they make new tensors in.
+        # Ranks without the last stage have no loss. In float32, whatever the default dtype is.
         loss = sum((each.detach().float() for each in losses), torch.zeros((), dtype=torch.float32, device=device))
         dist.all_reduce(loss, group=self.group)
         return loss
 
     def nats(self, batch: Batch) -> torch.Tensor | None:
-        """The sum of the cross-entropy, without gradients, on the rank that has the last stage; None on the others."""
+        """The sum of the cross-entropy, without gradients, on the rank with the last stage; None on the others."""
         x = self._like_stream(batch, batch["input_ids"].device)
         for stage in self.stages:
             if not stage.first:
@@ -85,7 +85,7 @@ class Pipeline:
     def _make_schedule(self, batches: Sequence[Batch]) -> Any:
         count = len(batches)
         device = batches[0]["input_ids"].device
-        # NCCL connects a group when all of it first meet; in the schedule only neighbours do.
+        # NCCL connects a group when all its ranks first meet; in the schedule only neighbours do.
         dist.all_reduce(torch.zeros((), device=device), group=self.group)
         stream = self._like_stream(batches[0], torch.device("meta")).requires_grad_()
         counted = torch.empty(1, device="meta")
@@ -108,36 +108,36 @@ class Pipeline:
         return ScheduleInterleaved1F1B([*stages], count, **how)
 
     def _like_stream(self, batch: Batch, device: torch.device) -> torch.Tensor:
-        """A tensor as stages give it, (B, T, C)."""
+        """An empty tensor like a stage's output, (B, T, C)."""
         return torch.empty(*batch["input_ids"].shape, self.config.hidden_size, dtype=self.dtype, device=device)
 
-    # -- what others have
+    # -- other ranks' parameters
 
     def holder(self, name: str) -> int:
         """The rank that has a parameter."""
         return stage_of(name, self.config, self.count) % self.ranks
 
     def completed(self, own: Mapping[str, ShardedTensor]) -> dict[str, ShardedTensor]:
-        """Also the parameters that other ranks have; all under their names in a `LanguageModel`, in the model's order.
+        """Adds the parameters of other ranks; all under their names in a `LanguageModel`, in the model's order.
 
         Args:
-            own: what this rank has.
+            own: this rank's parameters.
         """
         like = next(iter(own.values()))
         names = [f"transformer.{name}" for name in self.whole]
         return {name: own[name] if name in own else self._absent(name, like) for name in names}
 
     def numbered(self, optim: Optim) -> list[list[str]]:
-        """The names of the parameters in each of an optimizer's groups, as one process numbers them."""
+        """The names of the parameters in each of an optimizer's groups, in the order of a single process."""
         names = {id(parameter): f"transformer.{name}" for name, parameter in self.whole.items()}
         return [[names[id(parameter)] for parameter in group["params"]] for group in optim.groups(self.whole.values())]
 
     def complete_state(self, state: Mapping[str, Any], own: Sequence[str], optim: Optim) -> dict[str, Any]:
-        """An optimizer's state with that of all parameters, as one process numbers them.
+        """An optimizer's state for all parameters, numbered as by a single process.
 
         Args:
-            state: of the parameters that this rank has, its tensors of their shapes `ShardedTensor`.
-            own: their names, in the order of their numbers.
+            state: that of this rank's parameters; tensors of a parameter's shape are `ShardedTensor`.
+            own: the names of these parameters, in the order of their numbers.
         """
         groups, kept = self.numbered(optim), {name: state["state"][n] for n, name in enumerate(own) if state["state"]}
         names = [name for group in groups for name in group]
@@ -156,7 +156,7 @@ class Pipeline:
         }
 
     def own_state(self, saved: Mapping[str, Any], own: Sequence[str], optim: Optim) -> dict[str, Any]:
-        """The reverse of `complete_state`: what this rank needs of what was saved."""
+        """The reverse of `complete_state`: this rank's part of a saved state."""
         names = [name for group in self.numbered(optim) for name in group]
         numbers = {name: number for number, name in enumerate(names)}
         here, counted = set(own), iter(range(len(own)))
@@ -169,7 +169,7 @@ class Pipeline:
         }
 
     def _absent(self, name: str, like: Any) -> Any:
-        """What others keep of a parameter, as this rank keeps `like` of one; what is not of its shape all have."""
+        """Another rank's value for a parameter, like this rank's `like`; all ranks have values of other shapes."""
         if not isinstance(like, ShardedTensor):
             return like
         shape = self.whole[name.removeprefix("transformer.")].shape
@@ -178,34 +178,30 @@ class Pipeline:
 
 def refuse_pipeline(
     config: TransformerConfig, ranks: int, stages_per_rank: int, micro_batches: int | None
-) -> list[str]:
-    """Why a model, or so many micro-batches a step, cannot go through a pipeline, with the strategy's names.
+) -> list[Problem]:
+    """Why a model, or this number of micro-batches in a step, cannot go through a pipeline; empty if it can.
 
     Args:
-        micro_batches: None if that is not known.
+        micro_batches: None if their number is not known.
     """
     if ranks == 1:
-        return (
-            [] if stages_per_rank == 1 else [f"pipeline_stages_per_rank={stages_per_rank}: without a pipeline it is 1"]
-        )
-    named = f"pipeline_parallel={ranks}"
-    if stages_per_rank > 1:
-        named += f" x pipeline_stages_per_rank={stages_per_rank}"
-    problems = []
+        wrong = Problem("pipeline_stages_per_rank", stages_per_rank, "there is no pipeline", (1,))
+        return [] if stages_per_rank == 1 else [wrong]
+    stages = "" if stages_per_rank == 1 else f"with pipeline_stages_per_rank={stages_per_rank}: "
+    messages = []
     try:
         refuse_stages(config, ranks * stages_per_rank)
     except ConfigError as error:
-        problems += [f"{named}: model.config.{problem}" for problem in error.problems]
+        messages += error.under("model.config").problems
     if micro_batches is not None:
-        change = "change data.micro_batch_size or data.global_batch_size"
+        wanted = ""
         if micro_batches < ranks:
-            problems.append(
-                f"{named}: a step has {micro_batches} micro-batches on each data-parallel rank; allowed: {ranks} or "
-                f"more; {change}"
-            )
+            wanted = f"{ranks} or more"
         elif stages_per_rank > 1 and micro_batches % ranks:
-            problems.append(
-                f"{named}: a step has {micro_batches} micro-batches on each data-parallel rank; allowed with several "
-                f"stages: a multiple of {ranks}; {change}"
+            wanted = f"a multiple of {ranks}"
+        if wanted:
+            messages.append(
+                f"a step has {micro_batches} micro-batches on each data-parallel rank, and needs {wanted}; change "
+                "data.micro_batch_size or data.global_batch_size"
             )
-    return problems
+    return [Problem("pipeline_parallel", ranks, f"{stages}{message}") for message in messages]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.optim.bfloat16_adamw import BFloat16AdamW
 from fiddlehead.training.optim.optim import NOT_FUSED, FusedRows, Optim
@@ -20,15 +20,15 @@ class AdamW(Optim):
     """AdamW (Loshchilov & Hutter 2019); weight decay applies to matrices and not to gains, biases and other vectors.
 
     Args:
-        state_bits: of each of the two moments. With 8 (Dettmers et al. 2022) they take a quarter of the memory, the
-            losses are a little different, and torchao does it, which compiles the step.
+        state_bits: of each of the two moments. With 8 (Dettmers et al. 2022) they take a quarter of the memory and the
+            losses differ a little. torchao does it, and compiles the step.
     """
 
     state_bits: Literal[8, 32] = 32
 
     @property
     def kind(self) -> str:
-        """What `kind_of` says of the optimizers that it makes."""
+        """As `Optim.kind`."""
         return "AdamW" if self.state_bits == 32 else f"AdamW(state_bits={self.state_bits})"
 
     def optimizer(
@@ -46,26 +46,28 @@ class AdamW(Optim):
             try:
                 from fiddlehead.training.optim.adamw_8bit import SavedAdamW8bit
             except ImportError as error:
-                message = f"optim.state_bits=8 needs torchao: pip install 'fiddlehead[torchao]' ({error})"
-                raise ConfigError(message) from error
+                message = f"needs torchao: pip install 'fiddlehead[torchao]' ({error})"
+                raise ConfigError(Problem("optim.state_bits", 8, message)) from error
             return SavedAdamW8bit(groups, **settings)
         if parameters and all(parameter.dtype == torch.bfloat16 for parameter in parameters):
             return BFloat16AdamW(groups, **settings)
         return torch.optim.AdamW(groups, **settings, fused=True)
 
-    def problems(self, precision: str, split: Sizes | None, *, adapters: bool) -> list[str]:
-        """8-bit moments are those of whole float32 parameters."""
+    def problems(self, precision: str, split: Sizes | None, *, adapters: bool) -> list[Problem]:
+        """8-bit moments need whole float32 parameters."""
         problems = []
         if self.state_bits == 8 and precision == "bf16-true":
-            problems.append(
-                "optim.state_bits=8: trainer.precision='bf16-true' would round small steps away; allowed: "
-                "'bf16-mixed', '32-true', or optim.state_bits=32, which keeps what is rounded"
+            message = (
+                "trainer.precision='bf16-true' would round small steps away; set 'bf16-mixed' or '32-true', or "
+                "optim.state_bits=32, which keeps what is rounded"
             )
+            problems.append(Problem("optim.state_bits", 8, message))
         if self.state_bits == 8 and split is not None:
-            problems.append(
-                "optim.state_bits=8: the scales of 8-bit moments cannot be cut over several devices yet; allowed: 32, "
-                "or one device, or trainer.strategy=ddp"
+            message = (
+                "the scales of 8-bit moments cannot be sharded over devices yet; set 32, one device, or "
+                "trainer.strategy=ddp"
             )
+            problems.append(Problem("optim.state_bits", 8, message))
         return problems
 
     def compiles(self, precision: str) -> bool:
@@ -79,10 +81,10 @@ class AdamW(Optim):
             return sum(_moments_bytes(size) for size in sizes)
         return (10 if precision == "bf16-true" else 8) * sum(sizes)
 
-    def _refused(self) -> list[str]:
+    def _refused(self) -> list[Problem]:
         problems = super()._refused()
         if self.state_bits not in (8, 32):
-            problems.append(f"state_bits={self.state_bits!r}: allowed: 8, 32")
+            problems.append(Problem("state_bits", self.state_bits, "", (8, 32)))
         return problems
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from fiddlehead.errors import Problem
 from fiddlehead.models.parallel import fsdp_slices, local
 from fiddlehead.numbers import is_number
 from fiddlehead.training.distributed.sizes import Sizes
@@ -42,7 +43,7 @@ class Muon(Optim):
     def optimizer(
         self, named_parameters: Sequence[tuple[str, nn.Parameter]], fused: FusedRows = NOT_FUSED
     ) -> torch.optim.Optimizer:
-        """One optimizer for both; matrices of one kind are a group."""
+        """One optimizer for Muon and AdamW; matrices of one kind are a group."""
         by_rows: dict[tuple[int, ...] | None, list[nn.Parameter]] = {None: []}
         for name, parameter in named_parameters:
             if _is_inner_matrix(name, parameter):
@@ -55,41 +56,37 @@ class Muon(Optim):
             + [group | adamw for group in rest]
         )
 
-    def problems(self, precision: str, split: Sizes | None, *, adapters: bool) -> list[str]:
-        """Muon takes float32 parameters, and whole matrices that are not the factors of others."""
-        problems = []
+    def problems(self, precision: str, split: Sizes | None, *, adapters: bool) -> list[Problem]:
+        """Muon needs float32 parameters, and whole matrices that are not factors of others."""
+        reasons = []
         if precision == "bf16-true":
-            problems.append(
-                "optim=Muon: trainer.precision='bf16-true' would round small steps away; allowed: 'bf16-mixed', "
-                "'32-true', or optim=AdamW, which keeps what is rounded"
+            reasons.append(
+                "trainer.precision='bf16-true' would round small steps away; set 'bf16-mixed' or '32-true', or "
+                "optim=AdamW, which keeps what is rounded"
             )
-        if split is not None and split.tensor > 1:
-            problems.append(
-                f"optim=Muon: trainer.strategy.tensor_parallel={split.tensor} reorders the rows of its "
-                "matrices; allowed: 1, or optim=AdamW"
-            )
-        if split is not None and split.pipeline > 1:
-            problems.append(
-                f"optim=Muon: trainer.strategy.pipeline_parallel={split.pipeline} numbers the parameters "
-                "of a checkpoint as AdamW has them; allowed: 1, or optim=AdamW"
-            )
+        for field, why in (
+            ("tensor", "reorders the rows of its matrices"),
+            ("pipeline", "numbers the parameters of a checkpoint as AdamW does"),
+        ):
+            if split is not None and (size := getattr(split, field)) > 1:
+                reasons.append(f"trainer.strategy.{field}_parallel={size} {why}; set 1, or optim=AdamW")
         if adapters:
-            problems.append(
-                "optim=Muon: adapters are factors of a change, and to make each factor orthogonal is not to make the "
-                "change so; set optim=AdamW, or model.lora=None"
+            reasons.append(
+                "adapters are factors of a change; making each factor orthogonal does not make the change orthogonal; "
+                "set optim=AdamW, or model.lora=None"
             )
-        return problems
+        return [Problem("optim", "Muon", reason) for reason in reasons]
 
     def state_bytes(self, named_parameters: Iterable[tuple[str, nn.Parameter]], precision: str) -> int:
-        """One moment of what Muon trains, two of the rest."""
+        """One moment for what Muon trains, two for the rest."""
         return sum((4 if _is_inner_matrix(name, p) else 8) * p.numel() for name, p in named_parameters)
 
-    def _refused(self) -> list[str]:
+    def _refused(self) -> list[Problem]:
         problems = super()._refused()
         if not (is_number(self.momentum) and 0 <= self.momentum < 1):
-            problems.append(f"momentum={self.momentum!r}: must be at least 0 and below 1")
+            problems.append(Problem("momentum", self.momentum, "must be at least 0 and below 1"))
         if self.adamw_lr is not None and not (is_number(self.adamw_lr) and self.adamw_lr > 0):
-            problems.append(f"adamw_lr={self.adamw_lr!r}: must be above 0 and finite, or None")
+            problems.append(Problem("adamw_lr", self.adamw_lr, "must be a finite number above 0, or None"))
         return problems
 
 

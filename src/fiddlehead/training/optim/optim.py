@@ -1,4 +1,4 @@
-"""What every optimizer is: a plain value that builds what PyTorch needs."""
+"""The base of all optimizers: plain settings that build PyTorch's optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import Problem, refuse
 from fiddlehead.numbers import is_number
 from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.optim.schedules import CosineAnnealing, Schedule
 
 FusedRows = Mapping[str, tuple[int, ...]]
-"""How many rows belong to each of the matrices that a parameter of this name is several in one of."""
+"""For each parameter that holds several matrices, by name: how many rows each of them has."""
 NOT_FUSED: FusedRows = {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """What optimizers have in common; weight decay applies to matrices and not to gains, biases and other vectors."""
+    """What all optimizers share. Weight decay applies to matrices, and not to gains, biases and other vectors."""
 
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
@@ -31,12 +31,11 @@ class Optim:
     lr_scheduler: Schedule = field(default_factory=CosineAnnealing)
 
     def __post_init__(self) -> None:
-        if problems := self._refused():
-            raise ConfigError(*problems)
+        refuse(self._refused())
 
     @property
     def kind(self) -> str:
-        """What `kind_of` says of the optimizers that it makes."""
+        """What `kind_of` returns for the optimizers that this builds."""
         return type(self).__name__
 
     def build(
@@ -54,17 +53,17 @@ class Optim:
         """The optimizer, whose first group has the rate `lr`.
 
         Args:
-            fused: for parameters that are several matrices in one: how many rows belong to each, by their names.
+            fused: how many rows each matrix has in parameters that hold several, by name.
         """
         raise NotImplementedError
 
-    def problems(self, precision: str, split: Sizes | None, *, adapters: bool) -> list[str]:
+    def problems(self, precision: str, split: Sizes | None, *, adapters: bool) -> list[Problem]:
         """Why a run cannot train with it; empty if it can.
 
         Args:
             precision: Lightning's.
-            split: over how many ranks the parameters are cut, if they are.
-            adapters: whether these are all that is trained.
+            split: the ranks over which the parameters are sharded; None if they are not.
+            adapters: whether only adapters are trained.
         """
         return []
 
@@ -73,25 +72,26 @@ class Optim:
         return False
 
     def state_bytes(self, named_parameters: Iterable[tuple[str, nn.Parameter]], precision: str) -> int:
-        """How much memory what it keeps for these parameters takes."""
+        """The bytes of its state for these parameters."""
         raise NotImplementedError
 
-    def _refused(self) -> list[str]:
+    def _refused(self) -> list[Problem]:
+        """The impossible values."""
         problems = []
         if not (is_number(self.weight_decay) and self.weight_decay >= 0):
-            problems.append(f"weight_decay={self.weight_decay!r}: must not be negative, and finite")
+            problems.append(Problem("weight_decay", self.weight_decay, "must be a finite number of 0 or more"))
         if not (is_number(self.lr) and self.lr > 0):
-            problems.append(f"lr={self.lr!r}: must be above 0 and finite")
+            problems.append(Problem("lr", self.lr, "must be a finite number above 0"))
         if not (is_number(self.eps) and self.eps > 0):
-            problems.append(f"eps={self.eps!r}: must be above 0 and finite")
+            problems.append(Problem("eps", self.eps, "must be a finite number above 0"))
         if not (len(self.betas) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in self.betas)):
-            problems.append(f"betas={self.betas!r}: must be two numbers, each at least 0 and below 1")
+            problems.append(Problem("betas", self.betas, "must be two numbers, each at least 0 and below 1"))
         if is_number(self.lr) and self.lr > 0 and self.lr_scheduler.min_lr > self.lr:
-            problems.append(f"lr_scheduler.min_lr={self.lr_scheduler.min_lr!r}: is above lr={self.lr!r}")
+            problems.append(Problem("lr_scheduler.min_lr", self.lr_scheduler.min_lr, f"is above lr={self.lr!r}"))
         return problems
 
     def groups(self, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-        """The parameters as the optimizer groups them, and numbers them: one group after another."""
+        """The optimizer's groups of parameters; it numbers the parameters in this order."""
         parameters = list(parameters)
         return [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.weight_decay},

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import Problem, refuse
 from fiddlehead.numbers import is_number, is_whole
 
 
@@ -16,7 +15,7 @@ class Schedule(Protocol):
 
     @property
     def warmup_steps(self) -> int:
-        """How many steps the rate rises."""
+        """The number of steps in which the rate rises."""
         ...
 
     @property
@@ -37,7 +36,7 @@ class CosineAnnealing:
     min_lr: float = 0.0
 
     def __post_init__(self) -> None:
-        _refuse(_schedule_problems(self))
+        refuse(_schedule_problems(self))
 
     def __call__(self, step: int, max_steps: int, lr: float) -> float:
         """The factor on `lr` for the step after `step` finished ones."""
@@ -52,7 +51,7 @@ class CosineAnnealing:
 class WarmupStableDecay:
     """Linear warm-up, a constant rate, then a linear decay to `min_lr` (Hu et al. 2024).
 
-    The decay takes the last `decay_fraction` of the run, so that a shorter run still ends in one.
+    The decay takes the last `decay_fraction` of the run, so that a shorter run decays too.
     """
 
     warmup_steps: int = 0
@@ -62,8 +61,8 @@ class WarmupStableDecay:
     def __post_init__(self) -> None:
         problems = _schedule_problems(self)
         if not (is_number(self.decay_fraction) and 0 <= self.decay_fraction <= 1):
-            problems.append(f"decay_fraction={self.decay_fraction!r}: must be from 0 to 1")
-        _refuse(problems)
+            problems.append(Problem("decay_fraction", self.decay_fraction, "must be from 0 to 1"))
+        refuse(problems)
 
     def __call__(self, step: int, max_steps: int, lr: float) -> float:
         """The factor on `lr` for the step after `step` finished ones."""
@@ -74,15 +73,10 @@ class WarmupStableDecay:
         return min(rising, falling)
 
 
-def _schedule_problems(schedule: Schedule) -> list[str]:
+def _schedule_problems(schedule: Schedule) -> list[Problem]:
     problems = []
     if not (is_whole(schedule.warmup_steps) and schedule.warmup_steps >= 0):
-        problems.append(f"warmup_steps={schedule.warmup_steps!r}: must not be negative, and a whole number")
+        problems.append(Problem("warmup_steps", schedule.warmup_steps, "must be a whole number of 0 or more"))
     if not (is_number(schedule.min_lr) and schedule.min_lr >= 0):
-        problems.append(f"min_lr={schedule.min_lr!r}: must not be negative, and finite")
+        problems.append(Problem("min_lr", schedule.min_lr, "must be a finite number of 0 or more"))
     return problems
-
-
-def _refuse(problems: Sequence[str]) -> None:
-    if problems:
-        raise ConfigError(*problems)

@@ -11,7 +11,7 @@ import pkgutil
 
 from fiddlehead.checkpoints.huggingface.families.base import LLAMA_MODULES, SETTINGS, Family, same_model
 from fiddlehead.checkpoints.huggingface.families.defaults import Fields
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models.config import TransformerConfig
 
 __all__ = [
@@ -34,18 +34,18 @@ def _built_in() -> dict[str, Family]:
 
 
 FAMILIES = _built_in()
-"""The families by `model_type`, those first that are preferred for an export."""
+"""The families by `model_type`, in the order of preference for an export."""
 _BUILT_IN = frozenset(FAMILIES)
 
 
 def register(family: Family) -> None:
-    """Adds a family for this process, after those that are there; a family of yours replaces your earlier one.
+    """Adds a family for this process, behind the present ones; it replaces your earlier family of the same name.
 
     Raises:
-        ConfigError: its `model_type` is one of this package's.
+        ConfigError: this package has a family of this `model_type`.
     """
     if family.model_type in _BUILT_IN:
-        raise ConfigError(f"model_type={family.model_type!r}: is a family of fiddlehead; choose another name")
+        raise ConfigError(Problem("model_type", family.model_type, "is a family of fiddlehead; choose another name"))
     FAMILIES[family.model_type] = family
 
 
@@ -57,7 +57,7 @@ def family_of(settings: Fields, where: str) -> Family:
     """
     model_type = str(settings.get("model_type"))
     if model_type not in FAMILIES:
-        raise ConfigError(f"{where}: model_type={model_type!r}: {unknown('family', model_type, list(FAMILIES))}")
+        raise ConfigError(Problem.in_file(where, Problem.unknown("model_type", model_type, "family", FAMILIES)))
     return FAMILIES[model_type]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fiddlehead.checkpoints.huggingface.families.defaults import COMMON, Fields, completed
 from fiddlehead.checkpoints.huggingface.families.rotary import read_rope, write_rope
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.models.config import TransformerConfig
 
 Modules = Mapping[str, str | tuple[str, ...]]
@@ -83,56 +83,51 @@ class Family:
     """Settings that change a model in a way not supported here, with the values that do not. The first is the
     default."""
     read: Callable[[Fields], Fields] = read_rope
-    """Makes fields of `TransformerConfig` from settings, where a new name is not enough."""
+    """Makes those fields of `TransformerConfig` for which a new name is not enough."""
     write: Callable[[TransformerConfig], Fields] = write_rope
-    """Makes these settings again."""
+    """The reverse of `read`."""
     defaults: Fields = field(default_factory=lambda: COMMON | {"head_dim": None})
-    """The values of fields that `config.json` leaves out. A setting that is not here must be in `config.json`."""
+    """The values of fields that `config.json` leaves out. Other settings must be in `config.json`."""
     nullable: tuple[str, ...] = ()
-    """Fields that may be null although their default is not; null then turns off what the field is for."""
+    """Fields that may be null although their default is not; null turns them off."""
     precedence: int = 100
-    """Of several families that have a model, the one with the lowest number is chosen to export it."""
+    """Of several families that have a model, the one with the lowest number exports it."""
 
     def __post_init__(self) -> None:
         known = [each.name for each in fields(TransformerConfig)]
-        problems = [
-            f"family {self.model_type!r}: {where}: {unknown('field of TransformerConfig', name, known)}"
+        refuse(
+            Problem.unknown(f"family {self.model_type!r}: {where}", name, "field of TransformerConfig", known)
             for where, names in (("fixed", self.fixed), ("settings", self.settings.values()))
             for name in names
             if name not in known
-        ]
-        if problems:
-            raise ConfigError(*problems)
+        )
 
     def config(self, settings: Fields) -> TransformerConfig:
         """Makes the configuration of the model that a `config.json` describes.
 
         Raises:
-            ConfigError: it asks for something that is not supported here; all problems are listed.
+            ConfigError: it needs something that is not supported; with all problems.
         """
         twice = [
-            f"{name}={settings[name]!r}: is the same setting as {usual}={settings[usual]!r}"
+            Problem(name, settings[name], f"is the same setting as {usual}={settings[usual]!r}")
             for name, usual in self.aliases.items()
             if name in settings and settings.get(usual, settings[name]) != settings[name]
         ]
         settings = {self.aliases.get(name, name): value for name, value in settings.items()}
         problems = twice + [
-            f"{name}={settings[name]!r}: allowed: {', '.join(map(repr, values))}"
+            Problem(name, settings[name], f"must be {' or '.join(map(repr, values))}")
             for name, values in self.required.items()
             if settings.get(name, values[0]) not in values
         ]
         if settings.get("quantization_config"):
-            problems.append(
-                "quantization_config: quantized weights are not read; load them with transformers, dequantized, and "
-                "save them from there"
-            )
+            message = "quantized weights are not read; dequantize them with transformers, and save them from there"
+            problems.append(Problem("quantization_config", message=message))
         try:
             settings = completed(settings, self.defaults, self.nullable)
         except ConfigError as error:
             problems += error.problems
-        problems += [f"{name}: is missing" for name in self.settings if name not in settings]
-        if problems:
-            raise ConfigError(*problems)
+        problems += [Problem(name, message="is missing") for name in self.settings if name not in settings]
+        refuse(problems)
         given = {name: settings.get(theirs) for theirs, name in self.settings.items()}
         renamed = {name: value for name, value in given.items() if value is not None}
         ours = renamed | self.fixed | self.read(settings)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import Problem, refuse
 
 Fields = dict[str, Any]
 
@@ -42,7 +42,7 @@ def completed(settings: Fields, defaults: Fields, nullable: Sequence[str]) -> Fi
         nullable: fields that may be null although their default is not.
 
     Raises:
-        ConfigError: a field is null that must not be, or it has another type than its default.
+        ConfigError: a field must not be null and is, or has another type than its default.
     """
     absent = [name for name in _NULL_IS_ABSENT if settings.get(name) is None]
     settings = {name: value for name, value in settings.items() if name not in absent}
@@ -51,16 +51,16 @@ def completed(settings: Fields, defaults: Fields, nullable: Sequence[str]) -> Fi
         value, default = settings[name], defaults[name]
         if value is None:
             if default is not None and name not in nullable:
-                problems.append(f"{name}=null: must have a value; left out, it is {default!r}")
-        elif problem := _problem(name, value, default):
-            problems.append(f"{name}={value!r}: must be {problem}")
-    if problems:
-        raise ConfigError(*problems)
+                message = f"is null, and must have a value; left out, it is {default!r}"
+                problems.append(Problem(name, message=message))
+        elif wanted := _wanted(name, value, default):
+            problems.append(Problem(name, value, f"must be {wanted}"))
+    refuse(problems)
     return defaults | settings
 
 
-def _problem(name: str, value: Any, default: Any) -> str | None:
-    """Says what the value of a field must be; None if it is that."""
+def _wanted(name: str, value: Any, default: Any) -> str | None:
+    """What the value of a field must be; None if it is right."""
     if name in ("rope_parameters", "rope_scaling"):
         return None if isinstance(value, dict) else "an object"
     if name == "layer_types":

@@ -11,7 +11,7 @@ from fiddlehead.checkpoints.huggingface.families.windows import (
     types_of_layers,
     write_window,
 )
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models.config import TransformerConfig
 
 _GEMMA_DEFAULTS: Fields = COMMON | {
@@ -56,7 +56,7 @@ _GEMMA_REQUIRED = {
 def _read_gemma(settings: Fields, full_every: int) -> Fields:
     types = settings["layer_types"] or types_of_layers(settings, lambda layer: (layer + 1) % full_every != 0)
     if settings["query_pre_attn_scalar"] <= 0:
-        raise ConfigError(f"query_pre_attn_scalar={settings['query_pre_attn_scalar']!r}: must be above 0")
+        raise ConfigError(Problem("query_pre_attn_scalar", settings["query_pre_attn_scalar"], "must be above 0"))
     return read_layer_types(settings, types) | {
         "softmax_scale": settings["query_pre_attn_scalar"] ** -0.5,
         "embedding_multiplier": settings["hidden_size"] ** 0.5,
@@ -66,7 +66,7 @@ def _read_gemma(settings: Fields, full_every: int) -> Fields:
 def _write_gemma(config: TransformerConfig) -> Fields:
     scale = config.softmax_scale or config.head_dim**-0.5
     if config.embedding_multiplier != config.hidden_size**0.5:
-        raise ConfigError("embedding_multiplier: Gemma's is the square root of hidden_size")
+        raise ConfigError(Problem("embedding_multiplier", message="Gemma has the square root of hidden_size"))
     return write_window(config) | {
         "layer_types": layer_types(config),
         "query_pre_attn_scalar": round(scale**-2),
@@ -81,19 +81,19 @@ def _read_gemma2(settings: Fields) -> Fields:
 def _read_gemma3(settings: Fields) -> Fields:
     parameters = settings["rope_parameters"] or {}
     if parameters and not any(kind in parameters for kind in KINDS_OF_LAYER):
-        raise ConfigError(f"rope_parameters: Gemma 3's have {' and '.join(KINDS_OF_LAYER)}")
+        raise ConfigError(Problem("rope_parameters", message=f"must have {' and '.join(KINDS_OF_LAYER)} in Gemma 3"))
     scaling = settings["rope_scaling"] or {}
     if "type" in scaling and "rope_type" not in scaling:
-        raise ConfigError(f"rope_scaling.type={scaling['type']!r}: Gemma 3's is called rope_type")
+        raise ConfigError(Problem("rope_scaling.type", scaling["type"], "is called rope_type in Gemma 3"))
     full, local = (parameters.get(kind) or {} for kind in KINDS_OF_LAYER)
     if not isinstance(full, dict) or not isinstance(local, dict):
-        raise ConfigError(f"rope_parameters: {' and '.join(KINDS_OF_LAYER)} must be objects")
+        raise ConfigError(Problem("rope_parameters", message=f"{' and '.join(KINDS_OF_LAYER)} must be objects"))
     if settings["sliding_window_pattern"] < 1:
-        raise ConfigError(f"sliding_window_pattern={settings['sliding_window_pattern']}: must be 1 or more")
+        raise ConfigError(Problem("sliding_window_pattern", settings["sliding_window_pattern"], "must be 1 or more"))
     fields = _read_gemma(settings, full_every=settings["sliding_window_pattern"])
     local = rotary(local, settings | {"rope_theta": settings["rope_local_base_freq"]})
     if local["rope_scaling"] is not None:
-        raise ConfigError("rope_parameters.sliding_attention: only rope_type='default' is known there")
+        raise ConfigError(Problem("rope_parameters.sliding_attention", message="must have rope_type='default'"))
     base = local["rotary_base"] if fields["window_size"] is not None else None
     return fields | rotary(full | scaling, settings) | {"rotary_base_local": base}
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from fiddlehead.checkpoints.huggingface.families.base import SILU, Family
 from fiddlehead.checkpoints.huggingface.families.defaults import COMMON, LLAMA_SIZES, Fields
 from fiddlehead.checkpoints.huggingface.families.rotary import read_rope, write_rope
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models.config import TransformerConfig
 
 
 def _read_llama(settings: Fields) -> Fields:
     biases = [settings[name] for name in ("attention_bias", "mlp_bias")]
     if biases[0] != biases[1]:
-        raise ConfigError(f"attention_bias={biases[0]}, mlp_bias={biases[1]}: both or none")
+        raise ConfigError(Problem("attention_bias", biases[0], f"must be the same as mlp_bias={biases[1]}"))
     return read_rope(settings) | {"add_bias_linear": biases[0]}
 
 

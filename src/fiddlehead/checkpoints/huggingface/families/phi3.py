@@ -6,7 +6,7 @@ from fiddlehead.checkpoints.huggingface.families.base import ATTENTION, LLAMA_MO
 from fiddlehead.checkpoints.huggingface.families.defaults import COMMON, Fields
 from fiddlehead.checkpoints.huggingface.families.rotary import kind_of, rope_parameters, rotary
 from fiddlehead.checkpoints.huggingface.families.windows import window_size, write_window
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models.config import TransformerConfig
 from fiddlehead.models.rope import LongRopeScaling
 
@@ -17,7 +17,7 @@ def _read_phi3(settings: Fields) -> Fields:
     if kind in ("su", "yarn"):  # early names of LongRoPE in this family
         parameters = parameters | {"rope_type": "longrope"}
     elif kind not in ("default", "longrope"):
-        raise ConfigError(f"rope_type={kind!r}: Phi-3 has 'default' or 'longrope'")
+        raise ConfigError(Problem("rope_type", kind, "must be 'default' or 'longrope' in Phi-3"))
     return rotary(parameters, settings, partial=True) | {"window_size": window_size(settings)}
 
 

@@ -1,4 +1,4 @@
-"""Rotary positions in `config.json`: of all layers the same, and scaled in one of the known ways."""
+"""Rotary positions in `config.json`: the same in all layers, and scaled in one of the known ways."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from fiddlehead.checkpoints.huggingface.families.defaults import Fields
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models.config import TransformerConfig
 from fiddlehead.models.rope import LinearRopeScaling, LongRopeScaling, RopeScaling, Scaling, YarnRopeScaling
 from fiddlehead.numbers import is_number
@@ -25,7 +25,8 @@ def rope_parameters(settings: Fields) -> Fields:
     """Returns the parameters of all layers; the older `rope_scaling` comes before `rope_parameters`."""
     parameters = settings["rope_scaling"] or settings["rope_parameters"] or {}
     if nested := [kind for kind in KINDS_OF_LAYER if kind in parameters]:
-        raise ConfigError(f"rope_parameters: differ between layers ({', '.join(nested)}); only Gemma 3's may")
+        message = f"differ between layers ({', '.join(nested)}), which only Gemma 3 may"
+        raise ConfigError(Problem("rope_parameters", message=message))
     return parameters
 
 
@@ -39,7 +40,7 @@ def rotary(parameters: Fields, settings: Fields, *, partial: bool = False) -> Fi
     parameters = {name: settings[name] for name in older if settings.get(name) is not None} | parameters
     part = parameters.get("partial_rotary_factor", 1.0)
     if part != 1.0 and not partial:
-        raise ConfigError(f"partial_rotary_factor={part!r}: only Phi-3 has it")
+        raise ConfigError(Problem("partial_rotary_factor", part, "only Phi-3 has it"))
     base = _number(parameters, "rope_theta")
     return {"rotary_base": float(base), "rotary_percent": part, "rope_scaling": _scaling(parameters, settings)}
 
@@ -53,14 +54,14 @@ def _number(parameters: Fields, name: str) -> float:
     value = parameters.get(name)
     if not is_number(value):
         kind = kind_of(parameters)
-        raise ConfigError(f"rope_parameters.{name}={value!r}: must be a number; rope_type={kind!r} needs it")
+        raise ConfigError(Problem(f"rope_parameters.{name}", value, f"must be a number; rope_type={kind!r} needs it"))
     return value
 
 
 def _factors(parameters: Fields, name: str) -> tuple[float, ...]:
     values = parameters.get(name)
     if not isinstance(values, list) or not all(map(is_number, values)):
-        raise ConfigError(f"rope_parameters.{name}={values!r}: must be a list of numbers")
+        raise ConfigError(Problem(f"rope_parameters.{name}", values, "must be a list of numbers"))
     return tuple(values)
 
 
@@ -69,14 +70,14 @@ def _scaling(parameters: Fields, settings: Fields) -> Scaling | None:
     if settings["model_type"] == "phi3" and kind in ("su", "yarn"):  # as Phi-3 first called it
         kind = "longrope"
     if settings["model_type"] == "phi3" and kind not in ("default", "longrope"):
-        raise ConfigError(f"rope_type={kind!r}: Phi-3 has 'default' or 'longrope'")
+        raise ConfigError(Problem("rope_type", kind, "must be 'default' or 'longrope' in Phi-3"))
     # A value beside the parameters comes before one among them.
     longest = settings["max_position_embeddings"]
     original = settings.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
     original = original or longest
     for name, value in (("max_position_embeddings", longest), ("original_max_position_embeddings", original)):
         if not is_number(value) or not 1 <= value < _MAX_POSITIONS:
-            raise ConfigError(f"{name}={value!r}: must be a whole number of 1 or more, below {_MAX_POSITIONS}")
+            raise ConfigError(Problem(name, value, f"must be a whole number of 1 or more, below {_MAX_POSITIONS}"))
     factor = longest / original
     by_length = kind == "longrope" or (kind == "yarn" and "factor" in parameters)
     if kind in ("linear", "llama3", "yarn", "longrope") and not (by_length and parameters.get("factor") is None):
@@ -116,7 +117,7 @@ def _scaling(parameters: Fields, settings: Fields) -> Scaling | None:
                 mscale=parameters.get("attention_factor"),
             )
     allowed = ("default", "linear", "llama3", "yarn", "longrope")
-    raise ConfigError(f"rope_type={kind!r}: {unknown('kind of rotary positions', str(kind), allowed)}")
+    raise ConfigError(Problem.unknown("rope_type", kind, "kind of rotary positions", allowed))
 
 
 def write_rope(config: TransformerConfig) -> Fields:

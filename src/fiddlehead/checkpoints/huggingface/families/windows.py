@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from fiddlehead.checkpoints.huggingface.families.defaults import Fields
 from fiddlehead.checkpoints.huggingface.families.rotary import KINDS_OF_LAYER, read_rope, write_rope
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models.config import TransformerConfig
 
 
@@ -17,7 +17,7 @@ def read_window(settings: Fields) -> Fields:
 def window_size(settings: Fields) -> tuple[int, int] | None:
     window = settings["sliding_window"]
     if window is not None and not (isinstance(window, int) and window >= 1):
-        raise ConfigError(f"sliding_window={window!r}: must be a whole number of 1 or more, or null")
+        raise ConfigError(Problem("sliding_window", window, "must be a whole number of 1 or more, or null"))
     return None if window is None else (window - 1, 0)
 
 
@@ -37,9 +37,10 @@ def layer_types(config: TransformerConfig) -> list[str]:
 def read_layer_types(settings: Fields, types: list[str] | None) -> Fields:
     """The window, and which layers have it: as a number where it is every N-th layer that has none."""
     if types is not None and (other := sorted({str(kind) for kind in types} - set(KINDS_OF_LAYER))):
-        raise ConfigError(f"layer_types: {', '.join(other)}: allowed: {', '.join(KINDS_OF_LAYER)}")
+        raise ConfigError(Problem("layer_types", message=f"has {', '.join(other)}", allowed=KINDS_OF_LAYER))
     if types is not None and len(types) != settings["num_hidden_layers"]:
-        raise ConfigError(f"layer_types has {len(types)} names; num_hidden_layers={settings['num_hidden_layers']!r}")
+        message = f"has {len(types)} names; num_hidden_layers={settings['num_hidden_layers']!r}"
+        raise ConfigError(Problem("layer_types", message=message))
     fields: Fields = {"window_size": window_size(settings)}
     if fields["window_size"] is None or types is None or "sliding_attention" not in types:
         return {"window_size": None}
