@@ -85,7 +85,7 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, *problems: str) -> None:
-        self.problems = tuple(each if isinstance(each, Problem) else _Sentence(each) for each in problems)
+        self.problems = tuple(each if isinstance(each, Problem) else Problem("", message=each) for each in problems)
         super().__init__("\n".join(self.problems))
 
     def under(self, path: str) -> ConfigError:
@@ -117,19 +117,6 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
-class _Sentence(Problem):  # to go: a text that may begin with a field
-    __slots__ = ()
-
-    def __new__(cls, text: str) -> _Sentence:  # type: ignore[misc]
-        return super().__new__(cls, "", UNSET, text)  # type: ignore[return-value]
-
-    def __getnewargs__(self) -> tuple[object, ...]:  # type: ignore[override]
-        return (self.message,)
-
-    def under(self, path: str) -> Problem:
-        return _Sentence(f"{path}.{self.message}") if path else self
-
-
 class RunError(RuntimeError):
     """A run cannot go on, for a reason that its message says better than a traceback; exit code 1."""
 
@@ -151,14 +138,6 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     """The one of `names` that `name` was most likely meant to be, or None if none is close."""
     matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return matches[0] if matches else None
-
-
-def unknown(what: str, name: str, allowed: Sequence[str]) -> str:
-    """A sentence for a name that is not among `allowed`: the nearest one, or else the allowed ones."""
-    match = nearest(name, allowed)
-    if match:
-        return f"unknown {what} {name!r}; did you mean {match!r}?"
-    return f"unknown {what} {name!r}; allowed: {', '.join(allowed) if allowed else 'none'}"
 
 
 class StopRequested(BaseException):

@@ -21,7 +21,7 @@ from fiddlehead.cli.common import (
     show,
     table,
 )
-from fiddlehead.errors import ConfigError, Problem, unknown
+from fiddlehead.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from fiddlehead.attention import Choice, Packages, Target
@@ -256,7 +256,7 @@ def _assumed(packages: Packages, assume: Sequence[str]) -> Packages:
         elif name == "torch":
             raise ConfigError(Problem("--assume torch=none", message="nothing runs without it"))
         else:
-            raise ConfigError(Problem(f"--assume {assumption}", message=unknown("package", name, known)))
+            raise ConfigError(Problem(f"--assume {assumption}", message=Problem.unknown("", name, "package", known)))
     return packages
 
 

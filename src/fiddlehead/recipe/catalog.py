@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fiddlehead.errors import ConfigError, Problem, unknown
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.recipe import project
 from fiddlehead.recipe.references import PARTS
 
@@ -125,7 +125,9 @@ class _Shelf:
         if name in self.others:
             return ConfigError(f"{self.what} {name!r}: {self.others[name]}")
         unread = [f"{broken} (so whatever is in this file is not found)" for broken in self.broken]
-        return ConfigError(unknown(self.what, name, sorted({*more, *(entry.name for entry in self.entries)})), *unread)
+        return ConfigError(
+            Problem.unknown("", name, self.what, sorted({*more, *(entry.name for entry in self.entries)})), *unread
+        )
 
 
 def _recipes() -> _Shelf:
@@ -202,7 +204,7 @@ def import_by_path(path: str) -> Callable:
         raise ConfigError(f"{path!r}: there is no module {error.name!r}") from error
     if not callable(getattr(found, function, None)):
         public = [name for name in vars(found) if not name.startswith("_")]
-        raise ConfigError(f"{path!r}: {unknown('function', function, public)}")
+        raise ConfigError(f"{path!r}: {Problem.unknown('', function, 'function', public)}")
     return getattr(found, function)
 
 

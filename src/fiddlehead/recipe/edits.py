@@ -17,7 +17,7 @@ from typing import Any
 import fiddle as fdl
 from fiddle import history
 
-from fiddlehead.errors import ConfigError, Problem, refuse, unknown
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.foreign import MAX_TEXT, read_text
 from fiddlehead.files.paths import user_path
 from fiddlehead.recipe import Recipe, reader
@@ -159,7 +159,7 @@ class _Names:
             if name in arguments:
                 raise ConfigError(f"{name} is given twice")
             if name not in info.valid_param_names and not info.has_var_keyword:
-                raise ConfigError(unknown(f"argument of {function.__name__}", name, info.valid_param_names))
+                raise ConfigError(Problem.unknown("", name, f"argument of {function.__name__}", info.valid_param_names))
             hint, given = argument_hint(config, name), typed(value.strip())
             try:
                 arguments[name] = literal(given) if isinstance(hint, Unevaluated) else coerce(given, hint, self)

@@ -16,7 +16,7 @@ from fiddle import history
 from yaml.constructor import SafeConstructor
 from yaml.nodes import MappingNode, Node, SequenceNode
 
-from fiddlehead.errors import ConfigError, Problem, refuse, unknown
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.recipe.hints import argument_hint
 from fiddlehead.recipe.kinds import check_kind
 from fiddlehead.recipe.leaves import join, name_of
@@ -153,7 +153,7 @@ class _Reader:
         if not (inspect.isclass(kind) and issubclass(kind, Enum)):
             raise ConfigError(f"{name} is not an enum")
         if member not in kind.__members__:
-            raise ConfigError(unknown(f"member of {kind.__qualname__}", member, list(kind.__members__)))
+            raise ConfigError(Problem.unknown("", member, f"member of {kind.__qualname__}", list(kind.__members__)))
         return kind[member]
 
     def _pairs(self, node: MappingNode, path: str) -> dict[Any, Node]:
@@ -232,7 +232,7 @@ def _set(config: fdl.Buildable, key: str | int, value: Any) -> None:
             setattr(config, key, value)
         except AttributeError:
             names = config.__signature_info__.valid_param_names
-            raise ConfigError(unknown(f"parameter of {name_of(function)}", key, names)) from None
+            raise ConfigError(Problem.unknown("", key, f"parameter of {name_of(function)}", names)) from None
     refuse(filter(None, [withheld_problem(function, key)]))
     # A name that was allowed may stand anywhere: it may do what a part does without being a subclass.
     check_kind(value, argument_hint(config, key), is_free=lambda function: not is_listed(function))

@@ -16,7 +16,7 @@ import fiddle as fdl
 import yaml
 from fiddle import daglish, history
 
-from fiddlehead.errors import ConfigError, Problem, refuse, unknown
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.files.foreign import MAX_TEXT, read_text
 from fiddlehead.files.paths import user_path
@@ -154,7 +154,9 @@ class Recipe(fdl.Partial):
         try:
             super().__setattr__(name, value)
         except AttributeError:
-            raise AttributeError(unknown("field", name, self.__signature_info__.valid_param_names)) from None
+            raise AttributeError(
+                Problem.unknown("", name, "field", self.__signature_info__.valid_param_names)
+            ) from None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -163,7 +165,9 @@ class Recipe(fdl.Partial):
             return super().__getattr__(name)
         except AttributeError:
             names = self.__signature_info__.valid_param_names
-            raise AttributeError(f"{name} is not set" if name in names else unknown("field", name, names)) from None
+            raise AttributeError(
+                f"{name} is not set" if name in names else Problem.unknown("", name, "field", names)
+            ) from None
 
 
 class _Missing:

@@ -9,7 +9,7 @@ from decimal import Decimal, InvalidOperation
 from enum import Enum
 from typing import Any
 
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.recipe.kinds import MismatchError
 from fiddlehead.recipe.leaves import same
 from fiddlehead.recipe.literals import Bare, literal
@@ -75,7 +75,7 @@ def enum_member(given: str, hint: type[Enum]) -> Enum:
     """The member that has this name, or this value."""
     found = {**{str(member.value): member for member in hint}, **hint.__members__}
     if given not in found:
-        raise ConfigError(unknown(hint.__name__, given, list(hint.__members__)))
+        raise ConfigError(Problem.unknown("", given, hint.__name__, list(hint.__members__)))
     return found[given]
 
 
@@ -88,7 +88,7 @@ def dtype(name: str) -> Any:
     name = name.removeprefix("torch.")
     name = _DTYPES.get(name, name)
     if name not in dtypes:
-        raise ConfigError(unknown("dtype", name, sorted(dtypes)))
+        raise ConfigError(Problem.unknown("", name, "dtype", sorted(dtypes)))
     return dtypes[name]
 
 

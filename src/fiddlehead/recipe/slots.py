@@ -9,7 +9,7 @@ from typing import Any
 import fiddle as fdl
 from fiddle import daglish
 
-from fiddlehead.errors import ConfigError, unknown
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.recipe.hints import argument_hint, item_hint
 from fiddlehead.recipe.leaves import name_of, show
 from fiddlehead.recipe.literals import typed
@@ -88,7 +88,7 @@ def _unknown(root: fdl.Buildable, path: str, config: fdl.Buildable, name: str) -
     }
     what = f"parameter of {name_of(fdl.get_callable(config))}"
     if not places:
-        return ConfigError(unknown(what, name, config.__signature_info__.valid_param_names))
+        return ConfigError(Problem.unknown("", name, what, config.__signature_info__.valid_param_names))
     # Of several, those with the most of what was typed in front.
     shared = {place: len({*above} & {*place.split(".")[:-1]}) for place in places}
     likely = [place for place in places if shared[place] == max(shared.values())]
