@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +33,24 @@ settings.register_profile("fiddlehead", deadline=None, derandomize=True, max_exa
 settings.load_profile("fiddlehead")
 
 
+_unfreeze = gc.unfreeze
+"""The true one: a training ends with `gc.unfreeze`, which would undo what is done before each test."""
+gc.unfreeze = lambda: None
+_begun = itertools.count()
+
+
+def pytest_runtest_setup() -> None:
+    """Lets no collection of garbage look at what there is when a test begins: the imported modules, and all tests.
+
+    Each training collects several times, and that would take most of its time. What tests have left is looked at once
+    in a hundred of them.
+    """
+    if next(_begun) % 100 == 0:
+        _unfreeze()
+        gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begins with what takes long, so that no process is left with it at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
@@ -50,6 +70,13 @@ def environment_restored() -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's garbage collector is as programs have it: all objects are looked at."""
+    monkeypatch.setattr(gc, "unfreeze", _unfreeze)
+    _unfreeze()
 
 
 def once(tmp_path_factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], None]) -> Path:

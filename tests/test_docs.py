@@ -18,6 +18,7 @@ import pytest
 from fiddlehead.cli import main
 from fiddlehead.errors import ConfigError
 from fiddlehead.run.directory import RunDirectory
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -80,7 +81,7 @@ def _block(line: int, language: str, code: str, comments: list[tuple[str, str]])
     return Block(line, language, code, reason)
 
 
-def run(block: Block, cwd: Path, output: Path) -> int:
+def run(block: Block, cwd: Path, output: Path, **variables: str) -> int:
     """Runs a block in a process of its own, its output in a file, and returns the exit code."""
     if block.language == "python":
         command = [sys.executable, "-"]
@@ -88,7 +89,7 @@ def run(block: Block, cwd: Path, output: Path) -> int:
     else:
         command = ["bash", "-euo", "pipefail", "-c", block.code]  # not from stdin, which a command in it would read
         script = ""
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | variables
     with output.open("w") as file:  # not a pipe, which a detached job would hold open
         return subprocess.run(
             command, cwd=cwd, env=environment, input=script, text=True, stdout=file, stderr=subprocess.STDOUT
@@ -96,7 +97,7 @@ def run(block: Block, cwd: Path, output: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # a page has many blocks, and most import torch anew
+@pytest.mark.timeout(1800)  # a page has many blocks
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_of_a_page_runs(page, working_directory, tmp_path_factory, capsys):
     output = tmp_path_factory.mktemp("output") / "output.txt"
@@ -105,7 +106,7 @@ def test_every_block_of_a_page_runs(page, working_directory, tmp_path_factory, c
         if block.not_run:
             with capsys.disabled():
                 print(f"\n{place}: not run: {block.not_run}")
-        elif block.language in RUN and (code := run(block, working_directory, output)):
+        elif block.language in RUN and (code := run(block, working_directory, output, **warm.everywhere())):
             pytest.fail(f"{place}: exit code {code}\n{block.code}\n{output.read_text(errors='replace')}", pytrace=False)
 
 

@@ -29,6 +29,7 @@ from fiddlehead.recipes.tiny import tiny_test
 from fiddlehead.run import locks, outcomes, preflight, workers
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import State, Status, StopRequest, this_process
+from tests import warm
 from tests.conftest import cpu_seconds
 
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "val_loss")
@@ -70,6 +71,8 @@ class Job:
     variables: dict[str, str] = field(default_factory=dict)
     processes: list[subprocess.Popen] = field(default_factory=list)
     attempt: int = -1
+    started_by: type[subprocess.Popen] = warm.Popen
+    """`subprocess.Popen` where the test is of what a new interpreter does first or last."""
 
     def start(self, *places: dict[str, str]) -> Job:
         """Starts a process in each place, which is what its scheduler tells it, as the next attempt."""
@@ -83,7 +86,7 @@ class Job:
         command = [sys.executable, "-m", "fiddlehead.job", str(self.run.recipe), "--allow", "job_parts"]
         with self.run.log.open("a") as log:
             self.processes = [
-                subprocess.Popen(
+                self.started_by(
                     command, env=os.environ | common | place, stdout=log, stderr=log, start_new_session=True
                 )
                 for place in places or [{}]
@@ -285,7 +288,9 @@ def test_workers_end_with_the_process_that_started_them(make: Make) -> None:
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("delay", [0.0, 3.0])
 def test_a_signal_before_training_ends_it_at_once(make: Make, devices: int, delay: float) -> None:
-    job = make(devices=devices).start()
+    job = make(devices=devices)
+    job.started_by = subprocess.Popen
+    job.start()
     wait_until(lambda: listens(job.processes[0].pid))
     time.sleep(delay)
     began = time.monotonic()
@@ -296,7 +301,9 @@ def test_a_signal_before_training_ends_it_at_once(make: Make, devices: int, dela
 
 @pytest.mark.slow
 def test_where_nobody_requeues_a_signal_cancels(make: Make) -> None:
-    job = make(variables={}).start().at_step(2).signal(signal.SIGTERM)
+    job = make(variables={})
+    job.started_by = subprocess.Popen
+    job.start().at_step(2).signal(signal.SIGTERM)
     assert job.end() == (130,)
     assert job.status.state is State.CANCELLED and "which is saved: SIGTERM" in job.status.reason
 
@@ -347,7 +354,9 @@ def test_it_stops_when_its_launcher_is_gone(make: Make, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_data_loader_processes_do_not_die_of_a_scheduler_s_signal(make: Make, undisturbed: Losses) -> None:
-    job = make(num_workers=2).start().at_step(3).signal(signal.SIGTERM)
+    job = make(num_workers=2)
+    job.started_by = subprocess.Popen
+    job.start().at_step(3).signal(signal.SIGTERM)
     assert job.end() == (75,), job.run.log.read_text()
     assert "which is saved" in job.status.reason
     assert job.start().end() == (0,)
@@ -513,6 +522,7 @@ def test_a_missing_module_is_named_in_a_moment(make: Make, tmp_path: Path, monke
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('the wrong one')\n")
     monkeypatch.chdir(tmp_path)
     job = make()
+    job.started_by = subprocess.Popen
     job.modules = job.run.path  # where there is none
     before = cpu_seconds()
     assert job.start().end() == (2,)

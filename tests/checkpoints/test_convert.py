@@ -21,6 +21,7 @@ from fiddlehead.data.tokenizers import save_tokenizer
 from fiddlehead.errors import ConfigError
 from fiddlehead.inference.text import Writer
 from fiddlehead.models import Transformer, TransformerConfig
+from tests import warm
 from tests.data.small_tokenizers import KINDS
 from tests.models.hf_families import random_model
 
@@ -232,7 +233,7 @@ from fiddlehead.checkpoints.huggingface import convert
 convert.write_state = lambda *_: os._exit(9)
 convert.import_checkpoint({str(llama)!r}, Path({str(tmp_path / "out")!r}), progress=False)
 """
-    assert subprocess.run([sys.executable, "-c", program], timeout=120).returncode == 9
+    assert warm.run([sys.executable, "-c", program], timeout=120).returncode == 9
     assert not (tmp_path / "out").exists() and (tmp_path / f"{TEMPORARY}out").exists()
     import_checkpoint(str(llama), tmp_path / "out", progress=False)
     verify(tmp_path / "out")

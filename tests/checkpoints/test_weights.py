@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,16 +22,21 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training import LanguageModel
-from tests.training.conftest import KillAfter, Killed, Parts, rows
+from tests.training.conftest import KillAfter, Killed, Parts, make_parts, rows
 
 Pretrain = Callable[..., RunDirectory]
 IDS = torch.arange(40).view(2, 20) % 257
 
 
+@pytest.fixture(scope="module")
+def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tasks.pretrain(**make_parts(dataset, tmp_path_factory.mktemp("runs"), name="base")).path
+
+
 @pytest.fixture
-def base(parts: Parts) -> RunDirectory:
-    """A run of twelve steps, whose model has four heads in two groups."""
-    return tasks.pretrain(**parts(name="base"))
+def base(trained: Path, tmp_path: Path) -> RunDirectory:
+    """A run of twelve steps, whose model has four heads in two groups: a copy of its own for each test."""
+    return RunDirectory(shutil.copytree(trained, tmp_path / "runs" / "base", symlinks=True))
 
 
 def losses(run: RunDirectory) -> list[float]:

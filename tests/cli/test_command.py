@@ -18,6 +18,7 @@ from fiddlehead.errors import RunError
 from fiddlehead.launch.shell import Answer, Shell
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import State, Status, this_process
+from tests import warm
 
 
 @pytest.fixture
@@ -27,6 +28,8 @@ def fiddlehead(tmp_path, monkeypatch, capsys):
     In this process, because importing torch and Lightning again for each command would take minutes. It asserts the
     exit code, and that no traceback is shown; a job that a command starts is a process of its own all the same.
     """
+    for name, value in warm.everywhere().items():
+        monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     # Without the root of this repository, which pytest puts there and whose `recipes` would come first.

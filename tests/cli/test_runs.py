@@ -15,6 +15,7 @@ import pytest
 
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import State, Status
+from tests import warm
 from tests.conftest import cpu_seconds
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -37,10 +38,10 @@ the second's partner
 def runs(tmp_path: Path) -> Command:
     """The command, in a folder of its own."""
 
-    def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def command(*arguments: str, start: Command = warm.run, **environment: str) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-c", "from fiddlehead.cli import main; main()", "runs", *arguments]
         without = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-        return subprocess.run(
+        return start(
             line, cwd=tmp_path, env={**without, "HOME": str(tmp_path), **environment}, capture_output=True, text=True
         )
 
@@ -140,6 +141,6 @@ def test_thirty_runs_are_listed_in_two_seconds_of_work(tmp_path: Path, runs: Com
         run.executor.write_text(json.dumps({"kind": "slurm"}))
         (run.path / "job_id").write_text(f"{number}\n")
     before = cpu_seconds()
-    result = runs()
+    result = runs(start=subprocess.run)
     assert result.returncode == 0 and result.stdout.count("SUCCEEDED") == 30
     assert cpu_seconds() - before < 2

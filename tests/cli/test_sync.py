@@ -19,6 +19,7 @@ import pytest
 
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import State, Status
+from tests import warm
 
 RECORD = """
 import sys, wandb
@@ -124,14 +125,14 @@ def run(tmp_path: Path) -> RunDirectory:
 def record(run: RunDirectory, *losses: float) -> None:
     """An attempt of the run, on a node without a network."""
     command = [sys.executable, "-c", RECORD, str(run.path), run.wandb_id, *map(str, losses)]
-    subprocess.run(command, check=True, env={**os.environ, "WANDB_SILENT": "true"}, timeout=60)
+    warm.run(command, check=True, env={**os.environ, "WANDB_SILENT": "true"}, timeout=60)
     time.sleep(1)  # the folders of attempts are named by the second
 
 
 def sync(run: RunDirectory, server: Server, *names: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from fiddlehead.cli import main; main()", "runs", "sync", *names]
     key = {"WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": server.url, "WANDB_MODE": "offline"}
-    return subprocess.run(
+    return warm.run(
         command, cwd=run.path.parents[1], env={**os.environ, **key}, capture_output=True, text=True, timeout=120
     )
 

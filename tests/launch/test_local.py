@@ -28,6 +28,7 @@ from fiddlehead.launch.local import LocalExecutor, local
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.processes import started as process_started
 from fiddlehead.run.status import State, StopRequest, this_process
+from tests import warm
 from tests.conftest import once
 
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "val_loss")
@@ -41,8 +42,10 @@ def pretrain(name: str, *arguments: str) -> list[str]:
     return command("pretrain", "--factory", "tiny_test", f"log.name={name}", "--yes", *arguments)
 
 
-def run(arguments: list[str], cwd: Path, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=300, **kwargs)
+def run(arguments: list[str], cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """Runs a command; without `env` it and its jobs are forks, whose processes are not those that were started."""
+    env = {**os.environ, **warm.everywhere()} if env is None else env
+    return warm.run(arguments, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def losses(run: RunDirectory) -> list[tuple[str, ...]]:
@@ -184,8 +187,9 @@ def test_killed_the_launcher_takes_its_job_along(tmp_path):
 @pytest.mark.slow
 def test_detached_it_outlives_the_shell_and_can_be_cancelled(tmp_path):
     shell = run(
-        ["bash", "-c", 'exec "$@"', "bash", *pretrain("away", "--detach", "trainer.max_steps=100000")], tmp_path
-    )
+        ["bash", "-c", 'exec "$@"', "bash", *pretrain("away", "--detach", "trainer.max_steps=100000")], tmp_path,
+        dict(os.environ),
+    )  # fmt: skip
     assert shell.returncode == 0, shell.stderr
     away = RunDirectory(tmp_path / "runs" / "away")
     (at_once,) = watch.states([away])

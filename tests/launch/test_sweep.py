@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,11 +16,13 @@ from fiddlehead.launch import sweep, watch
 from fiddlehead.launch.sweep import Sweep, Variant
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import State, Status
+from tests import warm
 
 
 def pretrain(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from fiddlehead.cli import main; main()", "pretrain", "-f", "tiny_test"]
-    return subprocess.run([*command, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, **warm.everywhere()}
+    return warm.run([*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_a_grid_has_every_combination():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -54,6 +55,7 @@ def _call(
     answer: Connection, variables: dict[str, str], function: Callable, arguments: tuple, named: dict[str, Any]
 ) -> None:
     os.environ.update(variables)
+    gc.freeze()  # or each collection of a training would copy what the ranks share
     import torch
 
     torch.set_num_threads(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
 from collections.abc import Callable, Iterable
 from itertools import pairwise
@@ -17,6 +17,7 @@ from fiddlehead import tasks
 from fiddlehead.data import ByteTokenizer
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training import LanguageModel
+from tests import warm
 from tests.training.conftest import Parts, parameters, rows
 from tests.training.test_language_model import Probe
 
@@ -98,7 +99,10 @@ def test_two_processes_are_the_same_run(dataset: Path, tmp_path: Path) -> None:
     found = []
     for processes, executor in ((1, ["--direct"]), (2, ["executor=local", "executor.ntasks_per_node=2"])):
         own = [f"log.name=on-{processes}", *executor]
-        result = subprocess.run([*start, *settings, *own], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        result = warm.run(
+            [*start, *settings, *own],
+            env={**os.environ, **warm.everywhere()}, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
         assert result.returncode == 0, result.stdout + result.stderr
         run = RunDirectory(tmp_path / "runs" / f"on-{processes}")
         found.append([float(value) for row in rows(run, "loss", "grad_norm", "val_loss") for value in row if value])

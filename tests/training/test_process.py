@@ -49,6 +49,7 @@ class BadEnd(Callback):
         raise OSError("the disk is full")
 
 
+@pytest.mark.usefixtures("collector")
 @pytest.mark.parametrize("ends", ["well", "killed", "badly"])
 def test_it_is_as_before_however_the_run_ends(
     pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, ends: str

@@ -46,7 +46,7 @@ class Cycle:
 
 
 @pytest.fixture
-def cycles() -> Iterator[Cycles]:
+def cycles(collector: None) -> Iterator[Cycles]:
     made, before = Cycles(), gc.get_threshold()
     gc.set_threshold(700, 10, 10)  # Python's own, of which the command makes another
     gc.callbacks.append(made.note)
