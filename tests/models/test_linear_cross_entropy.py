@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,6 +48,20 @@ def test_loss_and_gradients_are_those_of_all_logits(
     ):
         assert mine.dtype == dtype
         assert float((mine.double() - other.double()).norm() / other.double().norm()) < close
+
+
+def test_a_chunk_is_gone_before_the_next_has_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def watched(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        assert all(gradient() is None for gradient in made), "the gradient of an earlier chunk is still in memory"
+        nats, gradient = nats_and_gradient(*arguments)
+        made.append(weakref.ref(gradient))
+        return nats, gradient
+
+    monkeypatch.setattr(module, "nats_and_gradient", watched)
+    linear_cross_entropy(*operands(torch.bfloat16))
+    assert len(made) == 4
 
 
 def test_frozen_weights_get_no_gradient() -> None:

@@ -95,6 +95,24 @@ def test_gradients_are_clipped_to_the_norm_and_logged_as_they_were(
     assert after == pytest.approx([0.25] * len(after), rel=1e-4)
 
 
+def test_no_gradient_is_kept_while_the_next_step_computes_its_own(pretrain: Pretrain) -> None:
+    class Held(Callback):
+        def __init__(self) -> None:
+            self.held: list[int] = []
+            self.seen: list[int] = []
+
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            self.held.append(sum(p.grad is not None for p in pl_module.parameters()))
+
+        def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+            self.seen.append(sum(p.grad is not None for p in pl_module.parameters()))
+
+    held = Held()
+    pretrain(callbacks=[held], max_steps=3)
+    assert held.held == [0, 0, 0]
+    assert len([count for count in held.seen if count]) == 3, "a callback sees the gradients of each step"
+
+
 @pytest.mark.parametrize("limit", [None, 0, 1e9])
 def test_without_a_limit_gradients_stay_as_they_are(pretrain: Pretrain, limit: float | None) -> None:
     probe = Probe()

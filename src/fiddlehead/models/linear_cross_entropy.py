@@ -70,6 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_x[part] = gradient @ w
                 if learns_weight:
                     grad_weight = _add_product(grad_weight, gradient.T, chunk)
+                del gradient  # before the next chunk's: each is as large as its logits
         ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight.dtype))
         return nats
 

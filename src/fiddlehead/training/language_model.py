@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 
 from fiddlehead.checkpoints import sharding
 from fiddlehead.checkpoints.weights import (
@@ -365,6 +365,18 @@ class LanguageModel(LightningModule):
         self.lr = optimizer.param_groups[0]["lr"]  # noted here, because the schedule advances before the step is logged
         self.grad_norm = self._clip(limit)
         self._note_non_finite()
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        """Takes the step and frees the gradients.
+
+        Lightning frees them when the next forward pass has ended. Memory is at its peak there, so they would be part of
+        the peak. Callbacks see them in `on_before_zero_grad`, which Lightning then calls again without gradients.
+        """
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks:
+            callback.on_before_zero_grad(self.trainer, self, optimizer)
+        optimizer.zero_grad()
 
     def _clip(self, limit: float) -> torch.Tensor:
         """Reduces the gradients of the step and clips them to the norm `limit`; returns the norm before clipping."""
