@@ -16,9 +16,9 @@ from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.launch import secrets
 from fiddlehead.launch.reconcile import Answer, reconcile
+from fiddlehead.recipe.allowed import reference_to
 from fiddlehead.recipe.coercion import coerce
 from fiddlehead.recipe.hints import Unevaluated, parameter_hint
-from fiddlehead.recipe.references import reference_to
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import State, Status
 

@@ -11,7 +11,7 @@ from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.paths import user_path, working_directory
 from fiddlehead.launch import submit
 from fiddlehead.launch.executor import Executor
-from fiddlehead.launch.fit import GPU, fit_to_executor, missing_here, yielded
+from fiddlehead.launch.fitting import GPU, fit_to_executor, missing_here, yielded
 from fiddlehead.launch.taken import refuse_taken
 from fiddlehead.recipe import Recipe
 from fiddlehead.run import RunDirectory

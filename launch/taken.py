@@ -7,9 +7,9 @@ import fiddle as fdl
 from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.launch import watch
 from fiddlehead.recipe import Recipe
+from fiddlehead.recipe.allowed import is_trainer
 from fiddlehead.recipe.hints import written_hint
 from fiddlehead.recipe.leaves import leaves
-from fiddlehead.recipe.references import is_trainer
 from fiddlehead.recipe.resumable import is_marked
 from fiddlehead.run import RunDirectory, damage
 from fiddlehead.run.alive import is_here, way_out

@@ -21,7 +21,7 @@ from fiddlehead.launch.executor import Executor, where_process
 from fiddlehead.launch.local import LocalExecutor
 from fiddlehead.launch.slurm import SlurmExecutor
 from fiddlehead.recipe import trust
-from fiddlehead.recipe.references import locate, reference_to
+from fiddlehead.recipe.allowed import locate, reference_to
 from fiddlehead.run.alive import is_locked
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import State, Status, StopRequest

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Trainer
 
-from fiddlehead.checkpoints.folder import newest_good, verified_by_first
+from fiddlehead.checkpoints.folder import verified_by_first
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.errors import ConfigError
 from fiddlehead.files.atomic import write_atomically
@@ -22,15 +21,9 @@ from fiddlehead.run.console import is_rank_zero, say
 from fiddlehead.run.directory import PRIVATE, RunDirectory
 from fiddlehead.run.names import reserve_name
 from fiddlehead.run.team import Team
-from fiddlehead.training import Checkpoint, LanguageModel, Log, NonFiniteError, Parallel
-from fiddlehead.training.callbacks.checkpoint import restore_progress
-from fiddlehead.training.callbacks.garbage import CollectGarbage
-from fiddlehead.training.callbacks.metrics import Metrics
-from fiddlehead.training.callbacks.phases import Phases
-from fiddlehead.training.callbacks.profile import Profile
+from fiddlehead.training import Checkpoint, LanguageModel, Log, Parallel
 from fiddlehead.training.callbacks.samples import SampleAnswer
-from fiddlehead.training.callbacks.stop import StopOnRequest
-from fiddlehead.training.frozen import halve_frozen
+from fiddlehead.training.fit import fit
 from fiddlehead.training.kernel_cache import keep_compiled_kernels
 from fiddlehead.training.optim import Optim
 from fiddlehead.training.process import process_restored
@@ -83,46 +76,18 @@ def pretrain(
     if step >= plan.max_steps:
         say(f"{run.path} has reached step {step} of {plan.max_steps}: nothing is left to train")
         return run
-    checkpoint.data = ranks.all(lambda: data_checksums(data, start) if ranks.first else {})[0]
+    checkpoint.begin(run.checkpoints, ranks.all(lambda: data_checksums(data, start) if ranks.first else {})[0])
     say(f"run {run.path}: {'starts anew' if start is None else f'continues from {start.path}'}")
-
-    with process_restored():
+    with process_restored(), attention.compared(plan.attention):
         run.path.mkdir(PRIVATE, parents=True, exist_ok=True)
         if model.compile_mode is not None or optim.compiles(str(trainer.precision)):
             keep_compiled_kernels()
         _record_attention(run, plan, trainer.strategy.root_device)
         if resume not in ("auto", "never"):
             write_atomically(run.path / "resumed_from", str(resume))
-        seed_everything(seed, workers=True, verbose=False)
-        model.optim, model.seed = optim, seed
-        checkpoint.directory = run.checkpoints
-        trainer.strategy.checkpoint_io = checkpoint.io
-        halve_frozen(model, trainer)
-        if isinstance(trainer.val_check_interval, int):  # users count in steps, Lightning in micro-batches
-            trainer.val_check_interval *= plan.accumulate_grad_batches
-        trainer.loggers = log.loggers(run, step)
-        every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        phases = Phases()
-        metrics = Metrics(plan.tokens_per_step, data.seq_length, every_n_steps, phases)
-        # The order matters: a step is measured, then saved, and only then may the run stop; none of it is a phase.
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it dynamically
-        callbacks.append(metrics)
-        if log.profile_steps:
-            callbacks.append(Profile(log.profile_steps, run.path / "profile", phases, shapes=log.profile_shapes))
-        callbacks += [checkpoint, CollectGarbage(), StopOnRequest(checkpoint, run), phases]
-        if start is not None:
-            restore_progress(trainer, step)
-        try:
-            with attention.compared(plan.attention):
-                trainer.fit(model, datamodule=data, ckpt_path=None if start is None else start.path, weights_only=True)
-        except NonFiniteError as error:
-            if not is_rank_zero():  # it would read what the first rank reads
-                raise
-            good = newest_good(run.checkpoints)
-            last = f"The last good checkpoint is {good}" if good else "There is no checkpoint yet"
-            raise NonFiniteError(f"{error}. {last}") from error
-    if start is None or trainer.global_step > step:
-        _report(trainer)
+        parts = model, data, trainer, optim, log, checkpoint
+        resume_from = None if start is None else start.path
+        fit(*parts, run=run, seed=seed, tokens_per_step=plan.tokens_per_step, resume_from=resume_from, step=step)
     return run
 
 
@@ -160,11 +125,3 @@ def _record_attention(run: RunDirectory, plan: TrainingPlan, device: torch.devic
             say(f"attention: {line}")
         text = json.dumps(attention.record(plan.attention, trials), indent=1) + "\n"
         write_atomically(run.path / "attention.json", text)
-
-
-def _report(trainer: Trainer) -> None:
-    metrics = trainer.callback_metrics
-    if "val_nats_per_byte" in metrics:
-        say(f"validation: {float(metrics['val_nats_per_byte']):.4f} nats/byte")
-    elif "val_loss" in metrics:
-        say(f"validation: {float(metrics['val_loss']):.4f} nats/token")

@@ -19,7 +19,7 @@ from fiddlehead.launch import Plan, launch, plan
 from fiddlehead.launch import slurm as slurm_module
 from fiddlehead.launch.docker import docker
 from fiddlehead.launch.executor import Executor
-from fiddlehead.launch.fit import fit_to_executor, missing_here, yielded
+from fiddlehead.launch.fitting import fit_to_executor, missing_here, yielded
 from fiddlehead.launch.local import local
 from fiddlehead.launch.shell import Answer
 from fiddlehead.launch.slurm import slurm
@@ -173,7 +173,7 @@ def test_a_mode_that_wandb_does_not_know_is_refused_before_the_job(monkeypatch: 
 def test_a_run_that_asks_for_gpus_and_finds_none_fails_at_once(
     executor: Executor | None, working_directory: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("fiddlehead.launch.fit.gpus_here", lambda: 0)
+    monkeypatch.setattr("fiddlehead.launch.fitting.gpus_here", lambda: 0)
     with pytest.raises(ConfigError, match=r"^trainer.devices=.* no GPUs; set trainer.accelerator=cpu"):
         launch(llama2_13b(), executor)
     assert not list(working_directory.iterdir())

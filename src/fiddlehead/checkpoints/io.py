@@ -1,8 +1,7 @@
-"""How Lightning's state becomes the folder that `checkpoint_folder` describes, and is read back.
+"""Writes Lightning's state into a checkpoint folder, as `checkpoints.folder` describes it, and reads it back.
 
-Ranks that hold shards of the tensors deal these out: a tensor is gathered, and the rank that it fell to keeps it until
-it is written. So a rank has no more in main memory than its share and one tensor. In a pipeline the ranks of each stage
-do so among themselves.
+Ranks that hold shards share the writing: each tensor is gathered, and one rank keeps and writes it. So a rank needs
+main memory for its share and one tensor. In a pipeline the ranks of each stage do this among themselves.
 """
 
 from __future__ import annotations

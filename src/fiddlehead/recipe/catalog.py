@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.recipe import project
-from fiddlehead.recipe.references import PARTS
+from fiddlehead.recipe.allowed import PARTS
 
 _BUILT_IN = Path(__file__).parents[1]
 
@@ -171,7 +171,7 @@ def find_part(name: str) -> Callable:
     """What `name` can put in place of a part of a recipe: a class for one, or a function that returns its Config.
 
     The functions are those of `recipes/*.py` that say they return a `Config`, by their name or as
-    ``recipes.file:name``; the classes are those that `fiddlehead.recipe.references` lists.
+    ``recipes.file:name``; the classes are those that `fiddlehead.recipe.allowed` lists.
 
     Raises:
         ConfigError: there is no such part, or the working directory has two.

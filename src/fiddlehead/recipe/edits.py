@@ -21,12 +21,12 @@ from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.foreign import MAX_TEXT, read_text
 from fiddlehead.files.paths import user_path
 from fiddlehead.recipe import Recipe, reader
+from fiddlehead.recipe.allowed import named
 from fiddlehead.recipe.coercion import CALL, coerce
 from fiddlehead.recipe.hints import Unevaluated, argument_hint, item_hint, members
 from fiddlehead.recipe.kinds import MismatchError, check_kind, is_part
 from fiddlehead.recipe.leaves import leaves, show
 from fiddlehead.recipe.literals import Bare, literal, split_arguments, typed
-from fiddlehead.recipe.references import named
 from fiddlehead.recipe.slots import Slot, find_slot
 
 Find = Callable[[str], Callable[..., Any]]

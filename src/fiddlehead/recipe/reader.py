@@ -17,10 +17,10 @@ from yaml.constructor import SafeConstructor
 from yaml.nodes import MappingNode, Node, SequenceNode
 
 from fiddlehead.errors import ConfigError, Problem, refuse
+from fiddlehead.recipe.allowed import is_listed, named, reference_to, withheld_problem
 from fiddlehead.recipe.hints import argument_hint
 from fiddlehead.recipe.kinds import check_kind
 from fiddlehead.recipe.leaves import join, name_of
-from fiddlehead.recipe.references import is_listed, named, reference_to, withheld_problem
 from fiddlehead.recipe.scalars import device, dtype
 from fiddlehead.recipe.schema import (
     ARGS,

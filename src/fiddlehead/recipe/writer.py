@@ -15,8 +15,8 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from yaml.representer import SafeRepresenter
 
 from fiddlehead.errors import ConfigError, Problem, refuse
+from fiddlehead.recipe.allowed import is_listed, reference_to, withheld_problem
 from fiddlehead.recipe.leaves import holds_configuration, items, join
-from fiddlehead.recipe.references import is_listed, reference_to, withheld_problem
 from fiddlehead.recipe.schema import ARGS, FORMAT, PARTIAL, TARGET, Dumper, nameless_keys
 
 _MAP, _SEQ, _STR, _NULL = (f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "null"))

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.recipe import project
+from fiddlehead.recipe.allowed import BY_NAME_ONLY
 from fiddlehead.recipe.plain import plain_recipe
-from fiddlehead.recipe.references import BY_NAME_ONLY
 from fiddlehead.run.directory import RunDirectory
 
 PACKAGES = ("torch", "lightning", "fiddle", "numpy", "pydantic", "safetensors", "tokenizers", "yaml")

@@ -3,6 +3,10 @@
 A scheduler sends them to one process of a job, or to all of them, or twice. So while a run trains, whoever is
 responsible on a node turns them into the run's stop file, at which the first rank looks after each step; the processes
 that train ignore them.
+
+A preempted job is requeued in these steps. The signal becomes a stop file that asks for it (`_request`, here). After
+the step, `training.callbacks.stop` saves a checkpoint and raises StopRequested. The job then exits with code 75, and the
+batch script (`launch/slurm_script.py`) requeues it. A launcher on this machine starts it again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""What a run says of itself in its `status` and `stop` files; `fiddlehead.run` says who writes them, and when."""
+"""What the files `status` and `stop` of a run say.
+
+`RunDirectory.write_status` and `RunDirectory.request_stop` write them; `fiddlehead.run` says which process does so, and
+when.
+"""
 
 from __future__ import annotations
 

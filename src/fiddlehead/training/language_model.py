@@ -35,7 +35,7 @@ from fiddlehead.models.speed import (
     refused_speed,
 )
 from fiddlehead.recipe.resumable import Resumable
-from fiddlehead.training.distributed.gradients import global_norm, gradients_of, scale
+from fiddlehead.training.distributed.gradients import clip, gradients_of
 from fiddlehead.training.distributed.parallel import Parallel
 from fiddlehead.training.distributed.pipeline import Pipeline
 from fiddlehead.training.distributed.sizes import Sizes
@@ -99,8 +99,6 @@ class LanguageModel(LightningModule):
         self.compile_mode: Compile | None = compile
         self._recompute: Recompute | None = activation_checkpointing
         self._fp8: Float8 | None = fp8
-        self.optim: Optim | None = None
-        self.seed = 0
         self.transformer: Transformer | None = None
         self.lr = 0.0
         self.grad_norm = torch.zeros(())
@@ -110,6 +108,11 @@ class LanguageModel(LightningModule):
         self._losses = 0
         self._step_divisors: Divisors | None = None
         self._first_bad_step: torch.Tensor | None = None
+
+    def train_with(self, optim: Optim, seed: int) -> None:
+        """Gives what `Trainer.fit` needs besides the model; `seed` is that of dropout."""
+        self.optim: Optim = optim
+        self.seed = seed
 
     @property
     def config(self) -> TransformerConfig:
@@ -343,7 +346,7 @@ class LanguageModel(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule, over the trainer's `max_steps`."""
-        assert self.optim is not None and self.transformer is not None
+        assert self.transformer is not None
         fused = {f"transformer.{name}": rows for name, rows in self.transformer.fused_rows().items()}
         return self.optim.build(self.named_parameters(), self.trainer.max_steps, fused)
 
@@ -375,7 +378,7 @@ class LanguageModel(LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
-            callback.on_before_zero_grad(self.trainer, self, optimizer)
+            callback.on_before_zero_grad(self.trainer, self, optimizer)  # type: ignore[arg-type]
         optimizer.zero_grad()
 
     def _clip(self, limit: float) -> torch.Tensor:
@@ -384,11 +387,7 @@ class LanguageModel(LightningModule):
         if isinstance(strategy, Parallel):
             strategy.reduce_gradients()
             layout = strategy.layout
-        gradients = gradients_of(self.named_parameters())
-        norm = global_norm(gradients, layout)
-        if limit < math.inf:
-            scale(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
-        return norm
+        return clip(gradients_of(self.named_parameters()), limit, layout)
 
     def _note_non_finite(self) -> None:
         """On a CPU, raises before the optimizer's step; on a GPU only remembers the step, as looking stalls."""

@@ -51,8 +51,13 @@ class Checkpoint(Callback):
         self._validated_step = -1
         self._val_loss: float | None = None
 
+    def begin(self, directory: Path, data: Checksums) -> None:
+        """Saves into `directory` from now on, with the checksums of the data."""
+        self.directory, self.data = directory, data
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Deletes the half-written files of a killed attempt, and reads which checkpoint is the best."""
+        """Makes the strategy write as this does, deletes what a killed attempt left, and finds the best checkpoint."""
+        trainer.strategy.checkpoint_io = self.io
         if trainer.is_global_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
             for leftover in self.directory.glob(f"{TEMPORARY}*"):

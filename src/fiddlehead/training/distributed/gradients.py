@@ -1,10 +1,11 @@
-"""The norm of the gradients, and their scaling, also where a rank holds a part of them; nothing waits for the device.
+"""Gradient clipping: the norm of all gradients, and their scaling, also where a rank holds a shard of them.
 
-torch's own `get_total_norm` takes all gradients to be cut in the same way.
+The host never waits for the device. torch's own `get_total_norm` needs all gradients to be sharded in the same way.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -36,6 +37,19 @@ def global_norm(gradients: Mapping[str, torch.Tensor], layout: Layout | None = N
     total = torch.stack(squares).sum()
     torch.distributed.all_reduce(total)
     return total.sqrt()
+
+
+def clip(gradients: Mapping[str, torch.Tensor], limit: float, layout: Layout | None = None) -> torch.Tensor:
+    """Scales the gradients down to the norm `limit` if theirs is greater; returns the norm before.
+
+    Args:
+        limit: infinity leaves them as they are.
+        layout: as in `global_norm`.
+    """
+    norm = global_norm(gradients, layout)
+    if limit < math.inf:
+        scale(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 @torch.no_grad()

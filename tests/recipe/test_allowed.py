@@ -19,8 +19,8 @@ import fiddlehead.launch  # noqa: F401
 from fiddlehead import training
 from fiddlehead.errors import ConfigError
 from fiddlehead.recipe import Recipe, reader
+from fiddlehead.recipe.allowed import BY_NAME_ONLY, PARTS, TASKS, is_listed, named
 from fiddlehead.recipe.edits import apply_overrides
-from fiddlehead.recipe.references import BY_NAME_ONLY, PARTS, TASKS, is_listed, named
 from tests import recipe_parts
 
 GOLDEN = Path(__file__).parents[1] / "recipes" / "golden" / "tiny_test.yaml"
@@ -156,7 +156,7 @@ def test_a_recipe_that_an_earlier_version_wrote_is_read() -> None:
         "lightning.pytorch.cli:LightningCLI",
         "fiddlehead.recipe:Recipe.load",
         "fiddlehead.recipe.reader:load",
-        "fiddlehead.recipe.references:locate",
+        "fiddlehead.recipe.allowed:locate",
         "fiddlehead.recipe.edits:apply_overrides",
         "fiddlehead.errors:difflib.get_close_matches",
         "fiddlehead.run.directory:os.system",
@@ -352,7 +352,7 @@ def test_a_file_cannot_say_what_lightning_opens_or_where_it_sends_to(trainer: ty
     text = recipe.to_yaml()
     with pytest.raises(ConfigError, match=f"anything.{name}: may not be set in a recipe file"):
         Recipe.from_yaml(f"{text.rstrip()}\n  {name}: '{value}'\n", allow=["tests"])
-    nested = f"_target_: tests.recipe.test_references:Mine\n  {name}: '{value}'\n"
+    nested = f"_target_: tests.recipe.test_allowed:Mine\n  {name}: '{value}'\n"
     with pytest.raises(ConfigError, match="may not be set in a recipe file"):
         reader.load(f"x: !partial\n  {nested}", allow=["tests"])
     setattr(recipe.anything, name, value)
