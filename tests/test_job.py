@@ -616,7 +616,7 @@ def test_a_job_of_another_size_than_its_recipe_s_is_refused(monkeypatch: pytest.
     monkeypatch.setenv("SLURM_PROCID", "2")
     monkeypatch.setenv("SLURM_LOCALID", "2")
     assert workers.this_rank(1, 3) == workers.Rank(2, 3, 2, 3, 0)
-    with pytest.raises(ConfigError, match="are 2 processes, but 3 were started"):
+    with pytest.raises(ConfigError, match="needs 2 processes, and 3 were started"):
         workers.this_rank(1, 2)
 
 

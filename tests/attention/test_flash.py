@@ -518,7 +518,7 @@ def test_what_a_build_lacks_is_said_clearly(
     if compiled:
         run = torch.compile(run, fullgraph=True, backend="eager")
     switch = f"NVTE_FLASH_ATTN_V{name[-1]}=0"
-    with pytest.raises(ConfigError, match=rf"attention_backend={name}: .* without tanh softcapping; .* {switch}"):
+    with pytest.raises(ConfigError, match=rf"attention_backend='{name}': .* without tanh softcapping; .* {switch}"):
         run(*fused(B, T), small(softcap=2.0), SCALE, Extras())
 
 

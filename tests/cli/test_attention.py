@@ -198,13 +198,13 @@ def test_a_recipe_file_is_explained_as_its_recipe(explained, typed):
         (["--assume", "flash-attn=new"], "error: --assume flash-attn=new: expected NAME=VERSION"),
         (["--assume", "flash-atn=2.8"], "error: --assume flash-atn=2.8: unknown package 'flash-atn'; did you mean"),
         (["--assume", "torch=none"], "error: --assume torch=none: nothing runs without it"),
-        (["model.config.num_query_groups=3"], "error: model.config.num_query_groups=3 does not divide"),
+        (["model.config.num_query_groups=3"], "error: model.config.num_query_groups=3: does not divide"),
         (["model.config.attention_backend=cudn"], "error: model.config.attention_backend='cudn': unknown backend"),
         (
             ["trainer.strategy=Parallel", "trainer.strategy.tensor_parallel=3", "data.seq_length=8190"],
             "error: trainer.strategy.tensor_parallel=3: must divide num_attention_heads=32",
         ),
-        (["data.micro_batch_size=0"], "error: data.micro_batch_size=0; allowed: 1 or more"),
+        (["data.micro_batch_size=0"], "error: data.micro_batch_size=0: must be a whole number of 1 or more"),
         (["trainer.precision=16-mixed"], "error: trainer.precision='16-mixed': unknown precision '16-mixed'"),
     ],
 )

@@ -101,11 +101,11 @@ def test_two_devices_are_timed_together(bench: Command):
         (["tiny_tset"], "did you mean 'tiny_test'?"),
         (["tiny_test", "trainer.max_steps=3"], "trainer.max_steps=3: --steps and --warmup say how many"),
         (["tiny_test", "checkpoint.keep_last=3"], "checkpoint.keep_last=3: nothing is saved"),
-        (["tiny_test", "log.profile=1:2"], "log.profile: of a benchmark nothing is kept"),
+        (["tiny_test", "log.profile=1:2"], "log.profile='1:2': a benchmark keeps no files"),
         (["tiny_test", "--against", "nosuch.json"], "nosuch.json: cannot be read"),
         (["tiny_test", "--direct", "executor=local"], "--direct runs without an executor"),
         (["tiny_test", "data.separate_documents=true", "--random-tokens"], "data.separate_documents=True"),
-        (["tiny_test", "optim.lr=-1", "--direct"], "optim.lr=-1.0: must be above 0"),
+        (["tiny_test", "optim.lr=-1", "--direct"], "optim.lr=-1.0: must be a finite number above 0"),
         (["lora", "--random-tokens"], "fine-tuning is timed on its own examples"),
     ],
 )

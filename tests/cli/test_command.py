@@ -374,7 +374,7 @@ def test_continuing_says_what_it_means(fiddlehead, tmp_path):
     assert "MINE" not in (tmp_path / "runs" / "a" / "command").read_text()  # it may be one nevertheless
     longer = ["pretrain", "-f", "tiny_test", "log.name=a", "trainer.max_steps=20", "--yes"]
     checkpoint = "resume=runs/a/checkpoints/step-00000010"
-    assert "of its own" in fiddlehead(*longer, checkpoint, rc=2)
+    assert "its own step-00000010" in fiddlehead(*longer, checkpoint, rc=2)
     assert "the learning rate goes on at 4.00e-03" in fiddlehead(*longer)
     output = fiddlehead("pretrain", "-f", "tiny_test", "log.name=b", checkpoint, "--yes")
     assert "continues from" in output and "30/30" in output

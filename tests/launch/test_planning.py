@@ -165,7 +165,7 @@ def test_a_mode_that_wandb_does_not_know_is_refused_before_the_job(monkeypatch: 
         plan(recipe).refuse_problems()
     monkeypatch.setenv("WANDB_MODE", "offline")
     plan(recipe).refuse_problems()
-    with pytest.raises(ConfigError, match=r"^env_vars.WANDB_MODE=never: unknown mode"):
+    with pytest.raises(ConfigError, match=r"^env_vars.WANDB_MODE='never': unknown mode"):
         slurm(env_vars={"WANDB_MODE": "never"})
 
 

@@ -137,12 +137,12 @@ def test_settings_that_cannot_be_read_are_said_and_the_runs_word_counts(
 ):
     run = runs.made("a", executor=Cluster())
     run.executor.write_text(content)
-    with pytest.raises(ConfigError, match=r"a/executor\.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"a/executor\.json: cannot be read"):
         watch.load_executor(run)
     for _ in range(2):
         (status,) = watch.states([run])
         assert status and status.state is State.RUNNING
-    assert capsys.readouterr().err.count("executor.json cannot be read") == 1
+    assert capsys.readouterr().err.count("executor.json: cannot be read") == 1
 
 
 def test_each_queue_is_asked_once_for_all_that_it_has(runs: Runs):

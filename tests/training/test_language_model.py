@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed.tensor import DTensor
 
 from fiddlehead import tasks
 from fiddlehead.run.directory import RunDirectory
@@ -18,6 +19,11 @@ from fiddlehead.training import LanguageModel, NonFiniteError
 from tests.training.conftest import Parts, parameters, rows
 
 Pretrain = Callable[..., RunDirectory]
+
+
+def here(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank has of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Probe(Callback):
@@ -33,7 +39,7 @@ class Probe(Callback):
         self.before.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        gradients = [p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]
+        gradients = [here(p.grad).flatten() for p in pl_module.parameters() if p.grad is not None]
         if gradients:
             self.gradients.append(torch.cat(gradients).clone())
 

@@ -5,8 +5,8 @@ responsible on a node turns them into the run's stop file, at which the first ra
 that train ignore them.
 
 A preempted job is requeued in these steps. The signal becomes a stop file that asks for it (`_request`, here). After
-the step, `training.callbacks.stop` saves a checkpoint and raises StopRequested. The job then exits with code 75, and the
-batch script (`launch/slurm_script.py`) requeues it. A launcher on this machine starts it again.
+the step, `training.callbacks.stop` saves a checkpoint and raises StopRequested. The job then exits with code 75, and
+the batch script (`launch/slurm_script.py`) requeues it. A launcher on this machine starts it again.
 """
 
 from __future__ import annotations

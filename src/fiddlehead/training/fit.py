@@ -47,6 +47,7 @@ def fit(
     """
     seed_everything(seed, workers=True, verbose=False)
     model.train_with(optim, seed)
+    trainer.strategy.checkpoint_io = checkpoint.io  # before the strategy tells it which ranks there are
     halve_frozen(model, trainer)
     if isinstance(trainer.val_check_interval, int):  # users count in steps, Lightning in micro-batches
         trainer.val_check_interval *= trainer.accumulate_grad_batches

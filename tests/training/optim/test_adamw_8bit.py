@@ -113,7 +113,7 @@ def test_a_run_does_not_go_on_with_other_bits(pretrain: Pretrain, eager: None) -
 def test_without_torchao_it_says_what_to_install(pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     monkeypatch.delitem(sys.modules, "fiddlehead.training.optim.adamw_8bit", raising=False)
-    with pytest.raises(ConfigError, match=r"^optim\.state_bits=8 needs torchao: pip install 'fiddlehead\[torchao\]'"):
+    with pytest.raises(ConfigError, match=r"^optim\.state_bits=8: needs torchao: pip install 'fiddlehead\[torchao\]'"):
         pretrain(state_bits=8)
 
 

@@ -56,8 +56,7 @@ class Checkpoint(Callback):
         self.directory, self.data = directory, data
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Makes the strategy write as this does, deletes what a killed attempt left, and finds the best checkpoint."""
-        trainer.strategy.checkpoint_io = self.io
+        """Deletes what a killed attempt left half-written, and finds the best checkpoint."""
         if trainer.is_global_zero:
             self.directory.mkdir(parents=True, exist_ok=True)
             for leftover in self.directory.glob(f"{TEMPORARY}*"):
