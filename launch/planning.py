@@ -18,6 +18,7 @@ from fiddlehead.run import RunDirectory
 
 if TYPE_CHECKING:
     from fiddlehead.attention import Target
+    from fiddlehead.plan.cards import Card
     from fiddlehead.plan.training import TrainingPlan
 
 _NAMELESS = ".nameless"
@@ -133,20 +134,22 @@ def plan(
     recipe: Recipe,
     executor: Executor | None = None,
     *,
-    target: Target | Literal["unknown"] | None = None,
+    target: Target | Card | Literal["unknown"] | None = None,
     waits: bool = False,
 ) -> Plan:
     """Plans a run before it starts. It does not change the recipe, and writes nothing.
 
     Args:
         executor: where it runs; None is this process.
-        target: plans for devices of this kind instead, as many as the recipe has, wherever they are.
+        target: plans for devices of this kind instead, wherever they are: as many as the executor has, or without one
+            as the recipe says.
         waits: the run waits for others, so that the checkpoint from which it resumes need not exist yet.
 
     The plan's `problems` say what is wrong.
     """
     try:
-        fitted = recipe.clone() if target is not None else fit_to_executor(recipe, executor)
+        as_it_is = target is not None and executor is None
+        fitted = recipe.clone() if as_it_is else fit_to_executor(recipe, executor)
     except ConfigError as error:
         return Plan(recipe, executor, error.problems)
     here = target is None and (executor is None or not executor.ships_code)
@@ -165,7 +168,7 @@ def plan(
     return Plan(fitted, executor, missing=missing, changed=tuple(yielded(recipe, fitted)), known=training)
 
 
-def _plan_training(recipe: Recipe, target: Target | Literal["unknown"] | None) -> TrainingPlan:
+def _plan_training(recipe: Recipe, target: Target | Card | Literal["unknown"] | None) -> TrainingPlan:
     """Builds everything in a recipe, the model without its memory, and plans its training.
 
     Args:
@@ -175,6 +178,7 @@ def _plan_training(recipe: Recipe, target: Target | Literal["unknown"] | None) -
         ConfigError: with every problem.
     """
     from fiddlehead import bench, tasks
+    from fiddlehead.plan.cards import Card
     from fiddlehead.plan.training import begin, plan_training
     from fiddlehead.run import workers
 
@@ -185,6 +189,11 @@ def _plan_training(recipe: Recipe, target: Target | Literal["unknown"] | None) -
     working_directory()  # what is relative is in it
     recipe = recipe.clone()
     elsewhere = target is not None and recipe.trainer.accelerator in GPU
+    if isinstance(target, Card) and not elsewhere:
+        if recipe.trainer.accelerator != "auto":
+            message = f"has no use for the GPU {target.name}, for which the plan is"
+            raise ConfigError(Problem("trainer.accelerator", recipe.trainer.accelerator, message, ("gpu", "auto")))
+        elsewhere = True
     if elsewhere:
         recipe.trainer.accelerator = "cpu"  # so that Lightning does not look for the GPUs
     with workers.apart():

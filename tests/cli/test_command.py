@@ -139,6 +139,13 @@ def test_diff_of_recipes_and_files(fiddlehead, tmp_path):
     assert "are the same" in fiddlehead("diff", "tiny", "tiny")
 
 
+def test_a_plan_may_be_for_a_gpu_that_is_not_here(fiddlehead):
+    output = fiddlehead("pretrain", "-f", "llama32_1b", "trainer.devices=1", "--dryrun", "--gpu", "h100")
+    assert "cudnn on h100" in output and "fits: h100 has 79.2 GiB" in output
+    output = fiddlehead("pretrain", "-f", "llama3_8b", "--dryrun", "--gpu", "mine=24,180,900")
+    assert "8 devices" in output and "does not fit: mine has 24.0 GiB" in output
+
+
 def test_dryrun_starts_nothing(fiddlehead, tmp_path):
     output = fiddlehead("pretrain", "-f", "tiny", "model.config.num_query_groups=1", "--dryrun")
     assert "4 heads in 1 groups" in output and "2,048 tokens" in output
@@ -200,6 +207,9 @@ def test_all_mistakes_of_a_recipe_at_once(fiddlehead):
         (["pretrain", "-f", "tiny", "data.paths=/nowhere", "data.tokenizer=None", "--dryrun"], "/nowhere"),
         (["pretrain", "-f", "tiny_test", "data.paths=missing", "--dryrun"], "data.paths='missing'"),
         (["pretrain", "-f", "tiny", "resume=nosuch", "log.name=x", "--dryrun"], "unknown run 'nosuch'"),
+        (["pretrain", "-f", "llama32_1b", "--dryrun", "--gpu", "h101"], "--gpu='h101'"),
+        (["pretrain", "-f", "llama32_1b", "--gpu", "h100"], "--gpu goes with --dryrun"),
+        (["pretrain", "-f", "tiny", "--dryrun", "--gpu", "h100"], "trainer.accelerator='cpu'"),
         (["pretrain", "-f", "tiny", "log.name=a/b", "--dryrun"], "log.name='a/b'"),
         (["pretrain", "-f", "tiny", "log.name=[/x]", "--dryrun"], "log.name='[/x]'"),
         (["pretrain", "-f", "tiny", "trainer.val_check_interval=0", "--dryrun"], "trainer.val_check_interval=0"),

@@ -26,6 +26,7 @@ from fiddlehead.launch.slurm import slurm
 from fiddlehead.launch.submit import write_run
 from fiddlehead.launch.taken import refuse_taken
 from fiddlehead.launch.watch import load_executor
+from fiddlehead.plan.cards import Card
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipe.edits import apply_overrides
 from fiddlehead.recipe.resumable import Resumable
@@ -44,6 +45,15 @@ def test_the_trainer_follows_the_executor():
     recipe.trainer.devices = 3
     assert fit_to_executor(recipe, slurm()).trainer.devices == 3
     assert fit_to_executor(recipe, local()).trainer.devices == 3
+
+
+def test_a_plan_for_a_card_has_the_executor_s_devices_or_the_recipe_s():
+    card = Card.parse("h100")
+    alone, on_two = plan(llama2_13b(), target=card), plan(llama2_13b(), local(ntasks_per_node=2), target=card)
+    trainer = llama2_13b().trainer
+    assert (alone.training.world_size, on_two.training.world_size) == (trainer.devices * trainer.num_nodes, 2)
+    assert (alone.training.fits, on_two.training.fits) == (True, False)
+    assert alone.to_dict()["training"]["card"]["name"] == "h100"
 
 
 def test_a_contradiction_is_an_error():

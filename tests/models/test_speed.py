@@ -62,6 +62,20 @@ def test_recomputed_activations_change_nothing(recompute: Any, mixture: bool) ->
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("recompute", [None, "full", "selective"])
+def test_a_backward_pass_leaves_nothing_but_gradients(recompute: Any) -> None:
+    """A balancing loss that is computed again would keep the layer's tensors until the next step."""
+    model = Transformer(TransformerConfig(**CONFIG, num_moe_experts=4, moe_aux_loss_coeff=0.1))
+    if recompute:
+        recompute_activations(model, recompute)
+    ids = torch.arange(48).view(2, 24) % 61
+    with Allocated() as allocated:
+        (model(ids, labels=ids.roll(-1, 1)) + model.aux_loss()).backward()
+        left = allocated.now
+    gradients = sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None)
+    assert left - gradients < 48 * model.config.hidden_size
+
+
 def test_recomputing_keeps_less() -> None:
     kept = {}
     for recompute in (None, "selective", "full"):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fiddlehead.launch import Plan
     from fiddlehead.launch.executor import Executor
     from fiddlehead.launch.sweep import Sweep
+    from fiddlehead.plan.cards import Card
     from fiddlehead.recipe import Recipe
     from fiddlehead.run.directory import RunDirectory
     from fiddlehead.run.status import Status
@@ -58,6 +59,9 @@ def pretrain(
         autocompletion=complete_recipe,
     ),
     dryrun: bool = typer.Option(False, "--dryrun", help="Check everything and show the plan; start nothing."),
+    gpu: str = typer.Option(
+        None, "--gpu", metavar="NAME", help="With --dryrun: plan for this GPU, which need not be here, such as h100."
+    ),
     direct: bool = typer.Option(False, "--direct", help="Run in this process, without an executor."),
     detach: bool = typer.Option(False, "--detach", help="Return as soon as the job is handed over."),
     yes: bool = typer.Option(False, "--yes", "-y", help="Do not ask before starting."),
@@ -96,6 +100,8 @@ def pretrain(
         if given and not sweep:
             raise ConfigError(f"{option} goes with --sweep")
     edits, executor_edits = split_executor(overrides or ())
+    if gpu and (sweep or not dryrun):
+        raise ConfigError("--gpu goes with --dryrun, and not with --sweep: it plans one run for a GPU")
     if direct and executor_edits:
         raise ConfigError(f"--direct runs without an executor; leave out {' '.join(executor_edits)}")
     executor, executor_name = configure_executor(executor_edits)
@@ -124,7 +130,8 @@ def pretrain(
         recipe, name = load_recipe(factory, edits, allow or ())
         _refuse_other_tasks(recipe, factory, context.info_name)
         before = _successes(after or (), recipe.log.dir)
-        plan = launch.plan(recipe, None if direct else executor, waits=bool(before))
+        planned = executor if executor_edits or not (direct or gpu) else None
+        plan = launch.plan(recipe, planned, target=_card(gpu), waits=bool(before))
         plan.refuse_problems()
     if to_yaml is not None:
         recipe.save(to_yaml)
@@ -134,7 +141,8 @@ def pretrain(
         return
     if plan.missing and not dryrun:
         raise ConfigError(*plan.missing)
-    _show_plan(name, "in this process" if direct else where, plan.rows())
+    where_shown = "in this process" if direct else f"on {gpu}" if gpu and planned is None else where
+    _show_plan(name, where_shown, plan.rows())
     if dryrun:
         if shipped := plan.dry_run():
             print(shipped.replace("shipped", "would ship"))  # noqa: T201
@@ -229,6 +237,20 @@ def _sweep(
     if failed:
         print(f"error: {len(failed)} of {len(statuses)} runs did not succeed: {', '.join(failed)}", file=sys.stderr)  # noqa: T201
         raise typer.Exit(1)
+
+
+def _card(gpu: str | None) -> Card | None:
+    """The GPU that --gpu names."""
+    if gpu is None:
+        return None
+    from fiddlehead.plan.cards import Card
+
+    try:
+        return Card.parse(gpu)
+    except ConfigError as error:
+        raise ConfigError(
+            *(Problem(f"--{each.path}", each.given, each.message, each.allowed) for each in error.problems)
+        ) from error
 
 
 @contextlib.contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fiddlehead.errors import ConfigError, Problem
+from fiddlehead.models.moe import MoE
 from fiddlehead.models.transformer import Transformer
 
 Compile = Literal["layers", "model"]
@@ -81,8 +83,11 @@ def recompute_activations(transformer: Transformer, recompute: Recompute) -> Non
     if recompute == "selective":
         contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
     for layer in transformer.layers:
+        own = contexts
+        if isinstance(layer.mlp, MoE) and transformer.config.moe_aux_loss_coeff:
+            own = {"context_fn": functools.partial(_keeping_aux_loss, layer.mlp, contexts.get("context_fn"))}
         # Replaces the layer's forward and not the layer, so that the names of the parameters stay.
-        layer.forward = _checkpointed(layer.forward, contexts)
+        layer.forward = _checkpointed(layer.forward, own)
 
 
 def compile_transformer(transformer: Transformer, compile: Compile) -> None:
@@ -117,6 +122,25 @@ def _checkpointed(forward: Callable[..., torch.Tensor], contexts: dict[str, Any]
         return checkpoint(forward, *args, use_reentrant=False, **contexts)
 
     return run
+
+
+def _keeping_aux_loss(mixture: MoE, others: Callable[[], Any] | None) -> tuple[Any, Any]:
+    """Contexts of a forward pass and of what is computed again, in which the balancing loss is not to change.
+
+    That of the second time would hold the tensors that it came from until the next step.
+    """
+    forward, again = (contextlib.nullcontext(), contextlib.nullcontext()) if others is None else others()
+
+    @contextlib.contextmanager
+    def recomputing() -> Iterator[None]:
+        loss = mixture.aux_loss
+        try:
+            with again:
+                yield
+        finally:
+            mixture.aux_loss = loss
+
+    return forward, recomputing()
 
 
 def _keep_products(ctx: Any, op: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:

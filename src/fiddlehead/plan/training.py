@@ -18,6 +18,9 @@ from fiddlehead.models import TransformerConfig
 from fiddlehead.numbers import is_whole
 from fiddlehead.plan import attention
 from fiddlehead.plan.attention_calls import calls_of
+from fiddlehead.plan.cards import Card
+from fiddlehead.plan.memory import Memory
+from fiddlehead.plan.rank_memory import memory_of
 from fiddlehead.run.console import say
 from fiddlehead.training import LanguageModel, Log, Parallel
 from fiddlehead.training.distributed.sizes import Sizes
@@ -54,6 +57,10 @@ class TrainingPlan:
     device_gib: float
     """The part that each device holds."""
     warmup_steps: int
+    memory: Memory | None = None
+    """Of the GPU that has the most; None on a CPU, and where preferences are learned, which is not worked out yet."""
+    card: Card | None = None
+    """The GPU that trains, if it is known."""
     missing: str = ""
     """Why it cannot start without data; "" if it can."""
 
@@ -68,6 +75,16 @@ class TrainingPlan:
         adapters = None if self.trained == self.parameters else self.trained
         a_token = self.config.train_flops_per_token(self.config.seq_length or 0, adapters=adapters)
         return a_token * self.tokens
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the GPU has enough memory; None if that is not known."""
+        return None if not self.verdict else self.verdict != "does not fit"
+
+    @property
+    def verdict(self) -> str:
+        """ "fits", "tight" or "does not fit"; "" if that is not known."""
+        return "" if self.memory is None or self.card is None else self.memory.fits(self.card.gib)
 
     def apply(self, model: LanguageModel, data: Data, trainer: Trainer) -> None:
         """Completes the parts: the model's shape, the data's vocabulary, the trainer's accumulation."""
@@ -93,26 +110,45 @@ class TrainingPlan:
             ),
             ("the run", f"{self.max_steps:,} steps, {warmup}"),
             ("", f"{self.tokens:,} tokens, {self.flops:.2e} FLOPs"),
-            ("memory", f"{self._memory()} for parameters, gradients and optimizer, plus activations"),
+            *self._memory_rows(),
             *([("data", f"none: {self.missing}")] if self.missing else []),
             *zip(itertools.chain(["attention"], itertools.repeat("")), self._attention_rows(), strict=False),
         ]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values; `attention` has the `Served.to_dict` of each call."""
-        fields = {name: value for name, value in vars(self).items() if name not in ("config", "attention")}
-        served = [each.to_dict() for each in self.attention]
-        return {"config": asdict(self.config), **fields, "flops": self.flops, "attention": served}
+        others = ("config", "attention", "memory", "card")
+        fields = {name: value for name, value in vars(self).items() if name not in others}
+        return {
+            "config": asdict(self.config),
+            **fields,
+            "flops": self.flops,
+            "attention": [each.to_dict() for each in self.attention],
+            "memory": None if self.memory is None else self.memory.to_dict(),
+            "card": None if self.card is None else asdict(self.card),
+            "fits": self.fits,
+            "verdict": self.verdict,
+        }
 
     def _ranks(self) -> str:
         if self.data_parallel == self.world_size:
             return f"{self.world_size} devices"
         return f"{self.data_parallel} groups of {self.world_size // self.data_parallel} devices"
 
-    def _memory(self) -> str:
-        if self.device_gib == self.state_gib:
-            return f"{self.state_gib:.2f} GiB"
-        return f"{self.device_gib:.2f} GiB on each device (of {self.state_gib:.2f} GiB in all)"
+    def _memory_rows(self) -> list[tuple[str, str]]:
+        """What is in memory at its peak, where that is worked out."""
+        state = f"{self.state_gib:.2f} GiB"
+        if self.device_gib != self.state_gib:
+            state = f"{self.device_gib:.2f} GiB on each device (of {state} in all)"
+        more = ", plus activations" if self.memory is None else ""
+        rows = [("memory", f"{state} for parameters, gradients and optimizer{more}")]
+        if self.memory is None:
+            return rows
+        names = itertools.chain(["at its peak"], itertools.repeat(""))
+        rows += [(name, f"{size}  {part}") for name, (part, size) in zip(names, self.memory.rows(), strict=False)]
+        if self.card is not None:
+            rows.append(("", f"{self.verdict}: {self.card.name} has {self.card.gib:.1f} GiB"))
+        return rows
 
     def _attention_rows(self) -> list[str]:
         return attention.rows(self.attention) or [f"{self.config.attention_backend}, on the GPU that trains"]
@@ -145,14 +181,14 @@ def plan_training(
     optim: Optim,
     log: Log | None = None,
     *,
-    target: Target | Literal["trainer"] | None = "trainer",
+    target: Target | Card | Literal["trainer"] | None = "trainer",
     **others: Any,
 ) -> TrainingPlan:
     """Plans a training. It does not change the parts; `TrainingPlan.apply` completes them.
 
     Args:
         model: after `begin`.
-        target: the device whose kernels serve: "trainer" is the trainer's, None an unknown one.
+        target: the device that trains: "trainer" is the trainer's, None an unknown GPU.
         others: other arguments of the task, which change nothing.
 
     Raises:
@@ -177,6 +213,8 @@ def plan_training(
     each = 2 if precision == "bf16-true" else 4
     frozen_bytes = (parameters - trained) * (2 if halves_frozen(model, trainer) else each)
     state_gib = (frozen_bytes + 2 * each * trained + optim.state_bytes(learned, precision)) / 2**30  # 2: the gradients
+    device, card = _device(target, trainer)
+    on_gpu = device is None or device.device_type == "cuda"
     gathered_gib = sizes.gathered(transformer) * ((4 if precision == "32-true" else 2) + 4) / 2**30
     return TrainingPlan(
         config=config,
@@ -188,10 +226,12 @@ def plan_training(
         micro_batch_size=data.micro_batch_size,
         accumulate_grad_batches=accumulate,
         tokens_per_step=data.global_batch_size * data.seq_length,
-        attention=_kernels(model, config, data, trainer, target),
+        attention=_kernels(model, config, data, trainer, device),
         state_gib=state_gib,
         device_gib=state_gib * sizes.held(transformer) / parameters + gathered_gib,
         warmup_steps=optim.lr_scheduler.warmup_steps,
+        memory=memory_of(model, transformer, data, trainer, optim, sizes) if on_gpu else None,
+        card=card,
         missing=f"data.{data.missing}" if data.missing else "",
     )
 
@@ -233,12 +273,23 @@ def _fitting(
     )
 
 
+def _device(target: Target | Card | Literal["trainer"] | None, trainer: Trainer) -> tuple[Target | None, Card | None]:
+    """The device that trains, None if its kernels are not known; and its card."""
+    if isinstance(target, Card):
+        return target.target, target
+    if target == "trainer":
+        device = trainer.strategy.root_device
+        found = Target.of(device)
+        return found, Card.of(found, device)
+    return target, Card.of(target)
+
+
 def _kernels(
     model: LanguageModel,
     config: TransformerConfig,
     data: Data,
     trainer: Trainer,
-    target: Target | Literal["trainer"] | None,
+    target: Target | None,
 ) -> attention.Choices:
     """The kernels that serve on `target`; empty if it is not known."""
     calls = calls_of(model, config, data, str(trainer.precision), trainer.strategy)
@@ -246,7 +297,7 @@ def _kernels(
         if target is None:
             attention.refuse_impossible(calls)
             return ()
-        return attention.choose(calls, Target.of(trainer.strategy.root_device) if target == "trainer" else target)
+        return attention.choose(calls, target)
     except ConfigError as error:
         raise error.under("model.config") from error
 

@@ -97,8 +97,8 @@ class LanguageModel(LightningModule):
         self._config = config
         self.init_from, self.lora = init_from, lora
         self.compile_mode: Compile | None = compile
-        self._recompute: Recompute | None = activation_checkpointing
-        self._fp8: Float8 | None = fp8
+        self.recompute: Recompute | None = activation_checkpointing
+        self.fp8: Float8 | None = fp8
         self.transformer: Transformer | None = None
         self.lr = 0.0
         self.grad_norm = torch.zeros(())
@@ -150,9 +150,9 @@ class LanguageModel(LightningModule):
             if size > 1 and self.lora is not None:
                 message = f"adapters cannot be split; set trainer.strategy.{field}=1"
                 problems.append(Problem("model.lora", message=message))
-        if sizes.tensor > 1 and self._fp8 is not None:
+        if sizes.tensor > 1 and self.fp8 is not None:
             message = "not for split layers; set trainer.strategy.tensor_parallel=1, or None here"
-            problems.append(Problem("model.fp8", self._fp8, message))
+            problems.append(Problem("model.fp8", self.fp8, message))
         if self.compile_mode is None or self.config.num_moe_experts is None:
             return problems
         if sizes.expert > 1:
@@ -164,12 +164,12 @@ class LanguageModel(LightningModule):
         if precision == "32-true":
             message = "experts' products are compiled in bfloat16 only; set trainer.precision=bf16-mixed, or None here"
             problems.append(Problem("model.compile", self.compile_mode, message))
-        if isinstance(self._recompute, str) and self.config.moe_aux_loss_coeff:
+        if isinstance(self.recompute, str) and self.config.moe_aux_loss_coeff:
             message = (
                 "a compiled layer with experts cannot be recomputed whole, because its balancing loss leaves it; give "
                 "the part to keep, such as 0.5, or set compile=None"
             )
-            problems.append(Problem("model.activation_checkpointing", self._recompute, message))
+            problems.append(Problem("model.activation_checkpointing", self.recompute, message))
         return problems
 
     def _open_weights(self) -> Weights | None:
@@ -232,10 +232,10 @@ class LanguageModel(LightningModule):
 
     def _speed_up(self, transformer: Transformer) -> None:
         # In this order, because recomputation is part of what is compiled.
-        if self._fp8 is not None:
-            convert_to_float8(transformer, self._fp8)
-        if self._recompute is not None:
-            recompute_activations(transformer, self._recompute)
+        if self.fp8 is not None:
+            convert_to_float8(transformer, self.fp8)
+        if self.recompute is not None:
+            recompute_activations(transformer, self.recompute)
         if self.compile_mode is not None:
             compile_transformer(transformer, self.compile_mode)
 

@@ -26,7 +26,7 @@ DATA = (
     ),
 )
 """What a task and its model need of data, besides Lightning's hooks."""
-OPTIM = ("lr", "lr_scheduler", "kind", "build", "optimizer", "problems", "compiles", "state_bytes")
+OPTIM = ("lr", "lr_scheduler", "kind", "build", "optimizer", "problems", "compiles", "state_bytes", "step_bytes")
 """What they need of an optimizer's settings."""
 
 

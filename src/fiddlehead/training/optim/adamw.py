@@ -81,6 +81,11 @@ class AdamW(Optim):
             return sum(_moments_bytes(size) for size in sizes)
         return (10 if precision == "bf16-true" else 8) * sum(sizes)
 
+    def step_bytes(self, named_parameters: Iterable[tuple[str, nn.Parameter]], precision: str) -> int:
+        """With 8-bit moments both of one parameter in float32."""
+        sizes = (parameter.numel() for _, parameter in named_parameters)
+        return 8 * max(sizes, default=0) if self.state_bits == 8 else 0
+
     def _refused(self) -> list[Problem]:
         problems = super()._refused()
         if self.state_bits not in (8, 32):

@@ -81,6 +81,11 @@ class Muon(Optim):
         """One moment for what Muon trains, two for the rest."""
         return sum((4 if _is_inner_matrix(name, p) else 8) * p.numel() for name, p in named_parameters)
 
+    def step_bytes(self, named_parameters: Iterable[tuple[str, nn.Parameter]], precision: str) -> int:
+        """Of one matrix: the direction in float32, and in bfloat16 what is orthogonal, its product and the result."""
+        sizes = (parameter.numel() for name, parameter in named_parameters if _is_inner_matrix(name, parameter))
+        return 10 * max(sizes, default=0)
+
     def _refused(self) -> list[Problem]:
         problems = super()._refused()
         if not (is_number(self.momentum) and 0 <= self.momentum < 1):

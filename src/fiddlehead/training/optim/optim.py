@@ -75,6 +75,10 @@ class Optim:
         """The bytes of its state for these parameters."""
         raise NotImplementedError
 
+    def step_bytes(self, named_parameters: Iterable[tuple[str, nn.Parameter]], precision: str) -> int:
+        """The bytes that its step needs besides its state, and frees."""
+        return 0
+
     def _refused(self) -> list[Problem]:
         """The impossible values."""
         problems = []

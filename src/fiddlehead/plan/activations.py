@@ -1,0 +1,193 @@
+"""What one layer of a transformer keeps from its forward to its backward pass, in bytes of a token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fiddlehead.models import TransformerConfig
+from fiddlehead.models.speed import Recompute
+from fiddlehead.training.distributed.sizes import Sizes
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a rank trains, besides the model's shape."""
+
+    tokens: int
+    """Of a micro-batch, in whole sequences."""
+    precision: str = "bf16-mixed"
+    compiled: bool = True
+    recompute: Recompute | None = None
+    fp8: bool = False
+    micro_batches: int = 1
+    """How many of them are accumulated in a step."""
+    adapters: bool = False
+    """Only adapters are trained; in mixed precision the rest is bfloat16."""
+    sizes: Sizes | None = None
+    """The ranks of `Parallel`; None if each rank has all parameters."""
+    reshard_after_forward: bool = True
+
+    @property
+    def of_products(self) -> int:
+        """Bytes of a value that goes into a product."""
+        return 4 if self.precision == "32-true" else 2
+
+    @property
+    def of_weights(self) -> int:
+        """Bytes of a weight as the modules see it, whole or gathered, and so of what goes into a norm."""
+        halved = self.precision == "bf16-mixed" and (self.adapters or self.sizes is not None)
+        return 2 if halved or self.precision == "bf16-true" else 4
+
+
+class _Layer:
+    """The widths of a layer's tensors in values of a token, and what their lists add up to in bytes."""
+
+    def __init__(self, config: TransformerConfig, setting: Setting, sizes: Sizes) -> None:
+        self.config, self.setting, self.sizes = config, setting, sizes
+        self.b = setting.of_products
+        self.C = config.hidden_size
+        self.Q = config.num_attention_heads * config.head_dim
+        self.K = max(config.groups, sizes.tensor) * config.head_dim  # fewer heads than ranks are held in copies
+        served = 1 if config.num_moe_experts is None else config.moe_router_topk
+        width = config.ffn_size if config.num_moe_experts is None else config.expert_size
+        self.F = served * width
+        self.F1 = (2 if config.gated else 1) * self.F
+        self.routed = 0 if config.num_moe_experts is None else 2 * served * self.C  # the experts' input and output
+        self.lse = 4 * config.num_attention_heads
+
+    @property
+    def qkv(self) -> int:
+        return self.Q + 2 * self.K
+
+    @property
+    def turned(self) -> int:
+        """Queries and keys after their norm and their rotation, a tensor of its own if there are any."""
+        changed = self.config.position_embedding_type == "rope" or self.config.qk_layernorm is not None
+        return self.Q + self.K if changed else 0
+
+    @property
+    def attention(self) -> int:
+        """What attention keeps, in bytes."""
+        if self.sizes.context > 1:  # q, k and v as they were exchanged for heads; what attention gave, before and after
+            K = max(self.K, self.sizes.context * self.sizes.tensor * self.config.head_dim)
+            return self.b * (self.Q + 2 * K + 2 * self.Q) + self.lse
+        return self.b * (self.qkv + self.turned + self.Q) + self.lse
+
+    @property
+    def norms(self) -> int:
+        """How many norms of the stream there are."""
+        return 4 if self.config.norm_placement == "both" else 2
+
+    @property
+    def scales(self) -> int:
+        """The norms' float32 factors, of each token and, where heads have norms, of each head."""
+        of_norm = 8 if self.config.normalization == "LayerNorm" else 4
+        heads = {None: 0, "head": self.config.num_attention_heads + self.config.groups, "projection": 2}
+        return of_norm * self.norms + 4 * heads[self.config.qk_layernorm]
+
+    @property
+    def masks(self) -> int:
+        """Of the two dropouts, a byte a value."""
+        return 2 * self.C if self.config.hidden_dropout else 0
+
+    @property
+    def all_compiled(self) -> int:
+        """Everything that the compiler keeps if nothing is to be computed again."""
+        # The input, the output of the first norm, the middle of the layer and the output of its norm; with norms after
+        # the products alone, their outputs instead of the norms'; with norms before and after all but the middle.
+        streams = 5 if self.config.norm_placement == "both" else 4
+        feed_forward = self.b * (streams * self.C + self.F1 + self.F + self.routed)
+        return feed_forward + self.attention + self.scales + self.masks
+
+    @property
+    def all_eager(self) -> int:
+        """Everything that autograd keeps, operation by operation."""
+        activated = {"gelu": 1, "clamped_swiglu": 5}.get(self.config.activation, 2)
+        products = 2 * self.C + self.F1 + activated * self.F + self.routed
+        into_norms = self.setting.of_weights * self.norms * self.C
+        if self.config.qk_layernorm is not None:
+            into_norms += self.setting.of_weights * (self.Q + self.K)
+        return self.b * products + into_norms + self.attention + self.scales + self.masks
+
+    def kept(self) -> float:
+        """Bytes from the forward to the backward pass."""
+        b, C, recompute = self.b, self.C, self.setting.recompute
+        everything = self.all_compiled if self.setting.compiled else self.all_eager
+        if self.setting.fp8 and recompute is None:  # products' inputs are cast anew
+            return b * (2 * C + self.F1 + self.routed) + self.attention + self.scales
+        products = b * (self.qkv + self.Q + C + self.F1 + self.routed // 2) + self.lse
+        if recompute is None or recompute == 1:
+            return everything
+        if recompute == "selective":
+            return b * C + products + (0 if self.setting.compiled else b * C)
+        if recompute == "full":
+            # What has travelled between ranks is not computed again in a compiled layer, nor what follows from it.
+            if self.sizes.tensor > 1 and self.setting.compiled:
+                return b * C + products
+            if self.sizes.context > 1 and self.setting.compiled:
+                return b * (C + self.qkv + self.Q)
+            return b * C
+        return b * C + self._chosen()[0]
+
+    def _chosen(self) -> tuple[float, bool]:
+        """Bytes that the compiler keeps besides the input where it may keep a part; and if the first product is in."""
+        everything, recompute = self.all_compiled, self.setting.recompute
+        assert isinstance(recompute, int | float)
+        feed_forward = self.b * (self.C + self.F1 + self.routed // 2)
+        room = recompute * everything - self.b * self.C
+        if room < self.attention:
+            return 0.0, False
+        if room < self.attention + feed_forward:
+            return self.attention, False
+        return self.attention + feed_forward, True
+
+    def again(self) -> float:
+        """Bytes that the backward pass computes again before the feed-forward's: its own, or those of all the layer."""
+        recompute, everything = self.setting.recompute, self.all_compiled if self.setting.compiled else self.all_eager
+        missing = max(everything - self.kept(), 0.0)
+        if recompute == "full" or not self.setting.compiled:
+            return missing
+        drops = isinstance(recompute, int | float) and recompute != 1 and not self._chosen()[1]
+        return min(missing, self.b * (self.C + self.F + (self.F1 if drops else 0)))
+
+    def inside(self) -> float:
+        """Bytes of the gradients inside the feed-forward part, less what they take the place of."""
+        recomputes = self.setting.recompute == "full"
+        width = self.F1 if self.setting.compiled or not self.config.gated else 2 * self.F
+        if self.setting.compiled and recomputes:
+            width += self.F
+        if (
+            self.setting.adapters
+        ):  # an adapter's change of the first product; or what its gradient needs of the second's
+            width += self.F1 if recomputes else self.F
+        return self.b * width
+
+
+def of_layer(config: TransformerConfig, setting: Setting, sizes: Sizes) -> tuple[float, float, float]:
+    """What a layer keeps, what it computes again, and the gradients inside it: bytes of a token.
+
+    Ranks that share layers share each of its tensors, so that a rank has tokens over ranks times these.
+
+    With a number for `recompute` the compiler chooses what to keep. It keeps attention's tensors first, then the
+    feed-forward's, as long as they fit in that part of all; that is what it chose for 0.5 and 0.9.
+    """
+    layer = _Layer(config, setting, sizes)
+    return layer.kept(), layer.again(), layer.inside()
+
+
+def layer_weights(config: TransformerConfig, sizes: Sizes) -> float:
+    """The weights of a layer's products on a rank: of its tensor-parallel part and its experts."""
+    H, G, D, C = config.num_attention_heads, max(config.groups, sizes.tensor), config.head_dim, config.hidden_size
+    attention = (C * (H + 2 * G) * D + H * D * C) / sizes.tensor
+    matrices = 3 if config.gated else 2
+    if config.num_moe_experts is None:
+        return attention + matrices * C * config.ffn_size / sizes.tensor
+    experts = matrices * C * config.expert_size * config.num_moe_experts / sizes.expert
+    return attention + experts + C * config.num_moe_experts
+
+
+def second_product(config: TransformerConfig, sizes: Sizes) -> float:
+    """The weights of the feed-forward's second product on a rank."""
+    if config.num_moe_experts is None:
+        return config.hidden_size * config.ffn_size / sizes.tensor
+    return config.hidden_size * config.expert_size * config.num_moe_experts / sizes.expert

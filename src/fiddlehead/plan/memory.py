@@ -1,0 +1,293 @@
+"""The peak GPU memory of a training, worked out from its sizes.
+
+Every term is a tensor that is in memory; those of the layers are counted by `fiddlehead.plan.activations`. What the
+terms are compared with is `benchmarks/results/plan.json`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fiddlehead.models import TransformerConfig
+from fiddlehead.models.linear_cross_entropy import CHUNK_TOKENS
+from fiddlehead.plan import activations
+from fiddlehead.plan.activations import Setting
+from fiddlehead.training.distributed.sizes import Sizes
+
+GIB = 2**30
+WORKSPACE = 64 * 2**20
+"""Of cuBLAS, 32 MiB on Hopper for each of the threads of the two passes; it stays allocated."""
+OUTSIDE = {"alone": 0.75, "data": 3.5, "context": 3.9, "tensor": 4.3, "pipeline": 4.7}
+"""GiB outside PyTorch's allocator, measured: the CUDA context and kernels, and NCCL's buffers by what is divided."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a rank has of the parameters, in bytes, all through a step or at its end."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    stepping: float = 0.0
+    """What the optimizer's step needs besides."""
+    buckets: float = 0.0
+    """The copy of the gradients that DDP exchanges."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a rank has in memory when it has the most, in bytes."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """What the forward pass keeps of the layers, and what the backward pass computes again."""
+    copies: float
+    """Weights in bfloat16: copies for the products, or gathered from other ranks."""
+    loss: float
+    """Of the cross-entropy: its gradients, and logits where they are at hand."""
+    transient: float
+    """What a layer's backward pass, or the optimizer's step, needs and frees."""
+    where: str
+    """When it has the most."""
+    outside: float
+    """What is not PyTorch's: the CUDA context and the buffers of NCCL."""
+
+    @property
+    def peak(self) -> float:
+        """The most that PyTorch has allocated."""
+        return sum(getattr(self, name) for name in _PARTS)
+
+    def fits(self, gib: float) -> str:
+        """Whether a card of so much memory has enough: "fits", "tight" or "does not fit".
+
+        The allocator reserves more than is allocated, measured 2 to 9 % where there was room; 3 % are needed. "tight"
+        is within 5 % of the card.
+        """
+        needed = (1.03 * self.peak + self.outside) / GIB
+        return "does not fit" if needed > gib else "tight" if needed > 0.95 * gib else "fits"
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What is in memory at the peak and its size, the largest first; and their sum."""
+        parts = sorted(((getattr(self, name), said) for name, said in _PARTS.items()), reverse=True)
+        rows = [(said, f"{size / GIB:.2f} GiB") for size, said in parts if size >= 0.005 * GIB]
+        outside = f"and {self.outside / GIB:.2f} GiB outside PyTorch"
+        return [*rows, (f"in all, in {self.where}, {outside}", f"{self.peak / GIB:.2f} GiB")]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and the peak; in bytes."""
+        return {**vars(self), "peak": self.peak}
+
+
+_PARTS = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "the optimizer's state",
+    "activations": "activations",
+    "copies": "copies of weights",
+    "loss": "the loss's gradients, logits and weights",
+    "transient": "what one layer, or the optimizer, needs and frees",
+}
+
+
+def memory(config: TransformerConfig, held: Held, setting: Setting) -> Memory:
+    """The memory of the rank that has the most, at the moment when it has the most.
+
+    It takes microseconds: no module is made.
+
+    Args:
+        config: with `vocab_size`.
+        held: the rank's part of the parameters and of what belongs to them.
+    """
+    return max(moments(config, held, setting).values(), key=lambda moment: moment.peak)
+
+
+def moments(config: TransformerConfig, held: Held, setting: Setting) -> dict[str, Memory]:
+    """The memory at each moment that can be the peak, and when the forward pass has "ended".
+
+    In a pipeline they are those of the rank that has most at that moment, the first or the last.
+    """
+    ranks = [_Step(config, held, setting)]
+    if setting.sizes is not None and setting.sizes.pipeline > 1:
+        ranks = [_Step(config, held, setting, stage) for stage in ("first", "last")]
+    of_ranks = [
+        {
+            "ended": each.forward(),
+            "forward": each.forward(logits=True),
+            "last": each.backward(0),
+            "first": each.backward(each.layers - 1),
+            "embedding": each.end(),
+            "optimizer": each.optimizer(),
+        }
+        for each in ranks
+    ]
+    return {name: max((each[name] for each in of_ranks), key=lambda moment: moment.peak) for name in of_ranks[0]}
+
+
+class _Step:
+    """The terms of a step of one rank; all sizes in bytes, or in weights.
+
+    Args:
+        stage: of a pipeline, "first" or "last": the rank with the embedding and most micro-batches in flight, or that
+            with the output layer.
+    """
+
+    def __init__(self, config: TransformerConfig, held: Held, setting: Setting, stage: str = "") -> None:
+        self.config, self.held, self.setting = config, held, setting
+        self.sizes = sizes = setting.sizes or Sizes(1, 1)
+        self.layers = config.num_layers // sizes.pipeline
+        self.tokens = setting.tokens / (sizes.context * sizes.tensor)  # of the stream, as ranks share it
+        self.stream = setting.of_products * self.tokens * config.hidden_size
+        self.shards = sizes.data // sizes.replicate * sizes.context
+        of_token = activations.of_layer(config, setting, sizes)
+        self.kept, self.again, self.inside = (self.tokens * each for each in of_token)
+        self.layer = activations.layer_weights(config, sizes)
+        vocabulary = (config.vocab_size or 0) * config.hidden_size
+        learned = config.position_embedding_type == "learned_absolute"
+        positions = (config.seq_length or 0) * config.hidden_size if learned else 0
+        self.output = 0 if stage == "first" else vocabulary
+        self.embedding = 0 if stage == "last" else vocabulary + positions
+        self.tied = config.share_embeddings_and_output_weights
+        self.root = self.embedding + (0 if self.tied else self.output)  # what is outside the layers
+        self.in_flight = 1.0 if stage == "last" else _in_flight(sizes, setting.micro_batches)
+        self.trains = not setting.adapters
+
+    def _moment(self, where: str, *, gradients: float, transient: float = 0.0, **parts: float) -> Memory:
+        """Args: gradients: those of the step so far, where none are accumulated."""
+        held, sizes = self.held, self.setting.sizes
+        divided = [name for name in ("pipeline", "tensor", "context", "data") if sizes and getattr(sizes, name) > 1]
+        outside = OUTSIDE[divided[0] if divided else "data" if held.buckets else "alone"] * GIB
+        there = held.gradients if self.setting.micro_batches > 1 else max(gradients, 0.0)
+        fields = {"activations": 0.0, "copies": 0.0, "loss": 0.0, **parts}
+        return Memory(
+            parameters=held.parameters,
+            gradients=there + held.buckets,
+            optimizer=held.optimizer,
+            transient=transient + WORKSPACE,
+            where=where,
+            outside=outside,
+            **fields,
+        )
+
+    def _activations(self, layers: int) -> float:
+        """What the forward pass keeps of the first so many layers, and of the micro-batches in flight before."""
+        received = self.setting.micro_batches * self.stream if self.sizes.pipeline > 1 else 0
+        return self.kept * (layers + (self.in_flight - 1) * self.layers) + received
+
+    def _copies(self, layers: int, *, again: int = 0) -> float:
+        """The weights in bfloat16: copies for the products, or what is gathered from other ranks.
+
+        Args:
+            layers: how many of the first layers are still to have their backward pass.
+            again: how many layers have been gathered again for it, or cast again.
+        """
+        setting = self.setting
+        if setting.sizes is None:
+            if setting.of_weights == setting.of_products:
+                return 0
+            keeps = setting.recompute is None and not setting.fp8
+            return setting.of_products * self.layer * (layers if keeps else min(again, 1))
+        if self.shards == 1 and setting.precision != "bf16-mixed":
+            return 0  # they are as they are stored
+        if self.shards == 1 or self.sizes.pipeline > 1 or not setting.reshard_after_forward:
+            gathered = self.layers
+        else:  # the last layer stays gathered between the two passes
+            gathered = again or int(layers == self.layers)
+        return setting.of_weights * (self.root + gathered * self.layer)
+
+    def _waiting(self) -> float:
+        """The gradient of the output layer's weights, as the loss leaves it."""
+        return self.setting.of_weights * self.output if self.trains else 0.0
+
+    def _loss(self) -> float:
+        """The gradients that the loss leaves when it has been computed."""
+        return self.stream + self._waiting() if self.output else 0.0
+
+    def _norm(self) -> float:
+        """The last norm's input."""
+        return self.tokens * self.config.hidden_size * self.setting.of_weights if self.output else 0.0
+
+    def forward(self, *, logits: bool = False) -> Memory:
+        """The forward pass has ended; or, with `logits`, is at the last chunk of its loss."""
+        loss = self._loss()
+        if logits and self.output:
+            loss += self._of_logits()
+        return self._moment(
+            "the forward pass's loss" if logits else "the forward pass",
+            gradients=0,
+            activations=self._activations(self.layers) + self._norm(),
+            copies=self._copies(self.layers),
+            loss=loss,
+        )
+
+    def _of_logits(self) -> float:
+        """What `linear_cross_entropy` has besides the gradients that it leaves."""
+        setting, config = self.setting, self.config
+        each = setting.of_products
+        chunk = min(self.tokens, CHUNK_TOKENS) * (config.vocab_size or 0)
+        if setting.compiled:
+            buffers = 2 * each * chunk  # the logits and their gradient
+        else:  # the logits, if they are not float32 already; in float32 they, their exponential and what it is times
+            capped, scaled = config.final_logit_softcapping is not None, config.logits_scaling != 1
+            buffers = (4 * (3 + capped) + (each if each == 2 or scaled else 0)) * chunk
+        copy = each * self.output if setting.of_weights != each else 0
+        learned = 0.0
+        if self.trains and self.tokens <= CHUNK_TOKENS:  # it is made when the only chunk's logits are gone
+            learned = -self._waiting()
+        elif self.trains:  # it is float32 until the last chunk
+            learned = 4 * self.output - self._waiting()
+        return copy + buffers + learned + self.stream  # the last is the output layer's input
+
+    def backward(self, done: int) -> Memory:
+        """The backward pass is inside a layer, after so many others."""
+        setting, left = self.setting, self.layers - done
+        # The gradient of shared weights waits for the embedding's part; sharded, that of an output layer waits too.
+        waits = self.tied or setting.sizes is not None
+        missing = left * self.layer + self.embedding + (self.output if waits and not self.tied else 0)
+        reducing = 0.0
+        if self.trains and self.shards > 1 and done:  # the gradient of the layer before, and the same in float32
+            reducing = (setting.of_weights + 4) * self.layer
+        product = activations.second_product(self.config, self.sizes) if self.trains else 0.0
+        return self._moment(
+            "the backward pass",
+            gradients=self.held.gradients - self._of_gradient() * missing,
+            activations=self._activations(left) + self.again,
+            copies=self._copies(left, again=1 if left == 1 else 2),
+            loss=self._waiting() if waits else 0.0,
+            transient=self.stream + self.inside + setting.of_products * product + reducing,
+        )
+
+    def _of_gradient(self) -> float:
+        """Bytes on the rank for each weight that the ranks of a layer's copy have together."""
+        return self.held.gradients / (self.root + self.layers * self.layer) if self.trains else 0.0
+
+    def end(self) -> Memory:
+        """The last gradient of all is made, that of the embedding."""
+        setting = self.setting
+        gradients, transient = self.held.gradients, 0.0
+        copies, loss = 0.0, 0.0
+        if not self.trains:
+            pass
+        elif setting.sizes is None:
+            transient = self.stream + 4 * self.tokens * self.config.hidden_size
+            loss = self._waiting() if self.tied else 0.0
+        elif self.shards == 1:  # what is gathered stays; its gradients become float32
+            copies = self._copies(0)
+            transient = setting.of_weights * self.root if copies else 0.0
+        else:  # what is outside the layers is reduced at once: its gradients, the same in float32, and the sums
+            transient = (setting.of_weights + 4 + 4 / self.shards) * self.root
+            gradients -= self._of_gradient() * self.root
+        return self._moment("the backward pass", gradients=gradients, copies=copies, loss=loss, transient=transient)
+
+    def optimizer(self) -> Memory:
+        """The optimizer takes its step."""
+        return self._moment("the optimizer's step", gradients=self.held.gradients, transient=self.held.stepping)
+
+
+def _in_flight(sizes: Sizes, micro_batches: int) -> float:
+    """Of how many micro-batches the first rank keeps activations: those in flight before the first comes back."""
+    ranks, each = sizes.pipeline, sizes.stages // sizes.pipeline
+    chunks = ranks if each == 1 else 2 * (ranks - 1) + (each - 1) * ranks + 1
+    return min(chunks / each, micro_batches) if ranks > 1 else 1.0

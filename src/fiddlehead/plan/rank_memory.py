@@ -1,0 +1,68 @@
+"""The memory of a training, from its parts: what `fiddlehead.plan.memory` is asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+
+from fiddlehead.models import Transformer
+from fiddlehead.plan.activations import Setting
+from fiddlehead.plan.memory import Held, Memory, memory
+from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
+from fiddlehead.training.distributed.sizes import Sizes
+from fiddlehead.training.frozen import halves_frozen
+from fiddlehead.training.optim import Optim
+
+
+def memory_of(
+    model: LanguageModel, transformer: Transformer, data: Any, trainer: Trainer, optim: Optim, sizes: Sizes
+) -> Memory | None:
+    """The memory of the GPU that has the most; None where preferences are learned, which is not worked out.
+
+    Args:
+        transformer: the complete model, on the meta device.
+        sizes: of the ranks.
+    """
+    if isinstance(model, PreferenceModel):
+        return None
+    return memory(
+        transformer.config, held_of(model, transformer, trainer, optim, sizes), setting_of(model, data, trainer, sizes)
+    )
+
+
+def held_of(model: LanguageModel, transformer: Transformer, trainer: Trainer, optim: Optim, sizes: Sizes) -> Held:
+    """What the rank has of the parameters that has the most of them."""
+    learned = [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
+    precision = str(trainer.precision)
+    each = 2 if precision == "bf16-true" else 4
+    number = sum(parameter.numel() for parameter in transformer.parameters())
+    trained = sum(parameter.numel() for _, parameter in learned)
+    frozen = (number - trained) * (2 if halves_frozen(model, trainer) else each)
+    share = sizes.held(transformer) / number
+    copied = isinstance(trainer.strategy, DDPStrategy) and trainer.num_devices * trainer.num_nodes > 1
+    return Held(
+        parameters=share * (frozen + each * trained),
+        gradients=share * each * trained,
+        optimizer=share * optim.state_bytes(learned, precision),
+        stepping=optim.step_bytes(learned, precision),
+        buckets=each * trained if copied else 0.0,
+    )
+
+
+def setting_of(model: LanguageModel, data: Any, trainer: Trainer, sizes: Sizes) -> Setting:
+    """How the ranks train."""
+    strategy = trainer.strategy
+    cut = isinstance(strategy, Parallel) and trainer.num_devices * trainer.num_nodes > 1
+    return Setting(
+        tokens=data.micro_batch_size * data.seq_length,
+        precision=str(trainer.precision),
+        compiled=model.compile_mode is not None,
+        recompute=model.recompute,
+        fp8=model.fp8 is not None,
+        micro_batches=data.accumulate_grad_batches(sizes.data),
+        adapters=model.lora is not None,
+        sizes=sizes if cut else None,
+        reshard_after_forward=not isinstance(strategy, Parallel) or strategy.reshard_after_forward,
+    )

@@ -1,0 +1,235 @@
+"""The memory that a plan predicts: beside measured peaks, beside what autograd keeps, and as sizes change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import fiddle as fdl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fiddlehead.attention import Target
+from fiddlehead.errors import ConfigError
+from fiddlehead.models import LoRA, Transformer, TransformerConfig
+from fiddlehead.models.speed import compile_transformer
+from fiddlehead.plan import rank_memory
+from fiddlehead.plan.activations import Setting
+from fiddlehead.plan.cards import CARDS, Card
+from fiddlehead.plan.memory import GIB, Held, Memory, memory, moments
+from fiddlehead.recipe import catalog
+from fiddlehead.recipe.edits import apply_overrides
+from fiddlehead.training import Parallel
+from fiddlehead.training.distributed.sizes import Sizes
+from tests.training.conftest import Parts, plan_of
+
+MEASURED: dict[str, Any] = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "plan.json").read_text())[
+    "figures"
+]
+KEPT = "measured when a balancing loss, computed again, kept what it came from until the next step"
+OFF = {("moe b4 full", "backward"): f"0.89: {KEPT}", ("moe b4 full", "optimizer"): f"0.85: {KEPT}"}
+"""Which points differ by more than 5 %, and why."""
+
+
+def points() -> Iterator[Any]:
+    """Each case with each point that was measured."""
+    for case, measured in MEASURED.items():
+        found = measured["points"]
+        # A pipeline does both passes in `backward`.
+        names = ["backward", "optimizer", *([] if "pp" in case else ["ended"])] + (
+            ["peak"] if measured.get("peak") else []
+        )
+        for name in names:
+            marks = pytest.mark.xfail(reason=reason, strict=True) if (reason := OFF.get((case, name))) else ()
+            size = found["forward"]["after"] if name == "ended" else measured["peak"] if name == "peak" else None
+            yield pytest.param(case, name, size or found[name]["peak"], id=f"{case} {name}", marks=marks)
+
+
+@cache
+def predicted(case: str) -> dict[str, Memory]:
+    """The moments of a measured case, from its recipe and edits."""
+    adapters = "lora" in case
+    edits = [edit for edit in MEASURED[case]["edits"] if not edit.startswith(("model.init_from", "model.lora"))]
+    if adapters:  # the weights that they began with had six layers, and one matrix for embedding and output
+        edits = [edit for edit in edits if edit != "model.config=None"]
+        edits += ["model.config.num_layers=6", "model.config.share_embeddings_and_output_weights=True"]
+    name = "llama3_8b" if adapters else MEASURED[case]["recipe"]
+    recipe = apply_overrides(catalog.find_recipe(name)(), [*edits, "trainer.accelerator=cpu"], find=catalog.find_part)
+    recipe.model.config.vocab_size = recipe.model.config.vocab_size or 50_257
+    recipe.model.config.seq_length = recipe.data.seq_length
+    if adapters:
+        recipe.model.init_from, recipe.model.lora = "weights", fdl.Config(LoRA, rank=16)
+        recipe.trainer.precision = "bf16-mixed"
+    built: list[Any] = [fdl.build(getattr(recipe, part)) for part in ("model", "trainer", "data", "optim")]
+    model, trainer, data, optim = built
+    world_size = trainer.num_devices * trainer.num_nodes
+    sizes = Sizes(world_size, world_size)
+    if isinstance(trainer.strategy, Parallel):
+        sizes = trainer.strategy.sizes(world_size)
+    transformer = model.on_meta()
+    held = rank_memory.held_of(model, transformer, trainer, optim, sizes)
+    return moments(transformer.config, held, rank_memory.setting_of(model, data, trainer, sizes))
+
+
+@pytest.mark.parametrize(("case", "point", "measured"), list(points()))
+def test_a_measured_training_takes_what_is_predicted(case: str, point: str, measured: int) -> None:
+    found = predicted(case)
+    at = {"backward": ["last", "first", "embedding"], "peak": list(found)}.get(point, [point])
+    assert max(found[name].peak for name in at) == pytest.approx(measured, rel=0.05)
+
+
+SHAPE: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 192,
+    "ffn_hidden_size": 592,
+    "num_attention_heads": 8,
+    "num_query_groups": 2,
+    "vocab_size": 96,
+    "seq_length": 64,
+}
+GPT: dict[str, Any] = {
+    "normalization": "LayerNorm",
+    "activation": "gelu",
+    "position_embedding_type": "learned_absolute",
+    "add_bias_linear": True,
+    "hidden_dropout": 0.1,
+    "num_query_groups": None,
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "norms after": {"norm_placement": "post", "qk_layernorm": "projection", "kv_channels": 40},
+    "norms before and after": {"norm_placement": "both", "qk_layernorm": "head", "activation": "geglu"},
+    "as GPT-2": GPT,
+    "a mixture": {"num_moe_experts": 4, "moe_router_topk": 2},
+}
+
+
+@pytest.mark.parametrize("changes", OTHERS.values(), ids=OTHERS)
+def test_layers_keep_what_is_counted(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autograd says what compiled layers keep; those that are not compiled keep other tensors on a CPU.
+
+    The compiler's first half decides it, so that no kernels need be made.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
+    config = TransformerConfig(**SHAPE | changes)
+    torch._dynamo.reset()
+    transformer = Transformer(config)
+    compile_transformer(transformer, "layers")
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = 3 * 64
+    x = torch.randn(3, 64, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    places = transformer.places(torch.zeros(3, 64, dtype=torch.int64))
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        transformer.run_layers(transformer.layers, x, places)
+    own = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}
+    found = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+    ended = moments(config, Held(0, 0, 0), Setting(tokens))["ended"]
+    last_norm = 4 * tokens * config.hidden_size
+    assert ended.activations - last_norm + ended.copies == pytest.approx(found, rel=0.02)
+
+
+SHAPES = st.builds(
+    TransformerConfig,
+    num_layers=st.integers(2, 40),
+    hidden_size=st.integers(1, 60).map(lambda n: 128 * n),
+    ffn_hidden_size=st.integers(1, 20_000),
+    num_attention_heads=st.just(8),
+    num_query_groups=st.sampled_from([1, 2, 8]),
+    vocab_size=st.integers(100, 200_000),
+    norm_placement=st.sampled_from(["pre", "post", "both"]),
+    qk_layernorm=st.sampled_from([None, "head", "projection"]),
+    activation=st.sampled_from(["swiglu", "geglu"]),
+    share_embeddings_and_output_weights=st.booleans(),
+    num_moe_experts=st.sampled_from([None, 8]),
+)
+SETTINGS = st.builds(
+    Setting,
+    tokens=st.integers(1, 200_000),
+    precision=st.sampled_from(["bf16-mixed", "bf16-true", "32-true"]),
+    compiled=st.booleans(),
+    micro_batches=st.sampled_from([1, 4]),
+    sizes=st.sampled_from([None, Sizes(8, 1), Sizes(4, 2, context=2)]),
+)
+
+
+@given(SHAPES, SETTINGS)
+@settings(max_examples=60, deadline=None)
+def test_recomputing_more_never_needs_more(config: TransformerConfig, setting: Setting) -> None:
+    kept = (None, "selective", "full") if not setting.compiled else (None, 0.9, 0.5, 0.0)
+    peaks = [memory(config, Held(1e9, 1e9, 2e9), replace(setting, recompute=each)).peak for each in kept]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+@given(SHAPES, SETTINGS, st.integers(1, 100_000))
+@settings(max_examples=60, deadline=None)
+def test_more_tokens_never_need_less(config: TransformerConfig, setting: Setting, more: int) -> None:
+    held = Held(1e9, 1e9, 2e9)
+    longer = replace(setting, tokens=setting.tokens + more)
+    assert memory(config, held, setting).peak <= memory(config, held, longer).peak
+
+
+def test_a_plan_for_a_card_says_whether_it_fits(parts: Parts) -> None:
+    made = parts(compile="layers", precision="bf16-mixed")
+    found = plan_of(made, target=Card.parse("h100"))
+    assert found.memory is not None and found.fits is True and found.verdict == "fits"
+    assert found.memory.parameters + found.memory.optimizer == pytest.approx(12 * found.parameters)
+    assert ("", "fits: h100 has 79.2 GiB") in found.rows()
+    json.dumps(found.to_dict())
+    assert found.to_dict()["memory"]["peak"] == found.memory.peak
+    small = plan_of(
+        made, target=Card("small", (1.03 * found.memory.peak + found.memory.outside) / GIB + 1e-6, 1.0, 1.0)
+    )
+    assert (small.fits, small.verdict) == (True, "tight")
+    smaller = plan_of(made, target=Card("smaller", found.memory.outside / GIB, 1.0, 1.0))
+    assert (smaller.fits, smaller.attention) == (False, ())
+    unknown = plan_of(made, target=None)
+    assert unknown.memory == found.memory and unknown.fits is None
+    on_a_cpu = plan_of(made)
+    assert (on_a_cpu.memory, on_a_cpu.card, on_a_cpu.fits) == (None, None, None)
+
+
+def test_a_device_of_this_machine_is_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, found = torch.device("cuda", 0), []
+    for name, gib in (
+        ("NVIDIA H100 80GB HBM3", 79.2),
+        ("NVIDIA A100-SXM4-40GB", 39.4),
+        ("NVIDIA A100-SXM4-80GB", 79.3),
+        ("NVIDIA GeForce RTX 4090", 23.6),
+        ("NVIDIA H100 PCIe", 79.2),
+        ("NVIDIA GeForce GT 1030", 2.0),
+    ):
+        here = SimpleNamespace(name=name, total_memory=gib * GIB)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, here=here: here)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        card = Card.of(Target("cuda", name), device)
+        assert card is not None and (card.name, card.gib) == (name, gib)
+        found.append((card.flops / 1e12, card.bytes_per_s / 1e9))
+    assert found == [(989, 3350), (312, 1555), (312, 2039), (165, 1008), (756, 0), (0, 0)]
+    assert Card.of(Target("cpu", "cpu"), torch.device("cpu")) is None
+
+
+def test_a_card_has_a_name_or_numbers() -> None:
+    assert Card.parse("H200") == CARDS["h200"]
+    assert Card.parse("mine = 48, 181,864") == Card("mine", 48.0, 181e12, 864e9)
+    assert all(card.target is not None for card in CARDS.values())
+    for text, said in (
+        ("h101", "did you mean 'h100'"),
+        ("mine=48", "must be NAME=GiB"),
+        ("mine=48,1,many", "must be NAME=GiB"),
+        ("=48,1,1", "needs a name"),
+        ("mine=48,0,1", "three numbers above 0"),
+        ("mine=nan,1,1", "three numbers above 0"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            Card.parse(text)
