@@ -95,7 +95,8 @@ def fill() -> None:
     case("qwen3 b8 2k", "qwen3_600m", batch=8, seq=2048)
     case("olmo2 b4", "olmo2_1b", batch=4)
     moe = ["model.config.num_layers=4", "model.config.hidden_size=2048", "model.config.ffn_hidden_size=4096"]
-    case("moe b4", "mixtral_8x7b", *moe)
+    none = "model.activation_checkpointing=None"
+    case("moe b4", "mixtral_8x7b", *moe, none)
     case("moe b4 full", "mixtral_8x7b", *moe, eager, full)
     # -- two GPUs
     case("fsdp 1b b4", "llama32_1b", data_parallel=2)
@@ -110,7 +111,7 @@ def fill() -> None:
     untied = "model.config.share_embeddings_and_output_weights=False"
     case("pp 1b b2 x8", "llama32_1b", untied, batch=2, accumulate=8, pipeline_parallel=2)
     case("pp 8b6 b1 x8 full", "llama3_8b", LAYERS_8B, full, batch=1, accumulate=8, pipeline_parallel=2)
-    case("ep moe b2", "mixtral_8x7b", *moe, eager, "trainer.strategy.expert_parallel=2", batch=2, data_parallel=2)
+    case("ep moe b2", "mixtral_8x7b", *moe, eager, none, "trainer.strategy.expert_parallel=2", batch=2, data_parallel=2)
     case("ddp 1b b4", "llama32_1b", data_parallel=2)
     CASES["ddp 1b b4"][1][2:3] = ["trainer.strategy=ddp"]
 

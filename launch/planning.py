@@ -136,6 +136,7 @@ def plan(
     *,
     target: Target | Card | Literal["unknown"] | None = None,
     waits: bool = False,
+    search: bool = False,
 ) -> Plan:
     """Plans a run before it starts. It does not change the recipe, and writes nothing.
 
@@ -143,6 +144,7 @@ def plan(
         executor: where it runs; None is this process.
         target: plans for devices of this kind instead, wherever they are: as many as the executor has, or without one
             as the recipe says.
+        search: also search the layouts with which the GPUs can train it.
         waits: the run waits for others, so that the checkpoint from which it resumes need not exist yet.
 
     The plan's `problems` say what is wrong.
@@ -157,7 +159,7 @@ def plan(
     if target is None and not (here and not lacking):
         target = "unknown"
     try:
-        training = _plan_training(fitted, target)
+        training = _plan_training(fitted, target, search=search)
         _refuse_directory(fitted, waits=waits or (executor is not None and executor.keeps_runs_elsewhere))
     except ConfigError as error:
         return Plan(fitted, executor, error.problems)
@@ -168,7 +170,9 @@ def plan(
     return Plan(fitted, executor, missing=missing, changed=tuple(yielded(recipe, fitted)), known=training)
 
 
-def _plan_training(recipe: Recipe, target: Target | Card | Literal["unknown"] | None) -> TrainingPlan:
+def _plan_training(
+    recipe: Recipe, target: Target | Card | Literal["unknown"] | None, *, search: bool = False
+) -> TrainingPlan:
     """Builds everything in a recipe, the model without its memory, and plans its training.
 
     Args:
@@ -200,7 +204,7 @@ def _plan_training(recipe: Recipe, target: Target | Card | Literal["unknown"] | 
         parts = recipe.build_arguments()
         begin(*(parts[name] for name in ("model", "data", "trainer", "optim")))
         device = "trainer" if not elsewhere else None if target == "unknown" else target
-        return plan_training(**parts, target=device)
+        return plan_training(**parts, target=device, search=search)
 
 
 def _refuse_directory(recipe: Recipe, *, waits: bool) -> None:

@@ -27,6 +27,9 @@ def pretrain(
     num_nodes: int = 1,
     accelerator: str = "gpu",
     precision: str = "bf16-mixed",
+    activation_checkpointing: str | float | None = None,
+    tensor_parallel: int = 1,
+    context_parallel: int = 1,
 ) -> Recipe:
     """A pretraining run of `model` with the settings that most runs share; `data.paths` is for whoever starts it."""
     recipe = Recipe(
@@ -68,6 +71,31 @@ def pretrain(
         recipe.model.compile = "layers"
     if accelerator == "gpu" and (devices != 1 or num_nodes > 1):
         recipe.trainer.strategy = fdl.Config(Parallel)
+    return laid_out(
+        recipe,
+        micro_batch_size=micro_batch_size,
+        activation_checkpointing=activation_checkpointing,
+        tensor_parallel=tensor_parallel,
+        context_parallel=context_parallel,
+    )
+
+
+def laid_out(
+    recipe: Recipe,
+    *,
+    micro_batch_size: int = 1,
+    activation_checkpointing: str | float | None = None,
+    tensor_parallel: int = 1,
+    context_parallel: int = 1,
+) -> Recipe:
+    """The recipe with another layout on its GPUs, such as `fiddlehead plan RECIPE --fit` finds; sets what is not 1."""
+    recipe.data.micro_batch_size = micro_batch_size
+    if activation_checkpointing is not None:
+        recipe.model.activation_checkpointing = activation_checkpointing
+    if tensor_parallel > 1:
+        recipe.trainer.strategy.tensor_parallel = tensor_parallel
+    if context_parallel > 1:
+        recipe.trainer.strategy.context_parallel = context_parallel
     return recipe
 
 

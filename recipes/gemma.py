@@ -118,12 +118,12 @@ def gemma2_2b() -> Recipe:
 
 def gemma2_9b() -> Recipe:
     """Gemma 2 9B, pretraining on 8 GPUs."""
-    return pretrain(GEMMA2_9B, seq_length=8192)
+    return pretrain(GEMMA2_9B, seq_length=8192, activation_checkpointing="selective")
 
 
 def gemma2_27b() -> Recipe:
     """Gemma 2 27B, pretraining on 4 nodes of 8 GPUs."""
-    return pretrain(GEMMA2_27B, seq_length=8192, num_nodes=4)
+    return pretrain(GEMMA2_27B, seq_length=8192, num_nodes=4, micro_batch_size=4, activation_checkpointing="full")
 
 
 def gemma3_1b() -> Recipe:
@@ -138,9 +138,9 @@ def gemma3_4b() -> Recipe:
 
 def gemma3_12b() -> Recipe:
     """Gemma 3 12B text model, pretraining on 2 nodes of 8 GPUs."""
-    return pretrain(GEMMA3_12B, seq_length=8192, num_nodes=2)
+    return pretrain(GEMMA3_12B, seq_length=8192, num_nodes=2, micro_batch_size=8, activation_checkpointing="full")
 
 
 def gemma3_27b() -> Recipe:
     """Gemma 3 27B text model, pretraining on 4 nodes of 8 GPUs."""
-    return pretrain(GEMMA3_27B, seq_length=8192, num_nodes=4)
+    return pretrain(GEMMA3_27B, seq_length=8192, num_nodes=4, micro_batch_size=4, activation_checkpointing="full")

@@ -77,9 +77,18 @@ def gpt2_1p5b() -> Recipe:
 
 def gpt3_175b() -> Recipe:
     """GPT-3 175B, pretraining on 64 nodes of 8 GPUs."""
-    return pretrain(GPT3_175B, seq_length=2048, global_batch_size=1536, lr=6e-5, num_nodes=64)
+    return pretrain(
+        GPT3_175B,
+        seq_length=2048,
+        global_batch_size=1536,
+        lr=6e-5,
+        num_nodes=64,
+        micro_batch_size=8,
+        activation_checkpointing="selective",
+        tensor_parallel=8,
+    )
 
 
 def gpt_oss_20b() -> Recipe:
     """gpt-oss 20B, 32 experts of which a token takes 4, pretraining on 4 nodes of 8 GPUs."""
-    return pretrain(GPT_OSS_20B, seq_length=4096, num_nodes=4)
+    return pretrain(GPT_OSS_20B, seq_length=4096, num_nodes=4, micro_batch_size=8, activation_checkpointing=0.5)

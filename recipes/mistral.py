@@ -40,9 +40,9 @@ def mistral_7b() -> Recipe:
 
 def mistral_nemo_12b() -> Recipe:
     """Mistral Nemo 12B, pretraining on 2 nodes of 8 GPUs."""
-    return pretrain(MISTRAL_NEMO_12B, seq_length=8192, num_nodes=2)
+    return pretrain(MISTRAL_NEMO_12B, seq_length=8192, num_nodes=2, micro_batch_size=8, activation_checkpointing="full")
 
 
 def mixtral_8x7b() -> Recipe:
     """Mixtral 8x7B, 47 B parameters of which a token takes 13 B, pretraining on 8 nodes of 8 GPUs."""
-    return pretrain(MIXTRAL_8X7B, seq_length=4096, num_nodes=8)
+    return pretrain(MIXTRAL_8X7B, seq_length=4096, num_nodes=8, micro_batch_size=8, activation_checkpointing=0.5)

@@ -42,9 +42,9 @@ def olmo2_7b() -> Recipe:
 
 def olmo2_13b() -> Recipe:
     """OLMo 2 13B, pretraining on 2 nodes of 8 GPUs."""
-    return pretrain(OLMO2_13B, seq_length=4096, num_nodes=2)
+    return pretrain(OLMO2_13B, seq_length=4096, num_nodes=2, micro_batch_size=16, activation_checkpointing="full")
 
 
 def olmo2_32b() -> Recipe:
     """OLMo 2 32B, pretraining on 4 nodes of 8 GPUs."""
-    return pretrain(OLMO2_32B, seq_length=4096, num_nodes=4)
+    return pretrain(OLMO2_32B, seq_length=4096, num_nodes=4, micro_batch_size=8, activation_checkpointing="full")

@@ -37,4 +37,4 @@ def phi3_mini() -> Recipe:
 
 def phi4() -> Recipe:
     """Phi-4, 14 B parameters, pretraining on 2 nodes of 8 GPUs."""
-    return pretrain(PHI4, seq_length=4096, num_nodes=2)
+    return pretrain(PHI4, seq_length=4096, num_nodes=2, micro_batch_size=16, activation_checkpointing="full")

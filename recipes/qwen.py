@@ -127,17 +127,17 @@ def qwen25_7b() -> Recipe:
 
 def qwen25_14b() -> Recipe:
     """Qwen 2.5 14B, pretraining on 2 nodes of 8 GPUs."""
-    return pretrain(QWEN25_14B, seq_length=4096, num_nodes=2)
+    return pretrain(QWEN25_14B, seq_length=4096, num_nodes=2, micro_batch_size=16, activation_checkpointing="full")
 
 
 def qwen25_32b() -> Recipe:
     """Qwen 2.5 32B, pretraining on 4 nodes of 8 GPUs."""
-    return pretrain(QWEN25_32B, seq_length=4096, num_nodes=4)
+    return pretrain(QWEN25_32B, seq_length=4096, num_nodes=4, micro_batch_size=8, activation_checkpointing="full")
 
 
 def qwen25_72b() -> Recipe:
     """Qwen 2.5 72B, pretraining on 8 nodes of 8 GPUs."""
-    return pretrain(QWEN25_72B, seq_length=4096, num_nodes=8)
+    return pretrain(QWEN25_72B, seq_length=4096, num_nodes=8, micro_batch_size=4, activation_checkpointing="full")
 
 
 def qwen3_600m() -> Recipe:
@@ -162,14 +162,14 @@ def qwen3_8b() -> Recipe:
 
 def qwen3_14b() -> Recipe:
     """Qwen 3 14B, pretraining on 2 nodes of 8 GPUs."""
-    return pretrain(QWEN3_14B, seq_length=4096, num_nodes=2)
+    return pretrain(QWEN3_14B, seq_length=4096, num_nodes=2, micro_batch_size=16, activation_checkpointing="full")
 
 
 def qwen3_32b() -> Recipe:
     """Qwen 3 32B, pretraining on 4 nodes of 8 GPUs."""
-    return pretrain(QWEN3_32B, seq_length=4096, num_nodes=4)
+    return pretrain(QWEN3_32B, seq_length=4096, num_nodes=4, micro_batch_size=8, activation_checkpointing="full")
 
 
 def qwen3_30b_a3b() -> Recipe:
     """Qwen 3 30B-A3B, 128 experts of which a token takes 8, pretraining on 4 nodes of 8 GPUs."""
-    return pretrain(QWEN3_30B_A3B, seq_length=4096, num_nodes=4)
+    return pretrain(QWEN3_30B_A3B, seq_length=4096, num_nodes=4, micro_batch_size=8, activation_checkpointing=0.5)

@@ -59,4 +59,4 @@ def starcoder2_7b() -> Recipe:
 
 def starcoder2_15b() -> Recipe:
     """StarCoder 2 15B, pretraining on 2 nodes of 8 GPUs."""
-    return pretrain(STARCODER2_15B, seq_length=4096, num_nodes=2)
+    return pretrain(STARCODER2_15B, seq_length=4096, num_nodes=2, micro_batch_size=16, activation_checkpointing="full")

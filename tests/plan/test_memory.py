@@ -53,8 +53,8 @@ def points() -> Iterator[Any]:
 
 
 @cache
-def predicted(case: str) -> dict[str, Memory]:
-    """The moments of a measured case, from its recipe and edits."""
+def parts_of(case: str) -> tuple[TransformerConfig, Held, Setting, Any, Any]:
+    """What a measured case is worked out from, and its data and trainer; from its recipe and edits."""
     adapters = "lora" in case
     edits = [edit for edit in MEASURED[case]["edits"] if not edit.startswith(("model.init_from", "model.lora"))]
     if adapters:  # the weights that they began with had six layers, and one matrix for embedding and output
@@ -75,7 +75,12 @@ def predicted(case: str) -> dict[str, Memory]:
         sizes = trainer.strategy.sizes(world_size)
     transformer = model.on_meta()
     held = rank_memory.held_of(model, transformer, trainer, optim, sizes)
-    return moments(transformer.config, held, rank_memory.setting_of(model, data, trainer, sizes))
+    return transformer.config, held, rank_memory.setting_of(model, data, trainer, sizes), data, trainer
+
+
+def predicted(case: str) -> dict[str, Memory]:
+    """The moments of a measured case."""
+    return moments(*parts_of(case)[:3])
 
 
 @pytest.mark.parametrize(("case", "point", "measured"), list(points()))

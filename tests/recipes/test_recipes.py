@@ -12,6 +12,7 @@ import pytest
 from fiddlehead import launch
 from fiddlehead.checkpoints.huggingface.families import FAMILIES, family_for
 from fiddlehead.errors import ConfigError
+from fiddlehead.plan.cards import CARDS
 from fiddlehead.recipe import Recipe, catalog
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -29,8 +30,10 @@ def make(name: str) -> Recipe:
 
 @cache
 def plan_of(name: str) -> Any:
-    """What a recipe amounts to."""
-    return launch.plan(make(name), target="unknown").training
+    """What a recipe amounts to, on the GPUs that its docstring means."""
+    recipe = make(name)
+    target: Any = CARDS["h100"] if recipe.trainer.accelerator == "gpu" else "unknown"
+    return launch.plan(recipe, target=target).training
 
 
 def test_the_plan_can_be_made_on_any_machine(name):
@@ -43,6 +46,14 @@ def test_the_plan_can_be_made_on_any_machine(name):
     assert plan.parameters > 0
     if recipe.trainer.accelerator == "cpu":
         assert all(served.choice.backend for served in plan.attention)
+
+
+def test_it_fits_its_gpus_of_80_gb_with_5_percent_to_spare(name):
+    recipe = make(name)
+    if recipe.trainer.accelerator != "gpu" or recipe.model.config is None:
+        pytest.skip("it trains on a CPU, or its model is not known")
+    plan = plan_of(name)
+    assert plan.verdict == "fits", plan.rows()
 
 
 def test_it_loads_back_equal(name, tmp_path):

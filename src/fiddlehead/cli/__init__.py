@@ -9,7 +9,7 @@ import sys
 import typer
 
 from fiddlehead import __version__
-from fiddlehead.cli import attention, bench, checkpoints, corpus, evaluate, recipes, runs, train, use
+from fiddlehead.cli import attention, bench, checkpoints, corpus, evaluate, plan, recipes, runs, train, use
 from fiddlehead.errors import ConfigError, RunError, of_the_machine
 from fiddlehead.files.paths import working_directory
 from fiddlehead.run import workers
@@ -45,6 +45,7 @@ app.command("show", rich_help_panel="Recipes")(recipes.show)
 app.command("diff", rich_help_panel="Recipes")(recipes.diff)
 app.command("pretrain", rich_help_panel="Train")(train.pretrain)
 app.command("finetune", rich_help_panel="Train", help=train.FINETUNE_HELP)(train.pretrain)
+app.command("plan", rich_help_panel="Train", help=plan.HELP)(plan.plan)
 app.command("bench", rich_help_panel="Train", help=bench.HELP)(bench.bench)
 app.command("tokenize", rich_help_panel="Train")(corpus.tokenize)
 app.command("generate", rich_help_panel="Use")(use.generate)

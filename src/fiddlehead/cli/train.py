@@ -131,7 +131,7 @@ def pretrain(
         _refuse_other_tasks(recipe, factory, context.info_name)
         before = _successes(after or (), recipe.log.dir)
         planned = executor if executor_edits or not (direct or gpu) else None
-        plan = launch.plan(recipe, planned, target=_card(gpu), waits=bool(before))
+        plan = launch.plan(recipe, planned, target=named_card(gpu), waits=bool(before))
         plan.refuse_problems()
     if to_yaml is not None:
         recipe.save(to_yaml)
@@ -142,7 +142,7 @@ def pretrain(
     if plan.missing and not dryrun:
         raise ConfigError(*plan.missing)
     where_shown = "in this process" if direct else f"on {gpu}" if gpu and planned is None else where
-    _show_plan(name, where_shown, plan.rows())
+    show_plan(name, where_shown, plan.rows())
     if dryrun:
         if shipped := plan.dry_run():
             print(shipped.replace("shipped", "would ship"))  # noqa: T201
@@ -211,7 +211,7 @@ def _sweep(
     show(made)
     at_once = "all at once" if max_running is None else f"{max_running} at a time"
     notes = [("changed", sentence) for sentence in plans[0].changed]
-    _show_plan(f"{len(variants)} runs, {at_once}", where, [*_totals(plans, executor), *notes])
+    show_plan(f"{len(variants)} runs, {at_once}", where, [*_totals(plans, executor), *notes])
     if dryrun:
         if shipped := plans[0].dry_run():
             print(shipped.replace("shipped", "each would ship"))  # noqa: T201
@@ -239,7 +239,7 @@ def _sweep(
         raise typer.Exit(1)
 
 
-def _card(gpu: str | None) -> Card | None:
+def named_card(gpu: str | None) -> Card | None:
     """The GPU that --gpu names."""
     if gpu is None:
         return None
@@ -375,7 +375,8 @@ def _typed() -> str:
     return shlex.join(["fiddlehead", *words])
 
 
-def _show_plan(name: str, where: str, rows: Sequence[tuple[str, str]]) -> None:
+def show_plan(name: str, where: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Prints a plan's table."""
     made = table(name, where)
     for row in rows:
         add_row(made, *row)

@@ -1,4 +1,4 @@
-"""The memory of a training, from its parts: what `fiddlehead.plan.memory` is asked."""
+"""The memory and the speed of a training, from its parts: what `memory` and `speed` are asked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from fiddlehead.models import Transformer
 from fiddlehead.plan.activations import Setting
+from fiddlehead.plan.cards import Card
 from fiddlehead.plan.memory import Held, Memory, memory
+from fiddlehead.plan.speed import Speed, speed
 from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
 from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.frozen import halves_frozen
@@ -29,6 +31,29 @@ def memory_of(
         return None
     return memory(
         transformer.config, held_of(model, transformer, trainer, optim, sizes), setting_of(model, data, trainer, sizes)
+    )
+
+
+def speed_of(
+    model: LanguageModel,
+    transformer: Transformer,
+    data: Any,
+    trainer: Trainer,
+    optim: Optim,
+    sizes: Sizes,
+    card: Card | None,
+) -> Speed | None:
+    """How fast cards of a kind train; None where that is not worked out. The arguments are those of `memory_of`."""
+    if card is None or isinstance(model, PreferenceModel):
+        return None
+    return speed(
+        transformer.config,
+        held_of(model, transformer, trainer, optim, sizes),
+        setting_of(model, data, trainer, sizes),
+        card,
+        data.seq_length,
+        gpus=trainer.num_devices * trainer.num_nodes,
+        gpus_per_node=trainer.num_devices,
     )
 
 

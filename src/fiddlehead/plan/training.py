@@ -19,8 +19,10 @@ from fiddlehead.numbers import is_whole
 from fiddlehead.plan import attention
 from fiddlehead.plan.attention_calls import calls_of
 from fiddlehead.plan.cards import Card
+from fiddlehead.plan.layouts import Layout, layouts
 from fiddlehead.plan.memory import Memory
-from fiddlehead.plan.rank_memory import memory_of
+from fiddlehead.plan.rank_memory import memory_of, speed_of
+from fiddlehead.plan.speed import Speed
 from fiddlehead.run.console import say
 from fiddlehead.training import LanguageModel, Log, Parallel
 from fiddlehead.training.distributed.sizes import Sizes
@@ -61,6 +63,10 @@ class TrainingPlan:
     """Of the GPU that has the most; None on a CPU, and where preferences are learned, which is not worked out yet."""
     card: Card | None = None
     """The GPU that trains, if it is known."""
+    speed: Speed | None = None
+    """How fast it trains; None if the GPU is not known, in float32, and where preferences are learned."""
+    layouts: tuple[Layout, ...] = ()
+    """How these GPUs could train it, fastest first, if they were searched."""
     missing: str = ""
     """Why it cannot start without data; "" if it can."""
 
@@ -111,13 +117,14 @@ class TrainingPlan:
             ("the run", f"{self.max_steps:,} steps, {warmup}"),
             ("", f"{self.tokens:,} tokens, {self.flops:.2e} FLOPs"),
             *self._memory_rows(),
+            *(self.speed.rows(self.max_steps, self.world_size) if self.speed is not None else []),
             *([("data", f"none: {self.missing}")] if self.missing else []),
             *zip(itertools.chain(["attention"], itertools.repeat("")), self._attention_rows(), strict=False),
         ]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values; `attention` has the `Served.to_dict` of each call."""
-        others = ("config", "attention", "memory", "card")
+        others = ("config", "attention", "memory", "card", "speed", "layouts")
         fields = {name: value for name, value in vars(self).items() if name not in others}
         return {
             "config": asdict(self.config),
@@ -125,6 +132,7 @@ class TrainingPlan:
             "flops": self.flops,
             "attention": [each.to_dict() for each in self.attention],
             "memory": None if self.memory is None else self.memory.to_dict(),
+            "speed": None if self.speed is None else self.speed.to_dict(),
             "card": None if self.card is None else asdict(self.card),
             "fits": self.fits,
             "verdict": self.verdict,
@@ -182,6 +190,7 @@ def plan_training(
     log: Log | None = None,
     *,
     target: Target | Card | Literal["trainer"] | None = "trainer",
+    search: bool = False,
     **others: Any,
 ) -> TrainingPlan:
     """Plans a training. It does not change the parts; `TrainingPlan.apply` completes them.
@@ -189,6 +198,7 @@ def plan_training(
     Args:
         model: after `begin`.
         target: the device that trains: "trainer" is the trainer's, None an unknown GPU.
+        search: also search the layouts that fit; where the GPU is known.
         others: other arguments of the task, which change nothing.
 
     Raises:
@@ -232,6 +242,8 @@ def plan_training(
         warmup_steps=optim.lr_scheduler.warmup_steps,
         memory=memory_of(model, transformer, data, trainer, optim, sizes) if on_gpu else None,
         card=card,
+        speed=speed_of(model, transformer, data, trainer, optim, sizes, card) if on_gpu else None,
+        layouts=tuple(layouts(model, transformer, data, trainer, optim, card)) if search and card is not None else (),
         missing=f"data.{data.missing}" if data.missing else "",
     )
 

@@ -1,0 +1,135 @@
+"""`fiddlehead plan`: what a run takes, here or on GPUs that are elsewhere."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from fiddlehead.cli.common import (
+    AllowOption,
+    OverridesArgument,
+    add_row,
+    complete_recipe,
+    configure_executor,
+    load_recipe,
+    show,
+    split_executor,
+    table,
+)
+from fiddlehead.cli.train import named_card, show_plan
+from fiddlehead.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fiddlehead.launch import Plan
+    from fiddlehead.plan.layouts import Layout
+    from fiddlehead.recipe import Recipe
+
+SHOWN = 10
+"""How many layouts --fit shows."""
+ASSUMED = "h100"
+"""The GPU of a plan for a recipe that trains on GPUs, where none is here and --gpu names none."""
+
+HELP = """Show what a run takes before it starts: memory, speed, time, kernels.
+
+It needs no GPU, no cluster and no dataset. The memory is that of the GPU that has most of it, at the moment when it \
+has most. The speed is worked out from the GPU's data sheet, and from the part of it that an H100 was measured to reach.
+
+[bold]--gpu[/bold] is the GPU to plan for: h100, h100_96, h200, a100, a100_40, l40s, b200, b300, rtx4090; or one of \
+your own, by its memory, the speed of its products and that of its memory: --gpu mine=48,362,864 (GiB,TFLOPs,GB/s)
+
+Example:  fiddlehead plan llama3_8b --gpu h200
+
+Example:  fiddlehead plan llama3_70b model.activation_checkpointing=full trainer.num_nodes=8 --usd-per-gpu-hour 2.5
+"""
+
+
+def plan(
+    overrides: list[str] = OverridesArgument,
+    factory: str = typer.Option(
+        "",
+        "--factory",
+        "-f",
+        metavar="RECIPE",
+        help="A recipe's name, module:function, @file.yaml or a run; or give it as the first word.",
+        autocompletion=complete_recipe,
+    ),
+    gpu: str = typer.Option(None, "--gpu", metavar="NAME", help="Plan for this GPU, which need not be here."),
+    fit: bool = typer.Option(False, "--fit", help="Search the layouts that fit, and show the ten fastest."),
+    usd: float = typer.Option(None, "--usd-per-gpu-hour", min=0.0, help="Also say what the run costs."),
+    as_json: bool = typer.Option(False, "--json", help="The plan as JSON; `fits` is true, false or null."),
+    allow: list[str] = AllowOption,
+) -> None:
+    """Show what a run takes before it starts: memory, speed, time, kernels."""
+    edits = list(overrides or ())
+    if not factory:
+        if not edits or "=" in edits[0]:
+            raise ConfigError("which recipe? fiddlehead plan RECIPE [KEY=VALUE]..., or --factory RECIPE")
+        factory = edits.pop(0)
+    edits, executor_edits = split_executor(edits)
+    recipe, name = load_recipe(factory, edits, allow or ())
+    from fiddlehead import launch
+
+    card = named_card(gpu or (ASSUMED if _needs_gpu(recipe) else None))
+    executor, where = configure_executor(executor_edits) if executor_edits else (None, "")
+    planned = launch.plan(recipe, executor, target=card, search=fit)
+    planned.refuse_problems()
+    cost = _cost(planned, usd)
+    if as_json:
+        print(json.dumps(_values(name, planned, cost), indent=1))  # noqa: T201
+        return
+    rows = planned.rows()
+    if cost is not None:
+        rows.append(("cost", f"{cost:,.0f} USD"))
+    if card is not None and gpu is None:
+        rows.append(("planned for", f"{ASSUMED}, as there is no GPU here; --gpu names another"))
+    on = f"on {card.name}" if card is not None else "here"
+    show_plan(name, f"{on}, executor {where}" if where else on, rows)
+    if fit:
+        _show_layouts(planned.training.layouts[:SHOWN])
+
+
+def _needs_gpu(recipe: Recipe) -> bool:
+    """Whether it trains on GPUs, and none is here."""
+    if recipe.trainer.accelerator not in ("gpu", "cuda"):
+        return False
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def _cost(planned: Plan, usd: float | None) -> float | None:
+    speed = planned.training.speed
+    if usd is None or speed is None:
+        return None
+    return usd * speed.step * planned.training.max_steps / 3600 * planned.training.world_size
+
+
+def _show_layouts(found: Sequence[Layout]) -> None:
+    if not found:
+        raise ConfigError("--fit: no layout fits; give more or larger GPUs, or a smaller model")
+    made = table("layouts that fit, fastest first", "tokens/s", "GiB a GPU")
+    for each in found:
+        add_row(made, " ".join(each.edits), f"{each.speed.tokens_per_s:,.0f}", f"{each.memory.peak / 2**30:.1f}")
+    show(made)
+
+
+def _values(name: str, planned: Plan, cost: float | None) -> dict[str, Any]:
+    training, values = planned.training, planned.to_dict()
+    hours = None if training.speed is None else training.speed.step * training.max_steps / 3600
+    return {
+        "name": name,
+        "fits": training.fits,
+        "hours": hours,
+        "gpu_hours": None if hours is None else hours * training.world_size,
+        "usd": cost,
+        "layouts": [
+            {"edits": each.edits, "memory": each.memory.to_dict(), "speed": each.speed.to_dict()}
+            for each in training.layouts[:SHOWN]
+        ],
+        **values.pop("training"),
+        **values,
+    }

@@ -1,0 +1,231 @@
+"""How long a step takes, worked out from the work in it and from how much of a card's peak each kind of work reaches.
+
+Matrix products and attention are counted in operations, all else in bytes that are read and written. `REACHED` has the
+part of its peak that an H100 reaches, fitted to `benchmarks/results/plan.json`. Other cards are taken to reach the same
+part of the peak in their data sheet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fiddlehead.models import TransformerConfig
+from fiddlehead.plan.activations import Setting, layer_weights
+from fiddlehead.plan.cards import Card
+from fiddlehead.plan.memory import Held
+from fiddlehead.training.distributed.sizes import Sizes
+
+REACHED = {
+    "products": 0.73,
+    "odd vocabulary": 0.11,  # of the head's products, where the vocabulary is not a multiple of 8
+    "fp8": 1.1,  # of the bfloat16 peak
+    "attention, forward": 0.48,
+    "attention, backward": 0.43,
+    "memory": 0.40,
+    "optimizer": 0.76,
+    "link": 0.43,
+}
+"""The part of the card's peak that each kind of work reaches."""
+LINKS = {"h100": 450e9, "h100_96": 450e9, "h200": 450e9, "a100": 300e9, "a100_40": 300e9, "b200": 900e9, "b300": 900e9}
+"""Bytes a second and direction of NVLink between the GPUs of a node."""
+PCIE, INFINIBAND = 25e9, 50e9
+"""Bytes a second and GPU where there is no NVLink; and between nodes, 400 Gbit/s a GPU."""
+WATTS = {"h100": 700, "h100_96": 700, "h200": 700, "a100": 400, "a100_40": 400, "b200": 1000, "b300": 1400}
+"""A card's power limit; a GPU that trains takes most of it."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The seconds of a step on the slowest rank, by what they are spent on."""
+
+    products: float
+    attention: float
+    memory_bound: float
+    """Norms, activations, residuals, the softmax of the loss, casts of weights."""
+    optimizer: float
+    communication: float
+    """That part of it which no computation hides."""
+    bubble: float
+    """In which ranks of a pipeline wait for each other."""
+    tokens_per_s: float
+    """Of all GPUs together."""
+    mfu: float
+    """The part of the peak that the model's own operations take, as `Metrics` reports it."""
+    watts: float
+    """Of all GPUs together, at most; 0 if not known."""
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step."""
+        return sum(getattr(self, name) for name in _PARTS)
+
+    def rows(self, max_steps: int, gpus: int) -> list[tuple[str, str]]:
+        """Name and value of each line of a summary."""
+        spent = sorted(((getattr(self, name), said) for name, said in _PARTS.items()), reverse=True)
+        spent = [f"{said} {seconds / self.step:.0%}" for seconds, said in spent if seconds > 0.005 * self.step]
+        hours = self.step * max_steps / 3600
+        energy = f", at most {self.watts * hours / 1e6:,.2f} MWh" if self.watts else ""
+        each = f"{self.tokens_per_s / gpus:,.0f} tokens/s a GPU" if gpus > 1 else f"{self.tokens_per_s:,.0f} tokens/s"
+        return [
+            ("speed", f"{each}, {1000 * self.step:,.0f} ms a step, MFU {self.mfu:.1%}"),
+            ("", ", ".join(spent)),
+            ("the whole run", f"{_duration(hours)}, {hours * gpus:,.1f} GPU-hours{energy}"),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and the seconds of a step."""
+        return {**vars(self), "seconds_per_step": self.step}
+
+
+_PARTS = {
+    "products": "products",
+    "attention": "attention",
+    "memory_bound": "memory-bound work",
+    "optimizer": "optimizer",
+    "communication": "communication",
+    "bubble": "pipeline bubble",
+}
+
+
+def speed(
+    config: TransformerConfig,
+    held: Held,
+    setting: Setting,
+    card: Card,
+    seq_length: int,
+    *,
+    gpus: int,
+    gpus_per_node: int,
+) -> Speed | None:
+    """How long a step takes; None where that is not known: in float32, or if the card's peak is not.
+
+    It takes microseconds: no module is made.
+
+    Args:
+        config: with `vocab_size`.
+        held: what the rank has of the parameters that has most of them.
+        gpus: how many train.
+    """
+    if setting.precision == "32-true" or not card.flops or not card.bytes_per_s:
+        return None
+    work = _Work(config, setting, seq_length)
+    sizes, batches = work.sizes, setting.micro_batches
+    products, attention = work.products(card), work.attention(card)
+    memory_bound = work.moved() / (card.bytes_per_s * REACHED["memory"])
+    computed = products + attention + memory_bound
+    # Parameters and states are read and written; gradients are read for the norm, read and scaled, and read again.
+    stepped = held.gradients if setting.adapters else held.parameters
+    moved = 2 * stepped + 4 * held.gradients + 2 * held.optimizer
+    optimizer = moved / (card.bytes_per_s * REACHED["optimizer"])
+    communication = work.communication(card, gpus_per_node, computed * batches)
+    waits = (sizes.pipeline - 1) / (batches * max(1, sizes.stages // sizes.pipeline)) if sizes.pipeline > 1 else 0.0
+    step = batches * computed * (1 + waits) + optimizer + communication
+    groups = gpus // (sizes.context * sizes.tensor * sizes.pipeline)
+    rate = batches * groups * setting.tokens / step
+    adapters = int(held.gradients / 4) if setting.adapters else None
+    flops = config.train_flops_per_token(seq_length, adapters=adapters)
+    return Speed(
+        products=batches * products,
+        attention=batches * attention,
+        memory_bound=batches * memory_bound,
+        optimizer=optimizer,
+        communication=communication,
+        bubble=batches * computed * waits,
+        tokens_per_s=rate,
+        mfu=rate * flops / (gpus * card.flops),
+        watts=gpus * WATTS.get(card.name, 0),
+    )
+
+
+class _Work:
+    """What a rank has to do for a micro-batch."""
+
+    def __init__(self, config: TransformerConfig, setting: Setting, seq_length: int) -> None:
+        self.config, self.setting = config, setting
+        self.sizes = sizes = setting.sizes or Sizes(1, 1)
+        self.tokens = setting.tokens / (sizes.context * sizes.tensor)  # of the stream, as ranks share it
+        self.layers = config.num_layers / sizes.pipeline
+        self.vocabulary = (config.vocab_size or 0) * config.hidden_size
+        in_layers = config.num_matmul_parameters() - self.vocabulary
+        share = self.tokens / sizes.pipeline
+        self.in_layers = 2 * in_layers * share  # operations of the forward pass
+        self.in_head = 2 * self.vocabulary * self.tokens  # on one rank of a pipeline, for which the others wait
+        self.in_attention = (config.train_flops_per_token(seq_length) - 6 * config.num_matmul_parameters()) / 3 * share
+        self.learned = 1 if setting.adapters else 2
+        """Products of the backward pass for each of the forward pass."""
+        width = config.ffn_size if config.num_moe_experts is None else config.expert_size
+        self.served = 1 if config.num_moe_experts is None else config.moe_router_topk
+        self.F = self.served * width
+        self.F1 = (2 if config.gated else 1) * self.F
+        self.shards = sizes.data // sizes.replicate * sizes.context if setting.sizes is not None else 1
+        self.gathered = self.layers * layer_weights(config, sizes) + self.vocabulary / sizes.tensor
+        self.QK = (config.num_attention_heads + config.groups) * config.head_dim
+
+    def products(self, card: Card) -> float:
+        """Seconds of matrix products. The loss has those of both passes in the forward pass."""
+        recompute, again = self.setting.recompute, 0.0
+        if recompute == "full":
+            again = self.in_layers
+        elif isinstance(recompute, int | float) and recompute < 1:  # the compiler computes the widest products again
+            again = self.in_layers * 2 / 3 if recompute < 0.8 else 0.0
+        operations = (1 + self.learned) * self.in_layers + again
+        of_layers = operations / REACHED["fp8" if self.setting.fp8 else "products"]
+        even = (self.config.vocab_size or 0) % 8 == 0
+        of_head = (1 + self.learned) * self.in_head / REACHED["products" if even else "odd vocabulary"]
+        return (of_layers + of_head) / card.flops
+
+    def attention(self, card: Card) -> float:
+        """Seconds of the attention kernels; the backward pass has five products for the two of the forward pass."""
+        forward = self.in_attention / REACHED["attention, forward"]
+        again = forward if self.setting.recompute == "full" else 0.0
+        return (forward + again + 2.5 * self.in_attention / REACHED["attention, backward"]) / card.flops
+
+    def moved(self) -> float:
+        """Bytes that memory-bound work reads and writes."""
+        setting, C, b = self.setting, self.config.hidden_size, self.setting.of_products
+        routed = 4 * self.served * C if self.config.num_moe_experts is not None else 0
+        forward = 6 * C + 2 * self.QK + self.F1 + self.F + routed
+        backward = 12 * C + 2 * self.QK + 2 * self.F1 + 2 * self.F + 1.5 * routed
+        again = forward if setting.recompute is not None else 0
+        values = self.layers * (forward + backward + again)
+        if not setting.compiled:  # each operation reads and writes by itself
+            values *= 2.6 if setting.of_weights == 4 else 2.0
+        logits = 3 if not setting.compiled else 0  # compiled, it hides beside the head's products
+        weights = 0.0
+        if setting.of_weights == 4 and b == 2:  # casts of weights, and of their gradients
+            weights = 3 * layer_weights(self.config, self.sizes) * self.layers
+        if self.shards > 1:  # what is gathered is copied once more, and gradients become float32 to be summed
+            weights += 20 * self.gathered
+        return self.tokens * (b * values + 8 * logits * (self.config.vocab_size or 0)) + weights
+
+    def communication(self, card: Card, gpus_per_node: int, computed: float) -> float:
+        """Seconds of a step in which ranks exchange tensors and nothing hides it."""
+        sizes, setting, b = self.sizes, self.setting, self.setting.of_products
+        within = LINKS.get(card.name, PCIE) * REACHED["link"]
+        between = min(within, INFINIBAND * REACHED["link"] / 0.5)
+        stream = self.tokens * sizes.tensor * self.config.hidden_size * b
+        exposed = 0.0
+        if sizes.tensor > 1:  # gathers and scatters around both halves of a layer, in both passes
+            part = (sizes.tensor - 1) / sizes.tensor
+            exposed += 10 * self.layers * stream * part / (within if sizes.tensor <= gpus_per_node else between)
+        if sizes.context > 1:
+            heads = self.tokens * b * 2 * self.QK
+            exposed += 3 * self.layers * heads / (within if sizes.context * sizes.tensor <= gpus_per_node else between)
+        if sizes.expert > 1:
+            exposed += 8 * self.layers * self.served * stream / (within if sizes.expert <= gpus_per_node else between)
+        exposed *= setting.micro_batches
+        if self.shards > 1:  # gathered for both passes of a micro-batch, and gradients summed in float32
+            sums = 0 if setting.adapters else 4
+            inside = self.shards * sizes.tensor * sizes.pipeline <= gpus_per_node
+            moved = setting.micro_batches * (2 * b + sums) * self.gathered * (self.shards - 1) / self.shards
+            seconds = moved / (within if inside else between)
+            # A layer is gathered while the one before computes, but the first has to wait, and both share the GPU.
+            exposed += max(0.2 * seconds, seconds - 0.9 * computed)
+        return exposed
+
+
+def _duration(hours: float) -> str:
+    if hours >= 48:
+        return f"{hours / 24:,.1f} days"
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"

@@ -1,0 +1,84 @@
+"""`fiddlehead plan`, as it is typed, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fiddlehead.cli import main
+
+Command = Callable[..., tuple[str, str]]
+ONE = ("llama32_1b", "trainer.devices=1", "data.micro_batch_size=4", "data.seq_length=4096")
+
+
+@pytest.fixture
+def plan(working_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Types `fiddlehead plan ...` in an empty directory; what it printed on stdout and on stderr."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    def command(*arguments: str, rc: int = 0) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["fiddlehead", "plan", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        out, err = capsys.readouterr()
+        assert (exit.value.code or 0) == rc, out + err
+        assert not list(working_directory.iterdir())
+        return out, err
+
+    return command
+
+
+def test_a_recipe_for_gpus_is_planned_without_one_and_without_data(plan: Command) -> None:
+    out, _ = plan(*ONE, "--usd-per-gpu-hour", "2")
+    assert "fits: h100 has" in out and "tokens/s" in out and "cudnn on h100" in out
+    assert "planned for" in out and "there is no data" in out and " USD" in out
+
+
+def test_the_plan_in_json_says_whether_it_fits_and_has_the_figures(plan: Command) -> None:
+    found = json.loads(plan(*ONE, "--gpu", "h200", "--usd-per-gpu-hour", "2", "--json")[0])
+    assert found["name"] == "llama32_1b" and found["fits"] is True and found["card"]["name"] == "h200"
+    seconds = found["speed"]["seconds_per_step"]
+    assert found["hours"] == pytest.approx(seconds * found["max_steps"] / 3600)
+    assert found["usd"] == pytest.approx(2 * found["gpu_hours"]) and found["gpu_hours"] == found["hours"]
+    assert found["memory"]["peak"] < 2**30 * found["card"]["gib"]
+    assert json.loads(plan("gemma2_27b", "--gpu", "a100_40", "--json")[0])["fits"] is False
+
+
+def test_a_card_of_ones_own_is_its_memory_and_its_speeds(plan: Command) -> None:
+    assert json.loads(plan(*ONE, "--gpu", "mine=20,362,864", "--json")[0])["fits"] is False
+    assert json.loads(plan(*ONE, "--gpu", "mine=96,362,864", "--json")[0])["fits"] is True
+
+
+def test_fit_shows_the_fastest_layouts(plan: Command) -> None:
+    out, _ = plan(*ONE, "--fit")
+    assert (
+        "layouts that fit, fastest first" in out
+        and "data.micro_batch_size=8 model.activation_checkpointing=None" in out
+    )
+    layouts = json.loads(plan(*ONE, "--fit", "--json")[0])["layouts"]
+    assert 1 < len(layouts) <= 10 and all(each["memory"]["peak"] < 80e9 for each in layouts)
+    assert "no layout fits" in plan("llama31_405b", "trainer.num_nodes=1", "data.global_batch_size=8", "--fit", rc=2)[1]
+
+
+def test_a_recipe_for_a_cpu_has_no_card(plan: Command) -> None:
+    found = json.loads(plan("tiny_test", "--json")[0])
+    assert found["fits"] is None and found["hours"] is None and found["memory"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "which recipe?"),
+        (["trainer.max_steps=1"], "which recipe?"),
+        (["llama32_1b", "--gpu", "h10"], "--gpu='h10': is not a known GPU"),
+        (["llama32_1b", "--gpu", "mine=1,2"], "--gpu='mine=1,2': must be NAME=GiB"),
+        (["llama32_1b", "data.micro_batch_size=0"], "data.micro_batch_size=0"),
+    ],
+)
+def test_mistakes_are_said(plan: Command, arguments: list[str], said: str) -> None:
+    assert said in plan(*arguments, rc=2)[1]
