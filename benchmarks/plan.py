@@ -74,6 +74,9 @@ def fill() -> None:
     case("1b b2 8k", "llama32_1b", batch=2, seq=8192)
     case("1b b1 16k full", "llama32_1b", full, batch=1, seq=16384)
     case("1b b1 64k full", "llama32_1b", full, batch=1, seq=65536)
+    case("1b b4 8k x2", "llama32_1b", batch=4, seq=8192, accumulate=2)
+    case("1b b8 8k selective x2", "llama32_1b", selective, batch=8, seq=8192, accumulate=2)
+    case("1b b6 8k", "llama32_1b", batch=6, seq=8192)  # the plan says that it does not fit in 80 GB
     case("1b b2 x4", "llama32_1b", batch=2, accumulate=4)
     for batch in (1, 2, 4):
         case(f"8b6 b{batch}", "llama3_8b", LAYERS_8B, batch=batch)
