@@ -1,46 +1,46 @@
-# `make demo` and `make test` install what they need into .venv; nothing else on the machine is touched.
-# The first of these that is there, runs, and is of a version that pyproject.toml allows.
+# `make demo` and `make test` install what they need into .venv; they change nothing else on the machine.
+# The first of these that exists, runs, and has a version that pyproject.toml allows.
 PYTHONS := python3 python3.13 python3.12 python3.11 python3.14
 PYTHON ?= $(shell for python in $(PYTHONS); do $$python -c '$(ALLOWED)' 2>/dev/null && echo $$python && break; done)
 ALLOWED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= demo
-# Which of the tests on Slurm or Docker: `make test-slurm ONLY='and not slow'` runs the quick ones.
+# Selects tests on Slurm or Docker: `make test-slurm ONLY='and not slow'` runs the quick ones.
 ONLY ?=
-# For how long `make fuzz` damages files, and of which readers; none are all.
+# How long `make fuzz` runs, and for which readers; empty means all.
 SECONDS ?= 120
 READERS ?=
-# One test at a time to whichever process is free: the slow ones, which come first, are then spread over all of them.
+# Gives one test at a time to a free process, so the slow tests, which come first, are spread over all processes.
 DEALT := --dist load --maxschedchunk 1
-# `make lock LOCK=--upgrade` takes the newest release of everything; without it only what pyproject.toml asks for changes.
+# `make lock LOCK=--upgrade` takes the newest releases; without it, only changes of pyproject.toml have an effect.
 LOCK ?=
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test test-fast test-long fuzz test-slurm test-docker lint format wheel lock newest clean
 
-help:  ## What can be made
+help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.installed  ## Train a tiny GQA model on the Python standard library, and let it write
+demo: $(VENV)/.installed  ## Train a tiny GQA model on the Python standard library, and generate text
 	$(BIN)/fiddlehead pretrain --factory tiny log.name=$(RUN) --yes
 	$(BIN)/fiddlehead generate $(RUN) --prompt "def "
 
-test: $(VENV)/.installed-dev  ## The test suite, in three processes, as they often wait for jobs
+test: $(VENV)/.installed-dev  ## Run the test suite (three processes, because tests often wait for jobs)
 	$(BIN)/python -m pytest -n 3 $(DEALT) -m "not long"
 
-test-fast: $(VENV)/.installed-dev  ## Without the tests that take more than ten seconds
+test-fast: $(VENV)/.installed-dev  ## Run the tests that take less than ten seconds
 	$(BIN)/python -m pytest -n 3 $(DEALT) -m "not slow and not long"
 
-test-long: $(VENV)/.installed-dev  ## What `make test` holds in small: ten kills, more processes, more layouts
+test-long: $(VENV)/.installed-dev  ## Run longer versions of the tests: ten kills, more processes, more layouts
 	$(BIN)/python -m pytest -n 2 $(DEALT) -m long
 
-fuzz: $(VENV)/.installed-dev  ## Damage files at random and read them, for SECONDS=120 in all; READERS="index tokens" are some
+fuzz: $(VENV)/.installed-dev  ## Read randomly damaged files, for SECONDS=120 in all; READERS="index tokens" selects readers
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) $(READERS)
 
-# The sandboxes are removed at the end, however it ends; the exit code is that of pytest.
+# The sandboxes are always removed at the end; the exit code is that of pytest.
 test-slurm test-docker: SHELL := /bin/bash
-test-slurm: $(VENV)/.installed-dev  ## The tests on a real Slurm cluster, which it starts: with accounting, then without
+test-slurm: $(VENV)/.installed-dev  ## Start a Slurm cluster and run the tests on it: with accounting, then without
 	@trap 'tests/sandbox/slurm.sh purge' EXIT; \
 	settings="$$(tests/sandbox/slurm.sh start)" && eval "$$settings" && \
 	$(BIN)/python -m pytest -m "slurm $(ONLY)"
@@ -48,25 +48,25 @@ test-slurm: $(VENV)/.installed-dev  ## The tests on a real Slurm cluster, which 
 	settings="$$(tests/sandbox/slurm.sh start)" && eval "$$settings" && \
 	$(BIN)/python -m pytest -m "slurm $(ONLY)" -k "accounting or states"
 
-test-docker: $(VENV)/.installed-dev  ## The tests on a real Docker engine, which it starts
+test-docker: $(VENV)/.installed-dev  ## Start a Docker engine and run the tests on it
 	@trap 'tests/sandbox/docker.sh purge' EXIT; \
 	settings="$$(tests/sandbox/docker.sh start)" && eval "$$settings" && \
 	$(BIN)/python -m pytest -m "docker $(ONLY)"
 
-lint: $(VENV)/.installed-dev  ## Format, lint, types and the direction of imports
+lint: $(VENV)/.installed-dev  ## Check format, lint, types and the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-format: $(VENV)/.installed-dev  ## Rewrite the code as `make lint` wants it
+format: $(VENV)/.installed-dev  ## Rewrite the code in the format that `make lint` checks
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 wheel: $(VENV)/.installed-dev  ## Build dist/*.whl and the source archive
 	$(BIN)/python -m build --no-isolation
 
-# The lock holds for all versions of Python and all platforms. A hash is kept for each file of a release on PyPI.
+# The lock is for all Python versions and platforms, with a hash for each file of a release on PyPI.
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes $(LOCK) \
 	--excludes requirements/cuda.txt --extra tensorboard --no-emit-package torch --custom-compile-command "make lock" \
 	pyproject.toml requirements/build.in requirements/torch.txt
@@ -75,9 +75,9 @@ lock: | $(VENV)/bin/python  ## Write requirements/lock*.txt, which the tests and
 	$(COMPILE) --output-file requirements/lock.txt
 	$(COMPILE) --extra dev --constraints requirements/lock.txt --output-file requirements/lock-dev.txt
 
-# What is outdated although it was just installed is held back by a bound of ours or of another package.
+# A package that is outdated right after installation is held back by a bound of ours or of another package.
 newest: NEWEST := .venv-newest
-newest:  ## `make test-fast` with the newest releases that pyproject.toml allows, in .venv-newest
+newest:  ## Run `make test-fast` with the newest releases that pyproject.toml allows, in .venv-newest
 	rm -rf $(NEWEST)
 	$(MAKE) VENV=$(NEWEST) $(NEWEST)/bin/python
 	$(NEWEST)/bin/python $(PIP) --editable '.[dev]'
@@ -85,7 +85,7 @@ newest:  ## `make test-fast` with the newest releases that pyproject.toml allows
 	@echo "Held back:" && $(NEWEST)/bin/python -m pip list --disable-pip-version-check --outdated
 	$(MAKE) VENV=$(NEWEST) test-fast
 
-clean:  ## Remove what make made, but no runs
+clean:  ## Remove the results of make, but not runs
 	rm -rf $(VENV) .venv-newest dist
 
 $(VENV)/bin/python:
@@ -93,7 +93,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c '$(ALLOWED)' || { echo "$(PYTHON) is not Python 3.11 to 3.14"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# PyTorch comes last: its own dependencies are then there already, in the versions of the lock.
+# PyTorch comes last: its dependencies are then already installed, in the versions of the lock.
 INSTALL = $(BIN)/python $(PIP) --no-deps --require-hashes --requirement $< && \
 	$(BIN)/python $(PIP) --requirement requirements/torch.txt && \
 	$(BIN)/python $(PIP) --no-deps --no-build-isolation --editable . && \

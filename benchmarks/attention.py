@@ -1,11 +1,11 @@
-"""Every attention backend on one GPU: time, the cost of choosing and wrapping, and memory.
+"""Measures every attention backend on one GPU: time, the cost of choosing and wrapping, and memory.
 
     python benchmarks/attention.py                 measures all, writes results/attention.json and docs/attention.png
     python benchmarks/attention.py --draw          draws the picture again from the results
 
-Each kernel is called bare, as its own package's documentation says, beside `attend()` with "auto" and "measured"; all
-take turns, and ratios are taken within a round. TFLOP/s count the query/key pairs that the mask leaves: 4 x head_dim
-FLOPs a pair and head forward, 2.5 times that backward.
+Each kernel is called directly, as its package documents, and through `attend()` with "auto" and "measured". All take
+turns, and ratios are computed within a round. TFLOP/s count the query/key pairs that the mask allows: 4 x head_dim
+FLOPs for each pair and head forward, 2.5 times that backward.
 """
 
 from __future__ import annotations

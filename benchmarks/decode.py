@@ -1,13 +1,13 @@
-"""Decoding one token with a full cache, by multi-head, grouped-query and multi-query attention and by each backend.
+"""Decodes one token with a full cache: multi-head, grouped-query and multi-query attention, with each backend.
 
     python benchmarks/decode.py                                 writes results/decode.json and docs/decode.png
     python benchmarks/decode.py --draw                          draws the picture again from the results
     python benchmarks/decode.py --device cpu --length 256       tries itself out, within a minute or two
 
-A call appends a token to the cache of one layer and attends to all that it holds. Small caches are measured as several
-layers in turn, together larger than the GPU's L2 cache, as a model would read them. On a GPU the calls are replayed
-from a CUDA graph, so that the host's time does not count. What is read of the cache is compared to the bandwidth of a
-large copy in the same run. A paged cache grows while it is replayed: one of 32k by less than 0.2 %.
+A call appends a token to the cache of one layer and attends to the whole cache. Small caches are measured as several
+layers in turn, which together are larger than the GPU's L2 cache, as in a model. On a GPU the calls are replayed from a
+CUDA graph, so the host's time does not count. The bytes read from the cache are compared with the bandwidth of a large
+copy in the same run. A paged cache grows during the replay: one of 32k by less than 0.2 %.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What float8 products do to the loss: a Llama 3.2 1B in bfloat16 and with `fp8`, on the same real text.
+"""The effect of float8 products on the loss: a Llama 3.2 1B in bfloat16 and with `fp8`, on the same real text.
 
     python benchmarks/fp8.py             # on a GPU; --tiny --steps 3: on a CPU, to try the script
 
-Both runs have the same weights and batches of Python's standard library, and are on the GPU at once: this is about
-losses, which do not depend on that. How fast each is, `train.py` says.
+Both runs have the same weights and batches of Python's standard library, and share the GPU, which does not change the
+losses. `train.py` measures their speed.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/generate.py        # --batches 1 8, --tokens 64, --rounds 5
     python benchmarks/generate.py --gpu  # --tokens 300: a Llama 3.2 1B, compiled, against the memory's bandwidth
 
-A Llama of 120 M parameters with 12 heads in 4 groups writes after a prompt of 64 tokens; the texts are checked to be
-the same.
+A Llama of 120 M parameters with 12 heads in 4 groups generates text after a prompt of 64 tokens; the script checks that
+the texts are the same.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What Lightning and our callbacks add to a training step, against the same step in a bare PyTorch loop.
+"""The overhead of Lightning and our callbacks in a training step, against the same step in a bare PyTorch loop.
 
-The demo recipe trains; after every block of steps a callback stops the clock and trains a copy of the model for as many
-steps by hand, with the same data loader, optimizer, schedule and clipping. A block logs one line, as the recipe does.
-Validation and checkpoints are left out on both sides: they are work, and not overhead.
+The demo recipe trains. After every block of steps a callback stops the clock and trains a copy of the model for the
+same number of steps by hand, with the same data loader, optimizer, schedule and clipping. A block logs one line, as the
+recipe does. Validation and checkpoints are left out on both sides, because they are not overhead.
 
-A second row does the same with a model that is next to nothing: there the difference is the overhead itself, free of
-the noise of the computation.
+A second row does the same with a nearly empty model: there the difference is the overhead itself, without the noise of
+the computation.
 """
 
 from __future__ import annotations

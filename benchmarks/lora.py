@@ -1,10 +1,10 @@
-"""A LoRA step of a Llama 3.2 1B on one GPU: ours beside PEFT with transformers, and our full step.
+"""A LoRA step of Llama 3.2 1B on one GPU: ours against PEFT with transformers, and our step with all weights.
 
     python benchmarks/lora.py            # --tiny: on a CPU, to try the script
 
-Both begin with the same random weights, in bfloat16, and have adapters of rank 16 on every linear layer, in float32.
-Ours is what `fiddlehead finetune -f lora model.compile=layers` trains, under Lightning; PEFT's is in a bare loop under
-autocast. Each arm is a process of its own.
+Both start from the same random weights in bfloat16, with float32 adapters of rank 16 on every linear layer. Ours is
+`fiddlehead finetune -f lora model.compile=layers`, with Lightning; PEFT runs in a bare loop with autocast. Each arm is
+a separate process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating timings, their spread, a Markdown table and a file of results."""
+"""Shared code of the benchmarks: alternating timings, their spread, a Markdown table and a file of results."""
 
 from __future__ import annotations
 

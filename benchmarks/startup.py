@@ -1,4 +1,4 @@
-"""What the command costs before it does anything: CPU seconds of short commands, and the time to a first step."""
+"""The start-up cost of the command: CPU seconds of short commands, and the time to a first step."""
 
 from __future__ import annotations
 

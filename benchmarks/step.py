@@ -1,7 +1,7 @@
 """One training step of fiddlehead's Transformer against litgpt's GPT and Hugging Face's Llama, on a CPU.
 
-The three have the same shape and start from the same weights, and it is checked that their losses agree; each has the
-same loss and the same fused AdamW. They take turns step by step.
+The three have the same shape, initial weights, loss function and fused AdamW, and the script checks that their losses
+agree. They take turns step by step.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Training a Llama 3.2 1B on one GPU: fiddlehead beside torchtitan's and litgpt's models and Hugging Face on Lightning.
+"""Trains Llama 3.2 1B on one GPU: fiddlehead, torchtitan's and litgpt's models, and Hugging Face on Lightning.
 
-Each arm is a process of its own, so that its memory and its first step are its own. All have the same shape, tokens,
-clipping and AdamW. MFU is tokens/s x (6 N + 6 L S C) / the data sheet's peak: causal attention is counted half.
+Each arm is a separate process, so its memory and its first step do not depend on the others. All have the same shape,
+tokens, clipping and AdamW. MFU is tokens/s x (6 N + 6 L S C) / the data sheet's peak: causal attention counts half.
 
     python benchmarks/train.py                                       # all arms
     python benchmarks/train.py --arms fiddlehead:8:bf16-mixed torchtitan:4:bf16-mixed

@@ -1,4 +1,4 @@
-"""Where a run can go. `plan` says what a run will be, `launch` also starts it; each executor is one file."""
+"""Planning and starting runs. `plan` describes a run, `launch` also starts it; each executor is one file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def launch(
 ) -> RunDirectory:
     """Plans a recipe and submits the plan: `plan` and `Plan.submit` have the arguments and errors.
 
-    What of the recipe yields to the executor is printed.
+    Prints the recipe's settings that the executor overrides.
     """
     made = plan(recipe, executor, waits=bool(after or after_any))
     for sentence in made.changed:

@@ -1,4 +1,4 @@
-"""The code that a job runs: a copy of the working tree as it was when the run was launched."""
+"""The code of a job: a copy of the working tree, made when the run is launched."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from fiddlehead.run.directory import RunDirectory
 MAX_BYTES = 200_000_000
 """The most that is shipped: more is data or checkpoints, and would slow every launch."""
 SHOWN = 5
-"""How many files that were left out are named in a line."""
+"""The most left-out files to name in a line."""
 HIDDEN = "hidden, and not in git's index"
 """Why a hidden file is left out."""
 
 
 @dataclass(frozen=True)
 class CodeCopy:
-    """What was shipped with a run; `RUN/code.json` has it."""
+    """What was shipped with a run, as saved in `RUN/code.json`."""
 
     root: Path
     """The working tree."""
@@ -50,14 +50,14 @@ class CodeCopy:
     """Files that would have been shipped, but look like secrets or are hidden; the values say why."""
 
     def counterpart(self, path: Path) -> Path:
-        """Where the copy has what the working tree has at `path`."""
+        """The place in the copy that corresponds to `path` in the working tree."""
         return self.path / Path(os.path.realpath(path)).relative_to(self.root)
 
     def python_path(self) -> list[str]:
-        """The folders of the copy to import from, in place of those of the working tree that this process imports from.
+        """The folders of the copy to import from, instead of the working tree's folders on this process's path.
 
-        An editable installation is one of them, however it was made; an environment with its packages is not, nor is
-        the working directory, where a job looks last, unless PYTHONPATH says otherwise.
+        Every kind of editable installation is included. An environment with its packages is not included, nor is the
+        working directory, which a job searches last, unless PYTHONPATH names it.
         """
         folders = [*map(Path, filter(None, sys.path)), *_folders_of_loaded_modules()]
         found = dict.fromkeys(Path(os.path.realpath(folder)) for folder in folders)
@@ -67,7 +67,7 @@ class CodeCopy:
         return [str(copied) for folder in inside if (copied := self.counterpart(folder)).is_dir()]
 
     def describe(self) -> str:
-        """One line for the user."""
+        """Describes the copy in one line, for the user."""
         text = f"shipped {_count(self.files, 'file')}, {_size(self.bytes)}"
         changes = [_count(self.modified, "modified file")] if self.modified else []
         changes += [_count(self.untracked, "new file")] if self.untracked else []
@@ -78,18 +78,19 @@ class CodeCopy:
         return "; ".join(filter(None, (text, self.describe_left_out())))
 
     def describe_left_out(self) -> str:
-        """What was left out, in words for the user; "" if nothing was."""
+        """Describes the files that were left out, for the user; "" if there are none."""
         names = [f"{name} ({reason})" for name, reason in self.left_out.items()]
         more = [f"{len(names) - SHOWN:,} more (code.json lists them)"] if len(names) > SHOWN else []
         return f"left out: {', '.join([*names[:SHOWN], *more])}" if names else ""
 
 
 def ship(directory: Path, destination: Path, *, exclude: Sequence[Path] = ()) -> CodeCopy:
-    """Copies the working tree that holds `directory`, as it is now, in place of an earlier copy.
+    """Copies the working tree that contains `directory`, and replaces an earlier copy.
 
-    In a git repository that is what git tracks, with uncommitted changes, and what it does not ignore, likewise in
-    submodules. Elsewhere it is `directory` without caches and virtual environments. Links stay links. Hidden files, and
-    files in hidden folders, are shipped only if git tracks them. What looks like a secret is never shipped.
+    In a git repository, it copies the files that git tracks, with uncommitted changes, and new files that git does not
+    ignore, also in submodules. Elsewhere, it copies `directory` without caches and virtual environments. Links stay
+    links. Hidden files, and files in hidden folders, are shipped only if git tracks them. Files that look like secrets
+    are never shipped.
 
     Args:
         exclude: folders to leave out, such as that of the runs.
@@ -121,7 +122,7 @@ def ship(directory: Path, destination: Path, *, exclude: Sequence[Path] = ()) ->
 
 
 def shipped(run: RunDirectory) -> CodeCopy | None:
-    """What was shipped with a run; None if its job imports the working tree itself."""
+    """Returns what was shipped with a run; None if its job imports the working tree itself."""
     try:
         recorded = json.loads(run.code.with_name("code.json").read_text())
     except FileNotFoundError:
@@ -130,7 +131,7 @@ def shipped(run: RunDirectory) -> CodeCopy | None:
 
 
 def _git_root(directory: Path) -> Path | None:
-    """The top of the git working tree that `directory` is in; None if there is none."""
+    """The root of the git working tree that contains `directory`; None if there is none."""
     if not any((folder / ".git").exists() for folder in (directory, *directory.parents)):
         return None
     root = Path(os.fsdecode(_git(directory, "rev-parse", "--show-toplevel").removesuffix(b"\n")))
@@ -140,16 +141,16 @@ def _git_root(directory: Path) -> Path | None:
 
 
 def _git_files(root: Path) -> dict[str, bool]:
-    """What git tracks or does not ignore, as paths from `root`, and whether git tracks it.
+    """The files that git tracks or does not ignore, as paths from `root`, and whether git tracks each.
 
-    Of a repository within it is what that tracks or does not ignore.
+    For a repository inside `root`, its own rules hold.
     """
     tracked = _git(root, "ls-files", "-z", "--cached").split(b"\0")
     new = _git(root, "ls-files", "-z", "--others", "--exclude-standard").split(b"\0")
     files: dict[str, bool] = {}
     for listed, is_tracked in ((new, False), (tracked, True)):
         for name in (os.fsdecode(each).rstrip("/") for each in listed[:-1]):
-            # A submodule, or a repository that nobody has made one; a hidden one of those is somebody's cache.
+            # A submodule, or another repository inside this one; a hidden one of the latter is a cache.
             if (root / name / ".git").exists() and (is_tracked or not _hidden(name)):
                 files |= {f"{name}/{inner}": inside for inner, inside in _git_files(root / name).items()}
             else:
@@ -158,12 +159,12 @@ def _git_files(root: Path) -> dict[str, bool]:
 
 
 def _hidden(name: str) -> bool:
-    """Whether a file, or a folder that it is in, is hidden."""
+    """Whether a file, or one of its folders, is hidden."""
     return any(part.startswith(".") for part in Path(name).parts)
 
 
 def _files_with_keys(root: Path, names: Iterable[str]) -> dict[str, str]:
-    """The files that have a private key in them, and that in words."""
+    """The files that contain a private key, each with that reason in words."""
     try:
         return {name: reason for name in names if (reason := secret_files.why(root, name))}
     except PermissionError as error:
@@ -186,7 +187,7 @@ def _git_state(root: Path, excluded: Sequence[Path]) -> tuple[str, int, int]:
 
 
 def _git(directory: Path, *arguments: str) -> bytes:
-    """What a git command prints.
+    """Returns the output of a git command.
 
     Raises:
         ConfigError: it fails, or there is no git.
@@ -202,7 +203,7 @@ def _git(directory: Path, *arguments: str) -> bytes:
 
 
 def _plain_files(root: Path, excluded: Sequence[Path]) -> Iterator[str]:
-    """The files below `root` as paths from it, without those in hidden folders, caches and virtual environments."""
+    """The files below `root`, as relative paths, without hidden folders, caches and virtual environments."""
     for folder, folders, files in os.walk(root, onerror=_refuse_unreadable):
         here = Path(folder)
         linked = [name for name in folders if (here / name).is_symlink()]
@@ -217,7 +218,7 @@ def _holds_code(folder: Path, excluded: Sequence[Path]) -> bool:
 
 
 def _sizes(root: Path, names: Iterable[str], excluded: Sequence[Path]) -> dict[str, int]:
-    """The size of each file and link that is there, in bytes."""
+    """The size of each existing file and link, in bytes."""
     sizes: dict[str, int] = {}
     real: dict[Path, bool] = {}  # folder -> whether it is one, and not what a link that has taken its place points to
     for name in names:
@@ -258,7 +259,7 @@ def _refuse_unreadable(error: OSError) -> None:
 
 
 def _too_large(root: Path, sizes: dict[str, int], total: int) -> str:
-    """What to say of a tree that is too large: where the bytes are, small files summed up by folder."""
+    """The message for a tree that is too large: its largest files and folders, with small files summed by folder."""
     entries: Counter[str] = Counter()
     for name, size in sizes.items():
         entries[name if size > MAX_BYTES / 100 else f"{Path(name).parent}/"] += size
@@ -270,7 +271,7 @@ def _too_large(root: Path, sizes: dict[str, int], total: int) -> str:
 
 
 def _folders_of_loaded_modules() -> Iterator[Path]:
-    """Where the modules of this process were found, whatever way an editable installation has of pointing there."""
+    """The folders of this process's modules, however an editable installation points to them."""
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if isinstance(file, str) and "." not in name and name != "__main__":

@@ -1,4 +1,4 @@
-"""Docker: NeMo-Run starts one container with the run's script, and the engine is asked what has become of it."""
+"""The Docker executor: NeMo-Run starts one container with the run's script, and the engine knows its state."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
 def docker(image: str, gpus: int = 0, mounts: Sequence[str] = (), **settings: Any) -> DockerExecutor:
     """A container on this machine.
 
-    It sees the working directory, with nothing in the place of secrets, and the folder of runs, both read-only. It
-    writes to the run directory and to the cache folder (`$FIDDLEHEAD_CACHE` or `~/.cache/fiddlehead`). All are at their
-    own paths.
+    It sees the working directory, in which secrets are hidden, and the folder of runs, both read-only. It writes to the
+    run directory and to the cache folder (`$FIDDLEHEAD_CACHE` or `~/.cache/fiddlehead`). All have the same paths as
+    outside.
 
     Args:
-        image: what the container is made of: Python, PyTorch and this package; see the Dockerfile.
-        gpus: how many GPUs; 0 is as many as the recipe's devices, if they are GPUs.
-        mounts: more of this machine's files, "SOURCE[:TARGET][:ro]"; the target is the source's path unless given.
-        settings: more of `DockerExecutor`'s.
+        image: the container's image, with Python, PyTorch and this package; see the Dockerfile.
+        gpus: the number of GPUs; 0 means the recipe's devices, if they are GPUs.
+        mounts: additional mounts, "SOURCE[:TARGET][:ro]"; the target is the source's path by default.
+        settings: other settings of `DockerExecutor`.
 
     Raises:
-        ConfigError: a setting is unknown, or has a value that it cannot have.
+        ConfigError: a setting is unknown, or has an impossible value.
     """
     return DockerExecutor.of(image=image, gpus=gpus, mounts=mounts, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DockerExecutor(Executor):
-    """A container on this machine, gone when its job has ended."""
+    """A container on this machine, which is removed when its job has ended."""
 
     nodes: int = 1
     image: str
@@ -192,7 +192,7 @@ class DockerExecutor(Executor):
 
 
 def container_name(run: RunDirectory) -> str:
-    """What a run's container is called: at most 32 characters that a container and a host may have in their names."""
+    """The name of a run's container: at most 32 characters that are allowed in names of containers and hosts."""
     readable = re.sub(r"[^A-Za-z0-9]+", "-", run.name).strip("-")[:23].rstrip("-") or "run"
     return f"{readable}-{hashlib.sha256(engine.label(run).encode()).hexdigest()[:8]}"
 
@@ -205,7 +205,7 @@ class _Mount(NamedTuple):
 
 
 def _mounts(run: RunDirectory, texts: Sequence[str]) -> list[_Mount]:
-    """What the container sees of this machine; of two mounts in one place, the user's counts."""
+    """The container's mounts; at the same target, the user's mount replaces ours."""
     cache = cache_folder()
     try:
         cache.mkdir(parents=True, exist_ok=True)  # else the engine would, and as root
@@ -227,7 +227,7 @@ def _mounts(run: RunDirectory, texts: Sequence[str]) -> list[_Mount]:
 
 
 def _covers(directory: Path, runs: Path) -> list[_Mount]:
-    """What hides the files and folders below `directory` that look like secrets, by their names."""
+    """Mounts that hide the files and folders below `directory` whose names look like secrets."""
     covers = []
     for folder, folders, files in os.walk(directory):
         here = Path(folder).relative_to(directory)
@@ -257,5 +257,5 @@ def _parsed(text: str) -> _Mount:
 
 
 def _environment() -> dict[str, str]:
-    """Places for what is prepared or compiled once: they outlive the container."""
+    """Environment variables for folders of prepared data and compiled kernels, which are kept after the container."""
     return {"FIDDLEHEAD_CACHE": str(cache_folder()), **kernel_folders()}

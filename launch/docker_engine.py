@@ -1,4 +1,4 @@
-"""What the Docker engine knows: which images are there, which runs have a container, and how those have ended."""
+"""Questions to the Docker engine: its images, the containers of runs, and how they ended."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ LABEL = "nemo-run/id"
 
 @contextlib.contextmanager
 def connect() -> Iterator[DockerClient]:
-    """The engine; whatever it refuses within the block is a ConfigError with its words.
+    """Connects to the engine; an error of the engine in the block becomes a ConfigError with its message.
 
     Raises:
-        ConfigError: there is no engine, or it must not be used.
+        ConfigError: there is no engine, or this user may not use it.
     """
     import docker
     from docker.errors import APIError, DockerException
@@ -54,7 +54,7 @@ def connect() -> Iterator[DockerClient]:
 
 
 def reach() -> None:
-    """Raises OSError if nobody listens at the socket of this machine's engine: docker-py would leave its own open."""
+    """Raises OSError if nothing listens at the engine's socket: docker-py would leave its own socket open."""
     address = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
     if address.startswith("unix://"):
         with socket.socket(socket.AF_UNIX) as probe:
@@ -65,7 +65,7 @@ def reach() -> None:
 
 
 class UnreachableError(OSError):
-    """Nobody listens."""
+    """Nothing listens at the engine's socket."""
 
 
 def is_missing(client: DockerClient, image: str) -> bool:
@@ -101,18 +101,18 @@ def has_gpus(client: DockerClient) -> bool:
 
 
 def user(client: DockerClient) -> str:
-    """Who a job must be in its container for its files to belong to whoever started it."""
+    """The user and groups that a job needs in its container, so that its files belong to the launching user."""
     rootless = any("rootless" in option for option in client.info().get("SecurityOptions", []))
     return "0:0" if rootless else f"{os.getuid()}:{os.getgid()}"
 
 
 def label(run: RunDirectory) -> str:
-    """What tells a run's container from those of other runs, whichever links lead to its folder."""
+    """The label that identifies a run's container, independent of links to the run's folder."""
     return os.path.realpath(run.path)
 
 
 def remove(client: DockerClient, run: RunDirectory, status: Sequence[str] = ()) -> None:
-    """Removes a run's containers, running or not; only those in some states if `status` names any."""
+    """Removes a run's containers, running or not; with `status`, only those in these states."""
     from docker.errors import APIError
 
     filters: dict[str, str | list[str]] = {"label": f"{LABEL}={label(run)}"}
@@ -127,9 +127,9 @@ def remove(client: DockerClient, run: RunDirectory, status: Sequence[str] = ()) 
 
 
 def answers(going: Mapping[RunDirectory, Status]) -> dict[RunDirectory, Answer]:
-    """What the engine knows of the runs' containers; it is asked once for all that run.
+    """The engine's answer for each run; it is asked once for all running containers.
 
-    Where it does not answer, that is said once, and nothing is known.
+    If it does not answer, this warns once and returns no answers.
     """
     submitted = {run for run in going if run.submitted}  # before it is asked: what is submitted later it does not know
     try:
@@ -146,7 +146,7 @@ def answers(going: Mapping[RunDirectory, Status]) -> dict[RunDirectory, Answer]:
 
 
 def _without_container(client: DockerClient, run: RunDirectory, status: Status, submitted: bool) -> Answer:
-    """What is known of a run that has written `status`, and has no container that runs."""
+    """The answer for a run that has written `status` and has no running container."""
     begun = status.state is not State.PENDING
     if begun and is_here(status):
         return Answer(Phase.PROCESS)  # by hand
@@ -161,9 +161,9 @@ def _without_container(client: DockerClient, run: RunDirectory, status: Status, 
 
 
 def _ending(client: DockerClient, run: RunDirectory, since: float) -> tuple[int | None, float | None, bool]:
-    """The exit code of a run's removed container, when it ended, and whether it was short of memory.
+    """The exit code of a run's removed container, when it ended, and whether it ran out of memory.
 
-    The engine keeps its newest 256 events; what is older is not known.
+    The engine keeps only its newest 256 events.
     """
     code, ended, out_of_memory = None, None, False
     for event in client.events(

@@ -1,4 +1,4 @@
-"""What every executor is: settings that are written down with the run, and what can be done with them."""
+"""The base of all executors: settings that are saved with the run, and the operations that each executor implements."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ unset "${!SLURM_@}" MASTER_ADDR MASTER_PORT
 
 
 def where_process(status: Status) -> str:
-    """Where a run is, or was, that is known by its process."""
+    """Where the process of a run is, or was, in a few words."""
     return f"{status.executor} on {status.host}, process {status.pid}"
 
 
@@ -55,12 +55,12 @@ def gpus_here() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Executor(ABC):
-    """Where a run goes. One kind is one file of `launch/`, with a function of the same name that returns it."""
+    """Where a run goes. Each kind is one file of `launch/`, with a function of the same name that returns it."""
 
     nodes: int | None = None
-    """How many machines; None follows `trainer.num_nodes`."""
+    """The number of machines; None follows `trainer.num_nodes`."""
     ntasks_per_node: int = 0
-    """Processes on each, each with a device of its own; 0 follows the GPUs that are asked for, or `trainer.devices`."""
+    """Processes on each machine, each with its own device; 0 follows the requested GPUs, or `trainer.devices`."""
     env_vars: dict[str, str] = field(default_factory=dict)
     """Environment variables of the job. They are written down with the run, so secrets do not belong here."""
     secrets: Sequence[str] = ()
@@ -71,11 +71,11 @@ class Executor(ABC):
     python: str = ""
     """The interpreter; "" is the `python` that `setup_lines` activate, or else that of the launcher."""
     unshipped: Sequence[str] = ()
-    """Modules of the user's, with those below them, that are not missed if they are not shipped: the job's environment
-    has them, or the job never imports them."""
+    """The user's modules, with their submodules, that need not be shipped: the job's environment has them, or the job
+    never imports them."""
 
     kind: ClassVar[str]
-    """What the executor is called on the command line and in a run's status."""
+    """The executor's name on the command line and in a run's status."""
     ships_code: ClassVar[bool] = True
     """Whether the job imports a copy of the working tree instead of the tree itself."""
     queues: ClassVar[bool] = False
@@ -83,13 +83,13 @@ class Executor(ABC):
     dies_with_launcher: ClassVar[bool] = True
     """Whether the job of an attached launch ends whenever the launcher ends."""
     begins_at_once: ClassVar[bool] = False
-    """Whether a submitted job begins at once, so that it is asked to stop and not killed."""
+    """Whether a submitted job begins at once; it is then asked to stop instead of being killed."""
 
     def __post_init__(self) -> None:
         refuse(self._type_problems() or self.problems())
 
     def problems(self) -> list[Problem]:
-        """What is wrong with the settings, whose types are right already."""
+        """The problems of the settings; their types have been checked before."""
         problems = [
             Problem(name, getattr(self, name), f"must be {least} or more")
             for name, least in (("nodes", 1), ("ntasks_per_node", 0))
@@ -126,7 +126,7 @@ class Executor(ABC):
 
     @classmethod
     def of(cls, **settings: Any) -> Self:
-        """The executor with these settings, by name.
+        """Builds an executor from settings by name.
 
         Raises:
             ConfigError: a setting is unknown, or has an impossible value.
@@ -147,7 +147,7 @@ class Executor(ABC):
 
     @property
     def is_plain(self) -> bool:
-        """Whether a job goes no further than this machine, with no command and no variable of its own."""
+        """Whether a job runs on this machine with default settings: without commands and variables of its own."""
         return False
 
     @property
@@ -156,7 +156,7 @@ class Executor(ABC):
         return None
 
     def sent(self, status: Status) -> bool:
-        """Whether a run that has written `status` was sent to such an executor."""
+        """Whether the run that has written `status` was sent to this kind of executor."""
         return status.executor == self.kind
 
     @classmethod
@@ -165,15 +165,15 @@ class Executor(ABC):
         return f"{cls.kind} {run.job_id}{on_host(status)}"
 
     def start_lines(self) -> str:
-        """Shell lines with which the job's script begins: they unset what of its environment is the launcher's."""
+        """The first shell lines of the job's script: they unset variables that belong to the launcher."""
         return _NO_SLURM
 
     def where_lines(self) -> str:
-        """Shell lines that set `_where` in the job's script, which its log then begins with."""
+        """Shell lines that set `_where` in the job's script, for the first line of its log."""
         return f"_where={quote(self.kind)}"
 
     def requeue_lines(self) -> str:
-        """Shell lines that say how often a job may be queued again, and with which exit code it asks for that."""
+        """Shell lines that set how often a job may be requeued, and the exit code by which it asks for that."""
         return ""
 
     def devices_per_node(self) -> int:
@@ -181,19 +181,19 @@ class Executor(ABC):
         return self.ntasks_per_node
 
     def gpus_of_a_node(self, nodes: int = 1) -> int:
-        """How many GPUs each of `nodes` machines has for a run that wants all; 0 is a machine without.
+        """The number of GPUs on each of `nodes` machines, for a run that uses all of them; 0 if there are none.
 
         Raises:
-            ConfigError: that cannot be known.
+            ConfigError: the number is unknown.
         """
         return gpus_here()
 
     def fitted(self, devices: int, accelerator: str, nodes: int = 1) -> Self:
-        """These settings with what follows from a recipe that uses `devices` on each of `nodes`."""
+        """These settings, completed for a recipe that uses `devices` on each of `nodes`."""
         return replace(self, ntasks_per_node=devices, nodes=self.nodes or nodes)
 
     def queue(self) -> str:
-        """What tells whom to ask for a job's state: executors with the same answer are asked together."""
+        """The queue that knows a job's state: runs of executors with the same queue are asked for together."""
         return self.kind
 
     def place(self, run: RunDirectory) -> Path:
@@ -201,7 +201,7 @@ class Executor(ABC):
         return run.path
 
     def deliver_secrets(self, run: RunDirectory, values: Mapping[str, str]) -> str:
-        """Puts secrets where only the job's user can read them; returns the path as the job sees it, "" for none."""
+        """Writes secrets to a file that only the user can read; returns its path as the job sees it, or ""."""
         return str(secrets.write(run, values)) if values else ""
 
     @abstractmethod
@@ -209,28 +209,28 @@ class Executor(ABC):
         """Asks the machine or cluster whether it can do this, before anything is submitted.
 
         Raises:
-            ConfigError: it cannot, with what it has to offer.
+            ConfigError: it cannot; the message says what it offers.
         """
 
     @abstractmethod
     def submit(self, run: RunDirectory, *, after: Sequence[str] = (), after_any: Sequence[str] = ()) -> str:
-        """Starts `run.script` on every node and returns the job's id; all else in the run directory is there before.
+        """Starts `run.script` on every node and returns the job's id. The run directory must be complete.
 
         Args:
-            after: ids of jobs of the same executor that must have succeeded first.
-            after_any: ids of such jobs that must have ended first, however.
+            after: ids of jobs of the same executor that must succeed first.
+            after_any: ids of such jobs that must end first, in any state.
         """
 
     def ask(self, going: Mapping[RunDirectory, Status]) -> Mapping[RunDirectory, Answer]:
-        """What the scheduler knows of the jobs of runs that have not ended; one question for all of them.
+        """The scheduler's answers for the jobs of runs that have not ended; it is asked once for all of them.
 
         Args:
-            going: what each of these runs has written.
+            going: the status that each of these runs has written.
         """
         return {}
 
     def states(self, runs: Sequence[RunDirectory]) -> list[Status | None]:
-        """What has become of each run: its status file, corrected by what the scheduler says of its job."""
+        """The state of each run: its status file, corrected by the scheduler's answer about its job."""
         before = [(run, run.written_status()) for run in runs]
         going = {run: status for run, status in before if status is not None and not status.state.ended}
         answers = self.ask(going) if going else {}
@@ -238,14 +238,14 @@ class Executor(ABC):
 
     @abstractmethod
     def kill(self, run: RunDirectory) -> None:
-        """Ends a run's job at once; one that has not begun never will."""
+        """Ends a run's job at once, or removes it from the queue."""
 
     def save(self, run: RunDirectory) -> None:
         """Writes the settings into the run directory, for `load`."""
         write_atomically(run.executor, json.dumps(self.to_dict(), indent=1) + "\n", mode=0o600)
 
     def to_dict(self) -> dict[str, Any]:
-        """The kind and the settings, as JSON values; of an executor of the user's also the class, by its name."""
+        """The kind and the settings, as JSON values; for a user's own executor also the name of its class."""
         ours = type(self).__module__.startswith("fiddlehead.")
         own = {} if ours else {"class": reference_to(type(self))}
         return {"kind": self.kind, **own, **asdict(self)}

@@ -1,4 +1,4 @@
-"""Fits a recipe to its executor: the number of machines and devices, and their kind."""
+"""Fits a recipe to its executor: the number and kind of machines and devices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GPU = ("gpu", "cuda")
 
 
 def fit_to_executor(recipe: Recipe, executor: Executor | None) -> Recipe:
-    """A copy of the recipe whose trainer uses the executor's machines and devices; None is one process here.
+    """Returns a copy of the recipe whose trainer uses the executor's machines and devices; None means one process here.
 
     The executor overrides settings of the recipe function; settings of the user must agree with it. "auto" becomes all
     GPUs of each machine, or one process where there are none. The global batch stays the same.
@@ -70,7 +70,7 @@ def fit_to_executor(recipe: Recipe, executor: Executor | None) -> Recipe:
 
 
 def yielded(recipe: Recipe, fitted: Recipe) -> list[str]:
-    """What of the recipe has yielded to the executor, or to the CPU: a sentence for each value, for people."""
+    """A sentence for each setting of the recipe that the executor, or a machine without GPUs, overrides."""
     sentences = []
     for difference in fitted.diff(recipe):
         unsaid = ("auto", -1, "-1") if difference.path != "trainer.num_nodes" else (1,)

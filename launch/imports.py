@@ -1,4 +1,4 @@
-"""Which modules of the user's own some modules import: now, or later inside a function. Nothing is imported here."""
+"""Finds the user's own modules that some modules import, also inside functions. Nothing is imported here."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from fiddlehead.recipe import project
 
 @dataclass(frozen=True)
 class Module:
-    """A module of the user's own: neither of the standard library nor in a folder of installed packages."""
+    """A user's own module: not in the standard library, and not in a folder of installed packages."""
 
     name: str
     file: Path
     importer: str
     """The module that imports it; "" for one that was asked for."""
     data: list[Path] = field(default_factory=list)
-    """Files beside it, or further down, that it names."""
+    """Files in or below its folder that it names."""
 
 
 def modules_of(names: Iterable[str]) -> list[Module]:
-    """The user's own modules among `names`, and those that these import in turn, with the packages that they are in.
+    """The user's own modules among `names`, the modules that these import in turn, and their packages.
 
-    What only a type checker imports, or a module that is run as a script, does not count. A module that imports by a
-    name that it computes may need whatever of its package is loaded.
+    Imports for type checkers, and of a module that runs as a script, do not count. A module that imports a computed
+    name may need all loaded modules of its package.
     """
     found: dict[str, Module] = {}
     waiting = [(name, "") for name in names]
@@ -88,7 +88,7 @@ def _located(name: str) -> tuple[Path | None, list[str] | None]:
 
 @cache
 def _installed_folders() -> frozenset[str]:
-    """Where this interpreter's standard library and packages are."""
+    """The folders of this interpreter's standard library and packages."""
     paths = sysconfig.get_paths()
     folders = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     return frozenset([*folders, *site.getsitepackages(), site.getusersitepackages()])
@@ -100,7 +100,7 @@ def _is_installed(file: Path) -> bool:
 
 
 class _Reader(ast.NodeVisitor):
-    """What a file of Python imports and which files it names; nothing, if it is not valid Python."""
+    """Collects what a Python file imports and which files it names; nothing if it is not valid Python."""
 
     def __init__(self, module: str, file: Path, *, is_package: bool) -> None:
         self.imports: list[str] = []
@@ -125,7 +125,7 @@ class _Reader(ast.NodeVisitor):
             self.imports += [base, *(f"{base}.{alias.name}" for alias in node.names if alias.name != "*")]
 
     def _absolute(self, dots: int, name: str) -> str:
-        """The full name of a module that an import names with so many dots in front."""
+        """The full name of a module that a relative import names with this number of dots."""
         package = self._package.split(".")
         above = package[: len(package) - dots + 1] if dots else []
         return ".".join(filter(None, [*above, name]))
@@ -166,7 +166,7 @@ class _Reader(ast.NodeVisitor):
 
 
 def _is_file(folder: Path, text: str) -> bool:
-    """Whether a text of a program is the name of a file in a folder, or further down."""
+    """Whether a string in a program names a file in or below a folder."""
     if not text or len(text) > 200 or "\0" in text or text.startswith("/"):
         return False
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""This machine: NeMo-Run's LocalExecutor starts the job, which then no longer needs NeMo-Run."""
+"""The local executor: NeMo-Run's LocalExecutor starts the job, which then runs without NeMo-Run."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from fiddlehead.run.status import State, Status
 
 
 def local(ntasks_per_node: int = 0, **settings: Any) -> LocalExecutor:
-    """Processes on this machine, which have the environment of this one.
+    """Processes on this machine, with the environment of this process.
 
     Args:
-        ntasks_per_node: how many, each with a device of its own; 0 follows `trainer.devices`.
-        settings: more of `LocalExecutor`'s.
+        ntasks_per_node: the number of processes, each with its own device; 0 follows `trainer.devices`.
+        settings: other settings of `LocalExecutor`.
 
     Raises:
-        ConfigError: a setting is unknown, or has a value that it cannot have.
+        ConfigError: a setting is unknown, or has an impossible value.
     """
     return LocalExecutor.of(ntasks_per_node=ntasks_per_node, **settings)
 
@@ -68,20 +68,20 @@ class LocalExecutor(Executor):
         return ""
 
     def check(self, run: RunDirectory) -> None:
-        """Looks for the interpreter, if `setup_lines` cannot be what provides it.
+        """Looks for the interpreter, unless `setup_lines` may provide it.
 
         Raises:
-            ConfigError: it is not there.
+            ConfigError: it does not exist.
         """
         if self.python and not self.setup_lines and not shutil.which(user_path(self.python)):
             message = f"there is no such program on {socket.gethostname()}"
             raise ConfigError(Problem("executor.python", self.python, message))
 
     def submit(self, run: RunDirectory, *, after: Sequence[str] = (), after_any: Sequence[str] = ()) -> str:
-        """Starts `run.script` and returns its process's number and start; the process leads a session of its own.
+        """Starts `run.script` in a new session; returns the process's id and start time.
 
         Raises:
-            ConfigError: it is to wait for another job, and nobody is here who would.
+            ConfigError: it should wait for another job, which this executor cannot do.
         """
         if after or after_any:
             raise ConfigError(Problem("executor", "local", "starts a job at once; the launcher waits for a run"))
@@ -89,14 +89,14 @@ class LocalExecutor(Executor):
         return f"{pid}:{process_started(pid) or 0}"
 
     def ask(self, going: Mapping[RunDirectory, Status]) -> Mapping[RunDirectory, Answer]:
-        """Looks at the processes of jobs that have not begun; when they have, the run itself says which are its."""
+        """Looks at the processes of jobs that have not begun; afterwards the run's own status counts."""
         return {run: _answer(run, status) for run, status in going.items()}
 
     def kill(self, run: RunDirectory) -> None:
-        """Kills a run's processes; nothing is saved, and the last checkpoint is whole.
+        """Kills a run's processes without saving; the last checkpoint stays complete.
 
         Raises:
-            ConfigError: they are another machine's, or container's.
+            ConfigError: they are on another machine or in another container.
         """
         status = run.written_status()
         if status is None or status.state.ended:
@@ -118,7 +118,7 @@ class LocalExecutor(Executor):
 
 
 def _answer(run: RunDirectory, status: Status) -> Answer:
-    """What is known of a run's job between its submission and its first word."""
+    """The state of a run's job between its submission and its first status."""
     if status.state is not State.PENDING or not is_here(status):
         return Answer(Phase.PROCESS)
     if not run.submitted:
@@ -132,10 +132,10 @@ def _answer(run: RunDirectory, status: Status) -> Answer:
 
 
 def _job(run: RunDirectory) -> tuple[int, bool | None]:
-    """The number of the process that was started for a run, and whether it runs; None if the system does not say.
+    """The id of the process that was started for a run, and whether it runs; None if the system does not say.
 
-    The number may since be another's. What the process is called says nothing while it becomes one program after the
-    other.
+    The id may belong to another process by now. The process's name says nothing, because it becomes several programs in
+    turn.
     """
     match = re.fullmatch(r"(\d+):(\d+)", run.job_id)
     return (int(match[1]), is_running(int(match[1]), int(match[2]))) if match else (0, False)

@@ -1,6 +1,6 @@
-"""Runs that are kept on another machine: what is sent there, and the small files that are brought back.
+"""Runs on another machine: sends their files there, and fetches the small files that a job writes.
 
-The run's own directory is where the job runs; the one here is its mirror, without the checkpoints.
+The real run directory is on the job's machine; the one here is a mirror without the checkpoints.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from fiddlehead.launch.shell import Shell
 from fiddlehead.run.directory import RunDirectory
 
 THEIRS = ("checkpoints", "tensorboard", "wandb", "logs", "log.txt", "metrics.csv", "scheduler.txt", "attention.json")
-"""What the job writes."""
+"""The files that the job writes."""
 OURS = ("job_id", "stop")
-"""What is only of use here, beside hidden files."""
+"""Files that are used only here, besides hidden files."""
 FETCHED = ("status", "metrics.csv", "log.txt", "scheduler.txt", "attention.json", "tokenizer.json", "wandb_id")
-"""What is brought back beside `logs`; the status first, so that of a run that has ended nothing is missed."""
+"""The files to fetch besides `logs`. The status comes first, so nothing of an ended run is missed."""
 SMALL = 65536
 """Bytes: a file up to this size is brought back even if it seems to be the same."""
 
 
 def origin(run: RunDirectory) -> str:
-    """What tells this run from another one of the same name, made elsewhere."""
+    """Identifies this run among runs of the same name from other machines."""
     return f"{socket.gethostname()}:{run.path}"
 
 
@@ -43,7 +43,7 @@ def is_taken(shell: Shell, run: RunDirectory, place: Path) -> bool:
 
 
 def send(shell: Shell, run: RunDirectory, place: Path) -> None:
-    """Copies a run's directory to `place`, which others cannot read there: all that it takes to start the job.
+    """Copies everything that a job needs to `place`, which other users cannot read.
 
     Raises:
         ConfigError: it cannot be written there.
@@ -82,10 +82,10 @@ def write_secret(shell: Shell, path: PurePath, text: str) -> None:
 
 
 def fetch(shell: Shell, places: Mapping[Path, Path]) -> None:
-    """Brings the mirrors up to date, and asks runs to stop that were asked here; one command for all of them.
+    """Updates the mirrors and passes on requests to stop, with one command for all runs.
 
     Args:
-        places: for each run directory here, where it is there.
+        places: for each run directory here, its path on the other machine.
 
     Raises:
         ConfigError: the machine does not answer.
@@ -118,10 +118,10 @@ give() {  # the run's number, and a file: one line with what of it is new, where
 
 
 def _question(number: int, run: RunDirectory, place: Path) -> str:
-    """Shell lines that print what is new of a run.
+    """Shell lines that print the new data of a run.
 
-    What is here has the time of what is there, so size and time tell whether that was written since; no state of a run
-    follows from them.
+    Files here have the modification times of the originals, so size and time show whether an original has changed. They
+    decide nothing about a run's state.
     """
     files = [*(run.path / name for name in FETCHED), *run.logs.glob("*.txt")]
     known = " ".join(
@@ -139,7 +139,7 @@ def _question(number: int, run: RunDirectory, place: Path) -> str:
 
 
 def _store(mirror: Path, name: str, start: int, modified: int, content: bytes) -> None:
-    """Puts what was brought back where it belongs."""
+    """Stores fetched data in the mirror."""
     if name not in FETCHED and not re.fullmatch(r"logs/[\w-]+\.txt", name):
         raise ConfigError(Problem.in_file(mirror, f"was sent a file called {name!r}, which no run has"))
     file = mirror / name

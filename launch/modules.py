@@ -1,4 +1,4 @@
-"""The modules of the user's that a job imports: whether it will find them in what is shipped, or where it runs."""
+"""Checks that a job will find the user's modules: in the shipped copy, or where it runs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fiddlehead.launch.imports import Module, modules_of
 
 
 def check(names: Iterable[str], copy: CodeCopy, executor: Executor) -> list[str]:
-    """Checks that a job finds its modules, and returns a sentence for each data file that it may lack.
+    """Checks that a job will find its modules; returns a warning for each data file that it may not find.
 
     Args:
         names: the recipe's names, ``package.module:name``; the imports of these modules are checked too.
 
     Raises:
-        ConfigError: the job would not find a module; with its file, why it is not shipped, and what to do.
+        ConfigError: the job would not find a module; the message has its file, the reason and what to do.
     """
     mine = modules_of(dict.fromkeys(name.partition(":")[0] for name in names))
     mine = [module for module in mine if not _is_or_is_in(module.name, executor.unshipped)]
@@ -66,7 +66,7 @@ def _is_or_is_in(module: str, packages: Iterable[str]) -> bool:
 def _in_tree(file: Path, root: Path) -> Path | None:
     """Where a file is in the working tree, as a path from its top; None if it is elsewhere.
 
-    A link within the tree belongs to it, wherever it leads to.
+    A link in the tree belongs to it, even if it leads outside.
     """
     for folder in reversed(file.parents):
         real = Path(os.path.realpath(folder))
@@ -125,7 +125,7 @@ def _ignored_by(root: Path, file: Path, first: Path) -> str:
 
 
 def _why_outside(copy: CodeCopy, executor: Executor) -> str:
-    """Why a module that lies outside the working tree is not found, and what to do."""
+    """Why a job would not find a module outside the working tree, and what to do."""
     if executor.shares_environment:
         return (
             f"it lies outside of {copy.root}, and the job's Python does not find it; install it, "
@@ -140,7 +140,7 @@ _FIND = "import sys; from importlib.util import find_spec; print(*filter(find_sp
 
 
 def _found_by_job(names: set[str], executor: Executor) -> Sequence[str]:
-    """Which packages the job's interpreter finds by itself; none where this machine does not have it."""
+    """The packages that the job's interpreter finds by itself; none if this machine does not have that interpreter."""
     if not names or not executor.shares_environment:
         return ()
     python = str(user_path(executor.python)) if executor.python else sys.executable

@@ -1,13 +1,13 @@
-"""All contact with NeMo-Run: what of it starts jobs, and what it does that a launch has to work around.
+"""All use of NeMo-Run: how its parts start jobs, and workarounds for its side effects.
 
 - `start_process`: its experiment with a LocalExecutor, for `local`
 - `start_container`: its DockerContainer, for `docker`
 - `sbatch_script`: its SlurmBatchRequest, for `slurm`
 - `open_tunnel`: its SSHTunnel, for a cluster on another machine
 
-What is worked around has a test in tests/launch/test_nemo.py, which fails when a new release of NeMo-Run changes it.
-How NeMo-Run takes a `Recipe` for a configuration of its own is in fiddlehead.recipe.recipe, which needs no launcher.
-NeMo-Run is imported when it is first needed.
+Each workaround has a test in tests/launch/test_nemo.py, which fails when a new release of NeMo-Run no longer needs it.
+fiddlehead.recipe.recipe makes NeMo-Run accept a `Recipe` as its own configuration; it needs no launcher. NeMo-Run is
+imported when it is first needed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def start_process(name: str, script: Path, folder: Path) -> int:
 
     Args:
         name: of NeMo-Run's experiment.
-        script: it outlives this process, and writes its output where it says itself.
+        script: continues after this process, and redirects its own output.
         folder: where NeMo-Run keeps its own files.
     """
     import nemo_run
@@ -62,7 +62,7 @@ def start_process(name: str, script: Path, folder: Path) -> int:
 
 @contextlib.contextmanager
 def _logging_kept() -> Iterator[None]:
-    """In the block NeMo-Run may set the root logger's handlers and level, which are the notebook's or the program's."""
+    """Restores the root logger's handlers and level after NeMo-Run has set them; they belong to the program."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     root.handlers.clear()  # it would close them
@@ -74,7 +74,7 @@ def _logging_kept() -> Iterator[None]:
 
 
 def _release(experiment: Experiment) -> int:
-    """Keeps NeMo-Run, whose local scheduler ends its jobs with itself, from ending this one; returns its process id."""
+    """Keeps NeMo-Run's local scheduler from ending this job when it ends itself; returns the job's process id."""
     scheduler: Any = experiment._runner._scheduler("local_persistent")
     (job,) = [replica for app in scheduler._apps.values() for group in app.role_replicas.values() for replica in group]
     for stream in (job.stdout, job.stderr, job.combined):  # the job's own log has its output
@@ -103,7 +103,7 @@ def start_container(
         options: more arguments of the Docker client's `containers.run`.
 
     Raises:
-        ConfigError: NeMo-Run's lock on the network is another user's.
+        ConfigError: NeMo-Run's lock on the network belongs to another user.
     """
     from nemo_run.core.execution import docker
 
@@ -126,12 +126,12 @@ def start_container(
 
 
 def sbatch_script(name: str, place: Path, output: str, command: Sequence[str], settings: Mapping[str, Any]) -> str:
-    """The text that sbatch gets for a job of one step, which runs `command` on every node.
+    """The sbatch script of a job with one step, which runs `command` on every node.
 
     Args:
         name: of the job.
-        place: the job's folder on the cluster, which it begins in.
-        output: where Slurm writes what it says itself; a pattern of sbatch's. One file over all attempts.
+        place: the job's working directory on the cluster.
+        output: the file for Slurm's own output, a pattern of sbatch; one file for all attempts.
         settings: arguments of NeMo-Run's SlurmExecutor, unquoted.
     """
     from nemo_run.core.execution import slurm
@@ -173,7 +173,7 @@ def sbatch_script(name: str, place: Path, output: str, command: Sequence[str], s
 
 
 def open_tunnel(host: str, user: str, port: int | None, identity: str | None) -> Any:
-    """NeMo-Run's SSH tunnel to a machine, which is not connected yet, and is closed when this process ends."""
+    """NeMo-Run's SSH tunnel to a machine. It is not connected yet, and is closed when this process ends."""
     from nemo_run import SSHTunnel
     from rich.console import Console
 
@@ -184,7 +184,7 @@ def open_tunnel(host: str, user: str, port: int | None, identity: str | None) ->
 
 
 def connect(tunnel: Any) -> Any:
-    """Connects a tunnel, again if need be, and returns its SSH client.
+    """Connects a tunnel, or reconnects it, and returns its SSH client.
 
     Raises:
         PermissionError: no key or password was accepted.

@@ -1,4 +1,4 @@
-"""`plan`: all that is known of a run before it starts."""
+"""`plan` and `Plan`: everything that is known about a run before it starts."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
     from fiddlehead.plan.training import TrainingPlan
 
 _NAMELESS = ".nameless"
-"""Stands for the name of a run that has none yet; no run is called so."""
+"""A placeholder for the name of a run that has none yet; no run can have this name."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is known of a run before it starts; `plan` makes it."""
+    """Everything that is known about a run before it starts; `plan` makes it."""
 
     recipe: Recipe
     """The recipe as it will run: its trainer uses the machines and devices of the executor."""
     executor: Executor | None
-    """Where it runs, completed by what follows from the recipe; None is this process."""
+    """Where it runs, completed for the recipe; None means this process."""
     problems: tuple[Problem, ...] = ()
-    """What is wrong with the recipe or its executor."""
+    """The problems of the recipe and its executor."""
     missing: tuple[str, ...] = ()
-    """What a start lacks: data to train on, or GPUs of this machine."""
+    """What is missing for a start: training data, or GPUs on this machine."""
     changed: tuple[str, ...] = ()
     """The values of the recipe that the executor has overridden, a sentence for each."""
     known: TrainingPlan | None = None
-    """What `training` gives; None if there are problems."""
+    """The value of `training`; None if there are problems."""
 
     def refuse_problems(self) -> None:
         """Raises ConfigError with all problems, if there are any."""
@@ -93,18 +93,18 @@ class Plan:
         """Starts the run, and waits for it unless told to detach.
 
         Args:
-            name: what the run is called, with date and time behind it, if `recipe.log.name` does not say; else its
-                task.
-            detach: return as soon as the job is handed over.
-            allow: what the job's recipe may name, besides the recipe's own classes and functions.
-            command: what to record as having started the run.
-            after: runs of the same executor, one that queues jobs, that must have succeeded first.
-            after_any: such runs that must have ended first, however.
+            name: the run's name, to which date and time are added, if `recipe.log.name` is None; by default the task's
+                name.
+            detach: return as soon as the job is submitted.
+            allow: names that the job's recipe may use, besides its own classes and functions.
+            command: the command line to record.
+            after: runs that must succeed first; only for an executor that queues jobs, and with the same executor.
+            after_any: such runs that must end first, in any state.
 
         Raises:
-            ConfigError: there are problems, or something is missing; or the run's name was taken since, or the executor
-                cannot do it. Nothing was started.
-            RunFailedError: the run ended, but not well.
+            ConfigError: there are problems, something is missing, the run's name was taken meanwhile, or the executor
+                cannot run it. Nothing was started.
+            RunFailedError: the run did not succeed.
         """
         self.refuse_problems()
         if self.missing:
@@ -119,9 +119,9 @@ class Plan:
         )  # fmt: skip
 
     def dry_run(self) -> str:
-        """Does all that `submit` does before the job is handed over, in a folder that is then deleted.
+        """Does everything that `submit` does before it submits the job, in a folder that is then deleted.
 
-        Returns what would be shipped, in a sentence; "" where nothing is.
+        Returns a sentence about what would be shipped; "" if nothing would be.
 
         Raises:
             ConfigError: there are problems, or the executor cannot do it.
@@ -141,13 +141,13 @@ def plan(
     """Plans a run before it starts. It does not change the recipe, and writes nothing.
 
     Args:
-        executor: where it runs; None is this process.
-        target: plans for devices of this kind instead, wherever they are: as many as the executor has, or without one
-            as the recipe says.
-        search: also search the layouts with which the GPUs can train it.
-        waits: the run waits for others, so that the checkpoint from which it resumes need not exist yet.
+        executor: where it runs; None means this process.
+        target: plans for devices of this kind instead, also for absent ones: as many as the executor has, or without
+            an executor as many as the recipe has.
+        search: also search for layouts with which the GPUs can train it.
+        waits: the run waits for others, so the checkpoint from which it resumes need not exist yet.
 
-    The plan's `problems` say what is wrong.
+    The plan's `problems` list what is wrong.
     """
     try:
         as_it_is = target is not None and executor is None
@@ -173,10 +173,10 @@ def plan(
 def _plan_training(
     recipe: Recipe, target: Target | Card | Literal["unknown"] | None, *, search: bool = False
 ) -> TrainingPlan:
-    """Builds everything in a recipe, the model without its memory, and plans its training.
+    """Builds the parts of a recipe, the model on the meta device, and plans the training.
 
     Args:
-        target: the device whose kernels serve; None is the trainer's device, on this machine.
+        target: the device for which kernels are chosen; None means the trainer's device on this machine.
 
     Raises:
         ConfigError: with every problem.

@@ -1,7 +1,7 @@
-"""What has become of a run: what it wrote, corrected by what its scheduler answers when it is asked for its job.
+"""Decides the state of a run from the status that it wrote and its scheduler's answer about its job.
 
-An executor says only what its scheduler knows, as an `Answer`. What follows from that for the run is decided here, in
-one way for all of them.
+An executor returns only its scheduler's knowledge, as an `Answer`. This module decides the run's state, by the same
+rules for all executors.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class Phase(StrEnum):
     """Where a job is, as its scheduler sees it."""
 
     UNKNOWN = "unknown"
-    """Nothing is known that the run would not know better: the job is there, or nobody answers."""
+    """The run's own status counts: the job exists, or the scheduler does not answer."""
     LAUNCHING = "launching"
-    """It is not handed over, so its launcher is looked at."""
+    """It is not submitted yet, so its launcher is checked."""
     PROCESS = "process"
-    """There is a process and no job: the scheduler leaves it to the system, or the run was started by hand."""
+    """There is a process but no job: this executor has no scheduler, or the run was started by hand."""
     WAITING = "waiting"
     """It has not begun, or waits again."""
     RUNNING = "running"
@@ -32,7 +32,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a scheduler knows of a job."""
+    """A scheduler's knowledge of a job."""
 
     phase: Phase = Phase.UNKNOWN
     reason: str = ""
@@ -40,7 +40,7 @@ class Answer:
     host: str = ""
     """Where it runs."""
     state: State = State.DIED
-    """Of one that has ended: what that is for a run that said nothing itself."""
+    """For an ended job: the state of a run whose own status does not say how it ended."""
     exit_code: int | None = None
     ended: float | None = None
     """Seconds since the epoch."""
@@ -49,10 +49,10 @@ class Answer:
 
 
 def reconcile(run: RunDirectory, asked: Status | None, answer: Answer) -> Status | None:
-    """What has become of a run; it is read after its scheduler has answered, so that an end which it wrote counts.
+    """Returns the state of a run. Its status is read after the scheduler's answer, so an end that the run wrote counts.
 
     Args:
-        asked: what the run had written before its scheduler was asked.
+        asked: the status that the run had written before its scheduler was asked.
     """
     status = run.written_status()
     if status is None or status.state.ended or asked is None or status.submission != asked.submission:
@@ -71,11 +71,11 @@ def reconcile(run: RunDirectory, asked: Status | None, answer: Answer) -> Status
 
 
 def corrected(status: Status, answer: Answer, said: str = "", *, asked_to_stop: bool = False) -> Status:
-    """What a run is that has not ended by its own word, `status`.
+    """The state of a run whose own `status` has not ended.
 
     Args:
-        said: the error with which the job's script has ended, if it did before the run could write its status.
-        asked_to_stop: whether it was, since it was handed over.
+        said: the error of the job's script, if it ended before the run could write its status.
+        asked_to_stop: whether the run was asked to stop since it was submitted.
     """
     match answer.phase:
         case Phase.WAITING:
@@ -91,13 +91,13 @@ def corrected(status: Status, answer: Answer, said: str = "", *, asked_to_stop: 
             if state is not State.SUCCEEDED and code is not None:
                 code = code or 1
             if state is State.FAILED and code is None:
-                code = 2  # the job's script ends so
+                code = 2  # the exit code of the job's script in this case
             return replace(status, state=state, ended=answer.ended, exit_code=code, reason=reason)
     return status
 
 
 def _end(status: Status, answer: Answer, said: str, *, asked_to_stop: bool) -> tuple[State, str]:
-    """How a run has ended whose job is over, and why."""
+    """How a run has ended, and why, if its job is over."""
     begun = status.state is not State.PENDING
     if not begun and asked_to_stop:
         return State.CANCELLED, "cancelled before it began"
@@ -108,6 +108,6 @@ def _end(status: Status, answer: Answer, said: str, *, asked_to_stop: bool) -> t
         return State.FAILED, f"not queued again{limit}: {status.reason}"
     if answer.state is State.SUCCEEDED:
         return answer.state, f"{answer.reason}, though the run could not write it down"
-    if not begun and said:  # the script has found no interpreter
+    if not begun and said:  # the script found no interpreter
         return State.FAILED, said
     return answer.state, said or answer.reason

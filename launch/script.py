@@ -1,4 +1,4 @@
-"""The shell script that runs a job on each of its nodes, under whatever executor."""
+"""The shell script that runs a job on each of its nodes, for every executor."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def job_script(
     secrets_file: str = "",
     lock: Path | None = None,
 ) -> str:
-    """The text of `run.script`: for the bash 3.2 of macOS, too; `bash RUN/job.sh` repeats the run by hand.
+    """The text of `run.script`. It also works in macOS's bash 3.2; `bash RUN/job.sh` repeats the run by hand.
 
-    What a node prints is appended to the run's log (other nodes: `logs/node-K.txt`) under a line that says when and
-    where it started. Variables arrive as they are, whatever characters are in them.
+    A node's output is appended to the run's log (other nodes: `logs/node-K.txt`) below a line that says when and where
+    it started. Variables keep every character.
 
     Args:
-        allow: what the job's recipe may name beside what any recipe may.
-        copy: the code to import; None is the working directory itself.
-        secrets_file: what `Executor.deliver_secrets` returned.
-        lock: what the launcher holds for as long as it lives, if the job is to end with it.
+        allow: additional names that the job's recipe may use.
+        copy: the code to import; None means the working directory itself.
+        secrets_file: the path that `Executor.deliver_secrets` returned.
+        lock: the lock that the launcher holds while it lives, if the job must end with the launcher.
 
     Raises:
         ConfigError: the run directory's path cannot be used.
@@ -125,7 +125,7 @@ fi
 
 
 def _variables(executor: Executor, lock: str) -> str:
-    """Shell lines for the environment of the job, and for a stop that is asked for before Python runs."""
+    """Shell lines for the environment of the job, and for a request to stop before Python runs."""
     lines = [
         f"unset {' '.join(JOB_VARIABLES)}",
         "_stopped=130",

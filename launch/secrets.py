@@ -1,7 +1,7 @@
-"""Secrets of a job: in a file of their own that only the user can read, and nowhere else.
+"""The secrets of a job: they are kept only in a file that only the user can read.
 
-The file is a shell script that the job's script sources. It lies outside the run directory, and goes when the job has
-ended for good. A login that is kept in `~/.netrc` is not part of this: a job that has the same home has that too.
+The file is a shell script that the job's script sources. It is outside the run directory, and is removed when the job
+has ended for good. Logins in `~/.netrc` are not included: a job with the same home can read them there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALWAYS = ("WANDB_API_KEY", "HF_TOKEN")
 
 
 def collect(names: Iterable[str]) -> dict[str, str]:
-    """The present values of `names`, and of those of `ALWAYS` that are set.
+    """The current values of `names`, and of the variables in `ALWAYS` that are set.
 
     Raises:
         ConfigError: one of `names` is not set.
@@ -54,7 +54,7 @@ def text(values: Mapping[str, str]) -> str:
 
 
 def write(run: RunDirectory, values: Mapping[str, str]) -> Path:
-    """Writes the secrets of a run, in place of earlier ones, and returns the file.
+    """Writes the secrets of a run, replaces earlier ones, and returns the file.
 
     Raises:
         ConfigError: the folder cannot be written, or belongs to someone else.

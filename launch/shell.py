@@ -20,7 +20,7 @@ PATIENCE = 120.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command has answered."""
+    """The result of a command."""
 
     code: int
     out: str
@@ -28,13 +28,13 @@ class Answer:
 
     @property
     def said(self) -> str:
-        """What it has to say of its failure, on one line."""
+        """The command's error message, on one line."""
         return " ".join((self.error.strip() or self.out.strip() or f"exit code {self.code}").split())
 
 
 @dataclass(frozen=True)
 class Shell:
-    """A machine that runs bash commands; without `host`, this one.
+    """A machine that runs bash commands; without `host`, this machine.
 
     Args:
         before: shell lines that run before each command.
@@ -48,14 +48,15 @@ class Shell:
 
     @property
     def name(self) -> str:
-        """What the machine is called in messages."""
+        """The machine's name for messages."""
         return self.host or socket.gethostname()
 
     def ask(self, command: str, stdin: bytes = b"", without: Collection[str] = ()) -> Answer:
         """Runs a command, which may fail.
 
         Args:
-            without: environment variables of this process that the command shall not have; another machine's never has.
+            without: environment variables of this process to hide from the command; a command on another machine never
+                gets them.
 
         Raises:
             ConfigError: there is no connection.
@@ -94,7 +95,7 @@ class Shell:
 
 
 def _client(shell: Shell) -> Any:
-    """The SSH client of the machine's tunnel, connected (again, if need be).
+    """The SSH client of the machine's tunnel; it is connected, or reconnected.
 
     Raises:
         ConfigError: it cannot be connected.
@@ -114,7 +115,7 @@ _tunnels: dict[Shell, Any] = {}
 
 
 def _tunnel(shell: Shell) -> Any:
-    """The tunnel to the machine; this process opens one and keeps it."""
+    """The tunnel to the machine; this process opens it once."""
     if shell not in _tunnels:
         _tunnels[shell] = nemo.open_tunnel(shell.host or "", shell.user or "", shell.port, shell.identity)
     return _tunnels[shell]

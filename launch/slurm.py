@@ -1,4 +1,4 @@
-"""Slurm: a run goes to a cluster's queue, from its login node or over SSH."""
+"""The Slurm executor: submits runs to a cluster's queue, from its login node or over SSH."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def slurm(
     """Nodes of a Slurm cluster, from its login node or over SSH.
 
     Args:
-        account: whom the time is charged to.
-        partition: which nodes; None is the cluster's default.
-        nodes: how many; None is as many as the recipe's `trainer.num_nodes`.
-        gpus_per_node: how many of each; None is as many as the recipe's devices, if they are GPUs; for
-            `trainer.devices=auto` all that the partition's nodes have.
-        time: the most that one attempt may take, as `sbatch --time` has it; the run goes on in another.
-        container: an image, for Pyxis or Apptainer; None is the environment of this process.
-        settings: more of `SlurmExecutor`'s.
+        account: the account that is charged.
+        partition: the partition; None means the cluster's default.
+        nodes: the number of nodes; None means the recipe's `trainer.num_nodes`.
+        gpus_per_node: the number of GPUs on each node; None means the recipe's devices, if they are GPUs, and for
+            `trainer.devices=auto` all GPUs of the partition's nodes.
+        time: the time limit of one attempt, as in `sbatch --time`; the run continues in the next attempt.
+        container: an image, for Pyxis or Apptainer; None means the environment of this process.
+        settings: other settings of `SlurmExecutor`.
 
     Raises:
-        ConfigError: a setting is unknown, or has a value that it cannot have.
+        ConfigError: a setting is unknown, or has an impossible value.
     """
     return SlurmExecutor.of(
         account=account,
@@ -59,7 +59,7 @@ def slurm(
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmExecutor(Executor):
-    """Nodes of a Slurm cluster. Settings that NeMo-Run has too are called as there, and mean what sbatch says."""
+    """Nodes of a Slurm cluster. Settings have NeMo-Run's names, and mean the same as in sbatch."""
 
     account: str | None = None
     partition: str | None = None
@@ -68,7 +68,7 @@ class SlurmExecutor(Executor):
     qos: str | None = None
     mem: str | None = None
     cpus_per_task: int | None = None
-    """CPUs for each process with a device, whatever the launcher; None is one, or all if `exclusive`."""
+    """CPUs for each process with a device, for both launchers; None means one, or all if `exclusive`."""
     constraint: str | None = None
     nodelist: str | None = None
     exclude: str | None = None
@@ -80,7 +80,7 @@ class SlurmExecutor(Executor):
     """More options of srun."""
     container: str | None = None
     container_runtime: str = "pyxis"
-    """What runs `container`: "pyxis" or "apptainer"."""
+    """The runtime of `container`: "pyxis" or "apptainer"."""
     container_mounts: Sequence[str] = ()
     """More folders for the container, SOURCE:TARGET; the run directory and the working directory are always there."""
     launcher: str = "torchrun"
@@ -89,7 +89,7 @@ class SlurmExecutor(Executor):
     """Seconds before the time limit at which the run saves and leaves, to be queued again; Slurm may be a minute early.
     It must be enough for one step and one checkpoint."""
     requeues: int = 1000
-    """How often at most the run is queued again, Slurm's own requeues included; 0 is never."""
+    """The most requeues of the run, including Slurm's own; 0 means never."""
     host: str | None = None
     """The login node, to submit over SSH; None is this machine."""
     user: str | None = None
@@ -97,7 +97,7 @@ class SlurmExecutor(Executor):
     identity: str | None = None
     """The private key's file; None is SSH's own choice."""
     remote_dir: str = ""
-    """Where runs are kept on the cluster, if over SSH."""
+    """The folder of runs on the cluster, over SSH."""
 
     kind: ClassVar[str] = "slurm"
     queues: ClassVar[bool] = True
@@ -142,7 +142,7 @@ class SlurmExecutor(Executor):
 
     @property
     def shares_environment(self) -> bool:
-        """Whether the nodes run the job in what this machine has too, and not in a container or another cluster."""
+        """Whether the nodes run the job in this machine's environment: not in a container, nor on another cluster."""
         return not self.host and not self.container
 
     def devices_per_node(self) -> int:
@@ -150,10 +150,10 @@ class SlurmExecutor(Executor):
         return self.ntasks_per_node or self._named_gpus()
 
     def gpus_of_a_node(self, nodes: int = 1) -> int:
-        """How many GPUs are asked for, or else how many the partition's nodes have.
+        """The number of GPUs in the settings, or else of the partition's nodes.
 
         Raises:
-            ConfigError: nothing is asked for, and Slurm does not say.
+            ConfigError: the settings name no number, and Slurm does not know it.
         """
         return self._named_gpus() or slurm_offer.gpus_of_a_node(self.shell(), self.partition, nodes)
 
@@ -166,7 +166,7 @@ class SlurmExecutor(Executor):
         gpus = self.gpus_per_node
         if gpus is None and not self.gres and accelerator in ("gpu", "cuda"):
             gpus = devices
-        # The environment of this process may be mounted in a container, but is not what the image is for.
+        # A container may mount the environment of this process, but should use its image's environment.
         python = self.python or ("python3" if self.container else "")
         nodes = self.nodes or nodes
         return replace(self, nodes=nodes, ntasks_per_node=devices, gpus_per_node=gpus, python=python)
@@ -182,7 +182,7 @@ class SlurmExecutor(Executor):
         return f"slurm job {run.job_id}{on_host(status)}"
 
     def start_lines(self) -> str:
-        """None: the environment is that of the job."""
+        """No lines: the environment is already the job's own."""
         return ""
 
     def where_lines(self) -> str:
@@ -190,24 +190,24 @@ class SlurmExecutor(Executor):
         return slurm_script.WHERE
 
     def requeue_lines(self) -> str:
-        """As `Executor.requeue_lines`; by hand there is nobody who would queue it again."""
+        """As `Executor.requeue_lines`; a job that is run by hand is not requeued."""
         return slurm_script.requeue_lines(self.requeues)
 
     def queue(self) -> str:
-        """Slurm, where it is asked, and where runs are kept there."""
+        """Slurm's name, the machine on which it is asked, and the folder of runs there."""
         return f"slurm {self.user or ''}@{self.host or ''}:{self.port or ''}{self.remote_dir}"
 
     def place(self, run: RunDirectory) -> Path:
-        """The run directory on the cluster: over SSH one in `remote_dir`, else the same one, which nodes share."""
+        """The run directory on the cluster: over SSH in `remote_dir`, otherwise the same, shared directory."""
         return Path(self.remote_dir) / run.name if self.host else run.path
 
     def secrets_file(self, run: RunDirectory) -> str:
-        """Where a run's secrets are, if it has any, as the job sees it; over SSH, beside the run directories."""
+        """The path of a run's secrets, if it has any, as the job sees it; over SSH, beside the run directories."""
         file = secrets.file(run)
         return str(Path(self.remote_dir) / ".secrets" / file.name if self.host else file)
 
     def deliver_secrets(self, run: RunDirectory, values: Mapping[str, str]) -> str:
-        """Writes the secrets' file; over SSH they go through the connection, and in no command."""
+        """Writes the secrets file; over SSH the secrets are sent through the connection, not in a command."""
         if not self.host or not values:
             return super().deliver_secrets(run, values)
         file = self.secrets_file(run)
@@ -220,7 +220,7 @@ class SlurmExecutor(Executor):
         return Shell(self.host, self.user, self.port, identity, before=slurm_offer.WITHOUT_SETTINGS)
 
     def check(self, run: RunDirectory) -> None:
-        """Asks the cluster for what the settings name, and lets sbatch test the script.
+        """Asks the cluster about the settings, and lets sbatch test the script.
 
         Raises:
             ConfigError: with every problem.
@@ -250,9 +250,9 @@ class SlurmExecutor(Executor):
         refuse(problems)
 
     def _may_wait(self, said: str) -> bool:
-        """Whether nodes that are away for now may be the reason of `sbatch --test-only`, which is no refusal then.
+        """Whether `sbatch --test-only` may fail only because nodes are unavailable; the job is then accepted.
 
-        It gives the same reason for what no node will ever have; `sbatch` itself tells the two apart.
+        It gives the same reason for resources that no node will ever have; only `sbatch` itself distinguishes the two.
         """
         unavailable = "node configuration is not available" in said
         return unavailable and slurm_offer.has_nodes_away(self.shell(), self.partition)
@@ -292,7 +292,7 @@ class SlurmExecutor(Executor):
         return found
 
     def kill(self, run: RunDirectory) -> None:
-        """Cancels the run's job, which has Slurm's `KillWait` seconds to save its step."""
+        """Cancels the run's job; it has Slurm's `KillWait` seconds to save its step."""
         if run.job_id:
             answer = self.shell().ask(f"scancel {shlex.quote(run.job_id)}")
             if answer.code:
@@ -300,7 +300,7 @@ class SlurmExecutor(Executor):
         self._remove_secrets([run])
 
     def _remove_secrets(self, runs: Sequence[RunDirectory]) -> None:
-        """Removes the secrets that jobs remove when they end by themselves."""
+        """Removes the secrets of ended runs, which jobs remove themselves if they end normally."""
         if not self.host:
             for run in runs:
                 secrets.remove(run)

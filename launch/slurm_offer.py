@@ -1,4 +1,4 @@
-"""What a Slurm cluster has to offer: partitions, their limits, nodes and GPUs, and accounts."""
+"""The resources of a Slurm cluster: partitions, their limits, nodes and GPUs, and accounts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ WITHOUT_SETTINGS = (
     "    case $_name in SLURM_CONF | SLURM_CONF_SERVER | SLURM_JWT) ;; *) unset $_name ;; esac\n"
     "done; unset _name\n"
 )
-"""Shell lines that leave Slurm's programs only what says where the cluster is, and who asks.
-
-By other variables they answer in another form, or for a part of the cluster; sbatch takes them before what its script
-says; and a job inherits them, and starts its tasks by them. They may be the user's, or those of a job around us."""
+"""Shell lines that unset Slurm's variables except those for the cluster's address and the user's identity. The others
+change the form of answers or restrict them to a part of the cluster. They also override the options in a script of
+sbatch, and a job inherits them for its tasks. They may come from the user, or from a job around us."""
 
 _PRESENT = re.compile(r"(alloc|comp|idle|mix|plnd)[~#%!+-]*")
 """The states of nodes that take jobs, or will when others have ended; a sign tells of a node that saves power."""
@@ -27,7 +26,7 @@ _PRESENT = re.compile(r"(alloc|comp|idle|mix|plnd)[~#%!+-]*")
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition as sinfo shows it, with all its nodes, whatever state they are in."""
+    """A partition as sinfo shows it, with all its nodes in any state."""
 
     name: str
     time: str
@@ -35,9 +34,9 @@ class Partition:
     up: str
     """ "up", or why it takes no jobs."""
     gpus: tuple[int, ...]
-    """How many each node has."""
+    """The number on each node."""
     away: int = 0
-    """How many nodes take no jobs for now: down, drained, reserved, not responding."""
+    """The number of nodes that take no jobs for now: down, drained, reserved, not responding."""
 
     @property
     def nodes(self) -> int:
@@ -63,7 +62,7 @@ class Partition:
 
 
 def warn_of_settings(shell: Shell) -> None:
-    """Warns of environment variables that would change a job, because they do not change this one."""
+    """Warns about environment variables that usually change a job, because they do not change this one."""
     answer = replace(shell, before="").ask('echo "${!SBATCH_@} ${SLURM_CLUSTERS:+SLURM_CLUSTERS}"')
     names = re.findall(r"\b(?:SBATCH_\w+|SLURM_CLUSTERS)\b", answer.out)
     if names:
@@ -77,7 +76,7 @@ def warn_of_settings(shell: Shell) -> None:
 def problems(
     shell: Shell, partition: str | None, account: str | None, nodes: int, time: str, gpus: int | None
 ) -> list[Problem]:
-    """Why the cluster cannot take a job of this size, as far as Slurm says.
+    """Why the cluster cannot run a job of this size, according to Slurm.
 
     Of several partitions, as in `a,b`, one is enough: Slurm takes the one that starts the job first.
     """
@@ -109,7 +108,7 @@ def gpus_of_a_node(shell: Shell, partition: str | None, nodes: int) -> int:
 
 
 def has_nodes_away(shell: Shell, partition: str | None) -> bool:
-    """Whether some nodes of a partition take no jobs for now."""
+    """Whether some nodes of a partition accept no jobs for now."""
     return any(found.away for found in _named(shell, partition))
 
 
@@ -142,12 +141,12 @@ def seconds(time: str) -> int | None:
 
 
 def rows(text: str, bars: int) -> list[list[str]]:
-    """The lines with this number of bars; other lines come from a login script."""
+    """Parses the lines with this number of bars; other lines come from a login script."""
     return [line.split("|") for line in text.splitlines() if line.count("|") == bars]
 
 
 def _named(shell: Shell, names: str | None) -> list[Partition]:
-    """The partitions of these names, separated by commas; the default one if None.
+    """The partitions with these names, separated by commas; the default partition if None.
 
     Raises:
         ConfigError: sinfo fails, or there is no such partition, or no default.

@@ -1,4 +1,4 @@
-"""What Slurm says of jobs, and of what it has to offer."""
+"""Slurm's answers about jobs: squeue, sacct and scontrol."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fiddlehead.run.status import State, Status
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT", "CONFIGURING"}
 SAID_NOTHING = {"BOOT_FAIL", "NODE_FAIL", "LAUNCH_FAILED", "OUT_OF_MEMORY", "RECONFIG_FAIL"}
 ENDED = {"CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "PREEMPTED", "REVOKED", "TIMEOUT"} | SAID_NOTHING
-"""A state that is in none of these is one of a job that has nodes: RUNNING, COMPLETING, SUSPENDED, ..."""
+"""In all other states a job has nodes: RUNNING, COMPLETING, SUSPENDED, ..."""
 UNKNOWN = "UNKNOWN"
 """The state of a job that Slurm has forgotten."""
 LAG = 60.0
@@ -31,7 +31,7 @@ _silent: set[Shell] = set()
 
 @dataclass(frozen=True)
 class Job:
-    """What Slurm says of a job."""
+    """Slurm's data of a job."""
 
     state: str
     exit_code: int = 0
@@ -41,7 +41,7 @@ class Job:
 
     @property
     def words(self) -> str:
-        """State, exit code and reason, as far as they say anything."""
+        """State, exit code and reason, in words, if they are known."""
         reason = self.reason if self.reason not in ("", "None", "NonZeroExitCode", "JobLaunchFailure") else ""
         code = f"exit code {self.exit_code}" if self.exit_code else ""
         how = signal.Signals(self.signal).name if self.signal in set(signal.Signals) else ""
@@ -49,7 +49,7 @@ class Job:
 
 
 def answered(status: Status, job: Job, ended: float | None = None) -> Answer:
-    """What Slurm's words on a job mean for a run that has written `status`."""
+    """Translates Slurm's data of a job into the answer for a run that has written `status`."""
     if job.state in WAITING:
         return Answer(Phase.WAITING, job.reason if job.reason != "None" else "")
     if job.state not in ENDED and job.state != UNKNOWN:
@@ -84,9 +84,9 @@ def _end(status: Status, job: Job) -> tuple[State, str]:
 
 
 def find(shell: Shell, ids: Sequence[str]) -> dict[str, Job] | None:
-    """What Slurm says of jobs, by number; None, with one warning, if it does not answer.
+    """Slurm's data of jobs, by number; None, with one warning, if Slurm does not answer.
 
-    squeue is asked first, then sacct, which knows of the past if there is accounting, then scontrol.
+    It asks squeue first, then sacct, which knows past jobs if there is accounting, then scontrol.
 
     Raises:
         ConfigError: there is no connection.
@@ -121,17 +121,17 @@ def find(shell: Shell, ids: Sequence[str]) -> dict[str, Job] | None:
 
 
 def going(runs: Sequence[RunDirectory]) -> list[RunDirectory]:
-    """Those that have a job and have not ended by their own word."""
+    """The runs that have a job and whose own status has not ended."""
     return [run for run in runs if (status := run.written_status()) and not status.state.ended and run.submitted]
 
 
 def answers(
     shell: Shell, going: Mapping[RunDirectory, Status], fetch: Callable[[Sequence[RunDirectory]], None]
 ) -> dict[RunDirectory, Answer]:
-    """What Slurm knows of the jobs of runs.
+    """Slurm's answers about the jobs of runs.
 
     Args:
-        fetch: brings what runs have written on another machine; after Slurm has answered, so that an end counts.
+        fetch: updates the mirrors of runs, after Slurm's answer, so that an end that a run wrote counts.
     """
     submitted = [run for run in going if run.submitted]
     try:
@@ -147,7 +147,7 @@ def answers(
 
 
 def _answer(run: RunDirectory, status: Status, job: Job | None) -> Answer:
-    """What is known of a run's job by what Slurm said of it; None if it said nothing, or was not asked."""
+    """The answer about a run's job; None if Slurm said nothing or was not asked."""
     if job is None:
         launching = status.state is State.PENDING and not run.submitted
         return Answer(Phase.LAUNCHING) if launching else Answer()
@@ -158,14 +158,14 @@ def _answer(run: RunDirectory, status: Status, job: Job | None) -> Answer:
 
 
 def unanswered(shell: Shell, said: str) -> None:
-    """Warns that nothing better is known of runs than what they wrote; once, until Slurm has answered again."""
+    """Warns that only the runs' own status is known; once, until Slurm answers again."""
     if shell not in _silent:
         print(f"WARNING: {shell.name} does not say what has become of its runs: {said}", file=sys.stderr)  # noqa: T201
     _silent.add(shell)
 
 
 def _ask(shell: Shell, command: str) -> str | None:
-    """What squeue prints; None if the controller does not answer."""
+    """The output of squeue; None if the controller does not answer."""
     answer = shell.ask(command)
     if answer.code and "Invalid job id" not in answer.error:  # said of one job, but not of several
         unanswered(shell, answer.said)
@@ -186,9 +186,9 @@ def _exit(wait_status: int) -> tuple[int, int]:
 
 
 def _last_sign(run: RunDirectory, status: Status) -> float:
-    """When a run was last heard of, in seconds since the epoch: its submission counts.
+    """The time of a run's last sign of life, in seconds since the epoch; its submission counts.
 
-    The times of these files are signs of life and nothing else: of which submission they are, their attempts say.
+    The times of these files are only signs of life: their attempts say to which submission they belong.
     """
     files = (run.log, run.path / "job_id")
     return max(status.ended or status.started, *(file.stat().st_mtime for file in files if file.exists()))

@@ -1,4 +1,4 @@
-"""The sbatch script of a run: NeMo-Run's, with what makes a job that was interrupted go on."""
+"""The sbatch script of a run: NeMo-Run's script, with the lines that requeue an interrupted job."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ OPTIONS = {
 
 
 def sbatch_option_problems(parameters: Mapping[str, Any]) -> list[Problem]:
-    """The user's options of sbatch that the launcher sets itself, also abbreviated, or that do not exist."""
+    """The problems of sbatch options: the launcher sets them itself (also abbreviated), or they do not exist."""
     problems = []
     for key in parameters:
         name = key.lstrip("-").replace("-", "_")
@@ -92,29 +92,29 @@ def batch_script(
 
 
 def mounts(executor: SlurmExecutor, run: RunDirectory) -> list[str]:
-    """What a container sees of the cluster's file system: SOURCE:TARGET, ours at the same paths."""
+    """The container's mounts, SOURCE:TARGET; our own have the same paths."""
     place, keys = str(executor.place(run)), executor.secrets_file(run)
     own = [place, *([] if executor.host else [str(Path.cwd())]), *([keys] if _has_secrets(run, keys) else [])]
     return [*(f"{path}:{path}" for path in dict.fromkeys(own)), *map(_at_home, executor.container_mounts)]
 
 
 def _at_home(written: str) -> str:
-    """An image or a mount, whose path may begin with the user's home; an image may also be an address."""
+    """An image or a mount, with `~` expanded; an image may also be an address."""
     return str(user_path(written)) if written.startswith("~") else written
 
 
 def _has_secrets(run: RunDirectory, file: str) -> bool:
-    """Whether the job's script reads secrets: only then there is a file that can be mounted."""
+    """Whether the job's script reads secrets: only then a secrets file exists to be mounted."""
     return run.script.exists() and file in run.script.read_text()
 
 
 def _tasks(executor: SlurmExecutor) -> int:
-    """How many processes srun starts on each node."""
+    """The number of processes that srun starts on each node."""
     return max(1, executor.ntasks_per_node) if executor.launcher == "srun" else 1
 
 
 def _cpus(executor: SlurmExecutor) -> int | None:
-    """CPUs for each of them; one that starts others needs theirs too, where the node is shared."""
+    """CPUs for each of these processes; on a shared node, a process that starts others needs their CPUs too."""
     if executor.launcher == "srun" or (executor.exclusive and executor.cpus_per_task is None):
         return executor.cpus_per_task
     return (executor.cpus_per_task or 1) * max(1, executor.ntasks_per_node)
@@ -133,7 +133,7 @@ def _parameters(executor: SlurmExecutor, after: Sequence[str], after_any: Sequen
 
 
 def _srun_args(executor: SlurmExecutor) -> list[str]:
-    """Options of srun, which outdo NeMo-Run's: a node that has failed must not get another killed while it saves."""
+    """Options of srun, which override NeMo-Run's: a failed node must not end the others while they save."""
     arguments = ["--kill-on-bad-exit=0", f"--wait={PATIENCE}", "--open-mode=append"]
     if executor.launcher == "torchrun":
         return [*arguments, "--cpu-bind=none"]  # the processes that the one task starts need more than its core
@@ -143,7 +143,7 @@ def _srun_args(executor: SlurmExecutor) -> list[str]:
 
 
 def _command(executor: SlurmExecutor, run: RunDirectory) -> list[str]:
-    """What srun starts."""
+    """The command that srun starts."""
     script = ["bash", str(executor.place(run) / run.script.name)]
     if not executor.container or executor.container_runtime == "pyxis":
         return script
@@ -169,7 +169,7 @@ if [ -z "$_where" ]; then _where="by hand"; fi"""
 
 
 def requeue_lines(requeues: int) -> str:
-    """Shell lines by which a job of Slurm knows that it may be queued again so often; by hand nobody would do it."""
+    """Shell lines that tell a Slurm job how often it may be requeued; a job that is run by hand is not requeued."""
     if not requeues:
         return ""
     return f'if [ -n "$SLURM_JOB_ID" ]; then export FIDDLEHEAD_REQUEUES={requeues} _stopped=75; fi'

@@ -1,4 +1,4 @@
-"""From a plan to a run: its directory is written, and its job is handed over."""
+"""From a plan to a run: writes the run's directory and submits its job."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from fiddlehead.run.status import this_process
 
 
 class RunFailedError(RuntimeError):
-    """A run ended otherwise than it should have."""
+    """A run did not succeed."""
 
     def __init__(self, run: RunDirectory, status: Status) -> None:
         super().__init__(f"run {run.path} {status.state}: {status.reason or 'see its log'}")
@@ -42,7 +42,7 @@ class RunFailedError(RuntimeError):
 
 
 def run_here(recipe: Recipe, *, name: str | None, allow: Sequence[str], command: str | None) -> RunDirectory:
-    """Runs what a plan has in this process, as `Plan.submit` says."""
+    """Runs a plan in this process; see `Plan.submit`."""
     from fiddlehead.run.console import become_rank_zero
 
     run = write_run(recipe, None, name=name, command=command)
@@ -65,7 +65,7 @@ def run_elsewhere(
     after: Sequence[RunDirectory],
     after_any: Sequence[RunDirectory],
 ) -> RunDirectory:
-    """Runs what a plan has where its executor says, as `Plan.submit` says."""
+    """Runs a plan on its executor; see `Plan.submit`."""
     with contextlib.ExitStack() as held:
         run, log_start = hand_over(
             recipe, executor, None if detach else held,
@@ -93,14 +93,14 @@ def hand_over(
     after: Sequence[RunDirectory] = (),
     after_any: Sequence[RunDirectory] = (),
 ) -> tuple[RunDirectory, int]:
-    """Submits a plan to its executor; returns the run, and the length of its log before.
+    """Submits a plan to its executor; returns the run and the previous length of its log.
 
     Args:
-        lifetime: the job ends when this does, where the executor's jobs end with their launcher; None: it does not.
+        lifetime: if the executor's jobs end with their launcher, the job ends with this block; None: it continues.
 
     Raises:
         ConfigError: as `Plan.submit`.
-        RunError: the disk is full, or the job was handed over and its number cannot be written down.
+        RunError: the disk is full, or the job was submitted but its id cannot be saved.
     """
     allow = sorted({*recipe.names_to_allow(), *allow})
     run = write_run(recipe, executor, name=name, command=command, allow=allow, detach=lifetime is None)
@@ -134,9 +134,9 @@ def hand_over(
 
 
 def rehearse(recipe: Recipe, executor: Executor) -> str:
-    """Does all that `hand_over` does before a job is handed over, in a folder that is then deleted.
+    """Does everything that `hand_over` does before it submits a job, in a folder that is then deleted.
 
-    Returns what would be shipped, in a sentence; "" for an executor that ships nothing.
+    Returns a sentence about what would be shipped; "" for an executor that ships nothing.
 
     Raises:
         ConfigError: the executor has not what it takes.
@@ -163,8 +163,8 @@ def write_run(
     """Writes the directory of a run that is to start.
 
     Args:
-        allow: what the job's recipe may name beside what any recipe may.
-        detach: the job shall outlive its launcher.
+        allow: additional names that the job's recipe may use.
+        detach: the job must continue after its launcher ends.
 
     Raises:
         ConfigError: the run's name is taken, its directory cannot be written, or the executor has not what it takes; a
@@ -208,7 +208,7 @@ def write_run(
 
 
 def _close(folder: Path) -> None:
-    """Removes the permissions of others from a run's folder, which may have existed before."""
+    """Removes other users' permissions from a run's folder, which may have existed before."""
     mode = stat.S_IMODE(folder.stat().st_mode)
     if mode & stat.S_IRWXO:
         try:
@@ -218,7 +218,7 @@ def _close(folder: Path) -> None:
 
 
 def _write_job(run: RunDirectory, recipe: Recipe, executor: Executor, allow: Sequence[str], *, detach: bool) -> None:
-    """Writes what a job needs besides the recipe: its code, its secrets, its script."""
+    """Writes the other files of a job: its code, its secrets, its script."""
     executor.save(run)
     copy = _ship(run, recipe, executor, [run.path.parent])
     if copy and copy.left_out:
@@ -246,14 +246,14 @@ def _ship(run: RunDirectory, recipe: Recipe, executor: Executor, exclude: Sequen
 
 @contextlib.contextmanager
 def _alive(run: RunDirectory) -> Iterator[None]:
-    """Holds the lock by which a job that dies with its launcher knows that this one is there; the kernel lets go."""
+    """Holds the lock that tells a job that its launcher lives; the kernel releases it when this process ends."""
     with run.launcher_lock.open("w") as file:
         locks.wait_for(file)
         yield
 
 
 def _give_up(run: RunDirectory, error: BaseException) -> None:
-    """Notes that a run was never handed over."""
+    """Marks a run as never submitted."""
     before = run.written_status()
     if before is not None and before.state is State.PENDING:
         reason = f"was not submitted: {error or type(error).__name__}"
@@ -263,7 +263,7 @@ def _give_up(run: RunDirectory, error: BaseException) -> None:
 
 @contextlib.contextmanager
 def _copied_to(file: Path) -> Iterator[None]:
-    """Copies what this process prints to the end of `file`."""
+    """Appends the output of this process to `file`."""
 
     class Copy(io.TextIOBase):
         def __init__(self, terminal: TextIO) -> None:

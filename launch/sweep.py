@@ -1,4 +1,4 @@
-"""Many runs of one recipe: the edits that make them differ, at most so many at a time, and a table of what came out."""
+"""Sweeps: many runs of one recipe that differ in their edits, and a table of their results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import State, Status
 
 LOOK = 1.0
-"""Seconds between two looks at runs that are going on."""
+"""Seconds between two checks of active runs."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Variant:
 
     name: str
     values: dict[str, str]
-    """What makes it differ: value by path, as typed."""
+    """The differing values by path, as typed."""
 
     def edits(self, typed: Sequence[str]) -> list[str]:
-        """The edits of a sweep's recipe, in their order, with this run's value for each that has several."""
+        """The sweep's edits in their order, with this run's value for each edit that has several."""
         paths = [edit.partition("=")[0] for edit in typed]
         return [
             f"{path}={self.values[path]}" if path in self.values else edit
@@ -45,14 +45,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A set of runs, which `NAME.sweep.json` beside their folders remembers."""
+    """A set of runs, saved in `NAME.sweep.json` beside their folders."""
 
     name: str
     directory: str
     variants: list[Variant]
 
     def runs(self) -> list[RunDirectory]:
-        """Their directories, in order."""
+        """The directories of the runs, in order."""
         return [RunDirectory(user_path(self.directory).absolute() / variant.name) for variant in self.variants]
 
     def save(self) -> None:
@@ -69,7 +69,7 @@ class Sweep:
 
 
 def load(name: str, directory: str | Path = "runs") -> Sweep:
-    """The sweep called `name`.
+    """Loads the sweep `name`.
 
     Raises:
         ConfigError: there is none.
@@ -87,15 +87,16 @@ def load(name: str, directory: str | Path = "runs") -> Sweep:
 
 
 def expand(edits: Sequence[str], name: str, *, zipped: bool = False) -> list[Variant]:
-    """The runs that edits with several values make: `optim.lr=1e-3,3e-4`.
+    """Expands edits with several values into runs: `optim.lr=1e-3,3e-4`.
 
     Args:
         edits: as typed; commas in brackets or quotes do not separate values.
-        name: the beginning of the runs' names.
-        zipped: the first values make one run, the second ones another, and so on; else every combination makes one.
+        name: the prefix of the runs' names.
+        zipped: pair the first values, the second values, and so on; otherwise every combination makes a run.
 
     Raises:
-        ConfigError: no edit has several values, an edit has that cannot, or zipped ones differ in number.
+        ConfigError: no edit has several values, an edit that cannot have several has them, or zipped edits have
+            different numbers of values.
     """
     several: dict[str, list[str]] = {}
     for edit in edits:
@@ -120,12 +121,12 @@ def expand(edits: Sequence[str], name: str, *, zipped: bool = False) -> list[Var
 
 
 def values_of(edit: str) -> list[str]:
-    """The values that an edit gives; commas in brackets or quotes part nothing."""
+    """The values of an edit; commas in brackets or quotes do not separate values."""
     return split_arguments(edit.partition("=")[2])
 
 
 def _names(base: str, made: Sequence[dict[str, str]]) -> Iterator[str]:
-    """Names of folders that tell the runs apart, in words if they are short enough."""
+    """Distinct folder names for the runs; they contain the values if these are short enough."""
     seen: set[str] = set()
     for number, values in enumerate(made, start=1):
         words = "-".join(f"{path.split('.')[-1]}={value}" for path, value in values.items())
@@ -146,16 +147,16 @@ def run_all(
     command: str | None = None,
     report: Callable[[list[Status | None]], None] | None = None,
 ) -> list[Status | None]:
-    """Runs a sweep to its end, and returns what has become of each run; Ctrl-C cancels all.
+    """Runs a sweep to its end and returns the state of each run; Ctrl-C cancels all runs.
 
     Args:
-        plans: one for each run, with its name, for that executor.
-        max_running: how many at a time; None is all.
-        report: is called with the states whenever they may have changed; None: return when all are handed over.
+        plans: one for each run, with its name, all for the same executor.
+        max_running: the most runs at a time; None means all.
+        report: is called with the states whenever they may have changed; None: return when all jobs are submitted.
 
     Raises:
-        ConfigError: a plan has problems, and nothing was started; or a run cannot be handed over, and those before it
-            are cancelled.
+        ConfigError: a plan has problems (then nothing was started), or a run cannot be submitted (then the runs before
+            it are cancelled).
     """
     for each in plans:
         each.refuse_problems()
@@ -170,7 +171,8 @@ def run_all(
                 going = sum(status is not None and not status.state.ended for status in statuses)
                 while waiting and (executor.queues or max_running is None or going < max_running):
                     made, run = waiting.pop(0)
-                    # Where jobs are queued, each waits for the one that has its place, and nobody has to be here.
+                    # If the executor queues jobs, each waits for the job whose place it takes, and the launcher can
+                    # end.
                     place = len(begun) - (max_running or len(runs))
                     before = [begun[place]] if executor.queues and place >= 0 else []
                     lifetime = held if report else None
@@ -192,7 +194,7 @@ def run_all(
 
 
 def results(sweep: Sweep, metric: str) -> list[tuple[Variant, Status | None, float | None]]:
-    """The runs with their states and newest value of `metric`: the lowest first, then NaNs, then those without one."""
+    """The runs, their states and newest value of `metric`: the lowest first, then NaNs, then missing values."""
     statuses = watch.states(sweep.runs())
     rows = []
     for variant, run, status in zip(sweep.variants, sweep.runs(), statuses, strict=True):

@@ -1,4 +1,4 @@
-"""Whether a run's name is free for a recipe: no run has it, or one that ended and was of the same recipe."""
+"""Checks that a run's name is free for a recipe: no run has it, or an ended run of the same recipe."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ TRAINER = frozenset(
         *("max_steps", "log_every_n_steps", "val_check_interval", "limit_val_batches"),
     }
 )
-"""The arguments of Lightning's Trainer, which we cannot mark, that may change when a run goes on: what it runs on, how
-long it is, and how often it logs and validates."""
+"""The arguments of Lightning's Trainer that may change when a run continues: its devices, its length, and how often it
+logs and validates. We cannot mark them there."""
 
 
 def refuse_taken(run: RunDirectory, recipe: Recipe) -> None:
-    """Raises ConfigError if the run is running, or was another recipe's."""
+    """Raises ConfigError if the run is active, or belongs to another recipe."""
     if run.path.exists():
         refuse(damage.in_the_way(run))
     (before,) = watch.states([run])
@@ -58,7 +58,7 @@ def refuse_taken(run: RunDirectory, recipe: Recipe) -> None:
 
 
 def _resumable_paths(recipe: Recipe) -> list[str]:
-    """The paths in a recipe of what may change when its run goes on, with all that is below them."""
+    """The paths in a recipe, with all below them, that may change when its run continues."""
     found = []
     for leaf in leaves(recipe, defaults=True):
         function = fdl.get_callable(leaf.owner)

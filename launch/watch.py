@@ -1,4 +1,4 @@
-"""What becomes of runs, wherever they went: their states, their output as it comes, their end."""
+"""Watching runs on every executor: their states, their output, and how they end."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ SELDOM = 30.0
 _STARTED = re.compile(rb"=== started (\S+) on .* \((?:rank \d+ of \d+(?:, )?)?(.*)\)")
 """An attempt's first line in a log: when it began, and as which job."""
 _unreadable: set[Path] = set()
-"""Files of settings of which was said that they cannot be read."""
+"""Unreadable files of settings for which a warning was printed."""
 
 
 def load_executor(run: RunDirectory) -> Executor | None:
-    """The executor that a run was sent to; None if it ran in its launcher's own process.
+    """Loads the executor of a run; None if it ran in its launcher's own process.
 
-    An executor of the user's is imported only if this user has sent the run there.
+    A user's own executor is imported only if this user launched the run.
 
     Raises:
-        ConfigError: what is written down is not understood.
+        ConfigError: the saved executor is not valid.
     """
     try:
         settings = json.loads(run.executor.read_text())
@@ -63,7 +63,7 @@ def load_executor(run: RunDirectory) -> Executor | None:
 
 
 def _own_kind(run: RunDirectory, name: str) -> type[Executor]:
-    """The class of an executor of the user's, ``module:name``."""
+    """The class of a user's own executor, ``module:name``."""
     if not trust.knows_executor(run):
         message = f"names {name}, which is not an executor of fiddlehead, and you did not send the run there"
         raise ConfigError(Problem.in_file(run.executor, message))
@@ -74,7 +74,7 @@ def _own_kind(run: RunDirectory, name: str) -> type[Executor]:
 
 
 def is_plain(run: RunDirectory) -> bool:
-    """Whether a run went no further than this machine, with no command and no variable of its own."""
+    """Whether a run ran on this machine with default settings: without commands and variables of its own."""
     executor = load_executor(run)
     if executor is None:
         return True
@@ -88,9 +88,10 @@ def where(run: RunDirectory, status: Status) -> str:
 
 
 def states(runs: Sequence[RunDirectory]) -> list[Status | None]:
-    """What has become of each run; every executor is asked once for all that it has.
+    """The state of each run; every executor is asked once for all its runs.
 
-    Where nobody knows better, with a warning, a run's own word counts; where that cannot be read, it is DAMAGED.
+    If the executor does not answer, this warns, and the run's own status counts. A status that cannot be read is
+    DAMAGED.
     """
     found: dict[Path, Status | None] = {}
     groups: dict[str, tuple[Executor, list[RunDirectory]]] = {}
@@ -111,9 +112,9 @@ def states(runs: Sequence[RunDirectory]) -> list[Status | None]:
 
 
 def follow(run: RunDirectory, *, start: int = 0, out: TextIO | None = None) -> Status | None:
-    """Prints what a run's log gets after the byte `start`, until the run has ended; Ctrl-C cancels it.
+    """Prints a run's log from the byte `start` on, until the run has ended; Ctrl-C cancels the run.
 
-    It goes on over requeues, and says while there is nothing to print what the run is waiting for.
+    It continues after requeues. While there is no output, it prints why the run waits.
     """
     printer = _Printer(run.log, start, out or sys.stdout)
     try:
@@ -185,7 +186,7 @@ def print_logs(run: RunDirectory, rank: str = "0", out: TextIO | None = None) ->
 
 
 def ask_to_stop(run: RunDirectory) -> None:
-    """Asks a run, wherever it is, to save its step and end, without waiting."""
+    """Asks a run on any machine to save its step and end, without waiting."""
     run.request_stop(StopRequest("cancelled by the user"))
 
 
@@ -210,10 +211,10 @@ def cancel(run: RunDirectory, patience: float = 60.0, *, printer: _Printer | Non
 
 
 def write_off(run: RunDirectory) -> Status | None:
-    """Marks a run as dead whose machine is gone or cannot be asked.
+    """Marks a run as dead if its machine is gone or cannot be asked.
 
     Raises:
-        ConfigError: a process still holds the run's lock, and so is not gone.
+        ConfigError: a process still holds the run's lock, so it is alive.
     """
     status = run.written_status()
     if is_locked(run.lock):
@@ -227,7 +228,7 @@ def write_off(run: RunDirectory) -> Status | None:
 
 
 def wait(run: RunDirectory) -> Status | None:
-    """Waits until a run has ended, and returns how."""
+    """Waits until a run has ended, and returns its state."""
     while True:
         (status,) = states([run])
         if status is None or status.state.ended:
@@ -236,7 +237,7 @@ def wait(run: RunDirectory) -> Status | None:
 
 
 def kill(run: RunDirectory) -> Status | None:
-    """Ends a run's job at once, and writes down that it was cancelled."""
+    """Ends a run's job at once and marks the run as cancelled."""
     executor = load_executor(run) or LocalExecutor()
     executor.kill(run)
     status = run.written_status()
@@ -247,7 +248,7 @@ def kill(run: RunDirectory) -> Status | None:
 
 
 def _known_executor(run: RunDirectory) -> Executor | None:
-    """The executor of a run; None, with one warning, if what is written down is not understood."""
+    """The executor of a run; None, with one warning, if the saved executor is not valid."""
     try:
         return load_executor(run)
     except ConfigError as error:
@@ -278,12 +279,12 @@ def _follow(run: RunDirectory, printer: _Printer) -> Status | None:
 
 @dataclass(frozen=True)
 class _Start:
-    """Where in a log an attempt begins."""
+    """The beginning of an attempt in a log."""
 
     position: int
     time: datetime
     job: str
-    """The number of the job and of its restart, if it was one of a queue."""
+    """The number of the job and of its restart, for a queued job."""
 
 
 def _starts(file: Path) -> list[_Start]:
@@ -304,7 +305,7 @@ def _starts(file: Path) -> list[_Start]:
 
 
 def _occurrences(file: Path, text: bytes) -> Iterator[int]:
-    """Where in a file a text is, in bytes from its beginning; none if there is no file."""
+    """The byte offsets of a text in a file; none if there is no file."""
     if not file.exists():
         return
     with file.open("rb") as stream:
@@ -320,7 +321,7 @@ def _occurrences(file: Path, text: bytes) -> Iterator[int]:
 
 
 def _span(run: RunDirectory, file: Path, number: int) -> tuple[int, int]:
-    """From which byte to which a log has what was printed in attempt `number`, counted as in the run's log."""
+    """The first and last byte of attempt `number` in a log, counted as in the run's log."""
     attempts, starts = _starts(run.log), _starts(file)
     end = file.stat().st_size if file.exists() else 0
     if not attempts:  # it ran in its launcher's process
@@ -338,14 +339,14 @@ def _span(run: RunDirectory, file: Path, number: int) -> tuple[int, int]:
 
 
 class _Printer:
-    """Copies what is appended to a log, each line with `prefix` in front."""
+    """Copies new output of a log, each line with `prefix` in front."""
 
     def __init__(self, file: Path, start: int, out: TextIO, prefix: str = "") -> None:
         self.file, self.position, self.out, self.prefix = file, start, out, prefix
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # what is new may end within a character
 
     def show(self, end: int | None = None, *, whole_lines: bool = True) -> bool:
-        """Prints what is new up to the byte `end`, if anything, a block at a time; with a prefix, whole lines only."""
+        """Prints new output up to the byte `end`, block by block; with a prefix, only whole lines."""
         if not self.file.exists():
             return False
         began, kept = self.position, b""

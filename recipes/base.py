@@ -1,4 +1,4 @@
-"""The skeleton that every recipe starts from: call it, then change lines."""
+"""The base of every recipe: call it, then change lines."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pretrain(
     tensor_parallel: int = 1,
     context_parallel: int = 1,
 ) -> Recipe:
-    """A pretraining run of `model` with the settings that most runs share; `data.paths` is for whoever starts it."""
+    """A pretraining run of `model` with the settings that most runs share; the user sets `data.paths`."""
     recipe = Recipe(
         tasks.pretrain,
         model=fdl.Config(LanguageModel, config=deepcopy(model)),  # many recipes may start from one model
@@ -110,7 +110,7 @@ def finetune(
     accelerator: str = "gpu",
     precision: str = "bf16-mixed",
 ) -> Recipe:
-    """A fine-tuning run of what `model.init_from` names on the examples of `data.paths`, on all GPUs of a machine."""
+    """A fine-tuning run of the weights `model.init_from` on the examples in `data.paths`, on all GPUs of a machine."""
     recipe = pretrain(
         fdl.Config(TransformerConfig),
         seq_length=seq_length,
@@ -131,10 +131,10 @@ def finetune(
 
 
 def uptrain(recipe: Recipe, init_from: str, fraction: float = 0.05) -> Recipe:
-    """The recipe of a pretraining run, to go on from weights whose key/value heads were pooled into fewer.
+    """A recipe that continues a pretraining run from weights whose key/value heads were merged into fewer.
 
-    As much as `fraction` of its steps (Ainslie et al. 2023), with a tenth of them as warm-up, at a quarter of its rate:
-    the full one would undo more of what was learned than so few steps can make up for.
+    It takes `fraction` of the run's steps (Ainslie et al. 2023), a tenth of them as warm-up, at a quarter of its
+    learning rate: the full rate would undo more of the pretraining than so few steps can restore.
     """
     recipe.optim.lr /= 4
     recipe.model.config = None  # its shape is that of the weights

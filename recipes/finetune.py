@@ -1,4 +1,4 @@
-"""Fine-tuning: for every model, as its shape and its tokenizer come with the weights to begin with."""
+"""Fine-tuning recipes for every model: its shape and its tokenizer come with the weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fiddlehead.training import PreferenceModel
 
 
 def full() -> Recipe:
-    """All weights learn what to answer; model.init_from and data.paths say from what."""
+    """All weights are trained on answers; set model.init_from and data.paths."""
     return finetune(lr=1e-5)
 
 
 def lora() -> Recipe:
-    """Low-rank adapters learn what to answer, in a fraction of the memory."""
+    """Low-rank adapters are trained on answers, in a fraction of the memory."""
     recipe = finetune(lr=2e-4)
     recipe.model.lora = fdl.Config(LoRA)
     recipe.optim.weight_decay = 0.0
@@ -24,14 +24,14 @@ def lora() -> Recipe:
 
 
 def dora() -> Recipe:
-    """As lora, with the lengths of the weights' rows learned apart from their directions."""
+    """As lora, but the lengths of the weights' rows are trained separately from their directions."""
     recipe = lora()
     recipe.model.lora.dora = True
     return recipe
 
 
 def dpo() -> Recipe:
-    """Adapters learn which of two answers is the better one (direct preference optimization)."""
+    """Adapters are trained on pairs of answers, of which one is better (direct preference optimization)."""
     recipe = lora()
     del recipe.model.compile  # answers are compared whole, whatever their length
     fdl.update_callable(recipe.model, PreferenceModel)

@@ -90,5 +90,5 @@ def gpt3_175b() -> Recipe:
 
 
 def gpt_oss_20b() -> Recipe:
-    """gpt-oss 20B, 32 experts of which a token takes 4, pretraining on 4 nodes of 8 GPUs."""
+    """gpt-oss 20B, 32 experts, 4 for each token, pretraining on 4 nodes of 8 GPUs."""
     return pretrain(GPT_OSS_20B, seq_length=4096, num_nodes=4, micro_batch_size=8, activation_checkpointing=0.5)

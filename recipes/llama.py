@@ -79,7 +79,7 @@ def llama2_70b() -> Recipe:
 def llama3_8b() -> Recipe:
     """Llama 3 8B, pretraining on 8 GPUs.
 
-    On each GPU it takes 58 GiB at its peak: `fiddlehead plan llama3_8b` says of what.
+    Its peak on each GPU is 58 GiB; `fiddlehead plan llama3_8b` shows the parts.
     """
     return pretrain(LLAMA3_8B, seq_length=8192, max_steps=1_168_251)
 

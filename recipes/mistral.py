@@ -44,5 +44,5 @@ def mistral_nemo_12b() -> Recipe:
 
 
 def mixtral_8x7b() -> Recipe:
-    """Mixtral 8x7B, 47 B parameters of which a token takes 13 B, pretraining on 8 nodes of 8 GPUs."""
+    """Mixtral 8x7B, 47 B parameters, 13 B for each token, pretraining on 8 nodes of 8 GPUs."""
     return pretrain(MIXTRAL_8X7B, seq_length=4096, num_nodes=8, micro_batch_size=8, activation_checkpointing=0.5)

@@ -171,5 +171,5 @@ def qwen3_32b() -> Recipe:
 
 
 def qwen3_30b_a3b() -> Recipe:
-    """Qwen 3 30B-A3B, 128 experts of which a token takes 8, pretraining on 4 nodes of 8 GPUs."""
+    """Qwen 3 30B-A3B, 128 experts, 8 for each token, pretraining on 4 nodes of 8 GPUs."""
     return pretrain(QWEN3_30B_A3B, seq_length=4096, num_nodes=4, micro_batch_size=8, activation_checkpointing=0.5)

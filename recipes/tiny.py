@@ -1,4 +1,4 @@
-"""Models that train on two CPU cores: the demo, and the recipe that tests train."""
+"""Models that train on two CPU cores: the demo, and the recipe of the tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fiddlehead.training import WarmupStableDecay
 
 
 def tiny() -> Recipe:
-    """A 0.9 M parameter GQA model learns the Python standard library in about a minute on two cores."""
+    """A GQA model of 0.9 M parameters, trained on Python's standard library in about a minute on two cores."""
     recipe = pretrain(
         model=fdl.Config(
             TransformerConfig,
@@ -55,7 +55,7 @@ def tiny_mha() -> Recipe:
 
 
 def tiny_uptrain() -> Recipe:
-    """A converted demo goes on for 5 % of its steps; model.init_from says where it is."""
+    """The continuation of a converted demo, for 5 % of its steps; set model.init_from."""
     return uptrain(tiny(), "converted")
 
 

@@ -1,4 +1,4 @@
-"""The memory that a piece of code takes on the CPU."""
+"""Measures the memory that a piece of code allocates on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all tests share: one thread, and no trace of the user's own settings."""
+"""Settings of all tests: one thread, and none of the user's own settings."""
 
 from __future__ import annotations
 

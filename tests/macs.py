@@ -1,4 +1,4 @@
-"""A Mac, as far as this package sees one: no /proc, psutil with a Mac's answers, and none of what only Linux has."""
+"""Simulates a Mac for this package: no /proc, psutil with a Mac's answers, and no Linux-only features."""
 
 from __future__ import annotations
 

@@ -216,3 +216,10 @@ def test_the_errors_that_the_readme_shows_are_those_that_are_printed(
     with pytest.raises(SystemExit) as left:
         main()
     assert (left.value.code, capsys.readouterr().err.splitlines()) == (2, printed)
+
+
+def test_every_path_in_the_glossary_exists():
+    page = (ROOT / "docs" / "glossary.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| `([^`]+)` \|$", page, re.MULTILINE)
+    assert len(rows) > 40 and len(rows) == len(re.findall(r"^\| (?!word)", page, re.MULTILINE))
+    assert [(word, path) for word, path in rows if not (ROOT / path).exists()] == []

@@ -1,4 +1,4 @@
-"""What is recorded of a run's surroundings, and what is not."""
+"""The record of a run's environment, and what it leaves out."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_problems_are_refused_together_and_none_is_nothing_to_refuse() -> None:
     assert error.value.problems == (HEADS, "lr=0: must be above 0") and isinstance(error.value.__cause__, KeyError)
 
 
-def test_of_many_problems_the_first_are_told_and_how_many_more_there_are() -> None:
+def test_of_many_problems_the_first_and_the_number_of_others_are_printed() -> None:
     problems = [Problem(f"p{number}", message="is wrong") for number in range(1022)]
     assert first_of(problems[:20]) == problems[:20]
     assert ConfigError(*first_of(problems)).under("data").problems[-2:] == ("data.p19: is wrong", "and 1,002 more")

@@ -1,4 +1,4 @@
-"""The notebooks in examples/ run, and are committed with the output of a whole run."""
+"""The notebooks in examples/ run, and are committed with the output of a complete run."""
 
 from __future__ import annotations
 

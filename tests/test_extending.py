@@ -1,4 +1,4 @@
-"""Each part that a user may add is one new file of theirs, found without being registered anywhere."""
+"""Each part that a user may add is one new file, found without registration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What has changed from one measurement to the next."""
+"""The comparison of measurements."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_many_without_a_counterpart_are_counted():
     assert last.endswith("losses[20], and 9 more")
 
 
-def test_what_was_nothing_has_changed_wholly():
+def test_a_change_from_zero_is_a_complete_change():
     zero, one = ({"figures": {"errors": count}} for count in (0, 1))
     assert [change.relative for change in compare(zero, one).changes] == [1.0]
     assert [change.relative for change in compare(zero, zero).changes] == [0.0]

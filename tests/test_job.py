@@ -1,4 +1,4 @@
-"""Real jobs, their processes signalled, killed and failing: whatever happens, the run ends as if nothing had."""
+"""Real jobs whose processes get signals, are killed and fail: the run ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -441,7 +441,7 @@ def test_an_attempt_that_ends_without_a_word_is_a_failure(
 @pytest.mark.parametrize(
     "error", [ConfigError("lr=-1: must be positive"), outcomes.WorkersFailedError("x", 1, final=True)]
 )
-def test_what_another_attempt_would_not_mend_is_final(
+def test_an_error_that_another_attempt_cannot_fix_is_final(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setenv("FIDDLEHEAD_REQUEUES", "9")

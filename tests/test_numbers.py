@@ -1,4 +1,4 @@
-"""What no number can be is refused where a value is given, by its name."""
+"""Values that are not usable numbers are refused by name."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ TAKERS: dict[Callable[..., Any], tuple[dict[str, Any], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1])
 @pytest.mark.parametrize(("taker", "given"), TAKERS.items(), ids=lambda each: getattr(each, "__name__", ""))
-def test_it_is_named(taker: Callable[..., Any], given: tuple[dict[str, Any], tuple[str, ...]], value: float) -> None:
+def test_a_value_that_is_not_a_number_is_named(
+    taker: Callable[..., Any], given: tuple[dict[str, Any], tuple[str, ...]], value: float
+) -> None:
     settings, names = given
     taker(**settings)
     for name in names:

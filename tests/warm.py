@@ -1,13 +1,13 @@
-"""Starts Python programs that have the heavy imports behind them: forks of a server that did nothing but import.
+"""Starts Python programs as forks of a server that has done the heavy imports.
 
-What is started is a real process: its number, parent, group, streams, working directory, environment, arguments and
-end are those that a new interpreter would have, and so are those of the workers that a job starts. It saves the seconds
-of importing PyTorch, Lightning and NeMo-Run. A test of importing, or of what a new interpreter does, starts one.
+Each program is a real process: its id, parent, group, streams, working directory, environment, arguments and exit are
+the same as for a new interpreter. The same holds for the workers that a job starts. This saves the seconds for
+importing PyTorch, Lightning and NeMo-Run. Tests of importing, or of a new interpreter, start a new one.
 
-Run as a script, this is the server. A request is one message: JSON, and the three standard streams. For `Popen`, the
-process that asks adopts orphans meanwhile, and so becomes the parent of the new one. A Python program that something
-else has started, such as a shell, stays in its place: `tests.start.sitecustomize` asks for a fork, hands signals on to
-it, and ends as it does. Both are told the new process's number first.
+Run as a script, this file is the server. A request is one message: JSON, and the three standard streams. For `Popen`,
+the asking process adopts orphans meanwhile, so it becomes the parent of the new process. If something else, such as a
+shell, starts a Python program, that process stays: `tests.start.sitecustomize` asks for a fork, passes signals on to
+it, and ends in the same way. Both first get the new process's id.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """fiddlehead trains transformer language models from Python recipes and launches them anywhere.
 
-Importing this package imports nothing heavy; take what you need from its modules:
+Importing this package imports nothing heavy; import what you need from its modules:
 
 - `fiddlehead.recipe`: `Recipe`, the complete configuration of a run
 - `fiddlehead.recipes`: the named runs
-- `fiddlehead.launch`: where a run can go
-- `fiddlehead.tasks`: what a recipe configures
+- `fiddlehead.launch`: planning and starting runs
+- `fiddlehead.tasks`: the tasks that a recipe configures
 """
 
 import sys

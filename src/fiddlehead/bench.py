@@ -1,4 +1,4 @@
-"""Times a few steps of a recipe, and keeps only the figures."""
+"""Times a few steps of a recipe."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from fiddlehead.training.optim import Optim
 
 PACKAGES = ("fiddlehead", "torch", "lightning", "triton", "flash-attn", "flash-attn-3", "flash-attn-4")
 RESULTS = "bench.json"
-"""Where a benchmark's run directory has the results: `figures`, `what` was measured, and `where`."""
+"""The file with the results in a benchmark's run directory: `figures`, `what` was measured, and `where`."""
 
 
 def as_benchmark(recipe: Recipe, *, steps: int, warmup: int, random_tokens: bool = False) -> Recipe:
-    """The recipe that times `steps` steps of `recipe`, after `warmup` others.
+    """Returns a recipe that times `steps` steps of `recipe`, after `warmup` untimed steps.
 
     Args:
         random_tokens: train on random tokens instead of the recipe's data.
 
     Raises:
-        ConfigError: it is not a training, or cannot be timed in this way.
+        ConfigError: the recipe is not a training, or cannot be timed in this way.
     """
     task = recipe.__fn_or_cls__
     if task not in (tasks.pretrain, tasks.finetune):
@@ -88,10 +88,10 @@ def benchmark(
 ) -> RunDirectory:
     """Trains as `pretrain` does, and writes the figures of the last `steps` steps into the run's directory.
 
-    Figures, over the timed steps: `tokens_per_s`, `tokens_per_s_per_device`, `tflops_per_s`, `memory_gib`, and where
-    the device's peak is known `mfu` and `mfu_full`, as `fiddlehead.training.callbacks.metrics.Metrics` has them;
-    `seconds_per_step`, a spread; `seconds_data`, `seconds_forward`, `seconds_backward` and `seconds_optimizer`, means.
-    And `seconds_to_first_step`, from here to the end of the first step, with building and compiling the model.
+    Figures of the timed steps: `tokens_per_s`, `tokens_per_s_per_device`, `tflops_per_s`, `memory_gib`, and `mfu` and
+    `mfu_full` if the device's peak is known, as in `fiddlehead.training.callbacks.metrics.Metrics`; `seconds_per_step`,
+    a spread; `seconds_data`, `seconds_forward`, `seconds_backward` and `seconds_optimizer`, means;
+    `seconds_to_first_step`, from this call to the end of the first step, with building and compiling the model.
     """
     started = time.perf_counter()
     observer = _Observer()
@@ -123,7 +123,7 @@ def benchmark(
 
 
 def _what(model: LanguageModel, data: Any, trainer: Trainer, steps: int) -> dict[str, Any]:
-    """What was timed, as JSON values."""
+    """The timed recipe, as JSON values."""
     assert model.transformer is not None
     calls = calls_of(model, model.config, data, str(trainer.precision), trainer.strategy)
     chosen = attention.choose(calls, Target.of(trainer.strategy.root_device))
@@ -159,7 +159,7 @@ class NoCheckpoint(Checkpoint):
 
 
 class _Observer(Callback):
-    """Records what cannot be read after training: when the first step ended, memory, clocks."""
+    """Records values that cannot be read after training: the end of the first step, memory, clocks."""
 
     def __init__(self) -> None:
         self.first_step = 0.0
@@ -176,7 +176,7 @@ class _Observer(Callback):
             self.first_step = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Records the clocks while they still run as under load."""
+        """Records the clocks while they are still at their rates under load."""
         self.gpus = describe_gpus()
         self.figures["memory_gib"] = peak_memory(pl_module.device)
         if pl_module.device.type == "cuda":

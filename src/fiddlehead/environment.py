@@ -1,4 +1,4 @@
-"""What a run was made with: code, packages, hardware. Environment variables are not recorded, as they hold secrets."""
+"""Records a run's code, packages and hardware. Environment variables are not recorded: they may hold secrets."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 
 
 def kernel_folders() -> dict[str, str]:
-    """The folders in it for compiled kernels, by the variables in which PyTorch and Triton look for them."""
+    """The folders for compiled kernels, by the environment variables of PyTorch and Triton that name them."""
     folders = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "TRITON_CACHE_DIR": "triton"}
     return {variable: str(cache_folder() / folder) for variable, folder in folders.items()}
 
 
 def wandb_mode_problems(mode: str | None) -> list[Problem]:
-    """Why W&B would not take the value of WANDB_MODE."""
+    """The problems of the value of WANDB_MODE."""
     if not mode or mode in WANDB_MODES:
         return []
     return [Problem.unknown("WANDB_MODE", mode, "mode", WANDB_MODES)]
@@ -55,7 +55,7 @@ def describe_environment(directory: Path) -> dict[str, Any]:
 
 
 def describe_machine(packages: Sequence[str]) -> dict[str, Any]:
-    """What a measurement was made on, as JSON values: the date, processors, GPUs, and the versions of `packages`."""
+    """The conditions of a measurement, as JSON values: the date, processors, GPUs, and versions of `packages`."""
     revision = _lines("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
     versions = {}
     for package in packages:
@@ -74,7 +74,7 @@ def describe_machine(packages: Sequence[str]) -> dict[str, Any]:
 
 
 def describe_gpus() -> list[dict[str, Any]]:
-    """The GPUs of this machine, and how fast their clocks run at this moment; what is not known is left out."""
+    """The GPUs of this machine and their current clock rates; unknown values are left out."""
     fields = {
         "name": "name",
         "driver": "driver_version",
@@ -97,7 +97,7 @@ def describe_gpus() -> list[dict[str, Any]]:
 
 
 def _cpu_model() -> str:
-    """What the processor is called: by Linux, by macOS, or else its architecture."""
+    """The name of the processor from Linux or macOS, or else its architecture."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -108,7 +108,7 @@ def _cpu_model() -> str:
 
 
 def _packages() -> dict[str, str]:
-    """Version by name, without what an interrupted installation left half-written."""
+    """The version of each package, without broken remains of an interrupted installation."""
     found = {}
     for distribution in importlib.metadata.distributions():
         # No name, or with the importlib_metadata package, which other packages load, an error.
@@ -119,9 +119,9 @@ def _packages() -> dict[str, str]:
 
 
 def _git(directory: Path) -> dict[str, Any] | None:
-    """Revision, untracked files and uncommitted changes; None outside a repository.
+    """The revision, untracked files and uncommitted changes; None outside a repository.
 
-    The patch is without the files that look like secrets, whose names are in `left_out`.
+    The patch leaves out files that look like secrets; their names are in `left_out`.
     """
     git = ("git", "-C", str(directory))
     revision = _lines(*git, "rev-parse", "HEAD")
@@ -142,7 +142,7 @@ def _git(directory: Path) -> dict[str, Any] | None:
 
 
 def _with_private_keys(git: tuple[str, ...], names: Sequence[str]) -> set[str]:
-    """Which of the changed files have a private key in them, as they are now or as they were in the commit."""
+    """The changed files that contain a private key, now or in the commit."""
     if not names:
         return set()
     committed = _output(*git, "grep", "-lzaE", "--full-name", "-e", secret_files.PRIVATE_KEY, "HEAD", "--", ":(top)")
@@ -156,12 +156,12 @@ def _with_private_keys(git: tuple[str, ...], names: Sequence[str]) -> set[str]:
 
 
 def _lines(*command: str) -> list[str]:
-    """The lines that a command prints; none if there is no such command or it fails."""
+    """The output lines of a command; none if it does not exist or fails."""
     return _output(*command).splitlines()
 
 
 def _output(*command: str) -> str:
-    """What a command prints, unchanged to the byte (as surrogates where it is not UTF-8), so that a patch applies."""
+    """The exact output of a command (bytes that are not UTF-8 become surrogates), so that a patch applies."""
     try:
         result = subprocess.run(command, capture_output=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -29,20 +29,20 @@ class _Unset:
 
 
 UNSET: Any = _Unset()
-"""What `Problem.given` is where no value was given, or none is worth repeating."""
+"""The value of `Problem.given` if no value was given, or if it is not worth repeating."""
 
 
 class Problem(str):
-    """What is wrong with what a user gave: the value itself, and as text the line that the user reads.
+    """One thing that is wrong with a user's input; as text, it is the line that the user reads.
 
     `Problem("num_query_groups", 3, "does not divide num_attention_heads=8", (1, 2, 4, 8))` reads
     ``num_query_groups=3: does not divide num_attention_heads=8; allowed: 1, 2, 4, 8``.
 
     Args:
-        path: of the field in the recipe, or the name of an argument; "" where no single field is at fault.
-        given: its value; the text shows it only where there is a path.
+        path: the path of the field in the recipe, or the name of an argument; "" if it is about no single field.
+        given: its value; the text shows it only if there is a path.
         message: what is wrong with it.
-        allowed: what may stand there instead. If one of these names is close to `given`, the text offers that one.
+        allowed: the allowed values. If one of these names is close to `given`, the text offers only that one.
     """
 
     __slots__ = ("allowed", "given", "message", "path")
@@ -62,26 +62,26 @@ class Problem(str):
 
     @classmethod
     def unknown(cls, path: str, given: object, what: str, allowed: Iterable[str]) -> Problem:
-        """A name that is not among `allowed`; `what` says what it should name."""
+        """The problem of a name that is not in `allowed`; `what` is the kind of thing it should name."""
         return cls(path, given, f"unknown {what} {given!r}", allowed)
 
     @classmethod
     def in_file(cls, place: object, message: str) -> Problem:
-        """Something wrong in a file; `place` is its path, with a line where there is one."""
+        """A problem in a file; `place` is its path, with a line if there is one."""
         return cls("", UNSET, f"{place}: {message}")
 
     def under(self, path: str) -> Problem:
-        """The same, of the field that sits under `path`."""
+        """The same problem, with `path` in front of its own path."""
         if not path or not self.path:
             return self
         return Problem(f"{path}.{self.path}", self.given, self.message, self.allowed)
 
 
 class ConfigError(ValueError):
-    """What a user asked for cannot be done; the command prints it without a traceback and exits with 2.
+    """A user's request cannot be done; the command prints the error without a traceback and exits with 2.
 
     Args:
-        problems: all that is wrong. A text that is not a `Problem` is about no single field.
+        problems: all problems. A text that is not a `Problem` is about no single field.
     """
 
     def __init__(self, *problems: str) -> None:
@@ -89,11 +89,11 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.problems))
 
     def under(self, path: str) -> ConfigError:
-        """The same problems, of fields that sit under `path`."""
+        """The same problems, with `path` in front of their own paths."""
         return ConfigError(*(problem.under(path) for problem in self.problems))
 
     def of(self, path: str, given: object = UNSET) -> ConfigError:
-        """The same problems, as those of the field that led to them."""
+        """The same problems, attributed to the field that led to them."""
         return ConfigError(*(Problem(path, given, problem) for problem in self.problems))
 
 
@@ -113,39 +113,39 @@ def _choice(given: object, allowed: tuple[object, ...]) -> str:
 
 
 def _shortened(text: str) -> str:
-    """Without the middle, where a problem repeats a value that nobody reads to its end."""
+    """Shortens a long value in a problem: removes the middle."""
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
 class RunError(RuntimeError):
-    """A run cannot go on, for a reason that its message says better than a traceback; exit code 1."""
+    """A run cannot continue; the message replaces a traceback, and the exit code is 1."""
 
 
 def of_the_machine(error: BaseException) -> str:
-    """A line that says what the machine or its disk refused, if that is what `error` is; "" for any other."""
+    """The message of an error of the machine or its disk; "" for other errors."""
     if not isinstance(error, OSError) or error.errno not in _OF_THE_MACHINE:
         return ""
     return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
 
 
 def first_of(problems: Sequence[str], shown: int = 20) -> list[str]:
-    """The first of many problems, and how many more there are."""
+    """The first of many problems, and the number of the others."""
     more = len(problems) - shown
     return [*problems[:shown], *([Problem("", message=f"and {more:,} more")] if more > 0 else [])]
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The one of `names` that `name` was most likely meant to be, or None if none is close."""
+    """The closest of `names` to `name`; None if none is close."""
     matches = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
 class StopRequested(BaseException):
-    """Someone asked the run to stop; not an Exception, so that no library takes it for a failure of its own.
+    """Someone asked the run to stop. It is not an Exception, so libraries do not handle it as a failure.
 
     Args:
         message: when it stopped, and why.
-        requeue: whether it is to go on later, or is cancelled.
+        requeue: whether the run continues later, or is cancelled.
     """
 
     def __init__(self, message: str, *, requeue: bool = False) -> None:

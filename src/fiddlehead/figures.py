@@ -1,4 +1,4 @@
-"""Measurements as data, `{"figures": ..., "where": ...}`, and what has changed since they were taken before."""
+"""Measurements as data, `{"figures": ..., "where": ...}`, and their comparison with earlier ones."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fiddlehead.errors import ConfigError, Problem
 UNCHANGED = 0.02
 """A figure that differs by less is taken for the same."""
 LISTED = 20
-"""Names of figures, of those without a counterpart."""
+"""Names of the figures without a counterpart."""
 TIME_AND_LOAD = ("date", "load_average", "revision", "sm_mhz", "memory_mhz", "watts", "celsius")
-"""What differs between any two measurements, and makes them no measurements of different things."""
+"""Fields that differ between any two measurements and do not matter for a comparison."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Change:
 
     @property
     def relative(self) -> float:
-        """How much it has grown, as a part of what it was."""
+        """The relative growth, as a fraction of the earlier value."""
         return (self.now - self.before) / abs(self.before) if self.before else float(self.now != 0)
 
     def __str__(self) -> str:
@@ -37,13 +37,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two files of results have in common, and what they do not."""
+    """The differences between two files of results."""
 
     changes: tuple[Change, ...]
     missing: tuple[str, ...]
     """Figures that only one of them has."""
     conditions: tuple[str, ...]
-    """What was different beside the figures: another GPU, another version."""
+    """Other differences than the figures: another GPU, another version."""
 
     def lines(self) -> Iterator[str]:
         """Yields what to print: the conditions, and each figure that has changed."""
@@ -78,7 +78,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> Comparison:
-    """What has changed from one file of results to another. Of a spread the medians are compared."""
+    """Compares two files of results; for a spread, it compares the medians."""
     old, new = dict(_numbers(before["figures"])), dict(_numbers(now["figures"]))
     changes = tuple(Change(name, old[name], new[name]) for name in new if name in old)
     missing = tuple(name for name in (*old, *new) if (name in old) != (name in new))
@@ -86,7 +86,7 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> Comparison:
 
 
 def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in nested mappings and lists, each with the path that leads to it."""
+    """The numbers in nested mappings and lists, each with its path."""
     if isinstance(value, Mapping):
         items: Any = {"median": value["median"]}.items() if "median" in value else value.items()
         for key, item in items:

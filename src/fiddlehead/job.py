@@ -1,7 +1,7 @@
-"""What runs inside a job: `python -m fiddlehead.job RUN/recipe.yaml`.
+"""The program of a job: `python -m fiddlehead.job RUN/recipe.yaml`.
 
-It needs no launcher: a run can be repeated by hand with that line. The first process of a job writes the run's status;
-on each node one process starts those that train, as torchrun does, unless they were started already or there is one.
+It needs no launcher: this line repeats a run by hand. The first process of a job writes the run's status. On each node
+one process starts the training processes, as torchrun does, unless they were started already or there is only one.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from fiddlehead.run.directory import RunDirectory, exclusive
 from fiddlehead.run.status import State, Status, StopRequest, this_process
 
 MAX_FAILURES = 3
-"""How often in a row a job that is started again may fail at the same step."""
+"""How many times in a row a restarted job may fail at the same step."""
 TRY_AGAIN = 75
-"""The exit code that asks for it."""
+"""The exit code that asks for a restart."""
 LAUNCHER_LOCK = "FIDDLEHEAD_LAUNCHER_LOCK"
 """The environment variable that names the file which an attached launcher keeps locked."""
 LOCK_PATIENCE = 120.0
@@ -42,7 +42,7 @@ LOCK_PATIENCE = 120.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a saved recipe in its run directory, with as many processes as it says, and returns the exit code."""
+    """Runs a saved recipe in its run directory, with the number of processes in the recipe; returns the exit code."""
     try:
         signals.stop_at_once()
         return _run(sys.argv[1:] if argv is None else list(argv))
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(stop, flush=True)  # noqa: T201
         return stop.exit_code
     finally:
-        signals.ignore()  # the interpreter would let them kill it while it shuts down
+        signals.ignore()  # otherwise they would kill the interpreter while it shuts down
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -97,7 +97,7 @@ def run_recipe(file: Path, allow: Sequence[str] = ()) -> None:
 
 
 def execute(run: RunDirectory, work: Callable[[], None]) -> int:
-    """Does `work` as the run's process: its status follows, from RUNNING to how it ended. Returns the exit code."""
+    """Runs `work` and writes the run's status: RUNNING, then how it ended. Returns the exit code."""
     try:
         patience = LOCK_PATIENCE if signals.may_requeue() else 1.0
         with signals.restored(), exclusive(run, patience), showing_life(run.lock):
@@ -108,7 +108,7 @@ def execute(run: RunDirectory, work: Callable[[], None]) -> int:
             with _reported(run) as report:
                 _begin(run, status, died=died)
                 work()
-            signals.ignore()  # how it ended is settled
+            signals.ignore()  # the ending is decided
             status = _ended(run, status, report.ending)
             with contextlib.suppress(OSError):  # the reason was printed
                 run.write_status(status)
@@ -127,7 +127,7 @@ def execute(run: RunDirectory, work: Callable[[], None]) -> int:
 
 
 def _next_attempt(run: RunDirectory, before: Status | None) -> Status:
-    """The status of the attempt that begins, where `before` is what the last one has left."""
+    """The status of the new attempt; `before` is the last status of the previous attempt."""
     if before is None:
         return this_process(1, "direct")
     attempt = before.attempt if before.state is State.PENDING else before.attempt + 1
@@ -162,9 +162,9 @@ def _with_failure(status: Status, run: RunDirectory) -> Status:
 
 
 def _ended(run: RunDirectory, status: Status, ending: Ending) -> Status:
-    """The status of an attempt that has come to `ending`, which may be to try again."""
+    """The status of an attempt that ended with `ending`, which may ask for another attempt."""
     if not ending.final:
-        cause = outcomes.conclusion(run)  # of several processes, all but the first to fail have lost a partner
+        cause = outcomes.conclusion(run)  # if several processes fail, the first one is the cause
         if isinstance(cause, outcomes.WorkersFailedError):
             ending = replace(ending, reason=str(cause), final=cause.final)
     if not ending.final:
@@ -189,19 +189,19 @@ class Ending:
     exit_code: int
     reason: str = ""
     final: bool = True
-    """Whether another attempt would end in the same way, or there is nothing left to try."""
+    """Whether there must be no other attempt: it would end in the same way, or nothing is left to do."""
 
 
 @dataclass
 class _Report:
-    """What has become of a block."""
+    """The result of a block."""
 
     ending: Ending = Ending(State.SUCCEEDED, 0)  # it is frozen
 
 
 @contextlib.contextmanager
 def _reported(run: RunDirectory) -> Iterator[_Report]:
-    """Ends the block's exceptions, and says what went wrong: in the log, and to the run's other processes."""
+    """Catches the block's exceptions, and reports the error in the log and to the run's other processes."""
     report = _Report()
     try:
         yield report
@@ -213,9 +213,9 @@ def _reported(run: RunDirectory) -> Iterator[_Report]:
 
 
 def _ending_of(error: BaseException) -> Ending:
-    """Prints what went wrong, and says how the attempt ends."""
+    """Prints the error and returns how the attempt ends."""
     if isinstance(error, StopRequested):
-        if not workers.started_by_job():  # the process that started it says so
+        if not workers.started_by_job():  # the process that started it prints the error
             _print(str(error))
         state = State.INTERRUPTED if error.requeue else State.CANCELLED
         return Ending(state, error.exit_code, str(error))
@@ -229,14 +229,14 @@ def _ending_of(error: BaseException) -> Ending:
     if line := of_the_machine(error):
         _print_error(line)
         return Ending(State.FAILED, 1, line, final=isinstance(error, OSError) and error.errno in FULL_DISK)
-    # Whatever else, and SystemExit: of a library, which cannot know better.
+    # Everything else, and a library's SystemExit.
     with contextlib.suppress(OSError):
         traceback.print_exception(error)
     return Ending(State.FAILED, 1, f"{type(error).__name__}: {error}", final=False)
 
 
 def _print(text: str, *, error: bool = False) -> None:
-    """Prints a line; a log on a full disk must not keep a run from being ended."""
+    """Prints a line; if the log's disk is full, the run must still end."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr if error else sys.stdout, flush=True)
 
@@ -246,16 +246,16 @@ def _print_error(text: str) -> None:
 
 
 def _launcher_lock() -> Path | None:
-    """What the launcher that this job is to end with keeps locked; None if there is none."""
+    """The file that the launcher keeps locked if this job must end with it; None if there is none."""
     if LAUNCHER_LOCK not in os.environ:
         return None
     lock = Path(os.environ[LAUNCHER_LOCK])
-    # Without `flock`, the job's script could not see that nobody holds it: then it was run by hand.
+    # Without `flock`, the job's script cannot see that nobody holds the lock: then it was run by hand.
     return lock if shutil.which("flock") or locks.is_taken(lock) else None
 
 
 def _outlive(run: RunDirectory, lock: Path) -> None:
-    """Waits until the launcher, which holds the lock for as long as it lives, is gone; then stops the run."""
+    """Waits until the launcher has ended, which releases its lock; then stops the run."""
     with lock.open("a") as file:
         locks.wait_for(file)
     status = run.written_status()
@@ -265,5 +265,5 @@ def _outlive(run: RunDirectory, lock: Path) -> None:
 
 
 if __name__ == "__main__":
-    gc.set_threshold(100_000)  # or importing PyTorch and Lightning spends a tenth of its time looking at what stays
+    gc.set_threshold(100_000)  # otherwise garbage collection takes a tenth of the import time of PyTorch and Lightning
     sys.exit(main())

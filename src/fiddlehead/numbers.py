@@ -1,4 +1,4 @@
-"""What counts as a number where one is asked for."""
+"""Checks for numbers in settings."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any, TypeGuard
 
 
 def is_whole(value: Any) -> TypeGuard[int]:
-    """Whether it is an int; True and False are not."""
+    """Whether a value is an int; True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is a finite number. Comparisons alone do not say so: each one with a nan is false."""
+    """Whether a value is a finite number. Comparisons alone cannot check this: with nan, all of them are false."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,4 +1,4 @@
-"""Attention by its definition, in NumPy, a query at a time: it has nothing in common with the code under test."""
+"""Attention by its definition, in NumPy, one query at a time: it shares no code with the package."""
 
 from __future__ import annotations
 

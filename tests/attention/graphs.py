@@ -1,4 +1,4 @@
-"""What a compiled call consists of."""
+"""Counts the parts of a compiled call."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What `attend` computes, whichever backend runs it, and what it refuses.
+"""The results of `attend` with every backend, and the calls that it refuses.
 
-FlexAttention has tests of its own, as it is compiled for each shape.
+FlexAttention has its own tests, because it is compiled for each shape.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A backend is one file: the package finds its own, and `register` takes one of somebody else."""
+"""A backend is one file: the package finds its own files, and `register` adds one of a user."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_the_package_finds_its_own_and_lists_them_by_place() -> None:
     }
 
 
-def test_finding_them_imports_nothing_but_torch() -> None:
+def test_finding_backends_imports_only_torch() -> None:
     for path in Path(backends.__file__).parent.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:  # imports inside of functions come later
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -165,7 +165,7 @@ def test_registering_the_same_again_changes_nothing(plain: Any) -> None:
     assert (list(BACKENDS.items()), backends.VARIABLES) == before
 
 
-def test_one_that_is_taken_away_serves_no_more_and_may_come_back_changed(plain: Any) -> None:
+def test_an_unregistered_backend_serves_no_calls_and_can_be_registered_again(plain: Any) -> None:
     q, k, v = Call(T=5, S=5).inputs()
     expected = attend(q, k, v)
     register(plain)
@@ -205,7 +205,7 @@ def test_what_is_not_a_backend_is_refused(changed: dict[str, Any], message: str)
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_what_lacks_a_part_is_told_which(name: str) -> None:
+def test_an_incomplete_backend_is_refused_with_the_missing_name(name: str) -> None:
     part: Any = SimpleNamespace(**{key: value for key, value in WHOLE.items() if key != name})
     with pytest.raises(ConfigError, match=f"has no {name}; a backend needs NAME, PLACE, SWITCHES, place, why_not, run"):
         register(part)

@@ -1,4 +1,4 @@
-"""How a choice shows itself: as text, in a notebook, and as JSON."""
+"""A choice of a backend as text, in a notebook, and as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The three flash-attn packages: what they cannot do, how they are called, and what torch.compile sees of them."""
+"""The three flash-attn packages: which calls they refuse, how they are called, and how torch.compile traces them."""
 
 from __future__ import annotations
 
@@ -117,12 +117,14 @@ SERVED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("name", "changes", "gpu", "reason"), REFUSED)
-def test_refuses(name: str, changes: dict[str, Any], gpu: str, reason: str) -> None:
+def test_a_call_that_the_package_cannot_serve_is_refused_with_the_reason(
+    name: str, changes: dict[str, Any], gpu: str, reason: str
+) -> None:
     assert reason in (MODULES[name].why_not(spec(**changes), target(gpu)) or "it does not refuse")
 
 
 @pytest.mark.parametrize(("name", "changes", "gpu"), SERVED)
-def test_serves(name: str, changes: dict[str, Any], gpu: str) -> None:
+def test_a_call_that_the_package_can_serve_is_not_refused(name: str, changes: dict[str, Any], gpu: str) -> None:
     assert MODULES[name].why_not(spec(**changes), target(gpu)) is None
 
 
@@ -151,7 +153,7 @@ def test_refuses_a_package_that_is_missing_or_too_old(name: str, gpu: str, versi
         ("flash4", "h100", "4.1.0"),
     ],
 )
-def test_serves_other_versions(name: str, gpu: str, version: str) -> None:
+def test_other_versions_of_a_package_can_serve(name: str, gpu: str, version: str) -> None:
     assert MODULES[name].why_not(spec(), target(gpu, **{name: version})) is None
 
 
@@ -507,7 +509,7 @@ def test_only_operators_with_dropout_are_random() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_what_a_build_lacks_is_said_clearly(
+def test_missing_features_of_a_build_are_named(
     name: str, package: StandIn, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_args: Any, **_options: Any) -> None:

@@ -1,4 +1,4 @@
-"""FlexAttention: its rules, its masks and blocks, and that it always runs compiled."""
+"""FlexAttention: its rules, its masks and blocks; it always runs compiled."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_each_rule(changed: dict[str, Any], where: Target, reason: str | None) -
     assert found == reason if reason is None else reason in (found or "")
 
 
-def test_what_this_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_features_of_this_machine_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = AttentionSpec(**BASE)
     with monkeypatch.context() as patch:
         patch.setenv("CXX", "no-such-compiler")

@@ -1,8 +1,8 @@
-"""Every backend on a GPU, against the float64 reference, and each of its refusals.
+"""Every backend on a GPU against the float64 reference, and each of its refusals.
 
     pytest -m gpu tests/attention/test_gpu.py -n 8        (flash-attn-4 compiles for seconds: several processes help)
 
-The error may be twice that of plain PyTorch operations in the same dtype, as in flash-attn's own tests, plus a little.
+The error may be twice that of plain PyTorch operations in the same dtype, plus a little, as in flash-attn's tests.
 """
 
 from __future__ import annotations

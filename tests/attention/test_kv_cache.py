@@ -1,4 +1,4 @@
-"""Decoding with a cache: the same as one pass over everything, however it is cut into calls."""
+"""Decoding with a cache, in calls of any size, gives the same result as one pass over all tokens."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_the_host_never_asks_the_device(page_size: int) -> None:
 
 
 @pytest.mark.parametrize("page_size", [PLAIN, PAGED])
-def test_after_a_reset_it_is_as_new(page_size: int) -> None:
+def test_after_a_reset_a_cache_is_like_a_new_one(page_size: int) -> None:
     model = Model()
     inputs = model.inputs(2, 12)
     cache = model.cache(2, page_size)

@@ -1,4 +1,4 @@
-"""Which flash-attn packages are found, with packages that the tests write into a folder, as none can be installed."""
+"""Detection of the flash-attn packages, with fake packages in a folder, because none can be installed here."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("probe", [False, True])
-def test_nothing_is_installed(site: Site, probe: bool) -> None:
+def test_without_packages_none_is_found(site: Site, probe: bool) -> None:
     found = installed(probe=probe)
     assert (found.flash2, found.flash3, found.flash4) == (Package(), Package(), Package())
     assert found.torch == torch.__version__
@@ -67,7 +67,7 @@ def test_interface_of_what_is_not_installed_cannot_be_had(site: Site) -> None:
 
 
 @pytest.mark.parametrize("probe", [False, True])
-def test_finds_each(site: Site, probe: bool) -> None:
+def test_each_installed_package_is_found_with_its_version(site: Site, probe: bool) -> None:
     site.write("flash_attn/__init__.py", "__path__ = __import__('pkgutil').extend_path(__path__, __name__)")
     for path in (FLASH2, "flash_attn_interface.py", FLASH4):
         site.write(path)

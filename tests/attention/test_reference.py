@@ -1,4 +1,4 @@
-"""The reference against the definition, and its gradients against its own outputs."""
+"""The reference backend against the definition, and its gradients against finite differences of its outputs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def spec_of(q: torch.Tensor, k: torch.Tensor, **rest: Any) -> AttentionSpec:
 
 @given(calls())
 @settings(max_examples=200)
-def test_it_is_the_definition(call: Call) -> None:
+def test_the_reference_computes_the_definition(call: Call) -> None:
     out = run(*call.inputs(), **call.arguments())
     np.testing.assert_allclose(out.numpy(), call.defined(), rtol=1e-12, atol=1e-12)
 

@@ -1,4 +1,4 @@
-"""The rules of PyTorch's own kernels, one row each, and what is wired to them; the kernels' numbers need a GPU."""
+"""The rules of PyTorch's own kernels, one row each, and the arguments they get; their results need a GPU."""
 
 from __future__ import annotations
 

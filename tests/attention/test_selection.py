@@ -1,4 +1,4 @@
-"""Which backend serves a call, and what is said about it."""
+"""The choice of the backend for a call, and its explanation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints from Hugging Face's: what is refused and how it is said, what travels along, and what it costs."""
+"""Import and export of Hugging Face checkpoints: refusals and their messages, additional files, and memory."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_body_without_the_prefix_of_the_whole_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./a/b", "a/b/c"])
-def test_a_name_that_is_none_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no such folder"):
         import_checkpoint(name, tmp_path / "out", progress=False)
 

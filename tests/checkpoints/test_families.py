@@ -1,4 +1,4 @@
-"""Every family against transformers: what is imported computes the same, and what is exported is what was imported."""
+"""Every family against transformers: an imported model computes the same, and an export equals the import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fields that a `config.json` leaves out, or that are null, mean what they mean to transformers, in every family."""
+"""Missing and null fields of a `config.json` mean the same as in transformers, for every family."""
 
 from __future__ import annotations
 

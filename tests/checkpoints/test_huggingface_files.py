@@ -1,4 +1,4 @@
-"""The decoder against the models of Hugging Face transformers, with the same weights: logits and gradients."""
+"""The decoder against the models of Hugging Face transformers with the same weights: logits and gradients."""
 
 from __future__ import annotations
 

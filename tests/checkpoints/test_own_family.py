@@ -1,4 +1,4 @@
-"""A family of a user's own is one file, in the user's project."""
+"""A user can add a family with one file in the project."""
 
 from __future__ import annotations
 

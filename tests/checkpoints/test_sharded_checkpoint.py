@@ -1,4 +1,4 @@
-"""What many ranks save, any number of them goes on from, and it is whole or not there."""
+"""A checkpoint of many ranks can be resumed by any number of ranks, and is complete or absent."""
 
 from __future__ import annotations
 

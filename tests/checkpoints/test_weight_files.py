@@ -1,4 +1,4 @@
-"""Which files of a Hugging Face folder are read: those that transformers reads, and nothing beside them."""
+"""The files of a Hugging Face folder that are read are exactly those that transformers reads."""
 
 from __future__ import annotations
 

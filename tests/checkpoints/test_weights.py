@@ -1,4 +1,4 @@
-"""Runs that begin with the weights of another: whole, as adapters, and with fewer key/value heads."""
+"""Runs that start from given weights: all of them, with adapters, and with fewer key/value heads."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_groups_that_do_not_divide_are_refused(base: RunDirectory, groups: int, 
         convert_gqa(base.path, tmp_path / "out", groups, progress=False)
 
 
-def test_a_method_that_is_none_is_refused(base: RunDirectory, tmp_path: Path) -> None:
+def test_an_unknown_method_is_refused(base: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown method 'median'; did you mean 'mean'"):
         convert_gqa(base.path, tmp_path / "out", 1, "median", progress=False)  # pyright: ignore[reportArgumentType]
 

@@ -37,7 +37,7 @@ def test_there_and_back(fiddlehead, llama):  # noqa: F811
         (["convert", "gqa", "hf", "-g", "1", "--out", "x", "--method", "meen"], "did you mean 'mean'?"),
     ],
 )
-def test_what_cannot_be_is_a_line_and_exit_code_2(fiddlehead, llama, arguments, said):  # noqa: F811
+def test_an_impossible_value_is_one_line_and_exit_code_2(fiddlehead, llama, arguments, said):  # noqa: F811
     assert said in fiddlehead(*arguments, rc=2)
 
 

@@ -165,7 +165,7 @@ def test_another_optimizer_is_a_part_by_name(fiddlehead):
     assert "Muon(...)" in shown and "0.002" in shown
 
 
-def test_what_users_write_is_no_markup(fiddlehead):
+def test_text_from_users_is_not_read_as_markup(fiddlehead):
     assert "[bold]x" in fiddlehead("show", "tiny_test", "data.cache_dir=[bold]x")
 
 
@@ -393,7 +393,7 @@ def test_continuing_says_what_it_means(fiddlehead, tmp_path):
 
 
 @pytest.mark.slow
-def test_from_text_to_a_sample(fiddlehead, tmp_path):
+def test_text_is_tokenized_trained_on_and_sampled_from(fiddlehead, tmp_path):
     """tokenize, pretrain on it, generate, and every `runs` command."""
     for number in range(40):
         (tmp_path / f"{number}.txt").write_text(f"def f{number}(x):\n    return x + {number}\n" * 30)

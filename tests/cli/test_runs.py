@@ -1,4 +1,4 @@
-"""`fiddlehead runs`: what is shown of runs that were made by hand, as any executor would have left them."""
+"""`fiddlehead runs`, on run directories that the tests write as executors would."""
 
 from __future__ import annotations
 

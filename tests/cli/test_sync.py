@@ -1,4 +1,4 @@
-"""`fiddlehead runs sync`: W&B's own client sends what was recorded offline to a server of this test's."""
+"""`fiddlehead runs sync`: W&B's own client sends offline records to a server in this test."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_all_attempts_become_one_run_and_are_sent_once(run: RunDirectory, server
 
 
 @pytest.mark.slow
-def test_what_was_not_sent_is_an_error_and_can_be_sent_later(run: RunDirectory, server: Server):
+def test_a_failed_sync_is_an_error_and_can_be_repeated(run: RunDirectory, server: Server):
     record(run, 3)
     server.refuses = True
     result = sync(run, server)

@@ -1,4 +1,4 @@
-"""What is typed after `generate` and `chat`, before any model is read."""
+"""The arguments of `generate` and `chat`, which are checked before any model is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file holds is found out once, and what changed is named."""
+"""A file's checksum is computed once, and changed files are named."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_what_is_in_it(library: Path) -> None:
+def test_the_corpus_has_only_library_sources_split_by_file(library: Path) -> None:
     corpus = StandardLibrary()
     train, val = (list(corpus.documents(split)) for split in ("train", "val"))
     assert len(train) + len(val) == 202  # not the tests, the packages, the machine's data, nor Latin-1
@@ -49,20 +49,20 @@ def test_the_identity_follows_the_contents(library: Path) -> None:
     assert StandardLibrary().identity != identity
 
 
-def test_no_sources(library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_python_without_sources_is_refused(library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "none")})
     with pytest.raises(ConfigError, match=r"^corpus='stdlib': .* has no source files"):
         list(StandardLibrary().documents("train"))
 
 
-def test_the_real_one_is_large_enough() -> None:
+def test_the_corpus_of_this_python_is_large_enough() -> None:
     corpus = StandardLibrary()
     sizes = {split: sum(map(len, corpus.documents(split))) for split in ("train", "val")}
     assert sizes["train"] > 4_000_000
     assert 0.01 < sizes["val"] / sizes["train"] < 0.1
 
 
-def test_tokenized_it_says_the_same(library: Path, tmp_path: Path) -> None:
+def test_the_tokenized_corpus_has_the_same_text(library: Path, tmp_path: Path) -> None:
     corpus, tokenizer = StandardLibrary(), ByteTokenizer()
     info = tokenize_corpus(corpus, tokenizer, tmp_path / "out")
     for split in ("train", "val"):

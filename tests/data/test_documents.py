@@ -1,4 +1,4 @@
-"""Where documents begin, against a plain loop over the tokens."""
+"""The starts of documents, against a plain loop over the tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Examples as tokens, told apart into what is asked and what is answered."""
+"""Examples as tokens, divided into prompts and answers."""
 
 from __future__ import annotations
 
@@ -348,7 +348,7 @@ def test_progress_is_shown_for_many(
 
 @pytest.mark.parametrize("begin", [True, False])
 @pytest.mark.parametrize("prompt", ["the fern", "the fern  ", "", " "])
-def test_what_is_learned_from_is_what_the_model_is_asked(
+def test_training_and_generation_use_the_same_prompt_tokens(
     prompt: str, begin: bool, tmp_path: Path, chat_tokenizer: TokenizerFile
 ) -> None:
     tokenizer = with_begin(tmp_path / "begin", chat_tokenizer) if begin else chat_tokenizer

@@ -1,4 +1,4 @@
-"""Examples of what to answer: read, checked, tokenized, and laid out in rows."""
+"""Examples for fine-tuning: read, checked, tokenized, and packed into rows."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_messages_without_a_template_are_refused(tmp_path: Path, tokenizer: Path
         module(lines(tmp_path / "a.jsonl", CHAT), tokenizer)
 
 
-def test_what_is_too_long_is_cut_and_what_has_no_answer_left_dropped(tmp_path: Path, tokenizer: Path, capsys) -> None:
+def test_a_long_example_is_cut_and_dropped_if_no_answer_is_left(tmp_path: Path, tokenizer: Path, capsys) -> None:
     long, deaf = {"prompt": "a", "completion": "b" * 99}, {"prompt": "a" * 99, "completion": "b"}
     data = module(lines(tmp_path / "a.jsonl", COMPLETION, long, deaf), tokenizer)
     assert "2 in 2 rows" in capsys.readouterr().out and len(data._train or ()) == 2

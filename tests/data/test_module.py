@@ -202,7 +202,7 @@ def test_no_validation(dataset: Path, tmp_path: Path) -> None:
     assert fit(module(dataset, val_samples=0), tmp_path, max_steps=2).validated == []
 
 
-def test_calls_that_come_too_early(dataset: Path) -> None:
+def test_calls_before_setup_are_refused(dataset: Path) -> None:
     with pytest.raises(RuntimeError, match=r"call prepare_data\(\) and setup\(\) first"):
         PreTrainingDataModule(dataset).batch_indices(0)
     with pytest.raises(RuntimeError, match="for a trainer"):
@@ -318,7 +318,7 @@ def test_the_default_corpus_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(list((tmp_path / "elsewhere").iterdir())) == 1
 
 
-def test_a_batch_is_quick(dataset: Path) -> None:
+def test_a_batch_is_read_in_little_time(dataset: Path) -> None:
     windows = module(dataset, seq_length=128, val_samples=0)._train
     assert windows is not None
     times = []

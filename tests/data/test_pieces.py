@@ -1,4 +1,4 @@
-"""A long document's pieces have the tokens of the whole."""
+"""The pieces of a long document have the tokens of the whole document."""
 
 from __future__ import annotations
 

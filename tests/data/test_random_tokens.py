@@ -1,4 +1,4 @@
-"""Random tokens have the shapes of real ones, and are the same each time."""
+"""Random tokens have the shapes of real batches, and are the same each time."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def test_a_sample_is_the_same_whenever_it_is_drawn():
     assert data.batch_indices(1) == data.batch_indices(1) != data.batch_indices(0)
 
 
-def test_there_is_something_to_draw():
+def test_an_empty_vocabulary_is_refused():
     with pytest.raises(ConfigError, match="vocab_size=0: must be a whole number of 1 or more"):
         RandomTokens(vocab_size=0)

@@ -68,7 +68,7 @@ def test_one_rank_sees_the_positions_in_order() -> None:
 
 
 @given(st.integers(0, 40))
-def test_it_continues_anywhere(start: int) -> None:
+def test_the_sampler_can_start_at_any_step(start: int) -> None:
     whole = list(sampler(rank=1, world_size=2))
     rest = sampler(rank=1, world_size=2, start_step=start)
     assert list(rest) == whole[2 * start :]
@@ -91,7 +91,7 @@ def test_unshuffled_is_in_order() -> None:
     assert list(plain) == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [0, 1]]
 
 
-def test_the_order_is_pinned() -> None:
+def test_the_order_of_samples_never_changes() -> None:
     """A change here changes the data of every run that continues."""
     assert sampler(num_samples=10**9).indices(3).tolist() == [
         681507326,
@@ -105,7 +105,7 @@ def test_the_order_is_pinned() -> None:
     ]
 
 
-def test_it_is_fast() -> None:
+def test_the_indices_of_a_step_take_little_time() -> None:
     big = sampler(num_samples=10**9, global_batch_size=1024)
     times = []
     for step in range(20):

@@ -240,7 +240,7 @@ def test_files_that_name_no_token_are_refused(file: str, text: str, said: str, t
         ([{"name": "default", "template": 5}], "chat_template is a int; must be"),
     ],
 )
-def test_what_is_no_template_is_refused(given: Any, said: str, tmp_path: Path) -> None:
+def test_an_invalid_template_is_refused(given: Any, said: str, tmp_path: Path) -> None:
     change(save_gemma(tmp_path) / "tokenizer_config.json", chat_template=given)
     with pytest.raises(ConfigError, match=said):
         ChatTemplate.load(tmp_path)

@@ -47,7 +47,7 @@ def dataset(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("tokenizer", "dtype"), [(ByteTokenizer(), "uint16"), (WideTokenizer(), "uint32")])
-def test_what_is_written_is_read(tmp_path: Path, tokenizer: ByteTokenizer, dtype: str) -> None:
+def test_a_written_dataset_is_read_back(tmp_path: Path, tokenizer: ByteTokenizer, dtype: str) -> None:
     info = write(tmp_path / "data", tokenizer)
     tokens = TokenFile(tmp_path / "data")
     assert info == tokens.info == TokenDatasetInfo.read(tmp_path / "data")
@@ -182,7 +182,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path, after: str) -> Non
     assert inside(tmp_path) == ["data"]
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
+def test_on_a_full_disk_the_unfinished_dataset_is_removed(tmp_path: Path) -> None:
     with (
         Path("/dev/full").open("wb") as full,
         pytest.raises(RunError, match="the disk is full after 3 tokens; the unfinished dataset was removed"),

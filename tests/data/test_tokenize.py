@@ -61,7 +61,7 @@ def mixed(tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_kind_of_file(tmp_path: Path, mixed: Path) -> None:
+def test_files_of_every_kind_are_tokenized(tmp_path: Path, mixed: Path) -> None:
     info = run([mixed], tmp_path / "out")
     expected = [f"line {i}" for i in range(50)] + [f"zipped {i} é" for i in range(50)]
     expected += [f"row {i}" for i in range(50)] + [f"x = {i}\r\n" for i in range(50)]
@@ -167,7 +167,7 @@ def test_bad_input_is_found_while_training_too(tmp_path: Path) -> None:
         tokenize([path], BPETokenizer(257), tmp_path / "out", progress=False)
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
     zipped = write_lines(tmp_path / "a.jsonl.gz", [{"text": str(i) * 100} for i in range(100)])
     os.truncate(zipped, zipped.stat().st_size - 20)
     table = tmp_path / "b.parquet"

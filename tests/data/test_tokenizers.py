@@ -154,14 +154,14 @@ def test_a_unigram_vocabulary() -> None:
         ('{"model": {"vocab": {"a": "b"}}}', "has the id 'b'"),
     ],
 )
-def test_broken_files(tmp_path: Path, content: str, message: str) -> None:
+def test_a_broken_tokenizer_file_is_named(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "broken.json"
     path.write_text(content)
     with pytest.raises(ConfigError, match=f"broken.json.*{message}"):
         TokenizerFile(path)
 
 
-def test_what_only_the_library_can_refuse(tmp_path: Path) -> None:
+def test_a_tokenizer_that_the_library_refuses_is_named(tmp_path: Path) -> None:
     path = tmp_path / "odd.json"
     model = {"type": "Odd", "vocab": {"</s>": 0}}
     path.write_text(json.dumps({"model": model, "added_tokens": [end_of_document(0)]}))
@@ -169,7 +169,7 @@ def test_what_only_the_library_can_refuse(tmp_path: Path) -> None:
         TokenizerFile(path).encode("a")
 
 
-def test_missing_files(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no file .*tokenizer\.json"):
         TokenizerFile(tmp_path)
     with pytest.raises(ConfigError, match="there is no file"):

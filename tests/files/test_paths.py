@@ -63,7 +63,7 @@ def test_there_is_one_place_that_knows_what_a_tilde_is():
 
 
 @pytest.mark.parametrize("written", ["~nobody-of-this-name/x", "a\0b"])
-def test_a_path_that_cannot_be_is_refused(written: str):
+def test_an_impossible_path_is_refused(written: str):
     with pytest.raises(ConfigError, match="^" + re.escape(repr(written))):
         user_path(written)
 
@@ -93,6 +93,6 @@ def test_a_working_directory_that_was_deleted_is_said(home: Path):
     ],
     ids=lambda value: value[:20],
 )
-def test_places_and_names_that_cannot_be_are_errors_before_anything_starts(home: Path, edit: str, said: str):
+def test_impossible_folders_and_names_are_errors_before_anything_starts(home: Path, edit: str, said: str):
     with pytest.raises(ConfigError, match="^" + said):
         plan(apply_overrides(tiny_test(), [edit])).refuse_problems()

@@ -1,4 +1,4 @@
-"""Which files look like secrets."""
+"""The detection of files that look like secrets."""
 
 from __future__ import annotations
 
@@ -43,6 +43,6 @@ def test_a_private_key_is_known_whatever_its_file_is_called(kind: str, end: str,
     assert found == [True, True, False]
 
 
-def test_the_table_itself_is_no_secret() -> None:
+def test_the_table_of_secret_names_is_not_a_secret() -> None:
     for file in (Path(secret_files.__file__), Path(__file__)):
         assert not secret_files.why(file.parent, file.name)

@@ -1,4 +1,4 @@
-"""What must hold of a reader, whatever it is given."""
+"""The properties that every reader must have for every input."""
 
 from __future__ import annotations
 

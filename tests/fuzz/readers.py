@@ -1,4 +1,4 @@
-"""Every reader of bytes that someone else wrote: how to make a valid file for it, and how to read it."""
+"""Every reader of foreign files: how to make a valid file for it, and how to read it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that once were read for ever, into a full memory, or to a traceback; `make fuzz` looks for others."""
+"""Files that once caused endless reading, full memory or a traceback; `make fuzz` looks for more."""
 
 from __future__ import annotations
 

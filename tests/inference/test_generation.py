@@ -1,4 +1,4 @@
-"""Sampling from a model, a token at a time."""
+"""Sampling from a model, one token at a time."""
 
 from __future__ import annotations
 
@@ -135,13 +135,13 @@ def uncached(model: Transformer, prompt: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_what_is_kept_changes_no_token(name: str) -> None:
+def test_the_cache_changes_no_token(name: str) -> None:
     model = shaped(name)
     assert list(sample(model, PROMPT, 20, temperature=0)) == uncached(model, PROMPT, 20)
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_batch_is_each_alone(name: str) -> None:
+def test_each_sequence_of_a_batch_is_computed_as_if_alone(name: str) -> None:
     model = shaped(name)
     prompts = [PROMPT, [7], [5, 6, 7, 8, 9, 10]]
     greedy = Sampling(temperature=0)

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness finds of our models what it finds of the same models in transformers."""
+"""lm-evaluation-harness has the same results for our models as for the same models in transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model with its tokenizer: what it writes, where it stops, and how likely it finds a text."""
+"""A model with its tokenizer: generated text, where it stops, and the likelihood of a text."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_texts_written_together_are_those_written_alone(writer: Writer, stop: li
     assert len(written[-1].ids) <= 2  # where the model's length ends, and not before for the others
 
 
-def test_a_text_ends_with_a_document_or_for_want_of_room(writer: Writer) -> None:
+def test_a_text_ends_with_its_document_or_at_the_length_limit(writer: Writer) -> None:
     expected = writer.complete([[97]], 9, sampling=Sampling(temperature=0))[0].ids
     ended = Writer(writer.model, Fixed(writer.tokenizer.path, expected[4]), None, "test")
     (found,) = ended.complete([[97]], 9, sampling=Sampling(temperature=0))
@@ -141,7 +141,7 @@ def test_with_a_token_in_front_the_first_is_predicted_too(beginning: Writer) -> 
     assert found.nats == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_a_text_of_nothing_and_a_stride_of_none_are_refused(writer: Writer) -> None:
+def test_a_text_that_is_too_short_and_an_impossible_stride_are_refused(writer: Writer) -> None:
     with pytest.raises(ConfigError, match="fewer than two tokens"):
         likelihood(writer, "a")
     with pytest.raises(ConfigError, match="stride=33: must be from 1 to seq_length=32"):
@@ -164,7 +164,7 @@ def test_it_stops_at_every_token_that_the_folder_names(writer: Writer, named: li
 
 
 @pytest.mark.parametrize("temperature", [0.0, 5.0])
-def test_what_is_no_token_is_never_written(writer: Writer, temperature: float, tmp_path: Path) -> None:
+def test_ids_that_are_not_tokens_are_never_generated(writer: Writer, temperature: float, tmp_path: Path) -> None:
     """The vocabulary of the model is padded, and the tokenizer has ids that no token has."""
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
     spec["added_tokens"][0]["id"] = 270

@@ -1,4 +1,4 @@
-"""The Slurm cluster of `tests/sandbox/slurm.sh`, as tests use it and break it."""
+"""Lets tests use and break the Slurm cluster of `tests/sandbox/slurm.sh`."""
 
 from __future__ import annotations
 

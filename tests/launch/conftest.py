@@ -1,4 +1,4 @@
-"""What tests of launches share."""
+"""Fixtures for the tests of launches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is shipped: the working tree as it is, and nothing that is not part of it."""
+"""The shipped code is the working tree with its uncommitted changes, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Containers on a real engine: `make test-docker`, or any whose DOCKER_HOST is set or that listens where they do.
+"""Containers on a real engine: that of `make test-docker`, of DOCKER_HOST, or at the usual socket.
 
-The image is empty; Python and what is installed come from this machine, read-only, at their own paths.
+The image is empty; Python and its packages are mounted from this machine, read-only, at their own paths.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def test_an_unknown_setting_is_told_with_the_nearest():
         docker(IMAGE, shmsize="1g")
 
 
-def test_row_2_a_container_is_on_one_machine():
+def test_a_container_runs_on_one_machine():
     """NeMo-Run's groups of containers, in which the first to end decides, are out of reach."""
     with pytest.raises(ConfigError, match="nodes=2: a container runs on one machine"):
         DockerExecutor(image=IMAGE, nodes=2)
@@ -82,7 +82,7 @@ def test_names_are_those_of_containers_and_hosts(name, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["data", "/a:b", "/a:/b:/c", "/a:/b:rx", ":/b", ""])
-def test_a_mount_that_is_none(text, run):
+def test_a_mount_without_a_source_is_refused(text, run):
     with pytest.raises(ConfigError, match=r"executor\.mounts=.*: must be SOURCE\[:TARGET\]\[:ro\]"):
         docker(IMAGE, mounts=[text]).check(run)
 
@@ -236,7 +236,7 @@ def end(executor: DockerExecutor, run: RunDirectory, seconds: float = 20.0) -> S
 
 
 @pytest.mark.docker
-def test_row_3_a_container_that_says_nothing_has_died_with_its_exit_code(client, run):
+def test_a_container_without_a_final_status_has_died_with_its_exit_code(client, run):
     executor = docker(IMAGE, mounts=MOUNTS)
     (before,) = executor.states([run])
     assert before and before.state is State.DIED and "process" in before.reason  # that of its launcher
@@ -251,7 +251,7 @@ def test_row_3_a_container_that_says_nothing_has_died_with_its_exit_code(client,
 
 
 @pytest.mark.docker
-def test_row_3_a_container_that_is_killed_is_not_waited_for(client, run):
+def test_a_killed_container_is_not_waited_for(client, run):
     executor = submitted(run, "sleep 1000")
     run.write_status(Status(State.RUNNING, host=container_name(run), pid=1, started=time.time(), executor="docker"))
     client.api.kill(run.job_id)
@@ -261,7 +261,7 @@ def test_row_3_a_container_that_is_killed_is_not_waited_for(client, run):
 
 
 @pytest.mark.docker
-def test_out_of_memory_is_said(client, run):
+def test_running_out_of_memory_is_reported(client, run):
     script = "x=$(head -c 200m /dev/zero | tr '\\0' x); echo ${#x}"
     status = end(submitted(run, script, memory="50m"), run)
     assert status.state is State.DIED and status.reason.startswith("out of memory: ")
@@ -298,7 +298,7 @@ def test_kill_leaves_no_container(client, run):
 
 
 @pytest.mark.docker
-def test_what_a_killed_launcher_left_half_made_is_in_nobodys_way(client, run):
+def test_the_remains_of_a_killed_launcher_do_no_harm(client, run):
     client.api.create_container(
         IMAGE, "true", name=container_name(run), labels={docker_engine.LABEL: str(run.path)}
     )  # fmt: skip
@@ -329,13 +329,13 @@ def test_files_belong_to_the_user_whom_the_image_does_not_know(client, run, monk
 
 @pytest.mark.docker
 @pytest.mark.parametrize("network", ["host", "nemo_run"])
-def test_row_1_its_own_name_leads_to_itself(client, run, network):
+def test_a_container_resolves_its_own_name(client, run, network):
     end(submitted(run, 'getent hosts "$(hostname)" > "${0%/*}/found"', network=network), run)
     assert container_name(run) in (run.path / "found").read_text()
 
 
 @pytest.mark.docker
-def test_row_5_nothing_is_restarted_or_kept(client, run):
+def test_a_container_is_neither_restarted_nor_kept(client, run):
     """Retries would keep the container; another attempt is the launcher's to start."""
     executor = submitted(run, 'echo >> "${0%/*}/starts"; sleep 1; exit 1', shm_size="123m")
     (found,) = containers(client, run)
@@ -348,14 +348,14 @@ def test_row_5_nothing_is_restarted_or_kept(client, run):
 
 @pytest.mark.docker
 @pytest.mark.parametrize("name", ["two words", "it's", 'say "x"', "$(touch y) `id`", "back\\slash", "a,b=c"])
-def test_row_6_paths_arrive_as_they_are(client, run, name):
+def test_paths_reach_the_container_unchanged(client, run, name):
     strange = about_to_be_submitted(RunDirectory(run.path.parent / name))
     assert end(submitted(strange, 'echo "$0" > "${0%/*}/path"; exit 4'), strange).exit_code == 4
     assert (strange.path / "path").read_text() == f"{strange.script}\n"
 
 
 @pytest.mark.docker
-def test_row_9_an_image_that_is_here_is_not_pulled(client, run, monkeypatch):
+def test_a_local_image_is_not_pulled(client, run, monkeypatch):
     from docker.models.images import ImageCollection
 
     def pull(*arguments, **settings) -> None:
@@ -366,7 +366,7 @@ def test_row_9_an_image_that_is_here_is_not_pulled(client, run, monkeypatch):
 
 
 @pytest.mark.docker
-def test_what_cannot_be_had_is_told_at_once(client, run, monkeypatch):
+def test_everything_that_is_missing_is_reported_at_once(client, run, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")  # there may be a GPU runtime's hook
     with pytest.raises(ConfigError) as error:
         docker("fiddlehead-test:lates", gpus=2, mounts=["/nowhere/a", "/nowhere/b:/b"]).check(run)
@@ -402,7 +402,7 @@ def test_the_folders_of_the_image_are_not_hidden(client, run, monkeypatch):
 
 
 @pytest.mark.docker
-def test_another_users_lock_is_said(client, run, monkeypatch):
+def test_the_lock_of_another_user_is_reported(client, run, monkeypatch):
     """NeMo-Run takes one in the folder of temporary files."""
 
     def refuse(client, network) -> None:
@@ -513,7 +513,7 @@ def test_a_container_trains_as_this_machine_does(client, project):
 
 @pytest.mark.docker
 @pytest.mark.slow
-def test_row_1_two_processes_find_each_other_on_the_host_network(client, project):
+def test_two_processes_find_each_other_on_the_host_network(client, project):
     two = ["executor.ntasks_per_node=2", "trainer.max_steps=5"]
     result = finished(pretrain("boxed", "executor.network=host", *two), project)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -524,7 +524,7 @@ def test_row_1_two_processes_find_each_other_on_the_host_network(client, project
 
 @pytest.mark.docker
 @pytest.mark.slow
-def test_row_8_ctrl_c_saves_the_step_and_the_container_is_gone(client, training):
+def test_ctrl_c_saves_the_step_and_removes_the_container(client, training):
     run, launcher = training
     began = time.monotonic()
     launcher.send_signal(signal.SIGINT)
@@ -539,7 +539,7 @@ def test_row_8_ctrl_c_saves_the_step_and_the_container_is_gone(client, training)
 
 @pytest.mark.docker
 @pytest.mark.slow
-def test_row_8_a_killed_launcher_takes_its_container_along(client, training):
+def test_a_killed_launcher_ends_its_container(client, training):
     run, launcher = training
     launcher.kill()
     launcher.wait()
@@ -562,7 +562,7 @@ def test_docker_stop_saves_the_step(client, training):
 
 @pytest.mark.docker
 @pytest.mark.slow
-def test_row_3_docker_kill_is_a_failing_command(client, training):
+def test_docker_kill_makes_the_command_fail(client, training):
     run, launcher = training
     client.api.kill(run.job_id)
     output, _ = launcher.communicate(timeout=60)
@@ -573,7 +573,7 @@ def test_row_3_docker_kill_is_a_failing_command(client, training):
 
 @pytest.mark.docker
 @pytest.mark.slow
-def test_row_4_a_failing_job_is_a_failing_command(client, project):
+def test_a_failing_job_in_a_container_makes_the_command_fail(client, project):
     result = finished(pretrain("b", recipe="broken"), project)
     assert result.returncode == 1, result.stdout + result.stderr
     run = RunDirectory(project / "runs" / "b")
@@ -585,7 +585,7 @@ def test_row_4_a_failing_job_is_a_failing_command(client, project):
 
 @pytest.mark.docker
 @pytest.mark.slow
-def test_row_7_detached_it_goes_on_and_its_secrets_are_nowhere(client, project, tmp_path, monkeypatch):
+def test_a_detached_container_continues_and_leaves_no_secrets(client, project, tmp_path, monkeypatch):
     values = {name: random_secrets.token_hex(16) for name in ("WANDB_API_KEY", "HF_TOKEN", "MINE")}
     for name, value in values.items():
         monkeypatch.setenv(name, value)

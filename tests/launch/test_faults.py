@@ -1,4 +1,4 @@
-"""What goes wrong on a cluster, done to a real one: every run ends in the right state, with the right losses."""
+"""Faults on a real cluster: every run ends in the right state, with the right losses."""
 
 from __future__ import annotations
 

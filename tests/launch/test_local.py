@@ -169,7 +169,7 @@ def test_ctrl_c_saves_the_last_step(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_the_launcher_takes_its_job_along(tmp_path):
+def test_a_killed_launcher_ends_its_job(tmp_path):
     process = subprocess.Popen(
         pretrain("orphan", "trainer.max_steps=100000"),
         cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -206,7 +206,7 @@ def test_detached_it_outlives_the_shell_and_can_be_cancelled(tmp_path):
 
 
 @pytest.mark.slow
-def test_by_hand_a_run_is_repeated_to_the_same_end(undisturbed, tmp_path):
+def test_a_run_can_be_repeated_by_hand(undisturbed, tmp_path):
     copy = RunDirectory(tmp_path / "runs" / "again")
     result = run(pretrain("again", "trainer.max_steps=5"), tmp_path)
     assert result.returncode == 0, result.stderr
@@ -367,7 +367,7 @@ def test_a_launcher_that_hands_over_and_leaves_while_it_is_looked_at_has_not_die
 
 
 @pytest.mark.parametrize("job", ["", "17", "17:", "a:b", "17:18:19", "99999999999999999999:1"])
-def test_an_id_that_is_none_is_no_job(pending, job):
+def test_an_invalid_id_is_not_a_job(pending, job):
     (pending.path / "job_id").write_text(job)
     assert state(pending) is State.DIED
 
@@ -410,7 +410,7 @@ def test_a_run_of_another_machine_is_not_killed(pending):
         LocalExecutor().kill(pending)
 
 
-def test_what_cannot_be_is_refused(pending):
+def test_impossible_settings_are_refused(pending):
     with pytest.raises(ConfigError, match="nodes=2"):
         LocalExecutor(nodes=2)
     with pytest.raises(ConfigError, match="starts a job at once"):

@@ -1,4 +1,4 @@
-"""What a machine sends of a run stays in the run's folder here."""
+"""The data that a remote machine sends stays in the run's folder here."""
 
 from __future__ import annotations
 

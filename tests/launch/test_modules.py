@@ -165,7 +165,7 @@ def test_a_namespace_package_and_a_compiled_module(tree: Path) -> None:
     assert problem.startswith(f"module parts_c.deep.fast ({tree}/parts_c/deep/fast{suffix})")
 
 
-def test_a_linked_module(tree: Path, tmp_path: Path) -> None:
+def test_a_linked_module_is_found_only_if_the_link_stays_in_the_tree(tree: Path, tmp_path: Path) -> None:
     """A link is shipped as a link: within the tree it leads to the copy, out of it to what a container may not see."""
     write(tmp_path / "lib" / "parts_d.py")
     (tree / "parts_b.py").unlink()
@@ -221,7 +221,9 @@ def test_a_module_with_a_secret_is_refused_as_one(tree: Path) -> None:
     assert "it has a private key in it; give it another name, or take the secret out of it" in problem
 
 
-def test_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_git_the_modules_in_hidden_folders_are_not_shipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "plain"
     write(folder / "parts_h.py", "import parts_i\n")
     write(folder / ".lib" / "parts_i.py")

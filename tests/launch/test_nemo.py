@@ -1,4 +1,4 @@
-"""What launch/nemo.py works around in NeMo-Run is still there: where a test fails, that help can go."""
+"""NeMo-Run still needs each workaround in launch/nemo.py: if a test fails, remove that workaround."""
 
 from __future__ import annotations
 

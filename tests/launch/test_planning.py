@@ -1,4 +1,4 @@
-"""Before a run starts: the recipe and the executor fit, and what does not leaves no trace."""
+"""Before a run starts, the recipe is fitted to the executor; a run that does not fit leaves no files."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_contradiction_is_an_error():
     ],
     ids=lambda value: getattr(value, "kind", value),
 )
-def test_what_the_recipe_itself_has_set_yields(executor: Executor | None, devices: int, nodes: int):
+def test_the_executor_overrides_values_of_the_recipe(executor: Executor | None, devices: int, nodes: int):
     recipe = llama2_13b()  # 2 nodes of 8 GPUs
     fitted = fit_to_executor(recipe, executor)
     assert (fitted.trainer.devices, fitted.trainer.num_nodes) == (devices, nodes)
@@ -89,7 +89,7 @@ def test_what_the_recipe_itself_has_set_yields(executor: Executor | None, device
 
 
 @pytest.mark.parametrize("setting", ["trainer.devices=8", "trainer.num_nodes=2"])
-def test_what_was_typed_does_not_yield_though_it_is_what_the_recipe_has(setting: str):
+def test_a_typed_value_is_not_overridden_even_if_it_equals_the_recipes(setting: str):
     recipe = apply_overrides(llama2_13b(), [setting])
     with pytest.raises(ConfigError, match=f"^{setting}: .*set one of them"):
         fit_to_executor(recipe, docker("image", gpus=1))
@@ -138,7 +138,7 @@ def test_on_a_cpu_nothing_is_compiled_that_only_the_recipe_wants_compiled():
 
 
 @pytest.mark.parametrize("gpus", [0, 2])
-def test_automatic_is_what_is_there(gpus: int, monkeypatch: pytest.MonkeyPatch):
+def test_an_automatic_accelerator_is_the_gpus_or_else_the_cpu(gpus: int, monkeypatch: pytest.MonkeyPatch):
     recipe = apply_overrides(lora(), ["trainer.accelerator=auto"])
     monkeypatch.setattr("fiddlehead.launch.executor.gpus_here", lambda: gpus)
     fitted = fit_to_executor(recipe, local())
@@ -274,7 +274,7 @@ def test_settings_in_python_are_of_the_types_that_the_command_line_asks_for(make
         (["executor=slurm", "executor=local"], "give only one"),
     ],
 )
-def test_wrong_settings_are_said(edits: list[str], said: str):
+def test_wrong_executor_settings_are_named(edits: list[str], said: str):
     with pytest.raises(ConfigError) as error:
         configure_executor(edits)
     assert said in str(error.value)
@@ -285,7 +285,7 @@ def test_settings_that_depend_on_each_other_are_checked_together():
     assert (executor.time, executor.save_before) == ("00:01:00", 5)  # type: ignore[attr-defined]
 
 
-def test_a_cluster_of_ones_own(working_directory: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_user_can_define_a_cluster(working_directory: Path, monkeypatch: pytest.MonkeyPatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "launch"]:
         monkeypatch.delitem(sys.modules, name)
     (working_directory / "launch").mkdir()
@@ -422,7 +422,7 @@ def test_a_name_that_was_taken_since_is_refused_when_it_is_submitted(working_dir
         ),
     ],
 )
-def test_what_makes_it_another_run_is_said_at_the_field(edit: str, free: bool, working_directory: Path):
+def test_each_field_declares_whether_a_change_makes_another_run(edit: str, free: bool, working_directory: Path):
     run = RunDirectory(working_directory / "runs" / "a")
     tiny_test().save(run.recipe)
     changed = apply_overrides(tiny_test(), [edit])

@@ -1,4 +1,4 @@
-"""What a run is by its own word and its scheduler's, which is decided in one way for all executors."""
+"""A run's state follows from its own status and its scheduler's answer, by the same rules for all executors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def run(tmp_path: Path) -> RunDirectory:
         ),
     ],
 )  # fmt: skip
-def test_what_follows_from_both_words(status: Status, answer: Answer, said: str, stop: bool, expected: tuple) -> None:
+def test_a_runs_state_follows_from_its_status_and_the_schedulers_answer(
+    status: Status, answer: Answer, said: str, stop: bool, expected: tuple
+) -> None:
     found = corrected(status, answer, said, asked_to_stop=stop)
     assert (found.state, found.exit_code, found.reason) == expected
 

@@ -1,4 +1,4 @@
-"""The script of a job, run by a real bash: what arrives in the job, what is printed, and what is not."""
+"""The script of a job in a real bash: the variables of the job, and its output."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_a_secret_is_nowhere_but_in_its_file_and_the_job(run: RunDirectory, opti
         assert path.is_dir() or secret.encode() not in path.read_bytes(), path
 
 
-def test_a_missing_secrets_file_is_said(run: RunDirectory) -> None:
+def test_a_missing_secrets_file_is_reported(run: RunDirectory) -> None:
     file = secrets.write(run, {"A": "1"})
     command = written(run, LocalExecutor(), secrets_file=str(file))
     secrets.remove(run)

@@ -1,4 +1,4 @@
-"""Where secrets are kept, who can read them, and that they arrive."""
+"""Secrets: where they are kept, who can read them, and that they reach the job."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_those_that_are_set_are_collected(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_that_are_set_are_collected(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     assert secrets.collect(()) == {}
     monkeypatch.setenv("HF_TOKEN", "one")
     monkeypatch.setenv("MINE", "")
@@ -60,7 +60,7 @@ def test_values_arrive_as_they_are(run: RunDirectory) -> None:
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
-def test_only_the_user_can_read_them(run: RunDirectory, umask: int) -> None:
+def test_only_the_user_can_read_secrets(run: RunDirectory, umask: int) -> None:
     before = os.umask(umask)
     try:
         file = secrets.write(run, {"A": "1"})
@@ -69,7 +69,7 @@ def test_only_the_user_can_read_them(run: RunDirectory, umask: int) -> None:
     assert file == secrets.file(run) and (mode(file), mode(file.parent)) == (0o600, 0o700)
 
 
-def test_they_are_never_readable_for_a_moment(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_never_readable_by_others(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither when the file is made nor when it takes the place of one that others could read."""
     file = secrets.write(run, {"A": "1"})
     file.parent.chmod(0o755)
@@ -104,7 +104,7 @@ def test_two_runs_of_one_name_have_their_own(run: RunDirectory, tmp_path: Path) 
     assert secrets.file(run).read_text() == "export A=1\n" and not secrets.file(other).exists()
 
 
-def test_removing_what_is_not_there_is_no_error(run: RunDirectory) -> None:
+def test_removing_missing_secrets_is_not_an_error(run: RunDirectory) -> None:
     secrets.remove(run)
     secrets.write(run, {"A": "1"})
     secrets.remove(run)
@@ -112,7 +112,7 @@ def test_removing_what_is_not_there_is_no_error(run: RunDirectory) -> None:
     assert list(secrets.folder().iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_is_an_error(run: RunDirectory, tmp_path: Path) -> None:
+def test_an_impossible_folder_is_an_error(run: RunDirectory, tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("a file")
     secrets.remove(run)
     with pytest.raises(
@@ -129,7 +129,7 @@ def test_a_folder_of_someone_else_is_an_error(run: RunDirectory) -> None:
         secrets.write(run, {"A": "1"})
 
 
-def test_they_are_in_the_home_unless_told_otherwise(
+def test_secrets_are_kept_in_the_home_by_default(
     run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("FIDDLEHEAD_SECRETS")

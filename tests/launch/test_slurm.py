@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm cluster, from here and over SSH: shell scripts in the place of training."""
+"""Jobs on a real Slurm cluster, from here and over SSH, with shell scripts instead of training."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_job_runs_and_ends(jobs: Jobs):
         time.sleep(0.1)
 
 
-def test_row_04_how_it_ended_is_known_even_if_it_could_not_say(jobs: Jobs):
+def test_the_end_of_a_job_is_known_even_if_it_wrote_no_status(jobs: Jobs):
     failed = jobs.submit("failed", "say RUNNING null; exit 3")
     killed = jobs.submit("killed", "say RUNNING null; kill -9 $$", requeues=0)
     quiet = jobs.submit("quiet", "exit 0")
@@ -133,7 +133,7 @@ def test_row_04_how_it_ended_is_known_even_if_it_could_not_say(jobs: Jobs):
     assert jobs.wait(refused).reason == "executor.python: there is none"
 
 
-def test_row_06_and_15_exit_code_75_queues_it_again_and_it_waits_meanwhile(jobs: Jobs):
+def test_exit_code_75_requeues_a_job_which_is_pending_meanwhile(jobs: Jobs):
     again = 'if [ "${SLURM_RESTART_COUNT:-0}" -lt 1 ]; then say INTERRUPTED 75; exit 75; fi; say SUCCEEDED 0'
     run = jobs.submit("again", again)
     never = jobs.submit("never", "say INTERRUPTED 75; exit 75", requeues=0)
@@ -144,7 +144,7 @@ def test_row_06_and_15_exit_code_75_queues_it_again_and_it_waits_meanwhile(jobs:
     assert status.state is State.FAILED and "requeue limit reached" in status.reason
 
 
-def test_row_15_and_17_the_warning_reaches_the_job_and_ends_nothing_else(jobs: Jobs):
+def test_the_warning_signal_reaches_the_job_and_does_not_end_it(jobs: Jobs):
     """Slurm's own, sent as `--signal` does, and one for every process of the job."""
     catch = "trap 'echo caught' USR1; say RUNNING null; echo ready; for _ in $(seq 60); do sleep 0.5; done"
     run = jobs.submit("warned", catch)
@@ -178,13 +178,13 @@ sleep 3; say SUCCEEDED 0; echo saved"""
 
 
 @pytest.mark.parametrize(("launcher", "ranks"), [("torchrun", ["0"]), ("srun", ["0", "1", "2"])])
-def test_so_many_processes_are_started(jobs: Jobs, launcher: str, ranks: list[str]):
+def test_the_requested_number_of_processes_is_started(jobs: Jobs, launcher: str, ranks: list[str]):
     run = jobs.submit("ranks", "echo rank $SLURM_PROCID", launcher=launcher, ntasks_per_node=3)
     jobs.wait(run)
     assert sorted(line.split()[1] for line in run.log.read_text().splitlines() if line.startswith("rank")) == ranks
 
 
-def test_row_09_secrets_are_not_in_the_jobs_environment_nor_left(jobs: Jobs, monkeypatch: pytest.MonkeyPatch):
+def test_secrets_are_not_in_the_jobs_environment_and_their_file_is_removed(jobs: Jobs, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_API_KEY", "abcdef123")
     monkeypatch.setenv("MINE", "abcdef456")
     executor = replace(jobs.executor, secrets=("MINE",))
@@ -201,7 +201,7 @@ def test_row_09_secrets_are_not_in_the_jobs_environment_nor_left(jobs: Jobs, mon
         time.sleep(0.1)
 
 
-def test_row_11_a_child_of_a_failed_parent_is_cancelled(jobs: Jobs):
+def test_the_jobs_that_wait_for_a_failed_job_are_cancelled(jobs: Jobs):
     parent = jobs.submit("parent", "sleep 3; say FAILED 1; exit 1")
     child = jobs.submit("child", "say SUCCEEDED 0", after=[parent])
     grandchild = jobs.submit("grandchild", "say SUCCEEDED 0", after=[child])
@@ -238,7 +238,7 @@ def test_what_the_cluster_refuses_is_said_before(jobs: Jobs):
             executor.check(jobs.prepare("wrong", "", executor))
 
 
-def test_thirty_states_in_two_seconds(jobs: Jobs):
+def test_thirty_states_are_found_in_two_seconds(jobs: Jobs):
     executor = replace(jobs.executor, additional_parameters={"hold": True})
     run = jobs.submit("held", "", additional_parameters={"hold": True})
     runs = [run]

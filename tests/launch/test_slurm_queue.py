@@ -1,4 +1,4 @@
-"""What is made of Slurm's answers: programs that answer as the real ones did, on Slurm 22.05, stand in for them."""
+"""The interpretation of Slurm's answers, from fake programs that answer as Slurm 22.05 did."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ RUNNING, PENDING, INTERRUPTED = (Status(state) for state in (State.RUNNING, Stat
     ("status", "job", "state", "reason"),
     [
         (PENDING, Job("PENDING", reason="Resources"), State.PENDING, "Resources"),
-        (RUNNING, Job("PENDING", reason="BeginTime"), State.PENDING, "BeginTime"),  # row 6: preempted
+        (RUNNING, Job("PENDING", reason="BeginTime"), State.PENDING, "BeginTime"),  # preempted
         (RUNNING, Job("REQUEUE_HOLD", reason="launch failed"), State.PENDING, "launch failed"),
         (PENDING, Job("CONFIGURING"), State.PENDING, ""),
         (PENDING, Job("RUNNING", nodes="node1"), State.RUNNING, ""),
@@ -104,7 +104,7 @@ RUNNING, PENDING, INTERRUPTED = (Status(state) for state in (State.RUNNING, Stat
     ],
     ids=str,
 )
-def test_what_slurm_says_corrects_what_the_run_says(status: Status, job: Job, state: State, reason: str):
+def test_slurms_state_corrects_the_runs_status(status: Status, job: Job, state: State, reason: str):
     found = corrected(status, answered(status, job))
     assert found.state is state and reason in found.reason
     if state.ended:
@@ -139,13 +139,13 @@ def test_accounting_knows_the_past(tmp_path: Path, answer):
     assert "OUT_OF_MEMORY" in state_of(run).reason
 
 
-def test_row_06_a_job_that_is_queued_again_is_not_what_accounting_says_of_its_past(tmp_path: Path, answer):
+def test_a_requeued_job_is_not_in_the_state_that_accounting_has_for_its_last_attempt(tmp_path: Path, answer):
     answer("squeue", "echo '17|PENDING|0|BeginTime||'")
     answer("sacct", "echo '17|PREEMPTED|0:0|None|node1'")
     assert state_of(a_run(tmp_path)).state is State.PENDING
 
 
-def test_row_18_without_accounting_the_controller_is_asked(tmp_path: Path, answer):
+def test_without_accounting_the_controller_is_asked(tmp_path: Path, answer):
     answer(
         "scontrol", "echo 'JobId=17 JobName=a run JobState=FAILED Reason=NonZeroExitCode ExitCode=3:0 NodeList=node1'"
     )
@@ -154,7 +154,7 @@ def test_row_18_without_accounting_the_controller_is_asked(tmp_path: Path, answe
     assert (tmp_path / "asked").read_text().split() == ["squeue", "sacct", "scontrol"]
 
 
-def test_a_job_that_is_forgotten_everywhere(tmp_path: Path, answer):
+def test_a_job_that_slurm_has_forgotten_has_ended(tmp_path: Path, answer):
     began, waited = a_run(tmp_path), a_run(tmp_path, State.PENDING, job="18", name="waited")
     for run in (began, waited):
         last_heard_of(run, slurm_queue.LAG + 1)
@@ -364,12 +364,12 @@ def test_several_problems_at_once(answer):
     [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-6", 108000), ("1-6:30", 109800), ("1-0:0:1", 86401),
      ("UNLIMITED", None), ("infinite", None), ("0", None)],
 )  # fmt: skip
-def test_times_as_sbatch_reads_them(time: str, limit: int | None):
+def test_times_are_read_as_sbatch_reads_them(time: str, limit: int | None):
     assert seconds(time) == limit
 
 
 @pytest.mark.parametrize("time", ["", "1h", "1:2:3:4", "-5", "1-"])
-def test_times_that_are_none(time: str):
+def test_invalid_time_limits_are_refused(time: str):
     with pytest.raises(ConfigError, match=r"^time="):
         seconds(time)
 

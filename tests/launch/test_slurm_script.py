@@ -1,4 +1,4 @@
-"""The sbatch scripts, as text: what a review sees of a change in them, or in NeMo-Run."""
+"""The sbatch scripts as text in the repository, so a review sees changes in them or in NeMo-Run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def at_home(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_golden(name: str):
+def test_the_sbatch_script_is_the_one_in_the_repository(name: str):
     file = GOLDEN / f"{name}.sh"
     script = batch_script(CASES[name], RUN)
     if os.environ.get("UPDATE_GOLDEN"):
@@ -81,7 +81,7 @@ def test_paths_arrive_as_they_are(runtime: str):
         assert mount in [word.removeprefix("--bind=") for word in mounted]
 
 
-def test_row_08_and_09_no_variable_and_no_secret_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_script_contains_no_variable_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_API_KEY", "abcdef")
     executor = slurm(env_vars={"MARK": "0123456789"}, secrets=["WANDB_API_KEY"], container=IMAGE)
     run = RunDirectory(tmp_path)
@@ -93,20 +93,20 @@ def test_row_08_and_09_no_variable_and_no_secret_is_in_it(tmp_path: Path, monkey
     assert f"rm -f {file}" in script and f"{file}:{file}" in script
 
 
-def test_row_10_it_is_queued_again_only_if_that_is_wanted():
+def test_the_script_requeues_only_if_the_settings_allow_it():
     assert "#SBATCH --requeue" in batch_script(slurm(), RUN)
     assert "#SBATCH --no-requeue" in batch_script(slurm(requeues=0), RUN)
     assert "TORCHX_MAX_RETRIES=0" in batch_script(slurm(), RUN)
 
 
-def test_row_11_a_child_ends_with_its_parent():
+def test_a_job_is_cancelled_if_its_dependency_fails():
     script = batch_script(slurm(), RUN, after=["4", "5"], after_any=["6"])
     assert "#SBATCH --dependency=afterok:4:5,afterany:6\n" in script
     assert "#SBATCH --kill-on-invalid-dep=yes\n" in script
     assert "dependency" not in batch_script(slurm(), RUN)
 
 
-def test_row_20_slurm_says_when_the_time_is_almost_up():
+def test_the_script_asks_slurm_for_a_warning_before_the_time_limit():
     assert "#SBATCH --signal=USR1@300\n" in batch_script(slurm(save_before=300), RUN)
 
 
@@ -166,9 +166,7 @@ def ended(
         (0, 0, "SUCCEEDED", False),
     ],
 )
-def test_row_15_and_16_exit_codes_that_queue_it_again(
-    tmp_path: Path, code: int, restarts: int, state: str, again: bool
-):
+def test_some_exit_codes_requeue_the_job(tmp_path: Path, code: int, restarts: int, state: str, again: bool):
     output, returned = ended(tmp_path, f"exitcode={code}; exit {code}", restarts=restarts, state=state)
     assert ("scontrol requeue 17" in output) == again
     assert ("not queued again" in output) == (restarts == 2)
@@ -189,12 +187,12 @@ def test_a_shell_that_slurm_ends_at_the_time_limit_queues_the_job(tmp_path: Path
     assert "requeue" not in output.replace("executor.requeues", "")
 
 
-def test_row_17_sigusr1_does_not_end_the_script(tmp_path: Path):
+def test_sigusr1_does_not_end_the_script(tmp_path: Path):
     output, returned = ended(tmp_path, "kill -USR1 $$; exitcode=0; echo on")
     assert (output.splitlines()[-1], returned) == ("on", 0)
 
 
-def test_row_19_each_job_and_attempt_has_a_port_of_its_own(tmp_path: Path):
+def test_each_job_and_attempt_has_its_own_port(tmp_path: Path):
     ports = {
         int(ended(tmp_path, "echo $MASTER_PORT", job=job, restarts=restarts)[0])
         for job in (1, 2, 3)
@@ -230,8 +228,8 @@ def test_row_19_each_job_and_attempt_has_a_port_of_its_own(tmp_path: Path):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_setting_that_cannot_be_is_refused(settings: dict, said: str):
-    """Among them row 5: an array's jobs cannot be told apart."""
+def test_an_impossible_setting_is_refused(settings: dict, said: str):
+    """A job array is among them, because its jobs cannot be told apart."""
     with pytest.raises(ConfigError, match="^" + re.escape(said)):
         slurm(**settings)
 

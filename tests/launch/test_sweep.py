@@ -1,4 +1,4 @@
-"""Sweeps: which runs the values make, and what came out of them."""
+"""Sweeps: the runs that the values make, and their results."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def test_zipped_values_go_together():
 
 
 @pytest.mark.parametrize("edit", ["optim.betas=(0.9,0.95)", "data.paths=[a,b]", "log.wandb_project='a,b'", "seed=1"])
-def test_commas_in_brackets_and_quotes_part_nothing(edit: str):
+def test_commas_in_brackets_and_quotes_do_not_separate_values(edit: str):
     edits = [edit, "optim.lr=1,2"]
     variants = sweep.expand(edits, "a")
     assert [variant.edits(edits) for variant in variants] == [[edit, "optim.lr=1"], [edit, "optim.lr=2"]]
 
 
-def test_what_is_no_sweep_is_refused():
+def test_a_name_that_is_not_a_sweep_is_refused():
     with pytest.raises(ConfigError, match="no edit has several values"):
         sweep.expand(["optim.lr=1"], "a")
     with pytest.raises(ConfigError, match=r"give them as optim.lr="):
@@ -109,7 +109,7 @@ def test_a_metric_that_no_run_has_is_refused_with_the_nearest(ended: Sweep):
         sweep.metric_of(ended, "val_los")
 
 
-def test_a_name_is_of_one_sweep(ended: Sweep):
+def test_two_sweeps_cannot_have_one_name(ended: Sweep):
     ended.save()
     with pytest.raises(ConfigError, match="another sweep"):
         Sweep("a", ended.directory, ended.variants[:2]).save()

@@ -1,4 +1,4 @@
-"""Watching runs: whom is asked for their states, what is printed of their logs, how they are stopped."""
+"""Watching runs: who is asked for their states, how their logs are printed, how they are stopped."""
 
 from __future__ import annotations
 
@@ -307,7 +307,7 @@ def test_a_run_that_goes_is_asked_to_stop_and_left_to_do_so(runs: Runs):
     assert Cluster.killed == []
 
 
-def test_one_that_does_not_stop_is_killed(runs: Runs):
+def test_a_run_that_does_not_stop_is_killed(runs: Runs):
     run = runs.made("a", executor=Cluster())
     status = watch.cancel(run, patience=0.5)
     assert status and status.state is State.CANCELLED and status.reason.startswith("killed")
@@ -315,14 +315,14 @@ def test_one_that_does_not_stop_is_killed(runs: Runs):
 
 
 @pytest.mark.parametrize("state", [State.PENDING, State.INTERRUPTED])
-def test_one_that_has_not_begun_is_killed_at_once(runs: Runs, state: State, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_that_has_not_begun_is_killed_at_once(runs: Runs, state: State, monkeypatch: pytest.MonkeyPatch):
     run = runs.made("a", state, Cluster())
     monkeypatch.setattr(watch.time, "sleep", lambda seconds: pytest.fail("it waited"))
     status = watch.cancel(run)
     assert status and status.state is State.CANCELLED and Cluster.killed == ["a"]
 
 
-def test_what_has_ended_is_left_alone(runs: Runs):
+def test_cancelling_an_ended_run_does_nothing(runs: Runs):
     run = runs.made("a", State.SUCCEEDED, Cluster())
     status = watch.cancel(run)
     assert status and status.state is State.SUCCEEDED

@@ -1,4 +1,4 @@
-"""Small models of every family, made by transformers at shapes that catch mistakes."""
+"""Small models of every family, made by transformers, with shapes that reveal mistakes."""
 
 from __future__ import annotations
 

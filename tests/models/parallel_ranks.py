@@ -1,6 +1,6 @@
-"""Training steps of one process and of several, side by side: what `test_parallel` starts in each process.
+"""The program of each process in `test_parallel`: compares training steps of several processes with one.
 
-Every process computes what one process would with the whole batch, and compares its own with it.
+Every process computes the step of a single process with the whole batch, and compares its own part with it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a TransformerConfig refuses, and what it counts."""
+"""TransformerConfig: the values that it refuses, and its counts of parameters and FLOPs."""
 
 from __future__ import annotations
 
@@ -118,11 +118,11 @@ def test_all_problems_are_listed_at_once() -> None:
     ],
     ids=str,
 )
-def test_what_is_possible_is_let_through(changes: dict[str, Any]) -> None:
+def test_possible_values_are_accepted(changes: dict[str, Any]) -> None:
     small(**changes)
 
 
-def test_what_is_left_out_follows() -> None:
+def test_sizes_that_are_left_out_are_derived() -> None:
     config = small(num_query_groups=None)
     assert (config.head_dim, config.groups, config.ffn_size) == (4, 6, 96)
     config = small(kv_channels=10, ffn_hidden_size=7)

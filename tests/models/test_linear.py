@@ -1,4 +1,4 @@
-"""Products with weights, by whichever library."""
+"""Linear layers with either library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss without all logits, against PyTorch's cross-entropy of all of them."""
+"""The loss in chunks of logits, against PyTorch's cross-entropy of all logits."""
 
 from __future__ import annotations
 

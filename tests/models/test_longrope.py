@@ -1,4 +1,4 @@
-"""LongRoPE: each sequence turns by the factors of its own length, with a cache, beside others, and in training."""
+"""LongRoPE: each sequence uses the factors of its own length, with a cache, in a batch, and in training."""
 
 from __future__ import annotations
 

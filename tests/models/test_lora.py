@@ -1,4 +1,4 @@
-"""Adapters: what they compute against PEFT, what they leave alone, and what PEFT reads of them."""
+"""Adapters: their results and files against PEFT, and the weights that they do not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The balancing loss of a mixture: what it is, and what transformers has for it."""
+"""The balancing loss of a mixture, against its definition and transformers."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_rows_are_sequences_of_their_own() -> None:
     torch.testing.assert_close(gradients(model, found), gradients(model, expected), rtol=1e-3, atol=1e-5)
 
 
-def test_there_is_none_outside_training() -> None:
+def test_there_is_no_balancing_loss_outside_training() -> None:
     model = mixture()
     ids = torch.zeros(1, T, dtype=torch.int64)
     model(ids)

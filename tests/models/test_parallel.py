@@ -1,4 +1,4 @@
-"""Transformers on several processes learn what they would on one."""
+"""A transformer on several processes learns the same as on one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes a model faster or smaller leaves its losses, gradients and parameters' names as they are."""
+"""Compilation, recomputation and float8 do not change losses, gradients and parameter names."""
 
 from __future__ import annotations
 

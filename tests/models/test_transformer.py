@@ -1,4 +1,4 @@
-"""The decoder: what it is made of, what it may see, and how it starts."""
+"""The decoder: its parameters, its masks, and its initialization."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ranks of a run ask of attention, said before they do."""
+"""The attention calls of a run's ranks, known before they run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run amounts to, and everything that is wrong with it, before it starts."""
+"""The sizes of a run and all its problems, before it starts."""
 
 from __future__ import annotations
 

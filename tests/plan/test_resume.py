@@ -1,4 +1,4 @@
-"""A run that was interrupted and goes on is the run that was not, bit for bit."""
+"""A run that was interrupted and resumed equals an uninterrupted run, bit for bit."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_another_run_s_checkpoint_is_a_start(pretrain: Pretrain) -> None:
     assert rows(by_name, "step")[0] == ("13",)
 
 
-def test_seeds_matter(pretrain: Pretrain, parts: Parts) -> None:
+def test_another_seed_gives_another_loss(pretrain: Pretrain, parts: Parts) -> None:
     one = pretrain(max_steps=1)
     other = tasks.pretrain(**parts(name="other", max_steps=1), seed=4321)
     assert rows(one, "loss")[0] != rows(other, "loss")[0]
@@ -192,7 +192,7 @@ def test_auto_is_the_newest_good_checkpoint(pretrain: Pretrain) -> None:
     assert resume_point(RunDirectory(run.path.parent / "new"), "auto") is None
 
 
-def test_never_refuses_a_run_with_a_checkpoint(pretrain: Pretrain) -> None:
+def test_resume_never_refuses_a_run_with_a_checkpoint(pretrain: Pretrain) -> None:
     run = pretrain(max_steps=4)
     with pytest.raises(ConfigError, match="step-00000004, which would be lost"):
         pretrain(max_steps=8, resume="never")

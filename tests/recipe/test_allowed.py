@@ -1,4 +1,4 @@
-"""What a recipe file may name: a short list, and what its reader allows; nothing else is imported or called."""
+"""A recipe file may name only a short list and what its reader allows; nothing else is imported or called."""
 
 import contextlib
 import functools
@@ -74,7 +74,7 @@ def every_name(*packages: str) -> set[str]:
     return found
 
 
-def test_of_everything_that_is_loaded_a_page_of_names_is_accepted() -> None:
+def test_few_of_all_loaded_names_are_accepted() -> None:
     """Whoever adds to a list, or to a package, sees here what a stranger's file may now name."""
     accepted = set()
     names = every_name("torch", "lightning", "fiddlehead", "numpy", "fiddle", "builtins", "os", "functools", "operator")

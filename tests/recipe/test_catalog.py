@@ -1,4 +1,4 @@
-"""Recipes and executors are found by reading, and imported only when they are called."""
+"""Recipes and executors are found by reading files, and imported only when they are called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Overrides: every value is read as its parameter's annotation asks, and nothing typed is lost or reinterpreted."""
+"""Edits: every value is read as its parameter's annotation says, and nothing that was typed is lost."""
 
 import os
 import subprocess
@@ -269,7 +269,7 @@ def test_factories_make_nested_configurations():
     assert edit("anything=wsd").anything == "wsd"
 
 
-def test_a_name_and_a_text_in_one_union():
+def test_a_union_of_a_name_and_a_text_reads_both():
     assert edit("odd.strategy=Strategy").odd.strategy == "Strategy"
     assert edit("odd.strategy=Strategy(shards=2)", "odd.strategy.shards*=2").odd.strategy.shards == 4
     held = edit("odd.strategy=Strategy()")
@@ -295,7 +295,7 @@ def test_a_name_and_a_text_in_one_union():
         ("loss=nothing", "unknown name 'nothing'"),
     ],
 )
-def test_mistaken_factories(override, problem):
+def test_mistakes_in_factories_are_refused(override, problem):
     assert problem in refused(override)
 
 

@@ -1,4 +1,4 @@
-"""Recipes: printing, comparing, sources, building, and NeMo-Run taking them as they are."""
+"""Recipes: printing, comparing, sources, building, and use in NeMo-Run."""
 
 import copy
 import math

@@ -39,7 +39,7 @@ def problems_of(text: str, **options) -> str:
     return str(caught.value)
 
 
-def test_golden_text():
+def test_the_yaml_form_is_this_text():
     changed = recipe()
     changed.model.config.color = parts.Color.BLUE
     changed.model.config.dtype = torch.bfloat16
@@ -226,7 +226,7 @@ class Tag(fdl.Tag):
     """A tag."""
 
 
-def test_tags_are_refused():
+def test_fiddle_tags_are_refused():
     changed = recipe()
     fdl.add_tag(changed.optim, "lr", Tag)
     with pytest.raises(ConfigError, match="optim: Fiddle's tags cannot be written"):
@@ -304,7 +304,7 @@ def test_static_and_class_methods_of_allowed_classes_load():
     assert fdl.build(loaded).path == Path("x")
 
 
-def test_names_to_allow():
+def test_names_to_allow_lists_the_recipe_s_own_names():
     assert recipe().names_to_allow() == [
         f"tests.recipe_parts:{name}"
         for name in ("Data", "Log", "Model", "ModelConfig", "Odd", "Optim", "Tokenizer", "pretrain")

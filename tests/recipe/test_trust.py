@@ -1,4 +1,4 @@
-"""A run that this user has launched is read again without a word; one that came from elsewhere is not."""
+"""Runs that this user launched are trusted; runs from elsewhere are not."""
 
 from __future__ import annotations
 
@@ -67,9 +67,7 @@ def test_what_the_user_has_launched_is_read_again_without_a_word() -> None:
 
 
 @pytest.mark.parametrize("change", ["a copy", "other text", "another project", "another file", "no note"])
-def test_what_has_changed_since_or_came_from_elsewhere_is_not(
-    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_changed_or_foreign_run_is_not_trusted(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = launched()
     forget_modules()
     file = run.recipe
@@ -116,7 +114,7 @@ def test_without_a_place_for_notes_a_launch_goes_on_and_the_run_asks(
         Recipe.load(run.recipe)
 
 
-def test_where_a_run_went_is_not_gone_to_again_on_its_own_word() -> None:
+def test_a_changed_executor_file_is_not_trusted() -> None:
     """Its `executor.json` has lines for a shell: those of a stranger's would be run."""
     run = launched(setup_lines="true")
     assert trust.knows_executor(run)

@@ -1,4 +1,4 @@
-"""Every shipped recipe: a new one is tested for free."""
+"""Tests of every built-in recipe; new recipes are included automatically."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ def test_it_fits_its_gpus_of_80_gb_with_5_percent_to_spare(name):
     assert plan.verdict == "fits", plan.rows()
 
 
-def test_it_loads_back_equal(name, tmp_path):
+def test_a_saved_recipe_loads_back_equal(name, tmp_path):
     recipe = make(name)
     recipe.save(tmp_path / "r.yaml")
     assert Recipe.load(tmp_path / "r.yaml") == recipe
     assert not recipe.names_to_allow()
 
 
-def test_it_says_what_it_is(name):
+def test_every_recipe_has_a_summary(name):
     assert ENTRIES[name].summary.endswith(".") and ENTRIES[name].task
 
 
-def test_the_golden_text(name):
+def test_a_recipe_resolves_to_the_text_in_the_repository(name):
     """What a recipe resolves to, as text in the repository, so that a review sees what a change changes.
 
     `UPDATE_GOLDEN=1 pytest tests/recipes` writes it anew.
@@ -85,7 +85,7 @@ def test_no_golden_text_is_left_over():
     assert {file.stem for file in GOLDEN.glob("*.yaml")} == set(ENTRIES)
 
 
-def test_two_calls_share_nothing(name):
+def test_two_recipes_of_one_function_share_nothing(name):
     first = make(name)
     first.trainer.max_steps = 1
     assert make(name).trainer.max_steps != 1

@@ -1,4 +1,4 @@
-"""Whether the process of a run lives, as far as can be known from here."""
+"""Whether the process of a run is alive, as far as this machine can know."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_machine_with_another_name_knows_its_processes(run: RunDirectory) -> N
     assert run.status().state is State.DIED  # type: ignore[union-attr]
 
 
-def test_a_process_elsewhere_alive_while_it_touches_its_lock(run: RunDirectory) -> None:
+def test_a_process_elsewhere_is_alive_while_it_touches_its_lock(run: RunDirectory) -> None:
     run.write_status(replace(this_process(1, "direct"), **ELSEWHERE))
     assert run.status().state is State.RUNNING  # type: ignore[union-attr]
     status = replace(this_process(1, "direct"), **ELSEWHERE, started=time.time() - 9000)
@@ -52,7 +52,7 @@ def test_a_process_elsewhere_alive_while_it_touches_its_lock(run: RunDirectory) 
     assert died and died.state is State.DIED and died.reason == f"process {2**30} of elsewhere is gone"
 
 
-def test_a_process_elsewhere_that_has_the_lock_alive(run: RunDirectory) -> None:
+def test_a_process_elsewhere_that_holds_the_lock_is_alive(run: RunDirectory) -> None:
     run.write_status(replace(this_process(1, "direct"), **ELSEWHERE, started=0.0))
     with exclusive(run):
         aged(run, alive.MISSING + 60)
@@ -101,7 +101,7 @@ def test_where_the_boot_is_not_known_a_run_is_not_taken_for_one_before_it(
     assert run.status().state is State.DIED  # type: ignore[union-attr]
 
 
-def test_a_process_that_the_system_hides_alive_while_it_holds_the_lock(
+def test_a_process_that_the_system_hides_is_alive_while_it_holds_the_lock(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(alive, "is_running", lambda pid, began: None)

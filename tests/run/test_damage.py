@@ -1,4 +1,4 @@
-"""Spoiled files of a run: they are named, with what to do, and nothing else of the run is hidden."""
+"""Damaged files of a run are named, with what to do, and the rest of the run is still shown."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_a_status_that_was_never_there_cannot_take_its_place(
         run.write_status(this_process(1, "direct"))
 
 
-def test_a_recipe_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_recipe_is_refused_by_name(tmp_path: Path) -> None:
     for content in (b"\xff", b"{", b"- 1", b"[" * 5000):
         (tmp_path / "recipe.yaml").write_bytes(content)
         with pytest.raises(ConfigError, match=r"recipe\.yaml (cannot be read|is not a recipe)"):

@@ -35,7 +35,7 @@ def test_a_status_comes_back_as_it_was_written(run: RunDirectory) -> None:
     assert run.written_status().state is State.FAILED  # type: ignore[union-attr]
 
 
-def test_this_process_isalive(run: RunDirectory) -> None:
+def test_this_process_is_alive(run: RunDirectory) -> None:
     status = this_process(1, "direct")
     run.write_status(status)
     assert run.status() == status and status.state is State.RUNNING and status.pid == os.getpid()
@@ -64,12 +64,12 @@ def test_a_pid_that_another_process_has_since_is_not_the_run(run: RunDirectory) 
 
 
 @pytest.mark.parametrize("state", [State.SUCCEEDED, State.FAILED, State.CANCELLED])
-def test_what_has_ended_stays_as_it_ended(run: RunDirectory, state: State) -> None:
+def test_an_ended_run_keeps_its_state(run: RunDirectory, state: State) -> None:
     run.write_status(replace(this_process(1, "local"), state=state, pid=2**30))
     assert run.status().state is state  # type: ignore[union-attr]
 
 
-def test_three_states_are_not_ends() -> None:
+def test_only_three_states_are_not_final() -> None:
     assert {state for state in State if not state.ended} == {State.PENDING, State.RUNNING, State.INTERRUPTED}
 
 

@@ -1,4 +1,4 @@
-"""Locks on files: who has one, and for how long."""
+"""Locks on files: who holds one, and for how long."""
 
 from __future__ import annotations
 

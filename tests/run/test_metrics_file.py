@@ -21,7 +21,7 @@ def test_the_newest_value_of_each_metric_is_shown(run: RunDirectory) -> None:
     assert run.last_metrics() == {"step": "3", "loss": "1.0", "val_loss": "2.5"}
 
 
-def test_of_a_large_table_the_end_is_read(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_end_of_a_large_table_is_read(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics_file, "MAX_METRICS_READ", 1000)
     rows = "".join(f"{step},{step / 7},\n" for step in range(2, 1000))
     run.metrics.write_text(f"step,loss,val_loss\n1,3.0,2.5\n{rows}1000,0.")  # the last row is being written

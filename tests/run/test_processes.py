@@ -1,4 +1,4 @@
-"""Which process is which, on Linux and on a Mac."""
+"""The identification of processes, on Linux and on a Mac."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_process_that_is_hidden_is_not_gone(monkeypatch: pytest.MonkeyPatch) -
     assert started(2**30) == 0 and is_running(2**30, 17) is None
 
 
-def test_of_a_start_that_was_not_known_nothing_follows() -> None:
+def test_an_unknown_start_time_decides_nothing() -> None:
     assert is_running(os.getpid(), 0) is None
 
 

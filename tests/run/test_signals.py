@@ -1,4 +1,4 @@
-"""What signals mean to the processes of a run."""
+"""The effect of signals on the processes of a run."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What every Python process of the tests does first.
+"""Runs at the start of every Python process of the tests.
 
-It keeps torchmetrics from importing what it would do without: Lightning imports torchmetrics, which imports
-transformers and matplotlib.pyplot where they are installed. The tests start many processes in an environment that has
-both, as users' need not: 1.3 s less of CPU time for each.
+It keeps torchmetrics from importing optional packages: Lightning imports torchmetrics, which imports transformers and
+matplotlib.pyplot if they are installed. The tests start many processes in an environment with both packages; this saves
+1.3 s of CPU time for each process.
 
-Where there is a server of `tests.warm`, it lets that do the work of a program of ours.
+If a server of `tests.warm` runs, our programs run in a fork of that server.
 """
 
 from __future__ import annotations

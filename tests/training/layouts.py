@@ -1,4 +1,4 @@
-"""Runs of one process and of many, to be compared."""
+"""Runs of one process and of many, for comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions called in several processes at once, which talk through gloo, as those of a run do."""
+"""Calls functions in several processes at once, which communicate through gloo, as in a run."""
 
 from __future__ import annotations
 

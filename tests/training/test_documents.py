@@ -1,4 +1,4 @@
-"""Training with documents kept apart: each is as if it were alone, and each label weighs the same."""
+"""Training with document packing: each document counts as if it were alone, and all labels have equal weight."""
 
 from __future__ import annotations
 

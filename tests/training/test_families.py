@@ -1,4 +1,4 @@
-"""Each family trains: a model of its kind, scaled down, learns something, and learns more by adapters."""
+"""Each family trains: a small model of each learns, and learns more with adapters."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def losses(run: RunDirectory) -> list[float]:
 
 
 @pytest.mark.parametrize("name", sorted(kinds()))
-def test_a_small_one_learns_and_is_tuned(name: str, parts: Parts, tmp_path: Path) -> None:
+def test_a_small_model_of_the_family_learns_and_is_fine_tuned(name: str, parts: Parts, tmp_path: Path) -> None:
     config = twin(kinds()[name])
     steps = {"val_check_interval": 15, "every_n_steps": 15, "keep_best": False}
     made = parts(name="base", max_steps=15, lr=1e-2, **steps) | {"model": LanguageModel(config)}

@@ -86,7 +86,7 @@ def test_longer_sequences_than_were_learned_are_said(
     assert "learned sequences of 16 tokens; data.seq_length=24 is longer" in capsys.readouterr().out
 
 
-def test_it_goes_on_exactly(base: RunDirectory, parts: Parts, questions: Path) -> None:
+def test_an_interrupted_fine_tuning_run_continues_exactly(base: RunDirectory, parts: Parts, questions: Path) -> None:
     whole = tasks.finetune(**tuning(parts, LanguageModel(init_from=base.path), questions))
     expected = rows(whole, "step", "loss", "grad_norm", "val_loss")
     whole.path.rename(whole.path.with_name("whole"))
@@ -147,7 +147,7 @@ def test_the_loss_of_preferences_is_the_paper_s(base: RunDirectory, parts: Parts
     assert len(answer_log_probabilities(before, batch)) >= 4
 
 
-def test_what_cannot_be_is_refused(base: RunDirectory, parts: Parts, tmp_path: Path, questions: Path) -> None:
+def test_impossible_settings_are_refused(base: RunDirectory, parts: Parts, tmp_path: Path, questions: Path) -> None:
     with pytest.raises(ConfigError, match="init_from=None: name a model that can answer"):
         PreferenceModel()
     bad = tmp_path / "bad.jsonl"

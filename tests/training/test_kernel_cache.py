@@ -1,4 +1,4 @@
-"""What a run compiles, the next one finds."""
+"""The next run finds the kernels that a run compiled."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_pytorch_s_own_choice_is_replaced(unset: None, tmp_path: Path) -> None:
     assert cache_dir_utils.cache_dir() == str(tmp_path / "cache" / "torchinductor")
 
 
-def test_what_is_set_stays(unset: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_cache_variable_that_is_set_is_kept(unset: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
     keep_compiled_kernels()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache" / "torchinductor")

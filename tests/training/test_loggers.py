@@ -1,4 +1,4 @@
-"""What is logged can be read back by the tools that will read it."""
+"""The usual tools can read the logs."""
 
 from __future__ import annotations
 

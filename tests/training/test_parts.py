@@ -1,4 +1,4 @@
-"""Parts of other kinds than a training takes: what each lacks is named."""
+"""Parts that training cannot use: the attributes that each lacks are named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run leaves its process as it was."""
+"""A run restores the state of its process."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class BadEnd(Callback):
 
 @pytest.mark.usefixtures("collector")
 @pytest.mark.parametrize("ends", ["well", "killed", "badly"])
-def test_it_is_as_before_however_the_run_ends(
+def test_the_process_is_restored_however_the_run_ends(
     pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, ends: str
 ) -> None:
     monkeypatch.setenv("FIDDLEHEAD_CACHE", str(tmp_path / "cache"))

@@ -1,10 +1,11 @@
 """Attention with grouped key/value heads: one function, several kernels, and an explained choice of the kernel.
 
-- `attend`: what models call; `watched` tells of each kind of call; `KVCache`: what a decoder keeps between calls
-- `AttentionSpec`, `Target`: what a call needs, and where it would run
-- `explain`, `select`: which backend serves a spec, and why the others do not
-- `BACKENDS`, `backend_choices`: the backends by name, and what may be asked for
-- `register`, `unregister`: add a backend of your own, and take it away
+- `attend`: the function that models call; `watched` reports each kind of call; `KVCache`: keys and values of earlier
+  tokens
+- `AttentionSpec`, `Target`: the needs of a call, and the device that would run it
+- `explain`, `select`: the backend for a spec, and why the others cannot serve it
+- `BACKENDS`, `backend_choices`: the backends by name, and all values of `attention_backend`
+- `register`, `unregister`: add your own backend, and remove it
 """
 
 from fiddlehead.attention.attend import attend, watched

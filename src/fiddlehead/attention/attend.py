@@ -66,12 +66,12 @@ def attend(
         scale: factor on the scores; 1 / sqrt(D) if None.
         deterministic: ask for gradients that are the same each time, as PyTorch's
             `use_deterministic_algorithms` and `NVTE_ALLOW_NONDETERMINISTIC_ALGO=0` do for every call.
-        cu_seqlens_q: packed: where each sequence begins, and the end of the last, (N + 1,) int32 on q's device.
+        cu_seqlens_q: packed: the start of each sequence, and the end of the last, (N + 1,) int32 on q's device.
         cu_seqlens_k: the same of k and v; as `cu_seqlens_q` if None.
-        max_seqlen_q: packed: at least the longest sequence's length, which would cost a wait to read from the device.
+        max_seqlen_q: packed: at least the longest sequence's length; reading it from the device would cost a wait.
         max_seqlen_k: the same of k and v; as `max_seqlen_q` if None.
-        kv_cache: k and v are appended to it first, and q attends to all that it holds. A call that is refused
-            leaves it as it was. There are no gradients through it.
+        kv_cache: k and v are appended to it first, and q attends to the whole cache. A refused call does not change it.
+            There are no gradients through it.
         new_lengths: with a cache: how many of the T new positions each sequence has, (B,) integers on q's device; the
             others are padding on the right, whose queries yield meaningless values. None: all T.
         backend: "auto", "measured", or the name of a backend.
@@ -167,7 +167,7 @@ def _check_new(
 
 NOTHING = Extras()
 _chosen: dict[Any, tuple[AttentionSpec, Backend, bool]] = {}
-"""How each kind of call is served. Choosing again would take longer than a small kernel."""
+"""The choice for each kind of call. Choosing again would take longer than a small kernel."""
 _watchers: list[Callable[[AttentionSpec, str], None]] = []
 
 

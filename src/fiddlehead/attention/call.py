@@ -17,7 +17,7 @@ NO_LIMIT = (-1, -1)
 
 
 class Call(NamedTuple):
-    """What a call of `attend` asks for. It is a tuple because it is the key under which each call finds its backend."""
+    """The shapes and options of a call of `attend`. It is a tuple because it is the key for finding the backend."""
 
     q: Sequence[int]
     """The shape of q; k and v are the shapes of k and v."""
@@ -93,7 +93,7 @@ def _out_of_range(call: Call) -> list[Problem]:
 
 
 def _lengths(call: Call) -> tuple[int, int]:
-    """How many queries and keys the longest sequence has; raises ConfigError if the shapes do not fit together."""
+    """The numbers of queries and keys of the longest sequence; raises ConfigError if the shapes do not fit together."""
     q, k, v = call.q, call.k, call.v
     if call.packed:
         if len(q) != 3 or len(k) != 3 or k[1] == 0 or k != v or q[2] != k[2] or q[1] % k[1]:

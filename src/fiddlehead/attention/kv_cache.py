@@ -1,4 +1,4 @@
-"""Keys and values kept for the next token.
+"""The KV cache: keys and values of earlier tokens.
 
 Shapes: B sequences, T new positions of each, G key/value heads, D head dim.
 """
@@ -25,9 +25,10 @@ class CacheView(NamedTuple):
 class KVCache:
     """The keys and values of one layer for B sequences, which `attend(..., kv_cache=cache)` appends to and reads.
 
-    As long as all sequences are equally long and the cache is not paged, attention reads plain views of what is filled,
-    and any backend serves. Otherwise each sequence's length is kept on the device, attention reads the whole storage,
-    whose shape never changes, and only backends that know lengths of caches serve. The host never waits for the device.
+    While all sequences have the same length and the cache is not paged, attention reads plain views of the filled part,
+    and any backend can serve. Otherwise each sequence's length is kept on the device, attention reads the whole
+    storage, whose shape never changes, and only backends that support cache lengths can serve. The host never waits for
+    the device.
 
     There are no gradients: decode under `torch.no_grad()`.
     """
@@ -134,7 +135,7 @@ class KVCache:
             v: as k.
 
         Returns:
-            What attention reads: keys and values with the new positions at each sequence's end.
+            The keys and values for attention, with the new positions at each sequence's end.
 
         Raises:
             ConfigError: they do not fit the cache, there is no room for them, or they require gradients.

@@ -1,4 +1,4 @@
-"""Which of the packages that bring attention kernels are here, in which version, and whether they work."""
+"""Finds the installed packages with attention kernels, their versions, and whether they work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.torch_version import TorchVersion
 logger = logging.getLogger(__name__)
 
 CUDNN_OF_CUDA_BUILDS = "9.19.0"
-"""What PyTorch 2.11 for CUDA 13 brings. It is assumed for a GPU elsewhere if the PyTorch here has no CUDA."""
+"""The version in PyTorch 2.11 for CUDA 13. It is assumed for another machine's GPU if the PyTorch here has no CUDA."""
 NEWEST_KNOWN = {"flash2": "2.8.3.post2", "flash3": "3.0.0", "flash4": "4.0.0b36"}
 """The newest version tried of each package, named after its major version; newer ones are used, with a note."""
 
@@ -52,7 +52,7 @@ class Package:
 
     @property
     def _release(self) -> TorchVersion | None:
-        """The version without what a build adds to it; None if it is not a version that can be compared."""
+        """The version without a build's suffix; None if it cannot be compared."""
         release = (self.version or "").partition("+")[0]
         return TorchVersion(release) if release[:1].isdigit() else None
 
@@ -71,7 +71,7 @@ class Packages:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a package's attention function lives, under each name that it has had."""
+    """The module of a package's attention function, under each name that it has had."""
 
     modules: tuple[str, ...]
     distributions: tuple[str, ...]
@@ -125,7 +125,7 @@ def interface(name: str) -> ModuleType:
     """The module with the functions of "flash2", "flash3" or "flash4".
 
     Raises:
-        ImportError: it is not here, or broken; ask `installed(probe=True)` first.
+        ImportError: it is not installed, or broken; call `installed(probe=True)` first.
     """
     module = _import(name)
     if module is None:

@@ -1,4 +1,4 @@
-"""Selects the backend of a call: the first that can serve it, in order of preference, and why each other one cannot."""
+"""Selects the backend of a call: the first one that can serve it, in order of preference; explains all others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def backend_choices() -> tuple[str, ...]:
-    """What a caller may ask for: "auto", "measured", and the name of every backend."""
+    """The possible values of `backend`: "auto", "measured", and the name of every backend."""
     return (*RESERVED, *BACKENDS)
 
 

@@ -1,4 +1,4 @@
-"""What an attention call asks of a kernel, and the device on which it would run."""
+"""The needs of an attention call, and the device on which it would run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384)
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """What one attention call asks of a kernel; two calls with equal specs are served by the same backend.
+    """The needs of one attention call; calls with equal specs get the same backend.
 
     `num_query_groups` is the number of key/value heads: 1 is multi-query attention, `num_attention_heads` is
     multi-head attention, a divisor between them is grouped-query attention (Ainslie et al. 2023).

@@ -1,4 +1,4 @@
-"""A checkpoint as a folder: written whole or not at all, and checked when it is read.
+"""A checkpoint as a folder: it is complete or absent, and is checked when it is read.
 
 `checkpoints/step-00000100/` has
 

@@ -1,4 +1,4 @@
-"""From multi-head attention to grouped-query attention: fewer key/value heads, and a little more training."""
+"""Converts multi-head to grouped-query attention: fewer key/value heads, for a little more training."""
 
 from __future__ import annotations
 

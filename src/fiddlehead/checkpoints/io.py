@@ -45,7 +45,7 @@ class SafetensorsIO(CheckpointIO):
         self.team = Team()
         """Those who save together; all of them have to call `save_checkpoint`."""
         self.pipeline_ranks = 1
-        """How many stages the model has. The team's ranks are divided equally among them, in order."""
+        """The number of pipeline stages. The team's ranks are divided equally among them, in order."""
         self._thread: Thread | None = None
         self._error: BaseException | None = None
 

@@ -1,4 +1,4 @@
-"""Safetensors files larger than memory: read and written a tensor, or a chunk of one, at a time.
+"""Reads and writes safetensors files larger than memory, one tensor or chunk at a time.
 
 The format is eight bytes that hold the header's length, a JSON header, and the tensors' bytes one after another. The
 `safetensors` package reads it too, but writes only what is in memory as a whole.
@@ -48,7 +48,7 @@ class StoredTensor:
     """As the format writes it: a key of `DTYPES`."""
     shape: tuple[int, ...]
     start: int
-    """Where its bytes begin in the file."""
+    """The offset of its bytes in the file."""
     nbytes: int
 
     def chunks(self) -> Iterator[memoryview]:

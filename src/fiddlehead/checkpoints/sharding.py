@@ -1,4 +1,4 @@
-"""Parameters of which each rank holds a shard: how they are cut, filled and gathered again.
+"""Sharded parameters: how they are sharded, filled and gathered.
 
 A rank never holds more than its shards, the layer at work, and one whole tensor.
 """

@@ -1,4 +1,4 @@
-"""Where a model's weights come from: a checkpoint of a run, an imported one, or a folder of Hugging Face's."""
+"""The source of a model's weights: a run's checkpoint, an imported checkpoint, or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.names import find_run
 
 PREFIX = "transformer."
-"""In front of the names of a model's parameters in a checkpoint."""
+"""The prefix of a model's parameters in a checkpoint."""
 
 
 class Weights(Protocol):

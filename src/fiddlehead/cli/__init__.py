@@ -62,7 +62,7 @@ app.command("doctor", rich_help_panel="Kernels")(attention.doctor)
 def main() -> None:
     """Runs the command.
 
-    A user's mistake prints a few lines and exits with 2. What the machine or its disk refuses prints one line and exits
+    A user's mistake prints a few lines and exits with 2. An error of the machine or its disk prints one line and exits
     with 1. A failed job has its own exit code.
     """
     gc.set_threshold(

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="See which attention kernel serves a model, and why.")
 
 DEFAULT_GPU = "h100"
-"""What a recipe for a GPU is explained for on a machine that has none, if nothing is said."""
+"""The default GPU to explain a recipe for GPUs on a machine without one."""
 
 DISTRIBUTIONS = {"flash2": "flash-attn", "flash3": "flash-attn-3", "flash4": "flash-attn-4"}
-"""How the package of each backend is called where it is installed from."""
+"""The name of each backend's package in the package index."""
 
 
 @app.command("explain")
@@ -47,17 +47,17 @@ def explain(
         help="A recipe's name, module:function, @file.yaml or a run.",
         autocompletion=complete_recipe,
     ),
-    gpu: str = typer.Option(None, "--gpu", metavar="NAME", help="A GPU that need not be here, such as a100 or b200."),
+    gpu: str = typer.Option(None, "--gpu", metavar="NAME", help="The GPU, here or not, such as a100 or b200."),
     assume: list[str] = typer.Option(
-        None, "--assume", metavar="NAME=VERSION", help="Take this version, or none, for torch, cudnn or a flash-attn."
+        None, "--assume", metavar="NAME=VERSION", help="Assume this version, or none, of torch, cudnn or a flash-attn."
     ),
     as_json: bool = typer.Option(False, "--json", help="The same, for programs."),
     allow: list[str] = AllowOption,
 ) -> None:
     """Show which attention kernel serves each layer of a recipe's model, and why not the others.
 
-    Without --gpu it is this machine's GPU, if it has one and the recipe wants one. For a GPU that is not here nothing
-    is tried out: the versions installed here are assumed, or those given with --assume.
+    Without --gpu, the choice is for this machine's GPU, if there is one and the recipe uses one. For another GPU
+    nothing is run: the installed versions are assumed, or those given with --assume.
 
     Example:  fiddlehead attention explain -f llama3_8b --gpu h100 --assume flash-attn-4=4.0.0b36
     """
@@ -74,8 +74,8 @@ def explain(
 def doctor(as_json: bool = typer.Option(False, "--json", help="The same, for programs.")) -> None:
     """Try every attention kernel on this machine, and say what to install.
 
-    Each runs forward and backward and is compared with the reference. The exit code is 1 if a package is installed but
-    broken, or if nothing works.
+    Each kernel runs forward and backward and is compared with the reference. The exit code is 1 if a package is
+    installed but broken, or if nothing works.
     """
     try:
         from fiddlehead.attention.tools.doctor import examine
@@ -134,7 +134,8 @@ class _Explained:
         return extra_bytes(backend, choice.spec, self.micro_batch_size, self.seq_length, device_type=device)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `show` prints: each of `layers` has a choice's `to_dict`, and its `backends` in order of preference."""
+        """What `show` prints, as JSON values: each of `layers` has a choice's `to_dict`, and its `backends` in order of
+        preference."""
         return {
             "recipe": self.name,
             "note": self.note,
@@ -162,7 +163,7 @@ class _Explained:
         }
 
     def show(self) -> None:
-        """Prints the facts, a table for each different spec of a step, and what other calls get instead."""
+        """Prints the facts, a table for each spec of a training step, and the choices for other calls."""
         from fiddlehead.plan.attention import ranges, rows
 
         facts = table(self.name, f"{self.target.name}{f', sm{self.target.sm}' if self.target.sm else ''}: {self.note}")
@@ -185,7 +186,7 @@ class _Explained:
             show("", "[bold]other calls[/bold]", *map(_escaped, others))
 
     def _shares(self) -> Iterator[tuple[str, str]]:
-        """What a rank has of the model, where that is not all of it."""
+        """The rank's share of the model, if it does not have all of it."""
         from fiddlehead.plan.attention import ranges
 
         calls, config, spec = self.calls, self.calls.config, self.steps[0].choice.spec
@@ -284,7 +285,7 @@ def _size(size: int) -> str:
 
 
 def _escaped(text: str) -> str:
-    """`text` for rich, which would else take brackets for markup."""
+    """`text` escaped for rich, which would otherwise read brackets as markup."""
     from rich.markup import escape
 
     return escape(text)

@@ -21,11 +21,11 @@ class _Trainer:
 
 
 def _parts(model: Any, data: Any, trainer: Any) -> None:
-    """The parts of a training that decide what is asked of attention."""
+    """The parts of a training that decide its attention calls."""
 
 
 def calls_of_recipe(recipe: Recipe) -> Calls:
-    """The attention calls of a recipe's training. Nothing is started, and only the shape of `init_from` is read.
+    """The attention calls of a recipe's training. Nothing starts, and only the shape of `init_from` is read.
 
     Raises:
         ConfigError: the recipe is not a training, or its parts do not fit together.

@@ -41,7 +41,7 @@ SETTLED = {
 """Edits that a benchmark would overrule, and why."""
 
 
-HELP = """Time the training steps of a recipe: tokens/s, MFU, memory, and where the time goes.
+HELP = """Time the training steps of a recipe: tokens/s, MFU, memory, and the time of each phase.
 
 It is the recipe's own training with its data, batch sizes and devices, and your edits, on this machine or wherever \
 executor=NAME is. Only validation and checkpoints are left out, and nothing is kept.
@@ -69,20 +69,20 @@ def bench(
         "--factory",
         "-f",
         metavar="RECIPE",
-        help="A recipe's name, module:function, @file.yaml or a run; or give it as the first word.",
+        help="A recipe's name, module:function, @file.yaml or a run; also without -f, as the first argument.",
         autocompletion=complete_recipe,
     ),
-    steps: int = typer.Option(20, "--steps", min=1, help="How many steps are timed."),
-    warmup: int = typer.Option(5, "--warmup", min=1, help="How many steps before them are not."),
+    steps: int = typer.Option(20, "--steps", min=1, help="Number of timed steps."),
+    warmup: int = typer.Option(5, "--warmup", min=1, help="Number of steps before them that are not timed."),
     random_tokens: bool = typer.Option(False, "--random-tokens", help="Train on random tokens: no corpus is read."),
     direct: bool = typer.Option(False, "--direct", help="Run in this process, without an executor."),
-    as_json: bool = typer.Option(False, "--json", help="The figures as JSON on stdout, all else on stderr."),
+    as_json: bool = typer.Option(False, "--json", help="Print the figures as JSON on stdout, and all else on stderr."),
     against: Path = typer.Option(
         None, "--against", metavar="FILE", parser=user_path, help="Show the change since an earlier --json."
     ),
     allow: list[str] = AllowOption,
 ) -> None:
-    """Time the training steps of a recipe: tokens/s, MFU, memory, and where the time goes."""
+    """Time the training steps of a recipe: tokens/s, MFU, memory, and the time of each phase."""
     edits = list(overrides or ())
     if not factory:
         if not edits or "=" in edits[0]:
@@ -115,7 +115,7 @@ def bench(
 
 
 def _run(recipe: Recipe, name: str, executor: Executor | None, allow: Sequence[str]) -> dict[str, Any]:
-    """The results of a run whose directory is gone when this returns."""
+    """Returns the results of a run, whose directory is deleted."""
     from fiddlehead import launch
     from fiddlehead.bench import RESULTS
     from fiddlehead.launch import secrets
@@ -181,11 +181,11 @@ ROWS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("memory, reserved", "memory_reserved_gib", "{:,.2f} GiB".format),
     ("the first step ended after", "seconds_to_first_step", "{:,.1f} s".format),
 ]
-"""What each figure is called in the table, its name, and how it is shown."""
+"""For each figure: its label in the table, its name, and its format."""
 
 
 def _conditions(what: dict[str, Any], where: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What the figures hold for."""
+    """The conditions of the figures."""
     yield "model", f"{what['parameters'] / 1e6:,.1f} M parameters, {what['precision']}, {'; '.join(what['attention'])}"
     yield "on", f"{what['devices']} x {what['device']}, {what['strategy']}"
     if not where["gpus"]:

@@ -8,8 +8,8 @@ import typer
 
 from fiddlehead.files.paths import user_path
 
-importing = typer.Typer(no_args_is_help=True, help="Take checkpoints from other tools.")
-exporting = typer.Typer(no_args_is_help=True, help="Hand checkpoints to other tools.")
+importing = typer.Typer(no_args_is_help=True, help="Import checkpoints from other tools.")
+exporting = typer.Typer(no_args_is_help=True, help="Export checkpoints to other tools.")
 converting = typer.Typer(no_args_is_help=True, help="Change the shape of a model.")
 
 _CHECKPOINT = "A run, a checkpoint of one, or what `fiddlehead import` made."
@@ -20,9 +20,9 @@ def import_hf(
     source: str = typer.Argument(metavar="DIR|NAME", help="A Hugging Face checkpoint's folder, or OWNER/NAME."),
     out: Path = typer.Option(..., "--out", "-o", metavar="OUT", parser=user_path, help="The folder to make."),
 ) -> None:
-    """Turn a Hugging Face checkpoint into one to start from, with its tokenizer.
+    """Import a Hugging Face checkpoint and its tokenizer, to train from it or use it.
 
-    Only safetensors are read, a shard at a time; every tensor must be there and have the shape that config.json says.
+    Only safetensors are read, one file at a time. Every tensor must exist and have the shape that config.json says.
 
     Example:  fiddlehead import hf meta-llama/Llama-3.2-1B --out llama
     """
@@ -43,10 +43,10 @@ def import_hf(
 def export_hf(
     source: str = typer.Argument(metavar="RUN|CHECKPOINT", help=_CHECKPOINT),
     out: Path = typer.Argument(metavar="OUT", parser=user_path, help="The folder to make."),
-    family: str = typer.Option(None, "--as", metavar="FAMILY", help="As which model_type; as it came, or what fits."),
-    dtype: str = typer.Option(None, help="float32, bfloat16 or float16; as it is stored if not given."),
+    family: str = typer.Option(None, "--as", metavar="FAMILY", help="The model_type; by default as imported."),
+    dtype: str = typer.Option(None, help="float32, bfloat16 or float16; by default as stored."),
 ) -> None:
-    """Write a model as Hugging Face's tools load it; adapters are merged into it.
+    """Export a model as a Hugging Face checkpoint; adapters are merged into it.
 
     Example:  fiddlehead export hf demo demo-hf --dtype bfloat16
     """
@@ -58,10 +58,10 @@ def export_hf(
 
 @exporting.command("peft")
 def export_peft(
-    source: str = typer.Argument(metavar="RUN|CHECKPOINT", help="A run that trained adapters, or a checkpoint of one."),
+    source: str = typer.Argument(metavar="RUN|CHECKPOINT", help="A run with adapters, or one of its checkpoints."),
     out: Path = typer.Argument(metavar="OUT", parser=user_path, help="The folder to make."),
 ) -> None:
-    """Write the adapters of a run as Hugging Face's PEFT loads them, without the model that they belong to.
+    """Export the adapters of a run for Hugging Face's PEFT, without the base model.
 
     Example:  fiddlehead export peft tuned tuned-adapters
     """
@@ -76,9 +76,9 @@ def convert_gqa(
     source: str = typer.Argument(metavar="CHECKPOINT", help=_CHECKPOINT),
     num_query_groups: int = typer.Option(..., "--num-query-groups", "-g", metavar="G", help="Key/value heads."),
     out: Path = typer.Option(..., "--out", "-o", metavar="OUT", parser=user_path, help="The folder to make."),
-    method: str = typer.Option("mean", help="mean or first of the heads that become one, or random."),
+    method: str = typer.Option("mean", help="How heads become one: their mean, the first, or random."),
 ) -> None:
-    """Give a model fewer key/value heads, each made of those it replaces; then train it a little more.
+    """Merge the key/value heads of a model into fewer ones. Train it a little more afterwards.
 
     Example:  fiddlehead convert gqa llama2 --num-query-groups 8 --out llama2-gqa
     """

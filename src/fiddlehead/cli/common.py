@@ -32,12 +32,12 @@ def complete_recipe(incomplete: str) -> list[tuple[str, str]]:
 
 OverridesArgument = typer.Argument(None, metavar="[KEY=VALUE]...", show_default=False, help="Edits, in this order.")
 AllowOption = typer.Option(
-    None, "--allow", metavar="MODULE[:NAME]", help="What of yours a YAML recipe, or an edit, may name."
+    None, "--allow", metavar="MODULE[:NAME]", help="Your names that YAML recipes and edits may use."
 )
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), allow: Sequence[str] = ()) -> tuple[Recipe, str]:
-    """The recipe that `name` says, edited, and a name for its runs.
+    """Loads the recipe `name` and edits it; returns it with a name for its runs.
 
     `name` is a recipe function, `package.module:function`, `@file.yaml`, a YAML file, or a run.
     """
@@ -64,7 +64,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), allow: Sequence[str] =
 
 
 def split_executor(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separates `executor=...` and `executor.x=...` from the edits of the recipe; checks that each is an edit."""
+    """Separates `executor=...` and `executor.x=...` from the edits of the recipe, and checks the form of each edit."""
     recipe, executor = [], []
     for argument in arguments:
         if "=" not in argument:
@@ -76,10 +76,11 @@ def split_executor(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def configure_executor(arguments: Sequence[str], default: str = "local") -> tuple[Executor, str]:
-    """The executor that `executor=NAME executor.x=1` says, and its name; nothing of it is started or asked.
+    """Builds the executor of `executor=NAME executor.x=1`; returns it and its name. Nothing starts, and nothing is
+    asked.
 
-    An edit sets the executor function's argument of that name, or else a setting of the executor that it returns. If
-    the function only passes settings on, every edit is a setting.
+    An edit sets the argument of that name of the executor's function, or else a setting of the executor that the
+    function returns. If the function only passes settings on, every edit is a setting.
     """
     import fiddle as fdl
 
@@ -143,14 +144,14 @@ def table(*columns: str) -> Table:
 
 
 def add_row(table: Table, *cells: Any) -> None:
-    """Adds a row of texts as they are: a name that a user chose must not be read as markup."""
+    """Adds a row of plain texts: a name that a user chose must not be read as markup."""
     from rich.text import Text
 
     table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
 
 
 def phases_table(metrics: Mapping[str, float]) -> Table:
-    """Where the time of a step goes, from the metrics of a run: milliseconds, share and a bar for each phase."""
+    """A table of a step's phases, from the metrics of a run: milliseconds, share and a bar for each phase."""
     total = metrics["seconds_per_step"]
     found = {name: metrics[f"seconds_{name}"] for name in ("data", "forward", "backward", "optimizer")}
     found["the rest"] = max(0.0, total - sum(found.values()))
@@ -166,7 +167,7 @@ def phases_table(metrics: Mapping[str, float]) -> Table:
 
 
 def show(*things: Any) -> None:
-    """Prints tables and text: in colour if the terminal has colours, and without cutting lines into a pipe."""
+    """Prints tables and text: in colour on a terminal with colours; into a pipe, lines are not cut."""
     import shutil
     import sys
 
@@ -179,7 +180,7 @@ def show(*things: Any) -> None:
 
 
 def _call(function: Callable[[], Any]) -> Any:
-    """What `function` returns. An error in the user's code is reported with its file and line, without a traceback."""
+    """Calls `function`. An error in the user's code is reported with its file and line, without a traceback."""
     try:
         return function()
     except ConfigError:

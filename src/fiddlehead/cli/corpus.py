@@ -20,15 +20,15 @@ def tokenize(
         None,
         "--eos",
         metavar="TOKEN",
-        help="The token that ends a document; what the tokenizer's folder names if not given.",
+        help="The token that ends a document; by default the one that the tokenizer's folder names.",
     ),
     out: Path = typer.Option(
         ..., "--out", "-o", metavar="DIR", parser=user_path, help="The folder to make; data.paths=DIR trains on it."
     ),
-    val_fraction: float = typer.Option(0.01, min=0.0, max=0.5, help="Share of the documents kept for validation."),
-    workers: int = typer.Option(None, min=1, help="Processes; all cores if not given."),
+    val_fraction: float = typer.Option(0.01, min=0.0, max=0.5, help="Share of the documents for validation."),
+    workers: int = typer.Option(None, min=1, help="Number of processes; by default all cores."),
     text_field: str = typer.Option("text", help="The field of JSONL and Parquet rows that holds the text."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Replace DIR if it is there."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace DIR if it exists."),
 ) -> None:
     """Turn text, JSONL and Parquet into memory-mapped token files.
 

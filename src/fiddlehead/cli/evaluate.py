@@ -20,18 +20,18 @@ from fiddlehead.files.paths import user_path
 def evaluate(
     source: str = SourceArgument,
     file: Path = typer.Option(None, "--file", "-f", metavar="FILE", parser=user_path, help="A text file."),
-    stride: int = typer.Option(None, min=1, help="How far apart windows begin; half the model's length if not given."),
+    stride: int = typer.Option(None, min=1, help="Distance between windows; by default half the model's length."),
     tasks: str = typer.Option(None, metavar="A,B", help="Tasks or groups of lm-evaluation-harness; * stands for any."),
     tasks_dir: Path = typer.Option(
         None, metavar="DIR", parser=user_path, help="Your own tasks: YAML files as the harness reads them."
     ),
-    limit: int = typer.Option(None, min=1, help="The first so many documents of each task."),
-    num_fewshot: int = typer.Option(None, min=0, help="Solved documents in front of each; else as the task says."),
-    batch_size: int = typer.Option(16, min=1, help="Texts at once."),
-    as_json: bool = typer.Option(False, "--json", help="For a program."),
+    limit: int = typer.Option(None, min=1, help="Use only the first N documents of each task."),
+    num_fewshot: int = typer.Option(None, min=0, help="Solved examples before each; by default the task's."),
+    batch_size: int = typer.Option(16, min=1, help="Texts in a batch."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
     directory: str = DirOption,
 ) -> None:
-    """Say how well a model predicts a text, or how it does on tasks.
+    """Measure how well a model predicts a text, or how well it solves tasks.
 
     For a text it prints nats per token and per byte, and perplexity. Tasks are those of lm-evaluation-harness, which
     the extra `eval` installs.

@@ -51,8 +51,8 @@ def recipes(
 def show(
     recipe: str = typer.Argument(help="A recipe, @file.yaml or a run.", autocompletion=complete_recipe),
     overrides: list[str] = OverridesArgument,
-    defaults: bool = typer.Option(False, "--defaults", help="Also the values that are left at their default."),
-    yaml: bool = typer.Option(False, "--yaml", help="As the YAML that --factory @file.yaml takes."),
+    defaults: bool = typer.Option(False, "--defaults", help="Also show values that have their default."),
+    yaml: bool = typer.Option(False, "--yaml", help="Print YAML, for --factory @file.yaml."),
     allow: list[str] = AllowOption,
 ) -> None:
     """Print a resolved recipe: every value, and where it was set.
@@ -76,10 +76,10 @@ def show(
 
 def diff(
     left: str = typer.Argument(help="A recipe, @file.yaml or a run.", autocompletion=complete_recipe),
-    right: str = typer.Argument(help="Another.", autocompletion=complete_recipe),
+    right: str = typer.Argument(help="Another recipe, @file.yaml or run.", autocompletion=complete_recipe),
     allow: list[str] = AllowOption,
 ) -> None:
-    """Print what differs between two recipes, YAML files or runs."""
+    """Print the differences between two recipes, YAML files or runs."""
     from fiddlehead.recipe.leaves import show as show_value
 
     one, _ = load_recipe(left, (), allow or ())

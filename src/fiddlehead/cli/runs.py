@@ -1,4 +1,4 @@
-"""`fiddlehead runs`: what became of runs."""
+"""`fiddlehead runs`: lists, shows, stops and continues runs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ RunsArgument = typer.Argument(metavar="RUN...", help="Names or directories of ru
 def runs(
     context: typer.Context,
     directory: str = DirOption,
-    as_json: bool = typer.Option(False, "--json", help="Everything that is known, as JSON."),
+    as_json: bool = typer.Option(False, "--json", help="Print everything that is known, as JSON."),
 ) -> None:
     """List runs, and look into, cancel or repeat one."""
     from fiddlehead.launch import watch
@@ -82,7 +82,7 @@ def runs(
 
 @app.command("show")
 def show(run: str = RunArgument, directory: str = DirOption) -> None:
-    """Show a run: its state and why, its newest metrics, where the time of a step goes, its files."""
+    """Show a run: its state and the reason, its newest metrics, the time of each phase, its files."""
     from fiddlehead.launch import code, watch
 
     found = find_run(run, directory)
@@ -120,12 +120,12 @@ def show(run: str = RunArgument, directory: str = DirOption) -> None:
 @app.command("logs")
 def logs(
     run: str = RunArgument,
-    follow: bool = typer.Option(False, "--follow", "-f", help="Go on until the run ends."),
-    rank: str = typer.Option("0", "--rank", metavar="N|all", help="Another process's, or those of all."),
-    attempt: str = typer.Option("", "--attempt", metavar="N|all", help="An earlier one's; the newest if left out."),
+    follow: bool = typer.Option(False, "--follow", "-f", help="Follow the log until the run ends."),
+    rank: str = typer.Option("0", "--rank", metavar="N|all", help="The log of which rank."),
+    attempt: str = typer.Option("", "--attempt", metavar="N|all", help="Which attempt; by default the newest."),
     directory: str = DirOption,
 ) -> None:
-    """Print a run's log: its newest attempt.
+    """Print the newest attempt of a run's log.
 
     Example:  fiddlehead runs logs demo -f --rank all
     """
@@ -154,10 +154,10 @@ def logs(
 @app.command("cancel")
 def cancel(
     names: list[str] = RunsArgument,
-    force: bool = typer.Option(False, "--force", help="Its machine is gone: write down that the run has ended."),
+    force: bool = typer.Option(False, "--force", help="Mark the run as ended, because its machine is gone."),
     directory: str = DirOption,
 ) -> None:
-    """Stop runs: each saves its last step and ends."""
+    """Stop runs: each saves its current step and ends."""
     from fiddlehead.launch import watch
 
     found = [find_run(name, directory) for name in names]
@@ -181,14 +181,14 @@ def cancel(
 @app.command("rerun")
 def rerun(
     run: str = RunArgument,
-    detach: bool = typer.Option(False, "--detach", help="Return as soon as the job is handed over."),
+    detach: bool = typer.Option(False, "--detach", help="Return as soon as the job is submitted."),
     allow: list[str] = AllowOption,
     trust_executor: bool = typer.Option(
-        False, "--trust-executor", help="The run came from elsewhere: do what its executor.json says all the same."
+        False, "--trust-executor", help="Use the run's executor.json although you did not launch the run."
     ),
     directory: str = DirOption,
 ) -> None:
-    """Start a run again where it ran before, from its saved recipe: it continues from its newest checkpoint."""
+    """Continue a run from its newest checkpoint, with its saved recipe and executor."""
     from fiddlehead import launch
     from fiddlehead.launch import watch
     from fiddlehead.recipe import Recipe, trust
@@ -215,10 +215,10 @@ def rerun(
 
 @app.command("clean")
 def clean(
-    names: list[str] = typer.Argument(None, metavar="[RUN]...", help="Which; all that the options say if left out."),
-    older_than: str = typer.Option("", "--older-than", metavar="AGE", help="That ended so long ago: 12h, 7d, 2w."),
+    names: list[str] = typer.Argument(None, metavar="[RUN]...", help="Runs; by default all that the options select."),
+    older_than: str = typer.Option("", "--older-than", metavar="AGE", help="Ended this long ago: 12h, 7d, 2w."),
     state: str = typer.Option(
-        "", "--state", metavar="STATE", help="That ended so: FAILED, CANCELLED, DIED, SUCCEEDED, DAMAGED."
+        "", "--state", metavar="STATE", help="In this state: FAILED, CANCELLED, DIED, SUCCEEDED, DAMAGED."
     ),
     yes: bool = typer.Option(False, "--yes", "-y", help="Do not ask."),
     directory: str = DirOption,
@@ -267,10 +267,10 @@ def clean(
 
 @app.command("sync")
 def sync(
-    names: list[str] = typer.Argument(None, metavar="[RUN]...", help="Which; all that recorded offline if left out."),
+    names: list[str] = typer.Argument(None, metavar="[RUN]...", help="Runs; by default all with offline records."),
     directory: str = DirOption,
 ) -> None:
-    """Send what runs recorded offline to W&B: each is one run there, whatever its number of attempts.
+    """Send the offline records of runs to W&B. All attempts of a run become one W&B run.
 
     Example:  fiddlehead runs sync demo
     """
@@ -306,10 +306,10 @@ def sync(
 @app.command("sweep")
 def sweep(
     name: str = typer.Argument(metavar="SWEEP", help="A sweep's name."),
-    metric: str = typer.Option("", "--metric", help="What to sort by; val_loss, or else loss."),
+    metric: str = typer.Option("", "--metric", help="Sort by this; by default val_loss, or else loss."),
     directory: str = DirOption,
 ) -> None:
-    """Show what came out of a sweep, the lowest value of the metric first.
+    """Show the results of a sweep, with the lowest value of the metric first.
 
     Example:  fiddlehead runs sweep lr --metric loss
     """

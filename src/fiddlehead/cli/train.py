@@ -1,4 +1,4 @@
-"""`fiddlehead pretrain`: from a recipe and edits to a run, or to many."""
+"""`fiddlehead pretrain` and `finetune`: start a run, or many, from a recipe and edits."""
 
 from __future__ import annotations
 
@@ -63,31 +63,31 @@ def pretrain(
         None, "--gpu", metavar="NAME", help="With --dryrun: plan for this GPU, which need not be here, such as h100."
     ),
     direct: bool = typer.Option(False, "--direct", help="Run in this process, without an executor."),
-    detach: bool = typer.Option(False, "--detach", help="Return as soon as the job is handed over."),
+    detach: bool = typer.Option(False, "--detach", help="Return as soon as the job is submitted."),
     yes: bool = typer.Option(False, "--yes", "-y", help="Do not ask before starting."),
     to_yaml: Path = typer.Option(
-        None, "--to-yaml", metavar="FILE", parser=user_path, help="Write the resolved recipe and stop."
+        None, "--to-yaml", metavar="FILE", parser=user_path, help="Write the resolved recipe; start nothing."
     ),
     after: list[str] = typer.Option(
         None, "--after", metavar="RUN", help="Start when this run has succeeded.", autocompletion=complete_run
     ),
     sweep: bool = typer.Option(False, "--sweep", help="A run for every combination of values: optim.lr=1e-3,3e-4"),
-    zipped: bool = typer.Option(False, "--zip", help="With --sweep: the first values, the second ones, and so on."),
-    max_running: int = typer.Option(None, "--max-running", min=1, help="With --sweep: at most so many at a time."),
-    metric: str = typer.Option("", "--metric", help="With --sweep: what the results are sorted by; val_loss, or loss."),
+    zipped: bool = typer.Option(False, "--zip", help="With --sweep: pair the values instead."),
+    max_running: int = typer.Option(None, "--max-running", min=1, help="With --sweep: the most runs at a time."),
+    metric: str = typer.Option("", "--metric", help="With --sweep: sort by this; by default val_loss or loss."),
     allow: list[str] = AllowOption,
 ) -> None:
     """Train a language model from scratch, or continue an interrupted run.
 
-    [bold]Edits[/bold] change the recipe, in the order given; values take the type of the field:
+    [bold]Edits[/bold] change the recipe, in the order given; a value is read as the type of its field:
 
       trainer.max_steps=50   model.config.num_query_groups=1   optim.lr*=0.5   data=@data.yaml   log.name=first
 
-    [bold]executor=NAME[/bold] says where it runs, executor.KEY=VALUE how:
+    [bold]executor=NAME[/bold] selects where it runs, executor.KEY=VALUE sets how:
 
       executor=local executor.ntasks_per_node=2   executor=slurm executor.nodes=2   executor=docker executor.image=IMAGE
 
-    The same log.name again continues that run from its newest checkpoint.
+    With the log.name of an earlier run, the command continues that run from its newest checkpoint.
 
     Example:  fiddlehead pretrain --factory tiny trainer.max_steps=50 log.name=first
 
@@ -280,7 +280,7 @@ def _with_advice(problem: Problem, several: Sequence[str]) -> Problem:
 
 
 class _Report:
-    """Says what changes in a sweep, a line for each run that begins or ends."""
+    """Prints the progress of a sweep: a line for each run that begins or ends."""
 
     def __init__(self, sweep: Sweep) -> None:
         self.runs = sweep.runs()

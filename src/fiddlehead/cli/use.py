@@ -1,4 +1,4 @@
-"""`fiddlehead generate` and `chat`: what a model is for."""
+"""`fiddlehead generate` and `chat`: generate text with a model."""
 
 from __future__ import annotations
 
@@ -19,27 +19,23 @@ if TYPE_CHECKING:
     from fiddlehead.inference.text import Completion, Writer
 
 SourceArgument = typer.Argument(
-    metavar="RUN|CHECKPOINT",
-    help="A run, a checkpoint of one, or what `fiddlehead import` made.",
-    autocompletion=complete_run,
+    metavar="RUN|CHECKPOINT", help="A run, one of its checkpoints, or an imported model.", autocompletion=complete_run
 )
-_TEMPERATURE = typer.Option(0.8, min=0.0, help="0 always takes the likeliest token.")
-_TOP_K = typer.Option(50, min=0, help="Choose among the k likeliest tokens; 0: all.")
-_TOP_P = typer.Option(1.0, min=0.0, max=1.0, help="Choose among the likeliest that have this probability together.")
+_TEMPERATURE = typer.Option(0.8, min=0.0, help="0 always takes the most likely token.")
+_TOP_K = typer.Option(50, min=0, help="Choose among the k most likely tokens; 0: all.")
+_TOP_P = typer.Option(1.0, min=0.0, max=1.0, help="Choose among the most likely tokens with this total probability.")
 _COMPILE = typer.Option(
     False,
     "--compile",
     help="On a GPU: run each step as one captured graph. The first tokens take some seconds, in which it compiles, and "
     "again those of a second batch or answer; so it pays for hundreds of tokens.",
 )
-_SEED = typer.Option(0, help="The same seed writes the same text.")
+_SEED = typer.Option(0, help="The same seed gives the same text.")
 
 
 def generate(
     source: str = SourceArgument,
-    prompt: list[str] = typer.Option(
-        None, "--prompt", "-p", help="The text to go on from; may be given several times."
-    ),
+    prompt: list[str] = typer.Option(None, "--prompt", "-p", help="The text to continue; may be given several times."),
     prompt_file: Path = typer.Option(
         None,
         "--prompt-file",
@@ -47,15 +43,15 @@ def generate(
         parser=user_path,
         help='A file with a prompt on each line, or JSON (.jsonl, .json) with objects that have a "prompt".',
     ),
-    max_new_tokens: int = typer.Option(200, min=1, help="How many tokens to write."),
+    max_new_tokens: int = typer.Option(200, min=1, help="The most tokens to generate."),
     temperature: float = _TEMPERATURE,
     top_k: int = _TOP_K,
     top_p: float = _TOP_P,
-    seed: int = typer.Option(0, help="The same seed writes the same text to the same prompt, whatever the others are."),
+    seed: int = typer.Option(0, help="The same seed gives the same text for a prompt, whatever the other prompts are."),
     stop: list[str] = typer.Option(
         None, "--stop", help="End before this text, in which \\\\n is a line's end; may be given several times."
     ),
-    batch_size: int = typer.Option(16, min=1, help="How many texts to write at once."),
+    batch_size: int = typer.Option(16, min=1, help="Texts in a batch."),
     compile: bool = _COMPILE,
     as_json: bool = typer.Option(
         False, "--json", help="A JSON object on each line: prompt, text, tokens, finish_reason."
@@ -65,10 +61,10 @@ def generate(
     ),
     directory: str = DirOption,
 ) -> None:
-    """Let a model go on from a prompt, or from many.
+    """Generate the text that follows a prompt, or many prompts.
 
-    A single text is shown while it is written, and may grow beyond the length that the model was trained on. Several
-    texts, or texts with --json, may not.
+    A single text is shown while it is generated, and may become longer than the model's sequence length. Several texts,
+    or texts with --json, may not.
 
     Example:  fiddlehead generate demo --prompt "def " --stop "\\n\\n"
 
@@ -103,8 +99,8 @@ def generate(
 
 def chat(
     source: str = SourceArgument,
-    system: str = typer.Option("", help="What the assistant is told before all else."),
-    max_new_tokens: int = typer.Option(500, min=1, help="The longest answer."),
+    system: str = typer.Option("", help="The system message."),
+    max_new_tokens: int = typer.Option(500, min=1, help="The most tokens of an answer."),
     temperature: float = _TEMPERATURE,
     top_k: int = _TOP_K,
     top_p: float = _TOP_P,
@@ -112,7 +108,7 @@ def chat(
     compile: bool = _COMPILE,
     directory: str = DirOption,
 ) -> None:
-    """Talk with a model that has a chat template; /reset forgets what was said, /exit or Ctrl-D ends.
+    """Chat with a model that has a chat template; /reset forgets the conversation, /exit or Ctrl-D ends.
 
     Example:  fiddlehead chat tuned
     """
@@ -156,7 +152,7 @@ def _typed(prompt: str) -> str:
 
 
 _ESCAPE = re.compile(r"""\\([\\'"abfnrtv]|[0-7]{1,3}|x.{0,2}|u.{0,4}|U.{0,8}|N(\{[^}]*\}?)?)""", re.DOTALL)
-"""What stands for another character in Python's string literals."""
+"""Escapes in Python's string literals."""
 
 
 def _unescaped(stop: str) -> str:

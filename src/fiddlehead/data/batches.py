@@ -1,4 +1,4 @@
-"""From windows of a token file to what Lightning iterates."""
+"""Turns windows of a token file into the batches that Lightning iterates over."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Batch = dict[str, Any]
 
 
 class Samples(Protocol):
-    """What batches are made of."""
+    """The samples of batches."""
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of samples."""
         ...
 
     def __getitems__(self, indices: list[int]) -> Batch:
@@ -124,7 +124,7 @@ class FromGlobalStep:
 
 
 def counts(batch: Batch) -> torch.Tensor:
-    """How many labels, tokens that are not padding, and pairs of answers a batch has, (3,) int64."""
+    """The numbers of a batch's labels, tokens without padding, and pairs of answers, (3,) int64."""
     labels, padding = batch["labels"], batch.get("padding")
     labelled = int((labels != NO_LABEL).sum())
     tokens = labels.numel() - (0 if padding is None else int(padding.sum()))

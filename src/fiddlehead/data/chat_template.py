@@ -24,7 +24,7 @@ from fiddlehead.data.template_process import MEMORY, WATCHED
 from fiddlehead.errors import ConfigError, Problem
 
 Message = Mapping[str, Any]
-"""`role` and `content`, and whatever else a template asks for."""
+"""`role` and `content`, and other fields that a template uses."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class ChatTemplate:
         return asked, whole
 
     def _generation_prompt(self) -> str:
-        """What follows a question to ask for an answer."""
+        """The text after a question that asks for an answer."""
         question = [{"role": "user", "content": "?"}]
         plain, asked = self.render(question), self.render(question, add_generation_prompt=True)
         return asked[shared_length(plain, asked) :]

@@ -1,4 +1,4 @@
-"""What tells that data is still what a run was trained on: its files' checksums, each found out once."""
+"""Checksums of data files, to detect that a run's data has changed; each file is read once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fiddlehead.data.progress import ByteProgress
 from fiddlehead.files import kept
 
 FILE = "data_checksums.json"
-"""In the cache folder: what files hold, by path, with the size, time and inode that they had."""
+"""The file in the cache folder with the contents of files, by path, with their size, time and inode."""
 
 Checksums = Mapping[str, Sequence[Sequence[str]]]
-"""By the name of a part of the data, such as "train": the name and the SHA-256 of each of its files, in order."""
+"""For each part of the data, such as "train": the name and the SHA-256 of each of its files, in order."""
 
 _AT_ONCE = 1 << 22
 _LONG = 1 << 30  # bytes that take some time to read
@@ -24,14 +24,14 @@ _LONG = 1 << 30  # bytes that take some time to read
 
 @dataclass(frozen=True)
 class Content:
-    """What a file holds: its SHA-256 and, of a token file, the largest token id; -1 where there is none."""
+    """The content of a file: its SHA-256 and, for a token file, the largest token id (otherwise -1)."""
 
     sha256: str
     max_id: int = -1
 
 
 def content(file: Path, dtype: str | None = None) -> Content:
-    """What a file holds, which is read unless an earlier run has read it and its size, time and inode are the same.
+    """The content of a file. It is read unless an earlier run has read it and its size, time and inode are the same.
 
     Args:
         dtype: of the token ids, if it is a token file.

@@ -1,4 +1,4 @@
-"""The corpus that needs no download: the source code of Python's standard library."""
+"""A corpus without a download: the source code of Python's standard library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents that share a batch without seeing each other."""
+"""Document packing: documents that share a row but do not attend to each other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NO_LABEL = -100
 
 
 def separate(input_ids: Tensor, labels: Tensor, eos_id: int) -> dict[str, Tensor | int]:
-    """What a batch of windows, (B, T) int64 each, has besides when its documents are to be kept apart.
+    """The additional fields of a batch of windows, (B, T) int64 each, whose documents are kept apart.
 
     A document ends with its end-of-document token, and at the end of its window. There, and only there, the label is
     the first token of another document, which nothing in this one tells; so it is taken out of the loss.

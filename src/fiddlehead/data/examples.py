@@ -1,4 +1,4 @@
-"""Turns examples of answers into tokens; only the tokens of the answers are learned."""
+"""Turns examples into tokens; only the tokens of the answers are trained on."""
 
 from __future__ import annotations
 

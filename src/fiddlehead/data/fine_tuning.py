@@ -1,4 +1,4 @@
-"""The Lightning data module for fine-tuning: examples of what to answer, packed into rows."""
+"""The Lightning data module for fine-tuning: examples with answers, packed into rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Lightning data module for pretraining: windows of a token dataset, in an order that no run has to remember."""
+"""The Lightning data module for pretraining: windows of a token dataset, in an order that depends only on the step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a long text can be cut so that its pieces have the tokens of the whole.
+"""Cuts a long text so that its pieces have the same tokens as the whole text.
 
 A tokenizer needs more than a hundred bytes of memory for each byte of a text. A cut is safe where no token can reach
 across it, which the vocabulary tells, and where nothing else that the tokenizer does looks across it, which is tried at
@@ -55,7 +55,7 @@ def kinds(vocabulary: Collection[str], pre_tokenizers: Collection[str]) -> list[
 
 
 def pieces(text: str, cuts: Collection[Cut], encode: Callable[[str], list[Any]]) -> Iterator[str]:
-    """The pieces of a text, whose tokens one after the other are those of the whole.
+    """The pieces of a text; their tokens, in order, are the tokens of the whole text.
 
     Raises:
         ConfigError: a part of more than `LONGEST` characters has no safe cut.
@@ -79,7 +79,7 @@ def pieces(text: str, cuts: Collection[Cut], encode: Callable[[str], list[Any]])
 def _next_cut(
     text: str, start: int, cuts: Collection[Cut], encode: Callable[[str], list[Any]]
 ) -> tuple[int, int] | None:
-    """Where a piece from `start` can end, and where the next one then begins."""
+    """The end of a piece that begins at `start`, and the start of the next one."""
     for cut in cuts:
         tries = 0
         for match in cut.place.finditer(text, start + PIECE, min(len(text), start + LONGEST)):

@@ -1,4 +1,4 @@
-"""Tokens that nobody wrote, to time a model by."""
+"""Random tokens, for timing a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents in files: which files, in which order, read in blocks that can be parsed in any process."""
+"""Documents in files: the files, their order, and blocks of them that any process can parse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads examples of answers, in the shapes in which people publish them, into one form."""
+"""Reads examples with answers, in the usual published formats, into one form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which samples a step trains on: a pure function of the seed, the step and the rank."""
+"""Chooses the samples of a step: a pure function of the seed, the step and the rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which special tokens a folder says its tokenizer has, read as transformers 5 reads them."""
+"""Reads the special tokens of a folder's tokenizer as transformers 5 reads them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from fiddlehead.files.foreign import read_object
 NAMES_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 """They name special tokens by their text."""
 COMPANIONS = (*NAMES_FILES, "chat_template.jinja")
-"""What belongs beside a `tokenizer.json`: it names special tokens, or says how a chat is written."""
+"""The files that belong beside a `tokenizer.json`: they name special tokens, or have the chat template."""
 IDS_FILES = ("config.json", "generation_config.json")
 """They name special tokens by their ids. An imported checkpoint has them in its folder `huggingface`."""
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What the files beside a `tokenizer.json` say of its special tokens."""
+    """The special tokens in the files beside a `tokenizer.json`."""
 
     names: Mapping[str, str] = field(default_factory=dict)
-    """The text of each token that has a name, such as `bos_token`: what chat templates are given."""
+    """The text of each named token, such as `bos_token`, for chat templates."""
     special: frozenset[str] = frozenset()
-    """All tokens that are said to be special."""
+    """All special tokens."""
     config_eos_ids: tuple[int, ...] = ()
     """`eos_token_id` of config.json."""
     generation_eos_ids: tuple[int, ...] = ()
@@ -35,7 +35,7 @@ class SpecialTokens:
 
     @classmethod
     def read(cls, folder: Path) -> SpecialTokens:
-        """Reads the files in `folder`, of which none has to be there.
+        """Reads the files in `folder`; all of them are optional.
 
         special_tokens_map.json counts only where tokenizer_config.json has no `added_tokens_decoder`, and then more
         than tokenizer_config.json.

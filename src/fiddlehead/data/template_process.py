@@ -1,4 +1,4 @@
-"""Renders chat templates in a process of its own, which is started with this file and ends with who started it.
+"""Renders chat templates in a separate process, which runs this file and ends with the process that started it.
 
 A template is a program that someone else wrote: Jinja's sandbox keeps it from what it must not touch, but it can still
 compute for ever or fill the memory. The system ends it here, and with it nothing but this process.
@@ -20,9 +20,9 @@ from typing import Any
 SECONDS = 1.0
 """CPU time that one text may take."""
 MEMORY = 128 << 20
-"""Bytes that all of it may take."""
+"""The memory limit of the process, in bytes."""
 WATCHED = "watched"
-"""The argument that says: who started this process watches its memory, as the system does not limit it."""
+"""The argument for systems that cannot limit memory: the parent process then watches it."""
 LENGTH = 1 << 24
 """Characters that one text may have."""
 

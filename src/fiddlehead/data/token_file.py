@@ -33,7 +33,7 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """What one split holds; `bytes` is the UTF-8 length of its text, `sha256` the hash of its token file.
+    """The contents of one split; `bytes` is the UTF-8 length of its text, `sha256` the hash of its token file.
 
     `max_id` is the largest token id in it; None where the dataset was written without.
     """

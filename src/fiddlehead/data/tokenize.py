@@ -1,4 +1,4 @@
-"""Text files to a token dataset, in several processes whose number makes no difference to the result."""
+"""Turns text files into a token dataset, in several processes; their number does not change the result."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 _MAX_BYTES = 1 << 26
-"""How large a file may be; those of 262,144 tokens have half of it."""
+"""The largest size of a file; files with 262,144 tokens have half of it."""
 _MAX_IDS = 1 << 24
 _MAX_GROWTH = 256
 _TRIAL = ("a", "Two words, 1!\n\u00e9\u4e2d", "a" * 40 + "!")
@@ -41,7 +41,7 @@ _EOS_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|eos|>
 
 
 class Tokenizer(Protocol):
-    """What the rest of the package asks of a tokenizer."""
+    """The interface of a tokenizer."""
 
     @property
     def vocab_size(self) -> int:
@@ -55,7 +55,7 @@ class Tokenizer(Protocol):
 
     @property
     def begin_ids(self) -> list[int]:
-        """What stands in front of every document and every prompt, such as Llama's <|begin_of_text|>; often nothing."""
+        """The tokens before every document and every prompt, such as Llama's <|begin_of_text|>; often none."""
         ...
 
     @property
@@ -193,7 +193,7 @@ class JSONTokenizer:
         self._source = source
         self._spec, self._ids = _parse(text, source)
         self.special = special or SpecialTokens()
-        """What the files beside it say of its special tokens."""
+        """The special tokens that the files beside it name."""
         self.vocab_size: int = max(self._ids.values()) + 1
         self.eos_id: int = self._find_eos(eos)
 

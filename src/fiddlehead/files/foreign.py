@@ -1,4 +1,4 @@
-"""Reading files that someone else wrote: plain files only, of bounded size, depth and numbers."""
+"""Reads files that someone else wrote: only plain files with bounded size, depth and numbers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from fiddlehead.numbers import is_number
 Made = TypeVar("Made")
 
 MAX_BYTES = 1 << 24
-"""How large a file of settings, or a header, may be."""
+"""The largest size of a file of settings, or of a header."""
 MAX_TEXT = 1 << 20
-"""How large a file that a person writes may be."""
+"""The largest size of a file that a person writes."""
 _MAX_DEPTH = 64
 _MAX_DIGITS = 100  # the state of a random generator has 39
 
 
 def read_bytes(file: Path, limit: int = MAX_BYTES) -> bytes:
-    """The content of a plain file; of a pipe or a device nothing is read.
+    """Reads a plain file; pipes and devices are not read.
 
     Raises:
         OSError: it cannot be read.
@@ -36,12 +36,12 @@ def read_bytes(file: Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def read_start(file: Path, count: int, limit: int = MAX_BYTES) -> bytes:
-    """The first `count` bytes of a plain file, or all that it has; raises as `read_bytes` does."""
+    """Reads the first `count` bytes of a plain file, or all if it has fewer; raises as `read_bytes` does."""
     return _read(file, count, limit)
 
 
 def _read(file: Path, count: int | None, limit: int) -> bytes:
-    # Without blocking: opening a pipe would wait for someone who writes.
+    # Without blocking: opening a pipe would wait for a writer.
     with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
         found = os.fstat(stream.fileno())
         if not stat.S_ISREG(found.st_mode):
@@ -53,15 +53,16 @@ def _read(file: Path, count: int | None, limit: int) -> bytes:
 
 
 def read_text(file: Path, limit: int = MAX_BYTES) -> str:
-    """The UTF-8 text in a plain file; raises as `read_bytes` does, and ValueError for what is not UTF-8."""
+    """Reads the UTF-8 text in a plain file; raises as `read_bytes` does, and ValueError if it is not UTF-8."""
     return read_bytes(file, limit).decode("utf-8")
 
 
 def parse_json(text: str | bytes, *, strict: bool = False) -> Any:
-    """The value that a JSON text stands for.
+    """Parses a JSON text.
 
     Args:
-        strict: refuse what Python's `json` reads and others do not: NaN, Infinity, and half of a surrogate pair.
+        strict: refuse values that Python's `json` reads and other parsers do not: NaN, Infinity, half of a surrogate
+            pair.
 
     Raises:
         ValueError: it is not valid JSON, or has nesting or numbers that no file here needs; a JSONDecodeError says
@@ -88,7 +89,7 @@ def parse_json(text: str | bytes, *, strict: bool = False) -> Any:
 
 
 def has_half_pair(text: str | bytes, value: Any) -> bool:
-    """Whether `value`, which the JSON `text` stands for, has half of a surrogate pair: JSON can escape it."""
+    """Whether `value`, parsed from the JSON `text`, contains half of a surrogate pair, which JSON can escape."""
     if not ("\\u" in text if isinstance(text, str) else b"\\u" in text):
         return False
     try:
@@ -137,7 +138,7 @@ def filled(kind: type[Made], values: Any) -> Made:
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """The value as what a field of this type holds."""
+    """Converts a JSON value to the type of a field."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     for kind in kinds:
         if is_dataclass(kind):
@@ -154,13 +155,13 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 
 
 def inside(folder: Path, name: Any, named_in: Any = None) -> Path:
-    """The file of a folder that a foreign file, or a list of known names, names.
+    """The path of a file in a folder, by a name from a foreign file or a list of known names.
 
-    A link must lead to a file in the folder, or, where the folder is a snapshot in the cache of the Hub, to one of its
-    blobs. The file need not be there.
+    A link must lead to a file in the folder or, if the folder is a snapshot in the Hub's cache, to one of its blobs.
+    The file need not exist.
 
     Args:
-        named_in: what names it, for the error; None is the folder.
+        named_in: the file that has the name, for the error; None means the folder.
 
     Raises:
         ConfigError: it is not in the folder.

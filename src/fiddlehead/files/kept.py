@@ -1,4 +1,4 @@
-"""Outcomes that are kept from run to run, by what they depend on, in a JSON file of the cache folder."""
+"""Keeps results from run to run in a JSON file of the cache folder, by the conditions they depend on."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _SETTLED_SECONDS = 2.0
 
 
 def stamp(file: Path) -> Stamp:
-    """What tells, without reading it, that a file is still the one that was read."""
+    """A stamp of a file that shows, without reading the file, whether it has changed."""
     found = file.stat()
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def settled(*stamps: Stamp) -> bool:
-    """Whether the stamps are old enough to tell: a change right after one can have the same time."""
+    """Whether the stamps are old enough to be reliable: a change right after a stamp can have the same time."""
     return all(time.time() - changed / 1e9 > _SETTLED_SECONDS for _, changed, _ in stamps)
 
 
 def read(name: str) -> dict[str, Any]:
-    """All outcomes in the file `name` of the cache folder; none if it cannot be read."""
+    """All results in the file `name` of the cache folder; none if it cannot be read."""
     path = _path(name)
     try:
         return json.loads(path.read_text())
@@ -42,7 +42,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def keep(name: str, key: str, outcome: Any) -> None:
-    """Adds an outcome; where the folder cannot be written, the next run has to find it out again."""
+    """Adds a result; if the folder cannot be written, the next run computes it again."""
     path = _path(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

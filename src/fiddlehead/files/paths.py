@@ -9,9 +9,9 @@ from fiddlehead.errors import ConfigError, Problem
 
 
 def user_path(written: str | os.PathLike[str]) -> Path:
-    """The path that a user has written: `~` is their home, and `~NAME` that of another user.
+    """Converts a path that a user wrote: `~` is the user's home, and `~NAME` is another user's home.
 
-    Every path that a user can write goes through here, so that it means the same everywhere.
+    Every path from a user goes through this function, so it means the same everywhere.
 
     Raises:
         ConfigError: the home is not known, or a path cannot have these characters.
@@ -39,5 +39,5 @@ def working_directory() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where what is made once is kept for later runs: `$FIDDLEHEAD_CACHE`, or `~/.cache/fiddlehead`."""
+    """The folder for data that later runs reuse: `$FIDDLEHEAD_CACHE`, or `~/.cache/fiddlehead`."""
     return user_path(os.environ.get("FIDDLEHEAD_CACHE") or "~/.cache/fiddlehead").absolute()

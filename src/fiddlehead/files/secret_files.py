@@ -1,4 +1,4 @@
-"""Which files look like secrets: they are neither shipped with a run, nor recorded in its patch, nor sent anywhere."""
+"""Detects files that look like secrets: they are neither shipped with a run nor recorded in its patch."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def pattern(path: str) -> str:
 
 
 def has_private_key(content: bytes) -> bool:
-    """Whether bytes, of a file or a patch, have the header of a private key in them."""
+    """Whether bytes of a file or a patch contain the header of a private key."""
     return re.search(PRIVATE_KEY.encode(), content) is not None
 
 
 def why(root: Path, name: str) -> str:
-    """Why the file `name` below `root` is taken for a secret, in a few words; "" if it is not.
+    """Why the file `name` below `root` looks like a secret, in a few words; "" if it does not.
 
-    Of a link the name counts, and not what it leads to.
+    For a link, the name counts, not its target.
 
     Raises:
         OSError: it cannot be read.

@@ -1,1 +1,1 @@
-"""Using a trained model: generation, text and chat, and lm-evaluation-harness."""
+"""Using a trained model: generation, text, chat, and lm-evaluation-harness."""

@@ -1,4 +1,4 @@
-"""Writing text with a model, a token at a time, with the keys and values of what is written kept."""
+"""Generates tokens with a model, one at a time, with a KV cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fiddlehead.numbers import is_number, is_whole
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen from the logits."""
+    """How to choose the next token from the logits."""
 
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token."""
@@ -26,9 +26,9 @@ class Sampling:
     top_p: float = 1.0
     """Choose among the likeliest that together have at least this probability (Holtzman et al. 2020)."""
     seed: int = 0
-    """The same seed yields the same tokens; each sequence of a batch has one of its own, from 0 on."""
+    """The same seed gives the same tokens; each sequence of a batch has its own seed, counted from this one."""
     banned: tuple[int, ...] = ()
-    """Tokens that are never chosen, such as those of a padded vocabulary, which stand for nothing."""
+    """Tokens that are never chosen, such as the unused ids of a padded vocabulary."""
 
     def __post_init__(self) -> None:
         problems = [
@@ -45,11 +45,11 @@ class Sampling:
         refuse(problems)
 
     def generators(self, count: int, device: torch.device) -> list[torch.Generator]:
-        """One for each sequence."""
+        """A random generator for each sequence."""
         return [torch.Generator(device).manual_seed(self.seed + number) for number in range(count)]
 
     def choose(self, logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
-        """A token of each sequence, (B,), from its logits, (B, V)."""
+        """Chooses a token for each sequence, (B,), from the logits, (B, V)."""
         if self.banned:
             logits = logits.index_fill(-1, _on_device(self.banned, logits.device), float("-inf"))
         if self.temperature == 0:
@@ -117,13 +117,13 @@ def sample_batch(
     ends: Callable[[list[int]], bool] = lambda written: False,
     compile: bool = False,
 ) -> list[list[int]]:
-    """The tokens that follow each of the prompts, all written at once; the prompts may differ in length.
+    """Generates the tokens that follow each prompt, as one batch; prompts may differ in length.
 
-    A sequence ends before a token of `stop_ids`, and all end where the model's `seq_length` does for the longest.
+    A sequence ends before a token of `stop_ids`. All end when the longest reaches the model's `seq_length`.
 
     Args:
-        seeds: one for each sequence, instead of those from `sampling.seed` on.
-        ends: whether a sequence ends with what was written of it so far.
+        seeds: one for each sequence, instead of `sampling.seed` and the following numbers.
+        ends: whether a sequence ends with the tokens generated so far.
         compile: as in `sample`.
 
     Raises:
@@ -202,7 +202,7 @@ def _continuations(
 def _begin(
     model: Transformer, caches: Sequence[KVCache], texts: Sequence[Sequence[int]], compile: bool
 ) -> torch.Tensor:
-    """Fills the caches with whole texts; what follows each of them, (B, V)."""
+    """Fills the caches with the prompts; returns the logits of the next tokens, (B, V)."""
     for cache in caches:
         cache.reset()
     device, lengths = model.embedding.weight.device, [len(text) for text in texts]
@@ -215,12 +215,12 @@ def _begin(
 
 @lru_cache(maxsize=8)
 def _on_device(ids: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Kept, as a copy to a GPU for each token would hold it up."""
+    """A tensor on the device, kept because a copy to the GPU for each token would delay it."""
     return torch.tensor(ids, device=device)
 
 
 def _on_host(tokens: torch.Tensor) -> Callable[[], list[int]]:
-    """Begins to copy what is on a GPU; the result waits for the copy alone, and not for what comes after it."""
+    """Starts a copy from the GPU; the result waits only for this copy, not for later work."""
     if not tokens.is_cuda:
         return tokens.tolist
     copy = torch.empty_like(tokens, device="cpu", pin_memory=True).copy_(tokens, non_blocking=True)
@@ -235,5 +235,5 @@ def _on_host(tokens: torch.Tensor) -> Callable[[], list[int]]:
 
 
 def _step(model: Transformer, caches: Sequence[KVCache], tokens: torch.Tensor) -> torch.Tensor:
-    """The next tokens, (B,), to what follows them, (B, V)."""
+    """The next tokens, (B,), to logits, (B, V)."""
     return model.logits(model.hidden(tokens[:, None], caches=caches)[:, 0])

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness (EleutherAI), answered by a model of ours; needs the extra `eval`."""
+"""Evaluates our models on tasks of lm-evaluation-harness (EleutherAI); needs the extra `eval`."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class Tasks:
 
 
 def find_tasks(names: Sequence[str], folder: Path | None = None) -> Tasks:
-    """The tasks, groups or tags of these names, which may have wildcards.
+    """Finds tasks, groups or tags by name; names may have wildcards.
 
     Args:
-        folder: has further tasks, as YAML files; their relative `data_files` are looked for in the working directory.
+        folder: has additional tasks, as YAML files; their relative `data_files` are relative to the working directory.
 
     Raises:
         ConfigError: there is no such folder or task.
@@ -68,14 +68,14 @@ def find_tasks(names: Sequence[str], folder: Path | None = None) -> Tasks:
 def evaluate_tasks(
     writer: Writer, tasks: Tasks, *, limit: int | None = None, num_fewshot: int | None = None, batch_size: int = 16
 ) -> dict[str, Any]:
-    """What lm-evaluation-harness finds, as its `simple_evaluate` returns it: `results`, `versions`, `n-shot` and more.
+    """Runs lm-evaluation-harness; returns what its `simple_evaluate` does: `results`, `versions`, `n-shot` etc.
 
     Args:
-        limit: how many documents of each task; None: all.
-        num_fewshot: how many solved documents come before each; None: as the task says.
+        limit: the most documents of each task; None: all.
+        num_fewshot: the number of solved examples before each document; None: as the task says.
 
     Raises:
-        ConfigError: a task's data cannot be read, or it asks for what the model cannot do.
+        ConfigError: a task's data cannot be read, or the model cannot do what a task needs.
     """
     try:
         loaded = tasks.manager.load(tasks.names)
@@ -97,10 +97,10 @@ def evaluate_tasks(
 
 
 class HarnessModel(TemplateLM):
-    """A model and its tokenizer as lm-evaluation-harness asks them: what is likely, and what comes next.
+    """Lets lm-evaluation-harness use a model and its tokenizer.
 
-    Texts are encoded as its own `hf` model does: with the tokens in front that the tokenizer puts there, and the names
-    of special tokens read as these.
+    Texts are encoded as by the harness's own `hf` model: with the tokenizer's tokens at the beginning, and names of
+    special tokens become these tokens.
     """
 
     def __init__(self, writer: Writer, batch_size: int = 16) -> None:
@@ -117,12 +117,12 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without context comes after."""
+        """The token before a text without context."""
         begin = self.writer.tokenizer.id_of("bos_token")
         return self.eot_token_id if begin is None else begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The token ids; None adds what the tokenizer puts in front, unless the text has it already."""
+        """The token ids; with None, the tokenizer's first tokens are added unless the text has them already."""
         if add_special_tokens is None:
             add_special_tokens = not (self._begin and string.startswith(self._begin))
         return self.writer.tokenizer.encode_with_special(string, complete=add_special_tokens)
@@ -134,9 +134,10 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """How likely each continuation is after its context, and whether it is the likeliest at every token.
+        """The log-likelihood of each continuation, and whether each of its tokens is the most likely one.
 
-        Continuations of one token after the same context, such as the letters of a multiple choice, share a pass.
+        Continuations of one token after the same context, such as the letters of a multiple choice, share a forward
+        pass.
         """
         same: dict[tuple[tuple[int, ...], int], list[int]] = {}
         cut = 0
@@ -165,7 +166,7 @@ class HarnessModel(TemplateLM):
         return [found[number] for number in range(len(requests))]
 
     def _predictions(self, batch: Sequence[tuple[tuple[int, ...], int]]) -> Iterator[torch.Tensor]:
-        """Yields for each text the log probabilities, (N, V), that its N last tokens give what comes after them."""
+        """Yields for each text the log probabilities, (N, V), of the tokens after each of its last N tokens."""
         longest = max(len(ids) for ids, _ in batch)
         padded = [[*ids, *[0] * (longest - len(ids))] for ids, _ in batch]  # on the right, which nothing else sees
         lengths = torch.tensor([len(ids) for ids, _ in batch], device=self._device)
@@ -174,7 +175,7 @@ class HarnessModel(TemplateLM):
             yield self.writer.model.logits(row[len(ids) - count : len(ids)]).float().log_softmax(dim=-1)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """How likely each whole text is, in windows of `max_length`."""
+        """The log-likelihood of each whole text, in windows of `max_length`."""
         owners, windows = [], []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
@@ -189,7 +190,7 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """What follows each context, up to one of its stop texts; without a temperature the likeliest tokens."""
+        """The text after each context, up to one of its stop texts; without a temperature, the most likely tokens."""
         alike: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)

@@ -1,4 +1,4 @@
-"""A model together with its tokenizer: it goes on from a prompt, answers in a chat, and says how likely a text is."""
+"""A model with its tokenizer: it continues prompts, answers in a chat, and computes the likelihood of a text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decodes to it may be the begin
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote after a prompt."""
+    """The text that a model generated after a prompt."""
 
     ids: list[int]
     text: str
@@ -37,7 +37,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Writer:
-    """A model that writes text."""
+    """A model that generates text."""
 
     model: Transformer
     tokenizer: TokenizerFile
@@ -48,7 +48,7 @@ class Writer:
 
     @classmethod
     def open(cls, source: str | Path, runs: str | Path = "runs", *, compile: bool = False) -> Writer:
-        """The model of a run, of a checkpoint, of what was imported, or in a folder of Hugging Face's.
+        """Loads the model of a run, a checkpoint, an imported checkpoint, or a Hugging Face folder.
 
         Raises:
             ConfigError: there is none, it has no tokenizer, or it cannot be compiled.
@@ -71,7 +71,7 @@ class Writer:
 
         Args:
             stop: the text ends before any of these.
-            sampling: `temperature`, `top_k`, `top_p` and `seed`, as `models.generation.sample` takes them.
+            sampling: `temperature`, `top_k`, `top_p` and `seed`, as in `generation.sample`.
 
         Raises:
             ConfigError: the prompt cannot be used.
@@ -83,11 +83,11 @@ class Writer:
     def write_all(
         self, prompts: Sequence[str], max_new_tokens: int = 200, *, stop: Sequence[str] = (), **options: Any
     ) -> list[Completion]:
-        """The texts that follow several prompts, as `write` writes them, but no further than the model's `seq_length`.
+        """The texts after several prompts, as from `write`, but at most up to the model's `seq_length`.
 
         Args:
             stop: a text ends before any of these.
-            options: `sampling`, `seeds`, `batch_size` and `advance`, as `complete` takes them.
+            options: `sampling`, `seeds`, `batch_size` and `advance`, as in `complete`.
 
         Raises:
             ConfigError: a prompt cannot be used.
@@ -113,12 +113,12 @@ class Writer:
         batch_size: int = 16,
         advance: Callable[[int], Any] = lambda _: None,
     ) -> list[Completion]:
-        """What follows each of several prompts of tokens, those of about one length at once.
+        """Completes several prompts of tokens; prompts of similar length share a batch.
 
         Args:
-            stop: a text ends with any of these, which are still in it.
-            seeds: one for each prompt; that of `sampling` for all if None, so that each is what it is alone.
-            advance: is told how many more prompts are done.
+            stop: a text ends after any of these.
+            seeds: one for each prompt; None: that of `sampling` for all, so each text is the same as alone.
+            advance: is called with the number of new finished prompts.
 
         Raises:
             ConfigError: a prompt cannot be used.
@@ -166,7 +166,7 @@ class Writer:
         yield from until((), self._texts(ids, max_new_tokens, sampling))
 
     def _texts(self, ids: list[int], max_new_tokens: int, sampling: dict[str, Any]) -> Iterator[str]:
-        """Yields all of the new text so far, each time that it has become longer."""
+        """Yields the whole new text each time that it grows."""
         self.refuse_missing_rows(ids)
         ends, before = self.tokenizer.stop_ids, self.tokenizer.decode(ids)
         ids = list(ids)
@@ -185,12 +185,12 @@ class Writer:
 
     @cached_property
     def _banned(self) -> tuple[int, ...]:
-        """The model's ids that are not tokens: a vocabulary may have been padded."""
+        """The ids that are not tokens, in a padded vocabulary."""
         return tuple(self.tokenizer.ids_without_token(self.model.config.vocab_size or 0))
 
 
 def until(stop: Sequence[str], texts: Iterable[str]) -> Iterator[str]:
-    """Yields what is new in each longer text, up to where one of `stop` begins; nothing that may become one."""
+    """Yields the new part of each longer text, up to the first of `stop`; text that may become a stop is held back."""
     written, text = "", ""
     for text in texts:
         found = [at for word in stop if (at := text.find(word)) >= 0]
@@ -205,9 +205,9 @@ def until(stop: Sequence[str], texts: Iterable[str]) -> Iterator[str]:
 
 
 def _batches(lengths: Sequence[int], size: int, free: int) -> Iterator[list[int]]:
-    """Yields the numbers of the prompts to write at once, the longest first.
+    """Yields the indices of the prompts of each batch, the longest first.
 
-    A batch ends where its longest text does, so that prompts longer than `free` are with their equals alone.
+    A batch ends with its longest text, so a prompt longer than `free` is batched only with prompts of its length.
     """
     batch: list[int] = []
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
@@ -221,7 +221,7 @@ def _batches(lengths: Sequence[int], size: int, free: int) -> Iterator[list[int]
 
 
 def _overlap(text: str, word: str) -> int:
-    """How many characters at the end of `text` are the beginning of `word`."""
+    """The number of characters at the end of `text` that are the beginning of `word`."""
     return next((size for size in range(min(len(word) - 1, len(text)), 0, -1) if text.endswith(word[:size])), 0)
 
 
@@ -235,7 +235,7 @@ class Likelihood:
 
     @property
     def perplexity(self) -> float:
-        """Of a token."""
+        """The perplexity of a token."""
         return math.exp(self.nats / self.tokens)
 
 
@@ -243,19 +243,18 @@ class Likelihood:
 def likelihood(
     writer: Writer, text: str, stride: int | None = None, advance: Callable[[int], Any] = lambda _: None
 ) -> Likelihood:
-    """How likely a text is, in windows of the model's `seq_length`.
+    """Computes the likelihood of a text, in windows of the model's `seq_length`.
 
-    Each token is predicted once, from all that its window has before it: the first window's from the beginning, those
-    of each further window from at least `seq_length - stride` tokens. The text's first is not, where the tokenizer puts
-    nothing in front from which to predict it.
+    Each token is predicted once, from the earlier tokens of its window: in the first window from its beginning, in each
+    further window from at least `seq_length - stride` tokens. The first token of the text is not predicted if the
+    tokenizer puts no token before it.
 
     Args:
-        stride: how far apart the windows begin; half of `seq_length` if None.
-        advance: is told how many more tokens are done.
+        stride: the distance between windows; half of `seq_length` if None.
+        advance: is called with the number of new finished tokens.
 
     Raises:
-        ConfigError: the text has fewer than two tokens or one that the model has no row for, or the stride makes no
-            sense.
+        ConfigError: the text has fewer than two tokens, the model has no row for a token, or the stride is impossible.
     """
     begin, own = writer.tokenizer.begin_ids, writer.tokenizer.encode(text)
     writer.refuse_missing_rows(begin + own)

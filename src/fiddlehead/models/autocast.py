@@ -1,4 +1,4 @@
-"""What PyTorch's autocast does, for operations that it does not know."""
+"""Applies PyTorch's autocast rules to operations that autocast does not know."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def autocasts(x: torch.Tensor) -> bool:
-    """Whether products with x are in autocast's dtype."""
+    """Whether matrix products with x use autocast's dtype."""
     # The compiler traces through this, so the devices that autocast knows are named and not asked for.
     return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
 

@@ -1,7 +1,7 @@
-"""What processes that share a sequence or a layer exchange, as functions that autograd and torch.compile follow.
+"""Communication between processes that share a sequence or a layer, with support for autograd and torch.compile.
 
 Shapes: B batch, t the tokens that a process holds, n processes of a group, T = n x t, H query heads, G key/value heads,
-D head dim. All take tensors of which the processes of a group have equal shapes.
+D head dim. Tensors must have the same shape on all processes of a group.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fiddlehead.models.autocast import product_dtype
 
 @dataclass(frozen=True)
 class Group:
-    """The processes along one dimension of a mesh, and which of them this is."""
+    """The processes along one dimension of a mesh, and this process's index."""
 
     name: str = ""
     size: int = 1
@@ -26,7 +26,7 @@ class Group:
 
     @classmethod
     def of(cls, mesh: DeviceMesh, dim: str) -> Group:
-        """Those along `dim`; this process alone where the mesh has no such dimension."""
+        """The processes along `dim`; only this process if the mesh has no such dimension."""
         if dim not in (mesh.mesh_dim_names or ()):
             return cls()
         group = mesh.get_group(dim)
@@ -35,31 +35,31 @@ class Group:
 
 @dataclass(frozen=True)
 class SequenceSplit:
-    """Which part of each sequence a process has outside attention: parts follow each other, cp first, then tp."""
+    """The part of each sequence that a process has outside attention: parts are in order, cp first, then tp."""
 
     cp: Group = Group()
     tp: Group = Group()
 
     @property
     def parts(self) -> int:
-        """How many parts a sequence has."""
+        """The number of parts of a sequence."""
         return self.cp.size * self.tp.size
 
     def own(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """This process's part of what is whole along `dim`."""
+        """This process's part of a tensor that is whole along `dim`."""
         return part(x, self.parts, self.cp.rank * self.tp.size + self.tp.rank, dim)
 
     def gathered(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """The part that the processes of a tensor-parallel group have together."""
+        """The tensor whose parts the processes of a tensor-parallel group have."""
         return part(x, self.cp.size, self.cp.rank, dim)
 
 
 @dataclass(frozen=True)
 class HeadExchange:
-    """Part of the sequence with all heads to the whole sequence with part of the heads, and back.
+    """Exchanges a part of the sequence with all heads for the whole sequence with a part of the heads, and back.
 
-    DeepSpeed-Ulysses (Jacobs et al. 2023). Query heads go to the processes in order. Where there are fewer key/value
-    heads than processes, each is sent to all processes that have query heads of it.
+    DeepSpeed-Ulysses (Jacobs et al. 2023). Query heads go to the processes in order. If there are fewer key/value heads
+    than processes, each is sent to all processes that have its query heads.
     """
 
     group: Group
@@ -83,7 +83,7 @@ class HeadExchange:
         return _HeadsToSequence.apply(x, self.group)
 
     def own(self, x: torch.Tensor) -> torch.Tensor:
-        """What belongs to this process's query heads of something for each, (H,) to (H / n,)."""
+        """The values of this process's query heads, from values of all heads: (H,) to (H / n,)."""
         return part(x, self.group.size, self.group.rank, 0)
 
 
@@ -94,10 +94,10 @@ def part(x: torch.Tensor, parts: int, number: int, dim: int) -> torch.Tensor:
 
 
 def linear_of_whole(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: Group) -> torch.Tensor:
-    """A linear layer of the whole sequence: each has (B, t, in), and gets (B, T, out) of its own weights.
+    """A linear layer on the whole sequence: each process gives (B, t, in) and gets (B, T, out) with its own weights.
 
-    The whole sequence is not kept for the backward pass but gathered again (Korthikanti et al. 2022, section 4.2.2),
-    while gradients are computed that do not need it.
+    The backward pass gathers the sequence again instead of keeping it (Korthikanti et al. 2022, section 4.2.2), while
+    it computes gradients that do not need it.
     """
     # Cast before it is sent, which is half as much.
     dtype = product_dtype(x)
@@ -106,12 +106,12 @@ def linear_of_whole(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
 
 
 def scatter_sequence(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """The sum over the processes of x, (B, T, ...), of which each gets its part (B, t, ...)."""
+    """Sums x, (B, T, ...), over the processes; each process gets its part (B, t, ...)."""
     return _ScatterSequence.apply(x, group)
 
 
 def exchange_rows(x: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
-    """Rows for each process, one process's after another's, to those from each.
+    """Sends rows to each process, in the order of processes, and returns the rows from each process.
 
     Args:
         x: (sum of `sent`, C).
@@ -122,12 +122,12 @@ def exchange_rows(x: torch.Tensor, sent: list[int], received: list[int], group: 
 
 
 def exchange_counts(counts: torch.Tensor, group: Group) -> torch.Tensor:
-    """Numbers for each process, (n, k), to those from each; without gradients."""
+    """Sends numbers to each process, (n, k), and returns the numbers from each; without gradients."""
     return _all_to_all(counts, group)
 
 
 def all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """The sum of x over the processes, whose gradient is the sum of the gradients."""
+    """Sums x over the processes; its gradient is the sum of the gradients."""
     return _AllReduce.apply(x, group)
 
 
@@ -246,7 +246,7 @@ def _to_sequence(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def _all_to_all(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """x[i] goes to process i, and what came from process i is [i] of the result."""
+    """Sends x[i] to process i; result[i] comes from process i."""
     one_each = [1] * group.size
     return _exchange(x.flatten(1), one_each, one_each, group).view(x.shape)
 

@@ -1,4 +1,4 @@
-"""One decoding step as a single launch: its kernels are compiled and captured as one CUDA graph."""
+"""One decoding step as one CUDA graph of compiled kernels."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def refuse_compiled_step(config: TransformerConfig, device: torch.device, dtype:
 
 
 def _by_flex(config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> AttentionSpec | None:
-    """The calls of a decoding layer that FlexAttention would serve on this device; None if there are none.
+    """The calls of a decoding layer for which FlexAttention is chosen on this device; None if there are none.
 
     Seen with PyTorch 2.11 on an H200: its compiler fails on a mask that is computed from a cache's lengths in the same
     graph, and if it is kept from looking into them, rows of a batch get wrong tokens.
@@ -51,11 +51,11 @@ def _by_flex(config: TransformerConfig, device: torch.device, dtype: torch.dtype
 
 
 class CompiledStep:
-    """Tokens to logits, with caches that already hold what comes before them.
+    """Computes the logits of new tokens, with caches that already hold the earlier tokens.
 
-    A step of a small model, or of one sequence, is hundreds of small kernels, which the host launches more slowly than
-    the GPU runs them. A captured graph launches them at once. The first steps compile, which takes some seconds; they
-    yield the same tokens.
+    A step of a small model, or for one sequence, has hundreds of small kernels, and the host launches them more slowly
+    than the GPU runs them. A captured graph launches all of them at once. The first steps compile, which takes some
+    seconds; they give the same tokens.
 
     Raises:
         ConfigError: `refuse_compiled_step` does.
@@ -72,7 +72,7 @@ class CompiledStep:
         self._layer = torch.compile(lambda layer, *arguments: layer(*arguments), fullgraph=True)
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The next tokens, (B,), to what follows them, (B, V); the next call overwrites it."""
+        """The next tokens, (B,), to logits, (B, V); the next call overwrites them."""
         self._ids.copy_(tokens[:, None])
         if self._graph is not None:
             self._graph.replay()

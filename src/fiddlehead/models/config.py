@@ -29,8 +29,8 @@ UNKNOWN = 1 << 62
 class TransformerConfig:
     """A decoder-only transformer. The names and their meaning are Megatron's and NeMo's.
 
-    `vocab_size` and `seq_length` may be left None in a recipe: a task takes them from its data. Every value that
-    makes no model raises a `ConfigError` that lists all of them at once.
+    `vocab_size` and `seq_length` may be None in a recipe: a task takes them from its data. Impossible values raise one
+    `ConfigError` that lists all of them.
     """
 
     num_layers: int
@@ -68,22 +68,22 @@ class TransformerConfig:
     add_qkv_bias: bool = False
     share_embeddings_and_output_weights: bool = False
     window_size: tuple[int, int] | None = None
-    """Sliding window: how many tokens to the left and to the right of its own a token sees, -1 for all; None is all.
-    As attention is causal, there is nothing to the right: (1023, 0) is Mistral's and Gemma's window of 1024."""
+    """Sliding window: the number of tokens to the left and to the right that a token sees, -1 for all; None means all.
+    Attention is causal, so the right limit is 0: (1023, 0) is Mistral's and Gemma's window of 1024."""
     window_attn_skip_freq: int | tuple[int, ...] | None = None
-    """Which layers have the window: None is all, N all but every N-th, and a list of num_layers numbers says 1 for a
-    layer that has it and 0 for one that sees everything."""
+    """Which layers have the window: None means all, N all except every N-th. A list of num_layers numbers has 1 for a
+    layer with the window and 0 for one without."""
     attn_logit_softcapping: float | None = None
     """Scores become cap x tanh(score / cap) (Gemma 2); None leaves them."""
     final_logit_softcapping: float | None = None
     """The same for the logits."""
     softmax_scale: float | None = None
-    """What scores are multiplied with; None is 1 / sqrt(head dim)."""
+    """The factor on scores; None means 1 / sqrt(head dim)."""
     attention_sinks: bool = False
     """Each head has a learned logit in its softmax that takes weight and has no value (gpt-oss)."""
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
-    """What attention and feed-forward add to the stream is multiplied with it (Granite)."""
+    """The factor on the outputs of attention and feed-forward before the residual addition (Granite)."""
     logits_scaling: float = 1.0
     """Logits are divided by it (Granite)."""
     num_moe_experts: int | None = None
@@ -94,11 +94,10 @@ class TransformerConfig:
     moe_router_pre_softmax: bool = False
     """Experts are weighed by their probability among all of them, and not among the chosen ones alone."""
     moe_aux_loss_coeff: float = 0.0
-    """Weight, in training, of the loss that spreads tokens over the experts evenly (Fedus et al. 2021).
-
-    As Megatron's `seq_aux_loss`: for each sequence and layer `num_moe_experts` x the sum over experts of the part of
-    all assignments that an expert has x its mean probability, 1 with an even load whatever `moe_router_topk` is. The
-    layers are added up, and the mean over sequences is taken, in which each token weighs the same."""
+    """The weight, in training, of the load-balancing loss of the experts (Fedus et al. 2021), as Megatron's
+    `seq_aux_loss`: for each sequence and layer, `num_moe_experts` x the sum over experts of the expert's share of all
+    assignments x its mean probability. It is 1 with an even load for every `moe_router_topk`. Layers are added, and
+    sequences are averaged, weighted by their tokens."""
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     init_method_std: float = 0.02
@@ -125,7 +124,7 @@ class TransformerConfig:
 
     @property
     def gated(self) -> bool:
-        """Whether a feed-forward layer multiplies what it computes by a gate."""
+        """Whether feed-forward layers have a gate."""
         return self.activation != "gelu"
 
     @property
@@ -152,13 +151,13 @@ class TransformerConfig:
         return cls(**values)
 
     def window(self, layer: int) -> tuple[int, int]:
-        """How far to the left and right the layer of this index, from 0, sees; -1 is all."""
+        """How many keys to the left and right the layer with this index, from 0, sees; -1 means all."""
         skip = self.window_attn_skip_freq
         full = (layer + 1) % skip == 0 if isinstance(skip, int) else skip is not None and not skip[layer]
         return (-1, -1) if self.window_size is None or full else self.window_size
 
     def rotary(self, layer: int) -> Rotary:
-        """How the queries and keys of the layer of this index, from 0, turn; for rotary positions."""
+        """The rotary positions of the layer with this index, from 0."""
         channels = int(self.head_dim * self.rotary_percent)
         if self.rotary_base_local is not None and self.window(layer) != (-1, -1):
             return Rotary(channels, self.rotary_base_local)
@@ -166,7 +165,7 @@ class TransformerConfig:
 
     @property
     def longrope_length(self) -> int | None:
-        """The longest sequence that has LongRoPE's short factors; None if the model turns alike at all lengths."""
+        """The longest sequence with LongRoPE's short factors; None if the rotation does not depend on the length."""
         if self.position_embedding_type != "rope" or not isinstance(self.rope_scaling, LongRopeScaling):
             return None
         return self.rope_scaling.old_context_len
@@ -184,15 +183,15 @@ class TransformerConfig:
         tp: int = 1,
         cp: int = 1,
     ) -> AttentionSpec:
-        """What the layer of this index, from 0, asks of an attention kernel: the spec of its call of `attend`.
+        """The spec of the attention call of the layer with this index, from 0.
 
         Args:
-            training: whether the model is in training mode, and drops.
-            gradients: whether they will be asked for; None is as `training`.
+            training: whether the model is in training mode, with dropout.
+            gradients: whether gradients are needed; None means the same as `training`.
             deterministic: as `attend` takes it.
-            longest: the longest sequence or, `packed`, what `max_seqlen` says of the documents; `seq_length` if None.
+            longest: the longest sequence or, if `packed`, the documents' `max_seqlen`; `seq_length` if None.
             tp: processes that share each layer.
-            cp: processes that share each sequence; they exchange heads for it, so that a kernel sees all of it.
+            cp: processes that share each sequence; they exchange heads, so a kernel sees the whole sequence.
         """
         heads, groups = split_heads(*split_heads(self.num_attention_heads, self.groups, tp), cp)
         T = longest or self.seq_length or UNKNOWN
@@ -217,7 +216,7 @@ class TransformerConfig:
         return AttentionSpec(**spec_fields(call))
 
     def num_matmul_parameters(self) -> int:
-        """Parameters that a token is multiplied with: all but norms, biases, the embedding, and experts not chosen."""
+        """Parameters that multiply a token: all except norms, biases, the embedding, and experts not chosen."""
         H, G, D = self.num_attention_heads, self.groups, self.head_dim
         attention = self.hidden_size * (H + 2 * G) * D + H * D * self.hidden_size
         matrices = 3 if self.gated else 2
@@ -230,13 +229,13 @@ class TransformerConfig:
         """Model FLOPs that one token costs in training, forward and backward, recomputation not counted.
 
         6 per matmul parameter (Kaplan et al. 2020) plus attention's two products, 12 x heads x head_dim for each key
-        that a token sees. Under a causal mask that is half of seq_length on average, and less in a layer with a
-        window; documents that are kept apart are counted as if they were not. Without `causal` every token is counted
-        as if it saw all keys in all layers, as PaLM (Chowdhery et al. 2022, appendix B), nanoGPT and torchtitan do.
+        that a token sees. With a causal mask these are half of seq_length keys on average, and fewer in a layer with a
+        window. Document packing is ignored. Without `causal`, every token counts as if it saw all keys in all layers,
+        as in PaLM (Chowdhery et al. 2022, appendix B), nanoGPT and torchtitan.
 
         Args:
-            adapters: how many parameters adapters have, which alone are trained; the gradients of all others are not
-                computed, so that these cost 4 each.
+            adapters: the number of adapter parameters, if only these are trained; all others then cost 4 each, because
+                their gradients are not computed.
         """
         products = 6.0 * self.num_matmul_parameters()
         if adapters is not None:
@@ -252,7 +251,7 @@ class TransformerConfig:
         return products + 12 * keys * self.num_attention_heads * self.head_dim
 
     def _problems(self) -> Iterator[Problem]:
-        """Yields a problem for each impossible value. Comparisons between fields skip those that are impossible."""
+        """Yields a problem for each impossible value. Comparisons between fields skip impossible values."""
         bad: set[str] = set()
         required = ("num_layers", "hidden_size", "num_attention_heads", "moe_router_topk")
         optional = (
@@ -364,8 +363,8 @@ class TransformerConfig:
 
 
 def split_heads(heads: int, groups: int, parts: int) -> tuple[int, int]:
-    """How many of so many query and key/value heads each of `parts` processes has.
+    """The number of query and key/value heads that each of `parts` processes has.
 
-    Where there are fewer key/value heads than processes, several have the same one.
+    If there are fewer key/value heads than processes, several processes have the same head.
     """
     return heads // parts, max(groups // parts, 1)

@@ -1,4 +1,4 @@
-"""Key/value heads pooled into fewer."""
+"""Merges key/value heads into fewer."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def pool_heads(
     method: Method,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """A parameter of a model of `config` as that of one with `num_query_groups` key/value heads, which divide its.
+    """Converts a parameter of a model of `config` to `num_query_groups` key/value heads, a divisor of its number.
 
-    Heads that follow each other become one, as query heads that follow each other share one (Ainslie et al. 2023,
-    section 2.1). Parameters that have no such heads are returned as they are.
+    Adjacent heads become one, because adjacent query heads share one (Ainslie et al. 2023, section 2.1). Parameters
+    without key/value heads are returned unchanged.
 
     Args:
         name: of the parameter.
-        generator: draws what is "random", with the deviation of a new model's.
+        generator: draws "random" heads, with the standard deviation of a new model.
     """
     H, G, D = config.num_attention_heads, config.groups, config.head_dim
 

@@ -1,4 +1,4 @@
-"""Products with weights; of few rows on a CPU, as in decoding, by oneDNN, which is faster there than BLAS."""
+"""Linear layers. For few rows on a CPU, as in decoding, they use oneDNN, which is then faster than BLAS."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, by `linear`."""
+    """`nn.Linear` that computes with `linear`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
@@ -21,7 +21,7 @@ class Linear(nn.Linear):
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`F.linear`; for 1 to 64 rows on a CPU in float32, without gradients, by oneDNN (benchmarks/generate.py)."""
+    """`F.linear`; it uses oneDNN for 1 to 64 rows on a CPU in float32, without gradients (benchmarks/generate.py)."""
     if (
         torch.compiler.is_compiling()  # which has ways of its own
         or torch.is_grad_enabled()

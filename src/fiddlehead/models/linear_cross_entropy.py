@@ -1,4 +1,4 @@
-"""The cross-entropy of a projection to the vocabulary, without all of its logits in memory at once."""
+"""The cross-entropy of a projection to the vocabulary, computed without all logits in memory at once."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     compiled: bool = False,
 ) -> torch.Tensor:
-    """The sum of the cross-entropy of softmax(scale x weight) over the tokens that have a label, a float32 scalar.
+    """Sums the cross-entropy of softmax(scale x weight) over the tokens with a label; a float32 scalar.
 
-    The gradients are worked out chunk by chunk in the forward pass, where a chunk's logits are at hand: nothing is
-    computed twice, and what is kept is as large as `x` and `weight`. The softmax is in float32 whatever the dtype.
+    The forward pass also computes the gradients, chunk by chunk, while a chunk's logits are in memory: nothing is
+    computed twice, and the kept gradients are as large as `x` and `weight`. The softmax is always in float32.
 
     Args:
-        x: what the projection is given, (N, C).
+        x: the input of the projection, (N, C).
         weight: (V, C).
         labels: (N,).
         scale: a factor on the logits.
         softcap: logits become softcap x tanh(logits / softcap).
-        ignore_index: the label of tokens that do not count.
-        compiled: compile what is done to each logit into one kernel; for a GPU.
+        ignore_index: the label of ignored tokens.
+        compiled: compile the elementwise operations on logits into one kernel; for a GPU.
     """
     return _LinearCrossEntropy.apply(x, weight, labels, product_dtype(x), compiled, (scale, softcap, ignore_index))  # type: ignore[return-value]
 

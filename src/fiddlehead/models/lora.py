@@ -23,7 +23,7 @@ from fiddlehead.models.linear import Linear
 from fiddlehead.models.transformer import Transformer
 
 PEFT_NAMES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-"""What PEFT calls an adapter's tensors."""
+"""PEFT's names of an adapter's tensors."""
 
 PEFT_CONFIG = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "fan_in_fan_out": False}
 
@@ -33,7 +33,7 @@ Parts = Mapping[str, Sequence[tuple[str, int]]]
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """Adapters: the chosen linear layers learn a low-rank change of their weights; everything else is frozen."""
+    """Low-rank adapters for chosen linear layers; all other parameters are frozen."""
 
     rank: int = 16
     """Megatron's and NeMo's `dim`, PEFT's `r`."""
@@ -57,8 +57,8 @@ class LoRA:
     def apply(self, transformer: Transformer) -> None:
         """Puts an adapter on each matching linear layer, in place, and freezes everything else.
 
-        The model computes what it did before. On the meta device too: the adapters start once the model is given
-        weights without adapters (`load_state_dict`), or by `reset_adapters`.
+        The model's results do not change. This also works on the meta device: `load_state_dict` with weights without
+        adapters, or `reset_adapters`, then initializes the adapters.
 
         Raises:
             ConfigError: a pattern matches no linear layer of the transformer's layers, or there are adapters already.
@@ -72,7 +72,7 @@ class LoRA:
         transformer.register_load_state_dict_post_hook(_start_adapters)
 
     def adapted(self, transformer: Transformer) -> list[str]:
-        """The linear layers that have an adapter, or are to have one, in the order in which their adapters are drawn.
+        """The linear layers that have or will have an adapter, in the order in which adapters are initialized.
 
         Raises:
             ConfigError: a pattern matches no linear layer of the transformer's layers.
@@ -100,9 +100,9 @@ class LoRA:
 class LoRALinear(nn.Linear):
     """A linear layer with an adapter: y = x W'^T + bias, where W' = W + scaling x lora_b lora_a.
 
-    With DoRA each row of W' is scaled to the length that `magnitude` says. `weight` and `bias` are those of the layer
-    that it replaces. `lora_a` is (rank, in), `lora_b` (out, rank), `magnitude` (out,) or None; float32 or wider
-    whatever the weights are, for small steps would be lost in bfloat16.
+    With DoRA, each row of W' is scaled to the length in `magnitude`. `weight` and `bias` are those of the replaced
+    layer. `lora_a` is (rank, in), `lora_b` (out, rank), `magnitude` (out,) or None. They are float32 or wider for all
+    dtypes of the weights, because bfloat16 would lose small steps.
     """
 
     def __init__(self, linear: nn.Linear, lora: LoRA) -> None:
@@ -110,7 +110,7 @@ class LoRALinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.lora = lora
         self.enabled = True
-        """Whether the adapter takes part; without, the layer computes what it did before."""
+        """Whether the adapter is active."""
         self.magnitude: nn.Parameter | None = None
         self._allocate()
         self.reset_adapter()
@@ -142,7 +142,7 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
-        """Resets the adapter, so that the layer computes what it did without it; `weight` must have its values.
+        """Resets the adapter to no change of the layer; `weight` must have its values.
 
         `lora_a` is drawn as PEFT does, `lora_b` is 0, `magnitude` is the length of each row of `weight`.
         """
@@ -162,7 +162,7 @@ class LoRALinear(nn.Linear):
 
 
 def reset_adapters(transformer: nn.Module) -> None:
-    """Resets all adapters; for a model whose weights were not set by `load_state_dict`."""
+    """Resets all adapters; needed if `load_state_dict` did not set the model's weights."""
     for module in transformer.modules():
         if isinstance(module, LoRALinear):
             module.reset_adapter()
@@ -170,7 +170,7 @@ def reset_adapters(transformer: nn.Module) -> None:
 
 @contextmanager
 def without_adapters(transformer: nn.Module) -> Iterator[None]:
-    """Within the block, the model computes what it did before it had adapters, without dropout."""
+    """In the block, the model computes without its adapters and without dropout."""
     layers = [module for module in transformer.modules() if isinstance(module, LoRALinear)]
     training = transformer.training
     try:
@@ -185,7 +185,7 @@ def without_adapters(transformer: nn.Module) -> Iterator[None]:
 
 
 def adapter_state(transformer: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors alone, under their names in the `state_dict`; they share the model's memory."""
+    """Only the adapters' tensors, under their names in the `state_dict`; they share the model's memory."""
     return {
         f"{name}.{part}": getattr(module, part).detach()
         for name, module in transformer.named_modules()
@@ -197,7 +197,7 @@ def adapter_state(transformer: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_adapter_state(transformer: Transformer, state: Mapping[str, Tensor]) -> None:
-    """Copies what `adapter_state` returned into the adapters of a model that has the same ones.
+    """Copies the result of `adapter_state` into a model with the same adapters.
 
     Raises:
         ConfigError: a tensor is missing, unknown or of another shape; the model is then unchanged.
@@ -240,13 +240,13 @@ def to_peft(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The same adapters as PEFT stores them: its tensors by name, and its adapter_config.json.
 
-    A layer that holds the rows of several of Hugging Face's gives each of them its `lora_a`, and those rows of the
-    others that are its own; the result is the same for DoRA too, which works row by row.
+    If a layer holds the rows of several Hugging Face layers, each of these gets the whole `lora_a` and its own rows of
+    the other tensors. The result is the same, also for DoRA, which works row by row.
 
     Args:
         adapters: what `adapter_state` returned.
-        parts: every linear layer of the transformer's layers, those without adapters too: a short name among PEFT's
-            `target_modules` must not hit one of them.
+        parts: all linear layers of the transformer's layers, also those without adapters: a short name in PEFT's
+            `target_modules` must not match these.
         base_model_name_or_path: the model on Hugging Face's hub, or a folder, that the adapters belong to.
 
     Raises:
@@ -288,7 +288,7 @@ def save_peft(directory: Path, tensors: Mapping[str, Tensor], config: Mapping[st
 
 
 def _start_adapters(transformer: nn.Module, keys: Any) -> None:
-    """After `load_state_dict`: allows a state without adapters, which is that of the model to begin with."""
+    """Runs after `load_state_dict`: accepts a state without adapters, as of the base model."""
     absent = [key for key in keys.missing_keys if key.rpartition(".")[2] in PEFT_NAMES]
     if len(keys.missing_keys) == len(absent) == len(adapter_state(transformer)):
         reset_adapters(transformer)
@@ -310,7 +310,7 @@ def _unmatched(pattern: str, transformer: Transformer, linears: list[str]) -> Pr
 
 
 def _target_modules(adapted: set[str], parts: Parts) -> list[str]:
-    """Each module's last part of the name if all modules with that last part have adapters; else the whole name."""
+    """The last part of each module's name, if all modules with that last part have adapters; else its whole name."""
     others = {module for group in parts.values() for module, _ in group} - adapted
     taken = {module.rpartition(".")[2] for module in others}
     return sorted({module if (last := module.rpartition(".")[2]) in taken else last for module in adapted})

@@ -1,4 +1,4 @@
-"""Mixtures of experts: each token goes through a few of many feed-forward layers."""
+"""Mixtures of experts: a router sends each token through a few of many feed-forward layers."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from fiddlehead.models.config import TransformerConfig
 
 
 class Sequences(NamedTuple):
-    """Which of a process's tokens belong together where experts are to share the work."""
+    """The sequences of a process's tokens, over which the load of the experts is balanced."""
 
     number: torch.Tensor
-    """Of the sequence that a token belongs to, (tokens,)."""
+    """The index of each token's sequence, (tokens,)."""
     total: int
-    """How many sequences there are, of which some may be empty."""
+    """The number of sequences; some may be empty."""
     counted: torch.Tensor | None
-    """Whether a token counts, (tokens,) bool: padding does not. None: all do."""
+    """Whether a token counts, (tokens,) bool: padding does not. None: all tokens count."""
 
 
 class MoE(nn.Module):
-    """Chooses `moe_router_topk` of `num_moe_experts` feed-forward layers for each token, and adds what they compute.
+    """Chooses `moe_router_topk` of `num_moe_experts` feed-forward layers for each token, and adds their outputs.
 
-    The tokens are sorted by expert, so that one grouped matrix product does the work of all experts; every token is
-    served, and nothing waits for the device. E experts, C channels, F the width of an expert.
+    The tokens are sorted by expert, so one grouped matrix product computes all experts. No token is dropped, and the
+    host does not wait for the device. E experts, C channels, F the width of an expert.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -48,7 +48,7 @@ class MoE(nn.Module):
         """(B, T, C) to (B, T, C).
 
         Args:
-            sequences: over which the load is to be balanced; None: there is no balancing loss.
+            sequences: the sequences over which the load is balanced; None: no balancing loss.
         """
         tokens = x.flatten(0, -2)
         scores = self.router(tokens).float()
@@ -63,11 +63,11 @@ class MoE(nn.Module):
         counts = counts.scatter_add(0, expert, torch.ones_like(expert, dtype=torch.int32))
         self.aux_loss = None if sequences is None else self._balancing_loss(scores, chosen, sequences)
         h = self.experts(tokens[order // k], expert, counts)
-        out = torch.empty_like(h).index_copy(0, order, h)  # back in the tokens' order: a sum that is always the same
+        out = torch.empty_like(h).index_copy(0, order, h)  # back in the tokens' order, for a deterministic sum
         return (out.view(-1, k, out.shape[-1]) * weights[..., None]).sum(dim=1).to(x.dtype).view_as(x)
 
     def _balancing_loss(self, scores: torch.Tensor, chosen: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-        """The sum over this process's tokens, from router logits (tokens, E) and chosen experts (tokens, k)."""
+        """The balancing loss of this process's tokens; router logits (tokens, E), chosen experts (tokens, k)."""
         E = scores.shape[-1]
         number, total, counted = sequences
         place = number[:, None] * E + chosen
@@ -84,9 +84,9 @@ class MoE(nn.Module):
 
 
 class Experts(nn.Module):
-    """The two layers of all experts, or of this process's where `group` splits them: the first E / n are process 0's.
+    """The two layers of all experts. If `group` splits them, a process has E / n experts, in order.
 
-    Rows then go to the processes of their experts and back, and each waits to know how many it gets.
+    Rows then travel to the processes of their experts and back, and each process waits for the number of its rows.
     """
 
     def __init__(self, E: int, C: int, width: int, *, activation: str, gated: bool, bias: bool) -> None:
@@ -108,7 +108,7 @@ class Experts(nn.Module):
         return exchange_rows(h, received, sent, self.group)
 
     def _serve_unsorted(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Rows in the order of the processes that they come from, and of experts for each; counts (n, E / n)."""
+        """Computes rows that are sorted by their source process, then by expert; counts (n, E / n)."""
         own = torch.arange(counts.shape[1], device=x.device).expand_as(counts)
         expert = own.flatten().repeat_interleave(counts.flatten(), output_size=len(x))
         counts = counts.sum(dim=0, dtype=torch.int32)
@@ -126,7 +126,7 @@ class Experts(nn.Module):
 
 
 class GroupedLinear(nn.Module):
-    """E linear layers, each for the rows that belong to it: weight (E, out, in), bias (E, out)."""
+    """E linear layers, each for its own rows: weight (E, out, in), bias (E, out)."""
 
     def __init__(self, E: int, inputs: int, outputs: int, bias: bool) -> None:
         super().__init__()
@@ -137,9 +137,9 @@ class GroupedLinear(nn.Module):
         """(rows, in) to (rows, out).
 
         Args:
-            x: rows in the order of their experts.
-            expert: that of each row, (rows,).
-            counts: how many rows each expert has, (E,) int32.
+            x: rows, sorted by expert.
+            expert: the expert of each row, (rows,).
+            counts: the number of rows of each expert, (E,) int32.
         """
         dtype = product_dtype(x)  # autocast knows no grouped product
         x, weight = x.to(dtype), self.weight.to(dtype)

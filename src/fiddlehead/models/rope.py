@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al. 2021), and ways to extend them to sequences longer than those first trained on."""
+"""Rotary positions (Su et al. 2021), and ways to extend them to longer sequences than the model was trained on."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 class Scaling(ABC):
-    """Changes the angles by which channels turn from one position to the next."""
+    """Changes the rotation angles of the channels between one position and the next."""
 
     @abstractmethod
     def frequencies(self, frequencies: torch.Tensor, base: float, length: int | torch.Tensor) -> torch.Tensor:
-        """The angles instead of `frequencies`, (R / 2,) float32, in sequences of `length` tokens.
+        """Returns the scaled `frequencies`, (R / 2,) float32, for sequences of `length` tokens.
 
-        Where `length` is a tensor, and the angles change with it, there are those for each of its elements.
+        If `length` is a tensor and the frequencies depend on it, they are returned for each of its elements.
         """
 
     @property
@@ -34,10 +34,10 @@ class Scaling(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling(Scaling):
-    """Slower rotary positions for longer sequences than a model first learned, as in Llama 3.1; NeMo's names.
+    """Slower rotation, for longer sequences than a model was first trained on, as in Llama 3.1; NeMo's names.
 
-    A channel pair that turns at least `high_freq_factor` times within `old_context_len` positions stays as it is, one
-    that turns at most `low_freq_factor` times is slowed down by `scale_factor`, and between them it is interpolated.
+    A channel pair that rotates at least `high_freq_factor` times within `old_context_len` positions is unchanged. One
+    that rotates at most `low_freq_factor` times is slowed down by `scale_factor`. Between these it is interpolated.
     """
 
     scale_factor: float = 8.0
@@ -60,7 +60,7 @@ class RopeScaling(Scaling):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearRopeScaling(Scaling):
-    """All positions closer together by `scale_factor` (Chen et al. 2023), as in Gemma 3's layers without a window."""
+    """Divides all positions by `scale_factor` (Chen et al. 2023), as in Gemma 3's layers without a window."""
 
     scale_factor: float = 8.0
 
@@ -76,9 +76,10 @@ class LinearRopeScaling(Scaling):
 class YarnRopeScaling(Scaling):
     """YaRN (Peng et al. 2023), as in gpt-oss and Qwen's long contexts.
 
-    Channel pairs that turn more than `beta_fast` times within `old_context_len` stay, those that turn less than
-    `beta_slow` times are slowed down by `scale_factor`, and between them it changes linearly with the channel, of
-    whole channels if `truncate`. Scores grow by the square of `mscale`; None is 0.1 ln(scale_factor) + 1.
+    Channel pairs that rotate more than `beta_fast` times within `old_context_len` are unchanged. Those that rotate less
+    than `beta_slow` times are slowed down by `scale_factor`. Between these, the factor changes linearly with the
+    channel (between whole channels if `truncate`). Scores grow by the square of `mscale`; None means 0.1
+    ln(scale_factor) + 1.
     """
 
     scale_factor: float
@@ -117,14 +118,14 @@ class YarnRopeScaling(Scaling):
 class LongRopeScaling(Scaling):
     """LongRoPE (Ding et al. 2024), as in Phi-3's 128k models: a factor for each channel pair, found by search.
 
-    `short_factor` serves sequences of up to `old_context_len` tokens, `long_factor` longer ones. Scores grow by the
-    square of `mscale`; None is sqrt(1 + ln(scale_factor) / ln(old_context_len)).
+    `short_factor` is for sequences of up to `old_context_len` tokens, `long_factor` for longer ones. Scores grow by the
+    square of `mscale`; None means sqrt(1 + ln(scale_factor) / ln(old_context_len)).
     """
 
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
     scale_factor: float
-    """How many times `old_context_len` the longest sequence is."""
+    """The longest sequence, as a multiple of `old_context_len`."""
     old_context_len: int
     mscale: float | None = None
 
@@ -135,7 +136,7 @@ class LongRopeScaling(Scaling):
             raise ConfigError(Problem("short_factor", message=message))
 
     def frequencies(self, frequencies: torch.Tensor, base: float, length: int | torch.Tensor) -> torch.Tensor:
-        """As `Scaling.frequencies`; the length of each sequence decides its factors, whatever else is in the batch."""
+        """As `Scaling.frequencies`; only a sequence's own length decides its factors."""
         short, long = (
             frequencies / torch.tensor(factors, dtype=torch.float32, device=frequencies.device)
             for factors in (self.short_factor, self.long_factor)
@@ -158,7 +159,7 @@ SCALINGS = (RopeScaling, LinearRopeScaling, YarnRopeScaling, LongRopeScaling)
 
 
 def scaling_from_dict(values: dict[str, Any]) -> Scaling:
-    """The scaling whose `asdict` is `values`; the names of its fields say which kind it is."""
+    """The scaling whose `asdict` is `values`; the field names decide its class."""
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     for kind in SCALINGS:
         if set(values) == set(kind.__dataclass_fields__):
@@ -169,18 +170,18 @@ def scaling_from_dict(values: dict[str, Any]) -> Scaling:
 
 @dataclass(frozen=True)
 class Rotary:
-    """How the queries and keys of a layer turn with their position."""
+    """The rotation of a layer's queries and keys by their position."""
 
     channels: int
-    """How many of a head's channels turn, from the first on: R, an even number."""
+    """R, the number of a head's channels that rotate, from the first on; it is even."""
     base: float
     scaling: Scaling | None = None
 
     def tables(self, positions: torch.Tensor, length: int | torch.Tensor) -> Rope:
-        """The angles of `positions`, (T,) or (B, T), in sequences of `length` tokens; cheap enough for every pass.
+        """The cosines and sines of `positions`, (T,) or (B, T), in sequences of `length` tokens; they are cheap.
 
         Args:
-            length: of all sequences, or for each position that of its sequence, (B, T).
+            length: of all sequences, or for each position the length of its sequence, (B, T).
         """
         # In float32, because positions times frequencies need the precision.
         channel = torch.arange(0, self.channels, 2, device=positions.device, dtype=torch.float32)
@@ -195,7 +196,7 @@ class Rotary:
 
 
 def rotate(x: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Turns the heads of x (B, T, heads, D): channel i pairs with i + R / 2, as in Hugging Face's checkpoints."""
+    """Rotates the heads of x (B, T, heads, D): channel i pairs with i + R / 2, as in Hugging Face's checkpoints."""
     cos, sin = rope
     R = 2 * cos.shape[-1]
     x1, x2 = x[..., :R].float().chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""Makes a `Transformer` train faster or in less memory, without changing its parameters or their names."""
+"""Compilation, recomputation and float8 for a `Transformer`; its parameters and their names do not change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Float8 = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 
 
 def refused_speed(compile: Any, activation_checkpointing: Any, fp8: Any) -> list[Problem]:
-    """What is wrong with the three settings: impossible values, and values that exclude each other."""
+    """The problems of the three settings: impossible values, and values that exclude each other."""
     problems = []
     if compile is not None and compile not in get_args(Compile):
         problems.append(Problem.unknown("compile", compile, "mode", get_args(Compile)))
@@ -72,9 +72,9 @@ def convert_to_float8(transformer: Transformer, recipe: Float8) -> None:
 def recompute_activations(transformer: Transformer, recompute: Recompute) -> None:
     """Recomputes activations in the backward pass instead of keeping them from the forward pass.
 
-    "full" keeps each layer's input only (Chen et al. 2016); "selective" keeps what matrix products and attention gave,
-    and computes the cheap rest again; a number is the part of the activations that the compiler may keep, which it
-    chooses by what they cost.
+    "full" keeps only each layer's input (Chen et al. 2016). "selective" keeps the outputs of matrix products and
+    attention, and recomputes the cheap rest. A number is the part of the activations that the compiler may keep; it
+    chooses those that are most expensive to recompute.
     """
     if isinstance(recompute, int | float):
         transformer.activation_memory_budget = float(recompute)
@@ -93,7 +93,7 @@ def recompute_activations(transformer: Transformer, recompute: Recompute) -> Non
 def compile_transformer(transformer: Transformer, compile: Compile) -> None:
     """Compiles each layer, or the model from the embedding to the last norm; and the softmax of the loss.
 
-    All layers are alike to the compiler, which sees one: the first step is minutes sooner with many of them.
+    The compiler compiles one layer for all equal layers; with many layers the first step is then minutes earlier.
     """
     transformer.compiled = True
     budget = transformer.activation_memory_budget

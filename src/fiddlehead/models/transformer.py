@@ -1,4 +1,4 @@
-"""One decoder for every family.
+"""The decoder, for all families.
 
 Shapes: B batch, T time, C hidden size, H query heads, G key/value heads, D head dim, F feed-forward size, V vocabulary.
 """
@@ -66,18 +66,18 @@ class Transformer(nn.Module):
 
         Args:
             labels: the token to predict at each place, (B, T); -100 where there is none.
-            padding: which tokens only fill a row, (B, T) bool: `aux_loss` leaves them out. None: there are none.
-            cu_seqlens: keeps documents apart: where each begins among the B x T tokens, and the end of the last,
-                (N + 1,) int32. A token sees its own document only, and its position is that in the document. Empty
-                documents may be among them.
+            padding: which tokens are padding, (B, T) bool: `aux_loss` ignores them. None: there is no padding.
+            cu_seqlens: keeps documents apart: the start of each document among the B x T tokens, and the end of the
+                last, (N + 1,) int32. A token sees only its own document, and its position is the one in the document.
+                Documents may be empty.
             max_seqlen: at least the length of the longest document; needed with `cu_seqlens`.
-            caches: one for each layer, which hold the tokens before these and take these; not with `cu_seqlens`.
-            new_lengths: how many of the T tokens each sequence has, (B,); what is right of them is padding. Caches keep
-                that many, as `attend` takes it.
+            caches: one for each layer; they hold the earlier tokens, and these are appended. Not with `cu_seqlens`.
+            new_lengths: how many of the T tokens each sequence has, (B,); the rest, on the right, is padding. Caches
+                keep only these tokens, as in `attend`.
 
         Raises:
-            ConfigError: a sequence in the caches grows beyond the length up to which LongRoPE has its short factors:
-                its keys were turned by these, and must be computed anew.
+            ConfigError: a sequence in the caches becomes too long for LongRoPE's short factors: its cached keys were
+                rotated with these and must be computed again.
         """
         x = self.hidden(input_ids, cu_seqlens, max_seqlen, padding=padding, caches=caches, new_lengths=new_lengths)
         return self.logits(x) if labels is None else self.nats(x, labels)
@@ -95,7 +95,7 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """Token ids (B, T) to the last hidden states, (B, T, C); the arguments are those of `forward`.
 
-        `run_layer` is called with each layer and its arguments where they are to be run in another way.
+        `run_layer`, if given, is called with each layer and its arguments and runs the layer.
         """
         places = self.places(input_ids, cu_seqlens, max_seqlen, caches, padding, new_lengths)
         x = self.embed(input_ids, places)
@@ -112,7 +112,7 @@ class Transformer(nn.Module):
         padding: torch.Tensor | None = None,
         new_lengths: torch.Tensor | None = None,
     ) -> Places:
-        """The positions of the whole sequences, of which this process has `input_ids`; arguments as of `forward`."""
+        """The positions of the whole sequences that contain this process's `input_ids`; arguments as in `forward`."""
         split = self.split
         T = split.parts * input_ids.shape[1]
         of_each = self.config.longrope_length is not None
@@ -155,7 +155,7 @@ class Transformer(nn.Module):
         return after[:, None].expand(-1, T)
 
     def embed(self, input_ids: torch.Tensor, places: Places) -> torch.Tensor:
-        """Token ids (B, T) to what the first layer is given, (B, T, C)."""
+        """Token ids (B, T) to the input of the first layer, (B, T, C)."""
         config = self.config
         x = _scaled(self.embedding(input_ids), config.embedding_multiplier)
         if self.position_embedding is not None:
@@ -177,7 +177,7 @@ class Transformer(nn.Module):
         new_lengths: torch.Tensor | None = None,
         run_layer: Callable[..., torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The input of the first of `layers`, which are this model's, to the output of the last, both (B, T, C)."""
+        """Runs `layers` of this model: the input of the first to the output of the last, both (B, T, C)."""
         config = self.config
         ropes: dict[Rotary, Rope] = {}
         if config.position_embedding_type == "rope":
@@ -216,7 +216,7 @@ class Transformer(nn.Module):
         return (self.embedding if self.output_layer is None else self.output_layer).weight
 
     def aux_loss(self) -> torch.Tensor | None:
-        """The balancing loss of the latest forward pass, if in training, summed over tokens; None if there is none.
+        """The balancing loss of the latest forward pass in training, summed over tokens; None if there is none.
 
         It is Megatron's `seq_aux_loss`. For one layer and one sequence of n tokens it is n x `moe_aux_loss_coeff` x
         E x the sum over the E experts of f x P: f is the part of the sequence's n x `moe_router_topk` assignments that
@@ -230,7 +230,7 @@ class Transformer(nn.Module):
         return sum(losses[1:], losses[0]) if losses else None
 
     def fused_rows(self) -> dict[str, tuple[int, ...]]:
-        """The weights that are several matrices in one, by name, and how many rows each matrix has."""
+        """The names of weights that fuse several matrices, and the number of rows of each matrix."""
         rows = {}
         for name, module in self.named_modules():
             if isinstance(module, Attention):
@@ -243,7 +243,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Draws the weights anew: normal with `init_method_std`, the layers' outputs scaled down with depth.
+        """Initializes the weights: normal with `init_method_std`; layers' outputs are scaled down with depth.
 
         The scaling by 1 / sqrt(2 x num_layers) is GPT-2's (Radford et al. 2019), as in Megatron.
         """
@@ -259,7 +259,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each added to the stream; with norms before them, after them or both."""
+    """Attention, then feed-forward, each with a residual connection, and with norms before them, after them or both."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
@@ -374,7 +374,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Feed-forward: `linear_fc1` is the gate's and the other projection in one, gate first, where there is a gate."""
+    """Feed-forward. With a gate, `linear_fc1` fuses the gate's projection and the other one, gate first."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -397,7 +397,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class ZeroCenteredRMSNorm(nn.Module):
-    """RMSNorm that multiplies by 1 + weight, so that weight decay draws the factor to 1."""
+    """RMSNorm that multiplies by 1 + weight, so weight decay moves the factor towards 1."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -420,7 +420,7 @@ class Places(NamedTuple):
     """Where the tokens of a batch stand."""
 
     positions: torch.Tensor
-    """In their sequence or document, (T,) or (B, T), of whole sequences."""
+    """Positions in the sequence or document, (T,) or (B, T), of whole sequences."""
     length: int
     """A length above all positions."""
     lengths: torch.Tensor | None
@@ -431,13 +431,13 @@ class Places(NamedTuple):
 
 
 def documents_of(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The number of the document that each token belongs to, (tokens,) int64."""
+    """The index of each token's document, (tokens,) int64."""
     token = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens, token, right=True) - 1
 
 
 def positions_in_documents(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
-    """How many tokens of its own document come before each token, (tokens,)."""
+    """The position of each token in its own document, (tokens,)."""
     token = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return token - cu_seqlens[documents_of(cu_seqlens, tokens)]
 

@@ -1,1 +1,1 @@
-"""What is known of a run before it starts: sizes, kernels, memory, time, and everything that is wrong with it."""
+"""Plans a run before it starts: sizes, kernels, memory, time, and all problems."""

@@ -1,4 +1,4 @@
-"""Which kernel serves which layers of a run, for its plan and its record."""
+"""The attention kernel of each layer of a run, for its plan and its record."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Choices = tuple[Served, ...]
 
 
 def explain_calls(calls: Calls, target: Target) -> Choices:
-    """Which kernel each different call of a run takes on `target`, if any."""
+    """The kernel for each different call of a run on `target`, if any."""
     name = calls.config.attention_backend
     return tuple(
         Served(layers, explain(spec, target, name), during, lengths, calls.on_pipeline_ranks(layers))
@@ -77,7 +77,7 @@ def refuse_impossible(calls: Calls) -> None:
     """Refuses a named backend that no GPU could run, for a run on an unknown machine.
 
     Raises:
-        ConfigError: it says why not, for each different reason.
+        ConfigError: with each different reason.
     """
     name = calls.config.attention_backend
     if name not in BACKENDS:
@@ -94,7 +94,7 @@ def refuse_impossible(calls: Calls) -> None:
 def rows(chosen: Choices) -> list[str]:
     """A line for each kernel and the layers that it serves, for people.
 
-    First those of the steps on the longest sequences, then whatever gets another kernel than the same layer there.
+    First the training steps on the longest sequences, then all calls for which the same layer gets another kernel.
     """
     usual = {layer: _words(served.choice) for served in on_longest(chosen) for layer in served.layers}
     lines: dict[tuple[str, str], list[int]] = {}
@@ -126,7 +126,7 @@ def try_out(chosen: Choices, device: torch.device) -> list[dict[str, Errors]]:
 
 @contextmanager
 def compared(chosen: Choices) -> Iterator[None]:
-    """Within the block, warns once for each call that is not among `chosen`, or that another kernel serves."""
+    """In the block, warns once for each call that is not in `chosen`, or that another kernel serves."""
     known = {served.choice.spec: served.choice for served in chosen}
 
     def compare(spec: AttentionSpec, backend: str) -> None:

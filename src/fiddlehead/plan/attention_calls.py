@@ -1,4 +1,4 @@
-"""What the ranks of a run ask of attention kernels, before any of them does."""
+"""Predicts the attention calls of a run's ranks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fiddlehead.training.language_model import LanguageModel
 from fiddlehead.training.preference import PreferenceModel
 
 TRAINING, VALIDATION, COMPARISON = "training", "validation", "comparison"
-"""The passes through a model that a run consists of: those of its steps, of validations, and, where preferences are
-learned, through the model as it was."""
+"""The passes of a run through a model: in training steps, in validation, and, for preferences, through the reference
+model."""
 
 
 def compute_dtype(precision: str) -> torch.dtype:
-    """The dtype that attention sees under a trainer's precision."""
+    """The dtype of attention's inputs for a trainer's precision."""
     return torch.bfloat16 if precision.startswith("bf16") else torch.float32
 
 
@@ -42,14 +42,14 @@ class Calls:
     stages: int = 1
     """As `Sizes` has them."""
     without_gradients: int = 0
-    """How many of the first layers come before everything that is trained."""
+    """The number of first layers before all trained parameters."""
     passes: tuple[tuple[str, bool], ...] = ((TRAINING, True),)
     """The passes, and whether the model is in training mode in each."""
 
     def specs(self) -> Iterator[tuple[str, AttentionSpec, tuple[int, ...], tuple[int, ...]]]:
         """Each different call: its pass, its spec, the layers that make it, and the lengths with which they do.
 
-        In each pass those on the longest sequences come first.
+        In each pass, the calls on the longest sequences come first.
         """
         for name, training in self.passes:
             alike: dict[tuple[AttentionSpec, tuple[int, ...]], list[int]] = {}
@@ -64,14 +64,14 @@ class Calls:
                 yield name, spec, tuple(layers), those
 
     def on_pipeline_ranks(self, layers: Iterable[int]) -> tuple[tuple[int, ...], ...]:
-        """Which of the layers each rank of the pipeline has."""
+        """The layers of each rank of the pipeline."""
         ranks: list[list[int]] = [[] for _ in range(self.pipeline)]
         for layer in layers:
             ranks[stage_of(f"layers.{layer}.", self.config, self.stages) % self.pipeline].append(layer)
         return tuple(map(tuple, ranks))
 
     def _lengths(self) -> list[int]:
-        """What the longest sequence of a batch can be, the greatest first; `borders` rounds that of documents."""
+        """The possible lengths of a batch's longest sequence, the greatest first; `borders` rounds documents'."""
         powers = [1 << n for n in range((self.seq_length - 1).bit_length())] if self.packed else []
         return [self.seq_length, *reversed(powers)]
 
@@ -104,7 +104,7 @@ def calls_of(
         config: the model's complete shape.
         precision: the trainer's.
         strategy: the trainer's; all but `Parallel` leave a layer whole.
-        deterministic: the trainer's, where that is not made yet: it would turn PyTorch's own flag on.
+        deterministic: the trainer's setting, if the trainer, which sets PyTorch's own flag, does not exist yet.
 
     Raises:
         ConfigError: the model's adapters match none of its layers.
@@ -132,7 +132,7 @@ def calls_of(
 
 
 def _without_gradients(transformer: Transformer) -> int:
-    """How many of the first layers come before every adapter that changes their queries, keys and values."""
+    """The number of first layers whose queries, keys and values no adapter changes."""
     for number, layer in enumerate(transformer.layers):
         trained = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
         if any("linear_qkv" in name for name in trained):

@@ -1,7 +1,7 @@
-"""Names of classes and functions, from an object to its name and back; only what is listed or allowed has one.
+"""Names of the classes and functions that a recipe may use, from an object to its name and back.
 
-A recipe file may come from anybody. The things it names are imported, and they are called when the recipe is checked or
-run. So a file may name only the parts that are listed here, and what its reader allows by name.
+A recipe file may come from anybody. What it names is imported, and is called when the recipe is checked or run. So a
+file may name only the parts that are listed here, and those that its reader allows by name.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "torch.nn.functional": ("gelu", "relu", "silu"),
     "builtins": ("bool", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple"),
 }
-"""What a recipe may always name, by the package that exports it: nothing that runs or writes when it is built."""
+"""The names that every recipe may use, by the package that exports them: none of them runs code or writes files when
+built."""
 
 FORMER = {
     "fiddlehead.training": (
@@ -73,7 +74,7 @@ FORMER = {
 """Modules that parts of a package were named by, in recipes that earlier versions wrote."""
 
 TASKS: Mapping[str, tuple[str, ...]] = {"fiddlehead.tasks": ("finetune", "pretrain")}
-"""What a whole recipe may be for."""
+"""The tasks of a recipe."""
 
 WITHHELD = {
     "default_root_dir": "it can be an address, which a trainer opens; a run's files are in its folder",
@@ -89,11 +90,11 @@ def named(reference: str, allow: Sequence[str] = (), *, task: bool = False) -> A
     """The class or function that ``package.module:name`` or ``package.module.name`` names.
 
     Args:
-        allow: what else may be named: modules, with those below them, and names, ``package.module:name``.
+        allow: additional names: modules, with their submodules, and single names, ``package.module:name``.
         task: whether it may also be a task.
 
     Raises:
-        ConfigError: it may not be named, and was not imported; or it may be, and does not exist.
+        ConfigError: the name is not allowed, and was not imported; or it is allowed but does not exist.
     """
     dotted = _dotted(reference)
     found = _listed(reference, task=task)
@@ -135,7 +136,7 @@ def withheld_problem(function: Any, name: str | int) -> str:
 
 
 def locate(reference: str) -> Any:
-    """What ``package.module:name`` or ``package.module.name`` names; the user's modules come after the installed ones.
+    """Finds ``package.module:name`` or ``package.module.name``; the user's modules come after the installed ones.
 
     Raises:
         ConfigError: there is no such module or name, or the module only imports it from another one.
@@ -164,7 +165,7 @@ def locate(reference: str) -> Any:
 def reference_to(value: Any) -> str:
     """``module:name`` from which `locate` finds the class or function `value` again; ConfigError if there is none.
 
-    A part of this package is named by the package that exports it, which does not change when its module is moved.
+    A part of this package is named by the package that exports it, so the name stays when its module is moved.
     """
     name = getattr(value, "__name__", "")
     for package, parts in PARTS.items():
@@ -231,7 +232,7 @@ def _is_below(module: str, allow: Sequence[str]) -> bool:
 
 
 def _advice(reference: str) -> str:
-    """What to write, or to allow, in place of a name that may not be used."""
+    """Advice for a name that is not allowed: what to write or to allow instead."""
     package, _, name = reference.replace(":", ".").rpartition(".")
     close = nearest(name, PARTS.get(package, ()))
     similar = [f"{package}:{close}"] if close else [f"{home}:{name}" for home, parts in PARTS.items() if name in parts]

@@ -1,7 +1,7 @@
 """Recipes and executors by name: found by reading files, imported only when called.
 
 The functions of `recipes/*.py` (or `launch/*.py`) in the working directory come first, then the built-in ones.
-`package.module:function` names anything importable. A file that cannot be read is an error only for who asks for it.
+`package.module:function` names anything importable. A broken file is an error only if one of its names is used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Entry:
     line: int
     summary: str
     task: str
-    """For a recipe: the skeleton it starts from, directly or through another recipe."""
+    """For a recipe: the base function that it calls, directly or through another recipe."""
 
     def load(self) -> Callable:
         """Imports the module and returns the function.
@@ -66,14 +66,14 @@ class Broken:
 
 @dataclass
 class _Shelf:
-    """What the files of one folder hold: functions that return a `returns`, in errors called a `what`."""
+    """The functions in the files of one folder that return a `returns`; errors call them a `what`."""
 
     what: str
     folder: str
     returns: str
     entries: list[Entry] = field(default_factory=list)
     others: dict[str, str] = field(default_factory=dict)
-    """Of functions that cannot be named: where each is, and why."""
+    """The functions that cannot be named: their places, and why."""
     broken: list[Broken] = field(default_factory=list)
 
     def read(self) -> _Shelf:
@@ -139,17 +139,17 @@ def _executors() -> _Shelf:
 
 
 def recipes() -> list[Entry]:
-    """Every recipe: a public function that says it returns a `Recipe` and takes no argument it cannot do without."""
+    """All recipes: public functions that are annotated to return a `Recipe` and have no required arguments."""
     return _recipes().entries
 
 
 def broken_recipes() -> list[Broken]:
-    """The files of `recipes/` that cannot be read, and what is wrong with each."""
+    """The files of `recipes/` that cannot be read, and the reasons."""
     return _recipes().broken
 
 
 def executors() -> list[Entry]:
-    """Every executor: a public function that says it returns an `Executor`, or a kind of it, or calls one that does."""
+    """All executors: public functions that are annotated to return a kind of `Executor`, or call such a function."""
     return _executors().entries
 
 
@@ -168,9 +168,9 @@ def find_executor(name: str) -> Callable:
 
 
 def find_part(name: str) -> Callable:
-    """What `name` can put in place of a part of a recipe: a class for one, or a function that returns its Config.
+    """Finds a part of a recipe by name: a class, or a function that returns its Config.
 
-    The functions are those of `recipes/*.py` that say they return a `Config`, by their name or as
+    The functions are those of `recipes/*.py` that are annotated to return a `Config`, by their name or as
     ``recipes.file:name``; the classes are those that `fiddlehead.recipe.allowed` lists.
 
     Raises:
@@ -224,7 +224,7 @@ def _why_not(function: ast.FunctionDef, returns: str) -> str:
 
 
 def _returns(function: ast.FunctionDef, kind: str) -> bool:
-    """Whether a function says it returns a `kind`, or says nothing and returns what an executor function does."""
+    """Whether a function's annotation returns a `kind`, or it has none and returns an executor function's call."""
     if function.returns is not None:
         return ast.unparse(function.returns).strip("'\"").split("[")[0].endswith(kind)
     ends = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
@@ -255,7 +255,7 @@ def _defines(file: Path, name: str) -> bool:
 
 
 def _task(name: str, bodies: dict[str, ast.FunctionDef]) -> str:
-    """The skeleton that a recipe calls, through other recipes if need be; "" if none is seen."""
+    """The base function that a recipe calls, directly or through other recipes; "" if none is found."""
     seen: set[str] = set()
     waiting = [name]
     while waiting:

@@ -1,6 +1,6 @@
-"""From what was typed to a value of the type that a parameter asks for; nothing is guessed.
+"""Converts a typed text to a value of the parameter's type; nothing is guessed.
 
-Pydantic checks the values. Each level of a type has an `_Expected`, which says what an unquoted text means there.
+Pydantic checks the values. Each level of a type has an `_Expected`, which gives unquoted text its meaning there.
 """
 
 from __future__ import annotations
@@ -63,15 +63,15 @@ _ADVICE: dict[Any, str] = {
 
 
 def coerce(given: Any, hint: Any, make: Make) -> Any:
-    """`given` as a value of the type `hint`.
+    """Converts `given` to a value of the type `hint`.
 
     `given` is a `Bare` as typed, a str that was in quotes, a list, tuple or dict of such, or any Python value that
     was loaded from a file. `make` turns ``name`` or ``name(argument=...)`` into a configuration where `hint` is a
     class.
 
     Raises:
-        MismatchError: it is of another type.
-        ConfigError: what was typed is not well formed, or names nothing.
+        MismatchError: it does not fit the type.
+        ConfigError: the typed text is not well formed, or names something that does not exist.
     """
     from pydantic_core import SchemaValidator, ValidationError
 
@@ -150,7 +150,7 @@ def _is_readable(kind: Any) -> bool:
 
 
 def _breadth(member: Any) -> int:
-    """The order in which the members of a union are tried: what takes the fewest texts comes first."""
+    """The order in which the members of a union are tried: those that accept the fewest texts come first."""
     kind = typing.get_origin(member) or member
     kind = Enum if isinstance(kind, type) and issubclass(kind, Enum) else kind
     if kind in _NARROW_FIRST:
@@ -209,7 +209,7 @@ class _Expected:
         )
 
     def _read(self, given: str, make: Any) -> Any:
-        """What a text means here; the text itself if it means nothing of the kind."""
+        """The value that a text means here; the text itself if it has no such meaning."""
         kind = self.kind
         if isinstance(kind, type) and issubclass(kind, Enum):
             return enum_member(given, kind)

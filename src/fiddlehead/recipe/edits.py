@@ -1,4 +1,4 @@
-"""Edits of a recipe as they are typed: ``trainer.max_steps=10 optim.lr*=2 model=tiny(num_layers=2)``."""
+"""Applies the command line's edits to a recipe: ``trainer.max_steps=10 optim.lr*=2 model=tiny(num_layers=2)``."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": oper
 def apply_overrides(
     recipe: Recipe, overrides: Iterable[str], *, find: Find | None = None, allow: Sequence[str] = ()
 ) -> Recipe:
-    """A copy of `recipe` with the edits applied in the order given.
+    """Returns a copy of `recipe` with the edits applied in the order given.
 
     An edit is ``path=value``, or ``path+=value`` and likewise ``-= *= /=`` for numbers; ``+=`` also extends lists and
     texts. A path is dotted names, with ``[0]`` or ``[key]`` for members of lists and dicts. The value is read as the
-    parameter's annotation asks. Quotes make it a text. ``@file.yaml`` is a file's content. Where a configuration
-    belongs, ``name`` or ``name(argument=value)`` calls the function that `find` gives for the name, or configures the
-    class. ``package.module:name`` must be one of the parts that a recipe file may name, or be in `allow`.
+    parameter's annotation says. Quotes make it a text. ``@file.yaml`` is a file's content. For a configuration,
+    ``name`` or ``name(argument=value)`` calls the function that `find` returns for the name, or configures the class.
+    ``package.module:name`` must be one of the parts that a recipe file may name, or be in `allow`.
 
     Raises:
         ConfigError: with the mistakes of all edits. An edit that a later one would discard is a mistake too.
@@ -67,7 +67,7 @@ def apply_overrides(
 
 
 class _Editor:
-    """Applies edits to one recipe and remembers them, so that none is lost unnoticed."""
+    """Applies edits to one recipe and records them, to notice edits that have no effect."""
 
     def __init__(self, recipe: Recipe, find: Find | None, allow: Sequence[str]) -> None:
         self.recipe = recipe
@@ -197,7 +197,7 @@ def _is_name_first(text: str, hint: Any) -> bool:
 
 
 def _unannotated(given: Bare | str, slot: Slot, names: _Names) -> Any:
-    """Where the annotation does not help: None, a configuration, or what is like the present value."""
+    """The value if the annotation does not help: None, a configuration, or a value like the present one."""
     if isinstance(given, Bare):
         if given in ("None", "null") and (slot.hint is Any or slot.value is None):
             return None
@@ -221,7 +221,7 @@ def _file(name: str, allow: Sequence[str]) -> Any:
 
 
 def _about_file(text: str, slot: Slot, names: _Names) -> ConfigError | None:
-    """What to write instead of a file's name where a part of a recipe belongs; None if it is something else."""
+    """Advice for a file's name in place of a part of a recipe; None if the value is something else."""
     takes_part = isinstance(slot.value, fdl.Buildable) or any(map(is_part, members(slot.hint)))
     is_file = text.endswith(_FILES) or os.path.exists(text)  # noqa: PTH110  Path raises for a text that is too long
     if not takes_part or text.startswith("@") or not is_file:
@@ -236,7 +236,7 @@ def _about_file(text: str, slot: Slot, names: _Names) -> ConfigError | None:
 
 
 def _computed(sign: str, text: str, slot: Slot, names: _Names) -> Any:
-    """The present value of `slot` with the operator applied, as the annotation asks."""
+    """The present value of `slot` with the operator applied, converted as the annotation says."""
     now = slot.value
     if now is None or now is fdl.NO_VALUE:
         raise ConfigError(f"{slot.path} is {'not set' if now is fdl.NO_VALUE else 'None'}; use = first")

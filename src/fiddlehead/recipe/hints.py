@@ -1,4 +1,4 @@
-"""The types that annotations ask for: of a parameter, of an argument, of a member of a container."""
+"""Reads types from annotations: of a parameter, of an argument, of a member of a container."""
 
 from __future__ import annotations
 

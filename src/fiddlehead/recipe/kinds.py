@@ -1,4 +1,4 @@
-"""Which classes, functions and configurations may stand where a type is asked for."""
+"""Decides which classes, functions and configurations fit an annotated type."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fiddlehead.recipe.literals import Bare
 
 
 class MismatchError(ConfigError):
-    """A value is not of the type that is asked for; the message says of which."""
+    """A value does not have the expected type, which the message names."""
 
     def __init__(self, given: Any, hint: Any, advice: str = "") -> None:
         self.given, self.advice = given, advice
@@ -77,7 +77,7 @@ def _shown(given: Any) -> str:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a named value may stand where a `kind` is expected: itself, or what it makes when built."""
+    """Whether a named value fits a `kind`: itself, or the object that it builds."""
     origin = typing.get_origin(kind) or kind
     if isinstance(value, fdl.Config):
         function = fdl.get_callable(value)

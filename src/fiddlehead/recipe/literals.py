@@ -13,7 +13,7 @@ _NOT_A_LITERAL = (SyntaxError, ValueError, TypeError, MemoryError, RecursionErro
 
 
 class Bare(str):
-    """A text without quotes: the type that is asked for decides whether it is a number, a name or a text."""
+    """A text without quotes: the expected type decides whether it is a number, a name or a text."""
 
     __slots__ = ()
 

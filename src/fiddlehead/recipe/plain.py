@@ -1,4 +1,4 @@
-"""A saved recipe as plain values, to look at: nothing that the recipe names is imported."""
+"""A saved recipe as plain values, for display: nothing that the recipe names is imported."""
 
 from __future__ import annotations
 

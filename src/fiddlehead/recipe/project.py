@@ -12,7 +12,7 @@ VARIABLE = "FIDDLEHEAD_PROJECT"
 """The environment variable that names the folder in a job, which imports a copy of it."""
 
 HOME = str(Path(__file__).resolve().parents[2])
-"""Where this package is imported from."""
+"""The folder from which this package is imported."""
 
 
 def folder() -> str:
@@ -23,8 +23,8 @@ def folder() -> str:
 def make_importable() -> None:
     """Lets this process import the user's modules, after all that is installed.
 
-    Called only where the user has asked for their own code. A file `csv.py` in the working directory must not replace
-    the standard library's, and must not run because a command looks around.
+    It is called only if the user asked for their own code. A file `csv.py` in the working directory must not replace
+    the standard library's, and must not run because a command lists files.
     """
     if folder() not in sys.path:
         sys.path.append(folder())

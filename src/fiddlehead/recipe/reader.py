@@ -1,4 +1,4 @@
-"""From YAML to a configuration; what it names is imported only if it is listed or allowed, and never called."""
+"""Reads YAML into a configuration; names are imported only if they are listed or allowed, and never called."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from fiddlehead.recipe.schema import (
 
 
 def load(text: str, *, allow: Sequence[str] = (), source: str = "recipe.yaml", task: bool = False) -> Any:
-    """The value that `dump` wrote; `source` names the text in errors and in the history of what it sets.
+    """Loads the value that `dump` wrote; `source` names the text in errors and in Fiddle's history.
 
-    Only what is listed, and what `allow` has, is imported, and nothing is called. With `task`, the text is a whole
+    Only names that are listed or in `allow` are imported, and nothing is called. With `task`, the text is a whole
     recipe, which begins with its task.
 
     Raises:
-        ConfigError: with line and column for each thing that is wrong.
+        ConfigError: with the line and column of each problem.
     """
     header = HEADER.match(text)
     if header and int(header[1]) > FORMAT:

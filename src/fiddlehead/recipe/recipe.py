@@ -27,7 +27,7 @@ history.add_exclude_location("nemo_run/config.py")  # run.Config(...) is set whe
 
 
 class Recipe(fdl.Partial):
-    """The complete configuration of a run: a task, and what to call it with.
+    """The complete configuration of a run: a task and its arguments.
 
     ``Recipe(pretrain, model=fdl.Config(...), trainer=fdl.Config(...))`` is a `fiddle.Partial` whose fields read and
     write as attributes: ``recipe.trainer.max_steps = 10``. A task whose parameters are named like a method of this
@@ -117,7 +117,7 @@ class Recipe(fdl.Partial):
     def build_arguments(self) -> dict[str, Any]:
         """The task's arguments, built; a configuration used twice is built once.
 
-        What depends on something that failed is not tried.
+        Objects whose arguments failed are not built.
 
         Raises:
             ConfigError: with all problems of all constructors, each with its path.
@@ -218,7 +218,7 @@ def _source(leaf: Leaf) -> str:
 
 
 class _Failed:
-    """Stands for what could not be built."""
+    """A placeholder for an object that could not be built."""
 
 
 class _Builder:

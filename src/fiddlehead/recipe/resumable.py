@@ -2,7 +2,7 @@
 
     compile: Resumable[Compile | None] = None
 
-A change of any other field makes it another run, which cannot have the same name.
+A change of any other field makes another run, which needs another name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class _Marker:
 _MARKER = _Marker()
 
 Resumable = Annotated[T, _MARKER]
-"""The type of a parameter, or of all below it, that may be another one when a run goes on."""
+"""The type of a parameter that, with all below it, may change when a run continues."""
 
 
 def unmarked(hint: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What an unquoted text means where a number, a text, a choice, a dtype or a device is expected."""
+"""The meaning of unquoted text for a number, a string, a choice, a dtype or a device."""
 
 from __future__ import annotations
 

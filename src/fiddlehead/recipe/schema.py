@@ -18,9 +18,9 @@ FORMAT = 1
 TARGET, PARTIAL, ARGS = "_target_", "_partial_", "_args_"
 MAX_VALUES = 100_000
 MAX_NODES = 20_000
-"""How many values a text may have. With aliases they may become up to `MAX_VALUES`."""
+"""The most values in a text. With aliases, they may become up to `MAX_VALUES`."""
 MAX_DEPTH = 100
-"""How deeply its values may be nested. PyYAML looks at every open bracket for every token."""
+"""The deepest nesting of its values. PyYAML checks every open bracket for every token."""
 
 HEADER = re.compile(r"#\s*fiddlehead recipe, format (\d+)")
 

@@ -1,4 +1,4 @@
-"""The place in a configuration that a path leads to."""
+"""Finds the place in a configuration for a path."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _STEP = re.compile(r"\.?(?P<name>\w+)|\[(?P<item>[^\]]*)\]")
 
 @dataclass(frozen=True)
 class Slot:
-    """An argument of `owner`, or with `inside` a member of the list, tuple or dict that the argument is.
+    """An argument of `owner`; with `inside`, a member of that argument, which is a list, tuple or dict.
 
-    `value` is what is there, the default if nothing is set, or NO_VALUE; `hint` is the type it should have.
+    `value` is the present value, the default if nothing is set, or NO_VALUE; `hint` is its expected type.
     """
 
     path: str

@@ -1,7 +1,7 @@
-"""What this user has launched: the names of their own that a run's recipe may use when the run is read again.
+"""Records launches: the user's own names that the recipe of a launched run may use when it is read again.
 
-A run's folder may come from someone else, so it cannot say itself what is trusted. A launch therefore writes a note
-outside of it. The note counts only for the files that were launched, in the same place, with code from the same places.
+A run's folder may come from someone else, so it cannot itself say what is trusted. A launch therefore writes a note
+outside the folder. The note counts only for the launched files, in the same place, with code from the same places.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fiddlehead.run.directory import RunDirectory
 
 
 def remember(run: RunDirectory, names: Iterable[str]) -> None:
-    """Notes that this user has launched `run` with its present files; its recipe uses `names`."""
+    """Records that this user has launched `run` with its present files; its recipe uses `names`."""
     names = sorted(names)
     packages = {name.partition(":")[0].partition(".")[0] for name in names}
     note = {
@@ -39,7 +39,7 @@ def remember(run: RunDirectory, names: Iterable[str]) -> None:
 
 
 def forget(run: RunDirectory) -> None:
-    """Drops what was noted of a run."""
+    """Removes the record of a run."""
     with contextlib.suppress(OSError, ConfigError):
         _file(run).unlink(missing_ok=True)
 

@@ -23,7 +23,7 @@ _MAP, _SEQ, _STR, _NULL = (f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq"
 
 
 def dump(value: Any, *, what: str = "recipe") -> str:
-    """`value`, a configuration or a plain value, as text.
+    """Writes `value`, a configuration or a plain value, as text.
 
     Raises:
         ConfigError: with every path whose value cannot be written, and what to do about it.

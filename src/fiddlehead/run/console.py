@@ -1,4 +1,4 @@
-"""What a run says, in its log and in the terminal."""
+"""Prints the messages of a run, in its log and in the terminal."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from fiddlehead.run.alive import alive, is_here
 from fiddlehead.run.status import State, Status, StopRequest
 
 MAX_LINES_READ = 2**16
-"""How much of the end of a log is read for its last lines, in bytes."""
+"""The bytes at the end of a log that are read for its last lines."""
 _LATEST = 1e12
 """Seconds since the epoch that no status has."""
 PRIVATE = 0o770

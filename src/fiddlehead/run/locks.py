@@ -21,7 +21,7 @@ def take(file: IO) -> bool:
 
 
 def wait_for(file: IO) -> None:
-    """Locks an open file for this process alone, when nobody else has it any more."""
+    """Waits until no other process has locked an open file, then locks it for this process."""
     fcntl.flock(file, fcntl.LOCK_EX)
 
 

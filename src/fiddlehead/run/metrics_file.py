@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MAX_METRICS_READ = 2**20
-"""How much of the end of `metrics.csv` is read for its newest values, in bytes: some eight thousand rows."""
+"""The bytes at the end of `metrics.csv` that are read for its newest values: about eight thousand rows."""
 
 
 def last_values(file: Path) -> dict[str, str]:
@@ -21,7 +21,7 @@ def last_values(file: Path) -> dict[str, str]:
 
 
 def spoiled_values(file: Path) -> dict[str, str]:
-    """What the file has as the newest value of a metric, and is not a number."""
+    """The newest values in the file that are not numbers."""
     return {name: value for name, value in _newest_values(file).items() if not _is_number(value)}
 
 

@@ -1,7 +1,8 @@
-"""What the processes that train a run together leave in its directory when they end otherwise than well.
+"""Notes of failed processes of a run, which they leave in its directory.
 
-Each sees only that a partner is gone, and may wait for it for long; so the one that knows why writes it down, for the
-other nodes, and for the run's status. An attempt's outcomes are told from another's by the number of its job.
+The other processes see only that a partner is gone, and may wait for it for a long time. So the process that knows the
+reason writes it down, for the other nodes and for the run's status. The job's number shows to which attempt a note
+belongs.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def leave(run: RunDirectory, who: str, exit_code: int, reason: str, *, final: bo
 
 
 def read(run: RunDirectory) -> list[Outcome]:
-    """How processes of this attempt have ended that did not succeed, the earliest first."""
+    """The outcomes of the failed processes of this attempt, the earliest first."""
     found = []
     for file in run.logs.glob(f"*{_SUFFIX}"):
         # Deleted by the first node, which tidies up; or spoiled, and of an attempt that is over, as each is whole.
@@ -81,7 +82,7 @@ def forget(run: RunDirectory) -> None:
 
 
 def conclusion(run: RunDirectory) -> StopRequested | WorkersFailedError | None:
-    """What the outcomes of all processes come to; None if none has left one."""
+    """The common outcome of all processes; None if none has left one."""
     left = read(run)
     stops = [outcome for outcome in left if outcome.exit_code in STOPPED]
     failures = [outcome for outcome in left if outcome not in stops]
@@ -103,14 +104,14 @@ def conclusion(run: RunDirectory) -> StopRequested | WorkersFailedError | None:
 
 
 def own_name() -> str:
-    """What this process is called in its outcome."""
+    """The name of this process in its outcome."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return f"rank {os.environ['RANK']}"
     return f"node {os.environ.get('SLURM_NODEID', '0')}"
 
 
 def alone() -> bool:
-    """Whether there is nobody to tell: this process trains alone, or it has started all the others."""
+    """Whether no other process needs the outcome: this one trains alone, or has started all the others."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return os.environ["WORLD_SIZE"] == "1"
     return os.environ.get("SLURM_NNODES", "1") == "1"
@@ -122,5 +123,5 @@ def log_of(run: RunDirectory, who: str) -> Path:
 
 
 def _job() -> str:
-    """What tells this attempt's processes, on all nodes, from those of another."""
+    """Identifies the processes of this attempt on all nodes."""
     return f"{os.environ.get('SLURM_JOB_ID', 'job')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"

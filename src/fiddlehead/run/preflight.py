@@ -58,7 +58,7 @@ def check(run: RunDirectory, names: Sequence[str] = ()) -> None:
 
 
 def importable(module: str) -> bool:
-    """Whether there is such a module. It imports neither the module nor its packages."""
+    """Whether a module exists. It imports neither the module nor its packages."""
     package, *parts = module.split(".")
     spec: ModuleSpec | None = find_spec(package)
     name = package
@@ -71,7 +71,7 @@ def importable(module: str) -> bool:
 
 
 def gpus() -> int:
-    """How many NVIDIA GPUs this process may use."""
+    """The number of NVIDIA GPUs that this process may use."""
     # A container's devices, or else the driver's list; of these a scheduler's variable names ours.
     found = len(list(DEVICES.glob("nvidia[0-9]*"))) or _listed_gpus()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -1,4 +1,4 @@
-"""What the system says of processes: which is which, when a number is used again and a machine gets another name."""
+"""Identifies processes, even if a process id is used again or the machine gets another name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import psutil
 
 @cache
 def this_machine() -> str:
-    """What tells where a process number means what it means here: the boot of the kernel, and the PID namespace.
+    """Identifies where process ids have the same meaning as here: the kernel's boot and the PID namespace.
 
     A machine that is renamed keeps it; a container or a pod has one of its own. macOS has no namespaces, so there it is
     `this_boot`; "" where that is not known.
@@ -29,7 +29,7 @@ def this_machine() -> str:
 
 @cache
 def this_boot() -> str:
-    """What this machine's kernel and all containers on it have in common until it starts again; "" if not known."""
+    """An id of the kernel's boot, the same in all containers on this machine; "" if it is not known."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -67,7 +67,7 @@ def started(pid: int) -> int | None:
 
 
 def _is_hidden(pid: int) -> bool:
-    """Whether a process is another user's, and the system shows nothing more of it."""
+    """Whether a process belongs to another user and the system hides its details."""
     try:
         os.kill(pid, 0)
     except PermissionError:
@@ -86,7 +86,7 @@ def is_running(pid: int, began: int) -> bool | None:
 
 
 def usable_cpus() -> int:
-    """How many CPUs this process may use; where the system does not restrict it, how many there are."""
+    """The number of CPUs that this process may use; all CPUs if the system does not restrict it."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

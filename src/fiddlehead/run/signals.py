@@ -1,4 +1,4 @@
-"""What signals mean to a run: SIGTERM, SIGUSR1 and SIGINT ask it to stop.
+"""Signals of a run: SIGTERM, SIGUSR1 and SIGINT ask it to stop.
 
 A scheduler sends them to one process of a job, or to all of them, or twice. So while a run trains, whoever is
 responsible on a node turns them into the run's stop file, at which the first rank looks after each step; the processes
@@ -32,7 +32,7 @@ _unheard: StopRequest | None = None
 
 
 def may_requeue() -> bool:
-    """Whether whoever started this job starts it again when it ends with exit code 75."""
+    """Whether this job is started again if it ends with exit code 75."""
     return int(os.environ.get("FIDDLEHEAD_REQUEUES") or 0) > 0
 
 

@@ -17,7 +17,7 @@ from fiddlehead.run.processes import this_machine
 
 
 class State(StrEnum):
-    """What has become of a run."""
+    """The state of a run."""
 
     PENDING = "PENDING"
     """Handed over, or requeued, and has not begun."""
@@ -28,13 +28,13 @@ class State(StrEnum):
     FAILED = "FAILED"
     CANCELLED = "CANCELLED"
     DIED = "DIED"
-    """The process is gone and said nothing: killed, out of memory, or the machine went down."""
+    """The process ended without writing a status: killed, out of memory, or the machine went down."""
     DAMAGED = "DAMAGED"
     """Its status cannot be read; never written."""
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will happen without a new attempt."""
+        """Whether the run has ended: nothing more happens without a new attempt."""
         return self not in (State.PENDING, State.RUNNING, State.INTERRUPTED)
 
 
@@ -59,7 +59,7 @@ class Status:
     reason: str = ""
     executor: str = "direct"
     failures: int = 0
-    """How often in a row the run has failed at `failed_step`."""
+    """The number of failures in a row at `failed_step`."""
     failed_step: int = -1
 
 
@@ -71,7 +71,7 @@ class StopRequest:
     requeue: bool = False
     """Whether it is to go on later, or is cancelled."""
     attempt: int = 0
-    """The attempt that was going on, or waiting to begin, when it was asked; 0 is not known."""
+    """The attempt that was running or waiting when the request was made; 0 if unknown."""
 
 
 def this_process(attempt: int, executor: str) -> Status:

@@ -1,4 +1,4 @@
-"""The processes that train a run together, one for each device.
+"""The training processes of a run, one for each device.
 
 The job's process on a node starts them, with the environment variables that torchrun gives its workers, and waits; or
 `srun`, or torchrun itself, has started one process for each device already. They talk through torch.distributed. What

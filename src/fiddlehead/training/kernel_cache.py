@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept from run to run."""
+"""Keeps compiled kernels from run to run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from fiddlehead.run.console import say
 
 
 def keep_compiled_kernels() -> None:
-    """Lets this process find what earlier ones compiled, and keep what it compiles, in the cache folder.
+    """Makes this process read and write compiled kernels in the cache folder.
 
-    PyTorch's own choice is a folder in /tmp, which on clusters is often each job's own. Another that is set stays.
+    PyTorch's default is a folder in /tmp, which on clusters often belongs to one job. Folders that are set already are
+    kept.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 

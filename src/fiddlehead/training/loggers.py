@@ -25,14 +25,14 @@ from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training.callbacks.profile import parse_steps
 
 MAX_NAME_BYTES = 200
-"""Of a run's name. Files are named after it, with suffixes, and file systems take at most 255."""
+"""The longest name of a run. File names add suffixes to it, and file systems allow at most 255 characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Log:
-    """The name and folder of a run, what records it besides `metrics.csv`, and which steps are profiled.
+    """The name and folder of a run, its loggers besides `metrics.csv`, and the steps to profile.
 
-    Running the same recipe again under the same `name` continues the run; without a name every run gets a new one.
+    The same recipe with the same `name` continues the run; without a name, every run gets a new one.
     """
 
     name: str | None = None
@@ -79,7 +79,7 @@ class Log:
         """The loggers of a run that starts after `resumed_step`, which is 0 for a new one.
 
         Raises:
-            ConfigError: TensorBoard is asked for and not installed.
+            ConfigError: TensorBoard is selected but not installed.
         """
         loggers: list[Logger] = [MetricsCSV(run.metrics, resumed_step)]
         if self.tensorboard:
@@ -98,7 +98,7 @@ class Log:
         from lightning.pytorch.loggers import WandbLogger
 
         class Surviving(WandbLogger):
-            """Goes on without W&B when its service has ended, as it does on a scheduler's SIGTERM."""
+            """Continues without W&B when its service has ended, for example on a scheduler's SIGTERM."""
 
             lost = False
 
@@ -142,8 +142,8 @@ def has_wandb_key() -> bool:
 class MetricsCSV(Logger):
     """One row for each logged step; a new metric gets a new column.
 
-    It drops rows after `resumed_step`, which a killed attempt may have left, so that the file is that of an
-    uninterrupted run. Floats read back as the same floats.
+    It drops rows after `resumed_step`, which a killed attempt may have left, so the file is the same as for an
+    uninterrupted run. Floats keep their exact values.
     """
 
     FIRST_COLUMNS = ("step", "loss", "val_loss", "val_nats_per_byte", "lr", "grad_norm", "tokens", "tokens_per_s")
@@ -157,12 +157,12 @@ class MetricsCSV(Logger):
 
     @property
     def name(self) -> str:
-        """The file's folder."""
+        """The folder of the file."""
         return self.path.parent.name
 
     @property
     def version(self) -> str:
-        """Empty: each run has one."""
+        """Empty: each run has only one version."""
         return ""
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""The names that a task needs in the parts that it is given."""
+"""Checks that the parts of a task have the attributes that it needs."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ DATA = (
         "batch_indices",
     ),
 )
-"""What a task and its model need of data, besides Lightning's hooks."""
+"""The attributes of data that a task and its model need, besides Lightning's hooks."""
 OPTIM = ("lr", "lr_scheduler", "kind", "build", "optimizer", "problems", "compiles", "state_bytes", "step_bytes")
-"""What they need of an optimizer's settings."""
+"""The attributes of an optimizer that they need."""
 
 
 def refuse_others(model: Any, data: Any, trainer: Any, optim: Any) -> None:
-    """Raises one ConfigError for all parts that a training cannot use, with the names that each lacks."""
+    """Raises one ConfigError for all parts that training cannot use, with the attributes that each lacks."""
     problems = []
     if not isinstance(model, LanguageModel):
         problems.append(Problem("model", message=f"is {_kind(model)}; must be a LanguageModel"))
@@ -52,7 +52,7 @@ def refuse_others(model: Any, data: Any, trainer: Any, optim: Any) -> None:
 
 
 def _lacks(value: Any, base: type, names: Sequence[str]) -> list[str]:
-    """The names that a part lacks, or inherits from a base that does not implement them."""
+    """The attributes that a part lacks, or inherits from a base that does not implement them."""
     kind = type(value)
     unwritten = [name for name in ("optimizer", "state_bytes", "missing_rows") if hasattr(base, name)]
     return [

@@ -1,4 +1,4 @@
-"""Direct preference optimization (Rafailov et al. 2023): the better of two answers becomes likelier."""
+"""Direct preference optimization (Rafailov et al. 2023): makes the better of two answers more likely."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fiddlehead.training.language_model import LanguageModel
 
 
 class PreferenceModel(LanguageModel):
-    """A transformer that learns which of two answers is the better one.
+    """A transformer that is trained on pairs of answers, of which one is better.
 
     The reference is the model at the beginning. With adapters it takes no memory, because the weights below them do not
     change; without adapters, the weights are held twice.
 
     Args:
-        beta: the weight of a difference from the reference; with a greater one the model stays closer to it.
+        beta: the weight of the difference from the reference; with a larger beta, the model stays closer to it.
     """
 
     def __init__(
@@ -54,16 +54,16 @@ class PreferenceModel(LanguageModel):
         return problems
 
     def on_fit_start(self) -> None:
-        """Also makes the reference, where it is a model of its own."""
+        """Also makes the reference, if it is a separate model."""
         super().on_fit_start()
         if self.lora is None:
             self._reference = [self._make_transformer(None).to(self.device).requires_grad_(False).eval()]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        """The mean of -log sigmoid(beta x the change of the difference between the two answers).
+        """The mean of -log sigmoid(beta x the change of the difference between the two answers' log-probabilities).
 
-        It is the mean over all pairs of the step, however many of them a micro-batch or a rank has. The balancing loss
-        of a mixture is added, over the tokens of both answers with their prompts.
+        It is the mean over all pairs of the step, on all micro-batches and ranks. The balancing loss of a mixture is
+        added; it counts the tokens of both answers and their prompts.
         """
         divisors = self._divisors(batch, batch_idx)
         loss = self._preference(batch)[0].sum() / divisors.pairs
@@ -71,7 +71,7 @@ class PreferenceModel(LanguageModel):
         return self._with_balance(loss, divisors)
 
     def on_validation_epoch_start(self) -> None:
-        """Starts the sums of a validation: the loss, the pairs, and those that are in the right order."""
+        """Starts the sums of a validation: the loss, the pairs, and the pairs in the right order."""
         self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -80,7 +80,7 @@ class PreferenceModel(LanguageModel):
         self._validation += torch.stack([losses.sum(), torch.ones_like(losses).sum(), (margin > 0).sum()])
 
     def on_validation_epoch_end(self) -> None:
-        """Logs `val_loss`, and `val_accuracy`: the part of the pairs whose better answer gained more."""
+        """Logs `val_loss` and `val_accuracy`, the share of pairs whose better answer gained more."""
         if self.trainer.sanity_checking:
             return
         total = self.trainer.strategy.reduce(self._validation, reduce_op="sum")
@@ -88,7 +88,7 @@ class PreferenceModel(LanguageModel):
         self._log_validation({"val_loss": loss / pairs, "val_accuracy": right / pairs})
 
     def _preference(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each pair the loss, and how much more the better answer gained than the other, (pairs,) each."""
+        """For each pair, the loss and the better answer's advantage in gained log-probability, (pairs,) each."""
         assert self.transformer is not None
         with torch.no_grad():
             if self._reference:

@@ -1,4 +1,4 @@
-"""What a run changes in its process, and leaves as it was."""
+"""Restores the process-wide state that a run changes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from fiddlehead.run import signals
 
 @contextmanager
 def process_restored() -> Iterator[None]:
-    """Restores, when the block ends or fails, what a run sets for the whole process.
+    """Restores the process-wide settings of a run when the block ends or fails.
 
-    That is the random numbers of Python, NumPy and PyTorch, the environment's variables (Lightning's seeding,
-    its launchers, PyTorch's compiler and `keep_compiled_kernels` each set some), the handlers of signals, and
-    Python's garbage collector.
+    These are the random states of Python, NumPy and PyTorch, environment variables (Lightning's seeding and launchers,
+    PyTorch's compiler and `keep_compiled_kernels` set some), signal handlers, and Python's garbage collector.
     """
     variables = dict(os.environ)
     collects = gc.isenabled()

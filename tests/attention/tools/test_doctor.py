@@ -1,4 +1,4 @@
-"""The doctor, on installations that are whole, absent and broken."""
+"""The doctor, on complete, missing and broken installations."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def finding(report: Report, name: str) -> Finding:
     return next(finding for finding in report.findings if finding.backend == name)
 
 
-def test_what_works_is_tried_and_the_rest_has_a_reason(cpu_only: Callable[..., None]) -> None:
+def test_working_backends_are_tried_and_the_others_have_a_reason(cpu_only: Callable[..., None]) -> None:
     cpu_only()
     report = examine()
     works = {finding.backend: finding.error for finding in report.findings if finding.state == "works"}

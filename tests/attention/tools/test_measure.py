@@ -1,4 +1,4 @@
-"""`attention_backend="measured"`: timed once, kept, and without a trace in the run's own random numbers."""
+"""`attention_backend="measured"`: backends are timed once, the times are kept, and random numbers do not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a layer's memory is worked out to be, against what was measured."""
+"""The computed memory of a layer, against measurements."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_only_the_reference_is_quadratic_in_the_length(backend: str) -> None:
     assert 65536 * 8 * 128 * 2 < extra_bytes(backend, inference, 1, 65536) < once
 
 
-def test_what_costs_more() -> None:
+def test_memory_grows_with_key_value_heads_and_determinism() -> None:
     for backend in ("flash2", "flash4", "sdpa_efficient"):
         multi_head = extra_bytes(backend, replace(SPEC, num_query_groups=8), 1, 4096)
         kv = 2 * 6 * 4096 * 128 * 2  # the gradients of k and v of six more heads

@@ -1,4 +1,4 @@
-"""Trials of a kernel: what they find, and when one is spared."""
+"""Trials of a kernel: the errors that they find, and when no trial is needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, kept or deleted, and never a way to run code."""
+"""Checkpoints: complete or absent, kept or deleted; loading one never runs code."""
 
 from __future__ import annotations
 

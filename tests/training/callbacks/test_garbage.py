@@ -1,4 +1,4 @@
-"""Python's garbage collector runs when it is told to, and as ever once training is over."""
+"""The garbage collector runs only at chosen steps during training, and as usual afterwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback, Trainer
 
-from fiddlehead import tasks
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training.callbacks import garbage
 from tests.training.conftest import KillAfter, Killed
@@ -77,7 +76,7 @@ def test_without_it_the_collector_runs_in_the_middle_of_steps(
     cycles: Cycles, pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or the tests above would say nothing."""
-    monkeypatch.setattr(tasks, "CollectGarbage", Callback)
+    monkeypatch.setattr("fiddlehead.training.fit.CollectGarbage", Callback)
     pretrain(callbacks=[cycles], max_steps=4, val_samples=0)
     assert {step for step, _ in cycles.runs} == {1, 2, 3, 4}
 
@@ -88,7 +87,7 @@ def test_a_run_that_fails_leaves_the_collector_as_it_was(cycles: Cycles, pretrai
     assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
-def test_who_switched_the_collector_off_keeps_it_so(cycles: Cycles, pretrain: Pretrain) -> None:
+def test_a_program_that_switched_the_collector_off_keeps_it_off(cycles: Cycles, pretrain: Pretrain) -> None:
     gc.disable()
     try:
         pretrain(callbacks=[cycles], max_steps=4)

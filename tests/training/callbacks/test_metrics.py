@@ -1,4 +1,4 @@
-"""What a rate amounts to."""
+"""The conversion of a rate to FLOPs and MFU."""
 
 from __future__ import annotations
 

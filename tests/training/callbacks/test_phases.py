@@ -1,4 +1,4 @@
-"""The time of each phase is that of what was done in it."""
+"""The time of each phase is the time of the work in it."""
 
 from __future__ import annotations
 

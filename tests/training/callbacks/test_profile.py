@@ -1,4 +1,4 @@
-"""A profile has the steps that were asked for, and no others."""
+"""A profile has the chosen steps, and no others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model answers while it learns."""
+"""Sample answers of a model during training."""
 
 from __future__ import annotations
 

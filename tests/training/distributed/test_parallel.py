@@ -1,4 +1,4 @@
-"""Many ranks train what one does."""
+"""Training on many ranks gives the same result as on one."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_the_rate_that_is_logged_is_that_of_the_step(eager: None, pretrain: Pret
     assert rows(pretrain(name="8", **LARGE), *columns) == rows(pretrain(name="32", hidden_size=64), *columns)
 
 
-def test_what_it_keeps_is_counted(eager: None, parts: Parts) -> None:
+def test_the_plan_counts_the_optimizer_state(eager: None, parts: Parts) -> None:
     made = parts(**LARGE)
     plan = plan_of(made)
     tasks.pretrain(**made)

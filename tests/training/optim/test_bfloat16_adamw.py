@@ -1,4 +1,4 @@
-"""AdamW on the upper halves of float32 weights, against PyTorch's in float64."""
+"""AdamW on the upper halves of float32 weights, against PyTorch's AdamW in float64."""
 
 from __future__ import annotations
 

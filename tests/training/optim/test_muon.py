@@ -1,4 +1,4 @@
-"""Muon against arithmetic in float64 and PyTorch's Muon; which parameters it takes, and which runs refuse it."""
+"""Muon against float64 arithmetic and PyTorch's Muon; the parameters that it trains, and the runs that refuse it."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_the_loss_falls_faster_than_without(pretrain: Callable[..., RunDirectory
     assert losses["Muon"] < losses["AdamW"] < 4
 
 
-def test_what_it_keeps_is_counted(parts: Parts) -> None:
+def test_the_plan_counts_the_optimizer_state(parts: Parts) -> None:
     made = parts(optim=Muon)
     plan = plan_of(made)
     tasks.pretrain(**made)

@@ -1,4 +1,4 @@
-"""Schedules at their corners, and which parameters decay."""
+"""Schedules at their corner points, and the parameters with weight decay."""
 
 from __future__ import annotations
 

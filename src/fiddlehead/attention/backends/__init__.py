@@ -1,4 +1,4 @@
-"""The kernels that can serve a call of `attend`. Each file says what one kernel cannot do, why, and how to run it.
+"""The kernels behind `attend`. Each file says which calls one kernel cannot serve, why, and how to run it.
 
 Every module of this folder that defines `why_not` is a backend. Importing this package finds it; no list names it.
 `backend.py` says what such a module must define.
@@ -19,21 +19,21 @@ BACKENDS: dict[str, Backend] = {}
 VARIABLES: list[bytes] = []
 """The environment variables that turn backends off, as `os.environ` keeps them."""
 changes = 0
-"""How often a backend was added or removed. A choice made before the last change may no longer hold."""
+"""The number of changes of the backends. A choice from before the last change may no longer hold."""
 RESERVED = ("auto", "measured")
-"""What a caller may ask for besides the name of a backend."""
+"""The possible values of `backend` besides the names of backends."""
 
 
 def register(backend: Backend) -> None:
     """Adds a backend, such as a module of your own, to those that `attend` chooses from.
 
-    Nothing is registered unasked: call this where your recipe or your script imports your code.
+    Nothing is registered automatically: call this in code that your recipe or your script imports.
 
     Args:
-        backend: a module or an object with all that `Backend` says. The same one may be registered again.
+        backend: a module or an object with all names of `Backend`. The same one may be registered again.
 
     Raises:
-        ConfigError: it lacks one of these, its name is taken, or one is not of the right kind.
+        ConfigError: it lacks one of these names, its name is taken, or one has the wrong type.
     """
     if problem := _problem(backend):
         raise ConfigError(f"attention backend {getattr(backend, '__name__', backend)!s}: {problem}")
@@ -43,7 +43,7 @@ def register(backend: Backend) -> None:
 
 
 def unregister(name: str) -> None:
-    """Removes a backend, such as a registered one that has been changed since.
+    """Removes a backend, for example to register a changed one.
 
     Raises:
         ConfigError: there is no backend of this name.

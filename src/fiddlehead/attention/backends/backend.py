@@ -1,4 +1,4 @@
-"""What a backend is: a module that says what it cannot do, where it is preferred, and runs the rest.
+"""The interface of a backend: a module that says what it cannot do and where it is preferred, and runs the kernel.
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, D head dim, N sequences of a packed call.
 """
@@ -13,7 +13,7 @@ from fiddlehead.attention.spec import AttentionSpec, Target
 
 
 class Extras(NamedTuple):
-    """What only some calls have beside q, k and v."""
+    """Arguments that only some calls have, besides q, k and v."""
 
     cu_seqlens_q: torch.Tensor | None = None
     """Packed: where each sequence of q begins, and the end of the last, (N + 1,) int32; q is then (tokens, H, D)."""
@@ -49,9 +49,9 @@ class Backend(Protocol):
     """One kernel: a module with these names, in this folder or given to `register`."""
 
     NAME: str
-    """What it is called in `attention_backend` and in every report."""
+    """Its name in `attention_backend` and in every report."""
     PLACE: int
-    """Where it stands in lists of all backends, the smallest first. From `LAST_RESORT` on it is a last resort."""
+    """Its place in lists of all backends, the smallest first. From `LAST_RESORT` on, it is a last resort."""
     SWITCHES: tuple[str, ...]
     """The environment variables that turn it off when they are 0; of several the last is for this backend alone."""
 
@@ -63,7 +63,7 @@ class Backend(Protocol):
     def place(self, spec: AttentionSpec, target: Target) -> float | None:
         """Its place in the order of preference, the smallest first; None if it is not worth trying.
 
-        It is a number on the scale of `PLACE`. What is not worth trying comes after all others.
+        It is a number on the scale of `PLACE`. Backends that are not worth trying come last.
         """
         ...
 
@@ -79,9 +79,9 @@ LAST_RESORT = 70
 
 
 def generation(spec: AttentionSpec, target: Target) -> str:
-    """The kind of device by which places are given: "cpu", "older", "ampere" (and Ada), "hopper" or "blackwell".
+    """The kind of device, which decides places: "cpu", "older", "ampere" (and Ada), "hopper" or "blackwell".
 
-    A GPU before Ampere is "older", and so is every GPU in float32 and float64, for which few kernels are made.
+    A GPU before Ampere is "older". So is every GPU in float32 and float64, because few kernels support these.
     """
     if target.device_type != "cuda":
         return "cpu"

@@ -1,7 +1,7 @@
-"""NVIDIA cuDNN's fused attention, as PyTorch brings it.
+"""NVIDIA cuDNN's fused attention, through PyTorch.
 
-Reads grouped heads itself, in memory linear in the sequence length; only a padding mask is written out, for each
-sequence a (T, S) matrix in the inputs' dtype.
+It supports grouped heads, and its memory is linear in the sequence length. Only a padding mask is materialized, as a
+(T, S) matrix for each sequence in the inputs' dtype.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def place(spec: AttentionSpec, target: Target) -> float | None:
 def why_not(spec: AttentionSpec, target: Target) -> str | None:
     """The rules are those of PyTorch's sdp_utils.cpp and MHA.cpp, in 2.11 to 2.13.
 
-    Head dims above 128 are left out although some GPUs have them: PyTorch changed for which cuDNN it trusts them from
-    one release to the next.
+    Head dims above 128 are refused although some GPUs support them: PyTorch releases differ in the cuDNN versions for
+    which they allow them.
     """
     version = target.packages.cudnn
     number = tuple(int(part) for part in (version or "0").split("."))

@@ -1,6 +1,6 @@
 """flash-attn 4, the package `flash-attn-4`, whose kernels are compiled when first called: Hopper and Blackwell.
 
-The kernel reads the rest of a cache's last page, too, and multiplies it by zero: it must not hold NaN.
+The kernel also reads the unused rest of a cache's last page and multiplies it by zero, so it must not contain NaN.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def _on_hopper(device: torch.device) -> bool:
 
 @lru_cache
 def _splits(device: torch.device) -> int:
-    """0, so that the kernel splits the keys as it thinks best, on the GPUs where it can; 1 on the others."""
+    """0 on GPUs where the kernel can split the keys (it then chooses the number of splits); 1 on the others."""
     return 0 if torch.cuda.get_device_capability(device)[0] in (10, 11) else 1
 
 

@@ -1,8 +1,8 @@
 """PyTorch's FlexAttention: a kernel that torch.compile makes for each spec, on GPUs and, without gradients, on CPUs.
 
-Every mask here is a run of keys for each query, `begin` to `end`, and perhaps a padding mask. Whole blocks of scores
-are skipped by what the runs of a block's queries say: memory stays linear in the sequence length, but for one small
-number per block of 128 x 128 scores.
+Every mask here is a range of keys for each query, `begin` to `end`, and optionally a padding mask. Blocks of scores
+outside the ranges of their queries are skipped. Memory is linear in the sequence length, except for one small number
+for each block of 128 x 128 scores.
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, D head dim, Q and K blocks of queries and keys.
 """
@@ -85,8 +85,8 @@ def run(
     The first call of a spec compiles for some seconds, as do the first ones with other lengths.
 
     Raises:
-        RuntimeError: torch.compile does not compile, by what someone set; FlexAttention would else run without a
-            kernel, a hundred times slower and in quadratic memory.
+        RuntimeError: a setting turns off torch.compile; FlexAttention would run without a kernel, a hundred times
+            slower and in quadratic memory.
     """
     if spec.packed:
         q, k, v = q[None], k[None], v[None]
@@ -115,7 +115,7 @@ def run(
 
 
 class Sight(NamedTuple):
-    """Which keys each query sees, (T,) or (B, T) int32, and by blocks which scores there are."""
+    """The keys that each query sees, (T,) or (B, T) int32, and the blocks of visible scores."""
 
     begin: torch.Tensor
     """The first key that the query sees."""
@@ -124,8 +124,9 @@ class Sight(NamedTuple):
     position: torch.Tensor | None
     """The key at which the query stands; only for ALiBi."""
     blocks: tuple[torch.Tensor, ...]
-    """What `BlockMask` takes: for each block of queries how many blocks of keys it sees in part, (B or 1, 1, Q), and
-    which come first, (B or 1, 1, Q, K); the same of those seen in whole; the same two for each block of keys."""
+    """The arguments of `BlockMask`: for each block of queries, the number of partly visible blocks of keys, (B or 1, 1,
+    Q), and a list of blocks with these first, (B or 1, 1, Q, K); the same for completely visible blocks; and all four
+    for each block of keys."""
 
 
 def _attention(
@@ -139,7 +140,7 @@ def _attention(
     spec: AttentionSpec,
     scale: float,
 ) -> torch.Tensor:
-    """What is compiled: q (B, T, H, D), k and v (B, S, G, D) to (B, T, H, D)."""
+    """The function to compile: q (B, T, H, D), k and v (B, S, G, D) to (B, T, H, D)."""
     if not torch.compiler.is_compiling():
         raise RuntimeError("attention_backend=flex: torch.compile is switched off, and there is no kernel without it")
     begin, end, position = sight.begin, sight.end, sight.position
@@ -183,10 +184,10 @@ def _attention(
 
 @lru_cache(maxsize=256)
 def _compiled(*kind: Any) -> Callable[..., torch.Tensor]:
-    """A compiled `_attention` for one kind of call, with a code object and a name of its own.
+    """A compiled `_attention` for one kind of call, with its own code object and name.
 
-    By code object the compiler counts its recompilations, of which it allows eight; by name it remembers, also from
-    one process to the next, which sizes and numbers have varied: a softcap that seemed to would not compile.
+    The compiler allows eight recompilations of a code object. By name, also across processes, it remembers which sizes
+    and numbers have varied; a softcap that seems to vary would not compile.
     """
     name = f"flex_attention_{hashlib.sha256(repr(kind).encode()).hexdigest()[:16]}"
     function = types.FunctionType(_attention.__code__.replace(co_name=name), _attention.__globals__)
@@ -213,7 +214,7 @@ def _kept_sight(T: int, S: int, spec: AttentionSpec, extras: Extras, device: tor
 
 
 _sights = WeakTensorKeyDictionary()
-"""By the tensor that decides it, which it outlives by nothing: the sight of each kind of mask."""
+"""The sight of each kind of mask, by the tensor that decides it; it is dropped with that tensor."""
 
 
 @lru_cache(maxsize=64)
@@ -248,7 +249,7 @@ def _with_few_sizes(x: torch.Tensor) -> torch.Tensor:
 
 
 def _sight(T: int, S: int, spec: AttentionSpec, extras: Extras, device: torch.device) -> Sight:
-    """Which keys each query sees, as `masks.visible` has it, without waiting for the device."""
+    """The keys that each query sees, as in `masks.visible`, without waiting for the device."""
     t = torch.arange(T, device=device, dtype=torch.int32)
     if extras.cu_seqlens_q is not None:
         assert extras.cu_seqlens_k is not None
@@ -274,7 +275,7 @@ def _sight(T: int, S: int, spec: AttentionSpec, extras: Extras, device: torch.de
 def _blocks(
     begin: torch.Tensor, end: torch.Tensor, S: int, padding_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
-    """The `Sight.blocks` of these runs of keys; blocks that go over the edge count as seen in part."""
+    """The `Sight.blocks` of these ranges of keys; blocks beyond the edge count as partly visible."""
     start = torch.arange(0, S, BLOCK, device=begin.device, dtype=torch.int32)
     stop = start + BLOCK
     some = (_rows(begin, S).amin(-1)[..., None] < stop) & (_rows(end, 0).amax(-1)[..., None] > start)
@@ -294,7 +295,7 @@ def _rows(x: torch.Tensor, filling: float) -> torch.Tensor:
 
 
 def _listed(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many of each row of blocks are seen, (..., Q), and the blocks, those first, (..., Q, K)."""
+    """The number of visible blocks in each row, (..., Q), and the row's blocks, visible ones first, (..., Q, K)."""
     # The kernels read the rows one after another, whatever the strides.
     order = seen.int().argsort(dim=-1, descending=True, stable=True)
     return seen.sum(-1, dtype=torch.int32).contiguous(), order.int().contiguous()

@@ -1,4 +1,4 @@
-"""What decides between flash-attn 4 and cuDNN on Hopper, as an H100 measured it."""
+"""Rules for choosing between flash-attn 4 and cuDNN on Hopper, from measurements on an H100."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def is_decoding(spec: AttentionSpec) -> bool:
 
 
 def cudnn_starts_first(spec: AttentionSpec) -> bool:
-    """Whether sequences are so short that the flash-attn packages start more slowly than cuDNN."""
+    """Whether sequences are so short that cuDNN's faster start makes it faster than the flash-attn packages."""
     if is_decoding(spec) or not 0 < spec.length <= 1024:
         return False
     narrow = spec.head_dim <= NARROW
@@ -29,7 +29,7 @@ def gradient_padding(head_dim: int) -> int:
 
     Up to 128 channels its kernel writes sums of the gradients in tiles of a multiple of 16 channels, and the kernel
     that reads them expects tiles of a multiple of 32 (4.0.0b36; flash_bwd_sm90.py and flash_bwd_postprocess.py). Where
-    the two differ, as for 80, the gradients are wrong and nothing says so.
+    the two differ, as for 80, the gradients are wrong without an error.
     """
     missing = -head_dim % 32
     return missing if head_dim <= 128 and missing >= 16 else 0

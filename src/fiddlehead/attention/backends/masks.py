@@ -1,4 +1,4 @@
-"""Which key each query sees, written out: for backends that take a mask.
+"""Materialized masks, for backends that take a mask.
 
 Shapes: B batch, T queries, S keys, H query heads; packed calls are one batch of all their tokens.
 """
@@ -51,7 +51,7 @@ def seen(T: int, S: int, spec: AttentionSpec, extras: Extras) -> torch.Tensor:
 
 
 def alibi_bias(T: int, S: int, spec: AttentionSpec, extras: Extras, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """What ALiBi takes off the scores, (B or 1, H, T, S), in `dtype`."""
+    """The ALiBi bias of the scores, (B or 1, H, T, S), in `dtype`."""
     assert extras.alibi_slopes is not None
     slopes = extras.alibi_slopes.to(dtype)
     device = slopes.device
@@ -85,7 +85,7 @@ def positions_k(S: int, extras: Extras, device: torch.device) -> torch.Tensor:
 
 
 def segments(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The number of each token's sequence, (tokens,)."""
+    """The index of each token's sequence, (tokens,)."""
     t = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), t, right=True)
 

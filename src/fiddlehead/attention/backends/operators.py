@@ -1,4 +1,4 @@
-"""Calls a flash-attn package: by autograd, or under torch.compile as one forward and one backward operator.
+"""Calls a flash-attn package: through autograd, or under torch.compile as one forward and one backward operator.
 
 Both use the packages' functions for the two passes. The packages' own differentiable functions either cannot be traced
 or are more than one node, and some reach their kernels through an operator whose dispatch takes longer than a small
@@ -58,14 +58,14 @@ def register(
     """The `run` of the backend `name`; makes the operators fiddlehead::{name}, {name}_forward and {name}_backward.
 
     Args:
-        forward: attends, and keeps what `backward` needs.
+        forward: computes attention, and keeps the tensors that `backward` needs.
         backward: the gradients.
         from_cache: attends to a cache that each sequence has filled to another length; has no gradients.
         switch: the environment variable that turns off this backend alone.
         random: whether there is dropout; the compiler then never merges or repeats a call.
 
     Returns:
-        A function that raises ConfigError if the package was built without what a call needs.
+        A function that raises ConfigError if the package was built without a feature that a call needs.
     """
 
     def operator(suffix: str, schema: str) -> Callable[[Callable[..., Any]], Any]:

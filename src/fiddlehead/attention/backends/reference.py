@@ -1,4 +1,4 @@
-"""Attention written out in float32 (float64 for float64 inputs): it defines the right result, and is not fast.
+"""Plain attention in float32 (float64 for float64 inputs): it defines the right result, and is slow.
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, R = H / G, D head dim.
 """

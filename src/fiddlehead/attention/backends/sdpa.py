@@ -33,10 +33,10 @@ def dtype_name(spec: AttentionSpec) -> str:
 
 
 def hiding(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What added to the scores hides the keys where `mask` is false.
+    """A bias of the scores that hides the keys where `mask` is false.
 
-    It is finite, so that a query that sees no key gets finite weights, whose output `seen` then takes away: infinity
-    less infinity would be NaN. A quarter of the lowest number leaves room for the kernels' factor of log2(e).
+    It is finite, because infinity minus infinity is NaN: a query that sees no key gets finite weights, and `seen`
+    removes its output. A quarter of the lowest number leaves room for the kernels' factor of log2(e).
     """
     lowest = torch.finfo(dtype).min / 4
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)

@@ -1,7 +1,7 @@
-"""PyTorch's memory-efficient attention, from xformers: the one for older GPUs and for float32.
+"""PyTorch's memory-efficient attention, from xformers: for older GPUs and for float32.
 
-It has no kernel for grouped heads: keys and values are repeated to the number of query heads, in memory too. A padding
-mask costs memory linear in the sequence length, ALiBi quadratic.
+It has no kernel for grouped heads: keys and values are repeated in memory for all query heads. A padding mask needs
+memory linear in the sequence length, ALiBi quadratic.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def run(
 
 
 def _bias(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, extras: Extras) -> torch.Tensor | None:
-    """What is added to the scores, to be broadcast to (B, H, T, S); None: nothing."""
+    """The bias of the scores, which broadcasts to (B, H, T, S); None: no bias."""
     bias = None
     if extras.padding_mask is not None:
         bias = hiding(extras.padding_mask, q.dtype)[:, None, None, :]
@@ -135,7 +135,7 @@ def forward(
     training: bool,
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The kernel with as many key/value as query heads: the output, its logsumexp, and what dropout needs again."""
+    """Runs the kernel with repeated heads; returns the output, its logsumexp, and the state of dropout."""
     packed = cu_seqlens_q is not None
     return torch.ops.aten._efficient_attention_forward(
         q,

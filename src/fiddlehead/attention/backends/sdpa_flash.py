@@ -1,8 +1,8 @@
 """PyTorch's own build of flash-attention: version 2 on GPUs, a tiled kernel on CPUs.
 
-Both read grouped heads themselves. On a GPU memory is linear in the sequence length. The CPU's kernel knows only the
-square causal mask: windows, padding, caches and ALiBi are written out for it, quadratic in the sequence length; packed
-sequences it takes one after another (under torch.compile with a mask, quadratic in the length of all together).
+Both support grouped heads. On a GPU, memory is linear in the sequence length. The CPU's kernel supports only the square
+causal mask: windows, padding, caches and ALiBi become a mask, quadratic in the sequence length. It runs packed
+sequences one after another (under torch.compile with a mask, quadratic in their total length).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SWITCHES: tuple[str, ...] = ("NVTE_FLASH_ATTN",)
 
 
 def place(spec: AttentionSpec, target: Target) -> float | None:
-    """First on a CPU; on Ampere behind flash-attn 2 only, of which it is a copy."""
+    """First on a CPU; on Ampere second, after flash-attn 2, of which it is a copy."""
     return {"older": None, "ampere": 35}.get(generation(spec, target), PLACE)
 
 

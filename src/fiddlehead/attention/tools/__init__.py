@@ -1,1 +1,1 @@
-"""Trying, timing and measuring the kernels: the doctor, a trial before training, times, memory."""
+"""Tests and measurements of the kernels: the doctor, the trial before training, times, memory."""

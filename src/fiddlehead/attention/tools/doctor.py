@@ -46,7 +46,7 @@ class Finding:
 
     backend: str
     version: str | None
-    """Of the package that brings it; None: it is not installed."""
+    """The version of its package; None: it is not installed."""
     state: str
     """"works", "unavailable" (not installed, or not for this machine or these settings) or "broken"."""
     detail: str = ""
@@ -57,7 +57,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What `examine` found."""
+    """The results of `examine`."""
 
     facts: dict[str, str]
     """Versions and hardware, by name."""
@@ -77,8 +77,8 @@ def examine(progress: Callable[[str], None] = lambda _: None) -> Report:
     """Tries every backend on this machine's GPU, or on its CPU if PyTorch finds no GPU. It raises nothing.
 
     Args:
-        progress: is told the name of each backend before it is tried, which takes many seconds where kernels are
-            compiled first.
+        progress: is called with the name of each backend before it is tried; this takes many seconds if kernels must be
+            compiled.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the packages have to say to their developers
@@ -151,7 +151,7 @@ def _dtype(target: Target) -> torch.dtype:
 
 
 def _cuda() -> tuple[bool, str]:
-    """Whether PyTorch can use a GPU, and if not, what it says."""
+    """Whether PyTorch can use a GPU, and its error if it cannot."""
     if torch.version.cuda is None:
         return False, "this PyTorch is built without CUDA"
     try:

@@ -31,7 +31,7 @@ FILE = "attention.json"
 
 
 def contenders(candidates: Iterable[str]) -> list[str]:
-    """The names of those that are timed: all but the last resorts, or these if there is nothing else.
+    """The names of the backends to time: all except last resorts, or the last resorts if there are no others.
 
     Last resorts are never the fastest, and FlexAttention takes long to compile.
     """
@@ -42,7 +42,7 @@ def contenders(candidates: Iterable[str]) -> list[str]:
 def fastest(
     candidates: dict[str, Backend], spec: AttentionSpec, target: Target, device: torch.device, shape: Shape
 ) -> str:
-    """The name of the candidate that takes the least time for `spec` in `shape`: forward, and backward in training.
+    """The name of the fastest candidate for `spec` in `shape`: forward, and backward in training.
 
     One that fails is left out with a warning.
     """
@@ -98,7 +98,7 @@ def _step(backend: Backend, inputs: Inputs, spec: AttentionSpec, extras: Extras)
 
 
 def _milliseconds(step: Callable[[], object], device: torch.device) -> float:
-    """The median time of a step, after enough of them to have compiled and warmed up what there is."""
+    """The median time of a step, after enough steps for compilation and warm-up."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for _ in range(3):
         step()
@@ -118,7 +118,7 @@ def _milliseconds(step: Callable[[], object], device: torch.device) -> float:
 
 
 def _key(spec: AttentionSpec, target: Target, shape: Shape, candidates: dict[str, Backend]) -> str:
-    """All that the times depend on, as text."""
+    """Everything on which the times depend, as text."""
     sizes = [1 << (size - 1).bit_length() for size in (shape.batch, shape.length_q, shape.length_k)]
     facts = {**asdict(spec), "dtype": str(spec.dtype), "sizes": sizes, "candidates": list(candidates)}
     return json.dumps({"device": target.name, "packages": asdict(target.packages), **facts}, sort_keys=True)

@@ -1,4 +1,4 @@
-"""How much memory a backend takes beside its inputs, computed from what the kernels' code allocates."""
+"""The memory that a backend needs in addition to its inputs, computed from the allocations in the kernels' code."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ buffer of its own; other data-centre GPUs have 108 to 160."""
 
 
 def extra_bytes(backend: str, spec: AttentionSpec, batch: int, seq_length: int, *, device_type: str = "cuda") -> int:
-    """The bytes that one layer allocates beside q, k and v, in a forward pass and, if training, a backward pass.
+    """The bytes that one layer allocates in addition to q, k and v, with the backward pass if training.
 
-    It is the peak: the output, what the forward pass keeps, the gradients of q, k and v, and the kernels' buffers. The
-    output's own gradient is the next layer's. Lengths are not rounded up to the kernels' blocks.
+    It is the peak: the output, the tensors kept for the backward pass, the gradients of q, k and v, and the kernels'
+    buffers. The gradient of the output belongs to the next layer. Lengths are not rounded up to the kernels' blocks.
 
     Args:
-        batch: sequences; packed, how many of `seq_length` tokens would hold all tokens.
+        batch: the number of sequences; packed, of sequences with `seq_length` tokens that would hold all tokens.
         seq_length: queries, and keys, of each sequence.
     """
     on_cpu = device_type == "cpu"
@@ -45,7 +45,7 @@ def extra_bytes(backend: str, spec: AttentionSpec, batch: int, seq_length: int, 
 
 
 class _Sizes:
-    """Bytes of what the kernels allocate. H query heads, G key/value heads, D head dim."""
+    """The bytes of the kernels' allocations. H query heads, G key/value heads, D head dim."""
 
     def __init__(self, spec: AttentionSpec, tokens: int) -> None:
         H, G, D = spec.num_attention_heads, spec.num_query_groups, spec.head_dim
@@ -66,7 +66,7 @@ class _Sizes:
 
 
 def _backward(backend: str, spec: AttentionSpec, sizes: _Sizes, batch: int, on_cpu: bool) -> int:
-    """What the backward pass adds."""
+    """The additional bytes of the backward pass."""
     grouped = spec.num_query_groups < spec.num_attention_heads
     gradients = sizes.out + sizes.kv
     if backend == "reference" or (backend == "sdpa_flash" and on_cpu):

@@ -19,13 +19,13 @@ class Shape(NamedTuple):
     """The sizes of one call that a spec leaves open."""
 
     batch: int
-    """Sequences; of a packed call as many as of the longest would hold its tokens."""
+    """Sequences; for a packed call, the number of longest sequences that would hold its tokens."""
     length_q: int
     length_k: int
 
 
 def sample(spec: AttentionSpec, device: torch.device, shape: Shape) -> tuple[Inputs, Extras]:
-    """q, k and v, unit normal, with the sizes of a call, and what else the call has."""
+    """q, k and v, unit normal, with the sizes of a call, and the call's other tensors."""
     B, T, S = shape.batch, shape.length_q, shape.length_k
     H, G, D = spec.num_attention_heads, spec.num_query_groups, spec.head_dim
     generator = torch.Generator(device).manual_seed(0)  # its own: the model's numbers must not depend on it

@@ -1,7 +1,7 @@
 """Tries a kernel on a small call, forward and backward, and compares it with the reference in float64.
 
-A kernel can be wrong without an error, in its gradients alone and for some head dims only. A trial has the dtype,
-heads, head dim and mask of the calls to come, and lengths that fill no tile of any kernel.
+A kernel can be wrong without an error, only in its gradients or only for some head dims. A trial uses the dtype, heads,
+head dim and mask of the later calls, and lengths that fill no tile of any kernel.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ QUERIES, KEYS = 201, 333
 WINDOW = 100
 """The widest window of a trial, so that it leaves keys out."""
 FILE = "attention_trials.json"
-"""In the cache folder: what trials found, by device, versions, backend and spec."""
+"""The file in the cache folder with the results of trials, by device, versions, backend and spec."""
 
 Errors = dict[str, float]
 """The relative error (of norms) of the output "out" and, in training, of each gradient: "dq", "dk", "dv", "dsinks"."""

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints, in and out: shard by shard, never a whole model in memory, and nothing run from a file.
+"""Imports and exports Hugging Face checkpoints: file by file, without the whole model in memory or running code.
 
 What is imported is a checkpoint like those of a run, without an optimizer's state, in a folder with its tokenizer:
 

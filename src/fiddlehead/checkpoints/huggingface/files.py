@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint, opened: checked as a whole, and read a tensor at a time. Nothing in it is run."""
+"""Opens a Hugging Face checkpoint: checks all of it, then reads one tensor at a time. No code in it is run."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class HuggingFaceCheckpoint:
     family: Family
     config: TransformerConfig
     tensors: dict[str, StoredTensor]
-    """By the names that the family's modules have."""
+    """Tensors by the names of the family's modules."""
     mapped: dict[str, MappedTensor]
-    """By the names of our parameters."""
+    """Tensors by the names of our parameters."""
     unread: tuple[str, ...] = ()
     """Other safetensors files in the folder; transformers does not read them either."""
 

@@ -1,4 +1,4 @@
-"""One tensor of ours beside those of a Hugging Face checkpoint that hold the same numbers."""
+"""Maps one of our tensors to the tensors of a Hugging Face checkpoint with the same numbers."""
 
 from __future__ import annotations
 

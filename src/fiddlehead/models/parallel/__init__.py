@@ -4,26 +4,25 @@ A mesh has the dimensions that a run uses, of "dp_replicate", "dp_shard", "ep", 
 first three have different samples; those along "cp" and "tp" share each sequence: outside attention and feed-forward a
 process holds T / (cp x tp) tokens of it, cp's parts of tp's parts.
 
-What is exchanged in each layer's forward pass, and once more in the backward pass, in bytes that each process sends; x
-is the size of a (B, T, C) tensor of whole sequences, B T C x 2 in bfloat16:
+The communication of each layer's forward pass, in bytes that each process sends; the backward pass sends as much again.
+x is the size of a (B, T, C) tensor of whole sequences, B T C x 2 in bfloat16:
 
-- Tensor parallel with the sequence split between (Korthikanti et al. 2022): tokens are all-gathered before
-  `linear_qkv` and `linear_fc1`, and what `linear_proj` and `linear_fc2` return is reduce-scattered:
-  4 (tp - 1) / tp x / cp, and half as much again in the backward pass, which gathers anew what was not kept. Experts
-  are not split by it: they, their router and all else that is not one of these four layers are whole on every
-  process, and work on its own tokens.
+- Tensor parallel with sequence parallelism (Korthikanti et al. 2022): tokens are all-gathered before `linear_qkv` and
+  `linear_fc1`, and the outputs of `linear_proj` and `linear_fc2` are reduce-scattered: 4 (tp - 1) / tp x / cp, and half
+  as much again in the backward pass, which repeats the all-gather. Only these four layers are split. Experts, their
+  router and all other modules are whole on every process, and work on its own tokens.
 - Context parallel by all-to-all (Ulysses, Jacobs et al. 2023): around attention tokens are exchanged for heads, so that
   every kernel sees whole sequences: (cp - 1) / cp (2 H + 2 G) D / C x / (cp x tp), where G is at least cp x tp.
 - Expert parallel (Lepikhin et al. 2020): each token goes to the processes that have its experts, and back:
-  2 k (ep - 1) / ep x / (cp x tp), k experts a token, where tokens spread evenly; and the counts, for which the host
+  2 k (ep - 1) / ep x / (cp x tp), with k experts for each token and an even load; and the counts, for which the host
   waits.
 
-Once a step: the gradients of what is whole on several processes, see `reduce_gradients`. Parameters stay plain local
-tensors, so that FSDP2's `fully_shard` can go over the data-parallel dimensions (and cp) afterwards. A `Layout` knows
-where they lie in the parameters of one process, which have the same names.
+Once in each step: the gradients of parameters that are whole on several processes, see `reduce_gradients`. Parameters
+stay plain local tensors, so FSDP2's `fully_shard` can shard them over the data-parallel dimensions (and cp) afterwards.
+A `Layout` knows their places in the parameters of a single process, which have the same names.
 
-Pipeline parallel: a process has some `Stage`s, consecutive layers each, and all of a batch. Between two of them
-x / (cp x tp) travels forward for each micro-batch, and as much backward.
+Pipeline parallel: a process has one or more `Stage`s (consecutive layers) and the whole batch. Between two stages, x /
+(cp x tp) travels forward for each micro-batch, and as much backward.
 """
 
 from fiddlehead.models.parallel.gradients import reduce_gradients

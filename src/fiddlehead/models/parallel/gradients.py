@@ -1,4 +1,4 @@
-"""Gradients of parameters that are whole, split, or in replicas."""
+"""Reduces the gradients of parameters that are whole, split, or replicated."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ DIMS = ("dp_replicate", "dp_shard", "ep", "cp", "tp")
 
 @torch.no_grad()
 def reduce_gradients(transformer: nn.Module, layout: Layout, averaged: Collection[str] = ()) -> None:
-    """Makes the gradients those of the mean of all processes' losses, each of which is the mean over its own tokens.
+    """Turns gradients into those of the mean of all processes' losses; each loss is a mean over the process's tokens.
 
-    To be called once a step, after the last backward pass.
+    Call it once in each step, after the last backward pass.
 
     Args:
         averaged: dimensions of the mesh over which FSDP2 or DDP has averaged the gradients of all parameters that are
@@ -38,7 +38,7 @@ def reduce_gradients(transformer: nn.Module, layout: Layout, averaged: Collectio
 
 
 def _sum_replicas(transformer: nn.Module, layout: Layout) -> None:
-    """Sums the gradients of key/value heads that several processes of a tensor-parallel group have."""
+    """Sums the gradients of key/value heads that several processes of a tensor-parallel group share."""
     tp = size_of(layout.mesh, "tp")
     own, everyone, places = [], [], []
     for name, parameter in transformer.named_parameters():
@@ -60,7 +60,7 @@ def _sum_replicas(transformer: nn.Module, layout: Layout) -> None:
 
 
 def _sum(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
-    """Sums each over a group, in place: large ones one by one, and the many small ones as one."""
+    """Sums each tensor over a group, in place: large ones one by one, and the many small ones together."""
     large = [x for x in tensors if x.numel() >= SMALL and x.is_contiguous()]
     waits = [dist.all_reduce(x, group=group, async_op=True) for x in large]
     apart = {id(x) for x in large}
@@ -79,4 +79,4 @@ def _sum(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
 
 
 SMALL = 1 << 16
-"""Numbers in a tensor up to which joining it with others costs less than a message of its own."""
+"""The largest tensor that is joined with others, because that costs less than a separate message."""

@@ -1,4 +1,4 @@
-"""Replaces a transformer's layers, and a batch, by one process's part of them."""
+"""Reduces a transformer's layers, and a batch, to one process's part."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from fiddlehead.models.transformer import MLP, Attention, Transformer, ZeroCente
 def parallelize(transformer: Transformer, mesh: DeviceMesh) -> None:
     """Reduces a transformer, in place, to this process's part along "tp", "cp" and "ep" of a mesh.
 
-    It then takes `local_batch`es, and returns logits of their tokens. Parameters may be on the meta device; where they
-    have values, those must be the same on all processes. To be done before `fully_shard`.
+    It then takes `local_batch`es and returns the logits of their tokens. Parameters may be on the meta device; values
+    must be the same on all processes. Call it before `fully_shard`.
 
     Raises:
-        ConfigError: the model cannot be split so, or has adapters, which tensor parallelism does not split.
+        ConfigError: the model cannot be split in this way, or tensor parallelism meets adapters.
     """
     config = transformer.config
     tp, cp, ep = (Group.of(mesh, dim) for dim in ("tp", "cp", "ep"))
@@ -100,14 +100,14 @@ class _Split(nn.Linear):
 
 
 class ColumnParallelLinear(_Split):
-    """The part of the sequence, (B, t, in), to part of the outputs of the whole sequence, (B, T, out / n)."""
+    """A part of the sequence, (B, t, in), to a part of the outputs for the whole sequence, (B, T, out / n)."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return linear_of_whole(input, self.weight, self.bias, self.group)
 
 
 class RowParallelLinear(_Split):
-    """Part of the inputs of the whole sequence, (B, T, in / n), to part of the sequence, (B, t, out)."""
+    """A part of the inputs for the whole sequence, (B, T, in / n), to a part of the sequence, (B, t, out)."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         x = scatter_sequence(F.linear(input, self.weight), self.group)

@@ -1,4 +1,4 @@
-"""Which shard of each parameter a process has."""
+"""The shards of parameters: which part of each parameter a process has."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Slices = tuple[slice, ...]
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns what this process has of a tensor, which FSDP2 may have cut."""
+    """Returns this process's part of a tensor, which FSDP2 may have sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def fsdp_slices(tensor: torch.Tensor) -> Slices:
-    """Returns where `local(tensor)` lies in a tensor, which FSDP2 may have cut."""
+    """Returns the place of `local(tensor)` in a tensor, which FSDP2 may have sharded."""
     sizes, starts = tuple(tensor.shape), (0,) * tensor.dim()
     if isinstance(tensor, DTensor):
         sizes, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -34,24 +34,24 @@ class LocalSlice(NamedTuple):
     """A rectangular part of a shard."""
 
     local: Slices
-    """Where it lies in the shard."""
+    """Its place in the shard."""
     whole: Slices
-    """Where it lies in the whole tensor."""
+    """Its place in the whole tensor."""
     ranks: int
     """How many processes have it."""
     replicas: int
-    """How many of them lie along the dimension of the mesh that the parameter is split over; 1 if it is not split."""
+    """The number of these along the mesh dimension that splits the parameter; 1 if it is not split."""
 
 
 class Layout:
-    """Where the shards of a model's parameters lie, on the processes of a mesh.
+    """The places of the shards of a model's parameters on the processes of a mesh.
 
-    A tensor is what this process has of a parameter, or of something of its shape: what `parallelize` left, of which a
-    DTensor is a shard in turn. It goes with the parameter's name in `Transformer`; what stands before "layers." in that
-    counts for nothing.
+    Methods take a tensor with this process's part of a parameter, or of a tensor of its shape, after `parallelize`; a
+    DTensor is a further shard of that. They also take the parameter's name in `Transformer`; a prefix before "layers."
+    is ignored.
 
     Args:
-        mesh: of the dimensions that `fiddlehead.models.parallel` names, those that are used.
+        mesh: with the used dimensions among those that `fiddlehead.models.parallel` names.
     """
 
     def __init__(self, config: TransformerConfig, mesh: DeviceMesh) -> None:
@@ -59,7 +59,7 @@ class Layout:
         self._known: dict[tuple[Any, ...], list[LocalSlice]] = {}
 
     def local_slices(self, name: str, tensor: torch.Tensor) -> list[LocalSlice]:
-        """Returns what this process has of a parameter: one slice, or several where layers are fused."""
+        """Returns this process's slices of a parameter: one, or several if layers are fused."""
         cut = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
         key = name, tensor.shape, cut
         if key not in self._known:  # it is asked for every gradient of every step
@@ -74,7 +74,7 @@ class Layout:
         return torch.Size(shape)
 
     def own(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        """This process's part of a whole parameter, as `parallelize` splits it; `whole` itself if it is not split."""
+        """Returns this process's part of a parameter, as `parallelize` splits it; `whole` if it is not split."""
         own = self._shard(name)
         if own is None:
             return whole
@@ -126,12 +126,12 @@ class Layout:
 
 
 class ShardRange(NamedTuple):
-    """Consecutive rows, or columns, of a parameter that are in a shard."""
+    """Consecutive rows, or columns, of a parameter in a shard."""
 
     start: int
     size: int
     replicas: int = 1
-    """How many processes along the dimension of the mesh have it."""
+    """The number of processes along the mesh dimension that have it."""
 
 
 class ParameterShard(NamedTuple):
@@ -148,9 +148,9 @@ class ParameterShard(NamedTuple):
 
 
 def shard_of(name: str, config: TransformerConfig, size: int, rank: int) -> ParameterShard | None:
-    """Returns the shard that the process `rank` of `size` has of a parameter; None if all have all of it.
+    """Returns the shard of a parameter on process `rank` of `size`; None if all processes have the whole parameter.
 
-    Where there are fewer key/value heads than processes, several have the same one.
+    If there are fewer key/value heads than processes, several processes have the same head.
     """
     H, G, D, width = config.num_attention_heads, config.groups, config.head_dim, config.ffn_size
 
@@ -211,18 +211,18 @@ TENSOR_PARALLEL = (
 
 
 def replicas(config: TransformerConfig, tp: int) -> int:
-    """How many processes of a tensor-parallel group have the same key/value heads."""
+    """The number of processes of a tensor-parallel group that have the same key/value heads."""
     return max(tp // config.groups, 1)
 
 
 def size_of(mesh: DeviceMesh, dim: str) -> int:
-    """How many processes there are along a dimension of a mesh, which may lack it."""
+    """The number of processes along a dimension of a mesh; 1 if the mesh does not have it."""
     names = mesh.mesh_dim_names or ()
     return mesh.size(names.index(dim)) if dim in names else 1
 
 
 def refuse_sizes(config: TransformerConfig, *, tp: int = 1, cp: int = 1, ep: int = 1) -> None:
-    """Raises ConfigError, with the allowed sizes, if a model cannot be split over so many processes.
+    """Raises ConfigError, with the allowed sizes, if a model cannot be split over these numbers of processes.
 
     `local_batch` checks the length of the sequences.
     """

@@ -1,4 +1,4 @@
-"""Consecutive layers of a transformer, to be run one after another by different processes."""
+"""Pipeline stages: consecutive layers of a transformer that different processes run one after another."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fiddlehead.models.transformer import Transformer
 class Stage(nn.Module):
     """Some of a transformer's modules: the first stage has the embedding, the last the loss.
 
-    All processes have all of a batch; only what layers give travels between them.
+    All processes have the whole batch; only the outputs of layers travel between them.
 
     Args:
-        number: of this stage, of `count` in all.
+        number: the index of this stage, of `count` in all.
     """
 
     def __init__(self, transformer: Transformer, number: int, count: int) -> None:
@@ -35,13 +35,13 @@ class Stage(nn.Module):
         self._batches: deque[Mapping[str, Any]] = deque()
 
     def take(self, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Makes these the batches of the next calls, one each: `input_ids`, `labels` and what keeps documents apart."""
+        """Sets the batches of the next calls: `input_ids`, `labels` and the fields that keep documents apart."""
         self._batches = deque(batches)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the stage before returned, (B, T, C), to the same; the first takes any tensor.
+        """The output of the previous stage, (B, T, C), to this stage's output; the first stage takes any tensor.
 
-        The last returns the sum of the cross-entropy, in nats, (1,).
+        The last stage returns the sum of the cross-entropy, in nats, (1,).
         """
         transformer, batch = self._transformer[0], self._batches.popleft()
         places = transformer.places(batch["input_ids"], batch.get("cu_seqlens"), batch.get("max_seqlen"))
@@ -60,17 +60,17 @@ def layers_of(config: TransformerConfig, number: int, count: int) -> range:
 
 
 def stage_of(name: str, config: TransformerConfig, count: int) -> int:
-    """The stage, of `count`, that has a parameter, by its name in `Transformer`; a prefix of the name is ignored."""
+    """The stage, of `count`, with a parameter, by its name in `Transformer`; a prefix of the name is ignored."""
     if found := re.search(r"\blayers\.(\d+)\.", name):
         return int(found[1]) // (config.num_layers // count)
     return 0 if any(f"{part}." in name for part in _BEFORE) else count - 1
 
 
 def keep_stages(transformer: Transformer, numbers: Iterable[int], count: int) -> None:
-    """Reduces a transformer, in place, to the parameters of some of `count` stages; their names stay.
+    """Reduces a transformer, in place, to the parameters of some of `count` stages; names do not change.
 
     Raises:
-        ConfigError: the model cannot be cut so.
+        ConfigError: the model cannot be divided in this way.
     """
     config, numbers = transformer.config, set(numbers)
     refuse_stages(config, count)
@@ -82,7 +82,7 @@ def keep_stages(transformer: Transformer, numbers: Iterable[int], count: int) ->
 
 
 def refuse_stages(config: TransformerConfig, count: int) -> None:
-    """Raises ConfigError if a model cannot be cut into so many stages."""
+    """Raises ConfigError if a model cannot be divided into this number of stages."""
     problems = []
     if config.num_layers % count:
         message = f"{count} stages do not divide it"
@@ -104,6 +104,6 @@ def refuse_stages(config: TransformerConfig, count: int) -> None:
 
 
 _BEFORE = ("embedding", "position_embedding")
-"""What the first stage has besides layers."""
+"""The modules of the first stage besides layers."""
 _AFTER = ("final_layernorm", "output_layer")
-"""What the last has."""
+"""The modules of the last stage besides layers."""

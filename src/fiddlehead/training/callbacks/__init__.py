@@ -1,1 +1,1 @@
-"""What is done beside the training steps: checkpoints, metrics, phases, the profile, sample answers, stopping."""
+"""Callbacks: checkpoints, metrics, the time of phases, profiles, sample answers, stopping."""

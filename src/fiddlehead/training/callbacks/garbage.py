@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept out of the steps."""
+"""Keeps Python's garbage collector out of the training steps."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fiddlehead.training.callbacks.checkpoint import at_step_end
 
 
 class CollectGarbage(Callback):
-    """Collects garbage after every so many steps, on all ranks after the same one, and at no other time.
+    """Collects garbage after every n-th step, on all ranks after the same step, and at no other time.
 
-    Python would do it when enough objects were made, in the middle of a step, and each rank in another: all wait for
-    the one that does. What there is when training begins is not looked at again. As torchtitan does it
-    (https://github.com/pytorch/torchtitan, tools/utils.py).
+    By default, Python collects in the middle of a step when enough objects were made, on each rank in another step, and
+    all ranks wait for the one that collects. Objects that exist when training begins are never examined again.
+    torchtitan does the same (https://github.com/pytorch/torchtitan, tools/utils.py).
 
-    Where a program has switched the collector off itself, this does nothing.
+    If the program has switched the collector off itself, this does nothing.
 
     Args:
-        every_n_steps: how often to look at what was made since the last time. All that was made since training began is
-            looked at after a validation, which is not part of a step.
+        every_n_steps: how often to examine new objects. All objects made since training began are examined after a
+            validation, which is not part of a step.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
@@ -39,12 +39,12 @@ class CollectGarbage(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Collects what is young, when it is time."""
+        """Collects the youngest generation after every n-th step."""
         if self._collects and at_step_end(trainer) and trainer.global_step % self.every_n_steps == 0:
             gc.collect(1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Collects what has lived longer."""
+        """Collects the older generations."""
         if self._collects:
             gc.collect()
 

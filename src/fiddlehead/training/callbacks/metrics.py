@@ -1,4 +1,4 @@
-"""What a training run measures, and the lines it prints."""
+"""The metrics of a training run, and the lines that it prints."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ PEAK_FLOPS = {
 
 
 class Metrics(Callback):
-    """Logs every `every_n_steps`, at the first and at the last step, and prints a line for each.
+    """Logs every `every_n_steps`, and at the first and last step, and prints a line each time.
 
-    Columns: `loss` (mean over the global batch, nats a token), `lr`, `grad_norm` (before clipping), `tokens` (since the
-    run began), `tokens_per_s`, `tflops_per_s` (model FLOPs on one device), `memory_gib` (the device's peak; the
-    process's on a CPU), `seconds_per_step` and of it `seconds_data`, `seconds_forward`, `seconds_backward` and
-    `seconds_optimizer`, means since the last line (`Phases`). Rates leave out validation and checkpoints.
+    Columns: `loss` (mean over the global batch, nats for a token), `lr`, `grad_norm` (before clipping), `tokens` (since
+        the run began), `tokens_per_s`, `tflops_per_s` (model FLOPs on one device), `memory_gib` (peak of the device; on
+        a CPU, of the process), `seconds_per_step` and its parts `seconds_data`, `seconds_forward`, `seconds_backward`
+        and `seconds_optimizer`, means since the last line (`Phases`). Rates leave out validation and checkpoints.
 
-    Where the device's peak is known also `mfu`, the part of it that the model's FLOPs take, with the keys that a causal
-    mask or a window hides left out, and `mfu_full`, the same as if every token saw all keys, which is what PaLM
-    (Chowdhery et al. 2022), nanoGPT and torchtitan report; see `TransformerConfig.train_flops_per_token`. Where ranks
-    exchange gradients beside the backward pass (DDP) also `seconds_communication`, by which the exchange outlasts it.
+    If the device's peak is known, also `mfu`, the model's FLOPs as a part of the peak, without keys that a causal mask
+    or a window hides, and `mfu_full`, the same as if every token saw all keys, as PaLM (Chowdhery et al. 2022), nanoGPT
+    and torchtitan report it; see `TransformerConfig.train_flops_per_token`. With DDP, also `seconds_communication`: how
+    much longer than the backward computation the exchange of gradients takes.
     """
 
     def __init__(self, tokens_per_step: int, seq_length: int, every_n_steps: int, phases: Phases) -> None:
@@ -67,7 +67,7 @@ class Metrics(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measures a step that is due."""
+        """Logs the step if it is due."""
         if not at_step_end(trainer):
             return
         self.phases.end_step()
@@ -113,10 +113,10 @@ def speed(
     device: torch.device,
     adapters: int | None = None,
 ) -> dict[str, float]:
-    """What `tokens_per_s` on `devices` like `device` amount to: `tflops_per_s`, and both MFUs if the peak is known.
+    """Converts `tokens_per_s` on `devices` like `device` to `tflops_per_s`, and to both MFUs if the peak is known.
 
     Args:
-        adapters: as `TransformerConfig.train_flops_per_token` takes it.
+        adapters: as in `TransformerConfig.train_flops_per_token`.
     """
     flops, full = (
         tokens_per_s / devices * config.train_flops_per_token(seq_length, causal=causal, adapters=adapters)
@@ -129,7 +129,7 @@ def speed(
 
 
 def num_adapted(module: Any) -> int | None:
-    """How many parameters the adapters of a LanguageModel have; None if all of it is trained."""
+    """The number of parameters of a LanguageModel's adapters; None if the whole model is trained."""
     if getattr(module, "lora", None) is None:
         return None
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
@@ -144,7 +144,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB: allocated on a GPU, resident on a CPU, at most so far."""
+    """The peak so far in GiB: allocated memory on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
@@ -154,7 +154,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def _progress_line(metrics: dict[str, float], step: int, max_steps: int) -> str:
-    """One line of progress, with a bar, for a terminal and a log file alike."""
+    """One line of progress, with a bar, for terminals and log files."""
     filled = round(20 * step / max_steps)
     left = round((max_steps - step) * metrics["seconds_per_step"])
     left_text = (

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: data, forward, backward, optimizer."""
+"""Measures the phases of a training step: data, forward, backward, optimizer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.parallel import DistributedDataParallel
 
 PHASES = ("data", "forward", "backward", "optimizer")
-"""In this order in each micro-batch; clipping and the schedule are the optimizer's."""
+"""In the order of a micro-batch; clipping and the schedule belong to the optimizer."""
 REST = "rest"
-"""What follows a step: logging, a look for the stop file."""
+"""The time after a step: logging, looking for the stop file."""
 PAUSE = "pause"
-"""Validation, checkpoints and profiles, which are work of another kind and no part of a step."""
+"""Validation, checkpoints and profiles, which are not part of a step."""
 MAX_PENDING = 1024
-"""How many marks are kept before those that the device has passed are read."""
+"""The most marks to keep before reading those that the device has passed."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,16 @@ class Window:
     """Seconds of each step's phases, and of the `REST` before it."""
 
     def means(self) -> dict[str, float]:
-        """Seconds a step of each phase, called as they are logged."""
+        """The mean seconds of each phase, by the names of their metrics."""
         return {f"seconds_{phase}": sum(step[phase] for step in self.steps) / len(self.steps) for phase in PHASES}
 
 
 class Phases(Callback):
-    """Marks where phases begin. It is the last of the callbacks, so that what the others do is not a phase.
+    """Marks where phases begin. It is the last callback, so the work of other callbacks is not in a phase.
 
-    On a GPU a mark is a CUDA event, which is recorded and not waited for: the times are the device's own. `data` is
-    then how long it stood still for want of a batch, and a phase in which the host is too slow for it is as long as the
-    host takes. On a CPU a mark is the clock.
+    On a GPU, a mark is a CUDA event; nothing waits for it, and the times are the device's. `data` is then the time in
+    which the device waited for a batch. If the host is too slow in a phase, the phase is as long as the host takes. On
+    a CPU, a mark is the wall clock.
     """
 
     def __init__(self) -> None:
@@ -68,17 +68,17 @@ class Phases(Callback):
         self._mark("forward")
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
-        """The loss is there."""
+        """The loss is computed."""
         self._mark("backward")
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The gradients are there; where ranks add them up during the backward pass, their sums."""
+        """The gradients are complete, summed over ranks if the backward pass does that."""
         self._mark("optimizer")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The other callbacks are done."""
+        """The other callbacks have run."""
         self._go_on()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -86,7 +86,7 @@ class Phases(Callback):
         self.pause()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Goes on with it."""
+        """Restarts the clock."""
         self._go_on()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -96,17 +96,17 @@ class Phases(Callback):
     # -- for other callbacks
 
     def end_step(self) -> None:
-        """The step ends here, and what callbacks do after it begins."""
+        """Ends the step; the work of callbacks after it begins."""
         self._mark(REST)
 
     def pause(self) -> None:
-        """Stops the clock until the other callbacks have had their turn."""
+        """Stops the clock until the other callbacks have run."""
         if not self._paused_at:
             self._paused_at = time.perf_counter()
             self._mark(PAUSE)
 
     def take(self) -> Window:
-        """The steps since the last call, of which one at least has ended; waits for the device."""
+        """The steps since the last call, at least one; waits for the device."""
         self._read(wait=True)
         now = time.perf_counter()
         window = Window(now - self._start, tuple(self._steps))
@@ -153,10 +153,10 @@ class Phases(Callback):
 
 
 def exposed_communication(trainer: Trainer) -> float | None:
-    """Seconds by which the exchange of gradients outlasted the backward pass that it runs beside, in one step.
+    """How many seconds longer than the backward computation the exchange of gradients took, in one step.
 
-    It is what `DistributedDataParallel` measures itself, in its first ten steps and in every hundredth after; a part of
-    `backward`. None where there is nothing to measure it: one process, or another strategy, where a profile shows it.
+    `DistributedDataParallel` measures it in its first ten steps and in every hundredth; it is a part of `backward`.
+    None if it is not measured: with one process, or with another strategy, where a profile shows it.
     """
     model: Any = trainer.strategy.model
     if trainer.world_size == 1 or not isinstance(model, DistributedDataParallel):

@@ -1,4 +1,4 @@
-"""A profile of chosen steps: a timeline, the slowest operations, and on a GPU the contents of its memory."""
+"""Profiles chosen steps: a timeline, the slowest operations, and on a GPU its memory allocations."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fiddlehead.training.callbacks.checkpoint import at_step_end
 from fiddlehead.training.callbacks.phases import Phases
 
 ROWS = 40
-"""How many operations are listed."""
+"""The number of listed operations."""
 MAX_ALLOCATIONS = 100_000
-"""How many allocations and releases of memory are kept."""
+"""The most allocations and releases of memory to record."""
 
 Interval = tuple[float, float]
 
@@ -28,7 +28,7 @@ def parse_steps(text: str) -> tuple[int, int]:
     """The first and the last step of `10:12`, counted from 1.
 
     Raises:
-        ConfigError: it is not such a range.
+        ConfigError: it is not a range of steps.
     """
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if match is None:
@@ -42,11 +42,11 @@ def parse_steps(text: str) -> tuple[int, int]:
 
 
 class Profile(Callback):
-    """Profiles steps on the first rank, from the first one's batch on, and writes the results into a folder.
+    """Profiles steps on the first rank, including the loading of their batches, and writes the results to a folder.
 
-    `rank0-steps-10-12.json.gz` is the timeline, which marks each step, its batches, forward and backward passes; `.txt`
-    beside it has the slowest operations; `.memory.pickle`, on a GPU, every allocation. Where a run is resumed in the
-    middle of the steps the rest of them is profiled; where it is stopped, those until then.
+    `rank0-steps-10-12.json.gz` is the timeline, which marks each step, its batches, forward and backward passes. `.txt`
+    has the slowest operations; `.memory.pickle`, on a GPU, has every allocation. If a run resumes or stops in the
+    middle of the steps, only a part of them is profiled.
 
     Args:
         steps: the first and the last one.
@@ -142,7 +142,7 @@ class Profile(Callback):
 
 
 class _Ranges(Profiler):
-    """Replaces Lightning's profiler, which Lightning tells when each part of a step begins and ends."""
+    """Replaces Lightning's profiler: Lightning calls it when a part of a step begins and ends."""
 
     NAMES: ClassVar = {"train_dataloader_next": "data", "training_step": "forward", "backward": "backward"}
     """Their names in the timeline; PyTorch marks the optimizer's step."""
@@ -170,7 +170,7 @@ def _entered(name: str) -> record_function:
 
 
 def _listing(profiler: torch.profiler.profile, title: str) -> str:
-    """The slowest operations, and on a GPU the part of the time in which it is busy."""
+    """A table of the slowest operations, and on a GPU the share of time in which it is busy."""
     kernels = [
         (event.time_range.start, event.time_range.end, event.name)
         for event in profiler.events() or ()

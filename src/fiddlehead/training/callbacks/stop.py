@@ -1,4 +1,4 @@
-"""Stopping a run from outside: the step in hand is finished and saved first."""
+"""Stops a run on request, after its current step is finished and saved."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from fiddlehead.training.callbacks.checkpoint import Checkpoint, at_step_end
 
 
 class StopOnRequest(Callback):
-    """Ends a run after the step at which its stop file is found; the step is saved.
+    """Ends a run after the step in which its stop file is found, and saves the step.
 
-    The first rank looks, and all ranks stop after the same step: it tells the others while the optimizer's step is
-    queued, over a network that no device waits for. Signals become the stop file (`fiddlehead.run.signals`).
+    The first rank looks for the file and tells the others, so all ranks stop after the same step. It sends this over
+    the CPU's network while the optimizer's step is queued, so no device waits. Signals create the stop file
+    (`fiddlehead.run.signals`).
     """
 
     def __init__(self, checkpoint: Checkpoint, run: RunDirectory) -> None:
@@ -29,7 +30,7 @@ class StopOnRequest(Callback):
         self._request: StopRequest | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the signals over, also from Lightning, whose handlers communicate, and so may hang, or requeue."""
+        """Takes over the signals, also from Lightning, whose handlers communicate (so they may hang) or requeue."""
         signals.stop_after_step(self.run)
         if trainer.world_size > 1:
             self._ranks = torch.distributed.new_group(backend="gloo")
@@ -39,7 +40,7 @@ class StopOnRequest(Callback):
         self._stop_if_asked(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Looks, and begins to tell the other ranks."""
+        """Looks for the stop file, and begins to tell the other ranks."""
         self._tell(trainer)
 
     def on_train_batch_end(

@@ -1,1 +1,1 @@
-"""Training in several processes: the strategy, the pipeline, gradients, and how many processes share what."""
+"""Training in several processes: the strategy, the pipeline, gradients, and the sizes of the mesh."""

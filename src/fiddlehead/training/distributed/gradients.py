@@ -15,7 +15,7 @@ from fiddlehead.models.parallel import Layout, local
 
 
 def gradients_of(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, torch.Tensor]:
-    """The gradients that there are, under the names of their parameters."""
+    """The existing gradients, by the names of their parameters."""
     return {name: parameter.grad for name, parameter in named_parameters if parameter.grad is not None}
 
 
@@ -24,7 +24,7 @@ def global_norm(gradients: Mapping[str, torch.Tensor], layout: Layout | None = N
     """The 2-norm of all gradients together, the same on every rank; a scalar on their device.
 
     Args:
-        layout: where this rank's shards of the gradients lie; None if it has them whole.
+        layout: the places of this rank's shards of the gradients; None if the gradients are whole.
     """
     if layout is None:
         return torch.nn.utils.get_total_norm(list(gradients.values()))
@@ -32,7 +32,7 @@ def global_norm(gradients: Mapping[str, torch.Tensor], layout: Layout | None = N
     for name, gradient in gradients.items():
         for each in layout.local_slices(name, gradient):
             by_ranks.setdefault(each.ranks, []).append(local(gradient)[each.local])
-    # What several ranks have counts once.
+    # Replicas on several ranks count once.
     squares = [torch.nn.utils.get_total_norm(slices).float() ** 2 / ranks for ranks, slices in by_ranks.items()]
     total = torch.stack(squares).sum()
     torch.distributed.all_reduce(total)

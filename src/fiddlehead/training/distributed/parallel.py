@@ -1,4 +1,4 @@
-"""Trains on many devices: which of them share samples, and which share a model."""
+"""The strategy for many devices: data, tensor, context, expert and pipeline parallelism."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from fiddlehead.training.optim import Optim
 
 
 class Parallel(ModelParallelStrategy):
-    """Trains on many devices, each with a part of the parameters, gradients and optimizer state (FSDP2).
+    """Trains on many devices, each with a shard of the parameters, gradients and optimizer state (FSDP2).
 
-    A rank's number counts through `MESH`, so that ranks which share a model's layers are neighbours. One device is
-    trained on as without a strategy.
+    Ranks are numbered in the order of `MESH`, so ranks that share layers are neighbours. With one device, training is
+    the same as without a strategy.
 
     Args:
-        data_parallel: how many ranks, or groups of ranks, train on different samples; None is what the devices allow.
-        data_parallel_replicate: how many copies of the model there are among these (HSDP). Each copy is cut over
-            `data_parallel / data_parallel_replicate` ranks: as many as one fast network connects, where there are
-            several.
-        tensor_parallel: how many ranks share each layer, and between the products each sequence.
-        context_parallel: how many ranks share each sequence.
-        expert_parallel: how many of the data-parallel ranks share the experts of a mixture, to which tokens travel.
-        pipeline_parallel: how many ranks, or groups of ranks, have different layers, and pass micro-batches on.
-        pipeline_stages_per_rank: in how many places of the model each of these has layers; with more of them ranks wait
-            less for each other, and communicate more.
+        data_parallel: the number of ranks, or groups of ranks, with different samples; None means what the devices
+            allow.
+        data_parallel_replicate: the number of replicas of the model among these (HSDP). Each is sharded over
+            `data_parallel / data_parallel_replicate` ranks, which should be connected by a fast network.
+        tensor_parallel: the number of ranks that share each layer and, between its matrix products, each sequence.
+        context_parallel: the number of ranks that share each sequence.
+        expert_parallel: the number of data-parallel ranks that share the experts of a mixture; tokens travel to them.
+        pipeline_parallel: the number of ranks, or groups of ranks, with different layers; they pass micro-batches on.
+        pipeline_stages_per_rank: the number of stages on each of these; with more stages, ranks wait less for each
+            other and communicate more.
         reshard_after_forward: free a layer's gathered parameters after its forward pass, and gather them again for the
-            backward pass; without, a step communicates a third less, and memory holds a whole copy of the parameters.
+            backward pass. If False, a step communicates a third less, but needs memory for all parameters.
     """
 
     def __init__(
@@ -81,16 +81,16 @@ class Parallel(ModelParallelStrategy):
         self.pipeline_stages_per_rank = pipeline_stages_per_rank
         self.reshard_after_forward = reshard_after_forward
         self.layout: Layout | None = None
-        """Where this rank's shards of the parameters lie; None if it has whole parameters."""
+        """The places of this rank's shards of the parameters; None if it has whole parameters."""
         self.pipeline: Pipeline | None = None
         """This rank's stages; None if it has all layers."""
         self._team: Team | None = None
 
     def sizes(self, devices: int) -> Sizes:
-        """The ranks along each dimension, of `devices` in all.
+        """The number of ranks along each dimension, for `devices` in all.
 
         Raises:
-            ConfigError: the sizes do not multiply to `devices`.
+            ConfigError: the product of the sizes is not `devices`.
         """
         fields = ("tensor_parallel", "context_parallel", "pipeline_parallel")
         shared = math.prod(getattr(self, field) for field in fields)
@@ -122,7 +122,7 @@ class Parallel(ModelParallelStrategy):
         )
 
     def problems(self, config: TransformerConfig, seq_length: int, micro_batches: int | None = None) -> list[Problem]:
-        """Why a model, sequences of this length, or this number of micro-batches cannot be split; empty if they can."""
+        """The reasons why the model, the sequence length or the number of micro-batches cannot be split."""
         problems = refuse_pipeline(config, self.pipeline_parallel, self.pipeline_stages_per_rank, micro_batches)
         try:
             refuse_sizes(config, tp=self.tensor_parallel, cp=self.context_parallel, ep=self.expert_parallel)
@@ -135,7 +135,7 @@ class Parallel(ModelParallelStrategy):
         return problems
 
     def _product(self, fields: Sequence[str], message: str) -> Problem:
-        """A problem of the product of these sizes, some of which are above 1."""
+        """A problem of the product of these sizes; it names those above 1."""
         first, *others = [field for field in fields if getattr(self, field) > 1]
         times = "".join(f"times {field}={getattr(self, field)} " for field in others)
         return Problem(first, getattr(self, first), f"{times}{message}")
@@ -149,10 +149,10 @@ class Parallel(ModelParallelStrategy):
             self.pipeline = Pipeline(transformer, self.device_mesh, self.pipeline_stages_per_rank, dtype)
 
     def shard(self, transformer: Transformer) -> Layout:
-        """Shards a model on the meta device over the mesh, in place; `sharding` fills it by the layout.
+        """Shards a model on the meta device over the mesh, in place; `checkpoints.sharding` fills it later.
 
-        Ranks that share a sequence have all parameters in common, so that these are cut over them too, and so do those
-        that have different experts, but for these.
+        Ranks that share a sequence have the same parameters, so parameters are sharded over them too. The same holds
+        for ranks with different experts, except for the experts themselves.
         """
         mesh, precision = self.device_mesh[MESH[1:]], str(self.precision_plugin.precision)
         parallelize(transformer, mesh)
@@ -185,13 +185,13 @@ class Parallel(ModelParallelStrategy):
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        """Makes tensors on the device, as other strategies do, so that random numbers are the same."""
+        """Makes tensors on the device, as other strategies do, so random numbers are the same."""
         with self.root_device, self.precision_plugin.tensor_init_context():
             yield
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Accumulates the gradients of micro-batches before copies of the model exchange them."""
+        """Accumulates the gradients of micro-batches before replicas of the model exchange them."""
         module: Any = self.lightning_module
         sharded = [m for m in module.children() if sharding.is_sharded(m)]
         for transformer in sharded:
@@ -211,7 +211,7 @@ class Parallel(ModelParallelStrategy):
     def join_ranks(self) -> Team:
         """Connects the processes and returns them as a team. All processes must call it.
 
-        A process that is to start the others when training begins is alone until then.
+        If this process starts the others later, when training begins, the team is this process alone.
         """
         assert self.cluster_environment is not None
         if self.world_size == 1 or not self.cluster_environment.creates_processes_externally:
@@ -222,7 +222,7 @@ class Parallel(ModelParallelStrategy):
         return self._team
 
     def setup_environment(self) -> None:
-        """Connects the processes, and makes the mesh of their devices."""
+        """Connects the processes and makes the device mesh."""
         assert self.lightning_module is not None and self.accelerator is not None
         if self.world_size == 1:
             self.accelerator.setup_device(self.root_device)
@@ -255,7 +255,7 @@ class Parallel(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The model's tensors; this rank holds a shard of each, or nothing of those of other stages."""
+        """The model's tensors; this rank holds a shard of each, or nothing if another stage has it."""
         state = Strategy.lightning_module_state_dict(self)
         if self.layout is None:
             return state
@@ -263,7 +263,7 @@ class Parallel(ModelParallelStrategy):
         return own if self.pipeline is None else self.pipeline.completed(own)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's tensors, of each of which this rank holds a shard."""
+        """The optimizer's tensors; this rank holds a shard of each."""
         state: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
         if self.layout is None:
             return state
@@ -288,7 +288,7 @@ class Parallel(ModelParallelStrategy):
         self.checkpoint_io.save_checkpoint(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """A verified checkpoint; its tensors stay in their files if ranks read only shards of them."""
+        """Loads a verified checkpoint; tensors stay in their files if ranks read only shards of them."""
         if self.world_size == 1:
             return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
         io: Any = self.checkpoint_io

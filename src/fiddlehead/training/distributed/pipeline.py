@@ -27,8 +27,8 @@ class Pipeline:
 
     Args:
         transformer: the whole model, on the meta device; it is reduced to this rank's stages.
-        mesh: with a dimension "pp".
-        dtype: of the layers' outputs.
+        mesh: a mesh with the dimension "pp".
+        dtype: the dtype of the layers' outputs.
     """
 
     def __init__(self, transformer: Transformer, mesh: DeviceMesh, stages_per_rank: int, dtype: torch.dtype) -> None:
@@ -118,7 +118,7 @@ class Pipeline:
         return stage_of(name, self.config, self.count) % self.ranks
 
     def completed(self, own: Mapping[str, ShardedTensor]) -> dict[str, ShardedTensor]:
-        """Adds the parameters of other ranks; all under their names in a `LanguageModel`, in the model's order.
+        """Returns the parameters of all ranks, by their names in a `LanguageModel`, in the model's order.
 
         Args:
             own: this rank's parameters.
@@ -136,7 +136,7 @@ class Pipeline:
         """An optimizer's state for all parameters, numbered as by a single process.
 
         Args:
-            state: that of this rank's parameters; tensors of a parameter's shape are `ShardedTensor`.
+            state: the state of this rank's parameters; tensors of a parameter's shape are `ShardedTensor`.
             own: the names of these parameters, in the order of their numbers.
         """
         groups, kept = self.numbered(optim), {name: state["state"][n] for n, name in enumerate(own) if state["state"]}
@@ -169,7 +169,7 @@ class Pipeline:
         }
 
     def _absent(self, name: str, like: Any) -> Any:
-        """Another rank's value for a parameter, like this rank's `like`; all ranks have values of other shapes."""
+        """A placeholder for another rank's tensor, like this rank's `like`; values of other shapes are on all ranks."""
         if not isinstance(like, ShardedTensor):
             return like
         shape = self.whole[name.removeprefix("transformer.")].shape
@@ -179,7 +179,7 @@ class Pipeline:
 def refuse_pipeline(
     config: TransformerConfig, ranks: int, stages_per_rank: int, micro_batches: int | None
 ) -> list[Problem]:
-    """Why a model, or this number of micro-batches in a step, cannot go through a pipeline; empty if it can.
+    """The reasons why a model, or this number of micro-batches in a step, cannot use a pipeline.
 
     Args:
         micro_batches: None if their number is not known.

@@ -1,4 +1,4 @@
-"""How a run's ranks are arranged, and how much of a model falls to each."""
+"""The sizes of a run's device mesh, and the number of parameters on each rank."""
 
 from __future__ import annotations
 
@@ -9,53 +9,53 @@ from fiddlehead.models import Transformer
 from fiddlehead.models.parallel import splits_over, stage_of
 
 MESH = ("pp", "dp_replicate", "dp_shard", "ep", "cp", "tp")
-"""The dimensions of the device mesh, from the slowest to the fastest: tensor parallelism talks most, so that its ranks
-are neighbours, and a pipeline least."""
+"""The dimensions of the device mesh, from the slowest to the fastest. Tensor parallelism communicates most, so its
+ranks are neighbours; a pipeline communicates least."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many ranks there are along each dimension."""
+    """The number of ranks along each dimension."""
 
     data: int
     """Ranks that train on different samples."""
     replicate: int
-    """Copies of the model among them."""
+    """Replicas of the model among them."""
     expert: int = 1
-    """Ranks, among those of a copy, that have different experts."""
+    """Ranks of a replica with different experts."""
     context: int = 1
     tensor: int = 1
     pipeline: int = 1
-    """Ranks that have different layers of a copy."""
+    """Ranks of a replica with different layers."""
     stages: int = 1
-    """Into how many parts of consecutive layers it is cut for them; several of these may be one rank's."""
+    """The number of pipeline stages; a rank may have several."""
 
     @property
     def mesh(self) -> tuple[int, ...]:
-        """In the order of `MESH`."""
+        """The sizes in the order of `MESH`."""
         shard = self.data // self.replicate // self.expert
         return self.pipeline, self.replicate, shard, self.expert, self.context, self.tensor
 
     def data_rank(self, rank: int) -> int:
-        """Which samples a rank trains on: ranks that share a model's layers or a sequence have the same."""
+        """The data-parallel index of a rank: ranks that share layers or a sequence have the same index and samples."""
         return rank // (self.context * self.tensor) % self.data
 
     def held(self, transformer: Transformer) -> float:
-        """How many of a model's parameters the rank keeps that has the most of them."""
+        """The largest number of a model's parameters that a rank keeps."""
         cut = self.data // self.replicate * self.context
         return self._most(transformer, lambda split_over: cut * (self.tensor if split_over == "tp" else 1))
 
     def gathered(self, transformer: Transformer) -> float:
-        """How many parameters, and gradients of them, a rank of a pipeline has gathered from a step's begin to its end.
+        """The number of parameters, and of gradients, that a rank of a pipeline keeps gathered during a whole step.
 
-        Other ranks gather a layer when it is its turn.
+        Without a pipeline, ranks gather one layer at a time.
         """
         if self.pipeline == 1 or self.data // self.replicate * self.context == 1:
             return 0
         return self._most(transformer, lambda dim: {"tp": self.tensor, "ep": self.expert}.get(dim or "", 1))
 
     def _most(self, transformer: Transformer, parts: Callable[[str | None], int]) -> float:
-        """The sum of what a rank has, where `parts` of what "tp", "ep" or nothing splits make the whole."""
+        """The largest number on a rank; `parts` of a dimension ("tp", "ep", None) divides the parameters it splits."""
         config, of_ranks = transformer.config, [0.0] * self.pipeline
         for name, parameter in transformer.named_parameters():
             rank = stage_of(name, config, self.stages) % self.pipeline

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules, one optimizer a file."""
+"""Optimizers and learning-rate schedules; each optimizer is one file."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ __all__ = ["AdamW", "CosineAnnealing", "Muon", "Optim", "Schedule", "WarmupStabl
 
 
 def kind_of(groups: Sequence[Mapping[str, Any]]) -> str:
-    """Which optimizer the groups in a checkpoint are of."""
+    """The name of the optimizer that wrote these groups of a checkpoint."""
     if "kind" in groups[0]:
         return groups[0]["kind"]
     # Checkpoints of earlier versions, which knew these two.

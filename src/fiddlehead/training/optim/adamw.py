@@ -17,11 +17,11 @@ from fiddlehead.training.optim.optim import NOT_FUSED, FusedRows, Optim
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Optim):
-    """AdamW (Loshchilov & Hutter 2019); weight decay applies to matrices and not to gains, biases and other vectors.
+    """AdamW (Loshchilov & Hutter 2019); weight decay applies only to matrices, not to gains, biases and other vectors.
 
     Args:
-        state_bits: of each of the two moments. With 8 (Dettmers et al. 2022) they take a quarter of the memory and the
-            losses differ a little. torchao does it, and compiles the step.
+        state_bits: the bits of each of the two moments. With 8 (Dettmers et al. 2022), they take a quarter of the
+            memory and the losses differ a little; torchao implements this and compiles the step.
     """
 
     state_bits: Literal[8, 32] = 32
@@ -34,7 +34,7 @@ class AdamW(Optim):
     def optimizer(
         self, named_parameters: Sequence[tuple[str, nn.Parameter]], fused: FusedRows = NOT_FUSED
     ) -> torch.optim.Optimizer:
-        """PyTorch's, in one launch; for bfloat16 parameters one that keeps float32 weights; torchao's for 8 bits.
+        """PyTorch's fused AdamW; for bfloat16 parameters ours, which keeps float32 weights; for 8 bits torchao's.
 
         Raises:
             ConfigError: torchao is not installed.
@@ -71,11 +71,11 @@ class AdamW(Optim):
         return problems
 
     def compiles(self, precision: str) -> bool:
-        """Whether its step is compiled: where it is more than PyTorch's own."""
+        """Whether its step is compiled: only if it is not PyTorch's own."""
         return self.state_bits == 8 or precision == "bf16-true"
 
     def state_bytes(self, named_parameters: Iterable[tuple[str, nn.Parameter]], precision: str) -> int:
-        """Two moments; with bfloat16 parameters also the other half of each weight."""
+        """Two moments; for bfloat16 parameters also the lower half of each weight."""
         sizes = [parameter.numel() for _, parameter in named_parameters]
         if self.state_bits == 8:
             return sum(_moments_bytes(size) for size in sizes)
@@ -94,6 +94,6 @@ class AdamW(Optim):
 
 
 def _moments_bytes(size: int) -> int:
-    """What torchao keeps for a parameter of so many weights: codes, scales and the table of what they mean, twice."""
+    """The bytes that torchao keeps for a parameter with this number of weights: codes, scales and code table, twice."""
     quantized = size >= 4096 and size % 256 == 0
     return 2 * (size + 4 * size // 256 + 4 * 256) if quantized else 8 * size

@@ -1,4 +1,4 @@
-"""AdamW whose two moments are 8 bits each, by torchao (https://github.com/pytorch/ao, optim)."""
+"""AdamW with 8-bit moments, by torchao (https://github.com/pytorch/ao, optim)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torchao.optim.subclass_8bit import OptimState8bit  # pyright: ignore[report
 
 
 class SavedAdamW8bit(AdamW8bit):
-    """torchao's AdamW with 8-bit moments (Dettmers et al. 2022), whose rates are numbers and whose state is tensors.
+    """torchao's AdamW with 8-bit moments (Dettmers et al. 2022); rates are numbers, and the state is plain tensors.
 
-    A moment is 8-bit codes, with a float32 scale for each 256 of them; those of small parameters, and of such whose
-    size is not a multiple of 256, are float32. The step itself is computed in float32. The groups have `state_bits`, so
-    that a checkpoint says what it is of.
+    A moment is 8-bit codes, with a float32 scale for each 256 codes. Moments of small parameters, and of those whose
+    size is not a multiple of 256, are float32. The step is computed in float32. Groups have `state_bits`, so a
+    checkpoint shows which optimizer wrote it.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As PyTorch's; torchao's would make the rate a tensor, which changes in place after it was logged."""
+        """As in PyTorch; torchao would make the rate a tensor, which changes in place after it was logged."""
         torch.optim.Optimizer.add_param_group(self, {**param_group, "state_bits": 8})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -39,7 +39,7 @@ class SavedAdamW8bit(AdamW8bit):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """As PyTorch's, with each 8-bit moment as the plain tensors that it consists of."""
+        """As in PyTorch, with each 8-bit moment as its plain tensors."""
         saved = super().state_dict()
         saved["state"] = {
             number: {name: _plain(value) for name, value in state.items()} for number, state in saved["state"].items()
@@ -47,7 +47,7 @@ class SavedAdamW8bit(AdamW8bit):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave."""
+        """Loads the result of `state_dict`."""
         state = {
             number: {name: _moment(value) for name, value in state.items()}
             for number, state in state_dict["state"].items()

@@ -1,4 +1,4 @@
-"""AdamW for parameters in bfloat16 that loses nothing of a small step."""
+"""AdamW for bfloat16 parameters that loses no small steps."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fiddlehead.models.parallel import local
 
 
 class BFloat16AdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019) over float32 weights of which the parameters are the upper half of the bits.
+    """AdamW (Loshchilov & Hutter 2019) on float32 weights; the parameters are the upper half of their bits.
 
-    A bfloat16 has 8 bits of precision: a step of less than 1/512 of a weight would be rounded away. Here each weight is
-    a float32 whose value, rounded, is the parameter; the other 16 bits are part of the optimizer's state. That takes
-    half the memory of a second copy, and the weights are those of AdamW in float32.
+    A bfloat16 has 8 bits of precision: rounding would remove a step of less than 1/512 of a weight. Here each weight is
+    a float32, the parameter is its rounded value, and the other 16 bits are in the optimizer's state. This takes half
+    the memory of a second copy, and the weights are the same as those of AdamW in float32.
 
     Args:
         params: parameters or groups of them, all bfloat16.
@@ -36,7 +36,7 @@ class BFloat16AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One step; the device is not waited for."""
+        """One step; the host does not wait for the device."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -63,7 +63,7 @@ class BFloat16AdamW(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As PyTorch's, which would turn the state into the parameters' dtype."""
+        """As in PyTorch, which would convert the state to the parameters' dtype."""
         kept = {number: dict(state) for number, state in state_dict["state"].items()}
         super().load_state_dict(state_dict)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]

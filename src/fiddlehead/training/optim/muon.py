@@ -1,4 +1,4 @@
-"""Muon for the matrices of a model's layers, and AdamW for all else, as one optimizer."""
+"""Muon for the matrices of a model's layers and AdamW for all other parameters, as one optimizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.optim.optim import NOT_FUSED, FusedRows, Optim
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the polynomial; they draw all singular values to between 0.7 and 1.2 in few steps rather than to 1 in many."""
+"""The polynomial's coefficients: they move all singular values to between 0.7 and 1.2 in few steps, not to 1 in
+many."""
 RMS = 0.2
 """The root mean square of an update of AdamW, about, which Muon's is scaled to."""
 
@@ -28,13 +29,13 @@ RMS = 0.2
 class Muon(Optim):
     """Muon (Jordan et al. 2024) for the matrices inside the layers; AdamW for embeddings, output layer and vectors.
 
-    Muon's updates have the size of AdamW's (Liu et al. 2025), so that a rate that is good for one is worth a try with
-    the other. The query, key and value parts of an attention layer's one projection are matrices of their own to it, as
-    are the gate and the other half of a feed-forward layer's first, and those of each expert.
+    Muon's updates have the size of AdamW's (Liu et al. 2025), so a good rate for one is a good first guess for the
+    other. In fused layers, the query, key and value projections are separate matrices for Muon, and so are the gate and
+    up projections; the matrices of each expert are separate too.
 
     Args:
-        momentum: of Muon, with Nesterov's look ahead; `betas` and `eps` are AdamW's.
-        adamw_lr: the peak rate of what AdamW trains; None is `lr`. The schedule is a factor on both.
+        momentum: the momentum of Muon (Nesterov); `betas` and `eps` are for AdamW.
+        adamw_lr: the peak rate of the parameters that AdamW trains; None means `lr`. The schedule is a factor on both.
     """
 
     momentum: float = 0.95
@@ -43,7 +44,7 @@ class Muon(Optim):
     def optimizer(
         self, named_parameters: Sequence[tuple[str, nn.Parameter]], fused: FusedRows = NOT_FUSED
     ) -> torch.optim.Optimizer:
-        """One optimizer for Muon and AdamW; matrices of one kind are a group."""
+        """One optimizer for Muon and AdamW; each kind of matrix is a group."""
         by_rows: dict[tuple[int, ...] | None, list[nn.Parameter]] = {None: []}
         for name, parameter in named_parameters:
             if _is_inner_matrix(name, parameter):
@@ -57,7 +58,7 @@ class Muon(Optim):
         )
 
     def problems(self, precision: str, split: Sizes | None, *, adapters: bool) -> list[Problem]:
-        """Muon needs float32 parameters, and whole matrices that are not factors of others."""
+        """Muon needs float32 parameters and whole matrices, and cannot train adapters."""
         reasons = []
         if precision == "bf16-true":
             reasons.append(
@@ -78,7 +79,7 @@ class Muon(Optim):
         return [Problem("optim", "Muon", reason) for reason in reasons]
 
     def state_bytes(self, named_parameters: Iterable[tuple[str, nn.Parameter]], precision: str) -> int:
-        """One moment for what Muon trains, two for the rest."""
+        """One moment for Muon's parameters, two for the others."""
         return sum((4 if _is_inner_matrix(name, p) else 8) * p.numel() for name, p in named_parameters)
 
     def step_bytes(self, named_parameters: Iterable[tuple[str, nn.Parameter]], precision: str) -> int:
@@ -98,13 +99,13 @@ class Muon(Optim):
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) for the groups that have a `momentum`, AdamW for those that have `betas`.
 
-    Muon's update of a matrix is its momentum with all singular values made about 1, times `RMS` x sqrt(the longer side)
-    (Liu et al. 2025, section 2.2): rate and weight decay then mean what they mean to AdamW. It is `torch.optim.Muon`'s
-    with `adjust_lr_fn="match_rms_adamw"`, but for three things. A group's `rows` says how many rows belong to each of
-    the matrices that its parameters are several in one of; each is made orthogonal by itself. A parameter of three
-    dimensions is as many matrices as its first has. And on a CPU the products are float32, on a GPU bfloat16.
+    Muon's update of a matrix is its momentum with all singular values set to about 1, times `RMS` x sqrt(the longer
+    side) (Liu et al. 2025, section 2.2), so rate and weight decay mean the same as for AdamW. It equals
+    `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, with three differences. A group's `rows` is the number of
+    rows of each matrix that is fused in its parameters; each matrix is made orthogonal separately. A parameter with
+    three dimensions is a stack of matrices. Products are float32 on a CPU and bfloat16 on a GPU.
 
-    Parts of matrices, of which each rank has one, are gathered for it; every rank computes the whole update.
+    Sharded matrices are gathered for it, and every rank computes the whole update.
 
     Args:
         params: groups, each with `lr`, `weight_decay`, and `momentum` and `rows` or `betas` and `eps`; all float32.
@@ -167,15 +168,15 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def orthogonal_update(update: torch.Tensor, rows: Sequence[int] | None) -> torch.Tensor:
-    """Muon's update of a parameter, (..., m, n), whose `rows`, which add up to m, are matrices of their own."""
+    """Muon's update of a parameter, (..., m, n), that fuses matrices with these `rows`, whose sum is m."""
     matrices = update.split(list(rows), dim=-2) if rows else [update]
     return torch.cat([orthogonalize(m) * (RMS * math.sqrt(max(m.shape[-2:]))) for m in matrices], dim=-2)
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Matrices (..., m, n) with their singular vectors, and with singular values of about 1, by Newton and Schulz.
+    """Keeps the singular vectors of matrices (..., m, n) and sets the singular values to about 1 (Newton-Schulz).
 
-    What is 0, or next to it, stays so.
+    Matrices that are (almost) 0 stay so.
     """
     a, b, c = COEFFICIENTS
     x = matrices.to(_product_dtype(matrices))
@@ -193,5 +194,5 @@ def _product_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def _is_inner_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix, or one for each expert, of a layer; an expert's biases are not."""
+    """Whether a parameter is a matrix of a layer, or a stack with one for each expert; experts' biases are not."""
     return "layers" in name.split(".") and name.endswith(".weight") and parameter.dim() >= 2

@@ -16,13 +16,13 @@ from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.optim.schedules import CosineAnnealing, Schedule
 
 FusedRows = Mapping[str, tuple[int, ...]]
-"""For each parameter that holds several matrices, by name: how many rows each of them has."""
+"""For each parameter that fuses several matrices, by name: the rows of each matrix."""
 NOT_FUSED: FusedRows = {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """What all optimizers share. Weight decay applies to matrices, and not to gains, biases and other vectors."""
+    """The settings of all optimizers. Weight decay applies only to matrices, not to gains, biases and other vectors."""
 
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
@@ -35,7 +35,7 @@ class Optim:
 
     @property
     def kind(self) -> str:
-        """What `kind_of` returns for the optimizers that this builds."""
+        """The result of `kind_of` for the optimizers that this builds."""
         return type(self).__name__
 
     def build(
@@ -50,18 +50,18 @@ class Optim:
     def optimizer(
         self, named_parameters: Sequence[tuple[str, nn.Parameter]], fused: FusedRows = NOT_FUSED
     ) -> torch.optim.Optimizer:
-        """The optimizer, whose first group has the rate `lr`.
+        """Builds the optimizer; its first group has the rate `lr`.
 
         Args:
-            fused: how many rows each matrix has in parameters that hold several, by name.
+            fused: the rows of each matrix in parameters that fuse several, by name.
         """
         raise NotImplementedError
 
     def problems(self, precision: str, split: Sizes | None, *, adapters: bool) -> list[Problem]:
-        """Why a run cannot train with it; empty if it can.
+        """The reasons why a run cannot use this optimizer.
 
         Args:
-            precision: Lightning's.
+            precision: Lightning's precision.
             split: the ranks over which the parameters are sharded; None if they are not.
             adapters: whether only adapters are trained.
         """

@@ -1,4 +1,4 @@
-"""What a family of models is: which of Hugging Face's tensors and settings are which of ours."""
+"""`Family`: maps Hugging Face's tensors and settings of a family of models to ours."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class Family:
     architecture: str
     """The name of the model's class in transformers."""
     modules: Modules = field(default_factory=lambda: LLAMA_MODULES)
-    """For each of our modules (or single parameters) the names of theirs, with * for the number of a layer and # for
-    the number of an expert. Where several of theirs make one of ours, their rows follow each other in this order."""
+    """For each of our modules (or single parameters), Hugging Face's names, with * for the number of a layer and # for
+    the number of an expert. If several of theirs form one of ours, their rows are in this order."""
     transposed: tuple[str, ...] = ()
     """Endings of the names of our parameters that their files store as (in, out)."""
     interleaved: tuple[str, ...] = ()
@@ -76,14 +76,14 @@ class Family:
     fixed: Fields = field(default_factory=dict)
     """Fields of `TransformerConfig` that are the same in all models of the family."""
     settings: Mapping[str, str] = field(default_factory=lambda: SETTINGS)
-    """For each field of `config.json` the field of `TransformerConfig` that has the same value."""
+    """For each field of `config.json`, the field of `TransformerConfig` with the same value."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Other names that `config.json` may have for a setting, each with its usual name."""
     required: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Settings that change a model in a way not supported here, with the values that do not. The first is the
     default."""
     read: Callable[[Fields], Fields] = read_rope
-    """Makes those fields of `TransformerConfig` for which a new name is not enough."""
+    """Computes the fields of `TransformerConfig` whose values differ."""
     write: Callable[[TransformerConfig], Fields] = write_rope
     """The reverse of `read`."""
     defaults: Fields = field(default_factory=lambda: COMMON | {"head_dim": None})
@@ -91,7 +91,7 @@ class Family:
     nullable: tuple[str, ...] = ()
     """Fields that may be null although their default is not; null turns them off."""
     precedence: int = 100
-    """Of several families that have a model, the one with the lowest number exports it."""
+    """If a model fits several families, the one with the lowest number exports it."""
 
     def __post_init__(self) -> None:
         known = [each.name for each in fields(TransformerConfig)]
