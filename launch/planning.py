@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,6 +69,11 @@ class Plan:
             *(("changed", sentence) for sentence in self.changed),
             *(("it cannot start here", reason) for reason in self.missing if reason != self.training.missing),
         ]
+
+    def _repr_html_(self) -> str:
+        rows = [("problem", str(problem)) for problem in self.problems] or self.rows()
+        cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+        return f"<table><tbody>{''.join(f'<tr>{row}</tr>' for row in cells)}</tbody></table>"
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values; the recipe as YAML."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fiddlehead.cli import main
+from fiddlehead.recipes import llama
 
 Command = Callable[..., tuple[str, str]]
 ONE = ("llama32_1b", "trainer.devices=1", "data.micro_batch_size=4", "data.seq_length=4096")
@@ -82,3 +83,26 @@ def test_a_recipe_for_a_cpu_has_no_card(plan: Command) -> None:
 )
 def test_mistakes_are_said(plan: Command, arguments: list[str], said: str) -> None:
     assert said in plan(*arguments, rc=2)[1]
+
+
+def test_the_list_of_recipes_has_what_each_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    for options in (["--json"], ["--long"]):
+        monkeypatch.setattr(sys, "argv", ["fiddlehead", "recipes", "llama3*8b*", *options])
+        monkeypatch.setenv("COLUMNS", "250")
+        with pytest.raises(SystemExit):
+            main()
+        out = capsys.readouterr().out
+        if options == ["--long"]:
+            assert "GiB a GPU" in out and "1 x 8 gpu" in out
+            continue
+        of = {each["name"]: each for each in json.loads(out)}
+        assert of["llama3_8b"]["fits"] and of["llama3_8b"]["gpus"] == 8 and of["llama3_8b_64k"]["memory_gib"] < 79
+        assert of["llama3_8b"]["hours"] > 0 and of["llama3_8b"]["task"] == "pretrain"
+
+
+def test_a_recipe_plans_itself_and_a_notebook_shows_it() -> None:
+    planned = llama.llama32_1b().plan(gpu="h100")
+    assert planned.training.fits and "<td>at its peak</td>" in planned._repr_html_()
+    wrong = llama.llama32_1b()
+    wrong.data.micro_batch_size = 0
+    assert "<td>problem</td><td>data.micro_batch_size=0" in wrong.plan(gpu="h100")._repr_html_()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -28,21 +30,27 @@ def recipes(
     pattern: str = typer.Argument(
         None, show_default=False, help="Part of a name, or a name with * and ?.", autocompletion=complete_recipe
     ),
-    long: bool = typer.Option(False, "--long", help="Also build each one: parameters and devices (takes seconds)."),
+    long: bool = typer.Option(False, "--long", help="Also plan each one: parameters, devices, memory, speed, time."),
+    as_json: bool = typer.Option(False, "--json", help="The same as --long, as JSON."),
 ) -> None:
     """List the recipes: yours in ./recipes first, then the built-in ones.
 
-    Example:  fiddlehead recipes qwen
+    Plans are for H100s of 80 GB, and take a fraction of a second each; `fiddlehead plan` makes one for other GPUs.
+
+    Example:  fiddlehead recipes qwen --long
     """
     from rich.text import Text
 
+    if as_json:
+        print(json.dumps([_planned(entry) for entry in _matching(catalog.recipes(), pattern)], indent=1))  # noqa: T201
+        return
     columns = ["name", "task", "where", "what"]
-    made = table(*columns[:3], *(["parameters", "devices"] if long else []), columns[3])
+    made = table(*columns[:3], *(LONG if long else []), columns[3])
     for broken in catalog.broken_recipes() if pattern is None else []:
         where = f"{_short(broken.file)}{f':{broken.line}' if broken.line else ''}"
-        add_row(made, Text("broken", style="red"), "", where, *([""] * 2 if long else []), broken.problem)
+        add_row(made, Text("broken", style="red"), "", where, *([""] * len(LONG) if long else []), broken.problem)
     for entry in _matching(catalog.recipes(), pattern):
-        extra = _measure(entry) if long else []
+        extra = _figures(_planned(entry)) if long else []
         where = f"{_short(entry.file)}:{entry.line}"
         add_row(made, Text(entry.name, style="bold"), entry.task, where, *extra, entry.summary)
     show_things(made)
@@ -107,19 +115,47 @@ def _matching(entries: list[catalog.Entry], pattern: str | None) -> list[catalog
     return found
 
 
-def _measure(entry: catalog.Entry) -> list[str]:
-    """Parameters and devices of a recipe, or the first problem if it cannot be built here."""
-    from fiddlehead.launch import plan
+LONG = ("parameters", "devices", "GiB a GPU", "tokens/s a GPU", "days")
+"""The columns of --long."""
 
+
+def _planned(entry: catalog.Entry) -> dict[str, Any]:
+    """What a recipe is and takes, or the first problem if it cannot be planned; None is what is not known."""
+    from fiddlehead.launch import plan
+    from fiddlehead.plan.cards import CARDS
+
+    found: dict[str, Any] = {"name": entry.name, "task": entry.task, "summary": entry.summary}
     try:
         recipe = entry.load()()
-        parameters = plan(recipe, target="unknown").training.parameters
+        trainer = recipe.trainer
+        on_gpu = trainer.accelerator in ("gpu", "cuda")
+        training = plan(recipe, target=CARDS["h100"] if on_gpu else "unknown").training
     except ConfigError as error:
-        return [error.problems[0], ""]
+        return found | {"problem": str(error.problems[0])}
     except Exception as error:  # a user's recipe; the others are still worth showing
-        return [f"{type(error).__name__}: {error}", ""]
-    trainer = recipe.trainer
-    return [f"{parameters / 1e6:,.2f} M", f"{trainer.num_nodes} x {trainer.devices} {trainer.accelerator}"]
+        return found | {"problem": f"{type(error).__name__}: {error}"}
+    memory, speed = training.memory, training.speed
+    return found | {
+        "parameters": training.parameters,
+        "devices": f"{trainer.num_nodes} x {trainer.devices} {trainer.accelerator}",
+        "gpus": training.world_size if on_gpu else 0,
+        "memory_gib": None if memory is None else memory.peak / 2**30,
+        "fits": training.fits,
+        "tokens_per_s": None if speed is None else speed.tokens_per_s,
+        "hours": None if speed is None else speed.step * training.max_steps / 3600,
+    }
+
+
+def _figures(planned: dict[str, Any]) -> list[str]:
+    """The cells of `LONG`."""
+    if "problem" in planned:
+        return [planned["problem"], *[""] * (len(LONG) - 1)]
+    cells = [f"{planned['parameters'] / 1e6:,.2f} M", planned["devices"], "", "", ""]
+    if planned["memory_gib"] is not None:
+        cells[2] = f"{planned['memory_gib']:.1f}" + ("" if planned["fits"] else ", does not fit")
+    if planned["tokens_per_s"] is not None:
+        cells[3:] = [f"{planned['tokens_per_s'] / planned['gpus']:,.0f}", f"{planned['hours'] / 24:,.1f}"]
+    return cells
 
 
 def _short(file: Path) -> str:

@@ -133,6 +133,18 @@ class Recipe(fdl.Partial):
 
         return launch.launch(self, executor, **kwargs)
 
+    def plan(self, executor: Any = None, *, gpu: str | None = None, search: bool = False) -> Any:
+        """All that is known of a run before it starts; see `fiddlehead.launch.plan`. A notebook shows it as a table.
+
+        Args:
+            gpu: plan for this GPU, which need not be here, such as "h100".
+            search: also search the layouts that fit; `training.layouts` has them.
+        """
+        from fiddlehead import launch
+        from fiddlehead.plan.cards import Card
+
+        return launch.plan(self, executor, target=None if gpu is None else Card.parse(gpu), search=search)
+
     def clone(self) -> Self:
         """A deep copy."""
         _register_with_nemo_run()

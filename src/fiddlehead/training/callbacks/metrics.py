@@ -16,7 +16,8 @@ from fiddlehead.training.callbacks.phases import Phases, Window, exposed_communi
 
 PEAK_FLOPS = {
     # Dense bfloat16 with float32 accumulation, from NVIDIA's data sheets, by whole words of the device's name; the
-    # first that are found count.
+    # first that are found count. Lightning's own table has the H200 with sparsity, two cards for an H100 NVL, and no
+    # Blackwell.
     "GB300": 2500e12,
     "GB200": 2500e12,
     "B300": 2250e12,
