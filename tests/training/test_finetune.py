@@ -66,7 +66,7 @@ def test_adapters_alone_are_float32_in_mixed_precision(
         model = LanguageModel(init_from=base.path, lora=LoRA(rank=4))
         given = tuning(parts, model, questions, lr=2e-3, precision="bf16-mixed")
         if not halved:  # all float32, and autocast makes it bfloat16 for each product
-            monkeypatch.setattr(tasks, "halve_frozen", lambda model, trainer: None)
+            monkeypatch.setattr("fiddlehead.training.fit.halve_frozen", lambda model, trainer: None)
         run = tasks.finetune(**given)
         losses[halved] = [float(loss) for (loss,) in rows(run, "loss") if loss]
         run.path.rename(run.path.with_name(f"halved {halved}"))
