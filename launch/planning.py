@@ -140,7 +140,7 @@ def plan(
     recipe: Recipe,
     executor: Executor | None = None,
     *,
-    target: Target | Card | Literal["unknown"] | None = None,
+    target: Target | Card | str | None = None,
     waits: bool = False,
     search: bool = False,
 ) -> Plan:
@@ -149,12 +149,16 @@ def plan(
     Args:
         executor: where it runs; None means this process.
         target: plans for devices of this kind instead, also for absent ones: as many as the executor has, or without
-            an executor as many as the recipe has.
+            an executor as many as the recipe has. A text names a GPU as `Card.parse` takes it, or is "unknown".
         search: also search for layouts with which the GPUs can train it.
         waits: the run waits for others, so the checkpoint from which it resumes need not exist yet.
 
     The plan's `problems` list what is wrong.
+
+    Raises:
+        ConfigError: no such GPU is known.
     """
+    target = _target_of(target)
     try:
         as_it_is = target is not None and executor is None
         fitted = recipe.clone() if as_it_is else fit_to_executor(recipe, executor)
@@ -174,6 +178,15 @@ def plan(
         executor = executor.fitted(int(trainer.devices), str(trainer.accelerator), int(trainer.num_nodes))
     missing = tuple(filter(None, (lacking, training.missing)))
     return Plan(fitted, executor, missing=missing, changed=tuple(yielded(recipe, fitted)), known=training)
+
+
+def _target_of(target: Target | Card | str | None) -> Target | Card | Literal["unknown"] | None:
+    """The target, where a text is the name of a GPU, or "unknown"."""
+    if not isinstance(target, str) or target == "unknown":
+        return target  # type: ignore[return-value]
+    from fiddlehead.plan.cards import Card
+
+    return Card.parse(target)
 
 
 def _plan_training(

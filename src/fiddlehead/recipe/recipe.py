@@ -141,9 +141,8 @@ class Recipe(fdl.Partial):
             search: also search the layouts that fit; `training.layouts` has them.
         """
         from fiddlehead import launch
-        from fiddlehead.plan.cards import Card
 
-        return launch.plan(self, executor, target=None if gpu is None else Card.parse(gpu), search=search)
+        return launch.plan(self, executor, target=gpu, search=search)
 
     def clone(self) -> Self:
         """A deep copy."""
