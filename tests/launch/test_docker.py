@@ -409,7 +409,7 @@ def test_the_lock_of_another_user_is_reported(client, run, monkeypatch):
         raise PermissionError(13, "Permission denied", "/tmp/nemorun_docker_network_lock")
 
     monkeypatch.setattr("nemo_run.core.execution.docker.ensure_network", refuse)
-    with pytest.raises(ConfigError, match="/tmp/nemorun_docker_network_lock, which is another user's; set TMPDIR"):
+    with pytest.raises(ConfigError, match="/tmp/nemorun_docker_network_lock, which another user owns; set TMPDIR"):
         submitted(run, "")
 
 
