@@ -13,14 +13,13 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer
 from fiddlehead.models.speed import Recompute
 from fiddlehead.plan.cards import Card
 from fiddlehead.plan.memory import Memory, memory
 from fiddlehead.plan.rank_memory import held_of, setting_of
 from fiddlehead.plan.speed import Speed, speed
-from fiddlehead.training import LanguageModel, Parallel
+from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
 from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.optim import Optim
 
@@ -38,6 +37,8 @@ class Layout:
     context_parallel: int
     memory: Memory
     speed: Speed
+    split: bool = True
+    """Whether the strategy can split layers and sequences over ranks."""
 
     @property
     def edits(self) -> list[str]:
@@ -46,9 +47,8 @@ class Layout:
             f"data.micro_batch_size={self.micro_batch_size}",
             f"model.activation_checkpointing={self.activation_checkpointing}",
         ]
-        for name in ("tensor_parallel", "context_parallel"):
-            if getattr(self, name) > 1:
-                edits.append(f"trainer.strategy.{name}={getattr(self, name)}")
+        if self.split:  # also where it is 1: the recipe may have another
+            edits += [f"trainer.strategy.{n}={getattr(self, n)}" for n in ("tensor_parallel", "context_parallel")]
         return edits
 
 
@@ -57,15 +57,19 @@ def layouts(
 ) -> list[Layout]:
     """All layouts that fit with 5 % of the memory to spare, fastest first; none where memory or speed is not known.
 
+    Those that the model, the optimizer or the strategy would refuse are left out.
+
     Args:
         transformer: the complete model, on the meta device.
         trainer: says how many GPUs there are.
     """
+    if isinstance(model, PreferenceModel):
+        return []
     found = []
     gpus = trainer.num_devices * trainer.num_nodes
     now = trainer.strategy.sizes(gpus) if isinstance(trainer.strategy, Parallel) else Sizes(gpus, gpus)
     setting = setting_of(model, data, trainer, now)
-    for sizes in _splits(transformer, data, trainer):
+    for sizes in _splits(model, transformer, data, trainer, optim):
         held = held_of(model, transformer, trainer, optim, sizes)
         for micro in MICRO_BATCHES:
             if data.global_batch_size % (micro * sizes.data):
@@ -91,26 +95,32 @@ def layouts(
                     gpus_per_node=trainer.num_devices,
                 )
                 if fast is not None:
-                    found.append(Layout(micro, recompute, sizes.tensor, sizes.context, needed, fast))
+                    split = setting.sizes is not None
+                    found.append(Layout(micro, recompute, sizes.tensor, sizes.context, needed, fast, split))
     return sorted(found, key=lambda layout: layout.speed.step)
 
 
-def _splits(transformer: Transformer, data: Any, trainer: Trainer) -> Iterator[Sizes]:
-    """The ways to share layers and sequences that the model allows; tensor parallelism stays within a node."""
-    gpus = trainer.num_devices * trainer.num_nodes
-    if not isinstance(trainer.strategy, Parallel) or gpus == 1:
+def _splits(
+    model: LanguageModel, transformer: Transformer, data: Any, trainer: Trainer, optim: Optim
+) -> Iterator[Sizes]:
+    """The ways to share layers and sequences that the parts allow; tensor parallelism stays within a node."""
+    gpus, now = trainer.num_devices * trainer.num_nodes, trainer.strategy
+    if not isinstance(now, Parallel) or gpus == 1:
         yield Sizes(gpus, gpus)
         return
+    if now.pipeline_parallel > 1 or now.expert_parallel > 1 or now.data_parallel_replicate > 1:
+        yield now.sizes(gpus)  # those are not searched, and stay with what they were chosen for
+        return
+    precision = str(trainer.precision)
     for tensor in SPLITS:
         for context in SPLITS:
             if tensor > trainer.num_devices or gpus % (tensor * context):
                 continue
             strategy = Parallel(tensor_parallel=tensor, context_parallel=context)
-            try:
-                if not strategy.problems(transformer.config, data.seq_length):
-                    yield strategy.sizes(gpus)
-            except ConfigError:
-                continue
+            sizes = strategy.sizes(gpus)
+            problems = strategy.problems(transformer.config, data.seq_length) + model.problems(precision, sizes)
+            if not problems + optim.problems(precision, sizes, adapters=model.lora is not None):
+                yield sizes
 
 
 def _recomputed(model: LanguageModel, transformer: Transformer) -> tuple[Recompute | None, ...]:
