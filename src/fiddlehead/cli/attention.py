@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="See which attention kernel serves a model, and why.")
 
 DEFAULT_GPU = "h100"
-"""The default GPU to explain a recipe for GPUs on a machine without one."""
+"""The GPU to plan or explain a recipe for, if it trains on GPUs and this machine has none."""
 
 DISTRIBUTIONS = {"flash2": "flash-attn", "flash3": "flash-attn-3", "flash4": "flash-attn-4"}
 """The name of each backend's package in the package index."""

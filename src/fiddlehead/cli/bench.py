@@ -19,6 +19,7 @@ from fiddlehead.cli.common import (
     complete_recipe,
     configure_executor,
     load_recipe,
+    named_recipe,
     phases_table,
     show,
     split_executor,
@@ -83,11 +84,7 @@ def bench(
     allow: list[str] = AllowOption,
 ) -> None:
     """Time the training steps of a recipe: tokens/s, MFU, memory, and the time of each phase."""
-    edits = list(overrides or ())
-    if not factory:
-        if not edits or "=" in edits[0]:
-            raise ConfigError("which recipe? fiddlehead bench RECIPE [KEY=VALUE]..., or --factory RECIPE")
-        factory = edits.pop(0)
+    factory, edits = named_recipe(factory, overrides or (), "bench")
     edits, executor_edits = split_executor(edits)
     if direct and executor_edits:
         raise ConfigError(f"--direct runs without an executor; leave out {' '.join(executor_edits)}")

@@ -63,6 +63,15 @@ def load_recipe(name: str, overrides: Sequence[str] = (), allow: Sequence[str] =
     return apply_overrides(recipe, list(overrides), find=catalog.find_part, allow=tuple(allow)), title
 
 
+def named_recipe(factory: str, arguments: Sequence[str], command: str) -> tuple[str, list[str]]:
+    """The recipe that --factory or else the first word names, and the edits."""
+    if factory:
+        return factory, list(arguments)
+    if not arguments or "=" in arguments[0]:
+        raise ConfigError(f"which recipe? fiddlehead {command} RECIPE [KEY=VALUE]..., or --factory RECIPE")
+    return arguments[0], list(arguments[1:])
+
+
 def split_executor(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separates `executor=...` and `executor.x=...` from the edits of the recipe, and checks the form of each edit."""
     recipe, executor = [], []

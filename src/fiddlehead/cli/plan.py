@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from fiddlehead.cli.attention import DEFAULT_GPU
 from fiddlehead.cli.common import (
     AllowOption,
     OverridesArgument,
@@ -14,6 +15,7 @@ from fiddlehead.cli.common import (
     complete_recipe,
     configure_executor,
     load_recipe,
+    named_recipe,
     show,
     split_executor,
     table,
@@ -30,9 +32,6 @@ if TYPE_CHECKING:
 
 SHOWN = 10
 """How many layouts --fit shows."""
-ASSUMED = "h100"
-"""The GPU of a plan for a recipe that trains on GPUs, where none is here and --gpu names none."""
-
 HELP = """Show what a run takes before it starts: memory, speed, time, kernels.
 
 It needs no GPU, no cluster and no dataset. The memory is that of the GPU that has most of it, at the moment when it \
@@ -64,16 +63,12 @@ def plan(
     allow: list[str] = AllowOption,
 ) -> None:
     """Show what a run takes before it starts: memory, speed, time, kernels."""
-    edits = list(overrides or ())
-    if not factory:
-        if not edits or "=" in edits[0]:
-            raise ConfigError("which recipe? fiddlehead plan RECIPE [KEY=VALUE]..., or --factory RECIPE")
-        factory = edits.pop(0)
+    factory, edits = named_recipe(factory, overrides or (), "plan")
     edits, executor_edits = split_executor(edits)
     recipe, name = load_recipe(factory, edits, allow or ())
     from fiddlehead import launch
 
-    card = named_card(gpu or (ASSUMED if _needs_gpu(recipe) else None))
+    card = named_card(gpu or (DEFAULT_GPU if _needs_gpu(recipe) else None))
     executor, where = configure_executor(executor_edits) if executor_edits else (None, "")
     planned = launch.plan(recipe, executor, target=card, search=fit)
     planned.refuse_problems()
@@ -85,7 +80,7 @@ def plan(
     if cost is not None:
         rows.append(("cost", f"{cost:,.0f} USD"))
     if card is not None and gpu is None:
-        rows.append(("planned for", f"{ASSUMED}, as there is no GPU here; --gpu names another"))
+        rows.append(("planned for", f"{DEFAULT_GPU}, as there is no GPU here; --gpu names another"))
     on = f"on {card.name}" if card is not None else "here"
     show_plan(name, f"{on}, executor {where}" if where else on, rows)
     if fit:

@@ -18,23 +18,7 @@ from fiddlehead.training.frozen import halves_frozen
 from fiddlehead.training.optim import Optim
 
 
-def memory_of(
-    model: LanguageModel, transformer: Transformer, data: Any, trainer: Trainer, optim: Optim, sizes: Sizes
-) -> Memory | None:
-    """The memory of the GPU that has the most; None where preferences are learned, which is not worked out.
-
-    Args:
-        transformer: the complete model, on the meta device.
-        sizes: of the ranks.
-    """
-    if isinstance(model, PreferenceModel):
-        return None
-    return memory(
-        transformer.config, held_of(model, transformer, trainer, optim, sizes), setting_of(model, data, trainer, sizes)
-    )
-
-
-def speed_of(
+def memory_and_speed(
     model: LanguageModel,
     transformer: Transformer,
     data: Any,
@@ -42,19 +26,23 @@ def speed_of(
     optim: Optim,
     sizes: Sizes,
     card: Card | None,
-) -> Speed | None:
-    """How fast cards of a kind train; None where that is not worked out. The arguments are those of `memory_of`."""
-    if card is None or isinstance(model, PreferenceModel):
-        return None
-    return speed(
-        transformer.config,
-        held_of(model, transformer, trainer, optim, sizes),
-        setting_of(model, data, trainer, sizes),
-        card,
-        data.seq_length,
-        gpus=trainer.num_devices * trainer.num_nodes,
-        gpus_per_node=trainer.num_devices,
-    )
+) -> tuple[Memory | None, Speed | None]:
+    """The memory of the GPU that has the most, and how fast such cards train; None for what is not worked out.
+
+    Neither is where preferences are learned, and the speed is not if the card is not known.
+
+    Args:
+        transformer: the complete model, on the meta device.
+        sizes: of the ranks.
+    """
+    if isinstance(model, PreferenceModel):
+        return None, None
+    held = held_of(model, transformer, trainer, optim, sizes)
+    setting = setting_of(model, data, trainer, sizes)
+    gpus, gpus_per_node = trainer.num_devices * trainer.num_nodes, trainer.num_devices
+    known = (transformer.config, held, setting)
+    fast = card and speed(*known, card, data.seq_length, gpus=gpus, gpus_per_node=gpus_per_node)
+    return memory(*known), fast
 
 
 def held_of(model: LanguageModel, transformer: Transformer, trainer: Trainer, optim: Optim, sizes: Sizes) -> Held:

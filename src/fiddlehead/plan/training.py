@@ -21,7 +21,7 @@ from fiddlehead.plan.attention_calls import calls_of
 from fiddlehead.plan.cards import Card
 from fiddlehead.plan.layouts import Layout, layouts
 from fiddlehead.plan.memory import Memory
-from fiddlehead.plan.rank_memory import memory_of, speed_of
+from fiddlehead.plan.rank_memory import memory_and_speed
 from fiddlehead.plan.speed import Speed
 from fiddlehead.run.console import say
 from fiddlehead.training import LanguageModel, Log, Parallel
@@ -226,6 +226,9 @@ def plan_training(
     device, card = _device(target, trainer)
     on_gpu = device is None or device.device_type == "cuda"
     gathered_gib = sizes.gathered(transformer) * ((4 if precision == "32-true" else 2) + 4) / 2**30
+    memory, speed = None, None
+    if on_gpu:
+        memory, speed = memory_and_speed(model, transformer, data, trainer, optim, sizes, card)
     return TrainingPlan(
         config=config,
         parameters=parameters,
@@ -240,9 +243,9 @@ def plan_training(
         state_gib=state_gib,
         device_gib=state_gib * sizes.held(transformer) / parameters + gathered_gib,
         warmup_steps=optim.lr_scheduler.warmup_steps,
-        memory=memory_of(model, transformer, data, trainer, optim, sizes) if on_gpu else None,
+        memory=memory,
         card=card,
-        speed=speed_of(model, transformer, data, trainer, optim, sizes, card) if on_gpu else None,
+        speed=speed,
         layouts=tuple(layouts(model, transformer, data, trainer, optim, card)) if search and card is not None else (),
         missing=f"data.{data.missing}" if data.missing else "",
     )
