@@ -100,7 +100,7 @@ def _cost(planned: Plan, usd: float | None) -> float | None:
     speed = planned.training.speed
     if usd is None or speed is None:
         return None
-    return usd * speed.step * planned.training.max_steps / 3600 * planned.training.world_size
+    return usd * speed.hours(planned.training.max_steps) * planned.training.world_size
 
 
 def _show_layouts(found: Sequence[Layout]) -> None:
@@ -114,7 +114,7 @@ def _show_layouts(found: Sequence[Layout]) -> None:
 
 def _values(name: str, planned: Plan, cost: float | None) -> dict[str, Any]:
     training, values = planned.training, planned.to_dict()
-    hours = None if training.speed is None else training.speed.step * training.max_steps / 3600
+    hours = None if training.speed is None else training.speed.hours(training.max_steps)
     return {
         "name": name,
         "fits": training.fits,

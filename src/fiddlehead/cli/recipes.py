@@ -142,7 +142,7 @@ def _planned(entry: catalog.Entry) -> dict[str, Any]:
         "memory_gib": None if memory is None else memory.peak / 2**30,
         "fits": training.fits,
         "tokens_per_s": None if speed is None else speed.tokens_per_s,
-        "hours": None if speed is None else speed.step * training.max_steps / 3600,
+        "hours": None if speed is None else speed.hours(training.max_steps),
     }
 
 

@@ -60,11 +60,15 @@ class Speed:
         """Seconds of a step."""
         return sum(getattr(self, name) for name in _PARTS)
 
+    def hours(self, steps: int) -> float:
+        """Hours of so many steps."""
+        return self.step * steps / 3600
+
     def rows(self, max_steps: int, gpus: int) -> list[tuple[str, str]]:
         """Name and value of each line of a summary."""
         spent = sorted(((getattr(self, name), said) for name, said in _PARTS.items()), reverse=True)
         spent = [f"{said} {seconds / self.step:.0%}" for seconds, said in spent if seconds > 0.005 * self.step]
-        hours = self.step * max_steps / 3600
+        hours = self.hours(max_steps)
         energy = f", at most {self.watts * hours / 1e6:,.2f} MWh" if self.watts else ""
         each = f"{self.tokens_per_s / gpus:,.0f} tokens/s a GPU" if gpus > 1 else f"{self.tokens_per_s:,.0f} tokens/s"
         return [
