@@ -106,6 +106,11 @@ def fill() -> None:
     case("fsdp 1b b4 x2", "llama32_1b", accumulate=2, data_parallel=2)
     case("fsdp 8b b1 8k full", "llama3_8b", true, full, batch=1, seq=8192, data_parallel=2)
     case("fsdp 8b b1 4k full mixed", "llama3_8b", full, batch=1, data_parallel=2)
+    # The layout that the plan's search finds for two GPUs comes first, then what one would try by hand.
+    case("fitted 8b b2 8k full x2", "llama3_8b", true, full, batch=2, seq=8192, accumulate=2, data_parallel=2)
+    case("by hand 8b b1 8k full x4", "llama3_8b", true, full, batch=1, seq=8192, accumulate=4, data_parallel=2)
+    by_sequence = {"batch": 1, "seq": 8192, "accumulate": 8, "context_parallel": 2}
+    case("by hand 8b b1 8k selective cp x8", "llama3_8b", true, selective, **by_sequence)
     case("fsdp 8b6 b2", "llama3_8b", LAYERS_8B, batch=2, data_parallel=2)
     case("tp 1b b4", "llama32_1b", tensor_parallel=2)
     case("tp 8b6 b4 full", "llama3_8b", LAYERS_8B, full, tensor_parallel=2)
