@@ -20,6 +20,7 @@ def launch(
     name: str | None = None,
     detach: bool = False,
     allow: Sequence[str] = (),
+    despite: Sequence[str] = (),
     command: str | None = None,
     after: Sequence[RunDirectory] = (),
     after_any: Sequence[RunDirectory] = (),
@@ -31,4 +32,6 @@ def launch(
     made = plan(recipe, executor, waits=bool(after or after_any))
     for sentence in made.changed:
         print(f"changed: {sentence}")  # noqa: T201
-    return made.submit(name=name, detach=detach, allow=allow, command=command, after=after, after_any=after_any)
+    return made.submit(
+        name=name, detach=detach, allow=allow, despite=despite, command=command, after=after, after_any=after_any
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
@@ -16,7 +16,7 @@ from fiddlehead.files import secret_files
 from fiddlehead.files.paths import cache_folder, user_path
 from fiddlehead.launch import docker_engine as engine
 from fiddlehead.launch import nemo, secrets
-from fiddlehead.launch.executor import Executor
+from fiddlehead.launch.executor import Executor, gpus_here
 from fiddlehead.launch.reconcile import Answer
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import Status
@@ -92,6 +92,12 @@ class DockerExecutor(Executor):
     def gpus_of_a_node(self, nodes: int = 1) -> int:
         """The number of GPUs of the container, or else of this machine."""
         return self.gpus or super().gpus_of_a_node(nodes)
+
+    def gpu_types(self) -> Collection[str]:
+        """The GPU of this machine, where the container runs."""
+        import torch
+
+        return (torch.cuda.get_device_name(0),) if gpus_here() else ()
 
     def fitted(self, devices: int, accelerator: str, nodes: int = 1) -> Self:
         """These settings with one process for each device of the recipe, and GPUs if it uses them."""

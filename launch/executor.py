@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from shlex import quote
@@ -187,6 +187,10 @@ class Executor(ABC):
             ConfigError: the number is unknown.
         """
         return gpus_here()
+
+    def gpu_types(self) -> Collection[str]:
+        """The kinds of GPU that a job may get, as CUDA or the cluster names them; none if that is not known."""
+        return ()
 
     def fitted(self, devices: int, accelerator: str, nodes: int = 1) -> Self:
         """These settings, completed for a recipe that uses `devices` on each of `nodes`."""

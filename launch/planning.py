@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fiddlehead.errors import ConfigError, Problem, refuse
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from fiddlehead.attention import Target
     from fiddlehead.plan.cards import Card
     from fiddlehead.plan.training import TrainingPlan
+    from fiddlehead.run.prediction import Prediction
 
+UNKNOWN = "not known here, so nobody has checked whether it fits; --gpu NAME plans for one"
 _NAMELESS = ".nameless"
 """A placeholder for the name of a run that has none yet; no run can have this name."""
 
@@ -58,6 +60,39 @@ class Plan:
             raise ConfigError(*self.problems)
         return self.known
 
+    @property
+    def refusals(self) -> dict[str, Problem]:
+        """Why `submit` refuses to start it although nothing is wrong with it, by the names that `despite` takes.
+
+        Its GPU is too small, or its time limit too short for a step and a checkpoint. Where the GPU is not known,
+        nothing is refused.
+
+        Raises:
+            ConfigError: there are problems.
+        """
+        from fiddlehead.plan.refusals import refusals
+
+        trainer, limit = self.recipe.trainer, None if self.executor is None else self.executor.time_limit
+        return refusals(self.training, int(trainer.num_nodes), limit)
+
+    def refuse_unfit(self, despite: Sequence[str] = ()) -> None:
+        """Raises ConfigError with the `refusals` whose names are not in `despite`."""
+        from fiddlehead.plan.refusals import standing
+
+        refuse(standing(self.refusals, despite))
+
+    def refuse_start(self, despite: Sequence[str] = ()) -> None:
+        """As `refuse_unfit`, also with all that is missing."""
+        from fiddlehead.plan.refusals import standing
+
+        refuse([*self.missing, *standing(self.refusals, despite)])
+
+    def prediction(self, despite: Sequence[str] = ()) -> Prediction:
+        """What `submit` writes down of the plan, for a comparison with the run."""
+        from fiddlehead.plan.refusals import predict
+
+        return predict(self.training, despite)
+
     def rows(self) -> list[tuple[str, str]]:
         """Name and value of each line of a summary.
 
@@ -68,6 +103,8 @@ class Plan:
             *self.training.rows(),
             *(("changed", sentence) for sentence in self.changed),
             *(("it cannot start here", reason) for reason in self.missing if reason != self.training.missing),
+            *([("GPU", UNKNOWN)] if self.training.memory is not None and self.training.card is None else []),
+            *(("would be refused", problem) for problem in self.refusals.values()),
         ]
 
     def _repr_html_(self) -> str:
@@ -83,6 +120,7 @@ class Plan:
             "problems": list(self.problems),
             "missing": list(self.missing),
             "changed": list(self.changed),
+            "refusals": {} if self.known is None else self.refusals,
             "training": None if self.known is None else self.known.to_dict(),
         }
 
@@ -92,6 +130,7 @@ class Plan:
         name: str | None = None,
         detach: bool = False,
         allow: Sequence[str] = (),
+        despite: Sequence[str] = (),
         command: str | None = None,
         after: Sequence[RunDirectory] = (),
         after_any: Sequence[RunDirectory] = (),
@@ -103,24 +142,25 @@ class Plan:
                 name.
             detach: return as soon as the job is submitted.
             allow: names that the job's recipe may use, besides its own classes and functions.
+            despite: the names of `refusals` to override: "memory", "time".
             command: the command line to record.
             after: runs that must succeed first; only for an executor that queues jobs, and with the same executor.
             after_any: such runs that must end first, in any state.
 
         Raises:
-            ConfigError: there are problems, something is missing, the run's name was taken meanwhile, or the executor
+            ConfigError: there are problems, something is missing, one of `refusals` is not overridden, the run's name was taken meanwhile, or the executor
                 cannot run it. Nothing was started.
             RunFailedError: the run did not succeed.
         """
         self.refuse_problems()
-        if self.missing:
-            raise ConfigError(*self.missing)
+        self.refuse_start(despite)
+        prediction = self.prediction(despite)
         if self.executor is None:
             if after or after_any:
                 raise ConfigError("a run in this process starts at once; name an executor for one that waits")
-            return submit.run_here(self.recipe, name=name, allow=allow, command=command)
+            return submit.run_here(self.recipe, prediction, name=name, allow=allow, command=command)
         return submit.run_elsewhere(
-            self.recipe, self.executor,
+            self.recipe, self.executor, prediction,
             name=name, detach=detach, allow=allow, command=command, after=after, after_any=after_any,
         )  # fmt: skip
 
@@ -167,7 +207,7 @@ def plan(
     here = target is None and (executor is None or not executor.ships_code)
     lacking = missing_here(fitted) if here else ""
     if target is None and not (here and not lacking):
-        target = "unknown"
+        target = _card_of(executor, fitted) or "unknown"
     try:
         training = _plan_training(fitted, target, search=search)
         _refuse_directory(fitted, waits=waits or (executor is not None and executor.keeps_runs_elsewhere))
@@ -178,6 +218,22 @@ def plan(
         executor = executor.fitted(int(trainer.devices), str(trainer.accelerator), int(trainer.num_nodes))
     missing = tuple(filter(None, (lacking, training.missing)))
     return Plan(fitted, executor, missing=missing, changed=tuple(yielded(recipe, fitted)), known=training)
+
+
+def _card_of(executor: Executor | None, recipe: Recipe) -> Card | None:
+    """The GPU that the executor gives, of several kinds the largest; None if that is not known.
+
+    It is without kernels: which serve depends on the packages that are there.
+    """
+    if executor is None or not executor.ships_code or recipe.trainer.accelerator not in GPU:
+        return None
+    from fiddlehead.plan.cards import Card
+
+    cards = [Card.called(name) for name in executor.gpu_types()]
+    known = [card for card in cards if card is not None]
+    if not known or len(known) < len(cards):
+        return None
+    return replace(max(known, key=lambda card: card.gib), model="")
 
 
 def _target_of(target: Target | Card | str | None) -> Target | Card | Literal["unknown"] | None:

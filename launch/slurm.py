@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Self
@@ -156,6 +156,15 @@ class SlurmExecutor(Executor):
             ConfigError: the settings name no number, and Slurm does not know it.
         """
         return self._named_gpus() or slurm_offer.gpus_of_a_node(self.shell(), self.partition, nodes)
+
+    def gpu_types(self) -> Collection[str]:
+        """The types in the settings, or else those of the partition; none if Slurm does not say."""
+        if named := slurm_offer.types_of_gpus(self.gres or ""):
+            return named
+        try:
+            return slurm_offer.gpu_types(self.shell(), self.partition)
+        except ConfigError:  # `check` says so
+            return ()
 
     def _named_gpus(self) -> int:
         """How many GPUs the settings ask for on each node."""

@@ -35,6 +35,8 @@ class Partition:
     """ "up", or why it takes no jobs."""
     gpus: tuple[int, ...]
     """The number on each node."""
+    types: frozenset[str] = frozenset()
+    """The types of its GPUs, as the cluster names them; "" for GPUs without a type."""
     away: int = 0
     """The number of nodes that take no jobs for now: down, drained, reserved, not responding."""
 
@@ -107,6 +109,20 @@ def gpus_of_a_node(shell: Shell, partition: str | None, nodes: int) -> int:
     return max(sorted(found.gpus, reverse=True)[min(nodes, found.nodes) - 1] for found in named)
 
 
+def gpu_types(shell: Shell, partition: str | None) -> frozenset[str]:
+    """The types of the GPUs of a partition, as the cluster names them; "" among them if some have none.
+
+    Raises:
+        ConfigError: Slurm does not say.
+    """
+    return frozenset().union(*(found.types for found in _named(shell, partition)))
+
+
+def types_of_gpus(gres: str) -> list[str]:
+    """The type of each kind of GPU in generic resources: `a100` in `gpu:a100:4(S:0-1)`, "" in `gpu:4`."""
+    return re.findall(r"(?<!\w)gpu(?=[:,(]|$)(?::([^:,(\d][^:,(]*))?", gres)
+
+
 def has_nodes_away(shell: Shell, partition: str | None) -> bool:
     """Whether some nodes of a partition accept no jobs for now."""
     return any(found.away for found in _named(shell, partition))
@@ -171,7 +187,8 @@ def _named(shell: Shell, names: str | None) -> list[Partition]:
     for name in wanted:
         ours = [row for row in table if row[0].rstrip("*") == name]
         gpus = tuple(count_gpus(row[3]) for row in ours for _ in range(int(row[2])))
+        types = frozenset(kind for row in ours for kind in types_of_gpus(row[3]))
         up = "up" if any(row[4] == "up" for row in ours) else ours[0][4]
         away = sum(int(row[2]) for row in ours if not _PRESENT.fullmatch(row[5]))
-        made.append(Partition(name, ours[0][1], up, gpus, away))
+        made.append(Partition(name, ours[0][1], up, gpus, types, away))
     return made

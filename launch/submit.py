@@ -30,6 +30,7 @@ from fiddlehead.recipe import Recipe, trust
 from fiddlehead.run import RunDirectory, State, Status, locks, workers
 from fiddlehead.run.directory import PRIVATE, exclusive
 from fiddlehead.run.names import reserve_name
+from fiddlehead.run.prediction import Prediction
 from fiddlehead.run.status import this_process
 
 
@@ -41,11 +42,11 @@ class RunFailedError(RuntimeError):
         self.run, self.status = run, status
 
 
-def run_here(recipe: Recipe, *, name: str | None, allow: Sequence[str], command: str | None) -> RunDirectory:
+def run_here(recipe: Recipe, prediction: Prediction, *, name: str | None, allow: Sequence[str], command: str | None) -> RunDirectory:
     """Runs a plan in this process; see `Plan.submit`."""
     from fiddlehead.run.console import become_rank_zero
 
-    run = write_run(recipe, None, name=name, command=command)
+    run = write_run(recipe, None, prediction, name=name, command=command)
     become_rank_zero()
     with _copied_to(run.log), workers.apart():
         allow = sorted({*recipe.names_to_allow(), *allow})
@@ -57,6 +58,7 @@ def run_here(recipe: Recipe, *, name: str | None, allow: Sequence[str], command:
 def run_elsewhere(
     recipe: Recipe,
     executor: Executor,
+    prediction: Prediction,
     *,
     name: str | None,
     detach: bool,
@@ -68,7 +70,7 @@ def run_elsewhere(
     """Runs a plan on its executor; see `Plan.submit`."""
     with contextlib.ExitStack() as held:
         run, log_start = hand_over(
-            recipe, executor, None if detach else held,
+            recipe, executor, prediction, None if detach else held,
             name=name, allow=allow, command=command, after=after, after_any=after_any,
         )  # fmt: skip
         if not detach:
@@ -85,6 +87,7 @@ def _refuse_failure(run: RunDirectory, status: Status | None) -> None:
 def hand_over(
     recipe: Recipe,
     executor: Executor,
+    prediction: Prediction,
     lifetime: contextlib.ExitStack | None,
     *,
     name: str | None = None,
@@ -103,7 +106,7 @@ def hand_over(
         RunError: the disk is full, or the job was submitted but its id cannot be saved.
     """
     allow = sorted({*recipe.names_to_allow(), *allow})
-    run = write_run(recipe, executor, name=name, command=command, allow=allow, detach=lifetime is None)
+    run = write_run(recipe, executor, prediction, name=name, command=command, allow=allow, detach=lifetime is None)
     if lifetime is not None:
         lifetime.enter_context(_alive(run))
     log_start = run.log.stat().st_size if run.log.exists() else 0
@@ -154,6 +157,7 @@ def rehearse(recipe: Recipe, executor: Executor) -> str:
 def write_run(
     recipe: Recipe,
     executor: Executor | None,
+    prediction: Prediction | None = None,
     *,
     name: str | None,
     command: str | None,
@@ -163,6 +167,7 @@ def write_run(
     """Writes the directory of a run that is to start.
 
     Args:
+        prediction: what the plan predicts; None: the job finds out.
         allow: additional names that the job's recipe may use.
         detach: the job must continue after its launcher ends.
 
@@ -188,6 +193,8 @@ def write_run(
                 with run.command.open("a") as file:
                     file.write((command or shlex.join(sys.argv)) + "\n")
                 write_atomically(run.environment, json.dumps(describe_environment(Path.cwd()), indent=1) + "\n")
+                if prediction is not None:
+                    run.write_prediction(prediction)
                 if executor is not None:
                     _write_job(run, recipe, executor, allow, detach=detach)
                 trust.remember(run, recipe.names_to_allow())

@@ -144,6 +144,7 @@ def run_all(
     *,
     max_running: int | None = None,
     allow: Sequence[str] = (),
+    despite: Sequence[str] = (),
     command: str | None = None,
     report: Callable[[list[Status | None]], None] | None = None,
 ) -> list[Status | None]:
@@ -151,15 +152,17 @@ def run_all(
 
     Args:
         plans: one for each run, with its name, all for the same executor.
+        despite: as in `Plan.submit`.
         max_running: the most runs at a time; None means all.
         report: is called with the states whenever they may have changed; None: return when all jobs are submitted.
 
     Raises:
-        ConfigError: a plan has problems (then nothing was started), or a run cannot be submitted (then the runs before
+        ConfigError: a plan has problems or is refused (then nothing was started), or a run cannot be submitted (then the runs before
             it are cancelled).
     """
     for each in plans:
         each.refuse_problems()
+        each.refuse_unfit(despite)
     sweep.save()
     runs = sweep.runs()
     waiting = list(zip(plans, runs, strict=True))
@@ -177,7 +180,8 @@ def run_all(
                     before = [begun[place]] if executor.queues and place >= 0 else []
                     lifetime = held if report else None
                     hand_over(
-                        made.recipe, made.executor or executor, lifetime, allow=allow, command=command, after_any=before
+                        made.recipe, made.executor or executor, made.prediction(despite), lifetime,
+                        allow=allow, command=command, after_any=before,
                     )
                     begun.append(run)
                     going += 1

@@ -23,15 +23,17 @@ from fiddlehead.plan import attention
 from fiddlehead.plan.attention_calls import calls_of
 from fiddlehead.recipe import Recipe
 from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.prediction import Prediction
 from fiddlehead.training import Checkpoint, LanguageModel, Log
 from fiddlehead.training.callbacks.checkpoint import at_step_end
+from fiddlehead.training.callbacks.expected import Expected
 from fiddlehead.training.callbacks.metrics import Metrics, num_adapted, peak_memory, speed
 from fiddlehead.training.callbacks.phases import Window, exposed_communication
 from fiddlehead.training.optim import Optim
 
 PACKAGES = ("fiddlehead", "torch", "lightning", "triton", "flash-attn", "flash-attn-3", "flash-attn-4")
 RESULTS = "bench.json"
-"""The file with the results in a benchmark's run directory: `figures`, `what` was measured, and `where`."""
+"""The file with the results in a benchmark's run directory: `figures`, `what` was measured, `where`, and the `plan`."""
 
 
 def as_benchmark(recipe: Recipe, *, steps: int, warmup: int, random_tokens: bool = False) -> Recipe:
@@ -104,7 +106,7 @@ def benchmark(
     window = Window(0.0, metrics.window.steps[-steps:])
     seconds = [sum(step.values()) for step in window.steps]
     rate = metrics.tokens_per_step * len(seconds) / sum(seconds)
-    rates = speed(model.config, data.seq_length, rate, trainer.world_size, device, num_adapted(model))
+    rates = speed(model.config, data.seq_length, rate, trainer.world_size, metrics.peak_flops, num_adapted(model))
     figures = {
         **rates,
         "tokens_per_s_per_device": rate / trainer.world_size,
@@ -118,8 +120,22 @@ def benchmark(
         cuda = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
         where["versions"] = {**where["versions"], **cuda}
     results = {"figures": figures, "what": _what(model, data, trainer, steps), "where": where}
+    if (predicted := run.prediction()) is not None and predicted.knows:
+        results["plan"] = planned_figures(predicted)
     write_atomically(run.path / RESULTS, json.dumps(results, indent=1) + "\n")
     return run
+
+
+def planned_figures(predicted: Prediction) -> dict[str, Any]:
+    """What the plan predicts, by the names of the figures."""
+    found = {
+        "tokens_per_s": predicted.tokens_per_s,
+        "tokens_per_s_per_device": predicted.tokens_per_s and predicted.tokens_per_s / predicted.gpus,
+        "seconds_per_step": predicted.seconds_per_step,
+        "mfu": predicted.mfu,
+        "memory_gib": predicted.memory_gib,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _what(model: LanguageModel, data: Any, trainer: Trainer, steps: int) -> dict[str, Any]:
@@ -165,6 +181,10 @@ class _Observer(Callback):
         self.first_step = 0.0
         self.figures: dict[str, float] = {}
         self.gpus: list[dict[str, Any]] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves out the comparison with the plan, which waits for the device in the middle of the timed steps."""
+        trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, Expected)]  # type: ignore[attr-defined]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

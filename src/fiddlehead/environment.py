@@ -73,8 +73,12 @@ def describe_machine(packages: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def describe_gpus() -> list[dict[str, Any]]:
-    """The GPUs of this machine and their current clock rates; unknown values are left out."""
+def describe_gpus(uuid: str = "") -> list[dict[str, Any]]:
+    """The GPUs of this machine and their current clock rates; unknown values are left out.
+
+    Args:
+        uuid: of the only one to describe, as nvidia-smi has it; "" is all of them.
+    """
     fields = {
         "name": "name",
         "driver": "driver_version",
@@ -85,7 +89,12 @@ def describe_gpus() -> list[dict[str, Any]]:
         "max_watts": "power.limit",
         "celsius": "temperature.gpu",
     }
-    rows = _lines("nvidia-smi", f"--query-gpu={','.join(fields.values())}", "--format=csv,noheader,nounits")
+    rows = _lines(
+        "nvidia-smi",
+        f"--query-gpu={','.join(fields.values())}",
+        "--format=csv,noheader,nounits",
+        *([f"--id={uuid}"] if uuid else []),
+    )
     return [
         {
             name: value if name in ("name", "driver") else float(value)

@@ -14,8 +14,10 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.files.paths import user_path
 from fiddlehead.plan import attention
+from fiddlehead.plan.refusals import predict
 from fiddlehead.plan.resume import Start, data_checksums, resume_point
 from fiddlehead.plan.training import TrainingPlan, begin, plan_training
+from fiddlehead.plan.verify import differences
 from fiddlehead.recipe.resumable import Resumable
 from fiddlehead.run.console import is_rank_zero, say
 from fiddlehead.run.directory import PRIVATE, RunDirectory
@@ -62,6 +64,10 @@ def pretrain(
         raise ConfigError(plan.missing)
     plan.apply(model, data, trainer)
     run = RunDirectory(user_path(log.dir) / (log.name or reserve_name("pretrain", log.dir)))
+    launched = run.prediction()
+    if different := differences(launched, plan, trainer.strategy.root_device):
+        print(f"WARNING: {'; '.join(different)}", flush=True)  # noqa: T201  # each rank has a GPU of its own
+    predicted = predict(plan, () if launched is None else launched.despite)
     found = verified_by_first(ranks, lambda: resume_point(run, resume))
     start = None if found is None else Start.read(found)
     step = 0
@@ -82,12 +88,23 @@ def pretrain(
         run.path.mkdir(PRIVATE, parents=True, exist_ok=True)
         if model.compile_mode is not None or optim.compiles(str(trainer.precision)):
             keep_compiled_kernels()
+        if is_rank_zero():
+            run.write_prediction(predicted)
         _record_attention(run, plan, trainer.strategy.root_device)
         if resume not in ("auto", "never"):
             write_atomically(run.path / "resumed_from", str(resume))
         parts = model, data, trainer, optim, log, checkpoint
         resume_from = None if start is None else start.path
-        fit(*parts, run=run, seed=seed, tokens_per_step=plan.tokens_per_step, resume_from=resume_from, step=step)
+        fit(
+            *parts,
+            run=run,
+            seed=seed,
+            tokens_per_step=plan.tokens_per_step,
+            predicted=predicted,
+            peak_flops=0.0 if plan.card is None else plan.card.flops,
+            resume_from=resume_from,
+            step=step,
+        )
     return run
 
 

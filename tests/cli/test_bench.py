@@ -14,6 +14,7 @@ from fiddlehead.bench import as_benchmark
 from fiddlehead.cli import main
 from fiddlehead.errors import ConfigError
 from fiddlehead.recipes import finetune, tiny
+from fiddlehead.run.prediction import Prediction
 
 Command = Callable[..., tuple[str, str]]
 
@@ -76,6 +77,25 @@ def test_the_figures_agree_with_each_other_and_nothing_is_kept(bench: Command, w
     assert results["what"]["data"] == "RandomTokens"
     change = results["figures"]["tokens_per_s"] / figures["tokens_per_s"] - 1
     assert results["changes"]["tokens_per_s"] == pytest.approx(change)
+
+
+def test_what_was_planned_stands_beside_what_was_measured(bench: Command, monkeypatch: pytest.MonkeyPatch):
+    """Simulates that the plan knows the device that trains, which is the CPU."""
+    known = {"tokens_per_s": 1e6, "mfu": 0.5, "seconds_per_step": 256e-6, "memory_gib": 100.0}
+    monkeypatch.setattr("fiddlehead.tasks.predict", lambda *_: Prediction(1, 5, 256, "h100", **known))
+    arguments = ["tiny_test", "--steps", "9", "--warmup", "2", "--direct"]
+    out, err = bench(*arguments, "--json")
+    assert "plan at step" not in err  # which would wait for the device
+    results = json.loads(out)
+    assert results["plan"] == {"tokens_per_s_per_device": 1e6, **known}
+    Path("before.json").write_text(out)
+    out, _ = bench(*arguments, "--against", "before.json")
+    assert re.search(r"plan +difference +before +change", out)
+    rate = re.search(r"^tokens/s +([\d,]+) +1,000,000 +(-[\d.]+)% +[\d,]+ +[+-]", out, re.MULTILINE)
+    assert rate is not None
+    assert float(rate[2]) == pytest.approx(int(rate[1].replace(",", "")) / 1e4 - 100, abs=0.1)
+    assert re.search(r"^a step +[\d.]+ ms \(.*\) +0.3 ms +\+[\d.]+% ", out, re.MULTILINE)
+    assert re.search(r"^memory, at most +[\d.]+ GiB +100.00 GiB +-\d\d\.\d% ", out, re.MULTILINE)
 
 
 def test_a_run_that_fails_says_why_and_leaves_nothing(bench: Command):

@@ -142,7 +142,7 @@ def test_diff_of_recipes_and_files(fiddlehead, tmp_path):
 def test_a_plan_may_be_for_a_gpu_that_is_not_here(fiddlehead):
     output = fiddlehead("pretrain", "-f", "llama32_1b", "trainer.devices=1", "--dryrun", "--gpu", "h100")
     assert "cudnn on h100" in output and "fits: h100 has 79.2 GiB" in output
-    output = fiddlehead("pretrain", "-f", "llama3_8b", "--dryrun", "--gpu", "mine=24,180,900")
+    output = fiddlehead("pretrain", "-f", "llama3_8b", "--dryrun", "--gpu", "mine=24,180,900", rc=2)
     assert "8 devices" in output and "does not fit: mine has 24.0 GiB" in output
 
 

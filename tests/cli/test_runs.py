@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.prediction import Prediction
 from fiddlehead.run.status import State, Status
 from tests import warm
 from tests.conftest import cpu_seconds
@@ -112,6 +114,27 @@ def test_show_says_where_the_time_of_a_step_goes(tmp_path: Path, runs: Command):
     assert shown["backward"][1:] == ["100.0", "ms", "50%", "#" * 20]
     assert shown["of it waiting for gradients"][-4:] == ["10.0", "ms", "5%", "~~"]
     assert shown["the rest"][2:] == ["10.0", "ms", "5%", "##"]
+
+
+def test_show_has_the_plan_beside_what_was_measured(tmp_path: Path, runs: Command):
+    run = made(tmp_path, "a")
+    assert "planned" not in runs("show", "a").stdout
+    on_a_cpu = Prediction(gpus=1, max_steps=10, tokens_per_step=64)
+    run.write_prediction(on_a_cpu)
+    assert "planned" not in runs("show", "a").stdout
+    known = {"memory_gib": 40.0, "tokens_per_s": 64 / 0.2, "seconds_per_step": 0.2, "gpu": "h100"}
+    run.write_prediction(replace(on_a_cpu, max_steps=36_010, **known))
+    run.metrics.write_text("step,tokens_per_s,seconds_per_step,memory_gib\n10,256,0.25,42\n")
+    shown = {line.strip().split("  ")[0]: line.split() for line in runs("show", "a").stdout.splitlines()}
+    assert "plan for 1 x h100" in shown
+    assert shown["memory"][1:] == ["40.00", "GiB", "42.00", "GiB", "+5.0%"]
+    assert shown["tokens/s"][1:] == ["320", "256", "-20.0%"]
+    assert shown["hours left"][2:] == ["2.00", "2.50", "+25.0%"]
+    run.metrics.unlink()  # it has not begun
+    shown = {line.strip().split("  ")[0]: line.split() for line in runs("show", "a").stdout.splitlines()}
+    assert shown["memory"][1:] == ["40.00", "GiB"]
+    (found,) = json.loads(runs("--json").stdout)
+    assert found["plan"]["memory_gib"] == 40.0
 
 
 def test_clean_deletes_what_has_ended_and_nothing_else(tmp_path: Path, runs: Command):

@@ -220,7 +220,7 @@ def test_a_device_of_this_machine_is_a_card(monkeypatch: pytest.MonkeyPatch) -> 
         card = Card.of(Target("cuda", name), device)
         assert card is not None and (card.name, card.gib) == (name, gib)
         found.append((card.flops / 1e12, card.bytes_per_s / 1e9))
-    assert found == [(989, 3350), (312, 1555), (312, 2039), (165, 1008), (756, 0), (0, 0)]
+    assert found == [(989, 3350), (312, 1555), (312, 2039), (165, 1008), (756, 2000), (0, 0)]
     assert Card.of(Target("cpu", "cpu"), torch.device("cpu")) is None
 
 

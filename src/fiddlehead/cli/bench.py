@@ -14,6 +14,7 @@ import typer
 
 from fiddlehead.cli.common import (
     AllowOption,
+    DespiteOption,
     OverridesArgument,
     add_row,
     complete_recipe,
@@ -27,6 +28,7 @@ from fiddlehead.cli.common import (
 )
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.paths import user_path
+from fiddlehead.run.prediction import difference
 
 if TYPE_CHECKING:
     from fiddlehead.launch.executor import Executor
@@ -45,7 +47,8 @@ SETTLED = {
 HELP = """Time the training steps of a recipe: tokens/s, MFU, memory, and the time of each phase.
 
 It is the recipe's own training with its data, batch sizes and devices, and your edits, on this machine or wherever \
-executor=NAME is. Only validation and checkpoints are left out, and nothing is kept.
+executor=NAME is. Only validation and checkpoints are left out, and nothing is kept. On a GPU that `fiddlehead plan` \
+knows, what was planned stands beside what was measured.
 
 [bold]MFU[/bold] is the part of the GPU's peak that the model's own arithmetic takes; what PaLM, nanoGPT and \
 torchtitan report is the one with full attention.
@@ -58,6 +61,9 @@ data.micro_batch_size.
   fiddlehead bench llama32_1b --json > before.json
 
   fiddlehead bench llama32_1b data.micro_batch_size=2 --against before.json
+
+[bold]--calibrate[/bold] measures which part of its peak this machine's GPU reaches in products, attention, the \
+optimizer and, with several GPUs, the links between them. The plans for such GPUs use it.
 
 Example:  fiddlehead bench tiny --steps 50
 """
@@ -81,9 +87,18 @@ def bench(
     against: Path = typer.Option(
         None, "--against", metavar="FILE", parser=user_path, help="Show the change since an earlier --json."
     ),
+    calibrate: bool = typer.Option(
+        False, "--calibrate", help="Measure the GPU of this machine for its plans, in about a minute; without a recipe."
+    ),
     allow: list[str] = AllowOption,
+    despite: list[str] = DespiteOption,
 ) -> None:
     """Time the training steps of a recipe: tokens/s, MFU, memory, and the time of each phase."""
+    if calibrate:
+        if factory or overrides:
+            raise ConfigError("--calibrate measures this machine, not a recipe; leave the recipe out")
+        _calibrate(as_json=as_json)
+        return
     factory, edits = named_recipe(factory, overrides or (), "bench")
     edits, executor_edits = split_executor(edits)
     if direct and executor_edits:
@@ -101,7 +116,7 @@ def bench(
 
     recipe = as_benchmark(recipe, steps=steps, warmup=warmup, random_tokens=random_tokens)
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        results = _run(recipe, name, executor, allow or ())
+        results = _run(recipe, name, executor, allow or (), despite or ())
         results["what"] = {"recipe": name, "edits": edits, **results["what"]}
         _show(results, before)
     if as_json:
@@ -111,7 +126,31 @@ def bench(
         print(json.dumps(results, indent=1))  # noqa: T201
 
 
-def _run(recipe: Recipe, name: str, executor: Executor | None, allow: Sequence[str]) -> dict[str, Any]:
+def _calibrate(*, as_json: bool) -> None:
+    """Measures which part of its peak the GPU here reaches, and keeps it for plans."""
+    import torch
+
+    from fiddlehead.plan import calibration
+    from fiddlehead.plan.reached import reached
+
+    device, card = calibration.here()
+    print(f"measuring {card.name}, which takes about a minute", file=sys.stderr)  # noqa: T201
+    before = reached(card)
+    found = calibration.calibrate(device, card, gpus=max(1, torch.cuda.device_count()))
+    file = calibration.keep(card, found)
+    if as_json:
+        print(json.dumps({"gpu": card.name, "reached": found}, indent=1))  # noqa: T201
+        return
+    made = table(card.name, "of its peak", "planned before")
+    for name, part in found.items():
+        add_row(made, name, f"{part:.1%}", f"{before[name]:.1%}")
+    show(made)
+    print(f"kept in {file}; plans for this GPU use it")  # noqa: T201
+
+
+def _run(
+    recipe: Recipe, name: str, executor: Executor | None, allow: Sequence[str], despite: Sequence[str]
+) -> dict[str, Any]:
     """Returns the results of a run, whose directory is deleted."""
     from fiddlehead import launch
     from fiddlehead.bench import RESULTS
@@ -121,7 +160,7 @@ def _run(recipe: Recipe, name: str, executor: Executor | None, allow: Sequence[s
     new = not parent.exists()
     recipe.log.name = None
     try:
-        run = launch.launch(recipe, executor, name=f"bench-{name}", allow=allow)
+        run = launch.launch(recipe, executor, name=f"bench-{name}", allow=allow, despite=despite)
         return json.loads((run.path / RESULTS).read_text())
     except launch.RunFailedError as failure:
         run = failure.run
@@ -143,11 +182,15 @@ def _show(results: dict[str, Any], before: dict[str, Any] | None) -> None:
     comparison = None if before is None else compare(before, results)
     changes = {} if comparison is None else {change.name: change for change in comparison.changes}
     title = f"{what['steps']} steps of {what['tokens_per_step']:,} tokens"
-    made = table(" ".join([what["recipe"], *what["edits"]]), title, *(["before", "change"] if before else []))
+    planned = results.get("plan", {})
+    columns = [*(["plan", "difference"] if planned else []), *(["before", "change"] if before else [])]
+    made = table(" ".join([what["recipe"], *what["edits"]]), title, *columns)
     for label, name, shown in ROWS:
         if name not in figures:
             continue
         cells = [shown(figures[name])]
+        if planned:
+            cells += _beside_plan(name, figures[name], planned.get(name), shown)
         if before is not None:
             old = before["figures"].get(name)
             cells += ["" if old is None else shown(old), str(changes.get(name, ""))]
@@ -160,6 +203,15 @@ def _show(results: dict[str, Any], before: dict[str, Any] | None) -> None:
     show(made, "", phases_table(figures | {"seconds_per_step": mean}))
     for condition in comparison.conditions if comparison else ():
         print(f"measured differently: {condition}")  # noqa: T201
+
+
+def _beside_plan(name: str, measured: Any, planned: float | None, shown: Callable[[Any], str]) -> list[str]:
+    """The planned figure, and by how much the measured one differs from it; empty if it was not planned."""
+    if planned is None:
+        return ["", ""]
+    if name == "seconds_per_step":
+        return [f"{1000 * planned:,.1f} ms", difference(planned, measured["median"])]
+    return [shown(planned), difference(planned, measured)]
 
 
 def _milliseconds(spread: dict[str, float]) -> str:

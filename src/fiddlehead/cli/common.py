@@ -35,6 +35,10 @@ AllowOption = typer.Option(
     None, "--allow", metavar="MODULE[:NAME]", help="Your names that YAML recipes and edits may use."
 )
 
+DespiteOption = typer.Option(
+    None, "--despite", metavar="memory|time", help="Start although the plan says that it will run out of this."
+)
+
 
 def load_recipe(name: str, overrides: Sequence[str] = (), allow: Sequence[str] = ()) -> tuple[Recipe, str]:
     """Loads the recipe `name` and edits it; returns it with a name for its runs.

@@ -37,8 +37,9 @@ HELP = """Show what a run takes before it starts: memory, speed, time, kernels.
 It needs no GPU, no cluster and no dataset. The memory is that of the GPU that has most of it, at the moment when it \
 has most. The speed is worked out from the GPU's data sheet, and from the part of it that an H100 was measured to reach.
 
-[bold]--gpu[/bold] is the GPU to plan for: h100, h100_96, h200, a100, a100_40, l40s, b200, b300, rtx4090; or one of \
-your own, by its memory, the speed of its products and that of its memory: --gpu mine=48,362,864 (GiB,TFLOPs,GB/s)
+[bold]--gpu[/bold] is the GPU to plan for: h100, h200, a100, a100_40, l40s, b200, b300, rtx4090 and others, which the \
+error for a wrong name lists; or one of your own, by its memory, the speed of its products and that of its memory: \
+--gpu mine=48,362,864 (GiB,TFLOPs,GB/s)
 
 Example:  fiddlehead plan llama3_8b --gpu h200
 

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -15,16 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fiddlehead.cli.common import AllowOption, add_row, phases_table, table
+from fiddlehead.cli.common import AllowOption, DespiteOption, add_row, phases_table, table
 from fiddlehead.cli.common import show as show_things
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.run import damage
 from fiddlehead.run.alive import is_here, way_out
 from fiddlehead.run.directory import RunDirectory, last_lines
 from fiddlehead.run.names import find_run, list_runs
+from fiddlehead.run.prediction import Prediction, difference
 from fiddlehead.run.status import State, Status
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from rich.text import Text
 
 app = typer.Typer(invoke_without_command=True, help="List runs, and look into, cancel or repeat one.")
@@ -82,7 +85,7 @@ def runs(
 
 @app.command("show")
 def show(run: str = RunArgument, directory: str = DirOption) -> None:
-    """Show a run: its state and the reason, its newest metrics, the time of each phase, its files."""
+    """Show a run: its state and the reason, its newest metrics, its plan, the time of each phase, its files."""
     from fiddlehead.launch import code, watch
 
     found = find_run(run, directory)
@@ -108,6 +111,8 @@ def show(run: str = RunArgument, directory: str = DirOption) -> None:
     if shipped is not None:
         add_row(made, "code", shipped.describe())
     show_things(made)
+    if (predicted := found.prediction()) is not None and predicted.knows:
+        show_things("", _plan_table(predicted, metrics))
     if "seconds_per_step" in metrics:
         show_things("", phases_table(metrics))
     if status is not None and status.state in (State.FAILED, State.DIED):
@@ -183,6 +188,7 @@ def rerun(
     run: str = RunArgument,
     detach: bool = typer.Option(False, "--detach", help="Return as soon as the job is submitted."),
     allow: list[str] = AllowOption,
+    despite: list[str] = DespiteOption,
     trust_executor: bool = typer.Option(
         False, "--trust-executor", help="Use the run's executor.json although you did not launch the run."
     ),
@@ -205,7 +211,9 @@ def rerun(
     executor = watch.load_executor(found)
     try:
         command = shlex.join(["fiddlehead", "runs", "rerun", run])
-        launch.launch(recipe, executor, detach=detach, allow=allow or (), command=command)
+        before = found.prediction()
+        despite = sorted({*(despite or ()), *(before.despite if before else ())})  # it was said of this run before
+        launch.launch(recipe, executor, detach=detach, allow=allow or (), despite=despite, command=command)
     except launch.RunFailedError as failure:
         print(f"error: {failure}", file=sys.stderr)  # noqa: T201
         raise typer.Exit(failure.status.exit_code or 1) from None
@@ -334,6 +342,26 @@ def show_results(found: Any, metric: str) -> None:
             print(f"WARNING: {problem}", file=sys.stderr)  # noqa: T201
 
 
+def _plan_table(predicted: Prediction, metrics: Mapping[str, float]) -> Table:
+    """Plan against measurement, as far as the run has come; "" is not measured yet."""
+    step = int(metrics.get("step", 0))
+    left = None
+    if "seconds_per_step" in metrics:
+        left = metrics["seconds_per_step"] * (predicted.max_steps - step) / 3600
+    made = table(f"plan for {predicted.gpus} x {predicted.gpu or 'GPUs'}", "planned", "measured", "difference")
+    for name, planned, measured, shown in (
+        ("memory", predicted.memory_gib, metrics.get("memory_gib"), "{:,.2f} GiB"),
+        ("tokens/s", predicted.tokens_per_s, metrics.get("tokens_per_s"), "{:,.0f}"),
+        ("hours left", predicted.hours_left(step), left, "{:,.2f}"),
+    ):
+        if planned is None:
+            continue
+        known = "" if measured is None else shown.format(measured)
+        differs = "" if measured is None or not planned else difference(planned, measured)
+        add_row(made, name, shown.format(planned), known, differs)
+    return made
+
+
 def _unsent(run: RunDirectory) -> list[Path]:
     """The folders of the attempts that were recorded offline and that W&B has not marked as sent, in order."""
     folders = sorted((run.path / "wandb").glob("offline-run-*"))
@@ -380,7 +408,15 @@ def _row(run: RunDirectory, status: Status | None) -> list[Any]:
 def _facts(run: RunDirectory, status: Status | None) -> dict[str, Any]:
     """A run as JSON values."""
     said = {} if status is None else asdict(status)
-    known = {"job": run.job_id, "metrics": run.last_metrics(), "directory": str(run.path), "damaged": damage.find(run)}
+    predicted = run.prediction()
+    plan = None if predicted is None else asdict(predicted)
+    known = {
+        "plan": plan,
+        "job": run.job_id,
+        "metrics": run.last_metrics(),
+        "directory": str(run.path),
+        "damaged": damage.find(run),
+    }
     return {"name": run.name, **said, **known}
 
 

@@ -15,6 +15,7 @@ import typer
 
 from fiddlehead.cli.common import (
     AllowOption,
+    DespiteOption,
     OverridesArgument,
     add_row,
     complete_recipe,
@@ -60,7 +61,7 @@ def pretrain(
     ),
     dryrun: bool = typer.Option(False, "--dryrun", help="Check everything and show the plan; start nothing."),
     gpu: str = typer.Option(
-        None, "--gpu", metavar="NAME", help="With --dryrun: plan for this GPU, which need not be here, such as h100."
+        None, "--gpu", metavar="NAME", help="Plan for this GPU, such as h100; to start, where the GPU is not known."
     ),
     direct: bool = typer.Option(False, "--direct", help="Run in this process, without an executor."),
     detach: bool = typer.Option(False, "--detach", help="Return as soon as the job is submitted."),
@@ -76,6 +77,7 @@ def pretrain(
     max_running: int = typer.Option(None, "--max-running", min=1, help="With --sweep: the most runs at a time."),
     metric: str = typer.Option("", "--metric", help="With --sweep: sort by this; by default val_loss or loss."),
     allow: list[str] = AllowOption,
+    despite: list[str] = DespiteOption,
 ) -> None:
     """Train a language model from scratch, or continue an interrupted run.
 
@@ -100,12 +102,14 @@ def pretrain(
         if given and not sweep:
             raise ConfigError(f"{option} goes with --sweep")
     edits, executor_edits = split_executor(overrides or ())
-    if gpu and (sweep or not dryrun):
-        raise ConfigError("--gpu goes with --dryrun, and not with --sweep: it plans one run for a GPU")
+    if gpu and sweep:
+        raise ConfigError("--gpu and --sweep exclude each other: --gpu plans one run")
     if direct and executor_edits:
         raise ConfigError(f"--direct runs without an executor; leave out {' '.join(executor_edits)}")
     executor, executor_name = configure_executor(executor_edits)
     where = f"executor {executor_name}"
+    if gpu and not dryrun and (direct or not executor.ships_code):
+        raise ConfigError("--gpu goes with --dryrun here, as the run trains on the GPUs of this machine")
     if sweep:
         if to_yaml or after:
             raise ConfigError(f"--sweep and {'--to-yaml' if to_yaml else '--after'} exclude each other")
@@ -122,6 +126,7 @@ def pretrain(
             detach,
             yes,
             allow or (),
+            despite or (),
         )
         return
     from fiddlehead import launch
@@ -139,13 +144,14 @@ def pretrain(
         for reason in plan.missing:
             print(f"it cannot start yet: {reason}", file=sys.stderr)  # noqa: T201
         return
-    if plan.missing and not dryrun:
-        raise ConfigError(*plan.missing)
+    if not dryrun:
+        plan.refuse_start(despite or ())
     where_shown = "in this process" if direct else f"on {gpu}" if gpu and planned is None else where
     show_plan(name, where_shown, plan.rows())
     if dryrun:
         if shipped := plan.dry_run():
             print(shipped.replace("shipped", "would ship"))  # noqa: T201
+        plan.refuse_unfit(despite or ())
         return
     if not yes and sys.stdin.isatty() and not typer.confirm("Start?", default=True):
         raise typer.Exit(0)
@@ -157,7 +163,9 @@ def pretrain(
         raise ConfigError(Problem("--after --detach", message=said))
     _wait_for(here)
     try:
-        run = plan.submit(name=name, detach=detach, allow=allow or (), command=_typed(), after=queued)
+        run = plan.submit(
+            name=name, detach=detach, allow=allow or (), despite=despite or (), command=_typed(), after=queued
+        )
     except launch.RunFailedError as failure:
         print(f"error: {failure}", file=sys.stderr)  # noqa: T201
         raise typer.Exit(failure.status.exit_code or 1) from None
@@ -178,6 +186,7 @@ def _sweep(
     detach: bool,
     yes: bool,
     allow: Sequence[str],
+    despite: Sequence[str],
 ) -> None:
     """Checks every run of a sweep, shows their total cost, and runs them."""
     from fiddlehead import launch
@@ -198,6 +207,8 @@ def _sweep(
             recipe.log.name = variant.name
             plans.append(launch.plan(recipe, executor))
             plans[-1].refuse_problems()
+            if not dryrun:
+                plans[-1].refuse_unfit(despite)
         except ConfigError as error:
             problems += error.of(variant.name).problems
     refuse(problems)
@@ -215,6 +226,12 @@ def _sweep(
     if dryrun:
         if shipped := plans[0].dry_run():
             print(shipped.replace("shipped", "each would ship"))  # noqa: T201
+        for variant, plan in zip(variants, plans, strict=True):
+            try:
+                plan.refuse_unfit(despite)
+            except ConfigError as error:
+                problems += error.of(variant.name).problems
+        refuse(problems)
         return
     if not yes and sys.stdin.isatty() and not typer.confirm("Start?", default=True):
         raise typer.Exit(0)
@@ -222,7 +239,14 @@ def _sweep(
     report = None if detach else _Report(made)
     try:
         statuses = sweeps.run_all(
-            made, plans, executor, max_running=max_running, allow=allow, command=_typed(), report=report
+            made,
+            plans,
+            executor,
+            max_running=max_running,
+            allow=allow,
+            despite=despite,
+            command=_typed(),
+            report=report,
         )
     except KeyboardInterrupt:
         print("cancelled; the runs have saved their last steps", file=sys.stderr)  # noqa: T201

@@ -66,8 +66,12 @@ class Memory:
         The allocator reserves more than is allocated, measured 2 to 9 % where there was room; 3 % are needed. "tight"
         is within 5 % of the card.
         """
-        needed = (1.03 * self.peak + self.outside) / GIB
-        return "does not fit" if needed > gib else "tight" if needed > 0.95 * gib else "fits"
+        return "does not fit" if self.needed_gib > gib else "tight" if self.needed_gib > 0.95 * gib else "fits"
+
+    @property
+    def needed_gib(self) -> float:
+        """What a card must have, in GiB, with what the allocator reserves and what is outside PyTorch."""
+        return (1.03 * self.peak + self.outside) / GIB
 
     def rows(self) -> list[tuple[str, str]]:
         """What is in memory at the peak and its size, the largest first; and their sum."""

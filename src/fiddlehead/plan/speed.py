@@ -1,12 +1,13 @@
 """How long a step takes, worked out from the work in it and from how much of a card's peak each kind of work reaches.
 
-Matrix products and attention are counted in operations, all else in bytes that are read and written. `REACHED` has the
-part of its peak that an H100 reaches, fitted to `benchmarks/results/plan.json`. Other cards are taken to reach the same
-part of the peak in their data sheet.
+Matrix products and attention are counted in operations, all else in bytes that are read and written. The parts that an
+H100 reaches are fitted to `benchmarks/results/plan.json`. Other cards are taken to reach the same part of the peak in
+their data sheet, unless `fiddlehead bench --calibrate` has measured them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,25 +15,11 @@ from fiddlehead.models import TransformerConfig
 from fiddlehead.plan.activations import Setting, layer_weights
 from fiddlehead.plan.cards import Card
 from fiddlehead.plan.memory import Held
+from fiddlehead.plan.reached import REACHED, reached
 from fiddlehead.training.distributed.sizes import Sizes
 
-REACHED = {
-    "products": 0.73,
-    "odd vocabulary": 0.11,  # of the head's products, where the vocabulary is not a multiple of 8
-    "fp8": 1.1,  # of the bfloat16 peak
-    "attention, forward": 0.48,
-    "attention, backward": 0.43,
-    "memory": 0.40,
-    "optimizer": 0.76,
-    "link": 0.43,
-}
-"""The part of the card's peak that each kind of work reaches."""
-LINKS = {"h100": 450e9, "h100_96": 450e9, "h200": 450e9, "a100": 300e9, "a100_40": 300e9, "b200": 900e9, "b300": 900e9}
-"""Bytes a second and direction of NVLink between the GPUs of a node."""
-PCIE, INFINIBAND = 25e9, 50e9
-"""Bytes a second and GPU where there is no NVLink; and between nodes, 400 Gbit/s a GPU."""
-WATTS = {"h100": 700, "h100_96": 700, "h200": 700, "a100": 400, "a100_40": 400, "b200": 1000, "b300": 1400}
-"""A card's power limit; a GPU that trains takes most of it."""
+INFINIBAND = 50e9
+"""Bytes a second and GPU between nodes: 400 Gbit/s a GPU."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +41,8 @@ class Speed:
     """The part of the peak that the model's own operations take, as `Metrics` reports it."""
     watts: float
     """Of all GPUs together, at most; 0 if not known."""
+    calibrated: bool = False
+    """Whether such a GPU was measured on this machine."""
 
     @property
     def step(self) -> float:
@@ -74,6 +63,7 @@ class Speed:
         return [
             ("speed", f"{each}, {1000 * self.step:,.0f} ms a step, MFU {self.mfu:.1%}"),
             ("", ", ".join(spent)),
+            *([("", "by what `fiddlehead bench --calibrate` measured")] if self.calibrated else []),
             ("the whole run", f"{_duration(hours)}, {hours * gpus:,.1f} GPU-hours{energy}"),
         ]
 
@@ -113,15 +103,16 @@ def speed(
     """
     if setting.precision == "32-true" or not card.flops or not card.bytes_per_s:
         return None
-    work = _Work(config, setting, seq_length)
+    part = reached(card)
+    work = _Work(config, setting, seq_length, part)
     sizes, batches = work.sizes, setting.micro_batches
     products, attention = work.products(card), work.attention(card)
-    memory_bound = work.moved() / (card.bytes_per_s * REACHED["memory"])
+    memory_bound = work.moved() / (card.bytes_per_s * part["memory"])
     computed = products + attention + memory_bound
     # Parameters and states are read and written; gradients are read for the norm, read and scaled, and read again.
     stepped = held.gradients if setting.adapters else held.parameters
     moved = 2 * stepped + 4 * held.gradients + 2 * held.optimizer
-    optimizer = moved / (card.bytes_per_s * REACHED["optimizer"])
+    optimizer = moved / (card.bytes_per_s * part["optimizer"])
     communication = work.communication(card, gpus_per_node, computed * batches)
     waits = (sizes.pipeline - 1) / (batches * max(1, sizes.stages // sizes.pipeline)) if sizes.pipeline > 1 else 0.0
     step = batches * computed * (1 + waits) + optimizer + communication
@@ -138,15 +129,18 @@ def speed(
         bubble=batches * computed * waits,
         tokens_per_s=rate,
         mfu=rate * flops / (gpus * card.flops),
-        watts=gpus * WATTS.get(card.name, 0),
+        watts=gpus * card.watts,
+        calibrated=part is not REACHED,
     )
 
 
 class _Work:
     """What a rank has to do for a micro-batch."""
 
-    def __init__(self, config: TransformerConfig, setting: Setting, seq_length: int) -> None:
-        self.config, self.setting = config, setting
+    def __init__(
+        self, config: TransformerConfig, setting: Setting, seq_length: int, reached: Mapping[str, float]
+    ) -> None:
+        self.config, self.setting, self.reached = config, setting, reached
         self.sizes = sizes = setting.sizes or Sizes(1, 1)
         self.tokens = setting.tokens / (sizes.context * sizes.tensor)  # of the stream, as ranks share it
         self.layers = config.num_layers / sizes.pipeline
@@ -174,16 +168,16 @@ class _Work:
         elif isinstance(recompute, int | float) and recompute < 1:  # the compiler computes the widest products again
             again = self.in_layers * 2 / 3 if recompute < 0.8 else 0.0
         operations = (1 + self.learned) * self.in_layers + again
-        of_layers = operations / REACHED["fp8" if self.setting.fp8 else "products"]
+        of_layers = operations / self.reached["fp8" if self.setting.fp8 else "products"]
         even = (self.config.vocab_size or 0) % 8 == 0
-        of_head = (1 + self.learned) * self.in_head / REACHED["products" if even else "odd vocabulary"]
+        of_head = (1 + self.learned) * self.in_head / self.reached["products" if even else "odd vocabulary"]
         return (of_layers + of_head) / card.flops
 
     def attention(self, card: Card) -> float:
         """Seconds of the attention kernels; the backward pass has five products for the two of the forward pass."""
-        forward = self.in_attention / REACHED["attention, forward"]
+        forward = self.in_attention / self.reached["attention, forward"]
         again = forward if self.setting.recompute == "full" else 0.0
-        return (forward + again + 2.5 * self.in_attention / REACHED["attention, backward"]) / card.flops
+        return (forward + again + 2.5 * self.in_attention / self.reached["attention, backward"]) / card.flops
 
     def moved(self) -> float:
         """Bytes that memory-bound work reads and writes."""
@@ -206,8 +200,8 @@ class _Work:
     def communication(self, card: Card, gpus_per_node: int, computed: float) -> float:
         """Seconds of a step in which ranks exchange tensors and nothing hides it."""
         sizes, setting, b = self.sizes, self.setting, self.setting.of_products
-        within = LINKS.get(card.name, PCIE) * REACHED["link"]
-        between = min(within, INFINIBAND * REACHED["link"] / 0.5)
+        within = card.link_bytes_per_s * self.reached["link"]
+        between = min(within, INFINIBAND * REACHED["link"] / 0.5)  # nobody measures it
         stream = self.tokens * sizes.tensor * self.config.hidden_size * b
         exposed = 0.0
         if sizes.tensor > 1:  # gathers and scatters around both halves of a layer, in both passes

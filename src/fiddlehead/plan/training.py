@@ -69,6 +69,8 @@ class TrainingPlan:
     """How these GPUs could train it, fastest first, if they were searched."""
     missing: str = ""
     """Why it cannot start without data; "" if it can."""
+    checkpoint_bytes: int = 0
+    """The size of a checkpoint: what is trained, and the optimizer's state."""
 
     @property
     def tokens(self) -> int:
@@ -248,6 +250,7 @@ def plan_training(
         speed=speed,
         layouts=tuple(layouts(model, transformer, data, trainer, optim, card)) if search and card is not None else (),
         missing=f"data.{data.missing}" if data.missing else "",
+        checkpoint_bytes=each * trained + optim.state_bytes(learned, precision),
     )
 
 

@@ -8,6 +8,8 @@ through these files only. Files that are replaced are replaced as a whole: a rea
 | `recipe.yaml` | the launcher, at each launch; a folder with this file is a run |
 | `command` | the launcher adds the line that was typed, at each launch |
 | `environment.json`, `executor.json` | the launcher, at each launch: code and packages; where the run is sent |
+| `plan.json` | the launcher, at each launch: the memory and speed that the plan predicts, and for which GPU; then the \
+job's first process when it begins, for the GPU that it has |
 | `job.sh`, `sbatch.sh`, `code/` | the launcher, at each launch: what the job runs |
 | `job_id` | the launcher, when the job is handed over: the scheduler's id, then the number of the attempt |
 | `status` | the launcher at each launch (PENDING), then the job's first process alone; see below |

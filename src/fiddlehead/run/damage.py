@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from fiddlehead.errors import ConfigError, Problem
+from fiddlehead.files.foreign import filled
 from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.prediction import Prediction
 
 _ADVICE = {
     "recipe.yaml": "write the run's recipe there again: `fiddlehead pretrain --factory RECIPE ... --to-yaml` makes it",
@@ -15,7 +18,15 @@ _ADVICE = {
     "wandb_id": "write the run's id in W&B into it, or delete it to begin another run there",
 }
 """The text files that a run needs to go on, besides its status, and what to do if one is damaged."""
-_REPLACED: tuple[str, ...] = ("executor.json", "environment.json", "attention.json", "command", "job_id", "stop")
+_REPLACED: tuple[str, ...] = (
+    "executor.json",
+    "environment.json",
+    "attention.json",
+    "plan.json",
+    "command",
+    "job_id",
+    "stop",
+)
 """The files that the next attempt rewrites or extends."""
 
 
@@ -42,6 +53,14 @@ def _damaged(run: RunDirectory, advice: Mapping[str, str]) -> list[Problem]:
     ]
 
 
+def _not_a_prediction(values: Any) -> str:
+    try:
+        filled(Prediction, values)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _reason(run: RunDirectory, name: str) -> str:
     """Why a file cannot be read; "" if it can, or if there is no such file."""
     file = run.path / name
@@ -49,8 +68,10 @@ def _reason(run: RunDirectory, name: str) -> str:
         text = file.read_text(encoding="utf-8")
         if name == "metrics.csv":
             return "; ".join(f"{metric}={value!r} is not a number" for metric, value in run.spoiled_metrics().items())
-        if name.endswith(".json") and not isinstance(json.loads(text), (dict, list)):
-            return "is not a JSON object"
+        if name.endswith(".json"):
+            if not isinstance(values := json.loads(text), (dict, list)):
+                return "is not a JSON object"
+            return _not_a_prediction(values) if name == "plan.json" else ""
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except UnicodeDecodeError as error:

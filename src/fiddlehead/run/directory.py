@@ -16,6 +16,7 @@ from fiddlehead.files.atomic import write_atomically
 from fiddlehead.files.foreign import filled, read_json, reason
 from fiddlehead.run import locks, metrics_file
 from fiddlehead.run.alive import alive, is_here
+from fiddlehead.run.prediction import Prediction
 from fiddlehead.run.status import State, Status, StopRequest
 
 MAX_LINES_READ = 2**16
@@ -76,6 +77,22 @@ class RunDirectory:
     def executor(self) -> Path:
         """Where the run was sent, and how."""
         return self.path / "executor.json"
+
+    @property
+    def plan(self) -> Path:
+        """What the plan predicts of memory and speed."""
+        return self.path / "plan.json"
+
+    def write_prediction(self, prediction: Prediction) -> None:
+        """Writes what the plan predicts."""
+        write_atomically(self.plan, json.dumps(asdict(prediction), indent=1) + "\n")
+
+    def prediction(self) -> Prediction | None:
+        """What the plan predicted; None of a run that has no plan, or a damaged one, which `damage.find` tells."""
+        try:
+            return filled(Prediction, read_json(self.plan))
+        except (OSError, ValueError):
+            return None
 
     @property
     def job_id(self) -> str:

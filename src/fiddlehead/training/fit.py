@@ -10,7 +10,9 @@ from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from fiddlehead.checkpoints.folder import newest_good
 from fiddlehead.run.console import is_rank_zero, say
 from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.prediction import Prediction
 from fiddlehead.training.callbacks.checkpoint import Checkpoint, restore_progress
+from fiddlehead.training.callbacks.expected import Expected
 from fiddlehead.training.callbacks.garbage import CollectGarbage
 from fiddlehead.training.callbacks.metrics import Metrics
 from fiddlehead.training.callbacks.phases import Phases
@@ -33,6 +35,8 @@ def fit(
     run: RunDirectory,
     seed: int,
     tokens_per_step: int,
+    predicted: Prediction,
+    peak_flops: float = 0.0,
     resume_from: Path | None = None,
     step: int = 0,
 ) -> None:
@@ -40,6 +44,8 @@ def fit(
 
     Args:
         seed: of the initialization and dropout.
+        predicted: what the plan predicts of the run, to be compared with it.
+        peak_flops: of each device, a second; 0 if that is not known.
         resume_from: the checkpoint to go on from, which has finished `step` steps.
 
     Raises:
@@ -54,10 +60,12 @@ def fit(
     trainer.loggers = log.loggers(run, step)
     phases = Phases()
     every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    metrics = Metrics(tokens_per_step, data.seq_length, every_n_steps, phases)  # type: ignore[attr-defined]
+    metrics = Metrics(tokens_per_step, data.seq_length, every_n_steps, phases, peak_flops)  # type: ignore[attr-defined]
     # The order matters: a step is measured, then saved, and only then may the run stop; none of it is a phase.
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it dynamically
     callbacks.append(metrics)
+    if predicted.knows:
+        callbacks.append(Expected(predicted, phases, every_n_steps))
     if log.profile_steps:
         callbacks.append(Profile(log.profile_steps, run.path / "profile", phases, shapes=log.profile_shapes))
     callbacks += [checkpoint, CollectGarbage(), StopOnRequest(checkpoint, run), phases]

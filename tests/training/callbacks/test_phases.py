@@ -183,7 +183,7 @@ def test_a_device_that_is_behind_is_not_waited_for(monkeypatch: pytest.MonkeyPat
     )
     device.behind = 12
     train(phases, 2)
-    phases.pause()
+    phases.pause("checkpoint")
     train(phases, 1)
     *_, last = steps = phases.take().steps
     assert len(steps) == 3

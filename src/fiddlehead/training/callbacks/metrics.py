@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import Any
 
@@ -13,30 +12,6 @@ from fiddlehead.models import TransformerConfig
 from fiddlehead.run.console import say
 from fiddlehead.training.callbacks.checkpoint import at_step_end
 from fiddlehead.training.callbacks.phases import Phases, Window, exposed_communication
-
-PEAK_FLOPS = {
-    # Dense bfloat16 with float32 accumulation, from NVIDIA's data sheets, by whole words of the device's name; the
-    # first that are found count. Lightning's own table has the H200 with sparsity, two cards for an H100 NVL, and no
-    # Blackwell.
-    "GB300": 2500e12,
-    "GB200": 2500e12,
-    "B300": 2250e12,
-    "B200": 2250e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "A30": 165e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-}
 
 
 class Metrics(Callback):
@@ -53,9 +28,12 @@ class Metrics(Callback):
     much longer than the backward computation the exchange of gradients takes.
     """
 
-    def __init__(self, tokens_per_step: int, seq_length: int, every_n_steps: int, phases: Phases) -> None:
+    def __init__(
+        self, tokens_per_step: int, seq_length: int, every_n_steps: int, phases: Phases, peak_flops: float = 0.0
+    ) -> None:
+        """Args: peak_flops: of each device, a second; 0 if that is not known."""
         self.tokens_per_step, self.seq_length, self.every_n_steps = tokens_per_step, seq_length, every_n_steps
-        self.phases = phases
+        self.phases, self.peak_flops = phases, peak_flops
         self.window = Window(0.0, ())
         """The steps of the newest line."""
 
@@ -89,7 +67,7 @@ class Metrics(Callback):
         seconds_per_step = self.window.seconds / len(self.window.steps)
         config: Any = module.config
         rate = self.tokens_per_step / seconds_per_step
-        rates = speed(config, self.seq_length, rate, trainer.world_size, module.device, num_adapted(module))
+        rates = speed(config, self.seq_length, rate, trainer.world_size, self.peak_flops, num_adapted(module))
         metrics = {
             "loss": loss,
             "lr": float(module.lr),  # type: ignore[arg-type]
@@ -111,12 +89,13 @@ def speed(
     seq_length: int,
     tokens_per_s: float,
     devices: int,
-    device: torch.device,
+    peak: float,
     adapters: int | None = None,
 ) -> dict[str, float]:
-    """Converts `tokens_per_s` on `devices` like `device` to `tflops_per_s`, and to both MFUs if the peak is known.
+    """Converts `tokens_per_s` on `devices` to `tflops_per_s`, and to both MFUs if the peak is known.
 
     Args:
+        peak: of each device, FLOPs a second; 0 if it is not known.
         adapters: as in `TransformerConfig.train_flops_per_token`.
     """
     flops, full = (
@@ -124,7 +103,7 @@ def speed(
         for causal in (True, False)
     )
     rates = {"tokens_per_s": tokens_per_s, "tflops_per_s": flops / 1e12}
-    if peak := peak_flops(device):
+    if peak:
         rates |= {"mfu": flops / peak, "mfu_full": full / peak}
     return rates
 
@@ -134,14 +113,6 @@ def num_adapted(module: Any) -> int | None:
     if getattr(module, "lora", None) is None:
         return None
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The device's peak bfloat16 FLOP/s, or None if it is not in the table."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -36,6 +37,30 @@ class Window:
         return {f"seconds_{phase}": sum(step[phase] for step in self.steps) / len(self.steps) for phase in PHASES}
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What so many steps have taken."""
+
+    steps: int = 0
+    phases: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of all `PHASES`, and of the `REST` between steps."""
+    pauses: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of validations, checkpoints and profiles."""
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The mean seconds of a step, without pauses."""
+        return sum(self.phases.values()) / self.steps
+
+    def since(self, before: Spent) -> Spent:
+        """What the steps after `before` have taken."""
+        return Spent(
+            self.steps - before.steps,
+            {name: seconds - before.phases.get(name, 0.0) for name, seconds in self.phases.items()},
+            {name: seconds - before.pauses.get(name, 0.0) for name, seconds in self.pauses.items()},
+        )
+
+
 class Phases(Callback):
     """Marks where phases begin. It is the last callback, so the work of other callbacks is not in a phase.
 
@@ -51,6 +76,10 @@ class Phases(Callback):
         self._step: dict[str, float] = defaultdict(float)
         self._steps: list[dict[str, float]] = []
         self._start = self._paused_at = 0.0
+        self._pause, self._pause_began = "", 0.0
+        self._done = 0
+        self._phases: dict[str, float] = dict.fromkeys((*PHASES, REST), 0.0)
+        self._pauses: dict[str, float] = defaultdict(float)
 
     # -- Lightning's hooks
 
@@ -83,7 +112,7 @@ class Phases(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops the clock."""
-        self.pause()
+        self.pause("validation")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restarts the clock."""
@@ -91,7 +120,7 @@ class Phases(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Stops the clock."""
-        self.pause()
+        self.pause("checkpoint")
 
     # -- for other callbacks
 
@@ -99,11 +128,24 @@ class Phases(Callback):
         """Ends the step; the work of callbacks after it begins."""
         self._mark(REST)
 
-    def pause(self) -> None:
-        """Stops the clock until the other callbacks have run."""
-        if not self._paused_at:
-            self._paused_at = time.perf_counter()
+    def pause(self, what: str) -> None:
+        """Stops the clock until the other callbacks have run.
+
+        Args:
+            what: begins: "validation", "checkpoint" or "profile".
+        """
+        now = time.perf_counter()
+        if self._paused_at:
+            self._pauses[self._pause] += now - self._pause_began
+        else:
+            self._paused_at = now
             self._mark(PAUSE)
+        self._pause, self._pause_began = what, now
+
+    def so_far(self) -> Spent:
+        """What the steps of this attempt have taken; waits for the device."""
+        self._read(wait=True)
+        return Spent(self._done, dict(self._phases), dict(self._pauses))
 
     def take(self) -> Window:
         """The steps since the last call, at least one; waits for the device."""
@@ -119,7 +161,9 @@ class Phases(Callback):
         if self._paused_at:
             self._read(wait=True)
             self._marks.clear()
-            self._start += time.perf_counter() - self._paused_at
+            now = time.perf_counter()
+            self._pauses[self._pause] += now - self._pause_began
+            self._start += now - self._paused_at
             self._paused_at = 0.0
         self._mark("data")
 
@@ -145,6 +189,9 @@ class Phases(Callback):
             self._step[phase] += start.elapsed_time(end) / 1e3 if self._cuda else end - start
             if following == REST:
                 self._steps.append(dict.fromkeys((*PHASES, REST), 0.0) | self._step)
+                self._done += 1
+                for name in self._phases:
+                    self._phases[name] += self._steps[-1][name]
                 self._step.clear()
         done = max(0, count - 1)
         if self._cuda:

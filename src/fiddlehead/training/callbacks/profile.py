@@ -96,7 +96,7 @@ class Profile(Callback):
     # -- inside
 
     def _start(self, trainer: Trainer) -> None:
-        self.phases.pause()
+        self.phases.pause("profile")
         activities = [ProfilerActivity.CPU]
         if trainer.strategy.root_device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -115,7 +115,7 @@ class Profile(Callback):
         """Writes the profile up to the end of this step."""
         if self._profiler is None:
             return
-        self.phases.pause()
+        self.phases.pause("profile")
         self._leave_step()
         profiler, self._profiler = self._profiler, None
         profiler.stop()
