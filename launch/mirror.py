@@ -25,7 +25,16 @@ THEIRS = ("checkpoints", "tensorboard", "wandb", "logs", "log.txt", "metrics.csv
 """The files that the job writes."""
 OURS = ("job_id", "stop")
 """Files that are used only here, besides hidden files."""
-FETCHED = ("status", "metrics.csv", "log.txt", "scheduler.txt", "attention.json", "plan.json", "tokenizer.json", "wandb_id")
+FETCHED = (
+    "status",
+    "metrics.csv",
+    "log.txt",
+    "scheduler.txt",
+    "attention.json",
+    "plan.json",
+    "tokenizer.json",
+    "wandb_id",
+)
 """The files to fetch besides `logs`. The status comes first, so nothing of an ended run is missed."""
 SMALL = 65536
 """Bytes: a file up to this size is brought back even if it seems to be the same."""

@@ -148,8 +148,8 @@ class Plan:
             after_any: such runs that must end first, in any state.
 
         Raises:
-            ConfigError: there are problems, something is missing, one of `refusals` is not overridden, the run's name was taken meanwhile, or the executor
-                cannot run it. Nothing was started.
+            ConfigError: there are problems, something is missing, one of `refusals` is not overridden, the run's name
+                was taken meanwhile, or the executor cannot run it. Nothing was started.
             RunFailedError: the run did not succeed.
         """
         self.refuse_problems()

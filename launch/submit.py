@@ -42,7 +42,9 @@ class RunFailedError(RuntimeError):
         self.run, self.status = run, status
 
 
-def run_here(recipe: Recipe, prediction: Prediction, *, name: str | None, allow: Sequence[str], command: str | None) -> RunDirectory:
+def run_here(
+    recipe: Recipe, prediction: Prediction, *, name: str | None, allow: Sequence[str], command: str | None
+) -> RunDirectory:
     """Runs a plan in this process; see `Plan.submit`."""
     from fiddlehead.run.console import become_rank_zero
 

@@ -157,8 +157,8 @@ def run_all(
         report: is called with the states whenever they may have changed; None: return when all jobs are submitted.
 
     Raises:
-        ConfigError: a plan has problems or is refused (then nothing was started), or a run cannot be submitted (then the runs before
-            it are cancelled).
+        ConfigError: a plan has problems or is refused, and nothing was started; or a run cannot be submitted, and the
+            runs before it are cancelled.
     """
     for each in plans:
         each.refuse_problems()
@@ -180,8 +180,13 @@ def run_all(
                     before = [begun[place]] if executor.queues and place >= 0 else []
                     lifetime = held if report else None
                     hand_over(
-                        made.recipe, made.executor or executor, made.prediction(despite), lifetime,
-                        allow=allow, command=command, after_any=before,
+                        made.recipe,
+                        made.executor or executor,
+                        made.prediction(despite),
+                        lifetime,
+                        allow=allow,
+                        command=command,
+                        after_any=before,
                     )
                     begun.append(run)
                     going += 1
