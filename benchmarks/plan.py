@@ -41,6 +41,8 @@ def case(name: str, recipe: str, *edits: str, batch: int = 4, seq: int = 4096, a
         f"data.micro_batch_size={batch}",
         f"data.global_batch_size={batch * accumulate * ranks}",
     ]
+    if not any(edit.startswith("model.activation_checkpointing=") for edit in edits):
+        sizes.append("model.activation_checkpointing=None")
     CASES[name] = recipe, [*where, *sizes, *edits]
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fiddlehead.launch.executor import Executor
+from fiddlehead.launch.layouts import fitted, search
 from fiddlehead.launch.planning import Plan, plan
 from fiddlehead.launch.submit import RunFailedError
 from fiddlehead.recipe import Recipe
 from fiddlehead.run import RunDirectory
 
-__all__ = ["Executor", "Plan", "RunFailedError", "launch", "plan"]
+__all__ = ["Executor", "Plan", "RunFailedError", "fitted", "launch", "plan", "search"]
 
 
 def launch(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -198,7 +199,7 @@ def plan(
     Raises:
         ConfigError: no such GPU is known.
     """
-    target = _target_of(target)
+    target = target_of(target)
     try:
         as_it_is = target is not None and executor is None
         fitted = recipe.clone() if as_it_is else fit_to_executor(recipe, executor)
@@ -207,7 +208,7 @@ def plan(
     here = target is None and (executor is None or not executor.ships_code)
     lacking = missing_here(fitted) if here else ""
     if target is None and not (here and not lacking):
-        target = _card_of(executor, fitted) or "unknown"
+        target = card_of(executor, fitted) or "unknown"
     try:
         training = _plan_training(fitted, target, search=search)
         _refuse_directory(fitted, waits=waits or (executor is not None and executor.keeps_runs_elsewhere))
@@ -220,7 +221,7 @@ def plan(
     return Plan(fitted, executor, missing=missing, changed=tuple(yielded(recipe, fitted)), known=training)
 
 
-def _card_of(executor: Executor | None, recipe: Recipe) -> Card | None:
+def card_of(executor: Executor | None, recipe: Recipe) -> Card | None:
     """The GPU that the executor gives, of several kinds the largest; None if that is not known.
 
     It is without kernels: which serve depends on the packages that are there.
@@ -236,7 +237,7 @@ def _card_of(executor: Executor | None, recipe: Recipe) -> Card | None:
     return replace(max(known, key=lambda card: card.gib), model="")
 
 
-def _target_of(target: Target | Card | str | None) -> Target | Card | Literal["unknown"] | None:
+def target_of(target: Target | Card | str | None) -> Target | Card | Literal["unknown"] | None:
     """The target, where a text is the name of a GPU, or "unknown"."""
     if not isinstance(target, str) or target == "unknown":
         return target  # type: ignore[return-value]
@@ -248,7 +249,16 @@ def _target_of(target: Target | Card | str | None) -> Target | Card | Literal["u
 def _plan_training(
     recipe: Recipe, target: Target | Card | Literal["unknown"] | None, *, search: bool = False
 ) -> TrainingPlan:
-    """Builds the parts of a recipe, the model on the meta device, and plans the training.
+    """Plans the training of a recipe; the arguments and errors are those of `built` and `plan_training`."""
+    from fiddlehead.plan.training import plan_training
+
+    with built(recipe, target) as (parts, device):
+        return plan_training(**parts, target=device, search=search)
+
+
+@contextmanager
+def built(recipe: Recipe, target: Target | Card | Literal["unknown"] | None) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Builds the parts of a recipe, the model on the meta device, for the block; also gives the target that plans take.
 
     Args:
         target: the device for which kernels are chosen; None means the trainer's device on this machine.
@@ -258,7 +268,7 @@ def _plan_training(
     """
     from fiddlehead import bench, tasks
     from fiddlehead.plan.cards import Card
-    from fiddlehead.plan.training import begin, plan_training
+    from fiddlehead.plan.training import begin
     from fiddlehead.run import workers
 
     trainings = (tasks.pretrain, tasks.finetune, bench.benchmark)
@@ -278,8 +288,7 @@ def _plan_training(
     with workers.apart():
         parts = recipe.build_arguments()
         begin(*(parts[name] for name in ("model", "data", "trainer", "optim")))
-        device = "trainer" if not elsewhere else None if target == "unknown" else target
-        return plan_training(**parts, target=device, search=search)
+        yield parts, "trainer" if not elsewhere else None if target == "unknown" else target
 
 
 def _refuse_directory(recipe: Recipe, *, waits: bool) -> None:

@@ -113,7 +113,7 @@ GEMMA3_27B = fdl.copy_with(
 
 def gemma2_2b() -> Recipe:
     """Gemma 2 2B, pretraining on 8 GPUs."""
-    return pretrain(GEMMA2_2B, seq_length=8192)
+    return pretrain(GEMMA2_2B, seq_length=8192, micro_batch_size=2)
 
 
 def gemma2_9b() -> Recipe:
@@ -128,12 +128,12 @@ def gemma2_27b() -> Recipe:
 
 def gemma3_1b() -> Recipe:
     """Gemma 3 1B, pretraining on 8 GPUs."""
-    return pretrain(GEMMA3_1B, seq_length=8192)
+    return pretrain(GEMMA3_1B, seq_length=8192, micro_batch_size=4)
 
 
 def gemma3_4b() -> Recipe:
     """Gemma 3 4B text model, pretraining on 8 GPUs."""
-    return pretrain(GEMMA3_4B, seq_length=8192)
+    return pretrain(GEMMA3_4B, seq_length=8192, micro_batch_size=2, activation_checkpointing=0.9)
 
 
 def gemma3_12b() -> Recipe:

@@ -57,22 +57,22 @@ GPT_OSS_20B = fdl.Config(
 
 def gpt2_124m() -> Recipe:
     """GPT-2 with 124 M parameters, pretraining on 8 GPUs."""
-    return pretrain(GPT2_124M, seq_length=1024, lr=6e-4)
+    return pretrain(GPT2_124M, seq_length=1024, lr=6e-4, micro_batch_size=32)
 
 
 def gpt2_355m() -> Recipe:
     """GPT-2 with 355 M parameters, pretraining on 8 GPUs."""
-    return pretrain(GPT2_355M, seq_length=1024, lr=3e-4)
+    return pretrain(GPT2_355M, seq_length=1024, lr=3e-4, micro_batch_size=32)
 
 
 def gpt2_774m() -> Recipe:
     """GPT-2 with 774 M parameters, pretraining on 8 GPUs."""
-    return pretrain(GPT2_774M, seq_length=1024, lr=2.5e-4)
+    return pretrain(GPT2_774M, seq_length=1024, lr=2.5e-4, micro_batch_size=32)
 
 
 def gpt2_1p5b() -> Recipe:
     """GPT-2 with 1.5 B parameters, pretraining on 8 GPUs."""
-    return pretrain(GPT2_1P5B, seq_length=1024, lr=2e-4)
+    return pretrain(GPT2_1P5B, seq_length=1024, lr=2e-4, micro_batch_size=16)
 
 
 def gpt3_175b() -> Recipe:

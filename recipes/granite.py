@@ -30,9 +30,9 @@ GRANITE3_8B = fdl.copy_with(
 
 def granite3_2b() -> Recipe:
     """Granite 3.0 2B, pretraining on 8 GPUs."""
-    return pretrain(GRANITE3_2B, seq_length=4096)
+    return pretrain(GRANITE3_2B, seq_length=4096, micro_batch_size=4)
 
 
 def granite3_8b() -> Recipe:
     """Granite 3.0 8B, pretraining on 8 GPUs."""
-    return pretrain(GRANITE3_8B, seq_length=4096)
+    return pretrain(GRANITE3_8B, seq_length=4096, micro_batch_size=2)

@@ -35,7 +35,7 @@ MIXTRAL_8X7B = fdl.copy_with(
 
 def mistral_7b() -> Recipe:
     """Mistral 7B v0.1, with its window of 4,096 tokens, pretraining on 8 GPUs."""
-    return pretrain(MISTRAL_7B, seq_length=8192)
+    return pretrain(MISTRAL_7B, seq_length=8192, micro_batch_size=2, activation_checkpointing=0.9)
 
 
 def mistral_nemo_12b() -> Recipe:

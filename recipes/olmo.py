@@ -32,12 +32,12 @@ OLMO2_32B = fdl.copy_with(
 
 def olmo2_1b() -> Recipe:
     """OLMo 2 1B, pretraining on 8 GPUs."""
-    return pretrain(OLMO2_1B, seq_length=4096, lr=4e-4)
+    return pretrain(OLMO2_1B, seq_length=4096, lr=4e-4, micro_batch_size=8)
 
 
 def olmo2_7b() -> Recipe:
     """OLMo 2 7B, pretraining on 8 GPUs."""
-    return pretrain(OLMO2_7B, seq_length=4096)
+    return pretrain(OLMO2_7B, seq_length=4096, micro_batch_size=4, activation_checkpointing="selective")
 
 
 def olmo2_13b() -> Recipe:

@@ -32,7 +32,7 @@ PHI4 = fdl.Config(
 
 def phi3_mini() -> Recipe:
     """Phi-3 mini, 3.8 B parameters, pretraining on 8 GPUs."""
-    return pretrain(PHI3_MINI, seq_length=4096)
+    return pretrain(PHI3_MINI, seq_length=4096, micro_batch_size=4)
 
 
 def phi4() -> Recipe:

@@ -107,22 +107,22 @@ QWEN3_30B_A3B = fdl.copy_with(
 
 def qwen25_500m() -> Recipe:
     """Qwen 2.5 0.5B, pretraining on 8 GPUs."""
-    return pretrain(QWEN25_500M, seq_length=4096)
+    return pretrain(QWEN25_500M, seq_length=4096, micro_batch_size=16)
 
 
 def qwen25_1p5b() -> Recipe:
     """Qwen 2.5 1.5B, pretraining on 8 GPUs."""
-    return pretrain(QWEN25_1P5B, seq_length=4096)
+    return pretrain(QWEN25_1P5B, seq_length=4096, micro_batch_size=4)
 
 
 def qwen25_3b() -> Recipe:
     """Qwen 2.5 3B, pretraining on 8 GPUs."""
-    return pretrain(QWEN25_3B, seq_length=4096)
+    return pretrain(QWEN25_3B, seq_length=4096, micro_batch_size=4)
 
 
 def qwen25_7b() -> Recipe:
     """Qwen 2.5 7B, pretraining on 8 GPUs."""
-    return pretrain(QWEN25_7B, seq_length=4096)
+    return pretrain(QWEN25_7B, seq_length=4096, micro_batch_size=4, activation_checkpointing="selective")
 
 
 def qwen25_14b() -> Recipe:
@@ -142,22 +142,22 @@ def qwen25_72b() -> Recipe:
 
 def qwen3_600m() -> Recipe:
     """Qwen 3 0.6B, pretraining on 8 GPUs."""
-    return pretrain(QWEN3_600M, seq_length=4096)
+    return pretrain(QWEN3_600M, seq_length=4096, micro_batch_size=8)
 
 
 def qwen3_1p7b() -> Recipe:
     """Qwen 3 1.7B, pretraining on 8 GPUs."""
-    return pretrain(QWEN3_1P7B, seq_length=4096)
+    return pretrain(QWEN3_1P7B, seq_length=4096, micro_batch_size=8)
 
 
 def qwen3_4b() -> Recipe:
     """Qwen 3 4B, pretraining on 8 GPUs."""
-    return pretrain(QWEN3_4B, seq_length=4096)
+    return pretrain(QWEN3_4B, seq_length=4096, micro_batch_size=4, activation_checkpointing=0.9)
 
 
 def qwen3_8b() -> Recipe:
     """Qwen 3 8B, pretraining on 8 GPUs."""
-    return pretrain(QWEN3_8B, seq_length=4096)
+    return pretrain(QWEN3_8B, seq_length=4096, micro_batch_size=2)
 
 
 def qwen3_14b() -> Recipe:

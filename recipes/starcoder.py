@@ -49,12 +49,12 @@ STARCODER2_15B = fdl.copy_with(
 
 def starcoder2_3b() -> Recipe:
     """StarCoder 2 3B, pretraining on 8 GPUs."""
-    return pretrain(STARCODER2_3B, seq_length=4096)
+    return pretrain(STARCODER2_3B, seq_length=4096, micro_batch_size=4)
 
 
 def starcoder2_7b() -> Recipe:
     """StarCoder 2 7B, pretraining on 8 GPUs."""
-    return pretrain(STARCODER2_7B, seq_length=4096)
+    return pretrain(STARCODER2_7B, seq_length=4096, micro_batch_size=4, activation_checkpointing=0.9)
 
 
 def starcoder2_15b() -> Recipe:

@@ -146,6 +146,17 @@ def test_a_plan_may_be_for_a_gpu_that_is_not_here(fiddlehead):
     assert "8 devices" in output and "does not fit: mine has 24.0 GiB" in output
 
 
+def test_fit_takes_the_fastest_layout_and_says_what_it_changed(fiddlehead, tmp_path):
+    run = ("pretrain", "-f", "llama32_1b", "trainer.devices=1", "--fit", "--gpu", "h200")
+    output = fiddlehead(*run, "--dryrun")
+    assert "--fit  " in output and "data.micro_batch_size=" in output and "fits: h200" in output
+    output = fiddlehead(*run, "--to-yaml", str(tmp_path / "fitted.yaml"))
+    assert "--fit: data.micro_batch_size=" in output
+    changed = fiddlehead("diff", str(tmp_path / "fitted.yaml"), "llama32_1b")
+    assert "data.micro_batch_size" in changed and "global_batch_size" not in changed
+    assert "--fit exclude" in fiddlehead(*run[:-2], "--sweep", rc=2)
+
+
 def test_dryrun_starts_nothing(fiddlehead, tmp_path):
     output = fiddlehead("pretrain", "-f", "tiny", "model.config.num_query_groups=1", "--dryrun")
     assert "4 heads in 1 groups" in output and "2,048 tokens" in output

@@ -57,13 +57,27 @@ def test_a_card_of_ones_own_is_its_memory_and_its_speeds(plan: Command) -> None:
 
 def test_fit_shows_the_fastest_layouts(plan: Command) -> None:
     out, _ = plan(*ONE, "--fit")
-    assert (
-        "layouts that fit, fastest first" in out
-        and "data.micro_batch_size=8 model.activation_checkpointing=None" in out
-    )
+    assert "layouts that fit, fastest first" in out
+    assert "the recipe as it is " in out and "data.micro_batch_size=8 " in out
     layouts = json.loads(plan(*ONE, "--fit", "--json")[0])["layouts"]
     assert 1 < len(layouts) <= 10 and all(each["memory"]["peak"] < 80e9 for each in layouts)
     assert "no layout fits" in plan("llama31_405b", "trainer.num_nodes=1", "data.global_batch_size=8", "--fit", rc=2)[1]
+
+
+def test_fit_serves_gpus_for_which_the_recipe_s_own_layout_is_none(plan: Command) -> None:
+    edits = ("trainer.strategy.tensor_parallel=8", "trainer.devices=4", "data.seq_length=4096")
+    assert "tensor_parallel=8" in plan("llama32_1b", *edits, rc=2)[1]
+    out, _ = plan("llama32_1b", *edits, "--fit")
+    assert "--fit  " in out and "trainer.strategy.tensor_parallel=1" in out and "fits: h100 has" in out
+
+
+def test_a_plan_that_does_not_fit_says_what_would_make_it_fit(plan: Command) -> None:
+    out, _ = plan(*ONE, "--gpu", "a100_40")
+    assert "does not fit" in out and "what makes it fit" in out and "data.micro_batch_size=2: " in out
+    assert "of the tokens/s" in out
+    remedies = json.loads(plan(*ONE, "--gpu", "a100_40", "--json")[0])["remedies"]
+    assert all(each["edits"] and each["memory"]["peak"] and each["relative_speed"] for each in remedies)
+    assert "what makes it fit" not in plan(*ONE, "--gpu", "h200")[0]
 
 
 def test_a_recipe_for_a_cpu_has_no_card(plan: Command) -> None:

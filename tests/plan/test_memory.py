@@ -20,10 +20,10 @@ from fiddlehead.attention import Target
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
 from fiddlehead.models.speed import compile_transformer
-from fiddlehead.plan import rank_memory
 from fiddlehead.plan.activations import Setting
 from fiddlehead.plan.cards import CARDS, Card
 from fiddlehead.plan.memory import GIB, Held, Memory, memory, moments
+from fiddlehead.plan.rank_memory import Devices, Training
 from fiddlehead.recipe import catalog
 from fiddlehead.recipe.edits import apply_overrides
 from fiddlehead.training import Parallel
@@ -61,7 +61,9 @@ def parts_of(case: str) -> tuple[TransformerConfig, Held, Setting, Any, Any]:
         edits = [edit for edit in edits if edit != "model.config=None"]
         edits += ["model.config.num_layers=6", "model.config.share_embeddings_and_output_weights=True"]
     name = "llama3_8b" if adapters else MEASURED[case]["recipe"]
-    recipe = apply_overrides(catalog.find_recipe(name)(), [*edits, "trainer.accelerator=cpu"], find=catalog.find_part)
+    recipe = catalog.find_recipe(name)()
+    recipe.model.activation_checkpointing = None  # as the recipes were when it was measured
+    recipe = apply_overrides(recipe, [*edits, "trainer.accelerator=cpu"], find=catalog.find_part)
     recipe.model.config.vocab_size = recipe.model.config.vocab_size or 50_257
     recipe.model.config.seq_length = recipe.data.seq_length
     if adapters:
@@ -74,8 +76,8 @@ def parts_of(case: str) -> tuple[TransformerConfig, Held, Setting, Any, Any]:
     if isinstance(trainer.strategy, Parallel):
         sizes = trainer.strategy.sizes(world_size)
     transformer = model.on_meta()
-    held = rank_memory.held_of(model, transformer, trainer, optim, sizes)
-    return transformer.config, held, rank_memory.setting_of(model, data, trainer, sizes), data, trainer
+    training = Training(model, transformer, data, Devices.of(trainer), optim)
+    return transformer.config, training.held(sizes), training.setting(sizes), data, trainer
 
 
 def predicted(case: str) -> dict[str, Memory]:

@@ -56,6 +56,19 @@ def test_it_fits_its_gpus_of_80_gb_with_5_percent_to_spare(name):
     assert plan.verdict == "fits", plan.rows()
 
 
+@pytest.mark.slow
+def test_no_layout_of_the_measured_kinds_is_more_than_5_percent_faster(name):
+    recipe = make(name)
+    if recipe.trainer.accelerator != "gpu" or recipe.model.config is None:
+        pytest.skip("it trains on a CPU, or its model is not known")
+    measured = [
+        each.speed.tokens_per_s
+        for each in launch.search(recipe, target=CARDS["h100"])
+        if each.speed is not None and each.sizes.pipeline == each.sizes.expert == each.sizes.replicate == 1
+    ]
+    assert measured[0] <= 1.05 * plan_of(name).speed.tokens_per_s
+
+
 def test_a_saved_recipe_loads_back_equal(name, tmp_path):
     recipe = make(name)
     recipe.save(tmp_path / "r.yaml")

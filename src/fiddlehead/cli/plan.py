@@ -20,8 +20,7 @@ from fiddlehead.cli.common import (
     split_executor,
     table,
 )
-from fiddlehead.cli.train import named_card, show_plan
-from fiddlehead.errors import ConfigError
+from fiddlehead.cli.train import fitted_rows, named_card, show_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,13 +70,17 @@ def plan(
 
     card = named_card(gpu or (DEFAULT_GPU if _needs_gpu(recipe) else None))
     executor, where = configure_executor(executor_edits) if executor_edits else (None, "")
-    planned = launch.plan(recipe, executor, target=card, search=fit)
+    found = launch.search(recipe, executor, target=card) if fit else []
+    planned, changes = launch.plan(recipe, executor, target=card), []
+    if planned.problems and found:  # the recipe's own layout is none for these GPUs
+        changes = fitted_rows(found[0])
+        planned = launch.plan(launch.fitted(recipe, found[0]), executor, target=card)
     planned.refuse_problems()
     cost = _cost(planned, usd)
     if as_json:
-        print(json.dumps(_values(name, planned, cost), indent=1))  # noqa: T201
+        print(json.dumps(_values(name, planned, cost, found), indent=1))  # noqa: T201
         return
-    rows = planned.rows()
+    rows = [*planned.rows(), *changes]
     if cost is not None:
         rows.append(("cost", f"{cost:,.0f} USD"))
     if card is not None and gpu is None:
@@ -85,7 +88,7 @@ def plan(
     on = f"on {card.name}" if card is not None else "here"
     show_plan(name, f"{on}, executor {where}" if where else on, rows)
     if fit:
-        _show_layouts(planned.training.layouts[:SHOWN])
+        _show_layouts(found[:SHOWN])
 
 
 def _needs_gpu(recipe: Recipe) -> bool:
@@ -105,15 +108,15 @@ def _cost(planned: Plan, usd: float | None) -> float | None:
 
 
 def _show_layouts(found: Sequence[Layout]) -> None:
-    if not found:
-        raise ConfigError("--fit: no layout fits; give more or larger GPUs, or a smaller model")
     made = table("layouts that fit, fastest first", "tokens/s", "GiB a GPU")
     for each in found:
-        add_row(made, " ".join(each.edits), f"{each.speed.tokens_per_s:,.0f}", f"{each.memory.peak / 2**30:.1f}")
+        edits = " ".join(each.edits) or "the recipe as it is"
+        rate = f"{each.speed.tokens_per_s:,.0f}" if each.speed is not None else ""
+        add_row(made, edits, rate, f"{each.memory.peak / 2**30:.1f}")
     show(made)
 
 
-def _values(name: str, planned: Plan, cost: float | None) -> dict[str, Any]:
+def _values(name: str, planned: Plan, cost: float | None, found: Sequence[Layout]) -> dict[str, Any]:
     training, values = planned.training, planned.to_dict()
     hours = None if training.speed is None else training.speed.hours(training.max_steps)
     return {
@@ -122,10 +125,7 @@ def _values(name: str, planned: Plan, cost: float | None) -> dict[str, Any]:
         "hours": hours,
         "gpu_hours": None if hours is None else hours * training.world_size,
         "usd": cost,
-        "layouts": [
-            {"edits": each.edits, "memory": each.memory.to_dict(), "speed": each.speed.to_dict()}
-            for each in training.layouts[:SHOWN]
-        ],
+        "layouts": [each.to_dict() for each in found[:SHOWN]],
         **values.pop("training"),
         **values,
     }

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fiddlehead.launch.executor import Executor
     from fiddlehead.launch.sweep import Sweep
     from fiddlehead.plan.cards import Card
+    from fiddlehead.plan.layouts import Layout
     from fiddlehead.recipe import Recipe
     from fiddlehead.run.directory import RunDirectory
     from fiddlehead.run.status import Status
@@ -62,6 +63,9 @@ def pretrain(
     dryrun: bool = typer.Option(False, "--dryrun", help="Check everything and show the plan; start nothing."),
     gpu: str = typer.Option(
         None, "--gpu", metavar="NAME", help="Plan for this GPU, such as h100; to start, where the GPU is not known."
+    ),
+    fit: bool = typer.Option(
+        False, "--fit", help="Take the fastest layout that fits the GPUs; the global batch stays. It says what changes."
     ),
     direct: bool = typer.Option(False, "--direct", help="Run in this process, without an executor."),
     detach: bool = typer.Option(False, "--detach", help="Return as soon as the job is submitted."),
@@ -108,11 +112,12 @@ def pretrain(
         raise ConfigError(f"--direct runs without an executor; leave out {' '.join(executor_edits)}")
     executor, executor_name = configure_executor(executor_edits)
     where = f"executor {executor_name}"
-    if gpu and not dryrun and (direct or not executor.ships_code):
+    if gpu and not (dryrun or to_yaml) and (direct or not executor.ships_code):
         raise ConfigError("--gpu goes with --dryrun here, as the run trains on the GPUs of this machine")
     if sweep:
-        if to_yaml or after:
-            raise ConfigError(f"--sweep and {'--to-yaml' if to_yaml else '--after'} exclude each other")
+        if to_yaml or after or fit:
+            other = "--to-yaml" if to_yaml else "--after" if after else "--fit"
+            raise ConfigError(f"--sweep and {other} exclude each other")
         _sweep(
             context.info_name,
             factory,
@@ -135,19 +140,26 @@ def pretrain(
         recipe, name = load_recipe(factory, edits, allow or ())
         _refuse_other_tasks(recipe, factory, context.info_name)
         before = _successes(after or (), recipe.log.dir)
+        card = named_card(gpu)
         planned = executor if executor_edits or not (direct or gpu) else None
-        plan = launch.plan(recipe, planned, target=named_card(gpu), waits=bool(before))
+        changes = []
+        if fit:
+            layout = launch.search(recipe, planned, target=card)[0]
+            recipe, changes = launch.fitted(recipe, layout), fitted_rows(layout)
+        plan = launch.plan(recipe, planned, target=card, waits=bool(before))
         plan.refuse_problems()
     if to_yaml is not None:
         recipe.save(to_yaml)
         print(f"wrote {to_yaml}; run it with --factory @{to_yaml}")  # noqa: T201
+        for option, edit in changes:
+            print(f"{option}: {edit}")  # noqa: T201
         for reason in plan.missing:
             print(f"it cannot start yet: {reason}", file=sys.stderr)  # noqa: T201
         return
     if not dryrun:
         plan.refuse_start(despite or ())
     where_shown = "in this process" if direct else f"on {gpu}" if gpu and planned is None else where
-    show_plan(name, where_shown, plan.rows())
+    show_plan(name, where_shown, [*plan.rows(), *changes])
     if dryrun:
         if shipped := plan.dry_run():
             print(shipped.replace("shipped", "would ship"))  # noqa: T201
@@ -275,6 +287,11 @@ def named_card(gpu: str | None) -> Card | None:
         raise ConfigError(
             *(Problem(f"--{each.path}", each.given, each.message, each.allowed) for each in error.problems)
         ) from error
+
+
+def fitted_rows(layout: Layout) -> list[tuple[str, str]]:
+    """What --fit has changed of a recipe, a row for each edit."""
+    return [("--fit", edit) for edit in layout.edits or ["the recipe's own layout is the fastest"]]
 
 
 @contextlib.contextmanager

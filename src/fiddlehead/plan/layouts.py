@@ -1,130 +1,248 @@
-"""The layouts with which a number of GPUs can train a recipe, fastest first: what `fiddlehead plan --fit` searches.
+"""The layouts with which a number of GPUs can train a recipe, fastest first: what `--fit` searches.
 
-A layout is the micro-batch, what is computed again, and over how many ranks layers and sequences are split. The global
-batch and the objective stay as they are.
+A layout is the micro-batch, what is computed again, and over how many ranks samples, layers, sequences and experts are
+split. The global batch and the objective stay as they are.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
-from lightning.pytorch import Trainer
-
-from fiddlehead.models import Transformer
-from fiddlehead.models.speed import Recompute
+from fiddlehead.errors import ConfigError
+from fiddlehead.models.speed import Recompute, refused_speed
+from fiddlehead.plan import attention
+from fiddlehead.plan.attention_calls import calls_of
 from fiddlehead.plan.cards import Card
-from fiddlehead.plan.memory import Memory, memory
-from fiddlehead.plan.rank_memory import held_of, setting_of
-from fiddlehead.plan.speed import Speed, speed
+from fiddlehead.plan.memory import Memory
+from fiddlehead.plan.rank_memory import Training
+from fiddlehead.plan.speed import Speed
 from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
 from fiddlehead.training.distributed.sizes import Sizes
-from fiddlehead.training.optim import Optim
 
-SPLITS = (1, 2, 4, 8, 16, 32)
-MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+AXES = (
+    "tensor_parallel",
+    "context_parallel",
+    "pipeline_parallel",
+    "pipeline_stages_per_rank",
+    "expert_parallel",
+    "data_parallel_replicate",
+    "reshard_after_forward",
+)
+"""The fields of `Parallel` that are searched; what they leave of the GPUs has different samples and shards."""
+MOST_STAGES = 4
+"""Of a rank of a pipeline."""
+MOST_SEQUENCES = 32
+"""In a micro-batch."""
+RECOMPUTED: tuple[Recompute | None, ...] = (None, 0.9, 0.5, "selective", "full")
+"""What is tried. Of numbers only these were compared with what the compiler keeps."""
 
 
 @dataclass(frozen=True)
 class Layout:
     """One way to train on the GPUs, and what it takes."""
 
+    edits: tuple[str, ...]
+    """The edits of the recipe that choose it; none if it is the recipe's."""
     micro_batch_size: int
     activation_checkpointing: Recompute | None
-    tensor_parallel: int
-    context_parallel: int
+    sizes: Sizes
     memory: Memory
-    speed: Speed
-    split: bool = True
-    """Whether the strategy can split layers and sequences over ranks."""
+    speed: Speed | None
+    """None where it is not worked out."""
 
-    @property
-    def edits(self) -> list[str]:
-        """The edits of a recipe that choose it."""
-        edits = [
-            f"data.micro_batch_size={self.micro_batch_size}",
-            f"model.activation_checkpointing={self.activation_checkpointing}",
-        ]
-        if self.split:  # also where it is 1: the recipe may have another
-            edits += [f"trainer.strategy.{n}={getattr(self, n)}" for n in ("tensor_parallel", "context_parallel")]
-        return edits
+    def to_dict(self) -> dict[str, Any]:
+        """The edits, the memory and the speed, as JSON values."""
+        speed = None if self.speed is None else self.speed.to_dict()
+        return {"edits": list(self.edits), "memory": self.memory.to_dict(), "speed": speed}
 
 
-def layouts(
-    model: LanguageModel, transformer: Transformer, data: Any, trainer: Trainer, optim: Optim, card: Card
-) -> list[Layout]:
+def layouts(training: Training, card: Card) -> list[Layout]:
     """All layouts that fit with 5 % of the memory to spare, fastest first; none where memory or speed is not known.
 
-    Those that the model, the optimizer or the strategy would refuse are left out.
+    Those that the model, the optimizer, the strategy or the attention kernels would refuse are left out.
+    """
+    found = [(each.speed.step, len(each.edits), each) for each in fitting(training, card) if each.speed is not None]
+    return [each for *_, each in sorted(found, key=lambda ranked: ranked[:2])]
+
+
+def fitting(training: Training, card: Card, *, most_edits: int = 100) -> Iterator[Layout]:
+    """The layouts that fit with 5 % of the memory to spare, in no order; their speed may not be known.
 
     Args:
-        transformer: the complete model, on the meta device.
-        trainer: says how many GPUs there are.
+        most_edits: leave out those that need more edits.
     """
-    if isinstance(model, PreferenceModel):
-        return []
-    found = []
-    gpus = trainer.num_devices * trainer.num_nodes
-    now = trainer.strategy.sizes(gpus) if isinstance(trainer.strategy, Parallel) else Sizes(gpus, gpus)
-    setting = setting_of(model, data, trainer, now)
-    for sizes in _splits(model, transformer, data, trainer, optim):
-        held = held_of(model, transformer, trainer, optim, sizes)
-        for micro in MICRO_BATCHES:
-            if data.global_batch_size % (micro * sizes.data):
+    if isinstance(training.model, PreferenceModel):
+        return
+    strategies = [training.devices.strategy]
+    if training.devices.gpus > 1 and not isinstance(strategies[0], Parallel):
+        strategies.append(Parallel())
+    for strategy in strategies:
+        yield from _Search(training, strategy, card, most_edits).fitting()
+
+
+class _Search:
+    """The layouts with one kind of strategy.
+
+    Args:
+        now: the training as its recipe has it.
+        strategy: of this kind; if it is `Parallel`, with other sizes too.
+    """
+
+    def __init__(self, now: Training, strategy: Any, card: Card, most_edits: int) -> None:
+        self.now, self.card, self.most_edits = now, card, most_edits
+        self.training = replace(now, devices=replace(now.devices, strategy=strategy))
+        self.config, self.devices = now.transformer.config, self.training.devices
+        self.models = {mode: _changed(now.model, mode) for mode in (now.model.compile_mode, "layers", None)}
+        self.served = cache(self._served)
+
+    def fitting(self) -> Iterator[Layout]:
+        """Those that fit."""
+        data = self.now.data
+        for strategy in self._strategies():
+            sizes = self._sizes(strategy)
+            per_rank, rest = divmod(data.global_batch_size, sizes.data)
+            edits = self._edits(strategy, sizes)
+            if rest or len(edits) > self.most_edits or not self.served(sizes.tensor, sizes.context):
                 continue
-            for recompute in _recomputed(model, transformer):
-                tried = dataclasses.replace(
-                    setting,
-                    tokens=micro * data.seq_length,
-                    recompute=recompute,
-                    sizes=setting.sizes and sizes,
-                    micro_batches=data.global_batch_size // (micro * sizes.data),
-                )
-                needed = memory(transformer.config, held, tried)
-                if needed.fits(card.gib) != "fits":
+            model = self.models[self._compile(sizes)]
+            tried = replace(self.training, model=model)
+            held, setting = self.training.held(sizes), tried.setting(sizes, per_rank)
+            setting = replace(setting, reshard_after_forward=getattr(strategy, "reshard_after_forward", True))
+            recomputed = list(self._recomputed(model, sizes))
+            for micro in _divisors(per_rank, MOST_SEQUENCES):
+                if sizes.pipeline > 1 and strategy.problems(self.config, data.seq_length, per_rank // micro):
                     continue
-                fast = speed(
-                    transformer.config,
-                    held,
-                    tried,
-                    card,
-                    data.seq_length,
-                    gpus=gpus,
-                    gpus_per_node=trainer.num_devices,
-                )
-                if fast is not None:
-                    split = setting.sizes is not None
-                    found.append(Layout(micro, recompute, sizes.tensor, sizes.context, needed, fast, split))
-    return sorted(found, key=lambda layout: layout.speed.step)
+                for recompute in recomputed:
+                    chosen = (*self._of_batch(micro, recompute), *edits)
+                    if len(chosen) > self.most_edits:
+                        continue
+                    like = {"tokens": micro * data.seq_length, "micro_batches": per_rank // micro}
+                    at = replace(setting, recompute=recompute, **like)
+                    needed = tried.memory(held, at)
+                    if needed.fits(self.card.gib) == "fits":
+                        yield Layout(chosen, micro, recompute, sizes, needed, tried.speed(held, at, self.card))
 
+    def _strategies(self) -> Iterator[Any]:
+        """The strategies that the parts allow."""
+        now = self.devices.strategy
+        if not isinstance(now, Parallel):
+            if not self._problems(now):
+                yield now
+            return
+        grown = [Parallel()]
+        if self._problems(grown[0]):
+            return
+        for axis in AXES:  # what is refused along the first axes is not tried along the others
+            wider = []
+            for each in grown:
+                for number in self._numbers(axis, each):
+                    strategy = copy.copy(each)
+                    setattr(strategy, axis, number)
+                    if number in (1, False) or not self._problems(strategy):
+                        wider.append(strategy)
+            grown = wider
+        yield from grown
 
-def _splits(
-    model: LanguageModel, transformer: Transformer, data: Any, trainer: Trainer, optim: Optim
-) -> Iterator[Sizes]:
-    """The ways to share layers and sequences that the parts allow; tensor parallelism stays within a node."""
-    gpus, now = trainer.num_devices * trainer.num_nodes, trainer.strategy
-    if not isinstance(now, Parallel) or gpus == 1:
-        yield Sizes(gpus, gpus)
-        return
-    if now.pipeline_parallel > 1 or now.expert_parallel > 1 or now.data_parallel_replicate > 1:
-        yield now.sizes(gpus)  # those are not searched, and stay with what they were chosen for
-        return
-    precision = str(trainer.precision)
-    for tensor in SPLITS:
-        for context in SPLITS:
-            if tensor > trainer.num_devices or gpus % (tensor * context):
+    def _numbers(self, axis: str, strategy: Parallel) -> list[int]:
+        """The values to try of an axis, given those of the axes before it."""
+        sizes, node = strategy.sizes(self.devices.gpus), self.devices.num_devices
+        if axis == "tensor_parallel":  # it stays within a node
+            return _divisors(node)
+        if axis == "pipeline_stages_per_rank":
+            return _divisors(self.config.num_layers // sizes.pipeline, MOST_STAGES) if sizes.pipeline > 1 else [1]
+        if axis == "expert_parallel":
+            return _divisors(sizes.data) if self.config.num_moe_experts is not None else [1]
+        if axis == "data_parallel_replicate":  # of the recipe, or such that each replica has a node
+            shares = sizes.data * sizes.context * sizes.tensor
+            others = {getattr(self.now.devices.strategy, axis, 1), shares // node if shares % node == 0 else 1}
+            return [1, *sorted(each for each in others if each > 1 and sizes.data // sizes.expert % each == 0)]
+        if axis == "reshard_after_forward":
+            present = getattr(self.now.devices.strategy, axis, True)
+            return [present] if sizes.data // sizes.replicate * sizes.context == 1 else [True, False]
+        return _divisors(sizes.data)
+
+    def _sizes(self, strategy: Any) -> Sizes:
+        return replace(self.devices, strategy=strategy).sizes
+
+    def _problems(self, strategy: Any) -> bool:
+        """Whether the strategy, the model or the optimizer refuses it."""
+        sizes, precision = self._sizes(strategy), self.devices.precision
+        if isinstance(strategy, Parallel) and strategy.problems(self.config, self.now.data.seq_length):
+            return True
+        split = sizes if self.devices.cut else None
+        refused = self.models[self._compile(sizes)].problems(precision, sizes)
+        return bool(refused + self.now.optim.problems(precision, split, adapters=self.now.model.lora is not None))
+
+    def _compile(self, sizes: Sizes) -> Any:
+        """What is compiled: a mixture whose experts are split is not, and what is cut is compiled by layers."""
+        mode = self.now.model.compile_mode
+        if sizes.expert > 1:
+            return None
+        return "layers" if self.devices.cut and mode == "model" else mode
+
+    def _served(self, tensor: int, context: int) -> bool:
+        """Whether kernels serve the heads of such ranks."""
+        now = self.now
+        calls = calls_of(now.model, self.config, now.data, self.devices.precision, None)
+        calls = replace(calls, tensor=tensor, context=context)
+        try:
+            if self.card.target is None:
+                attention.refuse_impossible(calls)
+            else:
+                attention.choose(calls, self.card.target)
+        except ConfigError:
+            return False
+        return True
+
+    def _recomputed(self, model: LanguageModel, sizes: Sizes) -> Iterator[Recompute | None]:
+        """What may be computed again. A number is not worked out where layers or sequences are split."""
+        present = self.now.model.recompute
+        for recompute in dict.fromkeys((*RECOMPUTED, present)):
+            if isinstance(recompute, int | float) and sizes.tensor * sizes.context > 1 and recompute != present:
                 continue
-            strategy = Parallel(tensor_parallel=tensor, context_parallel=context)
-            sizes = strategy.sizes(gpus)
-            problems = strategy.problems(transformer.config, data.seq_length) + model.problems(precision, sizes)
-            if not problems + optim.problems(precision, sizes, adapters=model.lora is not None):
-                yield sizes
+            refused = refused_speed(model.compile_mode, recompute, model.fp8)
+            if not refused + _changed(model, model.compile_mode, recompute).problems(self.devices.precision, sizes):
+                yield recompute
+
+    def _of_batch(self, micro_batch_size: int, recompute: Recompute | None) -> list[str]:
+        """The edits that choose these."""
+        edits = []
+        if micro_batch_size != self.now.data.micro_batch_size:
+            edits.append(f"data.micro_batch_size={micro_batch_size}")
+        if recompute != self.now.model.recompute:
+            edits.append(f"model.activation_checkpointing={recompute}")
+        return edits
+
+    def _edits(self, strategy: Any, sizes: Sizes) -> list[str]:
+        """The edits that choose a strategy, and what is compiled with it."""
+        edits, now = [], self.now.devices.strategy
+        if (mode := self._compile(sizes)) != self.now.model.compile_mode:
+            edits.append(f"model.compile={mode}")
+        if not isinstance(strategy, Parallel):
+            return edits
+        if not isinstance(now, Parallel):
+            fields = (f"{axis}={getattr(strategy, axis)}" for axis in AXES if _differ(strategy, Parallel(), axis))
+            return [*edits, f"trainer.strategy=Parallel({', '.join(fields)})"]
+        if now.data_parallel not in (None, sizes.data):
+            edits.append("trainer.strategy.data_parallel=None")
+        changed = [axis for axis in AXES if _differ(strategy, now, axis)]
+        return edits + [f"trainer.strategy.{axis}={getattr(strategy, axis)}" for axis in changed]
 
 
-def _recomputed(model: LanguageModel, transformer: Transformer) -> tuple[Recompute | None, ...]:
-    """What may be computed again; `LanguageModel.problems` says why a balancing loss wants a part to keep."""
-    if model.compile_mode is not None and transformer.config.moe_aux_loss_coeff:
-        return None, 0.5
-    return None, "selective", "full"
+def _changed(model: LanguageModel, mode: Any, recompute: Recompute | None = None) -> LanguageModel:
+    """A copy of a model, without values, that is compiled and computed again in another way."""
+    changed = copy.copy(model)
+    changed.compile_mode, changed.recompute = mode, recompute
+    return changed
+
+
+def _differ(one: Parallel, other: Parallel, axis: str) -> bool:
+    return getattr(one, axis) != getattr(other, axis)
+
+
+def _divisors(number: int, most: int | None = None) -> list[int]:
+    return [each for each in range(1, min(number, most or number) + 1) if number % each == 0]

@@ -22,6 +22,10 @@ OUTSIDE = {"alone": 0.75, "data": 3.5, "context": 3.9, "tensor": 4.3, "pipeline"
 """GiB outside PyTorch's allocator, measured: the CUDA context and kernels, and NCCL's buffers by what is divided."""
 
 
+OPTIMIZER = "the optimizer's step"
+"""When it has the most, if that is not in a pass."""
+
+
 @dataclass(frozen=True)
 class Held:
     """What a rank has of the parameters, in bytes, all through a step or at its end."""
@@ -157,6 +161,8 @@ class _Step:
         self.root = self.embedding + (0 if self.tied else self.output)  # what is outside the layers
         self.in_flight = 1.0 if stage == "last" else _in_flight(sizes, setting.micro_batches)
         self.trains = not setting.adapters
+        # A rank of a pipeline adds up a step's gradients in float32 before it shares them with others.
+        self.adds_up = self.trains and sizes.pipeline > 1 and self.shards > 1
 
     def _moment(self, where: str, *, gradients: float, transient: float = 0.0, **parts: float) -> Memory:
         """Args: gradients: those of the step so far, where none are accumulated."""
@@ -164,6 +170,8 @@ class _Step:
         divided = [name for name in ("pipeline", "tensor", "context", "data") if sizes and getattr(sizes, name) > 1]
         outside = OUTSIDE[divided[0] if divided else "data" if held.buckets else "alone"] * GIB
         there = held.gradients if self.setting.micro_batches > 1 else max(gradients, 0.0)
+        if self.adds_up and where != OPTIMIZER:
+            there += 4 * (self.root + self.layers * self.layer)
         fields = {"activations": 0.0, "copies": 0.0, "loss": 0.0, **parts}
         return Memory(
             parameters=held.parameters,
@@ -287,7 +295,7 @@ class _Step:
 
     def optimizer(self) -> Memory:
         """The optimizer takes its step."""
-        return self._moment("the optimizer's step", gradients=self.held.gradients, transient=self.held.stepping)
+        return self._moment(OPTIMIZER, gradients=self.held.gradients, transient=self.held.stepping)
 
 
 def _in_flight(sizes: Sizes, micro_batches: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -13,69 +15,120 @@ from fiddlehead.plan.cards import Card
 from fiddlehead.plan.memory import Held, Memory, memory
 from fiddlehead.plan.speed import Speed, speed
 from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
-from fiddlehead.training.distributed.sizes import Sizes
+from fiddlehead.training.distributed.sizes import Counted, Sizes
 from fiddlehead.training.frozen import halves_frozen
 from fiddlehead.training.optim import Optim
 
 
-def memory_and_speed(
-    model: LanguageModel,
-    transformer: Transformer,
-    data: Any,
-    trainer: Trainer,
-    optim: Optim,
-    sizes: Sizes,
-    card: Card | None,
-) -> tuple[Memory | None, Speed | None]:
+@dataclass(frozen=True)
+class Devices:
+    """What memory and speed need of a trainer, under its names; a search tries others than the trainer has."""
+
+    strategy: Any
+    precision: str
+    num_devices: int
+    num_nodes: int
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> Devices:
+        """Those of a trainer."""
+        return cls(trainer.strategy, str(trainer.precision), trainer.num_devices, trainer.num_nodes)
+
+    @property
+    def gpus(self) -> int:
+        """How many there are on all nodes."""
+        return self.num_devices * self.num_nodes
+
+    @property
+    def cut(self) -> bool:
+        """Whether parameters are cut over them."""
+        return isinstance(self.strategy, Parallel) and self.gpus > 1
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of the ranks; those without `Parallel` are copies."""
+        return self.strategy.sizes(self.gpus) if isinstance(self.strategy, Parallel) else Sizes(self.gpus, self.gpus)
+
+
+@dataclass(frozen=True)
+class Training:
+    """The parts of a training."""
+
+    model: LanguageModel
+    transformer: Transformer
+    """The complete model, on the meta device."""
+    data: Any
+    devices: Devices
+    optim: Optim
+
+    @cached_property
+    def counted(self) -> Counted:
+        """The model's parameters, by their places."""
+        return Counted.of(self.transformer)
+
+    @cached_property
+    def whole(self) -> Held:
+        """What a rank has that holds all parameters."""
+        devices, optim = self.devices, self.optim
+        learned = [(name, each) for name, each in self.transformer.named_parameters() if each.requires_grad]
+        each = 2 if devices.precision == "bf16-true" else 4
+        number = sum(self.counted.numbers.values())
+        trained = sum(parameter.numel() for _, parameter in learned)
+        frozen = (number - trained) * (2 if halves_frozen(self.model, devices) else each)
+        copied = isinstance(devices.strategy, DDPStrategy) and devices.gpus > 1
+        return Held(
+            parameters=frozen + each * trained,
+            gradients=each * trained,
+            optimizer=optim.state_bytes(learned, devices.precision),
+            stepping=optim.step_bytes(learned, devices.precision),
+            buckets=each * trained if copied else 0.0,
+        )
+
+    def held(self, sizes: Sizes) -> Held:
+        """What the rank has of the parameters that has the most of them."""
+        whole, share = self.whole, sizes.held(self.counted) / sum(self.counted.numbers.values())
+        return replace(
+            whole,
+            parameters=share * whole.parameters,
+            gradients=share * whole.gradients,
+            optimizer=share * whole.optimizer,
+        )
+
+    def setting(self, sizes: Sizes, micro_batches: int | None = None) -> Setting:
+        """How the ranks train; with this number of micro-batches, or as many as the data says."""
+        model, data, strategy = self.model, self.data, self.devices.strategy
+        return Setting(
+            tokens=data.micro_batch_size * data.seq_length,
+            precision=self.devices.precision,
+            compiled=model.compile_mode is not None,
+            recompute=model.recompute,
+            fp8=model.fp8 is not None,
+            micro_batches=micro_batches or data.accumulate_grad_batches(sizes.data),
+            adapters=model.lora is not None,
+            sizes=sizes if self.devices.cut else None,
+            reshard_after_forward=not isinstance(strategy, Parallel) or strategy.reshard_after_forward,
+        )
+
+    def memory(self, held: Held, setting: Setting) -> Memory:
+        """The memory of the GPU that has the most."""
+        return memory(self.transformer.config, held, setting)
+
+    def speed(self, held: Held, setting: Setting, card: Card) -> Speed | None:
+        """How fast such cards train; None if that is not known."""
+        config, devices = self.transformer.config, self.devices
+        each = {"gpus": devices.gpus, "gpus_per_node": devices.num_devices}
+        return speed(config, held, setting, card, self.data.seq_length, **each)
+
+
+def memory_and_speed(training: Training, sizes: Sizes, card: Card | None) -> tuple[Memory | None, Speed | None]:
     """The memory of the GPU that has the most, and how fast such cards train; None for what is not worked out.
 
     Neither is where preferences are learned, and the speed is not if the card is not known.
 
     Args:
-        transformer: the complete model, on the meta device.
         sizes: of the ranks.
     """
-    if isinstance(model, PreferenceModel):
+    if isinstance(training.model, PreferenceModel):
         return None, None
-    held = held_of(model, transformer, trainer, optim, sizes)
-    setting = setting_of(model, data, trainer, sizes)
-    gpus, gpus_per_node = trainer.num_devices * trainer.num_nodes, trainer.num_devices
-    known = (transformer.config, held, setting)
-    fast = card and speed(*known, card, data.seq_length, gpus=gpus, gpus_per_node=gpus_per_node)
-    return memory(*known), fast
-
-
-def held_of(model: LanguageModel, transformer: Transformer, trainer: Trainer, optim: Optim, sizes: Sizes) -> Held:
-    """What the rank has of the parameters that has the most of them."""
-    learned = [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
-    precision = str(trainer.precision)
-    each = 2 if precision == "bf16-true" else 4
-    number = sum(parameter.numel() for parameter in transformer.parameters())
-    trained = sum(parameter.numel() for _, parameter in learned)
-    frozen = (number - trained) * (2 if halves_frozen(model, trainer) else each)
-    share = sizes.held(transformer) / number
-    copied = isinstance(trainer.strategy, DDPStrategy) and trainer.num_devices * trainer.num_nodes > 1
-    return Held(
-        parameters=share * (frozen + each * trained),
-        gradients=share * each * trained,
-        optimizer=share * optim.state_bytes(learned, precision),
-        stepping=optim.step_bytes(learned, precision),
-        buckets=each * trained if copied else 0.0,
-    )
-
-
-def setting_of(model: LanguageModel, data: Any, trainer: Trainer, sizes: Sizes) -> Setting:
-    """How the ranks train."""
-    strategy = trainer.strategy
-    cut = isinstance(strategy, Parallel) and trainer.num_devices * trainer.num_nodes > 1
-    return Setting(
-        tokens=data.micro_batch_size * data.seq_length,
-        precision=str(trainer.precision),
-        compiled=model.compile_mode is not None,
-        recompute=model.recompute,
-        fp8=model.fp8 is not None,
-        micro_batches=data.accumulate_grad_batches(sizes.data),
-        adapters=model.lora is not None,
-        sizes=sizes if cut else None,
-        reshard_after_forward=not isinstance(strategy, Parallel) or strategy.reshard_after_forward,
-    )
+    held, setting = training.held(sizes), training.setting(sizes)
+    return training.memory(held, setting), card and training.speed(held, setting, card)

@@ -113,9 +113,12 @@ def speed(
     stepped = held.gradients if setting.adapters else held.parameters
     moved = 2 * stepped + 4 * held.gradients + 2 * held.optimizer
     optimizer = moved / (card.bytes_per_s * part["optimizer"])
-    communication = work.communication(card, gpus_per_node, computed * batches)
+    links = _Links(card.link_bytes_per_s * part["link"], gpus_per_node)
+    exchanged = work.exchanged(links)
+    communication = batches * exchanged + work.shared(links, computed * batches)
     waits = (sizes.pipeline - 1) / (batches * max(1, sizes.stages // sizes.pipeline)) if sizes.pipeline > 1 else 0.0
-    step = batches * computed * (1 + waits) + optimizer + communication
+    bubble = batches * (computed + exchanged) * waits
+    step = batches * computed + bubble + optimizer + communication
     groups = gpus // (sizes.context * sizes.tensor * sizes.pipeline)
     rate = batches * groups * setting.tokens / step
     adapters = int(held.gradients / 4) if setting.adapters else None
@@ -126,12 +129,26 @@ def speed(
         memory_bound=batches * memory_bound,
         optimizer=optimizer,
         communication=communication,
-        bubble=batches * computed * waits,
+        bubble=bubble,
         tokens_per_s=rate,
         mfu=rate * flops / (gpus * card.flops),
         watts=gpus * card.watts,
         calibrated=part is not REACHED,
     )
+
+
+@dataclass(frozen=True)
+class _Links:
+    """The bytes that a rank can exchange in a second."""
+
+    within: float
+    """A node."""
+    gpus_per_node: int
+
+    def of(self, ranks: int) -> float:
+        """Among so many neighbours; between nodes if a node does not hold whole groups of them."""
+        between = min(self.within, INFINIBAND * REACHED["link"] / 0.5)  # nobody measures it
+        return self.within if self.gpus_per_node % ranks == 0 else between
 
 
 class _Work:
@@ -197,30 +214,46 @@ class _Work:
             weights += 20 * self.gathered
         return self.tokens * (b * values + 8 * logits * (self.config.vocab_size or 0)) + weights
 
-    def communication(self, card: Card, gpus_per_node: int, computed: float) -> float:
-        """Seconds of a step in which ranks exchange tensors and nothing hides it."""
-        sizes, setting, b = self.sizes, self.setting, self.setting.of_products
-        within = card.link_bytes_per_s * self.reached["link"]
-        between = min(within, INFINIBAND * REACHED["link"] / 0.5)  # nobody measures it
+    def exchanged(self, links: _Links) -> float:
+        """Seconds of a micro-batch in which ranks exchange activations; nothing hides them."""
+        sizes, b = self.sizes, self.setting.of_products
         stream = self.tokens * sizes.tensor * self.config.hidden_size * b
-        exposed = 0.0
+        seconds = 0.0
         if sizes.tensor > 1:  # gathers and scatters around both halves of a layer, in both passes
             part = (sizes.tensor - 1) / sizes.tensor
-            exposed += 10 * self.layers * stream * part / (within if sizes.tensor <= gpus_per_node else between)
+            seconds += 10 * self.layers * stream * part / links.of(sizes.tensor)
         if sizes.context > 1:
             heads = self.tokens * b * 2 * self.QK
-            exposed += 3 * self.layers * heads / (within if sizes.context * sizes.tensor <= gpus_per_node else between)
+            seconds += 3 * self.layers * heads / links.of(sizes.context * sizes.tensor)
         if sizes.expert > 1:
-            exposed += 8 * self.layers * self.served * stream / (within if sizes.expert <= gpus_per_node else between)
-        exposed *= setting.micro_batches
-        if self.shards > 1:  # gathered for both passes of a micro-batch, and gradients summed in float32
-            sums = 0 if setting.adapters else 4
-            inside = self.shards * sizes.tensor * sizes.pipeline <= gpus_per_node
-            moved = setting.micro_batches * (2 * b + sums) * self.gathered * (self.shards - 1) / self.shards
-            seconds = moved / (within if inside else between)
-            # A layer is gathered while the one before computes, but the first has to wait, and both share the GPU.
-            exposed += max(0.2 * seconds, seconds - 0.9 * computed)
-        return exposed
+            at = links.of(sizes.expert * sizes.context * sizes.tensor)
+            seconds += 8 * self.layers * self.served * stream / at
+        if sizes.pipeline > 1:  # each stage passes on its output, and the gradient of its input
+            of_rank = sizes.stages // sizes.pipeline * 2 * stream / sizes.tensor
+            seconds += of_rank / links.of(sizes.data * sizes.context * sizes.tensor * sizes.pipeline)
+        return seconds
+
+    def shared(self, links: _Links, computed: float) -> float:
+        """Seconds of a step in which ranks gather parameters or sum gradients, and nothing hides it.
+
+        Args:
+            computed: the seconds of a step's computation.
+        """
+        sizes, setting, b = self.sizes, self.setting, self.setting.of_products
+        sums = 0 if setting.adapters else 4
+        seconds = 0.0
+        if self.shards > 1:  # gathered for each micro-batch, and gradients summed in float32
+            kept, step = not setting.reshard_after_forward, sizes.pipeline > 1
+            # The ranks of a pipeline add up a step's gradients before they are summed; and what is kept stays there.
+            moved = b * (1 if kept else 2) * (1 if kept and step else setting.micro_batches)
+            moved += sums * (1 if step else setting.micro_batches)
+            part = (self.shards - 1) / self.shards
+            seconds += moved * self.gathered * part / links.of(self.shards * sizes.tensor)
+        if sizes.replicate > 1:  # replicas sum their shards of a step's gradients
+            moved = 2 * sums * self.gathered / self.shards * (sizes.replicate - 1) / sizes.replicate
+            seconds += moved / links.of(sizes.data * sizes.context * sizes.tensor)
+        # A layer is gathered while the one before computes, but the first has to wait, and both share the GPU.
+        return max(0.2 * seconds, seconds - 0.9 * computed)
 
 
 def _duration(hours: float) -> str:

@@ -18,13 +18,14 @@ from fiddlehead.models import TransformerConfig
 from fiddlehead.numbers import is_whole
 from fiddlehead.plan import attention
 from fiddlehead.plan.attention_calls import calls_of
-from fiddlehead.plan.cards import Card
+from fiddlehead.plan.cards import CARDS, Card
 from fiddlehead.plan.layouts import Layout, layouts
 from fiddlehead.plan.memory import Memory
-from fiddlehead.plan.rank_memory import memory_and_speed
+from fiddlehead.plan.rank_memory import Devices, Training, memory_and_speed
+from fiddlehead.plan.remedies import Remedy, remedies
 from fiddlehead.plan.speed import Speed
 from fiddlehead.run.console import say
-from fiddlehead.training import LanguageModel, Log, Parallel
+from fiddlehead.training import LanguageModel, Log, Parallel, PreferenceModel
 from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.frozen import halves_frozen
 from fiddlehead.training.optim import Optim
@@ -65,6 +66,8 @@ class TrainingPlan:
     """The GPU that trains, if it is known."""
     speed: Speed | None = None
     """How fast it trains; None if the GPU is not known, in float32, and where preferences are learned."""
+    remedies: tuple[Remedy, ...] = ()
+    """The smallest changes that make it fit, if it does not, or only just."""
     layouts: tuple[Layout, ...] = ()
     """How these GPUs could train it, fastest first, if they were searched."""
     missing: str = ""
@@ -126,7 +129,7 @@ class TrainingPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values; `attention` has the `Served.to_dict` of each call."""
-        others = ("config", "attention", "memory", "card", "speed", "layouts")
+        others = ("config", "attention", "memory", "card", "speed", "layouts", "remedies")
         fields = {name: value for name, value in vars(self).items() if name not in others}
         return {
             "config": asdict(self.config),
@@ -138,6 +141,7 @@ class TrainingPlan:
             "card": None if self.card is None else asdict(self.card),
             "fits": self.fits,
             "verdict": self.verdict,
+            "remedies": [each.to_dict() for each in self.remedies],
         }
 
     def _ranks(self) -> str:
@@ -158,6 +162,8 @@ class TrainingPlan:
         rows += [(name, f"{size}  {part}") for name, (part, size) in zip(names, self.memory.rows(), strict=False)]
         if self.card is not None:
             rows.append(("", f"{self.verdict}: {self.card.name} has {self.card.gib:.1f} GiB"))
+            names = itertools.chain(["what makes it fit"], itertools.repeat(""))
+            rows += [(name, remedy.row()) for name, remedy in zip(names, self.remedies, strict=False)]
         return rows
 
     def _attention_rows(self) -> list[str]:
@@ -227,10 +233,12 @@ def plan_training(
     state_gib = (frozen_bytes + 2 * each * trained + optim.state_bytes(learned, precision)) / 2**30  # 2: the gradients
     device, card = _device(target, trainer)
     on_gpu = device is None or device.device_type == "cuda"
-    gathered_gib = sizes.gathered(transformer) * ((4 if precision == "32-true" else 2) + 4) / 2**30
+    parts = Training(model, transformer, data, Devices.of(trainer), optim)
+    gathered_gib = sizes.gathered(parts.counted) * ((4 if precision == "32-true" else 2) + 4) / 2**30
     memory, speed = None, None
     if on_gpu:
-        memory, speed = memory_and_speed(model, transformer, data, trainer, optim, sizes, card)
+        memory, speed = memory_and_speed(parts, sizes, card)
+    short = memory is not None and card is not None and memory.fits(card.gib) != "fits"
     return TrainingPlan(
         config=config,
         parameters=parameters,
@@ -243,15 +251,54 @@ def plan_training(
         tokens_per_step=data.global_batch_size * data.seq_length,
         attention=_kernels(model, config, data, trainer, device),
         state_gib=state_gib,
-        device_gib=state_gib * sizes.held(transformer) / parameters + gathered_gib,
+        device_gib=state_gib * sizes.held(parts.counted) / parameters + gathered_gib,
         warmup_steps=optim.lr_scheduler.warmup_steps,
         memory=memory,
         card=card,
         speed=speed,
-        layouts=tuple(layouts(model, transformer, data, trainer, optim, card)) if search and card is not None else (),
+        layouts=tuple(layouts(parts, card)) if search and card is not None else (),
+        remedies=remedies(parts, card, speed) if short and card is not None else (),
         missing=f"data.{data.missing}" if data.missing else "",
         checkpoint_bytes=each * trained + optim.state_bytes(learned, precision),
     )
+
+
+def search_layouts(
+    model: LanguageModel,
+    data: Data,
+    trainer: Trainer,
+    optim: Optim,
+    log: Log | None = None,
+    *,
+    target: Card | Literal["trainer"],
+    **others: Any,
+) -> list[Layout]:
+    """The layouts of a training that fit, fastest first, also if its own is refused.
+
+    The arguments are those of `plan_training`.
+
+    Raises:
+        ConfigError: the data or the model cannot be used, or memory and speed are not known for it or its GPU.
+    """
+    if isinstance(model, PreferenceModel):
+        raise ConfigError(
+            Problem("model", "PreferenceModel", "its memory is not worked out, so no layout is known to fit")
+        )
+    card = _device(target, trainer)[1]
+    if card is None:
+        raise ConfigError(Problem("gpu", None, "this machine's GPU is not known; name the one that trains", CARDS))
+    if str(trainer.precision) == "32-true" or not card.flops or not card.bytes_per_s:
+        given = str(trainer.precision) if card.flops else card.name
+        raise ConfigError(Problem("trainer.precision" if card.flops else "gpu", given, "its speed is not worked out"))
+    try:
+        vocab_size = data.vocab_size
+    except ConfigError as error:
+        raise error.under("data") from error
+    try:
+        transformer = model.on_meta(_completed(_longer(model, data.seq_length), data, vocab_size))
+    except ConfigError as error:
+        raise error.under("model") from error
+    return layouts(Training(model, transformer, data, Devices.of(trainer), optim), card)
 
 
 def _fitting(
@@ -286,9 +333,7 @@ def _fitting(
     split = None if cut is None else sizes
     problems += optim.problems(str(trainer.precision), split, adapters=model.lora is not None)
     refuse(problems)
-    return accumulate, replace(
-        config, vocab_size=config.vocab_size or vocab_size, seq_length=config.seq_length or data.seq_length
-    )
+    return accumulate, _completed(config, data, vocab_size)
 
 
 def _device(target: Target | Card | Literal["trainer"] | None, trainer: Trainer) -> tuple[Target | None, Card | None]:
@@ -365,6 +410,11 @@ def _model_problems(config: TransformerConfig, data: Data, vocab_size: int) -> l
         message = f"is shorter than data.seq_length={data.seq_length}; leave it out"
         problems.append(Problem("model.config.seq_length", config.seq_length, message))
     return problems
+
+
+def _completed(config: TransformerConfig, data: Data, vocab_size: int) -> TransformerConfig:
+    """The shape with what follows from the data."""
+    return replace(config, vocab_size=config.vocab_size or vocab_size, seq_length=config.seq_length or data.seq_length)
 
 
 def _longer(model: LanguageModel, seq_length: int) -> TransformerConfig:

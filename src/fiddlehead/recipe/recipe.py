@@ -144,6 +144,26 @@ class Recipe(fdl.Partial):
 
         return launch.plan(self, executor, target=gpu, search=search)
 
+    def fitted(self, executor: Any = None, *, gpu: str | None = None, nodes: int | None = None) -> Recipe:
+        """The recipe with the fastest layout that fits its GPUs; `recipe.diff` of it says what changed.
+
+        A layout is the micro-batch, what is computed again, and how the GPUs share samples, layers, sequences and
+        experts. The global batch and the objective stay.
+
+        Args:
+            gpu: the GPU that trains, which need not be here, such as "h100"; by default this machine's.
+            nodes: train on so many nodes, instead of the recipe's.
+
+        Raises:
+            ConfigError: no layout fits.
+        """
+        from fiddlehead import launch
+
+        recipe = self.clone()
+        if nodes is not None:
+            recipe.trainer.num_nodes = nodes
+        return launch.fitted(recipe, launch.search(recipe, executor, target=gpu)[0])
+
     def clone(self) -> Self:
         """A deep copy."""
         _register_with_nemo_run()

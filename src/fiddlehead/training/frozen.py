@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,8 +13,12 @@ from lightning.pytorch.plugins import MixedPrecision
 from fiddlehead.training.distributed.parallel import Parallel
 
 
-def halves_frozen(model: LightningModule, trainer: Trainer) -> bool:
-    """Whether a run can use `FrozenBFloat16`: adapters in mixed precision, on unsharded weights."""
+def halves_frozen(model: LightningModule, trainer: Any) -> bool:
+    """Whether a run can use `FrozenBFloat16`: adapters in mixed precision, on unsharded weights.
+
+    Args:
+        trainer: or what has a trainer's strategy, precision and numbers of devices and nodes.
+    """
     # What is cut over several devices is float32 in parts, and bfloat16 where it is gathered.
     cut = isinstance(trainer.strategy, Parallel) and trainer.num_devices * trainer.num_nodes > 1
     return getattr(model, "lora", None) is not None and str(trainer.precision) == "bf16-mixed" and not cut

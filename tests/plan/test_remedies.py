@@ -1,0 +1,80 @@
+"""The smallest changes that make a recipe fit: they are few, they fit when planned, and they cost what is said."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from fiddlehead import launch
+from fiddlehead.plan.cards import CARDS
+from fiddlehead.plan.training import TrainingPlan
+from fiddlehead.recipe import Recipe, catalog
+from fiddlehead.recipe.edits import apply_overrides
+from fiddlehead.recipes import gpt, llama, mistral
+
+KEEP = "model.activation_checkpointing=None"
+CASES: dict[str, tuple[Any, list[str], str]] = {
+    "a large micro-batch": (llama.llama3_8b, [KEEP, "data.micro_batch_size=4"], "h100"),
+    "long sequences": (llama.llama3_8b_64k, [KEEP], "h100"),
+    "a small GPU": (llama.llama32_1b, ["trainer.devices=1", "data.micro_batch_size=1"], "rtx4090"),
+    "float32": (llama.llama32_3b, ["trainer.devices=1", "trainer.precision=32-true", "data.seq_length=2048"], "l40s"),
+    "few nodes": (mistral.mixtral_8x7b, ["trainer.num_nodes=2"], "h100"),
+    "copies": (gpt.gpt2_1p5b, ["trainer.strategy=ddp", "data.micro_batch_size=16"], "a100_40"),
+}
+
+
+def edited(recipe: Recipe, *edits: str) -> Recipe:
+    return apply_overrides(recipe, edits, find=catalog.find_part)
+
+
+@cache
+def of(case: str) -> tuple[Recipe, TrainingPlan]:
+    make, edits, gpu = CASES[case]
+    recipe = edited(make(), *edits)
+    return recipe, launch.plan(recipe, target=gpu).training
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_remedy_makes_the_recipe_fit_and_costs_what_is_said(case: str) -> None:
+    gpu = CASES[case][2]
+    recipe, now = of(case)
+    assert now.verdict != "fits" and 1 <= len(now.remedies) <= 6
+    for each in {now.remedies[0], now.remedies[-1]}:
+        planned = launch.plan(edited(recipe, *each.layout.edits), target=gpu).training
+        assert (planned.verdict, planned.memory) == ("fits", each.layout.memory)
+        assert planned.tokens_per_step == now.tokens_per_step
+        if now.speed is None or planned.speed is None:
+            assert each.relative_speed is None
+        else:
+            assert each.relative_speed == pytest.approx(planned.speed.tokens_per_s / now.speed.tokens_per_s)
+
+
+def test_one_change_is_enough_where_one_is() -> None:
+    remedies = of("a large micro-batch")[1].remedies
+    assert {each.layout.edits for each in remedies} >= {("data.micro_batch_size=1",)}
+    assert all(len(each.layout.edits) == 1 for each in remedies)
+    speeds = [each.relative_speed for each in remedies if each.relative_speed is not None]
+    assert speeds == sorted(speeds, reverse=True)
+
+
+def test_bits_and_gpus_are_among_the_remedies() -> None:
+    edits = {
+        edit.partition("=")[0]
+        for case in ("a small GPU", "few nodes")
+        for r in of(case)[1].remedies
+        for edit in r.layout.edits
+    }
+    assert edits >= {"trainer.precision", "optim.state_bits", "trainer.devices", "trainer.num_nodes"}
+
+
+def test_a_plan_that_fits_has_no_remedies_and_one_that_is_tight_has() -> None:
+    recipe = edited(llama.llama32_1b(), "trainer.devices=1")
+    training = launch.plan(recipe, target=CARDS["h100"]).training
+    assert training.verdict == "fits" and training.remedies == () and training.to_dict()["remedies"] == []
+    assert training.memory is not None
+    gib = (1.03 * training.memory.peak + training.memory.outside) / 2**30 + 0.1
+    tight = launch.plan(recipe, target=f"mine={gib},989,3350").training
+    assert tight.verdict == "tight" and tight.remedies
+    assert ("what makes it fit", tight.remedies[0].row()) in tight.rows()
