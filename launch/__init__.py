@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.layouts import fitted, search
@@ -16,7 +17,7 @@ __all__ = ["Executor", "Plan", "RunFailedError", "fitted", "launch", "plan", "se
 
 def launch(
     recipe: Recipe,
-    executor: Executor | None = None,
+    executor: Any = None,
     *,
     name: str | None = None,
     detach: bool = False,

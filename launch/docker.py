@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
@@ -23,6 +24,18 @@ from fiddlehead.run.status import Status
 
 if TYPE_CHECKING:
     from docker import DockerClient
+
+OPTIONS = {
+    **{name: f"is executor.{setting}" for name, setting in {
+        "image": "image", "shm_size": "shm_size", "mem_limit": "memory", "network": "network", "mounts": "mounts",
+        "volumes": "mounts", "device_requests": "gpus", "environment": "env_vars",
+    }.items()},
+    **dict.fromkeys(("command", "entrypoint", "working_dir"), "the container runs the job's script"),
+    **dict.fromkeys(("name", "hostname", "labels", "extra_hosts"), "the run is found by it"),
+    **dict.fromkeys(("detach", "remove", "auto_remove", "init", "restart_policy"), "the launcher decides it"),
+    **dict.fromkeys(("user", "group_add"), "the job has this user and its groups"),
+}  # fmt: skip
+"""The arguments of the Docker client that only the launcher sets, and what to use instead."""
 
 
 def docker(image: str, gpus: int = 0, mounts: Sequence[str] = (), **settings: Any) -> DockerExecutor:
@@ -58,6 +71,8 @@ class DockerExecutor(Executor):
     """The most memory that the job may have; "" sets no limit."""
     network: str = "nemo_run"
     """"host" for the machine's own, or the name of a bridge network, which is made if it is missing."""
+    additional_kwargs: dict[str, Any] = field(default_factory=dict)
+    """More arguments of the Docker client's `containers.run`, such as `{"ipc_mode": "host"}`."""
     python: str = "python"
     """The image's interpreter."""
 
@@ -78,6 +93,15 @@ class DockerExecutor(Executor):
         if self.network in ("", "none", "bridge", "default"):
             message = "NeMo-Run takes 'host', or a bridge network with its own name"
             problems.append(Problem("network", self.network, message))
+        problems += [
+            Problem(f"additional_kwargs.{name}", message=OPTIONS[name])
+            for name in self.additional_kwargs
+            if name in OPTIONS
+        ]
+        try:
+            json.dumps(self.additional_kwargs)
+        except TypeError as error:
+            problems.append(Problem("additional_kwargs", message=f"cannot be written down with the run: {error}"))
         return problems
 
     @property
@@ -166,6 +190,7 @@ class DockerExecutor(Executor):
             "env_vars": _environment(),
         }
         options = {
+            **self.additional_kwargs,
             "init": True,  # reaps orphans, and passes `docker stop` on to the job
             "user": engine.user(client),
             "group_add": os.getgroups(),

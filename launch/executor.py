@@ -15,6 +15,7 @@ from fiddlehead.environment import wandb_mode_problems
 from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.launch import secrets
+from fiddlehead.launch.nemo.settings import settings_of
 from fiddlehead.launch.reconcile import Answer, reconcile
 from fiddlehead.recipe.allowed import reference_to
 from fiddlehead.recipe.coercion import coerce
@@ -23,7 +24,6 @@ from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import State, Status
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
 
 
 _NO_SLURM = """\
@@ -101,7 +101,7 @@ class Executor(ABC):
         problems += [
             Problem(f"env_vars.{name}", message="looks like a secret, which files would show; use secrets instead")
             for name in self.env_vars
-            if _SECRET.search(name)
+            if secrets.looks_secret(name)
         ]
         problems += [
             Problem(setting.name, value, "must be one line, without control characters")
@@ -134,6 +134,15 @@ class Executor(ABC):
         known = [setting.name for setting in fields(cls)]
         refuse(Problem.unknown("", name, f"setting of {cls.kind}", known) for name in settings if name not in known)
         return cls(**settings)
+
+    @classmethod
+    def of_nemo_run(cls, executor: Any) -> Self:
+        """These settings, taken over from NeMo-Run's executor of the same kind; docs/nemo_run.md says how.
+
+        Raises:
+            ConfigError: it is of another kind, or has fields that cannot be had here; each says what to use instead.
+        """
+        return cls.of(**settings_of(executor, cls.kind))
 
     @property
     def keeps_runs_elsewhere(self) -> bool:

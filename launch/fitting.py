@@ -10,7 +10,7 @@ from typing import Any
 import fiddle as fdl
 from fiddle import history
 
-from fiddlehead.errors import ConfigError, Problem, refuse
+from fiddlehead.errors import Problem, refuse
 from fiddlehead.launch.executor import Executor, gpus_here
 from fiddlehead.recipe import Recipe
 
@@ -26,12 +26,6 @@ def fit_to_executor(recipe: Recipe, executor: Executor | None) -> Recipe:
     Raises:
         ConfigError: the user's settings contradict the executor, or the executor does not know its devices.
     """
-    if executor is not None and not isinstance(executor, Executor):
-        message = (
-            f"is a {type(executor).__module__}.{type(executor).__name__}; use fiddlehead.launch.local.local, "
-            ".slurm.slurm or .docker.docker, whose settings have NeMo-Run's names"
-        )
-        raise ConfigError(Problem("executor", message=message))
     recipe = recipe.clone()
     if "trainer" not in recipe.__arguments__:
         return recipe

@@ -14,6 +14,7 @@ from fiddlehead.files.paths import user_path, working_directory
 from fiddlehead.launch import submit
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.fitting import GPU, fit_to_executor, missing_here, yielded
+from fiddlehead.launch.nemo.accept import accepted
 from fiddlehead.launch.taken import refuse_taken
 from fiddlehead.recipe import Recipe
 from fiddlehead.run import RunDirectory
@@ -179,7 +180,7 @@ class Plan:
 
 def plan(
     recipe: Recipe,
-    executor: Executor | None = None,
+    executor: Any = None,
     *,
     target: Target | Card | str | None = None,
     waits: bool = False,
@@ -188,7 +189,7 @@ def plan(
     """Plans a run before it starts. It does not change the recipe, and writes nothing.
 
     Args:
-        executor: where it runs; None means this process.
+        executor: where it runs, one of ours or of NeMo-Run's; None means this process.
         target: plans for devices of this kind instead, also for absent ones: as many as the executor has, or without
             an executor as many as the recipe has. A text names a GPU as `Card.parse` takes it, or is "unknown".
         search: also search for layouts with which the GPUs can train it.
@@ -200,6 +201,10 @@ def plan(
         ConfigError: no such GPU is known.
     """
     target = target_of(target)
+    try:
+        executor = accepted(executor)
+    except ConfigError as error:
+        return Plan(recipe, None, error.under("executor").problems)
     try:
         as_it_is = target is not None and executor is None
         fitted = recipe.clone() if as_it_is else fit_to_executor(recipe, executor)

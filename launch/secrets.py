@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shlex
 import stat
 import tempfile
@@ -21,6 +22,13 @@ from fiddlehead.run.directory import RunDirectory
 
 ALWAYS = ("WANDB_API_KEY", "HF_TOKEN")
 """Names of environment variables that every job gets if they are set."""
+
+_NAME = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)", re.IGNORECASE)
+
+
+def looks_secret(name: str) -> bool:
+    """Whether the name of an environment variable looks like that of a secret."""
+    return _NAME.search(name) is not None
 
 
 def collect(names: Iterable[str]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from fiddlehead.files.atomic import write_atomically
 from fiddlehead.files.paths import user_path
 from fiddlehead.launch import mirror, secrets, slurm_offer, slurm_queue, slurm_script
 from fiddlehead.launch.executor import Executor, on_host
+from fiddlehead.launch.nemo.settings import settings_of
 from fiddlehead.launch.reconcile import Answer
 from fiddlehead.launch.shell import Shell
 from fiddlehead.launch.slurm_offer import seconds
@@ -99,6 +100,9 @@ class SlurmExecutor(Executor):
     remote_dir: str = ""
     """The folder of runs on the cluster, over SSH."""
 
+    job_name_prefix: str = ""
+    """Stands before the run's name in Slurm's name of the job."""
+
     kind: ClassVar[str] = "slurm"
     queues: ClassVar[bool] = True
     dies_with_launcher: ClassVar[bool] = False
@@ -134,6 +138,15 @@ class SlurmExecutor(Executor):
                 if (value := getattr(self, name))
             ]
         return [*problems, *sbatch_option_problems(self.additional_parameters)]
+
+    @classmethod
+    def of_nemo_run(cls, executor: Any) -> Self:
+        """As `Executor.of_nemo_run`; if the time limit is shorter than `save_before`, half of it is kept for saving."""
+        settings = settings_of(executor, cls.kind)
+        limit = seconds(settings["time"])
+        if "save_before" not in settings and limit is not None and limit <= cls.save_before:
+            settings["save_before"] = limit // 2
+        return cls.of(**settings)
 
     @property
     def keeps_runs_elsewhere(self) -> bool:

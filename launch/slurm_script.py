@@ -88,7 +88,7 @@ def batch_script(
         "setup_lines": _setup(executor, run),
     }
     output = str(place / run.scheduler_log.name).replace("%", "%%")
-    return nemo.sbatch_script(run.name, place, output, _command(executor, run), settings)
+    return nemo.sbatch_script(executor.job_name_prefix + run.name, place, output, _command(executor, run), settings)
 
 
 def mounts(executor: SlurmExecutor, run: RunDirectory) -> list[str]:

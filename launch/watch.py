@@ -19,6 +19,7 @@ from fiddlehead.launch import secrets
 from fiddlehead.launch.docker import DockerExecutor
 from fiddlehead.launch.executor import Executor, where_process
 from fiddlehead.launch.local import LocalExecutor
+from fiddlehead.launch.nemo.handed import HandedExecutor
 from fiddlehead.launch.slurm import SlurmExecutor
 from fiddlehead.recipe import trust
 from fiddlehead.recipe.allowed import locate, reference_to
@@ -26,7 +27,9 @@ from fiddlehead.run.alive import is_locked
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import State, Status, StopRequest
 
-KINDS: dict[str, type[Executor]] = {kind.kind: kind for kind in (LocalExecutor, SlurmExecutor, DockerExecutor)}
+KINDS: dict[str, type[Executor]] = {
+    kind.kind: kind for kind in (LocalExecutor, SlurmExecutor, DockerExecutor, HandedExecutor)
+}
 LOOK, ASK = 0.1, 3.0
 """Seconds between two looks at a log, and between two questions to an executor while there is something new."""
 BLOCK = 1 << 20

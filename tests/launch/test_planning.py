@@ -217,12 +217,9 @@ def test_gpus_are_asked_for_as_the_recipe_needs_them():
     assert docker("image").fitted(2, "gpu").gpus == 2  # type: ignore[attr-defined]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # what it imports
-def test_nemo_runs_own_executor_is_refused_by_name():
-    import nemo_run
-
-    with pytest.raises(ConfigError, match=r"nemo_run\S*LocalExecutor; use fiddlehead"):
-        launch(tiny_test(), nemo_run.LocalExecutor())  # type: ignore[arg-type]
+def test_what_is_no_executor_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"^a builtins.str is not an executor; use one of fiddlehead.launch, or"):
+        launch(tiny_test(), "local")
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,8 @@ def configure_executor(arguments: Sequence[str], default: str = "local") -> tupl
     """
     import fiddle as fdl
 
-    from fiddlehead.launch.executor import Executor
+    from fiddlehead.launch.nemo.accept import accepted
+    from fiddlehead.launch.nemo.settings import said_of
     from fiddlehead.recipe import Recipe
     from fiddlehead.recipe.edits import apply_overrides
     from fiddlehead.recipe.literals import split_arguments
@@ -125,11 +126,17 @@ def configure_executor(arguments: Sequence[str], default: str = "local") -> tupl
     missing = [parameter for parameter in required if parameter not in keys.values()]
     refuse(Problem(f"executor.{parameter}", message=f"{name} needs it") for parameter in missing)
     try:
-        executor = _call(fdl.build(apply_overrides(Recipe(function), own)))
-        if not isinstance(executor, Executor):
-            raise ConfigError(f"{name} returned a {type(executor).__name__}; use one of fiddlehead.launch's executors")
-        settings = Recipe(type(executor), **{field.name: getattr(executor, field.name) for field in fields(executor)})
-        settings = apply_overrides(settings, [edit for edit in edits if edit not in own])
+        executor = accepted(_call(fdl.build(apply_overrides(Recipe(function), own))))
+        if executor is None:
+            raise ConfigError(f"{name} returned None, not an executor")
+        present = {field.name: getattr(executor, field.name) for field in fields(executor)}
+        edits = [edit for edit in edits if edit not in own]
+        refuse(
+            Problem(keys[edit], message=f"is a field of NeMo-Run's executor; here it is {said}")
+            for edit in edits
+            if keys[edit] not in present and (said := said_of(executor.kind, keys[edit]))
+        )
+        settings = apply_overrides(Recipe(type(executor), **present), edits)
         return fdl.build(settings)(), name
     except ConfigError as error:
         raise error.under("executor") from None

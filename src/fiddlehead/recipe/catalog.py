@@ -226,10 +226,14 @@ def _why_not(function: ast.FunctionDef, returns: str) -> str:
 def _returns(function: ast.FunctionDef, kind: str) -> bool:
     """Whether a function's annotation returns a `kind`, or it has none and returns an executor function's call."""
     if function.returns is not None:
-        return ast.unparse(function.returns).strip("'\"").split("[")[0].endswith(kind)
+        said = ast.unparse(function.returns).strip("'\"")
+        if kind == "Executor" and (inner := re.fullmatch(r"(?:\w+\.)*Config\[(.*)\]", said)):  # as NeMo-Run's factories
+            said = inner[1]
+        return said.split("[")[0].endswith(kind)
     ends = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
     calls = [ast.unparse(end.func).split(".")[-1] for end in ends if isinstance(end, ast.Call)]
-    return kind == "Executor" and bool(calls) and {*calls} <= {"local", "slurm", "docker"}
+    ours = ("local", "slurm", "docker")
+    return kind == "Executor" and bool(calls) and all(call in ours or call.endswith(kind) for call in calls)
 
 
 def _parse(file: Path) -> ast.Module | Broken:

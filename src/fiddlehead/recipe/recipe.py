@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import html
 import os
 import re
@@ -165,9 +166,22 @@ class Recipe(fdl.Partial):
         return launch.fitted(recipe, launch.search(recipe, executor, target=gpu)[0])
 
     def clone(self) -> Self:
-        """A deep copy."""
+        """A deep copy. NeMo-Run's experiments ask for one of each task that is added."""
         _register_with_nemo_run()
+        if "nemo_run.run.job" in sys.modules:
+            from fiddlehead.launch.nemo.experiments import accept_recipes
+
+            accept_recipes()
         return copy.deepcopy(self)
+
+    @property
+    def is_training(self) -> bool:
+        """Whether it configures one of our own tasks, which train in a run directory."""
+        return fdl.get_callable(self).__module__ == "fiddlehead.tasks"
+
+    def __build__(self, *args: Any, **kwargs: Any) -> Any:
+        """A call that runs the recipe: as `launch` in this process, for one that trains."""
+        return functools.partial(self.launch) if self.is_training else super().__build__(*args, **kwargs)
 
     @property
     def is_lazy(self) -> bool:

@@ -1,4 +1,4 @@
-"""NeMo-Run still needs each workaround in launch/nemo.py: if a test fails, remove that workaround."""
+"""NeMo-Run still needs each workaround in launch/nemo/: if a test fails, remove that workaround."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ with warnings.catch_warnings():
     import nemo_run
     from nemo_run.core.execution import docker, slurm
     from nemo_run.core.tunnel import client
+    from nemo_run.run.torchx_backend.schedulers import api
     from nemo_run.run.torchx_backend.schedulers.local import PersistentLocalScheduler
 
 
@@ -83,3 +84,18 @@ def test_an_experiment_takes_the_program_s_log_handlers(tmp_path: Path) -> None:
 
 def test_a_tunnel_that_is_not_let_in_leaves_the_program() -> None:
     assert "sys.exit(" in inspect.getsource(client.SSHTunnel._authenticate)
+
+
+def test_a_subclass_of_an_executor_has_no_scheduler() -> None:
+    class Mine(nemo_run.LocalExecutor):
+        pass
+
+    with pytest.raises(KeyError):
+        api.get_executor_str(Mine())
+    assert "x in self._PARALLEL_SUPPORTED_EXECUTORS" in inspect.getsource(nemo_run.Experiment._run_dag)
+
+
+def test_an_experiment_that_is_left_ends_its_jobs_even_if_it_is_detached() -> None:
+    assert "finally:" in (source := inspect.getsource(nemo_run.Experiment.__exit__))
+    assert source.index("self.detach:") < source.index("finally:") < source.index("self._cleanup(")
+    assert "self._runner.close()" in inspect.getsource(nemo_run.Experiment._cleanup)

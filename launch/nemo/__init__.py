@@ -4,8 +4,13 @@
 - `start_container`: its DockerContainer, for `docker`
 - `sbatch_script`: its SlurmBatchRequest, for `slurm`
 - `open_tunnel`: its SSHTunnel, for a cluster on another machine
+- `hand_over`, `experiment_of`: its experiment with any executor, for those that are not taken over
 
-Each workaround has a test in tests/launch/test_nemo.py, which fails when a new release of NeMo-Run no longer needs it.
+The other files of this folder: `settings`, `fields` and `takes` make our executors from NeMo-Run's, `accept` does so
+wherever an executor is expected, and `handed` is for those that are used as they are; `experiments` and `runner` make
+runs of the recipes in NeMo-Run's experiments.
+
+Each workaround has a test in tests/launch/nemo/, which fails when a new release of NeMo-Run no longer needs it.
 fiddlehead.recipe.recipe makes NeMo-Run accept a `Recipe` as its own configuration; it needs no launcher. NeMo-Run is
 imported when it is first needed.
 """
@@ -83,6 +88,73 @@ def _release(experiment: Experiment) -> int:
     scheduler.close = lambda: None
     job.proc.returncode = 0  # else subprocess warns of a process that was left running
     return job.proc.pid
+
+
+def hand_over(title: str, executor: Any, script: str) -> str:
+    """Runs shell lines as the task `job` of an experiment with an executor of NeMo-Run's; returns the experiment's id.
+
+    Raises:
+        ConfigError: NeMo-Run does not know such an executor, or refuses it.
+    """
+    import nemo_run
+
+    _register(type(executor))
+    with _logging_kept():
+        experiment = nemo_run.Experiment(
+            title,
+            executor=executor,
+            log_level="ERROR",
+            clean_mode=True,
+            enable_goodbye_message=False,
+            skip_status_at_exit=True,
+        )
+        _experiments.append(experiment)
+        try:
+            with experiment:
+                experiment.add(nemo_run.Script(inline=script), name="job")
+                experiment.run()
+                experiment.detach = True
+                experiment._runner.close = lambda: None  # it would end the jobs of this machine
+        except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
+            name = type(executor).__name__
+            message = f"NeMo-Run cannot start it: {type(error).__name__}: {error}"
+            raise ConfigError(Problem("executor", name, message)) from error
+    return experiment._id
+
+
+def _register(kind: type) -> None:
+    """Lets NeMo-Run start a user's subclass of one of its executors, which it knows by their exact classes."""
+    from nemo_run import Experiment
+    from nemo_run.run.torchx_backend.schedulers.api import EXECUTOR_MAPPING
+
+    if kind not in EXECUTOR_MAPPING:
+        known = next((each for each in kind.__mro__ if each in EXECUTOR_MAPPING), None)
+        if known is None:
+            message = "NeMo-Run has no scheduler for it; add one to its EXECUTOR_MAPPING, or inherit from an executor"
+            raise ConfigError(Problem("executor", kind.__name__, message))
+        EXECUTOR_MAPPING[kind] = EXECUTOR_MAPPING[known]
+    if kind not in Experiment._PARALLEL_SUPPORTED_EXECUTORS:
+        Experiment._PARALLEL_SUPPORTED_EXECUTORS += (kind,)  # type: ignore[assignment]
+
+
+def experiment_of(name: str) -> Any:
+    """The experiment with this id, of this process or as NeMo-Run has saved it; None if there is none."""
+    import nemo_run
+    from nemo_run.run.experiment import DummyConsole
+
+    for experiment in _experiments:
+        if experiment._id == name:
+            return experiment
+    if not re.fullmatch(r"[A-Za-z0-9-]+_\d+", name):
+        return None
+    try:
+        with _logging_kept():
+            experiment = nemo_run.Experiment.from_id(name)
+    except (AssertionError, OSError, ValueError, ImportError):
+        return None
+    experiment.console = DummyConsole()  # it would print where a table is shown
+    _experiments.append(experiment)
+    return experiment
 
 
 def start_container(
