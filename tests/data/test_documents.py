@@ -31,7 +31,7 @@ NO_EOS = torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 5, dtype=torch.int
 def test_documents_are_those_of_a_plain_loop(batch: tuple[Tensor, Tensor]) -> None:
     input_ids, labels = batch
     B, T = input_ids.shape
-    found = separate(input_ids, labels, EOS)
+    found = separate(labels, input_ids == EOS)
 
     lengths: list[int] = []
     expected_labels = []
@@ -60,5 +60,5 @@ def test_documents_are_those_of_a_plain_loop(batch: tuple[Tensor, Tensor]) -> No
 def test_the_batch_is_not_changed() -> None:
     input_ids, labels = torch.tensor([[0, EOS, 1, 1]]), torch.tensor([[EOS, 1, 1, EOS]])
     before = input_ids.clone(), labels.clone()
-    assert separate(input_ids, labels, EOS)["cu_seqlens"].tolist() == [0, 2, 4]  # type: ignore[union-attr]
+    assert separate(labels, input_ids == EOS)["cu_seqlens"].tolist() == [0, 2, 4]  # type: ignore[union-attr]
     assert torch.equal(input_ids, before[0]) and torch.equal(labels, before[1])

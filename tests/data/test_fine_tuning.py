@@ -188,3 +188,73 @@ def test_a_token_of_an_example_without_a_row_in_the_model_is_named(tmp_path: Pat
     assert error.value.problems == tuple(f"{tmp_path / 'a.jsonl'}:{number}: has {token}" for number in (2, 3))
     with pytest.raises(ConfigError, match=r"the end of an answer is the token '<eos>' \(1\)"):
         opened(1, chat)
+
+
+def nemo_folder(folder: Path, **changes: Any) -> Path:
+    """A folder as NeMo's `FineTuningDataModule` has it as `dataset_root`; `changes` replace the fields of examples."""
+    folder.mkdir()
+    for part, number in (("training", 6), ("validation", 2), ("test", 3)):
+        fields = changes or {"input": "Question: {n}? Answer:", "output": "{n}"}
+        rows = [{name: text.replace("{n}", f"{part[:2]}{n}") for name, text in fields.items()} for n in range(number)]
+        lines(folder / f"{part}.jsonl", *rows)
+    return folder
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_folder_of_nemo_is_read_as_nemo_does(tmp_path: Path, tokenizer: Path, packed: bool) -> None:
+    data = module(nemo_folder(tmp_path / "root"), tokenizer, val_samples=2, packed=packed)
+    train, val = (rows.__getitems__(list(range(len(rows)))) for rows in (data._train, data._val))  # type: ignore
+    assert sorted(texts(train)) == [(f"Question: tr{n}? Answer: tr{n}", f" tr{n}") for n in range(6)]
+    assert sorted(texts(val)) == [(f"Question: va{n}? Answer: va{n}", f" va{n}") for n in range(2)]
+    assert [name for name, _ in data.checksums()["paths"]] == ["training.jsonl"]
+    assert [name for name, _ in data.checksums()["val_paths"]] == ["validation.jsonl"]
+
+
+def test_a_folder_of_nemo_may_have_no_validation_or_another(tmp_path: Path, tokenizer: Path) -> None:
+    root = nemo_folder(tmp_path / "root")
+    other = nemo_folder(tmp_path / "other")
+    replaced = module(root, tokenizer, val_samples=9, val_paths=other / "test.jsonl", packed=False)
+    assert len(replaced._val) == 3  # type: ignore[arg-type]
+    folder = module([root, other], tokenizer, val_samples=9, packed=False)
+    assert (len(folder._train), len(folder._val)) == (12, 4)  # type: ignore[arg-type]
+    (root / "validation.jsonl").unlink()
+    drawn = module(root, tokenizer, val_samples=9, val_fraction=0.5, packed=False)
+    assert (len(drawn._train), len(drawn._val)) == (3, 3)  # type: ignore[arg-type]
+    (root / "training.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"no training\.jsonl, so it is not a folder of NeMo"):
+        module(root, tokenizer)
+
+
+def test_a_template_makes_the_text_of_any_fields(tmp_path: Path, tokenizer: Path) -> None:
+    root = nemo_folder(tmp_path / "root", question="{n}", answer="so {n}", input="x", output="y")
+    for path in (root, root / "training.jsonl"):
+        data = module(path, tokenizer, prompt_template="Q: {question}\nA: {answer}", seq_length=256)
+        batch = data._train.__getitems__([0])  # type: ignore[union-attr]
+        assert sorted(texts(batch)) == [(f"Q: tr{n}\nA: so tr{n}", f" so tr{n}") for n in range(6)]
+    plain = module(root / "training.jsonl", tokenizer, seq_length=256)._train.__getitems__([0])  # type: ignore
+    assert texts(plain) == [("xy", "y")] * 6  # without a template, a file's text is as it is
+
+
+def test_a_conversation_in_a_folder_of_nemo_has_the_chat_template(tmp_path: Path, tokenizer: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    lines(root / "training.jsonl", CHAT)
+    batch = module(root, tokenizer)._train.__getitems__([0])  # type: ignore[union-attr]
+    assert texts(batch)[0][1] == "ho<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "said"),
+    [
+        ({"input": "a"}, {"prompt_template": "{input} {output}"}, r"a\.jsonl:1: needs the fields input, output; and"),
+        ({"input": "a", "output": 4}, {"prompt_template": "{input} {output}"}, "output: is a int; prompt_template"),
+        ({"input": "a", "output": " "}, {"prompt_template": "{input} {output}"}, "output: is empty"),
+        (COMPLETION, {"prompt_template": "{input"}, "prompt_template='{input': must end with the field"),
+        (COMPLETION, {"prompt_template": "{a} {b}", "preference": True}, "pairs of answers have none"),
+    ],
+)
+def test_what_does_not_fit_the_template_is_named(
+    row: dict[str, Any], options: dict[str, Any], said: str, tmp_path: Path, tokenizer: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        module(lines(tmp_path / "a.jsonl", row), tokenizer, **options)

@@ -20,10 +20,14 @@ from fiddlehead.checkpoints import folder as checkpoint_folder
 from fiddlehead.checkpoints.huggingface.families import FAMILIES
 from fiddlehead.checkpoints.huggingface.files import HuggingFaceCheckpoint
 from fiddlehead.checkpoints.huggingface.tensor_map import tensor_map
+from fiddlehead.checkpoints.nemo.context import Context
+from fiddlehead.checkpoints.nemo.distributed import read_distributed
+from fiddlehead.checkpoints.nemo.tensor_map import MegatronTensors
 from fiddlehead.checkpoints.safetensors_files import LazyTensor, lazy_tensors, read_header, write_file
 from fiddlehead.checkpoints.weights import CheckpointWeights
 from fiddlehead.data import ByteTokenizer
 from fiddlehead.data.chat_template import ChatTemplate
+from fiddlehead.data.megatron import MegatronTokens
 from fiddlehead.data.readers import parse, read_blocks
 from fiddlehead.data.records import read_records
 from fiddlehead.data.token_file import SPLITS, TokenFile
@@ -37,7 +41,12 @@ from fiddlehead.recipe.edits import apply_overrides
 from fiddlehead.recipes.tiny import tiny
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import State, Status, StopRequest
+from tests.checkpoints.nemo.megatron import settings as nemo_settings
+from tests.checkpoints.nemo.megatron import tensors as nemo_tensors
+from tests.checkpoints.nemo.megatron import write as write_nemo
 from tests.data.small_tokenizers import QWEN_TEMPLATE, save_llama2, save_qwen
+from tests.data.test_megatron import write as write_megatron
+from tests.models.hf_families import random_model
 
 _JINJA = "chat_template.jinja"
 MESSAGES = [{"role": "user", "content": "Fern?"}, {"role": "assistant", "content": "A plant."}]
@@ -233,6 +242,27 @@ def _read_forged_checkpoint(folder: Path) -> None:
     CheckpointWeights.open(folder)
 
 
+def _megatron(folder: Path) -> None:
+    write_megatron(folder / "text", "uint16")
+
+
+def _read_megatron(folder: Path) -> Any:
+    tokens = MegatronTokens(folder / "text", 0, 4, eos_id=0)
+    return tokens.ends([0], tokens.windows([0], len(tokens)))
+
+
+def _nemo(folder: Path) -> None:
+    model = random_model("llama")
+    write_nemo(folder, nemo_tensors(model), nemo_settings(model))
+
+
+def _read_nemo(folder: Path) -> Any:
+    weights = folder / "weights"
+    tensors = MegatronTensors(weights, read_distributed(weights))
+    config, adds_one = Context.read(folder).config(tensors, {}, None)
+    return [each.load() for each in tensors.mapped(config, adds_one=adds_one)]
+
+
 READERS: dict[str, Reader] = {
     "safetensors": Reader(_safetensors, "model.safetensors", _read_safetensors, "header"),
     **{f"config-{name}": Reader(_family(name), "config.json", HuggingFaceCheckpoint.open) for name in FAMILIES},
@@ -261,6 +291,10 @@ READERS: dict[str, Reader] = {
     "saved-rows": Reader(_saved_dataset, "data.arrow", _read_records(""), "bytes"),
     "token-dataset": Reader(_tokens, "meta.json", _read_tokens),
     "tokens": Reader(_tokens, "train.bin", _read_tokens, "bytes"),
+    "megatron-index": Reader(_megatron, "text.idx", _read_megatron, "bytes"),
+    "nemo-metadata": Reader(_nemo, "weights/.metadata", _read_nemo, "bytes"),
+    "nemo-tensors": Reader(_nemo, "weights/__0_0.distcp", _read_nemo, "bytes"),
+    "nemo-context": Reader(_nemo, "context/model.yaml", _read_nemo, "text"),
     "recipe": Reader(_recipe, "recipe.yaml", _read_recipe, "text"),
     "overrides": Reader(
         _file("overrides.txt", "\n".join(OVERRIDES).encode()), "overrides.txt", _read_overrides, "text"

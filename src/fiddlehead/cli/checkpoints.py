@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
+import yaml
 
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.paths import user_path
 
 importing = typer.Typer(no_args_is_help=True, help="Import checkpoints from other tools.")
@@ -37,6 +40,45 @@ def import_hf(
         f"write with it:  fiddlehead generate {out} --prompt ...\n"
         f"start from it:  model.init_from={out}"
     )
+
+
+@importing.command("nemo")
+def import_nemo(
+    source: Path = typer.Argument(metavar="CKPT", parser=user_path, help="A folder with weights/ and context/."),
+    out: Path = typer.Option(..., "--out", "-o", metavar="OUT", parser=user_path, help="The folder to make."),
+    given: list[str] = typer.Option(
+        [],
+        "--set",
+        metavar="NAME=VALUE",
+        help="A field of the model's config that context/ does not say, or says otherwise.",
+    ),
+    tokenizer: Path = typer.Option(
+        None, metavar="DIR", parser=user_path, help="A folder with a tokenizer.json; by default that in context/."
+    ),
+) -> None:
+    """Import a distributed checkpoint of NeMo 2.0, to train from it or use it.
+
+    It is read as data, one parameter at a time; nothing that it names is imported or run.
+
+    Example:  fiddlehead import nemo results/checkpoints/step=1000 --out llama --set vocab_size=128256
+    """
+    from fiddlehead.checkpoints.nemo.convert import import_nemo
+
+    values = dict(_setting(text) for text in given)
+    imported = import_nemo(source, out, given=values, tokenizer=tokenizer)
+    config = imported.config
+    padding = imported.rows - (config.vocab_size or 0)
+    print(  # noqa: T201
+        f"{out}: {config.num_layers} layers, {config.num_attention_heads} heads in {_groups(config.groups)}, "
+        f"{imported.nbytes / 1e9:,.2f} GB\n"
+        f"vocabulary: {config.vocab_size:,} of the {imported.rows:,} rows of the embedding"
+        f"{'; is some of it padding? Then --set vocab_size=...' if not padding and imported.tokenizer is None else ''}"
+    )
+    if imported.tokenizer is None:
+        print("tokenizer: none was found; --tokenizer DIR copies one")  # noqa: T201
+    else:
+        print(f"write with it:  fiddlehead generate {out} --prompt ...")  # noqa: T201
+    print(f"start from it:  model.init_from={out}")  # noqa: T201
 
 
 @exporting.command("hf")
@@ -90,6 +132,15 @@ def convert_gqa(
         f"{config.groups / config.num_attention_heads:.3g} of what it takes with as many as heads\n"
         f"train it a little more:  fiddlehead pretrain --factory ... model.config=None model.init_from={out}"
     )
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """A field's name and value, written as in YAML."""
+    name, equals, value = text.partition("=")
+    try:
+        return name.strip(), yaml.safe_load(value) if equals else None
+    except yaml.YAMLError:
+        raise ConfigError(Problem("--set", text, "must be NAME=VALUE")) from None
 
 
 def _groups(number: int) -> str:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import typer
 
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.paths import user_path
+
+FORMATS = ("fiddlehead", "megatron")
 
 
 def tokenize(
@@ -29,6 +32,9 @@ def tokenize(
     workers: int = typer.Option(None, min=1, help="Number of processes; by default all cores."),
     text_field: str = typer.Option("text", help="The field of JSONL and Parquet rows that holds the text."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace DIR if it exists."),
+    format: str = typer.Option(
+        "fiddlehead", "--format", help="fiddlehead, or megatron: DIR/train.idx and val.idx too, for Megatron and NeMo."
+    ),
 ) -> None:
     """Turn text, JSONL and Parquet into memory-mapped token files.
 
@@ -36,6 +42,8 @@ def tokenize(
     """
     from fiddlehead.data.tokenize import parse_tokenizer, tokenize
 
+    if format not in FORMATS:
+        raise ConfigError(Problem.unknown("--format", format, "format", FORMATS))
     info = tokenize(
         paths,
         parse_tokenizer(tokenizer, eos),
@@ -44,6 +52,7 @@ def tokenize(
         workers=workers,
         text_field=text_field,
         overwrite=overwrite,
+        megatron=format == "megatron",
     )
     without = "" if info.val.documents else " data.val_samples=0"
     documents, tokens = info.train.documents + info.val.documents, info.train.tokens + info.val.tokens
@@ -52,6 +61,8 @@ def tokenize(
         f"{info.vocab_size:,} kinds of token\n"
         f"train on it with data.paths={out} data.tokenizer=None{without}"
     )
+    if format == "megatron":
+        print(f"Megatron and NeMo read it by the prefixes {out}/train and {out}/val")  # noqa: T201
     if without and val_fraction:
         print(  # noqa: T201
             f"no document fell into --val-fraction {val_fraction:g} of them; a greater one keeps some for validation"

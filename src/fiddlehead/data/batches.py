@@ -1,17 +1,19 @@
-"""Turns windows of a token file into the batches that Lightning iterates over."""
+"""Turns windows of token files into the batches that Lightning iterates over."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fiddlehead.data.documents import NO_LABEL, separate
 from fiddlehead.data.sampler import GlobalBatchSampler
-from fiddlehead.data.token_file import TokenFile
+from fiddlehead.data.sources import Tokens
 from fiddlehead.run import signals
 
 Batch = dict[str, Any]
@@ -31,27 +33,43 @@ class Samples(Protocol):
 
 
 class Windows(Dataset[Batch]):
-    """Sample i is the seq_length + 1 tokens from i * seq_length on: the inputs, and the labels one token later."""
+    """Windows of datasets that follow each other: of each those that it has, and a rest of tokens is left out.
 
-    def __init__(self, tokens: TokenFile, seq_length: int, *, separate_documents: bool = False) -> None:
-        self.tokens = tokens
+    Sample i of a dataset is the seq_length + 1 tokens from i * seq_length on: the inputs, and the labels one token
+    later.
+    """
+
+    def __init__(self, datasets: Sequence[Tokens], seq_length: int, *, separate_documents: bool = False) -> None:
+        self.datasets = datasets
         self.seq_length = seq_length
         self.separate_documents = separate_documents
+        self.sizes = [max(0, len(tokens) - 1) // seq_length for tokens in datasets]
+        """The number of samples of each dataset."""
+        self._begins = [0, *accumulate(self.sizes)]
 
     def __len__(self) -> int:
-        return max(0, len(self.tokens) - 1) // self.seq_length
+        return self._begins[-1]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """A whole batch at once, which the data loader's collation then has only to pass on."""
-        windows = torch.from_numpy(self.tokens.windows([i * self.seq_length for i in indices], self.seq_length + 1))
+        T = self.seq_length
+        windows = np.empty((len(indices), T + 1), dtype=np.int64)
+        ends = np.empty((len(indices), T), dtype=bool) if self.separate_documents else None
+        rows: dict[int, list[int]] = {}
+        for row, index in enumerate(indices):
+            rows.setdefault(bisect_right(self._begins, index) - 1, []).append(row)
+        for number, here in rows.items():
+            starts = [(indices[row] - self._begins[number]) * T for row in here]
+            windows[here] = found = self.datasets[number].windows(starts, T + 1)
+            if ends is not None:
+                ends[here] = self.datasets[number].ends(starts, found[:, :-1])
+        tokens = torch.from_numpy(windows)
         batch: Batch = {
-            "input_ids": windows[:, :-1].contiguous(),
-            "labels": windows[:, 1:].contiguous(),
+            "input_ids": tokens[:, :-1].contiguous(),
+            "labels": tokens[:, 1:].contiguous(),
             "index": torch.tensor(indices),
         }
-        if self.separate_documents:
-            batch |= separate(batch["input_ids"], batch["labels"], self.tokens.info.eos_id)
-        return batch
+        return batch if ends is None else batch | separate(batch["labels"], torch.from_numpy(ends))
 
 
 class Batches:

@@ -24,10 +24,11 @@ _LONG = 1 << 30  # bytes that take some time to read
 
 @dataclass(frozen=True)
 class Content:
-    """The content of a file: its SHA-256 and, for a token file, the largest token id (otherwise -1)."""
+    """The content of a file: its SHA-256 and, for a token file, the largest token id, and the smallest below 0."""
 
     sha256: str
     max_id: int = -1
+    min_id: int = 0
 
 
 def content(file: Path, dtype: str | None = None) -> Content:
@@ -71,7 +72,7 @@ def differences(before: Checksums, now: Checksums) -> list[str]:
 
 
 def _read(file: Path, dtype: str | None) -> Content:
-    digest, max_id, size = hashlib.sha256(), -1, file.stat().st_size
+    digest, max_id, min_id, size = hashlib.sha256(), -1, 0, file.stat().st_size
     with (
         file.open("rb") as stream,
         ByteProgress(f"checking {file}, once", size if size >= _LONG else 0, enabled=size >= _LONG) as bar,
@@ -79,6 +80,7 @@ def _read(file: Path, dtype: str | None) -> Content:
         while chunk := stream.read(_AT_ONCE):
             digest.update(chunk)
             if dtype is not None:
-                max_id = max(max_id, int(np.frombuffer(chunk, np.dtype(dtype).newbyteorder("<")).max()))
+                ids = np.frombuffer(chunk, np.dtype(dtype).newbyteorder("<"))
+                max_id, min_id = max(max_id, int(ids.max())), min(min_id, int(ids.min()))
             bar.advance(len(chunk))
-    return Content(digest.hexdigest(), max_id)
+    return Content(digest.hexdigest(), max_id, min_id)

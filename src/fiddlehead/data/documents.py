@@ -9,22 +9,25 @@ NO_LABEL = -100
 """The label that no loss counts; PyTorch's own choice."""
 
 
-def separate(input_ids: Tensor, labels: Tensor, eos_id: int) -> dict[str, Tensor | int]:
-    """The additional fields of a batch of windows, (B, T) int64 each, whose documents are kept apart.
+def separate(labels: Tensor, ends: Tensor) -> dict[str, Tensor | int]:
+    """The additional fields of a batch of windows whose documents are kept apart.
 
-    A document ends with its end-of-document token, and at the end of its window. There, and only there, the label is
-    the first token of another document, which nothing in this one tells; so it is taken out of the loss.
+    A document also ends at the end of its window. The label of its last token is the first token of another document,
+    which nothing in this one tells; so it is taken out of the loss.
+
+    Args:
+        labels: (B, T) int64.
+        ends: whether a document ends with a token, (B, T) bool; it is changed.
 
     Returns:
-        `labels`: those given, with `NO_LABEL` where the input is `eos_id`.
+        `labels`: those given, with `NO_LABEL` where a document ends.
         `cu_seqlens`: where each document begins among the B x T tokens, and the end of the last, int32. As many empty
             documents follow as make their number a power of two: another shape may mean to compile anew.
         `max_seqlen`: the longest document's length, rounded up to a power of two or to T for the same reason.
     """
-    ends = input_ids == eos_id
     masked = labels.masked_fill(ends, NO_LABEL)
     ends[:, -1] = True
-    return {"labels": masked, **borders(ends.flatten().nonzero().flatten() + 1, input_ids.shape[1])}
+    return {"labels": masked, **borders(ends.flatten().nonzero().flatten() + 1, labels.shape[1])}
 
 
 def borders(after: Tensor, seq_length: int) -> dict[str, Tensor | int]:

@@ -15,6 +15,7 @@ from fiddlehead.data.chat_template import ChatTemplate
 from fiddlehead.data.checksums import Checksums, of_paths
 from fiddlehead.data.documents import NO_LABEL, borders
 from fiddlehead.data.examples import Example, tokenize_records
+from fiddlehead.data.prompt_template import PromptTemplate
 from fiddlehead.data.records import Record, read_records
 from fiddlehead.data.steps import StepDataModule, opened
 from fiddlehead.data.tokenizers import TokenizerFile, no_row
@@ -28,9 +29,12 @@ class FineTuningDataModule(StepDataModule):
     """Rows of `seq_length` tokens, made of whole examples; only the answers are to be predicted.
 
     `paths` are files of JSON lines, JSON arrays (both also with `.gz` or `.zst`) or Parquet, or folders that `datasets`
-    saved to disk. An example is a conversation, which the tokenizer's chat template turns into text, or a prompt and a
-    completion, which are text as they are, ended by the end-of-document token; docs/finetune.md lists the fields of all
-    accepted shapes. With `preference` it is a prompt, a `chosen` and a `rejected` answer, text or messages. If the
+    saved to disk, or NeMo's folders: training.jsonl is trained on, validation.jsonl validated on (unless there are
+    `val_paths`), and test.jsonl left alone. An example is a conversation, which the tokenizer's chat template turns
+    into text, or a prompt and a completion, which are text as they are, ended by the end-of-document token;
+    docs/finetune.md lists the fields of all accepted shapes. `prompt_template`, such as "Question: {question} Answer:
+    {answer}", makes the text of other fields; the last one is the answer. None is "{input} {output}" in NeMo's folders,
+    as there. With `preference` an example is a prompt, a `chosen` and a `rejected` answer, text or messages. If the
     template writes an answer otherwise once more messages follow, each answer of a conversation has a text of its own.
 
     With `packed` as many examples as fit share a row, and attention keeps them apart, so that each is as if it were
@@ -64,11 +68,20 @@ class FineTuningDataModule(StepDataModule):
         num_workers: Resumable[int] = 0,
         seed: int = 1234,
         allow_changed: bool = False,
+        prompt_template: str | None = None,
     ) -> None:
         empty = Problem("paths", message="is empty; give JSONL or Parquet files with examples")
         problems = [] if _listed(paths) else [empty]
         if not (is_number(val_fraction) and 0 <= val_fraction < 1):
             problems.append(Problem("val_fraction", val_fraction, "must be at least 0 and below 1"))
+        self.template: PromptTemplate | None = None
+        if prompt_template is not None and preference:
+            problems.append(Problem("prompt_template", prompt_template, "pairs of answers have none"))
+        elif prompt_template is not None:
+            try:
+                self.template = PromptTemplate(prompt_template)
+            except ConfigError as error:
+                problems += error.problems
         super().__init__(
             seq_length, micro_batch_size, global_batch_size, val_samples, num_workers, seed, problems=problems
         )
@@ -89,8 +102,8 @@ class FineTuningDataModule(StepDataModule):
         return self._open_tokenizer().vocab_size
 
     def checksums(self) -> Checksums:
-        """The checksums of the files of `paths` and `val_paths`."""
-        return {"paths": of_paths(self.paths), "val_paths": of_paths(self.val_paths)}
+        """The checksums of the files of `paths` and `val_paths`; in NeMo's folders, of those that are read."""
+        return {"paths": of_paths(self._training_files()), "val_paths": of_paths(self._validation_files())}
 
     def missing_rows(self, vocab_size: int) -> list[str]:
         """As in the base; before the examples are tokenized, only for the token that ends answers and pads rows."""
@@ -164,17 +177,35 @@ class FineTuningDataModule(StepDataModule):
     def _open_tokenizer(self) -> TokenizerFile:
         return TokenizerFile(self._tokenizer_folder())
 
+    def _training_files(self) -> list[Path]:
+        return [_nemo_file(path, "training") or path for path in self.paths]
+
+    def _validation_files(self) -> list[Path]:
+        if self.val_paths:
+            return [_nemo_file(path, "validation") or path for path in self.val_paths]
+        return [file for path in self.paths if (file := _nemo_file(path, "validation"))]
+
     def _read(self) -> tuple[list[Record], list[Record]]:
         """The examples to train on, and those to validate on."""
         if self._records is None:
-            train = read_records(self.paths, preference=self.preference)
-            val = read_records(self.val_paths, preference=self.preference) if self.val_paths else []
+            files, val_files = self._training_files(), self._validation_files()
+            nemo = {*files, *val_files} - {*self.paths, *self.val_paths}
+            train, val = (
+                read_records(each, preference=self.preference, template=self.template, nemo=nemo) if each else []
+                for each in (files, val_files)
+            )
             if not val and self.val_fraction and self.val_samples:
                 every = max(2, round(1 / self.val_fraction))
                 val = train[every - 1 :: every]
                 train = [record for number, record in enumerate(train, start=1) if number % every]
             self._records = train, val
         return self._records
+
+
+def _nemo_file(folder: Path, part: str) -> Path | None:
+    """The file of a part of a folder of NeMo, "training", "validation" or "test"; None if it has none."""
+    file = folder / f"{part}.jsonl"
+    return file if file.is_file() and not (folder / "state.json").exists() else None
 
 
 class Rows:

@@ -80,7 +80,10 @@ def _saved_files(folder: Path) -> list[Path]:
             names = [folder / name for name in read_json(splits)["splits"]]
             raise ConfigError(Problem("paths", message=f"{folder} has several data sets; name some", allowed=names))
         if not state.is_file():
-            message = f"{folder} has no state.json, so it is not a folder that `datasets` saved"
+            message = (
+                f"{folder} has no state.json, so `datasets` did not save it, and no training.jsonl, so it is not a "
+                "folder of NeMo"
+            )
             raise ConfigError(Problem("paths", message=message))
         return [inside(folder, file["filename"], state) for file in read_json(state)["_data_files"]]
     except ConfigError:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fiddlehead.data.chat_template import shared_length
+from fiddlehead.data.prompt_template import NEMO_TEMPLATE, PromptTemplate
 from fiddlehead.data.record_files import read_rows
 from fiddlehead.errors import ConfigError, Problem, first_of, nearest, refuse
 from fiddlehead.files.foreign import parse_json
@@ -60,11 +61,15 @@ class Record:
         return sum(len(text.encode()) for text in texts)
 
 
-def read_records(paths: Sequence[Path], *, preference: bool) -> list[Record]:
+def read_records(
+    paths: Sequence[Path], *, preference: bool, template: PromptTemplate | None = None, nemo: Collection[Path] = ()
+) -> list[Record]:
     """The examples in files of JSON lines, JSON arrays or Parquet, and in folders that `datasets` saved to disk.
 
     Args:
         preference: whether they are pairs of answers.
+        template: makes the text of every example of its fields.
+        nemo: those of the paths whose examples of `input` and `output` have NeMo's template, without another.
 
     Raises:
         ConfigError: with the first twenty problems of the files and examples.
@@ -77,7 +82,11 @@ def read_records(paths: Sequence[Path], *, preference: bool) -> list[Record]:
             for where, values, unreadable in read_rows(path):
                 shape, record, found = None, None, [unreadable]
                 if not unreadable:
-                    shape, record, found = _read(where, values, PREFERENCE_SHAPES if preference else ANSWER_SHAPES)
+                    usual = PREFERENCE_SHAPES if preference else ANSWER_SHAPES
+                    if own := template or (NEMO_TEMPLATE if path in nemo and _is_nemo(values) else None):
+                        shape, record, found = _read_by_template(where, values, own)
+                    else:
+                        shape, record, found = _read(where, values, usual)
                 first = first or shape
                 if shape and shape != first and not found:
                     allowed = "allowed: one shape for all"
@@ -91,6 +100,33 @@ def read_records(paths: Sequence[Path], *, preference: bool) -> list[Record]:
         problems.append(Problem("paths", message=f"{', '.join(map(str, paths))}: there is no example"))
     refuse(first_of(problems))
     return records
+
+
+def _is_nemo(values: Any) -> bool:
+    """Whether a row has the fields of NeMo's template, as text, and none of another shape."""
+    if not isinstance(values, dict) or any(values.get(name) is not None for name in ("messages", "conversations")):
+        return False
+    return all(isinstance(values.get(name), str) for name in NEMO_TEMPLATE.fields)
+
+
+def _read_by_template(
+    where: str, values: Any, template: PromptTemplate
+) -> tuple[Shape | None, Record | None, list[str]]:
+    """As `_read`, of a row whose text the template makes."""
+    shape = template.fields
+    if not isinstance(values, dict):
+        return None, None, [f"is a {type(values).__name__}, not an object with fields"]
+    given = {name: value for name, value in values.items() if value is not None}
+    if not all(name in given for name in shape):
+        return None, None, [_no_shape(list(given), [shape])]
+    problems = [
+        f"{name}: is a {type(given[name]).__name__}; prompt_template needs text"
+        for name in shape
+        if not isinstance(given[name], str)
+    ]
+    if not problems and not given[shape[-1]].strip(" "):
+        problems.append(f"{shape[-1]}: is empty")
+    return shape, None if problems else Record(where, template.fill(given)), problems
 
 
 def _read(where: str, values: Any, shapes: Sequence[Shape]) -> tuple[Shape | None, Record | None, list[str]]:

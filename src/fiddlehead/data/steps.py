@@ -148,14 +148,12 @@ class StepDataModule(pl.LightningDataModule):
         if not self.val_samples:
             return []
         rank, world_size = _data_rank(self._trainer())
-        windows = len(opened(self._val))
-        # Every rank has as many, because ranks with a sharded model wait for each other.
-        samples = min(self.val_samples, windows) // world_size * world_size
-        if not samples:
-            count = min(self.val_samples, windows)
+        chosen = self._validation(world_size)
+        if not len(chosen):
+            count = min(self.val_samples, len(opened(self._val)))
             message = f"{count} windows are too few for {world_size} data-parallel ranks; give 0, or one for each rank"
             raise ConfigError(Problem("val_samples", self.val_samples, message))
-        mine = (np.arange(samples) * windows // samples)[rank::world_size].tolist()
+        mine = chosen[rank::world_size].tolist()
         size = self.micro_batch_size
         return self._batches(self._val, [mine[i : i + size] for i in range(0, len(mine), size)])
 
@@ -171,6 +169,15 @@ class StepDataModule(pl.LightningDataModule):
             seed=self.seed,
             max_steps=max_steps,
         )
+
+    def _validation(self, world_size: int) -> np.ndarray:
+        """The samples to validate on, (n,) int64; n is a multiple of `world_size`, which may be 0.
+
+        Every rank has as many, because ranks with a sharded model wait for each other.
+        """
+        windows = len(opened(self._val))
+        samples = min(self.val_samples, windows) // world_size * world_size
+        return np.arange(samples) * windows // max(1, samples)
 
     def _trainer(self) -> pl.Trainer:
         if self.trainer is None:

@@ -2,6 +2,8 @@
 
 A dataset is `train.bin` and `val.bin` (little-endian uint16, or uint32 for a vocabulary of more than 65536; every
 document ends in the end-of-document token), `tokenizer.json`, and `meta.json`, which says what the others must be.
+Written for Megatron too, it also has `train.idx` and `val.idx`, and int32 instead of uint32, which Megatron cannot
+read.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from fiddlehead.files.paths import user_path
 
 FORMAT = "fiddlehead token dataset"
 FORMAT_VERSION = 1
-DTYPES = ("uint16", "uint32")
+DTYPES = ("uint16", "uint32", "int32")
 
 _AT_ONCE = 2**24
 """Tokens that are searched at once."""
@@ -186,6 +188,10 @@ class TokenFile:
         for row, start in zip(windows, starts, strict=True):
             row[:] = self._tokens[start : start + length]
         return windows
+
+    def ends(self, starts: Sequence[int], windows: np.ndarray) -> np.ndarray:
+        """Whether a document ends with each of the tokens of `windows`, which begin at `starts`; bool, as `windows`."""
+        return windows == self.info.eos_id
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenFile, (self.directory, self.split)  # a worker maps the file itself: pickling a map would copy it

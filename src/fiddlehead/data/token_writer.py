@@ -15,6 +15,7 @@ from typing import IO
 
 import numpy as np
 
+from fiddlehead.data.megatron import IndexWriter
 from fiddlehead.data.pieces import PIECE
 from fiddlehead.data.token_file import SPLITS, Split, SplitInfo, TokenDatasetInfo
 from fiddlehead.data.tokenizers import Tokenizer, save_tokenizer
@@ -33,16 +34,29 @@ class TokenDatasetWriter:
     A context manager: leaving it without `finish` removes what was written. A killed process leaves a temporary folder
     `.NAME.*.tmp`, which the next writer of the same `out` removes. Raises `ConfigError` when `out` exists, unless
     `overwrite` is set and it is a token dataset, and `RunError` when the disk is full.
+
+    Args:
+        megatron: also write the index with which Megatron reads each split.
     """
 
     def __init__(
-        self, out: str | Path, tokenizer: Tokenizer, sources: Sequence[str], *, overwrite: bool = False
+        self,
+        out: str | Path,
+        tokenizer: Tokenizer,
+        sources: Sequence[str],
+        *,
+        overwrite: bool = False,
+        megatron: bool = False,
     ) -> None:
         self.out = user_path(out)
         check_destination(self.out, overwrite)
         self._tokenizer = tokenizer
         self._sources = tuple(sources)
         self._overwrite = overwrite
+        self._dtype = _token_dtype(tokenizer.vocab_size)
+        if megatron and self._dtype == "uint32":
+            self._dtype = "int32"
+        self._indices = {split: IndexWriter(self._dtype) for split in SPLITS} if megatron else {}
         self._totals = {split: [0, 0, 0] for split in SPLITS}  # tokens, documents, bytes
         self._max_ids: dict[Split, int] = {}
         self._hashes = {split: hashlib.sha256() for split in SPLITS}
@@ -52,9 +66,18 @@ class TokenDatasetWriter:
             self._temporary, train = _create_temporary(self.out)
             self._files: dict[Split, IO[bytes]] = {"train": train, "val": (self._temporary / "val.bin").open("wb")}
 
-    def add(self, split: Split, tokens: np.ndarray, documents: int, num_bytes: int) -> None:
-        """Appends `documents` encoded documents, which were `num_bytes` of UTF-8 text."""
+    def add(
+        self, split: Split, tokens: np.ndarray, documents: int, num_bytes: int, lengths: Sequence[int] = ()
+    ) -> None:
+        """Appends `documents` encoded documents, which were `num_bytes` of UTF-8 text.
+
+        Args:
+            lengths: the tokens of each document; Megatron's index needs them.
+        """
         data = tokens.tobytes()
+        if self._indices:
+            assert sum(lengths) == len(tokens), "an index needs the length of every document"
+            self._indices[split].add(lengths)
         with self._disk_errors():
             self._files[split].write(data)
         self._hashes[split].update(data)
@@ -71,7 +94,7 @@ class TokenDatasetWriter:
             for s in SPLITS
         }
         info = TokenDatasetInfo(
-            dtype=_token_dtype(self._tokenizer.vocab_size),
+            dtype=self._dtype,
             vocab_size=self._tokenizer.vocab_size,
             eos_id=self._tokenizer.eos_id,
             tokenizer=self._tokenizer.fingerprint,
@@ -82,6 +105,9 @@ class TokenDatasetWriter:
         with self._disk_errors():
             save_tokenizer(self._tokenizer, self._temporary)
             (self._temporary / "meta.json").write_text(info.text(), encoding="utf-8")
+            for split, index in self._indices.items():
+                with (self._temporary / f"{split}.idx").open("wb") as file:
+                    index.write(file)
             for file in self._files.values():
                 file.flush()
             for path in (*self._temporary.iterdir(), self._temporary):
@@ -171,7 +197,13 @@ def _fsync(path: Path) -> None:
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
-    """The tokens of all `texts`, (tokens,) of uint16 or uint32.
+    """The tokens of all `texts`, (tokens,) of uint16 or uint32, as `encode_each` makes them."""
+    dtype = np.dtype(_token_dtype(tokenizer.vocab_size)).newbyteorder("<")
+    return np.concatenate([np.empty(0, dtype=dtype), *encode_each(tokenizer, texts)])
+
+
+def encode_each(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """The tokens of each text, (tokens,) of uint16 or uint32.
 
     Each has the tokenizer's `begin_ids` in front, and the end-of-document token behind it. Where that is the one that
     begins, too, the end of the document before is enough.
@@ -181,14 +213,14 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
     dtype = np.dtype(_token_dtype(tokenizer.vocab_size)).newbyteorder("<")
     short = [text for text in texts if len(text) <= PIECE]
     encoded = iter(tokenizer.encode_batch(short))
-    parts: list[np.ndarray] = [np.empty(0, dtype=dtype)]
+    found: list[np.ndarray] = []
     for text in texts:
         if len(text) <= PIECE:
-            parts.append(np.array(begin + next(encoded) + eos, dtype=dtype))
+            found.append(np.array(begin + next(encoded) + eos, dtype=dtype))
         else:
             middle = (tokenizer.encode_batch([piece])[0] for piece in tokenizer.pieces(text))
-            parts += [np.array(ids, dtype=dtype) for ids in chain([begin], middle, [eos])]
-    return np.concatenate(parts)
+            found.append(np.concatenate([np.array(ids, dtype=dtype) for ids in chain([begin], middle, [eos])]))
+    return found
 
 
 def _token_dtype(vocab_size: int) -> str:

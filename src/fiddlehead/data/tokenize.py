@@ -21,7 +21,7 @@ import numpy as np
 from fiddlehead.data.progress import ByteProgress
 from fiddlehead.data.readers import Block, find_files, parse, read_blocks
 from fiddlehead.data.token_file import SPLITS, Split, TokenDatasetInfo
-from fiddlehead.data.token_writer import TokenDatasetWriter, check_destination, encode_documents
+from fiddlehead.data.token_writer import TokenDatasetWriter, check_destination, encode_each
 from fiddlehead.data.tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, TokenizerFile
 from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.paths import user_path
@@ -39,6 +39,7 @@ def tokenize(
     workers: int | None = None,
     text_field: str = "text",
     overwrite: bool = False,
+    megatron: bool = False,
     progress: bool = True,
 ) -> TokenDatasetInfo:
     """Writes the documents of `paths` as a token dataset to the folder `out`.
@@ -47,7 +48,8 @@ def tokenize(
     array in `.json`; also with `.gz` or `.zst`), whose `text_field` is the document, and `.parquet` (a row each).
     Empty documents are left out. A document belongs to the validation split if its hash falls into `val_fraction`, so
     copies of a document are never in both splits. An untrained tokenizer first learns from the training split.
-    `workers` processes, by default one for each core, encode; the files do not depend on their number.
+    `workers` processes, by default one for each core, encode; the files do not depend on their number. With `megatron`
+    the folder has an index for each split too, with which Megatron reads the prefixes `out/train` and `out/val`.
 
     Afterwards `out` is complete or absent: a call that fails or is interrupted removes its files, and the next call
     removes those of a killed one. Raises `ConfigError` for bad input, with file and line of the first 20 problems and
@@ -67,7 +69,9 @@ def tokenize(
         trained = tokenizer
     encoder = _Encoder(trained, text_field, val_fraction)
     with (
-        TokenDatasetWriter(out, trained, [str(path) for path in paths], overwrite=overwrite) as writer,
+        TokenDatasetWriter(
+            out, trained, [str(path) for path in paths], overwrite=overwrite, megatron=megatron
+        ) as writer,
         ByteProgress("tokenizing", _total_bytes(files), progress) as bar,
     ):
         _write_all(files, encoder, workers or usable_cpus(), writer, bar)
@@ -96,9 +100,9 @@ def parse_tokenizer(text: str, eos: str | None = None) -> Tokenizer | BPETokeniz
 
 
 class _Encoded(NamedTuple):
-    """An encoded block: for each split its tokens, and their numbers of documents and bytes."""
+    """An encoded block: for each split its tokens, the lengths of its documents, and their bytes of text."""
 
-    splits: dict[Split, tuple[np.ndarray, int, int]]
+    splits: dict[Split, tuple[np.ndarray, list[int], int]]
     problems: list[Problem]
     size: int
 
@@ -117,14 +121,17 @@ class _Encoder:
         for text in texts:
             by_split[_split_of(text, self.val_fraction)].append(text)
         try:
-            splits: dict[Split, tuple[np.ndarray, int, int]] = {
-                split: (encode_documents(self.tokenizer, texts), len(texts), sum(len(text.encode()) for text in texts))
-                for split, texts in by_split.items()
-                if texts
+            splits: dict[Split, tuple[np.ndarray, list[int], int]] = {
+                split: self._encoded(texts) for split, texts in by_split.items() if texts
             }
         except ConfigError as error:  # a document that is too long to tokenize at once
             return _Encoded({}, [Problem.in_file(block.path, problem) for problem in error.problems], block.size)
         return _Encoded(splits, [], block.size)
+
+    def _encoded(self, texts: Sequence[str]) -> tuple[np.ndarray, list[int], int]:
+        documents = encode_each(self.tokenizer, texts)
+        lengths = [len(tokens) for tokens in documents]
+        return np.concatenate(documents), lengths, sum(len(text.encode()) for text in texts)
 
 
 class _Problems:
@@ -156,9 +163,9 @@ def _write_all(
         problems.add(encoded.problems)
         bar.advance(encoded.size)
         if not problems:
-            for split, (tokens, count, num_bytes) in encoded.splits.items():
-                writer.add(split, tokens, count, num_bytes)
-                documents[split] += count
+            for split, (tokens, lengths, num_bytes) in encoded.splits.items():
+                writer.add(split, tokens, len(lengths), num_bytes, lengths)
+                documents[split] += len(lengths)
     problems.check()
     if not documents:
         raise ConfigError(Problem("paths", message="all documents are empty"))

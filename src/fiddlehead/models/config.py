@@ -18,7 +18,7 @@ from fiddlehead.recipe.resumable import Resumable
 Normalization = Literal["RMSNorm", "LayerNorm"]
 NormPlacement = Literal["pre", "post", "both"]
 QKLayernorm = Literal["head", "projection"]
-Activation = Literal["swiglu", "geglu", "gelu", "clamped_swiglu"]
+Activation = Literal["swiglu", "geglu", "gelu", "squared_relu", "clamped_swiglu"]
 PositionEmbedding = Literal["rope", "learned_absolute", "none"]
 
 UNKNOWN = 1 << 62
@@ -56,7 +56,7 @@ class TransformerConfig:
     (OLMo 2)."""
     activation: Activation = "swiglu"
     """SwiGLU and GeGLU are gated by SiLU and by GELU (Shazeer 2020); clamped_swiglu is gpt-oss's. GELU is the tanh
-    form."""
+    form. Squared ReLU (So et al. 2021) is Nemotron's."""
     position_embedding_type: PositionEmbedding = "rope"
     rotary_base: float = 10_000.0
     rotary_base_local: float | None = None
@@ -125,7 +125,7 @@ class TransformerConfig:
     @property
     def gated(self) -> bool:
         """Whether feed-forward layers have a gate."""
-        return self.activation != "gelu"
+        return self.activation not in ("gelu", "squared_relu")
 
     @property
     def expert_size(self) -> int:

@@ -149,10 +149,12 @@ class GroupedLinear(nn.Module):
 
 
 def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """(…, 2F), gate first, to (…, F); plain GELU has no gate, and keeps the width."""
+    """(…, 2F), gate first, to (…, F); plain GELU and squared ReLU have no gate, and keep the width."""
     if activation == "gelu":
         return F.gelu(x, approximate="tanh")
     gate, up = x.chunk(2, dim=-1)
+    if activation == "squared_relu":
+        return F.relu(x).square()
     if activation == "swiglu":
         return F.silu(gate) * up
     if activation == "geglu":

@@ -102,7 +102,7 @@ class _Layer:
     @property
     def all_eager(self) -> int:
         """Everything that autograd keeps, operation by operation."""
-        activated = {"gelu": 1, "clamped_swiglu": 5}.get(self.config.activation, 2)
+        activated = {"gelu": 1, "squared_relu": 1, "clamped_swiglu": 5}.get(self.config.activation, 2)
         products = 2 * self.C + self.F1 + activated * self.F + self.routed
         into_norms = self.setting.of_weights * self.norms * self.C
         if self.config.qk_layernorm is not None:
