@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import csv
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -15,20 +13,8 @@ from matplotlib.figure import Figure
 from fiddlehead.errors import ConfigError
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.names import find_run
+from fiddlehead.runs.picture import STYLE
 
-STYLE: dict[Any, Any] = {
-    # A solid background of its own, so that the picture reads on light and dark pages alike.
-    "figure.facecolor": "#ffffff",
-    "axes.facecolor": "#ffffff",
-    "text.color": "#1f2328",
-    "axes.labelcolor": "#1f2328",
-    "axes.edgecolor": "#59636e",
-    "xtick.color": "#59636e",
-    "ytick.color": "#59636e",
-    "grid.color": "#d1d9e0",
-    "font.size": 12,
-    "axes.spines.top": False,
-}
 TRAINING, VALIDATION = "#6699cc", "#b3400f"
 
 
@@ -54,7 +40,10 @@ def draw(run: RunDirectory) -> Figure:
     Raises:
         ConfigError: the run has logged no loss.
     """
-    training, validation, per_byte = (read(run, column) for column in ("loss", "val_loss", "val_nats_per_byte"))
+    history = run.history()
+    training, validation, per_byte = (
+        list(zip(*history.points(column), strict=True)) for column in ("loss", "val_loss", "val_nats_per_byte")
+    )
     if not training:
         raise ConfigError(f"run {run.name!r} has no loss in {run.metrics}")
     with mpl.rc_context(STYLE):
@@ -70,18 +59,8 @@ def draw(run: RunDirectory) -> Figure:
             scales = partial(np.multiply, 1 / bytes_per_token), partial(np.multiply, bytes_per_token)
             right = axes.secondary_yaxis("right", functions=scales)
             right.set_ylabel("nats per byte")
-        else:
-            axes.spines["right"].set_visible(False)
         axes.legend(frameon=False)
     return figure
-
-
-def read(run: RunDirectory, column: str) -> list[tuple[int, float]]:
-    """Step and value of each row of the run's metrics that has a value in `column`; empty if it has no metrics."""
-    if not run.metrics.exists():
-        return []
-    with run.metrics.open(newline="") as file:
-        return [(int(row["step"]), float(row[column])) for row in csv.DictReader(file) if row.get(column)]
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from fiddlehead import job
 from fiddlehead.environment import describe_environment
 from fiddlehead.errors import FULL_DISK, ConfigError, Problem, RunError, of_the_machine
 from fiddlehead.files.atomic import write_atomically
+from fiddlehead.files.foreign import read_object
 from fiddlehead.files.paths import user_path
 from fiddlehead.launch import code, modules, secrets, watch
 from fiddlehead.launch.executor import Executor
@@ -191,6 +192,7 @@ def write_run(
             with exclusive(run):
                 refuse_taken(run, recipe)
                 before = run.written_status()
+                _write_sources(run, recipe)
                 recipe.save(run.recipe)
                 with run.command.open("a") as file:
                     file.write((command or shlex.join(sys.argv)) + "\n")
@@ -214,6 +216,22 @@ def write_run(
         message = f"cannot write there: {of_the_machine(error) or error}"
         raise ConfigError(Problem("log.dir", directory, message)) from error
     return run
+
+
+def _write_sources(run: RunDirectory, recipe: Recipe) -> None:
+    """Writes where each value was set. Of a value that comes from the run's own recipe, what was known stays."""
+    try:
+        before = read_object(run.sources)
+    except ConfigError:  # there is none, or a damaged one, which is replaced
+        before = {}
+    found = recipe.sources()
+    for path, source in found.items():
+        if before and path in ("log.name", "log.dir"):  # where it is already, whoever says so now
+            found[path] = before.get(path, "default")
+        elif user_path(source.rpartition(":")[0]).absolute() == run.recipe:
+            found[path] = before.get(path, source)
+    set_ones = {path: source for path, source in found.items() if source != "default"}
+    write_atomically(run.sources, json.dumps(set_ones, indent=1) + "\n")
 
 
 def _close(folder: Path) -> None:

@@ -20,6 +20,7 @@ from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.submit import hand_over
 from fiddlehead.recipe.literals import split_arguments
 from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.history import better
 from fiddlehead.run.status import State, Status
 
 LOOK = 1.0
@@ -203,13 +204,24 @@ def run_all(
 
 
 def results(sweep: Sweep, metric: str) -> list[tuple[Variant, Status | None, float | None]]:
-    """The runs, their states and newest value of `metric`: the lowest first, then NaNs, then missing values."""
+    """The runs, their states and newest value of `metric`: the best first, then NaNs, then missing values.
+
+    The best is the lowest, or the highest of a metric like `tokens_per_s` (`history.better`).
+    """
     statuses = watch.states(sweep.runs())
     rows = []
     for variant, run, status in zip(sweep.variants, sweep.runs(), statuses, strict=True):
         value = run.last_metrics().get(metric)
         rows.append((variant, status, float(value) if value else None))
-    return sorted(rows, key=lambda row: (2, 0.0) if row[2] is None else (1, 0.0) if math.isnan(row[2]) else (0, row[2]))
+    sign = -1 if better(metric) == "higher" else 1
+
+    def place(row: tuple[Variant, Status | None, float | None]) -> tuple[int, float]:
+        value = row[2]
+        if value is None:
+            return 2, 0.0
+        return (1, 0.0) if math.isnan(value) else (0, sign * value)
+
+    return sorted(rows, key=place)
 
 
 def metric_of(sweep: Sweep, metric: str = "") -> str:

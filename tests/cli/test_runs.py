@@ -97,10 +97,13 @@ def test_mistakes_are_said(tmp_path: Path, runs: Command, arguments: list[str], 
 
 
 def test_json_has_everything(tmp_path: Path, runs: Command):
-    made(tmp_path, "a", State.FAILED, reason="it broke", exit_code=3)
+    run = made(tmp_path, "a", State.FAILED, reason="it broke", exit_code=3)
+    run.recipe.write_text("optim:\n  lr: 0.001\n")
+    run.metrics.write_text("step,loss,lr\n1,5.5,nan\n2,4.25,nan\n")
     (found,) = json.loads(runs("--json").stdout)
     assert (found["name"], found["state"], found["reason"], found["exit_code"]) == ("a", "FAILED", "it broke", 3)
-    assert found["metrics"]["loss"] == "4.25"
+    assert found["metrics"] == {"step": 2, "loss": 4.25, "lr": None}
+    assert found["recipe"] == {"optim.lr": 0.001}
 
 
 def test_show_says_where_the_time_of_a_step_goes(tmp_path: Path, runs: Command):

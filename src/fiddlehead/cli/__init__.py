@@ -9,7 +9,22 @@ import sys
 import typer
 
 from fiddlehead import __version__
-from fiddlehead.cli import attention, bench, checkpoints, corpus, evaluate, plan, recipes, runs, train, use
+from fiddlehead.cli import (
+    attention,
+    bench,
+    checkpoints,
+    compare,
+    corpus,
+    evaluate,
+    plan,
+    recipes,
+    report,
+    runs,
+    runs_files,
+    sweep,
+    train,
+    use,
+)
 from fiddlehead.errors import ConfigError, RunError, of_the_machine
 from fiddlehead.files.paths import working_directory
 from fiddlehead.run import workers
@@ -51,6 +66,13 @@ app.command("tokenize", rich_help_panel="Train")(corpus.tokenize)
 app.command("generate", rich_help_panel="Use")(use.generate)
 app.command("chat", rich_help_panel="Use")(use.chat)
 app.command("evaluate", rich_help_panel="Use")(evaluate.evaluate)
+app.command("report", rich_help_panel="Use")(report.report)
+runs.app.command("logs")(runs_files.logs)
+runs.app.command("clean")(runs_files.clean)
+runs.app.command("compare")(compare.compare)
+runs.app.command("plot")(compare.plot)
+runs.app.command("sweep")(sweep.sweep)
+runs.app.command("serve")(report.serve)
 app.add_typer(runs.app, name="runs", rich_help_panel="Use")
 app.add_typer(checkpoints.importing, name="import", rich_help_panel="Checkpoints")
 app.add_typer(checkpoints.exporting, name="export", rich_help_panel="Checkpoints")

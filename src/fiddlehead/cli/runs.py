@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -20,7 +18,6 @@ from fiddlehead.cli.common import AllowOption, DespiteOption, add_row, phases_ta
 from fiddlehead.cli.common import show as show_things
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.run import damage
-from fiddlehead.run.alive import is_here, way_out
 from fiddlehead.run.directory import RunDirectory, last_lines
 from fiddlehead.run.names import find_run, list_runs
 from fiddlehead.run.prediction import Prediction, difference
@@ -42,7 +39,6 @@ COLOURS = {
     State.DIED: "red",
     State.DAMAGED: "red",
 }
-UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def complete_run(incomplete: str) -> list[str]:
@@ -84,11 +80,19 @@ def runs(
 
 
 @app.command("show")
-def show(run: str = RunArgument, directory: str = DirOption) -> None:
-    """Show a run: its state and the reason, its newest metrics, its plan, the time of each phase, its files."""
+def show(names: list[str] = RunsArgument, directory: str = DirOption) -> None:
+    """Show a run: its state and the reason, its newest metrics, its plan, the time of each phase, its files.
+
+    Of several runs, show what they differ in, and their results.
+    """
     from fiddlehead.launch import code, watch
 
-    found = find_run(run, directory)
+    if len(names) > 1:
+        from fiddlehead.cli.compare import open_records, show_differences
+
+        show_differences(open_records(names, directory))
+        return
+    found = find_run(names[0], directory)
     (status,) = watch.states([found])
     made = table("run", found.name)
     if status is not None:
@@ -120,40 +124,6 @@ def show(run: str = RunArgument, directory: str = DirOption) -> None:
             if file.exists():
                 print(f"the last lines of {what}, {file}:")  # noqa: T201
                 print("\n".join(last_lines(file, 10)))  # noqa: T201
-
-
-@app.command("logs")
-def logs(
-    run: str = RunArgument,
-    follow: bool = typer.Option(False, "--follow", "-f", help="Follow the log until the run ends."),
-    rank: str = typer.Option("0", "--rank", metavar="N|all", help="The log of which rank."),
-    attempt: str = typer.Option("", "--attempt", metavar="N|all", help="Which attempt; by default the newest."),
-    directory: str = DirOption,
-) -> None:
-    """Print the newest attempt of a run's log.
-
-    Example:  fiddlehead runs logs demo -f --rank all
-    """
-    from fiddlehead.launch import watch
-
-    found = find_run(run, directory)
-    if rank != "all" and not rank.isdigit():
-        raise ConfigError(Problem(f"--rank {rank}", message="must be a number or all"))
-    if attempt not in ("", "all") and not attempt.isdigit():
-        raise ConfigError(Problem(f"--attempt {attempt}", message="must be a number or all"))
-    if follow:
-        if attempt:
-            raise ConfigError(Problem("--attempt", message="an attempt that is over cannot be followed; leave out -f"))
-        watch.print_logs(found, rank)
-        return
-    files = watch.log_files(found, rank)
-    if watch.print_attempt(found, files, attempt):
-        return
-    if found.scheduler_log.exists():
-        print(f"the job has printed nothing yet; the end of {found.scheduler_log}:")  # noqa: T201
-        print("\n".join(last_lines(found.scheduler_log, 20)))  # noqa: T201
-    else:
-        print(f"{found.path} has no log yet", file=sys.stderr)  # noqa: T201
 
 
 @app.command("cancel")
@@ -221,58 +191,6 @@ def rerun(
         print(f"started {found.path}; watch it with `fiddlehead runs logs {found.name} -f`")  # noqa: T201
 
 
-@app.command("clean")
-def clean(
-    names: list[str] = typer.Argument(None, metavar="[RUN]...", help="Runs; by default all that the options select."),
-    older_than: str = typer.Option("", "--older-than", metavar="AGE", help="Ended this long ago: 12h, 7d, 2w."),
-    state: str = typer.Option(
-        "", "--state", metavar="STATE", help="In this state: FAILED, CANCELLED, DIED, SUCCEEDED, DAMAGED."
-    ),
-    yes: bool = typer.Option(False, "--yes", "-y", help="Do not ask."),
-    directory: str = DirOption,
-) -> None:
-    """Delete runs that have ended, with their checkpoints.
-
-    Example:  fiddlehead runs clean --state FAILED --older-than 7d
-    """
-    from fiddlehead.launch import secrets, watch
-    from fiddlehead.recipe import trust
-
-    if not (names or older_than or state):
-        raise ConfigError("nothing says which runs: give names, --older-than or --state")
-    age = re.fullmatch(r"(\d+)([mhdw])", older_than)
-    if older_than and not age:
-        said = "must be a number and a unit: 30m, 12h, 7d or 2w"
-        raise ConfigError(Problem(f"--older-than {older_than}", message=said))
-    ended = [kind for kind in State if kind.ended]
-    if state and state not in ended:
-        raise ConfigError(Problem.unknown("--state", state, "state", ended))
-    before = time.time() - int(age[1]) * UNITS[age[2]] if age else float("inf")
-    found = [find_run(name, directory) for name in names] if names else list_runs(directory)
-    chosen = []
-    for run, status in zip(found, watch.states(found), strict=True):
-        if status is not None and not status.state.ended:
-            if names:
-                gone = "" if is_here(status) else f", or, {way_out(run.name)}"
-                raise ConfigError(f"run {run.name!r} is going on ({status.state}); cancel it first{gone}")
-        elif (not state or (status is not None and status.state == state)) and (_last_sign(run, status) < before):
-            chosen.append((run, status))
-    if not chosen:
-        print("no such runs")  # noqa: T201
-        return
-    made = table("name", "state", "step", "size")
-    for run, status in chosen:
-        size = sum(file.lstat().st_size for file in run.path.rglob("*") if not file.is_dir())
-        add_row(made, run.name, status.state if status else "", str(run.last_step()), f"{size / 1e6:,.1f} MB")
-    show_things(made)
-    if not yes and not typer.confirm(f"Delete {'this' if len(chosen) == 1 else 'these'} for good?", default=False):
-        raise typer.Exit(0)
-    for run, _ in chosen:
-        secrets.remove(run)
-        trust.forget(run)
-        shutil.rmtree(run.path)
-
-
 @app.command("sync")
 def sync(
     names: list[str] = typer.Argument(None, metavar="[RUN]...", help="Runs; by default all with offline records."),
@@ -309,37 +227,6 @@ def sync(
     if failed:
         print(f"error: not sent: {', '.join(failed)}", file=sys.stderr)  # noqa: T201
         raise typer.Exit(1)
-
-
-@app.command("sweep")
-def sweep(
-    name: str = typer.Argument(metavar="SWEEP", help="A sweep's name."),
-    metric: str = typer.Option("", "--metric", help="Sort by this; by default val_loss, or else loss."),
-    directory: str = DirOption,
-) -> None:
-    """Show the results of a sweep, with the lowest value of the metric first.
-
-    Example:  fiddlehead runs sweep lr --metric loss
-    """
-    from fiddlehead.launch import sweep as sweeps
-
-    show_results(sweeps.load(name, directory), metric)
-
-
-def show_results(found: Any, metric: str) -> None:
-    """Prints a sweep's runs as a table, the lowest value of `metric` first."""
-    from fiddlehead.launch import sweep as sweeps
-
-    metric = sweeps.metric_of(found, metric)
-    paths = list(found.variants[0].values)
-    made = table(*paths, metric, "state", "run")
-    for variant, status, value in sweeps.results(found, metric):
-        shown = "" if value is None else f"{value:.4f}"
-        add_row(made, *variant.values.values(), shown, _coloured(status.state) if status else "", variant.name)
-    show_things(made)
-    for run in found.runs():
-        for problem in damage.find(run):
-            print(f"WARNING: {problem}", file=sys.stderr)  # noqa: T201
 
 
 def _plan_table(predicted: Prediction, metrics: Mapping[str, float]) -> Table:
@@ -406,25 +293,21 @@ def _row(run: RunDirectory, status: Status | None) -> list[Any]:
 
 
 def _facts(run: RunDirectory, status: Status | None) -> dict[str, Any]:
-    """A run as JSON values."""
+    """A run as JSON values: metrics are numbers, and null is one that is not finite."""
+    from fiddlehead.runs.export import json_value
+    from fiddlehead.runs.record import recipe_values
+
     said = {} if status is None else asdict(status)
     predicted = run.prediction()
-    plan = None if predicted is None else asdict(predicted)
     known = {
-        "plan": plan,
+        "plan": None if predicted is None else asdict(predicted),
         "job": run.job_id,
-        "metrics": run.last_metrics(),
+        "metrics": json_value({name: float(value) for name, value in run.last_metrics().items()}),
         "directory": str(run.path),
         "damaged": damage.find(run),
+        "recipe": json_value(recipe_values(run.recipe, [])),
     }
     return {"name": run.name, **said, **known}
-
-
-def _last_sign(run: RunDirectory, status: Status | None) -> float:
-    """When a run ended or last wrote something, in seconds since the epoch."""
-    if status is not None and status.ended:
-        return status.ended
-    return max(file.stat().st_mtime for file in (run.recipe, run.command, run.log, run.metrics) if file.exists())
 
 
 def _coloured(state: State) -> Text:

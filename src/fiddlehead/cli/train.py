@@ -266,7 +266,7 @@ def _sweep(
     if detach:
         print(f"started {len(variants)} runs; `fiddlehead runs sweep {name}` shows what came out")  # noqa: T201
         return
-    from fiddlehead.cli.runs import show_results
+    from fiddlehead.cli.sweep import show_results
 
     show_results(made, metric)
     failed = sweeps.failed(made, statuses)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import stat
@@ -133,8 +134,13 @@ def filled(kind: type[Made], values: Any) -> Made:
     for name, field in known.items():
         if name not in values and field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"{name} is missing")
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     return kind(**{name: _typed(name, value, hints[name]) for name, value in values.items()})
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:

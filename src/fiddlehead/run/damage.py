@@ -21,6 +21,7 @@ _ADVICE = {
 _REPLACED: tuple[str, ...] = (
     "executor.json",
     "environment.json",
+    "sources.json",
     "attention.json",
     "plan.json",
     "command",

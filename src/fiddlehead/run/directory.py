@@ -10,14 +10,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fiddlehead.errors import FULL_DISK, ConfigError, Problem
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.files.foreign import filled, read_json, reason
-from fiddlehead.run import locks, metrics_file
+from fiddlehead.run import history, locks, metrics_file
 from fiddlehead.run.alive import alive, is_here
+from fiddlehead.run.history import History
 from fiddlehead.run.prediction import Prediction
 from fiddlehead.run.status import State, Status, StopRequest
+
+if TYPE_CHECKING:
+    import pandas  # pyright: ignore[reportMissingImports]  # an optional extra
 
 MAX_LINES_READ = 2**16
 """The bytes at the end of a log that are read for its last lines."""
@@ -42,6 +47,11 @@ class RunDirectory:
     def recipe(self) -> Path:
         """The resolved recipe."""
         return self.path / "recipe.yaml"
+
+    @property
+    def sources(self) -> Path:
+        """Where each value of the recipe was set: a file and a line, or the command line."""
+        return self.path / "sources.json"
 
     @property
     def log(self) -> Path:
@@ -262,6 +272,20 @@ class RunDirectory:
     @property
     def _stop(self) -> Path:
         return self.path / "stop"
+
+    def history(self) -> History:
+        """All logged metrics, as `fiddlehead.run.history.read`."""
+        return history.read(self.metrics)
+
+    def frame(self) -> pandas.DataFrame:
+        """All logged metrics as a pandas DataFrame: a row for each logged step, a column for each metric.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        from fiddlehead.run.frame import frame
+
+        return frame(self.history())
 
     def last_metrics(self) -> dict[str, str]:
         """As `metrics_file.last_values`."""
