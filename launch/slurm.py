@@ -67,14 +67,21 @@ class SlurmExecutor(Executor):
     gpus_per_node: int | None = None
     time: str = "01:00:00"
     qos: str | None = None
+    """The quality of service."""
     mem: str | None = None
+    """The memory of each node, such as "64G"; None is the cluster's default."""
     cpus_per_task: int | None = None
     """CPUs for each process with a device, for both launchers; None means one, or all if `exclusive`."""
     constraint: str | None = None
+    """Features that the nodes must have."""
     nodelist: str | None = None
+    """Nodes that the job must have."""
     exclude: str | None = None
+    """Nodes that the job must not have."""
     exclusive: bool = False
+    """Whether no other job shares the nodes."""
     gres: str | None = None
+    """Generic resources of each node, as in `sbatch --gres`."""
     additional_parameters: dict[str, Any] = field(default_factory=dict)
     """More options of sbatch, such as `{"reservation": "maintenance"}`."""
     srun_args: Sequence[str] = ()
@@ -94,7 +101,9 @@ class SlurmExecutor(Executor):
     host: str | None = None
     """The login node, to submit over SSH; None is this machine."""
     user: str | None = None
+    """The user on the login node; None is SSH's own choice."""
     port: int | None = None
+    """The port of the login node's SSH; None is SSH's own choice."""
     identity: str | None = None
     """The private key's file; None is SSH's own choice."""
     remote_dir: str = ""

@@ -33,6 +33,7 @@ from fiddlehead.run.directory import PRIVATE, exclusive
 from fiddlehead.run.names import reserve_name
 from fiddlehead.run.prediction import Prediction
 from fiddlehead.run.status import this_process
+from fiddlehead.run.terminal import shown_on
 
 
 class RunFailedError(RuntimeError):
@@ -313,7 +314,8 @@ def _copied_to(file: Path) -> Iterator[None]:
 
     with (
         file.open("ab", buffering=0) as log,  # nothing is left to be written when it is closed, on a full disk
-        contextlib.redirect_stdout(Copy(sys.stdout)),
-        contextlib.redirect_stderr(Copy(sys.stderr)),
+        shown_on(sys.stdout) as shown,
+        contextlib.redirect_stdout(Copy(shown)),
+        contextlib.redirect_stderr(Copy(shown if sys.stderr.isatty() and sys.stdout.isatty() else sys.stderr)),
     ):
         yield

@@ -7,21 +7,10 @@ import fiddle as fdl
 from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.launch import watch
 from fiddlehead.recipe import Recipe
-from fiddlehead.recipe.allowed import is_trainer
-from fiddlehead.recipe.hints import written_hint
+from fiddlehead.recipe.fields import may_change
 from fiddlehead.recipe.leaves import leaves
-from fiddlehead.recipe.resumable import is_marked
 from fiddlehead.run import RunDirectory, damage
 from fiddlehead.run.alive import is_here, way_out
-
-TRAINER = frozenset(
-    {
-        *("accelerator", "devices", "num_nodes", "strategy"),
-        *("max_steps", "log_every_n_steps", "val_check_interval", "limit_val_batches"),
-    }
-)
-"""The arguments of Lightning's Trainer that may change when a run continues: its devices, its length, and how often it
-logs and validates. We cannot mark them there."""
 
 
 def refuse_taken(run: RunDirectory, recipe: Recipe) -> None:
@@ -64,6 +53,6 @@ def _resumable_paths(recipe: Recipe) -> list[str]:
         function = fdl.get_callable(leaf.owner)
         if not isinstance(leaf.key, str) or leaf.key not in leaf.owner.__signature_info__.parameters:
             continue
-        if (leaf.key in TRAINER and is_trainer(function)) or is_marked(written_hint(function, leaf.key)):
+        if may_change(function, leaf.key):
             found.append(leaf.path)
     return found

@@ -26,6 +26,7 @@ from fiddlehead.recipe.allowed import locate, reference_to
 from fiddlehead.run.alive import is_locked
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import State, Status, StopRequest
+from fiddlehead.run.terminal import shown_on
 
 KINDS: dict[str, type[Executor]] = {
     kind.kind: kind for kind in (LocalExecutor, SlurmExecutor, DockerExecutor, HandedExecutor)
@@ -119,17 +120,18 @@ def follow(run: RunDirectory, *, start: int = 0, out: TextIO | None = None) -> S
 
     It continues after requeues. While there is no output, it prints why the run waits.
     """
-    printer = _Printer(run.log, start, out or sys.stdout)
-    try:
-        return _follow(run, printer)
-    except KeyboardInterrupt:
-        printer.say("cancelling: the step in hand is being saved (Ctrl-C again: at once)")
+    with shown_on(out or sys.stdout) as shown:
+        printer = _Printer(run.log, start, shown)
         try:
-            status = cancel(run, printer=printer)
+            return _follow(run, printer)
         except KeyboardInterrupt:
-            status = kill(run)
-        printer.show()
-        return status
+            printer.say("cancelling: the step in hand is being saved (Ctrl-C again: at once)")
+            try:
+                status = cancel(run, printer=printer)
+            except KeyboardInterrupt:
+                status = kill(run)
+            printer.show()
+            return status
 
 
 def log_files(run: RunDirectory, rank: str = "0") -> dict[str, Path]:
@@ -169,6 +171,11 @@ def print_attempt(run: RunDirectory, files: Mapping[str, Path], attempt: str = "
 
 def print_logs(run: RunDirectory, rank: str = "0", out: TextIO | None = None) -> None:
     """Prints the newest attempt of a run, and its further output until the run has ended."""
+    with shown_on(out or sys.stdout) as shown:
+        _print_logs(run, rank, shown)
+
+
+def _print_logs(run: RunDirectory, rank: str, out: TextIO) -> None:
     printers: dict[str, _Printer] = {}
     while True:
         (status,) = states([run])  # before the logs are read, so that the last lines are not missed
@@ -178,7 +185,7 @@ def print_logs(run: RunDirectory, rank: str = "0", out: TextIO | None = None) ->
             for prefix, file in files.items():
                 if prefix not in printers:
                     start, _ = _span(run, file, len(_starts(run.log)))
-                    printers[prefix] = _Printer(file, start, out or sys.stdout, prefix)
+                    printers[prefix] = _Printer(file, start, out, prefix)
                 printers[prefix].show()
             written = run.written_status()
             if time.monotonic() > deadline or written is None or written.state.ended:

@@ -13,6 +13,7 @@ from fiddlehead.data.random_tokens import RandomTokens
 from fiddlehead.errors import ConfigError
 from fiddlehead.inference.generation import Sampling
 from fiddlehead.models import LoRA, RopeScaling, TransformerConfig, YarnRopeScaling
+from fiddlehead.numbers import clock, count, duration, figure, plain, scientific, short
 from fiddlehead.training import (
     AdamW,
     Checkpoint,
@@ -80,3 +81,50 @@ def test_a_value_that_is_not_a_number_is_named(
 def test_both_betas_are_looked_at(betas: Any) -> None:
     with pytest.raises(ConfigError, match="betas="):
         AdamW(betas=betas)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (short(8_030_261_248), "8.03 B"),
+        (short(4_900_000_000_000), "4.9 T"),
+        (short(124_439_808), "124 M"),
+        (short(999_960), "1 M"),
+        (short(999_400), "999 k"),
+        (short(999_999_999), "1 B"),
+        (short(9_999_999_999_999_999), "10000 T"),
+        (short(12_345), "12.3 k"),
+        (short(9_999), "9,999"),
+        (short(0), "0"),
+        (plain(3e-05), "3e-5"),
+        (plain(1e-10), "1e-10"),
+        (plain(1e22), "1e22"),
+        (plain(-2.5e-07), "-2.5e-7"),
+        (plain(0.0003), "0.0003"),
+        (plain(math.inf), "inf"),
+        (plain(1_000_000), "1,000,000"),
+        (figure(7680.0), "7,680"),
+        (figure(3.0289612e-05), "3.02896e-5"),
+        (figure(175.8731, 4), "175.9"),
+        (figure(math.nan), "nan"),
+        (scientific(4.2137e22), "4.21e22"),
+        (scientific(3e-5), "3.00e-5"),
+        (count(1, "device"), "1 device"),
+        (count(0, "device"), "0 devices"),
+        (count(1024, "batch", "batches"), "1,024 batches"),
+        (duration(0.04), "0.0 s"),
+        (duration(59.4), "59 s"),
+        (duration(59.6), "1 min"),
+        (duration(200), "3 min 20 s"),
+        (duration(3599.9), "1 h"),
+        (duration(18_420), "5 h 7 min"),
+        (duration(86_399), "1 d"),
+        (duration(86400 * 12.18), "12 d 4 h"),
+        (clock(7), "0:07"),
+        (clock(754), "12:34"),
+        (clock(3599.6), "1:00:00"),
+        (clock(10_921), "3:02:01"),
+    ],
+)
+def test_a_number_is_written_as_people_write_it(written: str, expected: str) -> None:
+    assert written == expected

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from fiddlehead.numbers import plain
+
 _LONGEST = 2000
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 """`OSError.errno` where there is no room left."""
@@ -104,6 +106,8 @@ def refuse(problems: Iterable[str], cause: BaseException | None = None) -> None:
 
 
 def _shown(given: object) -> str:
+    if type(given) is float:
+        return plain(given)
     return repr(str(given) if isinstance(given, PurePath) else given)
 
 

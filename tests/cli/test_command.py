@@ -396,11 +396,11 @@ def test_continuing_says_what_it_means(fiddlehead, tmp_path):
     longer = ["pretrain", "-f", "tiny_test", "log.name=a", "trainer.max_steps=20", "--yes"]
     checkpoint = "resume=runs/a/checkpoints/step-00000010"
     assert "its own step-00000010" in fiddlehead(*longer, checkpoint, rc=2)
-    assert "the learning rate goes on at 4.00e-03" in fiddlehead(*longer)
+    assert "the learning rate goes on at 4.00e-3" in fiddlehead(*longer)
     output = fiddlehead("pretrain", "-f", "tiny_test", "log.name=b", checkpoint, "--yes")
     assert "continues from" in output and "30/30" in output
     first = next(line for line in output.splitlines() if "    11/30" in line)
-    assert "lr 4.00e-03" in first  # and not the rate at which the shorter run ended
+    assert "lr 4.00e-3" in first  # and not the rate at which the shorter run ended
 
 
 @pytest.mark.slow

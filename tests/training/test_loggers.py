@@ -184,7 +184,9 @@ def test_wandb_without_a_key_records_offline_and_asks_nothing(
             pretrain(wandb=True, callbacks=[KillAfter(6)] if attempt == 1 else [])
         wandb.finish()
         wandb.teardown()  # waits for its service, which may still be writing
-        said = [line for line in capsys.readouterr().out.splitlines() if "recording offline" in line]
+        printed = capsys.readouterr()
+        assert "wandb: " not in printed.out + printed.err  # what W&B prints of its own
+        said = [line for line in printed.out.splitlines() if "recording offline" in line]
         assert said == [f"W&B has no API key here: recording offline. Later: fiddlehead runs sync {run.name}"]
         folder = max((run.path / "wandb").glob("offline-run-*"))  # the name has the time
         ids.append(folder.name.rpartition("-")[2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import textwrap
 
 import typer
 
@@ -13,9 +14,11 @@ from fiddlehead.cli import (
     attention,
     bench,
     checkpoints,
+    command,
     compare,
     corpus,
     evaluate,
+    fields,
     plan,
     recipes,
     report,
@@ -25,6 +28,7 @@ from fiddlehead.cli import (
     train,
     use,
 )
+from fiddlehead.cli.common import width_of
 from fiddlehead.errors import ConfigError, RunError, of_the_machine
 from fiddlehead.files.paths import working_directory
 from fiddlehead.run import workers
@@ -35,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # their locals could show secrets
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Start with:  fiddlehead recipes  ·  fiddlehead show tiny  ·  fiddlehead pretrain --factory tiny",
+    epilog="Start with:  fiddlehead recipes  ·  fiddlehead show tiny  ·  fiddlehead pretrain tiny",
 )
 
 
@@ -58,6 +62,8 @@ def fiddlehead(
 app.command("recipes", rich_help_panel="Recipes")(recipes.recipes)
 app.command("show", rich_help_panel="Recipes")(recipes.show)
 app.command("diff", rich_help_panel="Recipes")(recipes.diff)
+app.command("help", rich_help_panel="Recipes", help=fields.HELP)(fields.help_)
+app.command("schema", rich_help_panel="Recipes")(fields.schema)
 app.command("pretrain", rich_help_panel="Train")(train.pretrain)
 app.command("finetune", rich_help_panel="Train", help=train.FINETUNE_HELP)(train.pretrain)
 app.command("plan", rich_help_panel="Train", help=plan.HELP)(plan.plan)
@@ -97,13 +103,13 @@ def main() -> None:
         del os.environ[name]
     try:
         working_directory()
-        app()
+        command.made_of(app)(prog_name="fiddlehead")
     except ConfigError as error:
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)  # noqa: T201
+            _say(f"error: {problem}")
         sys.exit(2)
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        _say(f"error: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -113,5 +119,13 @@ def main() -> None:
     except OSError as error:
         if not (line := of_the_machine(error)):
             raise
-        print(f"error: {line}", file=sys.stderr)  # noqa: T201
+        _say(f"error: {line}")
         sys.exit(1)
+
+
+def _say(text: str) -> None:
+    """Prints an error; on a terminal its lines end between words."""
+    if sys.stderr.isatty():
+        width = width_of(sys.stderr)
+        text = textwrap.fill(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    print(text, file=sys.stderr)  # noqa: T201

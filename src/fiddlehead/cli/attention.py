@@ -14,10 +14,11 @@ import typer
 from fiddlehead.cli.attention_calls import calls_of_recipe
 from fiddlehead.cli.common import (
     AllowOption,
-    OverridesArgument,
+    FactoryOption,
+    WordsArgument,
     add_row,
-    complete_recipe,
     load_recipe,
+    named_recipe,
     show,
     table,
 )
@@ -38,15 +39,8 @@ DISTRIBUTIONS = {"flash2": "flash-attn", "flash3": "flash-attn-3", "flash4": "fl
 
 @app.command("explain")
 def explain(
-    overrides: list[str] = OverridesArgument,
-    factory: str = typer.Option(
-        ...,
-        "--factory",
-        "-f",
-        metavar="RECIPE",
-        help="A recipe's name, module:function, @file.yaml or a run.",
-        autocompletion=complete_recipe,
-    ),
+    words: list[str] = WordsArgument,
+    factory: str = FactoryOption,
     gpu: str = typer.Option(None, "--gpu", metavar="NAME", help="The GPU, here or not, such as a100 or b200."),
     assume: list[str] = typer.Option(
         None, "--assume", metavar="NAME=VERSION", help="Assume this version, or none, of torch, cudnn or a flash-attn."
@@ -59,9 +53,10 @@ def explain(
     Without --gpu, the choice is for this machine's GPU, if there is one and the recipe uses one. For another GPU
     nothing is run: the installed versions are assumed, or those given with --assume.
 
-    Example:  fiddlehead attention explain -f llama3_8b --gpu h100 --assume flash-attn-4=4.0.0b36
+    Example:  fiddlehead attention explain llama3_8b --gpu h100 --assume flash-attn-4=4.0.0b36
     """
-    recipe, name = load_recipe(factory, overrides or (), allow or ())
+    factory, edits = named_recipe(factory, words or (), "attention explain")
+    recipe, name = load_recipe(factory, edits, allow or ())
     explained = _Explained(recipe, name, gpu, assume or ())
     if as_json:
         print(json.dumps(explained.to_dict(), indent=1))  # noqa: T201

@@ -15,9 +15,9 @@ import typer
 from fiddlehead.cli.common import (
     AllowOption,
     DespiteOption,
-    OverridesArgument,
+    FactoryOption,
+    WordsArgument,
     add_row,
-    complete_recipe,
     configure_executor,
     load_recipe,
     named_recipe,
@@ -28,6 +28,7 @@ from fiddlehead.cli.common import (
 )
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.paths import user_path
+from fiddlehead.numbers import count, figure, short
 from fiddlehead.run.prediction import difference
 
 if TYPE_CHECKING:
@@ -70,15 +71,8 @@ Example:  fiddlehead bench tiny --steps 50
 
 
 def bench(
-    overrides: list[str] = OverridesArgument,
-    factory: str = typer.Option(
-        "",
-        "--factory",
-        "-f",
-        metavar="RECIPE",
-        help="A recipe's name, module:function, @file.yaml or a run; also without -f, as the first argument.",
-        autocompletion=complete_recipe,
-    ),
+    words: list[str] = WordsArgument,
+    factory: str = FactoryOption,
     steps: int = typer.Option(20, "--steps", min=1, help="Number of timed steps."),
     warmup: int = typer.Option(5, "--warmup", min=1, help="Number of steps before them that are not timed."),
     random_tokens: bool = typer.Option(False, "--random-tokens", help="Train on random tokens: no corpus is read."),
@@ -95,11 +89,11 @@ def bench(
 ) -> None:
     """Time the training steps of a recipe: tokens/s, MFU, memory, and the time of each phase."""
     if calibrate:
-        if factory or overrides:
+        if factory or words:
             raise ConfigError("--calibrate measures this machine, not a recipe; leave the recipe out")
         _calibrate(as_json=as_json)
         return
-    factory, edits = named_recipe(factory, overrides or (), "bench")
+    factory, edits = named_recipe(factory, words or (), "bench")
     edits, executor_edits = split_executor(edits)
     if direct and executor_edits:
         raise ConfigError(f"--direct runs without an executor; leave out {' '.join(executor_edits)}")
@@ -181,7 +175,7 @@ def _show(results: dict[str, Any], before: dict[str, Any] | None) -> None:
     figures, what = results["figures"], results["what"]
     comparison = None if before is None else compare(before, results)
     changes = {} if comparison is None else {change.name: change for change in comparison.changes}
-    title = f"{what['steps']} steps of {what['tokens_per_step']:,} tokens"
+    title = f"{count(what['steps'], 'step')} of {count(what['tokens_per_step'], 'token')}"
     planned = results.get("plan", {})
     columns = [*(["plan", "difference"] if planned else []), *(["before", "change"] if before else [])]
     made = table(" ".join([what["recipe"], *what["edits"]]), title, *columns)
@@ -225,7 +219,7 @@ ROWS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("a step", "seconds_per_step", _milliseconds),
     ("MFU, causal attention", "mfu", "{:.1%}".format),
     ("MFU, full attention", "mfu_full", "{:.1%}".format),
-    ("TFLOP/s on each device", "tflops_per_s", "{:,.3g}".format),
+    ("TFLOP/s on each device", "tflops_per_s", lambda value: figure(value, 3)),
     ("memory, at most", "memory_gib", "{:,.2f} GiB".format),
     ("memory, reserved", "memory_reserved_gib", "{:,.2f} GiB".format),
     ("the first step ended after", "seconds_to_first_step", "{:,.1f} s".format),
@@ -235,10 +229,10 @@ ROWS: list[tuple[str, str, Callable[[Any], str]]] = [
 
 def _conditions(what: dict[str, Any], where: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The conditions of the figures."""
-    yield "model", f"{what['parameters'] / 1e6:,.1f} M parameters, {what['precision']}, {'; '.join(what['attention'])}"
+    yield "model", f"{short(what['parameters'])} parameters, {what['precision']}, {'; '.join(what['attention'])}"
     yield "on", f"{what['devices']} x {what['device']}, {what['strategy']}"
     if not where["gpus"]:
-        threads = f"{what['threads']} thread{'s' * (what['threads'] > 1)}"
+        threads = count(what["threads"], "thread")
         yield "", f"{where['cpu']}, {threads}, load {where['load_average']:.1f} on {where['cores']} cores"
     if where["gpus"]:
         slowest = min(where["gpus"], key=lambda gpu: gpu.get("sm_mhz", 0))

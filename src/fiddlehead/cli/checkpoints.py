@@ -130,7 +130,7 @@ def convert_gqa(
     print(  # noqa: T201
         f"{out}: {config.num_attention_heads} heads in {_groups(config.groups)}; the cache of keys and values takes "
         f"{config.groups / config.num_attention_heads:.3g} of what it takes with as many as heads\n"
-        f"train it a little more:  fiddlehead pretrain --factory ... model.config=None model.init_from={out}"
+        f"train it a little more:  fiddlehead pretrain RECIPE model.config=None model.init_from={out}"
     )
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import shutil
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
+from fiddlehead.cli.completion import complete_recipe, complete_words
 from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.paths import user_path
 from fiddlehead.recipe import catalog
@@ -25,12 +29,22 @@ if TYPE_CHECKING:
 EXECUTOR_PREFIXES = ("executor", "run.executor")
 
 
-def complete_recipe(incomplete: str) -> list[tuple[str, str]]:
-    """Names of recipes, for shell completion."""
-    return [(entry.name, entry.summary) for entry in catalog.recipes() if entry.name.startswith(incomplete)]
-
-
-OverridesArgument = typer.Argument(None, metavar="[KEY=VALUE]...", show_default=False, help="Edits, in this order.")
+WordsArgument = typer.Argument(
+    None,
+    metavar="RECIPE [KEY=VALUE]...",
+    show_default=False,
+    help="A recipe's name, module:function, @file.yaml or a run; then edits, in this order.",
+    autocompletion=complete_words,
+)
+FactoryOption = typer.Option(
+    "",
+    "--factory",
+    "-f",
+    metavar="RECIPE",
+    show_default=False,
+    help="The recipe, if it is not the first word.",
+    autocompletion=complete_recipe,
+)
 AllowOption = typer.Option(
     None, "--allow", metavar="MODULE[:NAME]", help="Your names that YAML recipes and edits may use."
 )
@@ -152,15 +166,11 @@ def _required(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
     ]
 
 
-def table(*columns: str) -> Table:
-    """An empty table in the one style that every command uses."""
-    from rich.box import SIMPLE
-    from rich.table import Table
+def table(*columns: str, optional: Sequence[str] = ()) -> Table:
+    """An empty table in the one style that every command uses; where the terminal is narrow, without `optional`."""
+    from fiddlehead.cli.tables import FittedTable
 
-    made = Table(box=SIMPLE, show_edge=False, pad_edge=False, header_style="bold")
-    for column in columns:
-        made.add_column(column, overflow="fold")
-    return made
+    return FittedTable(*columns, optional=optional)
 
 
 def add_row(table: Table, *cells: Any) -> None:
@@ -187,16 +197,19 @@ def phases_table(metrics: Mapping[str, float]) -> Table:
 
 
 def show(*things: Any) -> None:
-    """Prints tables and text: in colour on a terminal with colours; into a pipe, lines are not cut."""
-    import shutil
-    import sys
-
+    """Prints tables and texts: in colour on a terminal that has colours; a pipe's lines are long, if not COLUMNS says
+    otherwise."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else max(shutil.get_terminal_size().columns, 200)
-    console = Console(width=width, highlight=False)
+    console = Console(width=width_of(sys.stdout), highlight=False, soft_wrap=True)
     for thing in things:
         console.print(thing)
+
+
+def width_of(stream: TextIO, piped: int = 200) -> int:
+    """The columns of a terminal; `piped` if the stream is none, and COLUMNS does not say otherwise."""
+    size = shutil.get_terminal_size((piped, 24))
+    return size.columns if stream.isatty() or "COLUMNS" in os.environ else piped
 
 
 def _call(function: Callable[[], Any]) -> Any:

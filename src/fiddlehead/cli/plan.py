@@ -10,9 +10,9 @@ import typer
 from fiddlehead.cli.attention import DEFAULT_GPU
 from fiddlehead.cli.common import (
     AllowOption,
-    OverridesArgument,
+    FactoryOption,
+    WordsArgument,
     add_row,
-    complete_recipe,
     configure_executor,
     load_recipe,
     named_recipe,
@@ -47,23 +47,16 @@ Example:  fiddlehead plan llama3_70b model.activation_checkpointing=full trainer
 
 
 def plan(
-    overrides: list[str] = OverridesArgument,
-    factory: str = typer.Option(
-        "",
-        "--factory",
-        "-f",
-        metavar="RECIPE",
-        help="A recipe's name, module:function, @file.yaml or a run; or give it as the first word.",
-        autocompletion=complete_recipe,
-    ),
+    words: list[str] = WordsArgument,
+    factory: str = FactoryOption,
     gpu: str = typer.Option(None, "--gpu", metavar="NAME", help="Plan for this GPU, which need not be here."),
     fit: bool = typer.Option(False, "--fit", help="Search the layouts that fit, and show the ten fastest."),
-    usd: float = typer.Option(None, "--usd-per-gpu-hour", min=0.0, help="Also say what the run costs."),
+    usd: float = typer.Option(None, "--usd-per-gpu-hour", min=0.0, metavar="USD", help="Also say what the run costs."),
     as_json: bool = typer.Option(False, "--json", help="The plan as JSON; `fits` is true, false or null."),
     allow: list[str] = AllowOption,
 ) -> None:
     """Show what a run takes before it starts: memory, speed, time, kernels."""
-    factory, edits = named_recipe(factory, overrides or (), "plan")
+    factory, edits = named_recipe(factory, words or (), "plan")
     edits, executor_edits = split_executor(edits)
     recipe, name = load_recipe(factory, edits, allow or ())
     from fiddlehead import launch

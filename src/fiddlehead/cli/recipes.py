@@ -13,22 +13,29 @@ import typer
 
 from fiddlehead.cli.common import (
     AllowOption,
-    OverridesArgument,
+    FactoryOption,
+    WordsArgument,
     add_row,
-    complete_recipe,
     load_recipe,
+    named_recipe,
     table,
 )
 from fiddlehead.cli.common import (
     show as show_things,
 )
+from fiddlehead.cli.completion import complete_recipe
 from fiddlehead.errors import ConfigError
+from fiddlehead.numbers import short
 from fiddlehead.recipe import catalog
 
 
 def recipes(
     pattern: str = typer.Argument(
-        None, show_default=False, help="Part of a name, or a name with * and ?.", autocompletion=complete_recipe
+        None,
+        metavar="[PATTERN]",
+        show_default=False,
+        help="Part of a name, or a name with * and ?.",
+        autocompletion=complete_recipe,
     ),
     long: bool = typer.Option(False, "--long", help="Also plan each one: parameters, devices, memory, speed, time."),
     as_json: bool = typer.Option(False, "--json", help="The same as --long, as JSON."),
@@ -45,22 +52,24 @@ def recipes(
         print(json.dumps([_planned(entry) for entry in _matching(catalog.recipes(), pattern)], indent=1))  # noqa: T201
         return
     columns = ["name", "task", "where", "what"]
-    made = table(*columns[:3], *(LONG if long else []), columns[3])
+    made = table(*columns[:3], *(LONG if long else []), columns[3], optional=("where", "task"))
     for broken in catalog.broken_recipes() if pattern is None else []:
         where = f"{_short(broken.file)}{f':{broken.line}' if broken.line else ''}"
         add_row(made, Text("broken", style="red"), "", where, *([""] * len(LONG) if long else []), broken.problem)
     for entry in _matching(catalog.recipes(), pattern):
-        extra = _figures(_planned(entry)) if long else []
+        planned = _planned(entry) if long else None
+        extra = [] if planned is None else _figures(planned)
         where = f"{_short(entry.file)}:{entry.line}"
-        add_row(made, Text(entry.name, style="bold"), entry.task, where, *extra, entry.summary)
+        what = (planned or {}).get("problem", entry.summary)
+        add_row(made, Text(entry.name, style="bold"), entry.task, where, *extra, what)
     show_things(made)
 
 
 def show(
-    recipe: str = typer.Argument(help="A recipe, @file.yaml or a run.", autocompletion=complete_recipe),
-    overrides: list[str] = OverridesArgument,
+    words: list[str] = WordsArgument,
+    factory: str = FactoryOption,
     defaults: bool = typer.Option(False, "--defaults", help="Also show values that have their default."),
-    yaml: bool = typer.Option(False, "--yaml", help="Print YAML, for --factory @file.yaml."),
+    yaml: bool = typer.Option(False, "--yaml", help="Print YAML, which @file.yaml reads back."),
     allow: list[str] = AllowOption,
 ) -> None:
     """Print a resolved recipe: every value, and where it was set.
@@ -70,7 +79,8 @@ def show(
     from fiddlehead.recipe.leaves import leaves
     from fiddlehead.recipe.leaves import show as show_value
 
-    loaded, _ = load_recipe(recipe, overrides or (), allow or ())
+    factory, edits = named_recipe(factory, words or (), "show")
+    loaded, _ = load_recipe(factory, edits, allow or ())
     if yaml:
         print(loaded.to_yaml(), end="")  # noqa: T201
         return
@@ -83,8 +93,10 @@ def show(
 
 
 def diff(
-    left: str = typer.Argument(help="A recipe, @file.yaml or a run.", autocompletion=complete_recipe),
-    right: str = typer.Argument(help="Another recipe, @file.yaml or run.", autocompletion=complete_recipe),
+    left: str = typer.Argument(metavar="RECIPE", help="A recipe, @file.yaml or a run.", autocompletion=complete_recipe),
+    right: str = typer.Argument(
+        metavar="RECIPE", help="Another recipe, @file.yaml or run.", autocompletion=complete_recipe
+    ),
     allow: list[str] = AllowOption,
 ) -> None:
     """Print the differences between two recipes, YAML files or runs."""
@@ -147,10 +159,10 @@ def _planned(entry: catalog.Entry) -> dict[str, Any]:
 
 
 def _figures(planned: dict[str, Any]) -> list[str]:
-    """The cells of `LONG`."""
+    """The cells of `LONG`; empty for a recipe that cannot be planned."""
     if "problem" in planned:
-        return [planned["problem"], *[""] * (len(LONG) - 1)]
-    cells = [f"{planned['parameters'] / 1e6:,.2f} M", planned["devices"], "", "", ""]
+        return [""] * len(LONG)
+    cells = [short(planned["parameters"]), planned["devices"], "", "", ""]
     if planned["memory_gib"] is not None:
         cells[2] = f"{planned['memory_gib']:.1f}" + ("" if planned["fits"] else ", does not fit")
     if planned["tokens_per_s"] is not None:

@@ -16,7 +16,10 @@ import typer
 
 from fiddlehead.cli.common import AllowOption, DespiteOption, add_row, phases_table, table
 from fiddlehead.cli.common import show as show_things
+from fiddlehead.cli.completion import complete_run
+from fiddlehead.cli.ending import say_ending
 from fiddlehead.errors import ConfigError, Problem
+from fiddlehead.numbers import figure
 from fiddlehead.run import damage
 from fiddlehead.run.directory import RunDirectory, last_lines
 from fiddlehead.run.names import find_run, list_runs
@@ -39,11 +42,6 @@ COLOURS = {
     State.DIED: "red",
     State.DAMAGED: "red",
 }
-
-
-def complete_run(incomplete: str) -> list[str]:
-    """Names of runs, for shell completion."""
-    return [run.name for run in list_runs() if run.name.startswith(incomplete)]
 
 
 DirOption = typer.Option("runs", "--dir", metavar="DIR", help="Where runs are kept (log.dir).")
@@ -70,7 +68,9 @@ def runs(
     if as_json:
         print(json.dumps([_facts(run, status) for run, status in zip(found, statuses, strict=True)], indent=1))  # noqa: T201
         return
-    made = table("name", "state", "step", "loss", "tokens/s", "elapsed", "attempt", "where", "")
+    made = table(
+        "name", "state", "step", "loss", "tokens/s", "elapsed", "attempt", "where", "", optional=("where", "attempt")
+    )
     for run, status in zip(found, statuses, strict=True):
         add_row(made, *_row(run, status))
     if not made.row_count:
@@ -107,7 +107,7 @@ def show(names: list[str] = RunsArgument, directory: str = DirOption) -> None:
     metrics = {name: float(value) for name, value in found.last_metrics().items()}
     for name, value in metrics.items():
         if not name.startswith("seconds_"):
-            add_row(made, name, f"{value:.6g}")
+            add_row(made, name, figure(value))
     add_row(made, "checkpoints", ", ".join(path.name for path in sorted(found.checkpoints.glob("step-*"))))
     add_row(made, "directory", str(found.path))
     add_row(made, "command", found.command.read_text(errors="replace").strip() if found.command.exists() else "")
@@ -173,7 +173,8 @@ def rerun(
     if not (trust_executor or trust.knows_executor(found) or watch.is_plain(found)):
         said = (
             "you did not launch this run from here, and where a run goes can have commands in it; read that file, then "
-            f"add --trust-executor, or start the recipe anew: --factory @{found.recipe} log.name=NAME executor=..."
+            "add --trust-executor, or start the recipe anew: "
+            f"fiddlehead pretrain @{found.recipe} log.name=NAME executor=..."
         )
         raise ConfigError(Problem.in_file(found.executor, said))
     recipe = Recipe.load(found.recipe, allow=tuple(allow or ()))
@@ -186,8 +187,11 @@ def rerun(
         launch.launch(recipe, executor, detach=detach, allow=allow or (), despite=despite, command=command)
     except launch.RunFailedError as failure:
         print(f"error: {failure}", file=sys.stderr)  # noqa: T201
+        say_ending(failure.run, failure.status)
         raise typer.Exit(failure.status.exit_code or 1) from None
-    if detach:
+    if not detach:
+        say_ending(found, found.status())
+    else:
         print(f"started {found.path}; watch it with `fiddlehead runs logs {found.name} -f`")  # noqa: T201
 
 

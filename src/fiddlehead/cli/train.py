@@ -16,18 +16,21 @@ import typer
 from fiddlehead.cli.common import (
     AllowOption,
     DespiteOption,
-    OverridesArgument,
+    FactoryOption,
+    WordsArgument,
     add_row,
-    complete_recipe,
     configure_executor,
     load_recipe,
+    named_recipe,
     show,
     split_executor,
     table,
 )
-from fiddlehead.cli.runs import complete_run
+from fiddlehead.cli.completion import complete_run
+from fiddlehead.cli.ending import say_ending
 from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.paths import user_path
+from fiddlehead.numbers import scientific, short
 
 if TYPE_CHECKING:
     from fiddlehead.launch import Plan
@@ -45,21 +48,14 @@ FINETUNE_HELP = """Train a model that can write on examples of what to answer.
 Recipes: [bold]full[/bold], [bold]lora[/bold] and [bold]dora[/bold] learn from messages, or prompts with completions;
 [bold]dpo[/bold] from pairs of answers. What to begin with and what to learn are edits; the options are pretrain's.
 
-Example:  fiddlehead finetune --factory lora model.init_from=llama data.paths=answers.jsonl log.name=tuned
+Example:  fiddlehead finetune lora model.init_from=llama data.paths=answers.jsonl log.name=tuned
 """
 
 
 def pretrain(
     context: typer.Context,
-    overrides: list[str] = OverridesArgument,
-    factory: str = typer.Option(
-        ...,
-        "--factory",
-        "-f",
-        metavar="RECIPE",
-        help="A recipe's name, module:function or @file.yaml.",
-        autocompletion=complete_recipe,
-    ),
+    words: list[str] = WordsArgument,
+    factory: str = FactoryOption,
     dryrun: bool = typer.Option(False, "--dryrun", help="Check everything and show the plan; start nothing."),
     gpu: str = typer.Option(
         None, "--gpu", metavar="NAME", help="Plan for this GPU, such as h100; to start, where the GPU is not known."
@@ -79,7 +75,9 @@ def pretrain(
     sweep: bool = typer.Option(False, "--sweep", help="A run for every combination of values: optim.lr=1e-3,3e-4"),
     zipped: bool = typer.Option(False, "--zip", help="With --sweep: pair the values instead."),
     max_running: int = typer.Option(None, "--max-running", min=1, help="With --sweep: the most runs at a time."),
-    metric: str = typer.Option("", "--metric", help="With --sweep: sort by this; by default val_loss or loss."),
+    metric: str = typer.Option(
+        "", "--metric", metavar="NAME", help="With --sweep: sort by this; by default val_loss or loss."
+    ),
     allow: list[str] = AllowOption,
     despite: list[str] = DespiteOption,
 ) -> None:
@@ -87,17 +85,21 @@ def pretrain(
 
     [bold]Edits[/bold] change the recipe, in the order given; a value is read as the type of its field:
 
-      trainer.max_steps=50   model.config.num_query_groups=1   optim.lr*=0.5   data=@data.yaml   log.name=first
+      trainer.max_steps=50   model.config.num_query_groups=1   optim.lr*=0.5
+
+      data=@data.yaml   log.name=first
 
     [bold]executor=NAME[/bold] selects where it runs, executor.KEY=VALUE sets how:
 
-      executor=local executor.ntasks_per_node=2   executor=slurm executor.nodes=2   executor=docker executor.image=IMAGE
+      executor=local executor.ntasks_per_node=2   executor=slurm executor.nodes=2
+
+      executor=docker executor.image=IMAGE
 
     With the log.name of an earlier run, the command continues that run from its newest checkpoint.
 
-    Example:  fiddlehead pretrain --factory tiny trainer.max_steps=50 log.name=first
+    Example:  fiddlehead pretrain tiny trainer.max_steps=50 log.name=first
 
-    Example:  fiddlehead pretrain -f tiny_test optim.lr=1e-3,4e-3 model.config.num_query_groups=1,2 --sweep
+    Example:  fiddlehead pretrain tiny_test optim.lr=1e-3,4e-3 model.config.num_query_groups=1,2 --sweep
     """
     if direct and (detach or after or sweep):
         other = "--detach" if detach else "--after" if after else "--sweep"
@@ -105,7 +107,9 @@ def pretrain(
     for option, given in (("--zip", zipped), ("--max-running", max_running), ("--metric", metric)):
         if given and not sweep:
             raise ConfigError(f"{option} goes with --sweep")
-    edits, executor_edits = split_executor(overrides or ())
+    command = context.info_name or "pretrain"
+    factory, edits = named_recipe(factory, words or (), command)
+    edits, executor_edits = split_executor(edits)
     if gpu and sweep:
         raise ConfigError("--gpu and --sweep exclude each other: --gpu plans one run")
     if direct and executor_edits:
@@ -119,7 +123,7 @@ def pretrain(
             other = "--to-yaml" if to_yaml else "--after" if after else "--fit"
             raise ConfigError(f"--sweep and {other} exclude each other")
         _sweep(
-            context.info_name,
+            command,
             factory,
             edits,
             executor,
@@ -138,7 +142,7 @@ def pretrain(
 
     with _pointing_to_sweep(edits):
         recipe, name = load_recipe(factory, edits, allow or ())
-        _refuse_other_tasks(recipe, factory, context.info_name)
+        _refuse_other_tasks(recipe, factory, command)
         before = _successes(after or (), recipe.log.dir)
         card = named_card(gpu)
         planned = executor if executor_edits or not (direct or gpu) else None
@@ -150,7 +154,7 @@ def pretrain(
         plan.refuse_problems()
     if to_yaml is not None:
         recipe.save(to_yaml)
-        print(f"wrote {to_yaml}; run it with --factory @{to_yaml}")  # noqa: T201
+        print(f"wrote {to_yaml}; run it with fiddlehead {command} @{to_yaml}")  # noqa: T201
         for option, edit in changes:
             print(f"{option}: {edit}")  # noqa: T201
         for reason in plan.missing:
@@ -180,13 +184,16 @@ def pretrain(
         )
     except launch.RunFailedError as failure:
         print(f"error: {failure}", file=sys.stderr)  # noqa: T201
+        say_ending(failure.run, failure.status)
         raise typer.Exit(failure.status.exit_code or 1) from None
-    if detach:
+    if not detach:
+        say_ending(run, run.status())
+    else:
         print(f"started {run.path}; watch it with `fiddlehead runs logs {run.name} -f`")  # noqa: T201
 
 
 def _sweep(
-    task: str | None,
+    task: str,
     factory: str,
     edits: Sequence[str],
     executor: Executor,
@@ -340,7 +347,7 @@ def _totals(plans: Sequence[Plan], executor: Executor) -> list[tuple[str, str]]:
     """The tokens, FLOPs and GPU hours of all runs of a sweep."""
     trainings = [plan.training for plan in plans]
     tokens, flops = sum(each.tokens for each in trainings), sum(each.flops for each in trainings)
-    rows = [("together", f"{tokens:,} tokens, {flops:.2e} FLOPs")]
+    rows = [("together", f"{short(tokens)} tokens, {scientific(flops)} FLOPs")]
     if any(plan.recipe.trainer.accelerator in ("gpu", "cuda") for plan in plans):
         hours = flops / (0.4 * 989e12) / 3600
         rows.append(("GPU hours", f"about {hours:,.1f} on H100s at 40 % MFU"))
@@ -396,7 +403,7 @@ def _wait_for(runs: Sequence[RunDirectory]) -> None:
             raise ConfigError(Problem(f"--after {run.name}", message=said))
 
 
-def _refuse_other_tasks(recipe: Recipe, factory: str, typed: str | None) -> None:
+def _refuse_other_tasks(recipe: Recipe, factory: str, typed: str) -> None:
     """Raises ConfigError if the command that was typed is not the one for the recipe's task."""
     from fiddlehead import tasks
 
@@ -407,7 +414,7 @@ def _refuse_other_tasks(recipe: Recipe, factory: str, typed: str | None) -> None
     elif task.__name__ != typed:
         said = f"is a recipe to {task.__name__}; type `fiddlehead {task.__name__} ...`"
     if said:
-        raise ConfigError(Problem(f"--factory {factory}", message=said))
+        raise ConfigError(Problem(factory, message=said))
 
 
 def _typed() -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fiddlehead.cli.runs import DirOption, complete_run
+from fiddlehead.cli.completion import complete_run
+from fiddlehead.cli.runs import DirOption
 from fiddlehead.errors import ConfigError, Problem, first_of, refuse
 from fiddlehead.files.paths import user_path
 

@@ -22,8 +22,9 @@ T = TypeVar("T")
 class StepDataModule(pl.LightningDataModule):
     """A data module whose training step takes `global_batch_size` samples; which ones is a function of seed and step.
 
-    Validation uses at most `val_samples`, always the same, spread evenly, and as many on every rank; 0 is none. A
-    derived class opens the samples in `setup`.
+    A rank computes `micro_batch_size` samples at a time. `num_workers` processes load them; with 0, the training
+    process does. `seed` decides the order of the samples. Validation uses at most `val_samples`, always the same,
+    spread evenly, and as many on every rank; 0 is none. A derived class opens the samples in `setup`.
 
     Raises one `ConfigError` for all impossible sizes.
     """

@@ -407,9 +407,9 @@ class JSONTokenizer:
 class TokenizerFile(JSONTokenizer):
     """The tokenizer in a `tokenizer.json`, or in a folder that holds one.
 
-    `eos` is the token that ends a document. None takes the one that the neighbouring files name, or else the first of
-    the usual names that is a special token (see `JSONTokenizer`). Raises `ConfigError` for a file that is missing or
-    broken, and if no end-of-document token is found.
+    `path` is the file or the folder. `eos` is the token that ends a document. None takes the one that the neighbouring
+    files name, or else the first of the usual names that is a special token (see `JSONTokenizer`). Raises `ConfigError`
+    for a file that is missing or broken, and if no end-of-document token is found.
     """
 
     def __init__(self, path: str | Path, eos: str | int | None = None) -> None:

@@ -34,8 +34,11 @@ class TransformerConfig:
     """
 
     num_layers: int
+    """The number of transformer layers."""
     hidden_size: int
+    """The width of the residual stream."""
     num_attention_heads: int
+    """Query heads of a layer."""
     num_query_groups: int | None = None
     """Key/value heads: None is multi-head, 1 multi-query (MQA), a divisor of the heads grouped-query (GQA)."""
     ffn_hidden_size: int | None = None
@@ -46,7 +49,9 @@ class TransformerConfig:
     seq_length: int | None = None
     """The longest sequence that the model is trained on; learned positions have this many rows."""
     normalization: Normalization = "RMSNorm"
+    """The kind of the norms."""
     layernorm_epsilon: float = 1e-5
+    """What a norm adds to the variance."""
     layernorm_zero_centered_gamma: bool = False
     """RMSNorm multiplies by 1 + weight (Gemma)."""
     norm_placement: NormPlacement = "pre"
@@ -58,15 +63,21 @@ class TransformerConfig:
     """SwiGLU and GeGLU are gated by SiLU and by GELU (Shazeer 2020); clamped_swiglu is gpt-oss's. GELU is the tanh
     form. Squared ReLU (So et al. 2021) is Nemotron's."""
     position_embedding_type: PositionEmbedding = "rope"
+    """How a token knows its place: rotary, by learned vectors, or not at all."""
     rotary_base: float = 10_000.0
+    """The base of the rotary frequencies (theta)."""
     rotary_base_local: float | None = None
     """The base, without a scaling, of the layers that have the window (Gemma 3); None: that of all."""
     rotary_percent: float = 1.0
     """The part of a head's channels that turns, from the first on (Phi-4 mini)."""
     rope_scaling: Scaling | None = None
+    """How rotary frequencies are scaled for longer sequences; None leaves them."""
     add_bias_linear: bool = False
+    """Whether linear layers have a bias."""
     add_qkv_bias: bool = False
+    """Whether the projection to q, k and v has a bias (Qwen 2.5)."""
     share_embeddings_and_output_weights: bool = False
+    """Whether the output layer has the weights of the embedding."""
     window_size: tuple[int, int] | None = None
     """Sliding window: the number of tokens to the left and to the right that a token sees, -1 for all; None means all.
     Attention is causal, so the right limit is 0: (1023, 0) is Mistral's and Gemma's window of 1024."""
@@ -82,6 +93,7 @@ class TransformerConfig:
     attention_sinks: bool = False
     """Each head has a learned logit in its softmax that takes weight and has no value (gpt-oss)."""
     embedding_multiplier: float = 1.0
+    """The factor on the embeddings (Gemma, Granite)."""
     residual_multiplier: float = 1.0
     """The factor on the outputs of attention and feed-forward before the residual addition (Granite)."""
     logits_scaling: float = 1.0
@@ -89,6 +101,7 @@ class TransformerConfig:
     num_moe_experts: int | None = None
     """Each token is served by `moe_router_topk` of so many feed-forward layers; None: there is one, for all tokens."""
     moe_router_topk: int = 2
+    """How many experts serve a token."""
     moe_ffn_hidden_size: int | None = None
     """Width inside an expert; None is that of a feed-forward layer."""
     moe_router_pre_softmax: bool = False
@@ -99,8 +112,11 @@ class TransformerConfig:
     assignments x its mean probability. It is 1 with an even load for every `moe_router_topk`. Layers are added, and
     sequences are averaged, weighted by their tokens."""
     attention_dropout: float = 0.0
+    """The part of the attention weights that training drops."""
     hidden_dropout: float = 0.0
+    """The part of a layer's outputs that training drops."""
     init_method_std: float = 0.02
+    """The standard deviation of the initial weights."""
     attention_backend: Resumable[str] = "auto"
     """"auto", "measured", or the name of an attention backend."""
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import fiddle as fdl
 
+from fiddlehead.numbers import plain
+
 
 @dataclass(frozen=True)
 class Leaf:
@@ -139,7 +141,7 @@ def show(value: Any) -> str:
         return f"{{{', '.join(f'{show(key)}: {show(item)}' for key, item in value.items())}}}"
     if inspect.isclass(value) or inspect.isroutine(value):
         return value.__qualname__ if value.__module__ == "builtins" else f"{value.__module__}.{name_of(value)}"
-    return repr(value)
+    return plain(value) if type(value) is float else repr(value)
 
 
 def name_of(function: Any) -> str:

@@ -12,6 +12,15 @@ from typing import Annotated, Any, TypeVar
 
 T = TypeVar("T")
 
+TRAINER = frozenset(
+    {
+        *("accelerator", "devices", "num_nodes", "strategy"),
+        *("max_steps", "log_every_n_steps", "val_check_interval", "limit_val_batches"),
+    }
+)
+"""The arguments of Lightning's Trainer that may change when a run continues: its devices, its length, and how often it
+logs and validates. We cannot mark them there."""
+
 
 class _Marker:
     def __repr__(self) -> str:

@@ -37,10 +37,13 @@ class Log:
 
     name: str | None = None
     dir: str = "runs"
+    """The folder of runs."""
     tensorboard: bool = False
+    """Whether TensorBoard's files are written too."""
     wandb: bool = False
     """Online with an API key (or as WANDB_MODE says); offline without one, and without asking."""
     wandb_project: str = "fiddlehead"
+    """The project of W&B."""
     profile: str | None = None
     """Steps to profile, FIRST:LAST; "10:12" is the steps 10, 11 and 12. The run's `profile/` has the results."""
     profile_shapes: bool = False
@@ -101,12 +104,16 @@ class Log:
             """Continues without W&B when its service has ended, for example on a scheduler's SIGTERM."""
 
             lost = False
+            begun = False
 
             def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
                 if self.lost:
                     return
                 try:
                     super().log_metrics(metrics, step)
+                    if not self.begun and is_rank_zero() and mode == "online":
+                        say(f"W&B: {self.experiment.url}")
+                    self.begun = True
                 except Exception as error:
                     self.lost = True
                     say(f"WARNING: W&B records no more of this attempt ({error!r}); metrics.csv has all")
@@ -114,7 +121,9 @@ class Log:
         mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
         if mode == "offline":
             say(f"W&B has no API key here: recording offline. Later: fiddlehead runs sync {run.name}")
-        return Surviving(
+        import wandb
+
+        logger = Surviving(
             project=self.wandb_project,
             name=run.name,
             id=run.wandb_id if is_rank_zero() else None,  # only the first rank records
@@ -122,7 +131,10 @@ class Log:
             mode=mode,  # and not Lightning's `offline`, which sets WANDB_MODE when W&B has read it already
             resume="allow",
             config=plain_recipe(run.recipe),
+            settings=wandb.Settings(silent=True),  # what matters of what it would print is said here
         )
+        logger._wandb_init.pop("anonymous", None)  # Lightning passes it on, and W&B warns that it has no meaning
+        return logger
 
 
 def has_wandb_key() -> bool:

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fiddlehead.models import TransformerConfig
 from fiddlehead.run.console import say
+from fiddlehead.run.terminal import progress_line
 from fiddlehead.training.callbacks.checkpoint import at_step_end
 from fiddlehead.training.callbacks.phases import Phases, Window, exposed_communication
 
@@ -61,7 +62,7 @@ class Metrics(Callback):
         metrics = self._measure(trainer, pl_module, loss)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
-        say(_progress_line(metrics, step, int(trainer.max_steps)))
+        say(progress_line(metrics, step, int(trainer.max_steps)))
 
     def _measure(self, trainer: Trainer, module: LightningModule, loss: float) -> dict[str, float]:
         seconds_per_step = self.window.seconds / len(self.window.steps)
@@ -123,18 +124,3 @@ def peak_memory(device: torch.device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def _progress_line(metrics: dict[str, float], step: int, max_steps: int) -> str:
-    """One line of progress, with a bar, for terminals and log files."""
-    filled = round(20 * step / max_steps)
-    left = round((max_steps - step) * metrics["seconds_per_step"])
-    left_text = (
-        f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}" if left >= 3600 else f"{left // 60}:{left % 60:02}"
-    )
-    mfu = f"  MFU {metrics['mfu']:.1%}" if "mfu" in metrics else ""
-    return (
-        f"step {step:>6}/{max_steps} [{'#' * filled}{'-' * (20 - filled)}]  loss {metrics['loss']:.4f}  "
-        f"lr {metrics['lr']:.2e}  |g| {metrics['grad_norm']:.2f}  {metrics['tokens_per_s']:,.0f} tok/s{mfu}  "
-        f"left {left_text}"
-    )

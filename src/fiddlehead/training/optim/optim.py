@@ -25,10 +25,15 @@ class Optim:
     """The settings of all optimizers. Weight decay applies only to matrices, not to gains, biases and other vectors."""
 
     lr: float = 3e-4
+    """The peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """The decay rates of the two moments."""
     eps: float = 1e-8
+    """What is added to the root of the second moment."""
     weight_decay: float = 0.1
+    """The decoupled weight decay, as a multiple of the learning rate."""
     lr_scheduler: Schedule = field(default_factory=CosineAnnealing)
+    """How the learning rate changes over the run."""
 
     def __post_init__(self) -> None:
         refuse(self._refused())

@@ -33,7 +33,9 @@ class CosineAnnealing:
     """Linear warm-up, then half a cosine down towards `min_lr` at the end (Loshchilov & Hutter 2017)."""
 
     warmup_steps: int = 0
+    """Steps in which the rate rises from 0 to its peak."""
     min_lr: float = 0.0
+    """The rate at the end."""
 
     def __post_init__(self) -> None:
         refuse(_schedule_problems(self))
@@ -55,8 +57,10 @@ class WarmupStableDecay:
     """
 
     warmup_steps: int = 0
+    """Steps in which the rate rises from 0 to its peak."""
     decay_fraction: float = 0.2
     min_lr: float = 0.0
+    """The rate at the end."""
 
     def __post_init__(self) -> None:
         problems = _schedule_problems(self)

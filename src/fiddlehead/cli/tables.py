@@ -1,0 +1,141 @@
+"""Tables that fit the terminal: a cell wraps between its words, and a name stays whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+GAP = "   "
+"""What is between two columns."""
+LONG_PATH = 40
+"""A path with more characters may be broken behind a slash."""
+NARROWEST = 8
+"""The least width of a first column whose long names have lines of their own."""
+_BOLD = Style(bold=True)
+_FOLDERS = re.compile(r"[^\s/]*/+|[^\s/]+")
+
+
+class FittedTable(Table):
+    """A table that breaks no word, however narrow the terminal is.
+
+    Where its cells would become narrow, the optional columns are left out, one after the other. If the longest words
+    still do not fit side by side, a name in the first column has a line of its own, with the rest of its row below.
+
+    Args:
+        columns: their headers.
+        optional: those that may be left out, the first of them first.
+    """
+
+    def __init__(self, *columns: str, optional: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.optional = tuple(optional)
+        for column in columns:
+            self.add_column(column)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(1, options.max_width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width
+        columns = [[_text(column.header), *map(_text, column.cells)] for column in self.columns]
+        justify = [column.justify for column in self.columns]
+        for name in self.optional:
+            if _is_crowded(columns, width):
+                index = next(index for index, cells in enumerate(columns) if cells[0].plain == name)
+                del columns[index], justify[index]
+        widths = _widths(columns, width)
+        header, *rows = zip(*columns, strict=True)
+        if any(cell.plain for cell in header):
+            for cell in header:
+                cell.stylize(_BOLD)
+            yield from _lines(console, header, widths, justify)
+            yield Text("─" * min(width, sum(widths) + len(GAP) * (len(widths) - 1)))
+        for row in rows:
+            yield from _lines(console, row, widths, justify)
+
+
+def _text(cell: object) -> Text:
+    return cell.copy() if isinstance(cell, Text) else Text(str(cell))
+
+
+def _words(text: str) -> list[str]:
+    """What may stand alone on a line: the words, and of a long path each folder."""
+    words = text.split()
+    return [part for word in words for part in (_FOLDERS.findall(word) if len(word) > LONG_PATH else [word])]
+
+
+def _longest_word(cells: Sequence[Text]) -> int:
+    return max((Text(word).cell_len for cell in cells for word in _words(cell.plain)), default=0)
+
+
+def _longest_line(cells: Sequence[Text]) -> int:
+    return max(Text(line).cell_len for cell in cells for line in cell.plain.split("\n"))
+
+
+def _is_crowded(columns: Sequence[Sequence[Text]], width: int) -> bool:
+    """Whether a cell would need three lines or more, or a name a line of its own."""
+    widths = _widths(columns, width)
+    return any(2 * size < _longest_line(cells) for cells, size in zip(columns, widths, strict=True)) or (
+        _longest_word(columns[0]) > widths[0]
+    )
+
+
+def _widths(columns: Sequence[Sequence[Text]], width: int) -> list[int]:
+    """The width of each column: the widest gives way first, and none becomes narrower than its longest word.
+
+    Where that is impossible, the first column is as narrow as the others need it, or words are broken in the widest.
+    """
+    widths, least = list(map(_longest_line, columns)), list(map(_longest_word, columns))
+    room = width - len(GAP) * (len(columns) - 1)
+    rest = room - sum(least[1:])
+    if NARROWEST <= rest < least[0]:
+        least[0] = rest
+    while sum(widths) > room:
+        free = [index for index, size in enumerate(widths) if size > least[index]]
+        free = free or [index for index, size in enumerate(widths) if size > len(GAP)]
+        if not free:
+            break
+        widths[max(free, key=lambda index: widths[index])] -= 1
+    return widths
+
+
+def _lines(console: Console, row: Sequence[Text], widths: Sequence[int], justify: Sequence[str]) -> list[Text]:
+    """The lines of a row."""
+    name, alone = row[0], []
+    if len(row) > 1 and NARROWEST <= widths[0] < _longest_word([name]):
+        alone, name = list(_wrapped(console, name, console.width)), Text()
+    cells = [_wrapped(console, cell, size) for cell, size in zip((name, *row[1:]), widths, strict=True)]
+    if alone and not any(line.plain for cell in cells for line in cell):
+        return alone
+    made = []
+    for number in range(max(map(len, cells))):
+        line = Text()
+        for cell, size, side in zip(cells, widths, justify, strict=True):
+            part = cell[number].copy() if number < len(cell) else Text()
+            (part.pad_left if side == "right" else part.pad_right)(max(0, size - part.cell_len))
+            line.append_text(part)
+            line.append(GAP)
+        line.rstrip()
+        made.append(line)
+    return [*alone, *made]
+
+
+def _wrapped(console: Console, text: Text, width: int) -> list[Text]:
+    """The text in lines of at most `width`, broken between words, or in a path behind a slash."""
+    ends, column = [], 0
+    for word in re.finditer(r"\S+|\s", text.plain):
+        column = 0 if word[0].isspace() else column
+        for part in _FOLDERS.finditer(word[0]) if len(word[0]) > LONG_PATH else ():
+            size = Text(part[0]).cell_len
+            if column and column + size > width:
+                ends.append(word.start() + part.start())
+                column = 0
+            column += size
+    pieces = text.divide(ends)
+    return [line for piece in pieces for line in piece.wrap(console, width, overflow="fold")] or [Text()]
