@@ -20,6 +20,7 @@ from fiddlehead.launch.reconcile import Answer, reconcile
 from fiddlehead.recipe.allowed import reference_to
 from fiddlehead.recipe.coercion import coerce
 from fiddlehead.recipe.hints import Unevaluated, parameter_hint
+from fiddlehead.recipe.nemo_names import nemo_hint
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import State, Status
 
@@ -132,7 +133,11 @@ class Executor(ABC):
             ConfigError: a setting is unknown, or has an impossible value.
         """
         known = [setting.name for setting in fields(cls)]
-        refuse(Problem.unknown("", name, f"setting of {cls.kind}", known) for name in settings if name not in known)
+        refuse(
+            nemo_hint(cls, name) or Problem.unknown("", name, f"setting of {cls.kind}", known)
+            for name in settings
+            if name not in known
+        )
         return cls(**settings)
 
     @classmethod

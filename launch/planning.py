@@ -41,7 +41,7 @@ class Plan:
     problems: tuple[Problem, ...] = ()
     """The problems of the recipe and its executor."""
     missing: tuple[str, ...] = ()
-    """What is missing for a start: training data, or GPUs on this machine."""
+    """What is missing for a start: weights to begin with, training data, or GPUs on this machine."""
     changed: tuple[str, ...] = ()
     """The values of the recipe that the executor has overridden, a sentence for each."""
     known: TrainingPlan | None = None
@@ -104,7 +104,7 @@ class Plan:
         return [
             *self.training.rows(),
             *(("changed", sentence) for sentence in self.changed),
-            *(("it cannot start here", reason) for reason in self.missing if reason != self.training.missing),
+            *(("it cannot start here", reason) for reason in self.missing if reason not in self.training.missing),
             *([("GPU", UNKNOWN)] if self.training.memory is not None and self.training.card is None else []),
             *(("would be refused", problem) for problem in self.refusals.values()),
         ]
@@ -222,7 +222,7 @@ def plan(
     if executor is not None:
         trainer = fitted.trainer
         executor = executor.fitted(int(trainer.devices), str(trainer.accelerator), int(trainer.num_nodes))
-    missing = tuple(filter(None, (lacking, training.missing)))
+    missing = tuple(filter(None, (lacking, *training.missing)))
     return Plan(fitted, executor, missing=missing, changed=tuple(yielded(recipe, fitted)), known=training)
 
 

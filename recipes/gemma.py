@@ -7,6 +7,7 @@ import fiddle as fdl
 from fiddlehead.models import LinearRopeScaling, TransformerConfig
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipes.base import pretrain
+from fiddlehead.recipes.model_recipe import model_recipe
 
 GEMMA2_2B = fdl.Config(
     TransformerConfig,
@@ -111,36 +112,43 @@ GEMMA3_27B = fdl.copy_with(
 )
 
 
+@model_recipe
 def gemma2_2b() -> Recipe:
     """Gemma 2 2B, pretraining on 8 GPUs."""
     return pretrain(GEMMA2_2B, seq_length=8192, micro_batch_size=2)
 
 
+@model_recipe
 def gemma2_9b() -> Recipe:
     """Gemma 2 9B, pretraining on 8 GPUs."""
     return pretrain(GEMMA2_9B, seq_length=8192, activation_checkpointing="selective")
 
 
+@model_recipe
 def gemma2_27b() -> Recipe:
     """Gemma 2 27B, pretraining on 4 nodes of 8 GPUs."""
     return pretrain(GEMMA2_27B, seq_length=8192, num_nodes=4, micro_batch_size=4, activation_checkpointing="full")
 
 
+@model_recipe
 def gemma3_1b() -> Recipe:
     """Gemma 3 1B, pretraining on 8 GPUs."""
     return pretrain(GEMMA3_1B, seq_length=8192, micro_batch_size=4)
 
 
+@model_recipe
 def gemma3_4b() -> Recipe:
     """Gemma 3 4B text model, pretraining on 8 GPUs."""
     return pretrain(GEMMA3_4B, seq_length=8192, micro_batch_size=2, activation_checkpointing=0.9)
 
 
+@model_recipe
 def gemma3_12b() -> Recipe:
     """Gemma 3 12B text model, pretraining on 2 nodes of 8 GPUs."""
     return pretrain(GEMMA3_12B, seq_length=8192, num_nodes=2, micro_batch_size=8, activation_checkpointing="full")
 
 
+@model_recipe
 def gemma3_27b() -> Recipe:
     """Gemma 3 27B text model, pretraining on 4 nodes of 8 GPUs."""
     return pretrain(GEMMA3_27B, seq_length=8192, num_nodes=4, micro_batch_size=4, activation_checkpointing="full")

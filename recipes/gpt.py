@@ -7,6 +7,7 @@ import fiddle as fdl
 from fiddlehead.models import TransformerConfig, YarnRopeScaling
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipes.base import pretrain
+from fiddlehead.recipes.model_recipe import model_recipe
 
 GPT2_124M = fdl.Config(
     TransformerConfig,
@@ -55,26 +56,31 @@ GPT_OSS_20B = fdl.Config(
 )
 
 
+@model_recipe
 def gpt2_124m() -> Recipe:
     """GPT-2 with 124 M parameters, pretraining on 8 GPUs."""
     return pretrain(GPT2_124M, seq_length=1024, lr=6e-4, micro_batch_size=32)
 
 
+@model_recipe
 def gpt2_355m() -> Recipe:
     """GPT-2 with 355 M parameters, pretraining on 8 GPUs."""
     return pretrain(GPT2_355M, seq_length=1024, lr=3e-4, micro_batch_size=32)
 
 
+@model_recipe
 def gpt2_774m() -> Recipe:
     """GPT-2 with 774 M parameters, pretraining on 8 GPUs."""
     return pretrain(GPT2_774M, seq_length=1024, lr=2.5e-4, micro_batch_size=32)
 
 
+@model_recipe
 def gpt2_1p5b() -> Recipe:
     """GPT-2 with 1.5 B parameters, pretraining on 8 GPUs."""
     return pretrain(GPT2_1P5B, seq_length=1024, lr=2e-4, micro_batch_size=16)
 
 
+@model_recipe
 def gpt3_175b() -> Recipe:
     """GPT-3 175B, pretraining on 64 nodes of 8 GPUs."""
     return pretrain(
@@ -89,6 +95,7 @@ def gpt3_175b() -> Recipe:
     )
 
 
+@model_recipe
 def gpt_oss_20b() -> Recipe:
     """gpt-oss 20B, 32 experts, 4 for each token, pretraining on 4 nodes of 8 GPUs."""
     return pretrain(GPT_OSS_20B, seq_length=4096, num_nodes=4, micro_batch_size=8, activation_checkpointing=0.5)

@@ -7,6 +7,7 @@ import fiddle as fdl
 from fiddlehead.models import TransformerConfig
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipes.base import pretrain
+from fiddlehead.recipes.model_recipe import model_recipe
 
 GRANITE3_2B = fdl.Config(
     TransformerConfig,
@@ -28,11 +29,13 @@ GRANITE3_8B = fdl.copy_with(
 )
 
 
+@model_recipe
 def granite3_2b() -> Recipe:
     """Granite 3.0 2B, pretraining on 8 GPUs."""
     return pretrain(GRANITE3_2B, seq_length=4096, micro_batch_size=4)
 
 
+@model_recipe
 def granite3_8b() -> Recipe:
     """Granite 3.0 8B, pretraining on 8 GPUs."""
     return pretrain(GRANITE3_8B, seq_length=4096, micro_batch_size=2)

@@ -9,6 +9,7 @@ import fiddle as fdl
 from fiddlehead.models import RopeScaling, TransformerConfig
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipes.base import laid_out, pretrain
+from fiddlehead.recipes.model_recipe import model_recipe
 
 LLAMA2_7B = fdl.Config(
     TransformerConfig,
@@ -59,16 +60,19 @@ LLAMA32_1B = fdl.copy_with(
 LLAMA32_3B = fdl.copy_with(LLAMA32_1B, num_layers=28, hidden_size=3072, ffn_hidden_size=8192, num_attention_heads=24)
 
 
+@model_recipe
 def llama2_7b() -> Recipe:
     """Llama 2 7B, pretraining on 8 GPUs."""
     return pretrain(LLAMA2_7B, seq_length=4096, micro_batch_size=4, activation_checkpointing=0.9)
 
 
+@model_recipe
 def llama2_13b() -> Recipe:
     """Llama 2 13B, pretraining on 2 nodes of 8 GPUs."""
     return pretrain(LLAMA2_13B, seq_length=4096, num_nodes=2, micro_batch_size=16, activation_checkpointing="full")
 
 
+@model_recipe
 def llama2_70b() -> Recipe:
     """Llama 2 70B, pretraining on 8 nodes of 8 GPUs."""
     return pretrain(
@@ -76,6 +80,7 @@ def llama2_70b() -> Recipe:
     )
 
 
+@model_recipe
 def llama3_8b() -> Recipe:
     """Llama 3 8B, pretraining on 8 GPUs.
 
@@ -86,16 +91,19 @@ def llama3_8b() -> Recipe:
     )
 
 
+@model_recipe
 def llama3_8b_16k() -> Recipe:
     """Llama 3 8B on sequences of 16,384 tokens."""
     return _longer(llama3_8b(), 16384, activation_checkpointing="selective")
 
 
+@model_recipe
 def llama3_8b_64k() -> Recipe:
     """Llama 3 8B on sequences of 65,536 tokens."""
     return _longer(llama3_8b(), 65536, activation_checkpointing="selective", context_parallel=4)
 
 
+@model_recipe
 def llama3_70b() -> Recipe:
     """Llama 3 70B, pretraining on 8 nodes of 8 GPUs."""
     return pretrain(
@@ -109,26 +117,31 @@ def llama3_70b() -> Recipe:
     )
 
 
+@model_recipe
 def llama3_70b_16k() -> Recipe:
     """Llama 3 70B on sequences of 16,384 tokens."""
     return _longer(llama3_70b(), 16384, activation_checkpointing="full")
 
 
+@model_recipe
 def llama3_70b_64k() -> Recipe:
     """Llama 3 70B on sequences of 65,536 tokens."""
     return _longer(llama3_70b(), 65536, activation_checkpointing="selective", tensor_parallel=4, context_parallel=8)
 
 
+@model_recipe
 def llama31_8b() -> Recipe:
     """Llama 3.1 8B, pretraining on 8 GPUs."""
     return pretrain(LLAMA31_8B, seq_length=8192, micro_batch_size=2, activation_checkpointing="selective")
 
 
+@model_recipe
 def llama31_8b_128k() -> Recipe:
     """Llama 3.1 8B on sequences of 131,072 tokens."""
     return _longer(llama31_8b(), 131072, activation_checkpointing="selective", context_parallel=8)
 
 
+@model_recipe
 def llama31_70b() -> Recipe:
     """Llama 3.1 70B, pretraining on 8 nodes of 8 GPUs."""
     return pretrain(
@@ -136,6 +149,7 @@ def llama31_70b() -> Recipe:
     )
 
 
+@model_recipe
 def llama31_405b() -> Recipe:
     """Llama 3.1 405B, pretraining on 72 nodes of 8 GPUs."""
     return pretrain(
@@ -149,11 +163,13 @@ def llama31_405b() -> Recipe:
     )
 
 
+@model_recipe
 def llama32_1b() -> Recipe:
     """Llama 3.2 1B, pretraining on 8 GPUs."""
     return pretrain(LLAMA32_1B, seq_length=8192, max_steps=1_168_251, micro_batch_size=4)
 
 
+@model_recipe
 def llama32_3b() -> Recipe:
     """Llama 3.2 3B, pretraining on 8 GPUs."""
     return pretrain(LLAMA32_3B, seq_length=8192, micro_batch_size=2)

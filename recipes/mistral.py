@@ -7,6 +7,7 @@ import fiddle as fdl
 from fiddlehead.models import TransformerConfig
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipes.base import pretrain
+from fiddlehead.recipes.model_recipe import model_recipe
 
 MISTRAL_7B = fdl.Config(
     TransformerConfig,
@@ -33,16 +34,19 @@ MIXTRAL_8X7B = fdl.copy_with(
 )
 
 
+@model_recipe
 def mistral_7b() -> Recipe:
     """Mistral 7B v0.1, with its window of 4,096 tokens, pretraining on 8 GPUs."""
     return pretrain(MISTRAL_7B, seq_length=8192, micro_batch_size=2, activation_checkpointing=0.9)
 
 
+@model_recipe
 def mistral_nemo_12b() -> Recipe:
     """Mistral Nemo 12B, pretraining on 2 nodes of 8 GPUs."""
     return pretrain(MISTRAL_NEMO_12B, seq_length=8192, num_nodes=2, micro_batch_size=8, activation_checkpointing="full")
 
 
+@model_recipe
 def mixtral_8x7b() -> Recipe:
     """Mixtral 8x7B, 47 B parameters, 13 B for each token, pretraining on 8 nodes of 8 GPUs."""
     return pretrain(MIXTRAL_8X7B, seq_length=4096, num_nodes=8, micro_batch_size=8, activation_checkpointing=0.5)

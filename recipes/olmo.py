@@ -7,6 +7,7 @@ import fiddle as fdl
 from fiddlehead.models import TransformerConfig
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipes.base import pretrain
+from fiddlehead.recipes.model_recipe import model_recipe
 
 OLMO2_1B = fdl.Config(
     TransformerConfig,
@@ -30,21 +31,25 @@ OLMO2_32B = fdl.copy_with(
 )
 
 
+@model_recipe
 def olmo2_1b() -> Recipe:
     """OLMo 2 1B, pretraining on 8 GPUs."""
     return pretrain(OLMO2_1B, seq_length=4096, lr=4e-4, micro_batch_size=8)
 
 
+@model_recipe
 def olmo2_7b() -> Recipe:
     """OLMo 2 7B, pretraining on 8 GPUs."""
     return pretrain(OLMO2_7B, seq_length=4096, micro_batch_size=4, activation_checkpointing="selective")
 
 
+@model_recipe
 def olmo2_13b() -> Recipe:
     """OLMo 2 13B, pretraining on 2 nodes of 8 GPUs."""
     return pretrain(OLMO2_13B, seq_length=4096, num_nodes=2, micro_batch_size=16, activation_checkpointing="full")
 
 
+@model_recipe
 def olmo2_32b() -> Recipe:
     """OLMo 2 32B, pretraining on 4 nodes of 8 GPUs."""
     return pretrain(OLMO2_32B, seq_length=4096, num_nodes=4, micro_batch_size=8, activation_checkpointing="full")

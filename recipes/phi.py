@@ -7,6 +7,7 @@ import fiddle as fdl
 from fiddlehead.models import TransformerConfig
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipes.base import pretrain
+from fiddlehead.recipes.model_recipe import model_recipe
 
 PHI3_MINI = fdl.Config(
     TransformerConfig,
@@ -30,11 +31,13 @@ PHI4 = fdl.Config(
 )
 
 
+@model_recipe
 def phi3_mini() -> Recipe:
     """Phi-3 mini, 3.8 B parameters, pretraining on 8 GPUs."""
     return pretrain(PHI3_MINI, seq_length=4096, micro_batch_size=4)
 
 
+@model_recipe
 def phi4() -> Recipe:
     """Phi-4, 14 B parameters, pretraining on 2 nodes of 8 GPUs."""
     return pretrain(PHI4, seq_length=4096, num_nodes=2, micro_batch_size=16, activation_checkpointing="full")

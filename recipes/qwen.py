@@ -7,6 +7,7 @@ import fiddle as fdl
 from fiddlehead.models import TransformerConfig
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipes.base import pretrain
+from fiddlehead.recipes.model_recipe import model_recipe
 
 QWEN25_500M = fdl.Config(
     TransformerConfig,
@@ -105,71 +106,85 @@ QWEN3_30B_A3B = fdl.copy_with(
 )
 
 
+@model_recipe
 def qwen25_500m() -> Recipe:
     """Qwen 2.5 0.5B, pretraining on 8 GPUs."""
     return pretrain(QWEN25_500M, seq_length=4096, micro_batch_size=16)
 
 
+@model_recipe
 def qwen25_1p5b() -> Recipe:
     """Qwen 2.5 1.5B, pretraining on 8 GPUs."""
     return pretrain(QWEN25_1P5B, seq_length=4096, micro_batch_size=4)
 
 
+@model_recipe
 def qwen25_3b() -> Recipe:
     """Qwen 2.5 3B, pretraining on 8 GPUs."""
     return pretrain(QWEN25_3B, seq_length=4096, micro_batch_size=4)
 
 
+@model_recipe
 def qwen25_7b() -> Recipe:
     """Qwen 2.5 7B, pretraining on 8 GPUs."""
     return pretrain(QWEN25_7B, seq_length=4096, micro_batch_size=4, activation_checkpointing="selective")
 
 
+@model_recipe
 def qwen25_14b() -> Recipe:
     """Qwen 2.5 14B, pretraining on 2 nodes of 8 GPUs."""
     return pretrain(QWEN25_14B, seq_length=4096, num_nodes=2, micro_batch_size=16, activation_checkpointing="full")
 
 
+@model_recipe
 def qwen25_32b() -> Recipe:
     """Qwen 2.5 32B, pretraining on 4 nodes of 8 GPUs."""
     return pretrain(QWEN25_32B, seq_length=4096, num_nodes=4, micro_batch_size=8, activation_checkpointing="full")
 
 
+@model_recipe
 def qwen25_72b() -> Recipe:
     """Qwen 2.5 72B, pretraining on 8 nodes of 8 GPUs."""
     return pretrain(QWEN25_72B, seq_length=4096, num_nodes=8, micro_batch_size=4, activation_checkpointing="full")
 
 
+@model_recipe
 def qwen3_600m() -> Recipe:
     """Qwen 3 0.6B, pretraining on 8 GPUs."""
     return pretrain(QWEN3_600M, seq_length=4096, micro_batch_size=8)
 
 
+@model_recipe
 def qwen3_1p7b() -> Recipe:
     """Qwen 3 1.7B, pretraining on 8 GPUs."""
     return pretrain(QWEN3_1P7B, seq_length=4096, micro_batch_size=8)
 
 
+@model_recipe
 def qwen3_4b() -> Recipe:
     """Qwen 3 4B, pretraining on 8 GPUs."""
     return pretrain(QWEN3_4B, seq_length=4096, micro_batch_size=4, activation_checkpointing=0.9)
 
 
+@model_recipe
 def qwen3_8b() -> Recipe:
     """Qwen 3 8B, pretraining on 8 GPUs."""
     return pretrain(QWEN3_8B, seq_length=4096, micro_batch_size=2)
 
 
+@model_recipe
 def qwen3_14b() -> Recipe:
     """Qwen 3 14B, pretraining on 2 nodes of 8 GPUs."""
     return pretrain(QWEN3_14B, seq_length=4096, num_nodes=2, micro_batch_size=16, activation_checkpointing="full")
 
 
+@model_recipe
 def qwen3_32b() -> Recipe:
     """Qwen 3 32B, pretraining on 4 nodes of 8 GPUs."""
     return pretrain(QWEN3_32B, seq_length=4096, num_nodes=4, micro_batch_size=8, activation_checkpointing="full")
 
 
+@model_recipe
 def qwen3_30b_a3b() -> Recipe:
     """Qwen 3 30B-A3B, 128 experts, 8 for each token, pretraining on 4 nodes of 8 GPUs."""
     return pretrain(QWEN3_30B_A3B, seq_length=4096, num_nodes=4, micro_batch_size=8, activation_checkpointing=0.5)

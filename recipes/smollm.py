@@ -7,6 +7,7 @@ import fiddle as fdl
 from fiddlehead.models import TransformerConfig
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipes.base import pretrain
+from fiddlehead.recipes.model_recipe import model_recipe
 
 SMOLLM2_135M = fdl.Config(
     TransformerConfig,
@@ -35,16 +36,19 @@ SMOLLM2_1P7B = fdl.copy_with(
 )
 
 
+@model_recipe
 def smollm2_135m() -> Recipe:
     """SmolLM 2 with 135 M parameters, pretraining on 8 GPUs."""
     return pretrain(SMOLLM2_135M, seq_length=2048, lr=3e-3, micro_batch_size=32)
 
 
+@model_recipe
 def smollm2_360m() -> Recipe:
     """SmolLM 2 with 360 M parameters, pretraining on 8 GPUs."""
     return pretrain(SMOLLM2_360M, seq_length=2048, lr=3e-3, micro_batch_size=32)
 
 
+@model_recipe
 def smollm2_1p7b() -> Recipe:
     """SmolLM 2 with 1.7 B parameters, pretraining on 8 GPUs."""
     return pretrain(SMOLLM2_1P7B, seq_length=2048, lr=5e-4, micro_batch_size=8)

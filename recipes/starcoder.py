@@ -7,6 +7,7 @@ import fiddle as fdl
 from fiddlehead.models import TransformerConfig
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipes.base import pretrain
+from fiddlehead.recipes.model_recipe import model_recipe
 
 STARCODER2_3B = fdl.Config(
     TransformerConfig,
@@ -47,16 +48,19 @@ STARCODER2_15B = fdl.copy_with(
 )
 
 
+@model_recipe
 def starcoder2_3b() -> Recipe:
     """StarCoder 2 3B, pretraining on 8 GPUs."""
     return pretrain(STARCODER2_3B, seq_length=4096, micro_batch_size=4)
 
 
+@model_recipe
 def starcoder2_7b() -> Recipe:
     """StarCoder 2 7B, pretraining on 8 GPUs."""
     return pretrain(STARCODER2_7B, seq_length=4096, micro_batch_size=4, activation_checkpointing=0.9)
 
 
+@model_recipe
 def starcoder2_15b() -> Recipe:
     """StarCoder 2 15B, pretraining on 2 nodes of 8 GPUs."""
     return pretrain(STARCODER2_15B, seq_length=4096, num_nodes=2, micro_batch_size=16, activation_checkpointing="full")

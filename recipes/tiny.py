@@ -8,9 +8,11 @@ from fiddlehead.data import BPETokenizer, ByteTokenizer
 from fiddlehead.models import TransformerConfig
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipes.base import pretrain, uptrain
+from fiddlehead.recipes.model_recipe import model_recipe
 from fiddlehead.training import WarmupStableDecay
 
 
+@model_recipe
 def tiny() -> Recipe:
     """A GQA model of 0.9 M parameters, trained on Python's standard library in about a minute on two cores."""
     recipe = pretrain(
@@ -40,6 +42,7 @@ def tiny() -> Recipe:
     return recipe
 
 
+@model_recipe
 def tiny_mqa() -> Recipe:
     """The demo with one key/value head for all query heads (multi-query attention)."""
     recipe = tiny()
@@ -47,6 +50,7 @@ def tiny_mqa() -> Recipe:
     return recipe
 
 
+@model_recipe
 def tiny_mha() -> Recipe:
     """The demo with as many key/value heads as query heads (multi-head attention)."""
     recipe = tiny()
@@ -54,11 +58,13 @@ def tiny_mha() -> Recipe:
     return recipe
 
 
+@model_recipe
 def tiny_uptrain() -> Recipe:
     """The continuation of a converted demo, for 5 % of its steps; set model.init_from."""
     return uptrain(tiny(), "converted")
 
 
+@model_recipe
 def tiny_test() -> Recipe:
     """30 steps of a two-layer model on bytes, in a few seconds."""
     recipe = tiny()

@@ -17,6 +17,7 @@ import pytest
 
 from fiddlehead.cli import main
 from fiddlehead.errors import ConfigError
+from fiddlehead.migrate import migrate
 from fiddlehead.run.directory import RunDirectory
 from tests import warm
 
@@ -195,6 +196,20 @@ def test_the_tables_of_the_attention_page_say_what_the_backends_say():
         script["filled"](page.replace("<!-- end features -->", ""))
 
 
+def test_the_table_of_nemo_s_names_is_that_of_the_errors():
+    script = runpy.run_path(str(ROOT / "docs" / "nemo_tables.py"))
+    page = (ROOT / "docs" / "nemo.md").read_text()
+    assert script["filled"](page) == page, "run: python docs/nemo_tables.py"
+
+
+def test_the_page_for_nemo_shows_what_its_script_becomes():
+    python, *_, shown = [
+        block.code for block in blocks((ROOT / "docs" / "nemo.md").read_text()) if "def recipe_of" in block.code
+    ]
+    text = re.findall(r"[\"']{3}\\\n(.*)[\"']{3}", python, re.DOTALL)[0]
+    assert migrate(text, "train_llama").recipe.endswith(shown)
+
+
 def sessions(page: Path) -> list[tuple[list[str], list[str]]]:
     """The commands of a page that are shown with what they print, and that."""
     found: list[tuple[list[str], list[str]]] = []
@@ -208,8 +223,11 @@ def sessions(page: Path) -> list[tuple[list[str], list[str]]]:
     return found
 
 
-@pytest.mark.parametrize(("arguments", "printed"), sessions(ROOT / "README.md"), ids=lambda value: value[-1])
-def test_the_errors_that_the_readme_shows_are_those_that_are_printed(
+SESSIONS = [each for page in ("README.md", "docs/nemo.md") for each in sessions(ROOT / page)]
+
+
+@pytest.mark.parametrize(("arguments", "printed"), SESSIONS, ids=lambda value: value[-1])
+def test_the_errors_that_pages_show_are_those_that_are_printed(
     arguments: list[str], printed: list[str], working_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
     monkeypatch.setattr(sys, "argv", ["fiddlehead", *arguments])

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 
 from fiddlehead.checkpoints.folder import verified_by_first
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, refuse
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.files.paths import user_path
 from fiddlehead.plan import attention
@@ -61,7 +61,7 @@ def pretrain(
     begin(model, data, trainer, optim)
     plan = plan_training(model, data, trainer, optim, log)
     if plan.missing:
-        raise ConfigError(plan.missing)
+        raise ConfigError(*plan.missing)
     plan.apply(model, data, trainer)
     run = RunDirectory(user_path(log.dir) / (log.name or reserve_name("pretrain", log.dir)))
     launched = run.prediction()
@@ -79,6 +79,7 @@ def pretrain(
         if start.init_from and start.init_from != str(model.init_from):
             model.init_from = start.init_from
             verified_by_first(ranks, model.take_shape)
+            refuse([] if model.missing is None else [model.missing.under("model")])
     if step >= plan.max_steps:
         say(f"{run.path} has reached step {step} of {plan.max_steps}: nothing is left to train")
         return run

@@ -20,8 +20,9 @@ from fiddlehead.checkpoints.weights import load_transformer, open_weights
 from fiddlehead.data import TokenizerFile
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
+from fiddlehead.plan.training import begin, plan_training
 from fiddlehead.run.directory import RunDirectory
-from fiddlehead.training import LanguageModel
+from fiddlehead.training import LanguageModel, PreferenceModel
 from tests.training.conftest import KillAfter, Killed, Parts, make_parts, rows
 
 Pretrain = Callable[..., RunDirectory]
@@ -67,11 +68,27 @@ def test_weights_of_another_shape_are_refused(base: RunDirectory, parts: Parts) 
     assert "model.config.num_query_groups=1: init_from=" in str(error.value)
 
 
-def test_a_model_needs_a_shape_and_adapters_a_model() -> None:
-    with pytest.raises(ConfigError, match="init_from=None: name the model to begin with"):
-        LanguageModel()
-    with pytest.raises(ConfigError, match="init_from=None: adapters need a model"):
-        LanguageModel(TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1), lora=LoRA())
+def test_a_model_needs_a_shape_and_adapters_a_model(parts: Parts) -> None:
+    shape = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
+    for model, said in (
+        (LanguageModel(), "model.init_from=None: name the model to begin with"),
+        (LanguageModel(shape, lora=LoRA()), "model.init_from=None: adapters need a model"),
+        (PreferenceModel(shape), "model.init_from=None: name a model that can answer already"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            tasks.pretrain(**parts() | {"model": model})
+
+
+def test_a_known_shape_is_planned_without_the_weights_and_the_plan_says_so(parts: Parts, tmp_path: Path) -> None:
+    shape = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, vocab_size=300)
+    given = parts() | {"model": LanguageModel(shape, init_from=tmp_path / "nowhere", lora=LoRA())}
+    begin(*(given[name] for name in ("model", "data", "trainer", "optim")))
+    plan = plan_training(**given, target=None)
+    assert plan.parameters > plan.trained > 0
+    assert [reason for reason in plan.missing if "nowhere': unknown run" in reason]
+    assert ("", "the weights are not known, so the shape is model.config's") in plan.rows()
+    with pytest.raises(ConfigError, match=r"model.init_from='.*nowhere': unknown run"):
+        tasks.pretrain(**given)
 
 
 def test_weights_that_are_not_there_are_refused(parts: Parts, tmp_path: Path) -> None:

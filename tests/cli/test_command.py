@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -251,6 +252,16 @@ def test_all_mistakes_of_a_recipe_at_once(fiddlehead):
             "model.init_from=None: name a model that can answer already",
         ),
         (["finetune", "-f", "full", "--dryrun"], "data.paths: is empty"),
+        (["finetune", "-f", "llama3_8b", "trainer.accelerator=cpu"], "model.init_from=None: adapters need a model"),
+        (["finetune", "-f", "lora.finetune_recipe"], "lora is not a model's recipe"),
+        (["pretrain", "-f", "llama3_8b(num_node=2)"], "did you mean 'num_nodes'?"),
+        (["pretrain", "-f", "llama3_8b(num_nodes=two)"], "num_nodes"),
+        (["pretrain", "-f", "llama3_8b(2)"], "'2' must be name=value"),
+        (["pretrain", "-f", "llama3_8b(num_nodes=2"], "unknown recipe 'llama3_8b(num_nodes=2'"),
+        (["pretrain", "-f", "llama3_8b(name=__import__('os').getcwd(), num_nodes=0)"], "num_nodes=0"),
+        (["finetune", "-f", "llama3_8b(peft_scheme='lara')"], "'lora' | 'dora' | 'none'"),
+        (["pretrain", "-f", "tiny", "trainer.limit_val_batches=5", "--dryrun"], "data.val_samples says how many"),
+        (["pretrain", "-f", "tiny", "executor=slurm", "executor.container_image=x"], "executor.container here"),
         (["pretrain"], "--factory"),
         (["show", "tinny"], "did you mean 'tiny'?"),
         (["recipes", "lamma3_8b"], "no recipe is called 'lamma3_8b'; did you mean 'llama3_8b' or "),
@@ -267,6 +278,30 @@ def test_mistakes_are_a_few_lines_and_exit_code_2(fiddlehead, arguments, expecte
     assert expected in output
     assert len(output.strip().splitlines()) <= 8
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_recipe_is_given_arguments_where_it_is_named(fiddlehead, tmp_path):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/mine.py").write_text(
+        "from fiddlehead.recipe import Recipe\nfrom fiddlehead.recipes.tiny import tiny_test\n\n\n"
+        "def mine(layers: int, lr=0.1, *, sizes: tuple[int, ...] = ()) -> Recipe:\n    recipe = tiny_test()\n"
+        "    recipe.model.config.num_layers, recipe.optim.lr = layers, lr\n"
+        "    recipe.data.micro_batch_size = sum(sizes)\n    return recipe\n"
+    )
+    for called in ("mine(layers=5, lr=1e-2, sizes=[2, 2])", "recipes.mine:mine(layers=5,lr=1e-2,sizes=(2,2))"):
+        shown = fiddlehead("show", called)
+        assert re.search(r"num_layers +5 ", shown) and re.search(r"optim.lr +0.01 ", shown)
+        assert re.search(r"micro_batch_size +4 ", shown)
+    assert "missing a required argument: 'layers'" in fiddlehead("show", "mine()", rc=2)
+
+
+def test_a_model_s_name_means_its_fine_tuning_where_that_is_typed(fiddlehead):
+    planned = fiddlehead(
+        "finetune", "-f", "llama3_8b(peft_scheme='dora', num_gpus_per_node=2)", "--dryrun", "--gpu", "h100"
+    )
+    assert "2 devices" in planned and "of them trained" in planned
+    assert "the weights are not known, so the shape is model.config's" in planned
+    assert "is a recipe to finetune" in fiddlehead("pretrain", "-f", "llama3_8b.finetune_recipe", rc=2)
 
 
 def spoiled_run(folder: Path, name: str, file: str, content: bytes) -> None:

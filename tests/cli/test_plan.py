@@ -107,7 +107,7 @@ def test_the_list_of_recipes_has_what_each_takes(monkeypatch: pytest.MonkeyPatch
             main()
         out = capsys.readouterr().out
         if options == ["--long"]:
-            assert "GiB a GPU" in out and "1 x 8 gpu" in out
+            assert "GiB a GPU" in out and "1 x 8 h100" in out
             continue
         of = {each["name"]: each for each in json.loads(out)}
         assert of["llama3_8b"]["fits"] and of["llama3_8b"]["gpus"] == 8 and of["llama3_8b_64k"]["memory_gib"] < 79

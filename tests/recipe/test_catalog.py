@@ -269,3 +269,18 @@ def test_built_in_recipes_are_found_from_anywhere() -> None:
     entries = catalog.recipes()
     assert entries and all(entry.module.startswith("fiddlehead.recipes.") and entry.summary for entry in entries)
     assert not any(entry.module.endswith("__init__") for entry in entries + catalog.executors())
+
+
+def test_a_recipe_with_arguments_of_its_own_is_found_where_it_is_called() -> None:
+    write("recipes/mine.py", "def mine(size: int) -> 'Recipe':\n    return f'mine of {size}'\n")
+    with pytest.raises(ConfigError, match=r"recipe 'mine': .*mine.py:1: mine has arguments without a default.*'mine\("):
+        catalog.find_recipe("mine")
+    assert catalog.find_recipe("mine", called=True)(3) == "mine of 3"
+
+
+def test_a_model_s_recipes_are_found_by_nemo_s_names() -> None:
+    tuned = catalog.find_recipe("llama3_8b.finetune_recipe")()
+    assert tuned == catalog.find_recipe("fiddlehead.recipes.llama:llama3_8b").finetune_recipe()
+    assert catalog.find_recipe("llama3_8b.pretrain_recipe")() == catalog.find_recipe("llama3_8b")()
+    with pytest.raises(ConfigError, match=r"recipe 'lora.finetune_recipe': lora is not a model's recipe"):
+        catalog.find_recipe("lora.finetune_recipe")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,18 @@ def test_no_layout_of_the_measured_kinds_is_more_than_5_percent_faster(name):
         if each.speed is not None and each.sizes.pipeline == each.sizes.expert == each.sizes.replicate == 1
     ]
     assert measured[0] <= 1.05 * plan_of(name).speed.tokens_per_s
+
+
+ROOT = Path(__file__).parents[2]
+TABLES = runpy.run_path(str(ROOT / "docs" / "model_tables.py"))
+PAGE = (ROOT / "docs" / "models.md").read_text()
+
+
+def test_the_table_of_models_has_what_the_plan_predicts(name):
+    if not hasattr(ENTRIES[name].load(), "finetune_recipe") or make(name).trainer.accelerator != "gpu":
+        assert f"| `{name}` |" not in PAGE
+        return
+    assert TABLES["row"](name, plan_of(name)) in PAGE.splitlines(), "run: python docs/model_tables.py"
 
 
 def test_a_saved_recipe_loads_back_equal(name, tmp_path):

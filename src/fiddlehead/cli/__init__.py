@@ -19,6 +19,7 @@ from fiddlehead.cli import (
     corpus,
     evaluate,
     fields,
+    migrate,
     plan,
     recipes,
     report,
@@ -64,6 +65,7 @@ app.command("show", rich_help_panel="Recipes")(recipes.show)
 app.command("diff", rich_help_panel="Recipes")(recipes.diff)
 app.command("help", rich_help_panel="Recipes", help=fields.HELP)(fields.help_)
 app.command("schema", rich_help_panel="Recipes")(fields.schema)
+app.command("migrate", rich_help_panel="Recipes")(migrate.migrate)
 app.command("pretrain", rich_help_panel="Train")(train.pretrain)
 app.command("finetune", rich_help_panel="Train", help=train.FINETUNE_HELP)(train.pretrain)
 app.command("plan", rich_help_panel="Train", help=plan.HELP)(plan.plan)

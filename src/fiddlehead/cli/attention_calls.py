@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,6 @@ def calls_of_recipe(recipe: Recipe) -> Calls:
     """
     import fiddle as fdl
 
-    from fiddlehead.data import FineTuningDataModule
     from fiddlehead.plan.attention_calls import calls_of
     from fiddlehead.plan.training import PRECISIONS
     from fiddlehead.recipe import Recipe
@@ -46,10 +44,7 @@ def calls_of_recipe(recipe: Recipe) -> Calls:
     if precision not in PRECISIONS:
         raise ConfigError(Problem.unknown("trainer.precision", precision, "precision", PRECISIONS))
     trainer = fdl.Config(_Trainer, recipe.trainer.strategy)
-    data = copy.copy(recipe.data)
-    if fdl.get_callable(data) is FineTuningDataModule and not data.paths:
-        data.paths = ["examples.jsonl"]  # attention does not see what is in it
-    parts = Recipe(_parts, model=recipe.model, data=data, trainer=trainer).build_arguments()
+    parts = Recipe(_parts, model=recipe.model, data=recipe.data, trainer=trainer).build_arguments()
     model, data, strategy = parts["model"], parts["data"], parts["trainer"].strategy
     if not isinstance(model, LanguageModel):
         raise ConfigError(Problem("model", message=f"is a {type(model).__name__}, not a LanguageModel"))

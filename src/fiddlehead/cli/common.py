@@ -54,15 +54,19 @@ DespiteOption = typer.Option(
 )
 
 
-def load_recipe(name: str, overrides: Sequence[str] = (), allow: Sequence[str] = ()) -> tuple[Recipe, str]:
+def load_recipe(
+    name: str, overrides: Sequence[str] = (), allow: Sequence[str] = (), *, task: str | None = None
+) -> tuple[Recipe, str]:
     """Loads the recipe `name` and edits it; returns it with a name for its runs.
 
-    `name` is a recipe function, `package.module:function`, `@file.yaml`, a YAML file, or a run.
+    `name` is a recipe function, `package.module:function`, either with arguments `name(argument=value)`, or
+    `@file.yaml`, a YAML file, or a run. With the `task` "finetune", a model's name means the recipe that fine-tunes it.
     """
     from fiddlehead.recipe import Recipe
-    from fiddlehead.recipe.edits import apply_overrides
+    from fiddlehead.recipe.edits import apply_overrides, call_recipe
     from fiddlehead.run.names import find_run
 
+    function_name, arguments = split_call(name)
     file = user_path(name.removeprefix("@"))
     if name.startswith("@") or file.suffix in (".yaml", ".yml"):
         if not file.is_file():
@@ -70,22 +74,35 @@ def load_recipe(name: str, overrides: Sequence[str] = (), allow: Sequence[str] =
         recipe, title = Recipe.load(file, allow=tuple(allow)), file.stem
         if title == "recipe":  # runs/NAME/recipe.yaml
             title = file.absolute().parent.name
-    elif ":" not in name and not any(entry.name == name for entry in catalog.recipes()) and _is_run(name):
+    elif arguments is None and ":" not in name and not _is_recipe(name) and _is_run(name):
         run = find_run(name)
         recipe, title = Recipe.load(run.recipe, allow=tuple(allow)), run.name
     else:
-        function = _call(lambda: catalog.find_recipe(name))
-        recipe, title = _call(function), function.__name__
+        called = arguments is not None
+        function = _call(lambda: catalog.find_recipe(function_name, called=called))
+        if task == "finetune":
+            function = getattr(function, "finetune_recipe", function)
+        recipe, title = _call(lambda: call_recipe(function, arguments or "", allow)), function.__name__
         if not isinstance(recipe, Recipe):
             raise ConfigError(f"{name} returned a {type(recipe).__name__}, not a Recipe")
     return apply_overrides(recipe, list(overrides), find=catalog.find_part, allow=tuple(allow)), title
+
+
+def split_call(text: str) -> tuple[str, str | None]:
+    """The name and the arguments of ``name(argument=value)``; the arguments of a name alone are None."""
+    match = re.fullmatch(r"([A-Za-z_][\w.:]*)\((.*)\)", text.strip(), re.DOTALL)
+    return (match[1], match[2]) if match else (text, None)
+
+
+def _is_recipe(name: str) -> bool:
+    return any(entry.name == name for entry in catalog.recipes())
 
 
 def named_recipe(factory: str, arguments: Sequence[str], command: str) -> tuple[str, list[str]]:
     """The recipe that --factory or else the first word names, and the edits."""
     if factory:
         return factory, list(arguments)
-    if not arguments or "=" in arguments[0]:
+    if not arguments or ("=" in arguments[0] and split_call(arguments[0])[1] is None):
         raise ConfigError(f"which recipe? fiddlehead {command} RECIPE [KEY=VALUE]..., or --factory RECIPE")
     return arguments[0], list(arguments[1:])
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from fiddlehead.cli.attention import DEFAULT_GPU
 from fiddlehead.cli.common import (
     AllowOption,
     FactoryOption,
@@ -42,7 +43,8 @@ def recipes(
 ) -> None:
     """List the recipes: yours in ./recipes first, then the built-in ones.
 
-    Plans are for H100s of 80 GB, and take a fraction of a second each; `fiddlehead plan` makes one for other GPUs.
+    Plans are for the GPU that the recipe names, or else for H100s of 80 GB, and take a fraction of a second each;
+    `fiddlehead plan` makes one for other GPUs. A model's recipe also fine-tunes it: `fiddlehead finetune -f NAME`.
 
     Example:  fiddlehead recipes qwen --long
     """
@@ -138,10 +140,11 @@ def _planned(entry: catalog.Entry) -> dict[str, Any]:
 
     found: dict[str, Any] = {"name": entry.name, "task": entry.task, "summary": entry.summary}
     try:
-        recipe = entry.load()()
+        function = entry.load()
+        recipe, gpu = function(), getattr(function, "gpu", DEFAULT_GPU)
         trainer = recipe.trainer
         on_gpu = trainer.accelerator in ("gpu", "cuda")
-        training = plan(recipe, target=CARDS["h100"] if on_gpu else "unknown").training
+        training = plan(recipe, target=CARDS[gpu] if on_gpu else "unknown").training
     except ConfigError as error:
         return found | {"problem": str(error.problems[0])}
     except Exception as error:  # a user's recipe; the others are still worth showing
@@ -149,7 +152,8 @@ def _planned(entry: catalog.Entry) -> dict[str, Any]:
     memory, speed = training.memory, training.speed
     return found | {
         "parameters": training.parameters,
-        "devices": f"{trainer.num_nodes} x {trainer.devices} {trainer.accelerator}",
+        "devices": f"{trainer.num_nodes} x {trainer.devices} {gpu if on_gpu else trainer.accelerator}",
+        "gpu": gpu if on_gpu else None,
         "gpus": training.world_size if on_gpu else 0,
         "memory_gib": None if memory is None else memory.peak / 2**30,
         "fits": training.fits,

@@ -46,9 +46,12 @@ if TYPE_CHECKING:
 FINETUNE_HELP = """Train a model that can write on examples of what to answer.
 
 Recipes: [bold]full[/bold], [bold]lora[/bold] and [bold]dora[/bold] learn from messages, or prompts with completions;
-[bold]dpo[/bold] from pairs of answers. What to begin with and what to learn are edits; the options are pretrain's.
+[bold]dpo[/bold] from pairs of answers; each for any model. A model's name, such as [bold]llama3_8b[/bold], is the \
+recipe that fine-tunes it. What to begin with and what to learn are edits; the options are pretrain's.
 
 Example:  fiddlehead finetune lora model.init_from=llama data.paths=answers.jsonl log.name=tuned
+
+Example:  fiddlehead finetune "llama3_8b(peft_scheme='dora')" model.init_from=llama data.paths=answers.jsonl
 """
 
 
@@ -141,7 +144,7 @@ def pretrain(
     from fiddlehead import launch
 
     with _pointing_to_sweep(edits):
-        recipe, name = load_recipe(factory, edits, allow or ())
+        recipe, name = load_recipe(factory, edits, allow or (), task=command)
         _refuse_other_tasks(recipe, factory, command)
         before = _successes(after or (), recipe.log.dir)
         card = named_card(gpu)
@@ -214,7 +217,8 @@ def _sweep(
     if detach and not executor.queues:
         said = f"{where} queues nothing, so this command has to stay and start the runs"
         raise ConfigError(Problem("--sweep --detach", message=said))
-    first, title = load_recipe(factory, sweeps.expand(edits, "", zipped=zipped)[0].edits(edits), allow)
+    expanded = sweeps.expand(edits, "", zipped=zipped)
+    first, title = load_recipe(factory, expanded[0].edits(edits), allow, task=task)
     _refuse_other_tasks(first, factory, task)
     name = first.log.name or f"{title}-{datetime.now():%Y%m%d-%H%M%S}"
     variants = sweeps.expand(edits, name, zipped=zipped)
@@ -222,7 +226,7 @@ def _sweep(
     problems: list[str] = []
     for variant in variants:
         try:
-            recipe, _ = load_recipe(factory, variant.edits(edits), allow)
+            recipe, _ = load_recipe(factory, variant.edits(edits), allow, task=task)
             recipe.log.name = variant.name
             plans.append(launch.plan(recipe, executor))
             plans[-1].refuse_problems()

@@ -70,8 +70,7 @@ class FineTuningDataModule(StepDataModule):
         allow_changed: bool = False,
         prompt_template: str | None = None,
     ) -> None:
-        empty = Problem("paths", message="is empty; give JSONL or Parquet files with examples")
-        problems = [] if _listed(paths) else [empty]
+        problems = []
         if not (is_number(val_fraction) and 0 <= val_fraction < 1):
             problems.append(Problem("val_fraction", val_fraction, "must be at least 0 and below 1"))
         self.template: PromptTemplate | None = None
@@ -94,11 +93,22 @@ class FineTuningDataModule(StepDataModule):
         self._records: tuple[list[Record], list[Record]] | None = None
 
     @property
+    def missing(self) -> str:
+        """As in the base: `paths` is empty."""
+        return "" if self.paths else Problem("paths", message="is empty; give JSONL or Parquet files with examples")
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer is known: one of its own, or that of the model to begin with."""
+        return bool(self.given_tokenizer or self.default_tokenizer)
+
+    @property
     def vocab_size(self) -> int:
         """The number of different tokens. It reads and checks the examples first, and names every wrong one."""
         if self._tokenizer is not None:
             return self._tokenizer.vocab_size
-        self._read()
+        if self.paths:
+            self._read()
         return self._open_tokenizer().vocab_size
 
     def checksums(self) -> Checksums:

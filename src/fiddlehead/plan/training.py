@@ -70,8 +70,8 @@ class TrainingPlan:
     """The smallest changes that make it fit, if it does not, or only just."""
     layouts: tuple[Layout, ...] = ()
     """How these GPUs could train it, fastest first, if they were searched."""
-    missing: str = ""
-    """Why it cannot start without data; "" if it can."""
+    missing: tuple[str, ...] = ()
+    """Why it cannot start: without weights to begin with, or without data."""
     checkpoint_bytes: int = 0
     """The size of a checkpoint: what is trained, and the optimizer's state."""
 
@@ -123,7 +123,8 @@ class TrainingPlan:
             ("", f"{self.tokens:,} tokens, {self.flops:.2e} FLOPs"),
             *self._memory_rows(),
             *(self.speed.rows(self.max_steps, self.world_size) if self.speed is not None else []),
-            *([("data", f"none: {self.missing}")] if self.missing else []),
+            *(("missing", reason) for reason in self.missing),
+            *([("", "the weights are not known, so the shape is model.config's")] if self._lacks_weights() else []),
             *zip(itertools.chain(["attention"], itertools.repeat("")), self._attention_rows(), strict=False),
         ]
 
@@ -143,6 +144,9 @@ class TrainingPlan:
             "verdict": self.verdict,
             "remedies": [each.to_dict() for each in self.remedies],
         }
+
+    def _lacks_weights(self) -> bool:
+        return any(isinstance(reason, Problem) and reason.path == "model.init_from" for reason in self.missing)
 
     def _ranks(self) -> str:
         if self.data_parallel == self.world_size:
@@ -182,11 +186,11 @@ def begin(model: LanguageModel, data: Data, trainer: Trainer, optim: Optim) -> s
     try:
         model.take_shape()
     except ConfigError as error:
-        raise error.under("model") from error
+        lacking = [f"data.{data.missing}"] if data.missing else []
+        raise ConfigError(*error.under("model").problems, *lacking) from error
     if isinstance(data, FineTuningDataModule):
-        if model.init_from is None:
-            raise ConfigError(Problem("model.init_from", None, "name a trained model, with which fine-tuning begins"))
-        data.default_tokenizer = find_tokenizer(user_path(model.init_from))
+        known = model.init_from is not None and model.missing is None
+        data.default_tokenizer = find_tokenizer(user_path(model.init_from)) if known else None  # type: ignore[arg-type]
     return model.init_from
 
 
@@ -258,7 +262,7 @@ def plan_training(
         speed=speed,
         layouts=tuple(layouts(parts, card)) if search and card is not None else (),
         remedies=remedies(parts, card, speed) if short and card is not None else (),
-        missing=f"data.{data.missing}" if data.missing else "",
+        missing=_missing(model, data),
         checkpoint_bytes=each * trained + optim.state_bytes(learned, precision),
     )
 
@@ -291,14 +295,37 @@ def search_layouts(
         given = str(trainer.precision) if card.flops else card.name
         raise ConfigError(Problem("trainer.precision" if card.flops else "gpu", given, "its speed is not worked out"))
     try:
-        vocab_size = data.vocab_size
+        vocab_size = _vocab_size(model, data)
     except ConfigError as error:
         raise error.under("data") from error
+    if vocab_size is None:
+        raise ConfigError(_NO_VOCABULARY)
     try:
         transformer = model.on_meta(_completed(_longer(model, data.seq_length), data, vocab_size))
     except ConfigError as error:
         raise error.under("model") from error
     return layouts(Training(model, transformer, data, Devices.of(trainer), optim), card)
+
+
+_NO_VOCABULARY = Problem("model.config.vocab_size", None, "neither the weights nor a tokenizer are here, so give it")
+
+
+def _has_tokenizer(data: Data) -> bool:
+    return not isinstance(data, FineTuningDataModule) or data.has_tokenizer
+
+
+def _vocab_size(model: LanguageModel, data: Data) -> int | None:
+    """The number of different tokens: the tokenizer's, or the model's where there is none; None if it is not known."""
+    return data.vocab_size if _has_tokenizer(data) else model.config.vocab_size
+
+
+def _missing(model: LanguageModel, data: Data) -> tuple[str, ...]:
+    """What a training lacks that its plan does not need: weights to begin with, and data."""
+    weights = model.missing
+    if weights is None and model.init_from is None and isinstance(data, FineTuningDataModule):
+        weights = Problem("init_from", None, "name a trained model, with which fine-tuning begins")
+    found = [] if weights is None else [weights.under("model")]
+    return (*found, *([f"data.{data.missing}"] if data.missing else []))
 
 
 def _fitting(
@@ -320,12 +347,16 @@ def _fitting(
         message = f"the run ends with step trainer.max_steps={trainer.max_steps}"
         problems.append(Problem("log.profile", log.profile, message))
     try:
-        vocab_size = data.vocab_size
+        vocab_size = _vocab_size(model, data)
     except ConfigError as error:  # the dataset cannot be read
         raise ConfigError(*problems, *error.under("data").problems) from error
     problems += ConfigError(*data.too_short()).under("data").problems
     config = _longer(model, data.seq_length)
-    problems += _model_problems(config, data, vocab_size)
+    if vocab_size is None:
+        raise ConfigError(*problems, _NO_VOCABULARY)
+    if _has_tokenizer(data):
+        problems += _vocabulary_problems(config, data, vocab_size)
+    problems += _length_problems(config, data)
     problems += model.problems(str(trainer.precision), sizes)
     if strategy is not None:
         divided = strategy.problems(config, data.seq_length, micro_batches)
@@ -383,6 +414,9 @@ def _trainer_problems(trainer: Trainer, accumulate: int, data_parallel: int) -> 
         problems.append(Problem("trainer.precision", str(trainer.precision), "", PRECISIONS))
     if (limit := trainer.limit_train_batches) not in (None, 1.0):
         problems.append(Problem("trainer.limit_train_batches", limit, "trainer.max_steps ends a run; leave it out"))
+    if (limit := trainer.limit_val_batches) not in (None, 1.0):
+        message = "data.val_samples says how many samples a validation has, 0 for none; leave it out"
+        problems.append(Problem("trainer.limit_val_batches", limit, message))
     if batches := getattr(trainer, "overfit_batches", 0):
         message = "the order of the data is a function of the step; leave it out"
         problems.append(Problem("trainer.overfit_batches", batches, message))
@@ -401,11 +435,15 @@ def _trainer_problems(trainer: Trainer, accumulate: int, data_parallel: int) -> 
     return problems
 
 
-def _model_problems(config: TransformerConfig, data: Data, vocab_size: int) -> list[Problem]:
+def _vocabulary_problems(config: TransformerConfig, data: Data, vocab_size: int) -> list[Problem]:
+    if config.vocab_size is None or not (missing := data.missing_rows(config.vocab_size)):
+        return []
+    message = f"{'; '.join(missing)}; the tokenizer has {vocab_size} tokens"
+    return [Problem("model.config.vocab_size", config.vocab_size, message)]
+
+
+def _length_problems(config: TransformerConfig, data: Data) -> list[Problem]:
     problems = []
-    if config.vocab_size is not None and (missing := data.missing_rows(config.vocab_size)):
-        message = f"{'; '.join(missing)}; the tokenizer has {vocab_size} tokens"
-        problems.append(Problem("model.config.vocab_size", config.vocab_size, message))
     if config.seq_length is not None and config.seq_length < data.seq_length:
         message = f"is shorter than data.seq_length={data.seq_length}; leave it out"
         problems.append(Problem("model.config.seq_length", config.seq_length, message))

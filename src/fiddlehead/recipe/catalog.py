@@ -19,6 +19,9 @@ from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.recipe import project
 from fiddlehead.recipe.allowed import PARTS
 
+MODEL_RECIPES = ("pretrain_recipe", "finetune_recipe")
+"""The recipes that a model's recipe has as attributes."""
+
 _BUILT_IN = Path(__file__).parents[1]
 
 
@@ -72,6 +75,8 @@ class _Shelf:
     folder: str
     returns: str
     entries: list[Entry] = field(default_factory=list)
+    asking: list[Entry] = field(default_factory=list)
+    """Those that have arguments without a default, so only a call names them."""
     others: dict[str, str] = field(default_factory=dict)
     """The functions that cannot be named: their places, and why."""
     broken: list[Broken] = field(default_factory=list)
@@ -98,20 +103,24 @@ class _Shelf:
         bodies = {node.name: node for _, node in reversed(functions)}
         for file, node in functions:
             name = node.name
-            if why := _why_not(node, self.returns):
+            why = _why_not(node, self.returns)
+            asks = not why and self.returns == "Recipe" and _asks(node)
+            if why:
                 if self.returns == "Recipe" or not _returns(node, "Recipe"):
                     self.others.setdefault(name, Problem.in_file(f"{file}:{node.lineno}", why))
                 continue
             summary = (ast.get_docstring(node) or "").split("\n")[0]
             module, task = f"{package}.{file.stem}", _task(name, bodies)
-            self.entries.append(Entry(name, module, file.resolve(), node.lineno, summary, task))
+            entry = Entry(name, module, file.resolve(), node.lineno, summary, task)
+            (self.asking if asks else self.entries).append(entry)
 
-    def find(self, name: str) -> Callable:
-        """The function called `name`; a user's comes before ours."""
+    def find(self, name: str, *, called: bool = False) -> Callable:
+        """The function called `name`; a user's comes before ours. `called`: it is given arguments."""
         for broken in self.broken:
             if _defines(broken.file, name):
                 raise ConfigError(f"{self.what} {name!r}: {broken}")
-        entries = [entry for entry in self.entries if entry.name == name]
+        known = [*self.entries, *self.asking] if called else self.entries
+        entries = [entry for entry in known if entry.name == name]
         if not entries:
             raise self.missing(name)
         first = [entry for entry in entries if entry.module.split(".")[0] == entries[0].module.split(".")[0]]
@@ -122,6 +131,11 @@ class _Shelf:
 
     def missing(self, name: str, *more: str) -> ConfigError:
         """The error for a name that no entry has, nor any of `more`."""
+        for entry in self.asking:
+            if entry.name == name:
+                said = "has arguments without a default, so it is not a recipe by itself"
+                why = f"{name} {said}; give them, '{name}(ARGUMENT=VALUE)'"
+                return ConfigError(f"{self.what} {name!r}: {Problem.in_file(f'{entry.file}:{entry.line}', why)}")
         if name in self.others:
             return ConfigError(f"{self.what} {name!r}: {self.others[name]}")
         unread = [f"{broken} (so whatever is in this file is not found)" for broken in self.broken]
@@ -153,13 +167,22 @@ def executors() -> list[Entry]:
     return _executors().entries
 
 
-def find_recipe(name: str) -> Callable:
-    """The recipe function called `name`.
+def find_recipe(name: str, *, called: bool = False) -> Callable:
+    """The recipe function called `name`; of a model's recipe, also as `NAME.pretrain_recipe` or `NAME.finetune_recipe`.
+
+    Args:
+        called: it is given arguments, so it may also be one that needs some.
 
     Raises:
         ConfigError: there is none, or the working directory has two, or a file that may have it cannot be read.
     """
-    return import_by_path(name) if ":" in name else _recipes().find(name)
+    of, _, variant = name.rpartition(".")
+    if of and variant in MODEL_RECIPES:
+        function = find_recipe(of)
+        if not hasattr(function, variant):
+            raise ConfigError(f"recipe {name!r}: {of} is not a model's recipe, which @model_recipe makes of a function")
+        return getattr(function, variant)
+    return import_by_path(name) if ":" in name else _recipes().find(name, called=called)
 
 
 def find_executor(name: str) -> Callable:
@@ -214,13 +237,14 @@ def _why_not(function: ast.FunctionDef, returns: str) -> str:
         said = f"says that it returns {ast.unparse(function.returns)}" if function.returns else ""
         form = f"`def {function.name}(...) -> {returns}:`"
         return f"{function.name} {said or 'does not say what it returns'}; write {form}"
+    return ""
+
+
+def _asks(function: ast.FunctionDef) -> bool:
+    """Whether a function has arguments without a default."""
     arguments = function.args
     positional = len(arguments.posonlyargs) + len(arguments.args) - len(arguments.defaults)
-    if returns == "Recipe" and (positional > 0 or None in arguments.kw_defaults):
-        return (
-            f"{function.name} has arguments without a default, so it is not a recipe by itself; call it in one that is"
-        )
-    return ""
+    return positional > 0 or None in arguments.kw_defaults
 
 
 def _returns(function: ast.FunctionDef, kind: str) -> bool:

@@ -27,6 +27,7 @@ from fiddlehead.recipe.hints import Unevaluated, argument_hint, item_hint, membe
 from fiddlehead.recipe.kinds import MismatchError, check_kind, is_part
 from fiddlehead.recipe.leaves import leaves, show
 from fiddlehead.recipe.literals import Bare, literal, split_arguments, typed
+from fiddlehead.recipe.nemo_names import nemo_hint
 from fiddlehead.recipe.slots import Slot, find_slot
 
 Find = Callable[[str], Callable[..., Any]]
@@ -64,6 +65,23 @@ def apply_overrides(
             problems.append(Problem(text, message="nested too deep"))
     refuse(problems)
     return editor.recipe
+
+
+def call_recipe(function: Callable[..., Any], arguments: str, allow: Sequence[str] = ()) -> Any:
+    """What `function` returns for arguments that were typed, ``name=value, ...``, each read as its annotation says.
+
+    They are values and never code.
+
+    Raises:
+        ConfigError: the function does not have an argument, or needs one that was not given.
+    """
+    here = history.Location(f"command line: {function.__name__}({arguments})", 0, None)
+    given = _Names(None, tuple(allow), here)._arguments(function, arguments)
+    try:
+        inspect.signature(function).bind(**given)
+    except TypeError as error:
+        raise ConfigError(f"{function.__name__}({arguments}): {error}") from error
+    return function(**given)
 
 
 class _Editor:
@@ -159,10 +177,12 @@ class _Names:
             if name in arguments:
                 raise ConfigError(f"{name} is given twice")
             if name not in info.valid_param_names and not info.has_var_keyword:
-                raise ConfigError(Problem.unknown("", name, f"argument of {function.__name__}", info.valid_param_names))
-            hint, given = argument_hint(config, name), typed(value.strip())
+                found = nemo_hint(function, name)
+                known = Problem.unknown("", name, f"argument of {function.__name__}", info.valid_param_names)
+                raise ConfigError(found or known)
+            kind, given = argument_hint(config, name), typed(value.strip())
             try:
-                arguments[name] = literal(given) if isinstance(hint, Unevaluated) else coerce(given, hint, self)
+                arguments[name] = literal(given) if isinstance(kind, Unevaluated) else coerce(given, kind, self)
             except ConfigError as error:
                 raise error.of(name) from error
         return arguments

@@ -21,7 +21,7 @@ from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.files.foreign import MAX_TEXT, read_text
 from fiddlehead.files.paths import user_path
-from fiddlehead.recipe import reader, trust, writer
+from fiddlehead.recipe import nemo_names, reader, trust, writer
 from fiddlehead.recipe.leaves import Leaf, join, leaves, name_of, same, show
 
 history.add_exclude_location("nemo_run/config.py")  # run.Config(...) is set where it was written
@@ -199,9 +199,7 @@ class Recipe(fdl.Partial):
         try:
             super().__setattr__(name, value)
         except AttributeError:
-            raise AttributeError(
-                Problem.unknown("", name, "field", self.__signature_info__.valid_param_names)
-            ) from None
+            raise AttributeError(self._unknown(name)) from None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -210,9 +208,11 @@ class Recipe(fdl.Partial):
             return super().__getattr__(name)
         except AttributeError:
             names = self.__signature_info__.valid_param_names
-            raise AttributeError(
-                f"{name} is not set" if name in names else Problem.unknown("", name, "field", names)
-            ) from None
+            raise AttributeError(f"{name} is not set" if name in names else self._unknown(name)) from None
+
+    def _unknown(self, name: str) -> str:
+        found = nemo_names.nemo_hint(fdl.get_callable(self), name)
+        return found or Problem.unknown("", name, "field", self.__signature_info__.valid_param_names)
 
 
 class _Missing:
@@ -330,4 +330,5 @@ def _register_with_nemo_run() -> None:
     yaml.SafeDumper.add_representer(Recipe, represent)  # the copy that an experiment keeps for people to read
 
 
+nemo_names.explain_in_fiddle()
 _register_with_nemo_run()  # for NeMo-Run's own runner, which loads NeMo-Run first

@@ -13,6 +13,7 @@ from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.recipe.hints import argument_hint, item_hint
 from fiddlehead.recipe.leaves import name_of, show
 from fiddlehead.recipe.literals import typed
+from fiddlehead.recipe.nemo_names import answer, names_at, nemo_hint, nemo_path
 
 _STEP = re.compile(r"\.?(?P<name>\w+)|\[(?P<item>[^\]]*)\]")
 
@@ -68,7 +69,7 @@ def find_slot(root: fdl.Buildable, path: str) -> Slot:
             step = _index(value, item, at)
             present = value[step]
         else:
-            raise _no_field(value, at, name or item)
+            raise _no_field(value, at, name or item, answer(names_at(nemo_path(fdl.get_callable(root), path))))
         value, hint, inside = present, item_hint(hint, value, step), (*inside, step)
     return Slot(path, owner, key, inside, value, hint)
 
@@ -80,6 +81,9 @@ def _takes(config: fdl.Buildable, name: str) -> bool:
 
 def _unknown(root: fdl.Buildable, path: str, config: fdl.Buildable, name: str) -> ConfigError:
     """The error that `config` has no parameter `name`; it offers the places in `root` that `path` may have meant."""
+    found = answer(names_at(nemo_path(fdl.get_callable(root), path)))
+    if found := found or nemo_hint(fdl.get_callable(config), name):
+        return ConfigError(f"{name_of(fdl.get_callable(config))} has no {name}; {found}")
     *above, last = [match["name"] or match["item"] for match in _STEP.finditer(path)]
     places = {
         f"{daglish.path_str(place)}.{last}".removeprefix("."): None
@@ -102,7 +106,9 @@ def _position(config: fdl.Buildable, item: str) -> int:
     return config.__signature_info__.index_to_key(int(item), config.__arguments__)  # type: ignore[return-value]
 
 
-def _no_field(value: Any, at: str, name: str) -> ConfigError:
+def _no_field(value: Any, at: str, name: str, nemo: str) -> ConfigError:
+    if nemo:
+        return ConfigError(nemo)
     if value is fdl.NO_VALUE:
         return ConfigError(f"{at} is not set; set it whole first: {at}=...")
     kind = show(value) if value is None else f"{show(value)} ({type(value).__name__})"

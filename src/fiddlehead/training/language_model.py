@@ -76,6 +76,8 @@ class LanguageModel(LightningModule):
         fp8: float8 matrix products in the layers, by torchao's recipe of this name; needs an Ada GPU or later.
     """
 
+    UNKNOWN = "name the model to begin with, a run, a checkpoint or its folder; or set config"
+
     def __init__(
         self,
         config: TransformerConfig | None = None,
@@ -87,13 +89,7 @@ class LanguageModel(LightningModule):
         fp8: Float8 | None = None,
     ) -> None:
         super().__init__()
-        problems = refused_speed(compile, activation_checkpointing, fp8)
-        if config is None and init_from is None:
-            message = "name the model to begin with, a run, a checkpoint or its folder; or set config"
-            problems.append(Problem("init_from", None, message))
-        elif lora is not None and init_from is None:
-            problems.append(Problem("init_from", None, "adapters need a model to change; name one, or set lora=None"))
-        refuse(problems)
+        refuse(refused_speed(compile, activation_checkpointing, fp8))
         self._config = config
         self.init_from, self.lora = init_from, lora
         self.compile_mode: Compile | None = compile
@@ -104,6 +100,7 @@ class LanguageModel(LightningModule):
         self.grad_norm = torch.zeros(())
         self.token_bytes: torch.Tensor | None = None
         self._weights: tuple[Path, Weights] | None = None
+        self._not_found: Problem | None = None
         self._loss_sum = torch.zeros(())
         self._losses = 0
         self._step_divisors: Divisors | None = None
@@ -128,13 +125,24 @@ class LanguageModel(LightningModule):
     def take_shape(self) -> None:
         """Takes the shape from the weights of `init_from`, or compares it with them.
 
+        If there is nothing at `init_from` and `config` is set, the model can be planned; `missing` says what it lacks.
+
         Raises:
-            ConfigError: the weights are missing, or of another shape than `config`.
+            ConfigError: the shape is not known, or the weights are of another shape than `config`.
         """
+        self._not_found = None
         if self.init_from is None:
+            if self._config is None:
+                raise ConfigError(self.missing or Problem("init_from", None, self.UNKNOWN))
             return
         try:
             path = find_weights(self.init_from)
+        except ConfigError as error:
+            (self._not_found,) = error.of("init_from", self.init_from).problems
+            if self._config is None:
+                raise ConfigError(self._not_found) from None
+            return
+        try:
             self._weights = path.absolute(), open_weights(path)
         except ConfigError as error:
             raise error.of("init_from", self.init_from) from None
@@ -142,6 +150,16 @@ class LanguageModel(LightningModule):
         if self._config is None:
             self._config = weights.config
         refuse_another_shape(self._config, weights, path)
+
+    @property
+    def missing(self) -> Problem | None:
+        """Why training cannot start without weights, though the run can be planned; None if it can."""
+        if self.init_from is None and self.lora is not None:
+            said = (
+                self.UNKNOWN if self._config is None else "adapters need a model to change; name one, or set lora=None"
+            )
+            return Problem("init_from", None, said)
+        return self._not_found
 
     def problems(self, precision: str, sizes: Sizes) -> list[Problem]:
         """Why the model cannot be trained with these; empty if it can. Paths are those of the recipe."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fiddlehead.data.documents import NO_LABEL
-from fiddlehead.errors import Problem, refuse
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
 from fiddlehead.models.lora import without_adapters
 from fiddlehead.models.transformer import documents_of
@@ -35,15 +35,18 @@ class PreferenceModel(LanguageModel):
         lora: LoRA | None = None,
         beta: float = 0.1,
     ) -> None:
-        problems = []
-        if init_from is None:
-            problems.append(Problem("init_from", None, "name a model that can answer already, to learn preferences"))
         if not (is_number(beta) and beta > 0):
-            problems.append(Problem("beta", beta, "must be a finite number above 0"))
-        refuse(problems)
+            raise ConfigError(Problem("beta", beta, "must be a finite number above 0"))
         super().__init__(config, init_from, lora)
         self.beta = beta
         self._reference: list[Transformer] = []  # in a list, so that it is not part of the module
+
+    @property
+    def missing(self) -> Problem | None:
+        """As in `LanguageModel`; preferences always need a model."""
+        if self.init_from is None:
+            return Problem("init_from", None, "name a model that can answer already, to learn preferences")
+        return super().missing
 
     def problems(self, precision: str, sizes: Sizes) -> list[Problem]:
         """As `LanguageModel.problems`."""

@@ -1,0 +1,234 @@
+"""Scripts of NeMo 2.0 become recipes and executors that plan without problems; nothing of a script is run."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fiddlehead import launch
+from fiddlehead.errors import ConfigError
+from fiddlehead.migrate import Migrated, migrate, write
+from fiddlehead.plan.cards import CARDS
+from fiddlehead.run.directory import RunDirectory
+
+SCRIPTS = {file.stem: file for file in (Path(__file__).parent / "nemo_scripts").glob("*.py")}
+
+
+def migrated(name: str) -> Migrated:
+    return migrate(SCRIPTS[name].read_text(), name)
+
+
+def functions(text: str) -> dict[str, Any]:
+    file = Path("generated.py")
+    file.write_text(text)
+    return runpy.run_path(str(file))
+
+
+MADE: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "pretrain_local": (
+        "make_recipe",
+        {
+            "trainer.strategy.tensor_parallel": 2,
+            "trainer.devices": 2,
+            "optim.lr": 2e-4,
+            "data.val_samples": 2 * 512,
+            "log.name": "small_llama",
+            "log.dir": "checkpoints",
+        },
+        ["fiddlehead pretrain -f make_recipe data.paths=TOKENS executor=this_machine"],
+    ),
+    "pretrain_slurm": (
+        "pretrain_slurm",
+        {"trainer.strategy.context_parallel": 2, "trainer.num_nodes": 8, "checkpoint.keep_last": 3},
+        [
+            "fiddlehead pretrain -f pretrain_slurm data.paths=TOKENS executor=cluster executor.user=me "
+            "executor.host=login.example.com"
+        ],
+    ),
+    "pretrain_mock": (
+        "pretrain_mock",
+        {
+            "trainer.strategy.context_parallel": 2,
+            "checkpoint.asynchronous": True,
+            "optim.lr": 1e-3,
+            "optim.lr_scheduler.min_lr": 1e-4,
+            "data.seq_length": 2048,
+            "trainer.precision": "bf16-mixed",
+        },
+        ["fiddlehead pretrain -f pretrain_mock data.paths=TOKENS executor=pretrain_mock_executor"],
+    ),
+    "finetune_lora": (
+        "finetune_lora",
+        {
+            "model.lora.rank": 8,
+            "model.lora.alpha": 16,
+            "data.paths": "examples/training.jsonl",
+            "data.val_paths": "examples/validation.jsonl",
+            "model.init_from": "Llama-3.1-8B",
+        },
+        [
+            "fiddlehead import hf meta-llama/Llama-3.1-8B --out Llama-3.1-8B",
+            "fiddlehead finetune -f finetune_lora executor=finetune_lora_executor",
+        ],
+    ),
+    "finetune_full": (
+        "tuning",
+        {"model.lora": None, "trainer.devices": 4, "model.init_from": "Qwen2.5-7B", "optim.lr": 5e-6},
+        [
+            "fiddlehead import hf Qwen/Qwen2.5-7B --out Qwen2.5-7B",
+            "fiddlehead finetune -f tuning data.paths=EXAMPLES executor=finetune_full_executor",
+        ],
+    ),
+    "finetune_packed": (
+        "finetune_packed",
+        {"data.packed": True, "trainer.strategy.context_parallel": 2, "log.wandb": True},
+        [
+            "fiddlehead finetune -f finetune_packed data.paths=EXAMPLES model.init_from=WEIGHTS "
+            "executor=finetune_packed_executor"
+        ],
+    ),
+    "own_callback": (
+        "own_callback",
+        {"log.dir": "results", "checkpoint.every_n_steps": 100, "resume": "auto"},
+        ["fiddlehead pretrain -f own_callback data.paths=TOKENS"],
+    ),
+    "tiny_pretrain": (
+        "tiny_pretrain",
+        {"trainer.max_steps": 4, "optim.betas": (0.9, 0.98)},
+        ["fiddlehead pretrain -f tiny_pretrain executor=tiny_pretrain_executor"],
+    ),
+    "tiny_finetune": (
+        "tuned",
+        {"model.lora.rank": 4, "data.seq_length": 64},
+        ["fiddlehead finetune -f tuned executor=tiny_finetune_executor"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_a_script_becomes_a_recipe_that_plans_without_problems(name: str, working_directory: Path) -> None:
+    made = migrated(name)
+    function, values, steps = MADE[name]
+    recipe = functions(made.recipe)[function]()
+    for path, value in values.items():
+        found: Any = recipe
+        for part in path.split("."):
+            found = getattr(found, part)
+        assert found == value, path
+    assert made.steps == steps
+    if name == "tiny_finetune":  # it begins with the run of another test
+        return
+    target: Any = CARDS["h100"] if recipe.trainer.accelerator == "gpu" else "unknown"
+    assert not launch.plan(recipe, target=target).problems
+
+
+def test_every_line_that_says_something_is_in_the_report() -> None:
+    for name, file in SCRIPTS.items():
+        numbers = {number for number, _, _ in migrated(name).lines}
+        for number, line in enumerate(file.read_text().splitlines(), start=1):
+            if line.strip().startswith(("recipe.", "run.run", "exp.", "executor")):
+                assert number in numbers, (name, line)
+
+
+def test_executors_have_the_settings_of_the_script(working_directory: Path) -> None:
+    local = functions(migrated("pretrain_local").launch)["this_machine"](devices=2)
+    assert (local.ntasks_per_node, local.env_vars["NVTE_FUSED_ATTN"]) == (2, "1")
+    slurm = functions(migrated("pretrain_slurm").launch)["cluster"]("me", "login")
+    assert (slurm.account, slurm.nodes, slurm.container, slurm.requeues) == (
+        "research",
+        8,
+        "nvcr.io/nvidia/nemo:25.07",
+        2,
+    )
+    assert (slurm.user, slurm.host, slurm.remote_dir) == ("me", "login", "/scratch/runs")
+    docker = functions(migrated("finetune_packed").launch)["finetune_packed_executor"]()
+    assert (docker.image, docker.gpus, docker.mounts) == ("nemo:25.07", 2, ["/data:/data"])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("recipe.trainer.strategy.sequence_parallel = True", "always splits the sequence too"),
+        ("recipe.trainer.callbacks.append(run.Config(Mine))", "Mine; a callback"),
+        ("recipe.optim.config.lr = args.lr", "the recipe does not know args.lr; set optim.lr"),
+        ("recipe.trainer.max_steps = open('steps').read()", "the recipe does not know open('steps').read()"),
+        ("recipe.trainer.max_stepz = 3", "did you mean"),
+        ("recipe.trainer.max_epochs = 2", "a run ends by steps"),
+        ("for x in (1,): recipe.trainer.max_steps = x", "write it as lines of the recipe"),
+        ("print(1)", "left out"),
+    ],
+)
+def test_what_cannot_be_migrated_is_said_with_what_to_do(line: str, said: str) -> None:
+    made = migrate(f"recipe = llm.llama3_8b.pretrain_recipe(name='x')\n{line}\n", "x")
+    assert any(number == 2 and said in done for number, _, done in made.lines), made.lines
+    assert "recipe.trainer" not in made.recipe and "recipe.optim" not in made.recipe
+
+
+def test_nothing_of_a_script_is_run_or_carried_that_runs(working_directory: Path) -> None:
+    text = (
+        "X = __import__('os').system('touch ran')\nY = eval('1')\n"
+        "def f(a=__import__('os').system('touch ran')): pass\n"
+        "recipe = llm.llama3_8b.pretrain_recipe(name=exec('1'), num_nodes=1)\n"
+    )
+    made = migrate(text, "x")
+    assert "__import__" not in made.recipe + made.launch and "eval" not in made.recipe and "exec" not in made.recipe
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def f(:", "it is not valid Python"),
+        ("x = 1", "no line of it makes a recipe"),
+        ("r = llm.llama3_9b.pretrain_recipe()", "line 1: unknown model 'llama3_9b'; did you mean 'llama3_8b'?"),
+        ("r = llm.llama3_8b.finetune_recipe(peft_scheme='lora'", "it is not valid Python"),
+        ("r = llm.gpt3_175b.pretrain_recipe(name='a')\n\0", "it is not valid Python"),
+    ],
+)
+def test_what_is_no_script_of_nemo_s_is_refused(text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        migrate(text, "x")
+    assert said in str(error.value)
+
+
+def test_existing_files_stay_unless_told(working_directory: Path) -> None:
+    made = migrated("tiny_pretrain")
+    files = write(made, working_directory, "mine")
+    assert [str(file.relative_to(working_directory)) for file in files] == ["recipes/mine.py", "launch/mine.py"]
+    files[1].unlink()
+    files[0].write_text("x = 1\n")
+    with pytest.raises(ConfigError, match=r"recipes/mine.py exists; --overwrite replaces it"):
+        write(made, working_directory, "mine")
+    assert files[0].read_text() == "x = 1\n" and not files[1].exists()
+    write(made, working_directory, "mine", overwrite=True)
+    assert files[0].read_text() == made.recipe
+
+
+def test_the_command_writes_beside_the_script_and_the_two_smallest_train(
+    working_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fiddlehead.cli import main
+
+    for name in ("tiny_pretrain", "tiny_finetune"):
+        Path(f"{name}.py").write_text(SCRIPTS[name].read_text())
+        monkeypatch.setattr(sys, "argv", ["fiddlehead", "migrate", f"{name}.py"])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert not left.value.code
+        assert f"fiddlehead {'pretrain' if name == 'tiny_pretrain' else 'finetune'} -f" in capsys.readouterr().out
+    Path("examples").mkdir()
+    for file, count in (("training", 6), ("validation", 2)):
+        lines = [json.dumps({"prompt": f"{n}+1=", "completion": str(n + 1)}) for n in range(count)]
+        Path(f"examples/{file}.jsonl").write_text("\n".join(lines))
+    recipes = Path("recipes")
+    base = runpy.run_path(str(recipes / "tiny_pretrain.py"))["tiny_pretrain"]()
+    base.data.tokenizer = None
+    run = base.launch()
+    assert isinstance(run, RunDirectory) and run.path.name == "tiny"
+    tuned = runpy.run_path(str(recipes / "tiny_finetune.py"))["tuned"]()
+    assert tuned.launch().path.name == "tuned"
