@@ -119,8 +119,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--only", nargs="*", default=[], help="cases whose names have one of these words")
+    parser.add_argument("--exact", nargs="*", default=[], help="these cases")
     parser.add_argument("--cpus", type=int, default=0, help="use so many processes without a GPU")
     parser.add_argument("--steps", type=int, default=6, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=3, help="untimed steps before them")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     devices = given.cpus or _gpus()
@@ -176,7 +178,7 @@ class Bench:
             recipe.trainer.devices, recipe.trainer.num_nodes = count, 1
             if self.given.cpus:
                 _shrink(recipe)
-            recipe = as_benchmark(recipe, steps=self.given.steps, warmup=3, random_tokens=True)
+            recipe = as_benchmark(recipe, steps=self.given.steps, warmup=self.given.warmup, random_tokens=True)
             run = self._write(name, recipe)
             began = time.monotonic()
             failed = self._job(run)
@@ -187,6 +189,8 @@ class Bench:
                 results[name] |= {"recipe": recipe_name, "edits": [f"trainer.devices={count}", ONE_NODE, *edits]}
                 results[name]["plan"] = {} if self.given.cpus else _planned(recipe)
             print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+            self.given.out.mkdir(exist_ok=True)
+            (self.given.out / "many_speed_partial.json").write_text(json.dumps(results, indent=1))
         _print_speeds(results)
         return results
 
@@ -227,6 +231,8 @@ class Bench:
     # -- runs
 
     def _wanted(self, name: str) -> bool:
+        if self.given.exact:
+            return name in self.given.exact
         return not self.given.only or any(word in name for word in self.given.only)
 
     def _small(
