@@ -64,7 +64,7 @@ def test_a_gpu_that_is_not_here_is_explained(explained, gpu, backend):
     assert layer["packages"]["flash2"]["version"] == "2.8.3" and layer["packages"]["flash4"]["version"] is None
     sizes = {entry["name"]: entry["extra_bytes"] for entry in layer["backends"]}
     assert 50 * sizes[backend] < sizes["reference"]
-    assert (answer["seq_length"], answer["micro_batch_size"]) == (8192, 1)
+    assert (answer["seq_length"], answer["micro_batch_size"]) == (8192, 2)
 
 
 def test_the_table_says_what_was_assumed_and_marks_the_choice(typed):
@@ -73,7 +73,7 @@ def test_the_table_says_what_was_assumed_and_marks_the_choice(typed):
     assert "cuDNN 9.19.0, flash-attn 2.8.3, flash-attn-3 none, flash-attn-4 none (as --assume says" in output
     assert "layers 0-31: bfloat16, 32/8 heads of 128" in output
     lines = {line.removeprefix("->").split()[0]: line for line in output.splitlines() if line.strip()}
-    assert lines["cudnn"].startswith("-> ") and "chosen" in lines["cudnn"] and "418.0 MiB" in lines["cudnn"]
+    assert lines["cudnn"].startswith("-> ") and "chosen" in lines["cudnn"] and "836.0 MiB" in lines["cudnn"]
     assert "flash-attn-4 is not installed" in lines["flash4"]
     assert "GiB" in lines["reference"]
 

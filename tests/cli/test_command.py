@@ -261,7 +261,7 @@ def test_all_mistakes_of_a_recipe_at_once(fiddlehead):
         (["pretrain", "-f", "llama3_8b(name=__import__('os').getcwd(), num_nodes=0)"], "num_nodes=0"),
         (["finetune", "-f", "llama3_8b(peft_scheme='lara')"], "'lora' | 'dora' | 'none'"),
         (["pretrain", "-f", "tiny", "trainer.limit_val_batches=5", "--dryrun"], "data.val_samples says how many"),
-        (["pretrain", "-f", "tiny", "executor=slurm", "executor.container_image=x"], "executor.container here"),
+        (["pretrain", "-f", "tiny", "executor=slurm", "executor.container_image=x"], "here it is `container`"),
         (["pretrain"], "--factory"),
         (["show", "tinny"], "did you mean 'tiny'?"),
         (["recipes", "lamma3_8b"], "no recipe is called 'lamma3_8b'; did you mean 'llama3_8b' or "),

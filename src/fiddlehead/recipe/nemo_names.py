@@ -154,7 +154,7 @@ NAMES = (
     Name(f"{_EXECUTOR}.launcher", "", "torchrun starts a process for each device; leave it out (Slurm also has srun)"),
     Name(f"{_EXECUTOR}.ntasks_per_node", f"{_EXECUTOR}.ntasks_per_node"),
     Name(f"{_EXECUTOR}.env_vars", f"{_EXECUTOR}.env_vars"),
-    Name(f"{_EXECUTOR}.job_name_prefix", "log.name", same=False),
+    Name(f"{_EXECUTOR}.job_name_prefix", f"{_EXECUTOR}.job_name_prefix"),
     Name(f"{_EXECUTOR}.monitor_group_job", "", "`fiddlehead runs` follows each run; leave it out"),
 )  # fmt: skip
 
@@ -180,6 +180,8 @@ _OWNERS = {
     "finetune": "",
 }
 """Where NeMo's recipes have what a class here configures."""
+_SECTIONS = frozenset({"trainer", "optim", "log", "resume", "data", "model"})
+"""The parts of a recipe that have the same name in NeMo and here."""
 
 
 def names_at(path: str) -> list[Name]:
@@ -202,6 +204,8 @@ def nemo_hint(owner: Any, name: str) -> str:
     if getattr(owner, "__name__", "") not in _OWNERS:
         return ""
     path = nemo_path(owner, name)
+    if path in _SECTIONS:  # a part of ours too, which this recipe does not have
+        return ""
     return answer([entry for entry in names_at(path) if f"{entry.nemo}.".startswith(f"{path}.")])
 
 
