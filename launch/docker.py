@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -208,6 +211,26 @@ class DockerExecutor(Executor):
         }
         nemo.start_container(client, name, run.script, engine.label(run), settings, options)
 
+    def starters(self, run: RunDirectory, *, has_secrets: bool) -> dict[str, str]:
+        """The command line of `docker` that starts the same container, for an engine that is not rootless."""
+        name = container_name(run)
+        mounts = _mounts(run, self.mounts, has_secrets=has_secrets)
+        options = [
+            *("--detach", "--rm", "--init", f"--name={name}", f"--hostname={name}", f"--network={self.network}"),
+            *([f"--add-host={name}:127.0.0.1"] if self.network == "host" else []),
+            f"--user={os.getuid()}:{os.getgid()}",
+            *(f"--group-add={group}" for group in os.getgroups()),
+            f"--shm-size={self.shm_size}",
+            *([f"--memory={self.memory}"] if self.memory else []),
+            *([f'--gpus=count={self.gpus},"capabilities=compute,utility"'] if self.gpus else []),
+            *(f"--env={key}={value}" for key, value in _environment().items()),
+            *(f"--mount={mount.option()}" for mount in mounts),
+            f"--label={engine.LABEL}={engine.label(run)}",
+            "--entrypoint=bash",
+        ]
+        words = ["docker run", *map(shlex.quote, options), shlex.quote(self.image), shlex.quote(str(run.script))]
+        return {"docker": " \\\n    ".join(words) + "\n"}
+
     def ask(self, going: Mapping[RunDirectory, Status]) -> Mapping[RunDirectory, Answer]:
         """Asks the engine which runs have a container, and how those have ended that have none."""
         return engine.answers(going)
@@ -234,9 +257,20 @@ class _Mount(NamedTuple):
     target: str
     read_only: bool
 
+    def option(self) -> str:
+        """The value of `docker run --mount`, which is a line of CSV."""
+        kind = ["type=bind", f"source={self.source}"] if self.source else ["type=tmpfs"]
+        line = io.StringIO()
+        csv.writer(line).writerow([*kind, f"target={self.target}", *(["readonly"] if self.read_only else [])])
+        return line.getvalue().strip()
 
-def _mounts(run: RunDirectory, texts: Sequence[str]) -> list[_Mount]:
-    """The container's mounts; at the same target, the user's mount replaces ours."""
+
+def _mounts(run: RunDirectory, texts: Sequence[str], *, has_secrets: bool = False) -> list[_Mount]:
+    """The container's mounts; at the same target, the user's mount replaces ours.
+
+    Args:
+        has_secrets: whether the run has a file with secrets that is not written yet.
+    """
     cache = cache_folder()
     try:
         cache.mkdir(parents=True, exist_ok=True)  # else the engine would, and as root
@@ -251,7 +285,7 @@ def _mounts(run: RunDirectory, texts: Sequence[str]) -> list[_Mount]:
         _Mount(str(cache), str(cache), False),
     ]
     secrets_file = str(secrets.file(run))
-    if Path(secrets_file).exists():
+    if has_secrets or Path(secrets_file).exists():
         mounts.append(_Mount(secrets_file, secrets_file, True))
     mounts += [_parsed(text) for text in texts]
     return list({mount.target: mount for mount in mounts}.values())

@@ -222,6 +222,18 @@ class Executor(ABC):
         """Writes secrets to a file that only the user can read; returns its path as the job sees it, or ""."""
         return str(secrets.write(run, values)) if values else ""
 
+    def secrets_file(self, run: RunDirectory) -> str:
+        """The path of a run's secrets, if it has any, as the job sees it; "" if the job inherits them."""
+        return str(secrets.file(run))
+
+    def starters(self, run: RunDirectory, *, has_secrets: bool) -> dict[str, str]:
+        """The files and commands that start `run.script`, by name, as `submit` uses them. Nothing is asked.
+
+        Args:
+            has_secrets: whether the run has secrets.
+        """
+        return {}
+
     @abstractmethod
     def check(self, run: RunDirectory) -> None:
         """Asks the machine or cluster whether it can do this, before anything is submitted.

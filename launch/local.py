@@ -67,6 +67,10 @@ class LocalExecutor(Executor):
         """Nothing has to be delivered: the job inherits them."""
         return ""
 
+    def secrets_file(self, run: RunDirectory) -> str:
+        """As `Executor.secrets_file`: there is none."""
+        return ""
+
     def check(self, run: RunDirectory) -> None:
         """Looks for the interpreter, unless `setup_lines` may provide it.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.paths import user_path, working_directory
-from fiddlehead.launch import submit
+from fiddlehead.launch import preview, submit
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.fitting import GPU, fit_to_executor, missing_here, yielded
 from fiddlehead.launch.nemo.accept import accepted
@@ -20,8 +20,11 @@ from fiddlehead.recipe import Recipe
 from fiddlehead.run import RunDirectory
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fiddlehead.attention import Target
     from fiddlehead.plan.cards import Card
+    from fiddlehead.plan.resume import Start
     from fiddlehead.plan.training import TrainingPlan
     from fiddlehead.run.prediction import Prediction
 
@@ -46,6 +49,12 @@ class Plan:
     """The values of the recipe that the executor has overridden, a sentence for each."""
     known: TrainingPlan | None = None
     """The value of `training`; None if there are problems."""
+    start: Path | None = None
+    """The checkpoint from which it starts, if that is known; None for a fresh start."""
+    step: int = 0
+    """How many steps that checkpoint has finished."""
+    awaits_start: bool = False
+    """Whether the checkpoint from which it starts is not known here: it is on another machine, or not made yet."""
 
     def refuse_problems(self) -> None:
         """Raises ConfigError with all problems, if there are any."""
@@ -95,24 +104,45 @@ class Plan:
 
         return predict(self.training, despite)
 
-    def rows(self) -> list[tuple[str, str]]:
-        """Name and value of each line of a summary.
+    def rows(self, *, name: str | None = None, usd_per_gpu_hour: float | None = None) -> list[tuple[str, str]]:
+        """Section and text of each line of a summary; only the first line of a section has its name.
+
+        Args:
+            name: as of `submit`.
+            usd_per_gpu_hour: what a GPU costs, to say also what the run costs.
 
         Raises:
             ConfigError: there are problems.
         """
-        return [
-            *self.training.rows(),
-            *(("changed", sentence) for sentence in self.changed),
-            *(("it cannot start here", reason) for reason in self.missing if reason not in self.training.missing),
-            *([("GPU", UNKNOWN)] if self.training.memory is not None and self.training.card is None else []),
-            *(("would be refused", problem) for problem in self.refusals.values()),
-        ]
+        from fiddlehead.plan.rows import as_rows, resume_lines
+
+        run = self.run_directory(name)
+        where = [f"{run.path}, {'in this process' if self.executor is None else f'executor {self.executor.kind}'}"]
+        if self.executor is not None and self.executor.keeps_runs_elsewhere:
+            where.append(f"a mirror of {self.executor.place(run)}, where the job is")
+        where += [f"changed: {sentence}" for sentence in self.changed]
+        where += [f"it cannot start here: {reason}" for reason in self.missing if reason not in self.training.missing]
+        if self.training.memory is not None and self.training.card is None:
+            where.append(f"GPU: {UNKNOWN}")
+        where += [f"would be refused: {problem}" for problem in self.refusals.values()]
+        resume = resume_lines(self.training, self.start, None if self.awaits_start else self.step)
+        return as_rows({**self.training.sections(usd_per_gpu_hour), "resume": resume, "where": where})
+
+    def run_directory(self, name: str | None = None) -> RunDirectory:
+        """Where the run will be; for a run without `log.name`, DATE-TIME stands for those of its start.
+
+        Args:
+            name: as of `submit`.
+        """
+        log = self.recipe.log
+        named = log.name or f"{name or self.recipe.__fn_or_cls__.__name__}-DATE-TIME"
+        return RunDirectory((user_path(log.dir) / named).absolute())
 
     def _repr_html_(self) -> str:
         rows = [("problem", str(problem)) for problem in self.problems] or self.rows()
         cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
-        return f"<table><tbody>{''.join(f'<tr>{row}</tr>' for row in cells)}</tbody></table>"
+        body = "".join(f"<tr>{row}</tr>" for row in cells)
+        return f'<table style="text-align: left; white-space: pre-wrap"><tbody>{body}</tbody></table>'
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values; the recipe as YAML."""
@@ -123,6 +153,11 @@ class Plan:
             "missing": list(self.missing),
             "changed": list(self.changed),
             "refusals": {} if self.known is None else self.refusals,
+            "resume": {
+                "from": None if self.start is None else str(self.start),
+                "step": None if self.awaits_start else self.step,
+            },
+            "where": str(self.run_directory().path),
             "training": None if self.known is None else self.known.to_dict(),
         }
 
@@ -166,15 +201,33 @@ class Plan:
             name=name, detach=detach, allow=allow, command=command, after=after, after_any=after_any,
         )  # fmt: skip
 
+    def scripts(self, *, name: str | None = None, allow: Sequence[str] = ()) -> dict[str, str]:
+        """The scripts and commands that `submit` would use, by name: "sbatch.sh" or "docker", and "job.sh".
+
+        Nothing is asked, and no secret is in them.
+
+        Args:
+            name, allow: as of `submit`; DATE-TIME stands for those of the start.
+
+        Raises:
+            ConfigError: there are problems, or there is no executor.
+        """
+        self.refuse_problems()
+        if self.executor is None:
+            raise ConfigError("a run in this process has no script; name an executor, such as executor=slurm")
+        return preview.scripts(self.recipe, self.executor, self.run_directory(name), allow)
+
     def dry_run(self) -> str:
         """Does everything that `submit` does before it submits the job, in a folder that is then deleted.
 
         Returns a sentence about what would be shipped; "" if nothing would be.
 
         Raises:
-            ConfigError: there are problems, or the executor cannot do it.
+            ConfigError: there are problems, the data that the recipe names is not here, or the executor cannot do it.
         """
         self.refuse_problems()
+        # What is named, and is not here.
+        refuse(each for each in self.training.missing if getattr(each, "given", None) is not None)
         return "" if self.executor is None else submit.rehearse(self.recipe, self.executor)
 
 
@@ -216,14 +269,24 @@ def plan(
         target = card_of(executor, fitted) or "unknown"
     try:
         training = _plan_training(fitted, target, search=search)
-        _refuse_directory(fitted, waits=waits or (executor is not None and executor.keeps_runs_elsewhere))
+        awaits = waits or (executor is not None and executor.keeps_runs_elsewhere)
+        start = _start(fitted, waits=awaits)
     except ConfigError as error:
         return Plan(fitted, executor, error.problems)
     if executor is not None:
         trainer = fitted.trainer
         executor = executor.fitted(int(trainer.devices), str(trainer.accelerator), int(trainer.num_nodes))
     missing = tuple(filter(None, (lacking, *training.missing)))
-    return Plan(fitted, executor, missing=missing, changed=tuple(yielded(recipe, fitted)), known=training)
+    return Plan(
+        fitted,
+        executor,
+        missing=missing,
+        changed=tuple(yielded(recipe, fitted)),
+        known=training,
+        start=None if start is None else start.path,
+        step=0 if start is None else start.step,
+        awaits_start=awaits and recipe.resume != "never",
+    )
 
 
 def card_of(executor: Executor | None, recipe: Recipe) -> Card | None:
@@ -296,9 +359,13 @@ def built(recipe: Recipe, target: Target | Card | Literal["unknown"] | None) -> 
         yield parts, "trainer" if not elsewhere else None if target == "unknown" else target
 
 
-def _refuse_directory(recipe: Recipe, *, waits: bool) -> None:
-    """Raises ConfigError if the run's directory cannot be written or is taken, or there is no checkpoint to resume."""
-    from fiddlehead.plan.resume import resume_point
+def _start(recipe: Recipe, *, waits: bool) -> Start | None:
+    """The checkpoint from which a run starts; None for a fresh start, and with `waits`.
+
+    Raises:
+        ConfigError: the run's directory cannot be written or is taken, or there is no checkpoint to resume.
+    """
+    from fiddlehead.plan.resume import Start, resume_point
 
     directory = user_path(recipe.log.dir).absolute()
     try:
@@ -309,5 +376,5 @@ def _refuse_directory(recipe: Recipe, *, waits: bool) -> None:
         refuse_taken(run, recipe)
     except OSError as error:
         raise ConfigError(Problem("log.dir", recipe.log.dir, f"{error.strerror} ({error.filename})")) from error
-    if not waits:
-        resume_point(run, recipe.resume)
+    found = None if waits else resume_point(run, recipe.resume)
+    return None if found is None else Start.read(found)

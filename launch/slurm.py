@@ -288,6 +288,10 @@ class SlurmExecutor(Executor):
         unavailable = "node configuration is not available" in said
         return unavailable and slurm_offer.has_nodes_away(self.shell(), self.partition)
 
+    def starters(self, run: RunDirectory, *, has_secrets: bool) -> dict[str, str]:
+        """The script for sbatch."""
+        return {"sbatch.sh": batch_script(self, run)}
+
     def submit(self, run: RunDirectory, *, after: Sequence[str] = (), after_any: Sequence[str] = ()) -> str:
         """Submits `RUN/sbatch.sh`, and returns the job's number.
 

@@ -13,7 +13,7 @@ from fiddlehead.data.random_tokens import RandomTokens
 from fiddlehead.errors import ConfigError
 from fiddlehead.inference.generation import Sampling
 from fiddlehead.models import LoRA, RopeScaling, TransformerConfig, YarnRopeScaling
-from fiddlehead.numbers import clock, count, duration, figure, plain, scientific, short
+from fiddlehead.numbers import clock, count, duration, few_digits, figure, plain, rate, scientific, short
 from fiddlehead.training import (
     AdamW,
     Checkpoint,
@@ -107,6 +107,14 @@ def test_both_betas_are_looked_at(betas: Any) -> None:
         (figure(3.0289612e-05), "3.02896e-5"),
         (figure(175.8731, 4), "175.9"),
         (figure(math.nan), "nan"),
+        (few_digits(150_415.4), "150,415"),
+        (few_digits(45.36), "45.4"),
+        (few_digits(0.5291), "0.529"),
+        (rate(3e-4), "3e-4"),
+        (rate(0.02), "0.02"),
+        (rate(0), "0"),
+        (rate(1e-8), "1e-8"),
+        (rate(1), "1"),
         (scientific(4.2137e22), "4.21e22"),
         (scientific(3e-5), "3.00e-5"),
         (count(1, "device"), "1 device"),

@@ -41,6 +41,19 @@ def figure(number: float, digits: int = 6) -> str:
     return plain(int(rounded)) if rounded.is_integer() and abs(rounded) < 1e15 else plain(rounded)
 
 
+def few_digits(number: float) -> str:
+    """A number with three digits, or all those before the point: 0.529, 45.4, 150,415."""
+    return f"{number:,.0f}" if abs(number) >= 99.95 else f"{number:.3g}"
+
+
+def rate(number: float) -> str:
+    """A learning rate, or another setting between 0 and 1, in few characters: 0.02, 3e-4, 0."""
+    if number == 0 or 0.01 <= abs(number) < 1e4:
+        return f"{number:.4g}"
+    mantissa, _, exponent = f"{number:.2e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
 def scientific(number: float) -> str:
     """A number in powers of ten with three digits: 4.2137e+22 is "4.21e22"."""
     mantissa, _, exponent = f"{number:.2e}".partition("e")

@@ -167,12 +167,12 @@ def test_dryrun_starts_nothing(fiddlehead, tmp_path):
 def test_parts_and_executors_are_configured_by_name(fiddlehead):
     edits = ["optim.lr_scheduler=CosineAnnealing(warmup_steps=3)", "data.tokenizer=ByteTokenizer"]
     output = fiddlehead("pretrain", "-f", "tiny_test", *edits, "executor=local(ntasks_per_node=2)", "--dryrun")
-    assert "3 of them warm-up" in output and "257 tokens" in output and "2 devices" in output
+    assert " in 3 steps, cosine to 0" in output and "257 tokens" in output and "2 devices" in output
 
 
 def test_another_optimizer_is_a_part_by_name(fiddlehead):
     edits = ["optim=Muon", "optim.lr=2e-3", "optim.lr_scheduler=CosineAnnealing", "optim.lr_scheduler.warmup_steps=4"]
-    assert "4 of them warm-up" in fiddlehead("pretrain", "-f", "tiny_test", *edits, "--dryrun")
+    assert "0 to 2e-3 in 4 steps, cosine to 0" in fiddlehead("pretrain", "-f", "tiny_test", *edits, "--dryrun")
     shown = fiddlehead("show", "tiny_test", *edits)
     assert "Muon(...)" in shown and "0.002" in shown
 

@@ -116,7 +116,16 @@ def test_the_list_of_recipes_has_what_each_takes(monkeypatch: pytest.MonkeyPatch
 
 def test_a_recipe_plans_itself_and_a_notebook_shows_it() -> None:
     planned = llama.llama32_1b().plan(gpu="h100")
-    assert planned.training.fits and "<td>at its peak</td>" in planned._repr_html_()
+    assert planned.training.fits and "<td>memory</td><td>fits: h100 has" in planned._repr_html_()
     wrong = llama.llama32_1b()
     wrong.data.micro_batch_size = 0
     assert "<td>problem</td><td>data.micro_batch_size=0" in wrong.plan(gpu="h100")._repr_html_()
+
+
+def test_the_scripts_are_printed_instead_of_the_plan_and_are_in_the_json(plan: Command) -> None:
+    arguments = (*ONE, "executor=docker", "executor.image=fiddlehead:1", "log.name=a", "--script")
+    out, _ = plan(*arguments)
+    assert out.startswith("=== docker\ndocker run ") and "\n=== job.sh\n#!/bin/bash\n" in out and "on h100" not in out
+    found = json.loads(plan(*arguments, "--json")[0])
+    assert found["scripts"].keys() == {"docker", "job.sh"} and found["fits"] is True
+    assert "name an executor" in plan(*ONE, "--script", rc=2)[1]

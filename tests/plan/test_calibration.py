@@ -97,7 +97,7 @@ def test_the_plans_of_a_card_use_what_was_measured_of_it(cache: Path):
         assert after.products == pytest.approx(2 * before.products)
         assert after.optimizer == pytest.approx(4 * before.optimizer)
         assert after.attention == before.attention and after.communication < before.communication
-        assert after.calibrated and ("", "by what `fiddlehead bench --calibrate` measured") in after.rows(1, 1)
+        assert after.calibrated
     assert step_of(CARDS["h200"]) == other
     keep(device, {"products": REACHED["products"]})  # measured again
     assert step_of(card).products == pytest.approx(before.products)

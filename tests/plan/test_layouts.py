@@ -151,6 +151,14 @@ def test_adapters_are_not_split_over_tensors_or_stages() -> None:
     assert max(each.sizes.context for each in every) > 1
 
 
+def test_data_that_is_not_here_is_no_obstacle_if_the_vocabulary_is_known() -> None:
+    recipe = edited(llama.llama32_1b(), "trainer.devices=1", "data.paths=['/nowhere']")
+    with pytest.raises(ConfigError, match="/nowhere"):
+        found(edited(recipe, "model.config.vocab_size=None"))
+    recipe = edited(recipe, "model.config.vocab_size=128256")
+    assert [each.edits for each in found(recipe)] == [each.edits for each in found(edited(recipe, "data.paths=None"))]
+
+
 def test_the_search_for_the_largest_model_takes_seconds() -> None:
     recipe, began = llama.llama31_405b(), time.process_time()
     assert found(recipe)

@@ -159,9 +159,8 @@ def test_a_larger_vocabulary_and_a_longer_model_are_the_user_s_choice(parts: Par
 
 def test_rows_are_for_people(parts: Parts) -> None:
     text = dict(plan_of(parts(micro_batch_size=2)).rows())
-    assert "4 heads in 2 groups of 4 channels" in text["model"]
-    assert text["a step"] == "64 tokens: 1 devices x 2 sequences x 2 accumulated"
-    assert text["the run"].startswith("12 steps, ")
+    assert text["model"] == "15,984 parameters, 2 layers"
+    assert text["step"] == "64 tokens: 1 device x 2 sequences x 2 accumulated"
     assert text["attention"] == "sdpa_flash on cpu"
 
 

@@ -32,7 +32,7 @@ def calls_of_recipe(recipe: Recipe) -> Calls:
     import fiddle as fdl
 
     from fiddlehead.plan.attention_calls import calls_of
-    from fiddlehead.plan.training import PRECISIONS
+    from fiddlehead.plan.problems import PRECISIONS
     from fiddlehead.recipe import Recipe
     from fiddlehead.training import LanguageModel, Parallel
 

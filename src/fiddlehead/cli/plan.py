@@ -42,6 +42,8 @@ error for a wrong name lists; or one of your own, by its memory, the speed of it
 
 Example:  fiddlehead plan llama3_8b --gpu h200
 
+Example:  fiddlehead plan llama3_8b executor=slurm executor.partition=gpu --script
+
 Example:  fiddlehead plan llama3_70b model.activation_checkpointing=full trainer.num_nodes=8 --usd-per-gpu-hour 2.5
 """
 
@@ -51,7 +53,10 @@ def plan(
     factory: str = FactoryOption,
     gpu: str = typer.Option(None, "--gpu", metavar="NAME", help="Plan for this GPU, which need not be here."),
     fit: bool = typer.Option(False, "--fit", help="Search the layouts that fit, and show the ten fastest."),
-    usd: float = typer.Option(None, "--usd-per-gpu-hour", min=0.0, metavar="USD", help="Also say what the run costs."),
+    usd: float = typer.Option(None, "--usd-per-gpu-hour", min=0.0, help="Also say what the run costs."),
+    script: bool = typer.Option(
+        False, "--script", help="Print the scripts that executor=NAME would submit instead; secrets are not in them."
+    ),
     as_json: bool = typer.Option(False, "--json", help="The plan as JSON; `fits` is true, false or null."),
     allow: list[str] = AllowOption,
 ) -> None:
@@ -69,15 +74,18 @@ def plan(
         changes = fitted_rows(found[0])
         planned = launch.plan(launch.fitted(recipe, found[0]), executor, target=card)
     planned.refuse_problems()
-    cost = _cost(planned, usd)
+    scripts = planned.scripts(name=name, allow=allow or ()) if script else {}
     if as_json:
-        print(json.dumps(_values(name, planned, cost, found), indent=1))  # noqa: T201
+        values = _values(name, planned, usd, found)
+        print(json.dumps({**values, "scripts": scripts} if script else values, indent=1))  # noqa: T201
         return
-    rows = [*planned.rows(), *changes]
-    if cost is not None:
-        rows.append(("cost", f"{cost:,.0f} USD"))
+    if script:
+        for file, text in scripts.items():
+            print(f"=== {file}\n{text}")  # noqa: T201
+        return
+    rows = [*planned.rows(name=name, usd_per_gpu_hour=usd), *changes]
     if card is not None and gpu is None:
-        rows.append(("planned for", f"{DEFAULT_GPU}, as there is no GPU here; --gpu names another"))
+        rows.append(("", f"planned for {DEFAULT_GPU}, as there is no GPU here; --gpu names another"))
     on = f"on {card.name}" if card is not None else "here"
     show_plan(name, f"{on}, executor {where}" if where else on, rows)
     if fit:
@@ -93,13 +101,6 @@ def _needs_gpu(recipe: Recipe) -> bool:
     return not torch.cuda.is_available()
 
 
-def _cost(planned: Plan, usd: float | None) -> float | None:
-    speed = planned.training.speed
-    if usd is None or speed is None:
-        return None
-    return usd * speed.hours(planned.training.max_steps) * planned.training.world_size
-
-
 def _show_layouts(found: Sequence[Layout]) -> None:
     made = table("layouts that fit, fastest first", "tokens/s", "GiB a GPU")
     for each in found:
@@ -109,16 +110,14 @@ def _show_layouts(found: Sequence[Layout]) -> None:
     show(made)
 
 
-def _values(name: str, planned: Plan, cost: float | None, found: Sequence[Layout]) -> dict[str, Any]:
+def _values(name: str, planned: Plan, usd: float | None, found: Sequence[Layout]) -> dict[str, Any]:
     training, values = planned.training, planned.to_dict()
-    hours = None if training.speed is None else training.speed.hours(training.max_steps)
     return {
         "name": name,
         "fits": training.fits,
-        "hours": hours,
-        "gpu_hours": None if hours is None else hours * training.world_size,
-        "usd": cost,
+        "usd": None if usd is None or training.gpu_hours is None else usd * training.gpu_hours,
         "layouts": [each.to_dict() for each in found[:SHOWN]],
         **values.pop("training"),
         **values,
+        "where": str(planned.run_directory(name).path),
     }

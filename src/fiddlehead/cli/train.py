@@ -166,7 +166,7 @@ def pretrain(
     if not dryrun:
         plan.refuse_start(despite or ())
     where_shown = "in this process" if direct else f"on {gpu}" if gpu and planned is None else where
-    show_plan(name, where_shown, [*plan.rows(), *changes])
+    show_plan(name, where_shown, [*plan.rows(name=name), *changes])
     if dryrun:
         if shipped := plan.dry_run():
             print(shipped.replace("shipped", "would ship"))  # noqa: T201
@@ -301,8 +301,10 @@ def named_card(gpu: str | None) -> Card | None:
 
 
 def fitted_rows(layout: Layout) -> list[tuple[str, str]]:
-    """What --fit has changed of a recipe, a row for each edit."""
-    return [("--fit", edit) for edit in layout.edits or ["the recipe's own layout is the fastest"]]
+    """What --fit has changed of a recipe, as a section of a plan's rows."""
+    from fiddlehead.plan.rows import as_rows
+
+    return as_rows({"--fit": layout.edits or ["the recipe's own layout is the fastest"]})
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import torch
 from fiddlehead.data.batches import Batch
 from fiddlehead.data.chat_template import ChatTemplate
 from fiddlehead.data.checksums import Checksums, of_paths
+from fiddlehead.data.contents import Contents, Known
 from fiddlehead.data.documents import NO_LABEL, borders
 from fiddlehead.data.examples import Example, tokenize_records
 from fiddlehead.data.prompt_template import PromptTemplate
@@ -93,23 +94,50 @@ class FineTuningDataModule(StepDataModule):
         self._records: tuple[list[Record], list[Record]] | None = None
 
     @property
-    def missing(self) -> str:
-        """As in the base: `paths` is empty."""
-        return "" if self.paths else Problem("paths", message="is empty; give JSONL or Parquet files with examples")
-
-    @property
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer is known: one of its own, or that of the model to begin with."""
         return bool(self.given_tokenizer or self.default_tokenizer)
 
     @property
     def vocab_size(self) -> int:
-        """The number of different tokens. It reads and checks the examples first, and names every wrong one."""
+        """The number of different tokens. It reads and checks the examples at hand first, and names every wrong one."""
         if self._tokenizer is not None:
             return self._tokenizer.vocab_size
-        if self.paths:
+        if not self.missing:
             self._read()
         return self._open_tokenizer().vocab_size
+
+    @property
+    def missing(self) -> str:
+        """As in the base: `paths` is empty, or a path is not on this machine."""
+        if not self.paths:
+            return Problem("paths", message="is empty; give JSONL or Parquet files with examples")
+        for name in ("paths", "val_paths"):
+            for path in getattr(self, name):
+                if not path.exists():
+                    return Problem(name, str(path), "there is no such file or folder")
+        return ""
+
+    def known(self) -> Known:
+        """As in the base: the number of examples, and of rows if each example has its own."""
+        tokenizer = (self._tokenizer or self._open_tokenizer()) if self.has_tokenizer else None
+        kind = "pairs of answers" if self.preference else "examples"
+        packing = f"{kind} packed into rows" if self.packed else f"a padded row for each of the {kind}"
+        named = ("", None) if tokenizer is None else (str(self._tokenizer_folder()), tokenizer.vocab_size)
+        about = (*named, packing, self.preference)
+        if self.missing:
+            return Known((), (), *about)
+        train, val = self._read()
+        splits = self._contents(self.paths, train), self._contents(self.val_paths or self.paths, val)
+        return Known(*splits, *about)
+
+    def _contents(self, paths: Sequence[Path], records: Sequence[Record]) -> tuple[Contents, ...]:
+        """The examples that come from each of the paths; those of one split."""
+        counts = {path: sum(record.where.startswith((f"{path}:", f"{path}/")) for record in records) for path in paths}
+        return tuple(
+            Contents(str(path), examples=count, samples=None if self.packed else count)
+            for path, count in counts.items()
+        )
 
     def checksums(self) -> Checksums:
         """The checksums of the files of `paths` and `val_paths`; in NeMo's folders, of those that are read."""

@@ -15,6 +15,7 @@ import torch
 from fiddlehead.data.batches import Windows
 from fiddlehead.data.blend import BlendedBatchSampler, spread
 from fiddlehead.data.checksums import Checksums
+from fiddlehead.data.contents import Contents, Known
 from fiddlehead.data.corpus import StandardLibrary, tokenize_corpus
 from fiddlehead.data.sampler import GlobalBatchSampler
 from fiddlehead.data.sources import Paths, Source, read_sources
@@ -117,7 +118,10 @@ class PreTrainingDataModule(StepDataModule):
 
     @property
     def missing(self) -> str:
-        """As in the base: `paths` and `corpus` are None."""
+        """As in the base: `paths` and `corpus` are None, or one of `paths` is not on this machine."""
+        for source in (each for split in SPLITS for each in self._sources[split]):
+            if (absent := source.absent) is not None:
+                return absent.under("paths")
         if self.paths is not None or self.corpus is not None:
             return ""
         return Problem(
@@ -126,6 +130,29 @@ class PreTrainingDataModule(StepDataModule):
             "there is no data; give data.paths=DIR, which `fiddlehead tokenize` makes, or for a demo "
             "data.corpus=stdlib, 7 MB of Python's source code (`fiddlehead bench` also takes --random-tokens)",
         )
+
+    def known(self) -> Known:
+        """As in the base, from what describes the datasets."""
+        packing = "documents kept apart" if self.separate_documents else ""
+        if self.missing:
+            return Known(packing=packing)
+        given = self._given_tokenizer
+        named = "bytes" if given is None else type(given).__name__
+        if self.paths is None and not self._directory().exists():
+            corpus = (Contents(f"{self._corpus.name}, which the run tokenizes first"),)
+            return Known(corpus, corpus, named, self.vocab_size, packing)
+        with self._naming_paths():
+            train, val = (tuple(self._contents(split)) for split in SPLITS)
+            files = [source.tokenizer_file for source in self._opened_sources()["train"]]
+        own = next((str(file) for file in files if file is not None), named)
+        return Known(train, val, own, self.vocab_size, packing)
+
+    def _contents(self, split: Split) -> Iterator[Contents]:
+        """What each dataset of a split has, and its share of the samples if they are a blend."""
+        weights = self._weights(split)
+        for number, source in enumerate(self._opened_sources()[split]):
+            tokens, share = source.size(), None if weights is None else weights[number] / sum(weights)
+            yield Contents(str(source.path), tokens, max(0, tokens - 1) // self.seq_length, share=share)
 
     def too_short(self) -> list[Problem]:
         """As in the base, from what describes the datasets."""

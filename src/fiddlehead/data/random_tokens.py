@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fiddlehead.data.batches import Batch
+from fiddlehead.data.contents import Contents, Known
 from fiddlehead.data.steps import StepDataModule
 from fiddlehead.data.tokenizers import ByteTokenizer
 from fiddlehead.errors import Problem
@@ -42,6 +43,10 @@ class RandomTokens(StepDataModule):
         if self.vocab_size <= vocab_size:
             return []
         return [f"the data has {self.vocab_size} tokens, and the model has vocab_size={vocab_size}"]
+
+    def known(self) -> Known:
+        """As in the base."""
+        return Known((Contents("random tokens"),), vocab_size=self.vocab_size, endless=True)
 
     def setup(self, stage: str | None = None) -> None:
         """Makes the samples."""

@@ -57,16 +57,30 @@ class Source:
         """That of Megatron's files; None if it is a folder of ours."""
         return None if (self.path / "meta.json").is_file() else prefix_of(self.path)
 
+    @property
+    def absent(self) -> Problem | None:
+        """Why it is not on this machine; None if it is."""
+        if self.path.exists() or prefix_of(self.path) is not None:
+            return None
+        near = nearest(self.path.name, [prefix.name for prefix in prefixes_in(self.path.parent)])
+        hint = f"; did you mean {str(self.path.with_name(near))!r}?" if near else "; `tokenize` makes one"
+        message = f"is not a dataset: there is no such folder, and no {self.path.name}.bin of Megatron{hint}"
+        return Problem.in_file(self.path, message)
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The file of the tokenizer that comes with it; None if none does."""
+        folder = self.path if self.prefix is None else self.prefix.parent
+        file = folder / "tokenizer.json"
+        return file if file.is_file() else None
+
     def info(self) -> TokenDatasetInfo:
         """The description of a folder of ours; raises `ConfigError` if the path is none."""
         if self.path.is_dir() and not (self.path / "meta.json").is_file() and (found := prefixes_in(self.path)):
             message = f"{self.path}: is a folder of Megatron's files; name them by their prefixes"
             raise ConfigError(Problem("", message=message, allowed=found))
-        if not self.path.exists():
-            near = nearest(self.path.name, [prefix.name for prefix in prefixes_in(self.path.parent)])
-            hint = f"; did you mean {str(self.path.with_name(near))!r}?" if near else "; `tokenize` makes one"
-            message = f"is not a dataset: there is no such folder, and no {self.path.name}.bin of Megatron{hint}"
-            raise ConfigError(Problem.in_file(self.path, message))
+        if (absent := self.absent) is not None:
+            raise ConfigError(absent)
         return TokenDatasetInfo.read(self.path)
 
     def documents(self) -> tuple[Path, int, int]:

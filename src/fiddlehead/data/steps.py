@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fiddlehead.data.batches import Batches, FromGlobalStep, Samples
 from fiddlehead.data.checksums import Checksums
+from fiddlehead.data.contents import Known
 from fiddlehead.data.sampler import GlobalBatchSampler, micro_batches
 from fiddlehead.data.tokenizers import Tokenizer
 from fiddlehead.errors import ConfigError, Problem, refuse
@@ -91,6 +92,10 @@ class StepDataModule(pl.LightningDataModule):
     def missing(self) -> str:
         """Why training cannot start without data, though the run can be planned; "" if it can."""
         return ""
+
+    def known(self) -> Known:
+        """What is known of the data before it is opened; `missing` says what is not at hand."""
+        return Known()
 
     def too_short(self) -> list[Problem]:
         """Which splits have no sample of `seq_length` tokens, as far as known before they are opened."""

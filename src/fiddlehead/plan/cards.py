@@ -15,7 +15,7 @@ PCIE = 25e9
 """Bytes a second and direction between the GPUs of a node that have no NVLink."""
 ALIKE = 0.06
 """The part by which the memory of a device may differ from its card's; not all drivers reserve the same."""
-FORM = "NAME=GiB,TFLOPs,GB/s, such as mine=48,362,864"
+FORM = "NAME=GiB,TFLOPs,GB/s[,watts], such as mine=48,362,864,300"
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Card:
 
     @classmethod
     def parse(cls, text: str) -> Card:
-        """A card by its name in `CARDS`, or one of your own as NAME=GiB,TFLOPs,GB/s.
+        """A card by its name in `CARDS`, or one of your own as NAME=GiB,TFLOPs,GB/s[,watts].
 
         Raises:
-            ConfigError: no such card is known, or the numbers are not three above 0.
+            ConfigError: no such card is known, or the numbers are not three or four above 0.
         """
         name, equals, numbers = text.strip().partition("=")
         key = name.strip().lower()
@@ -57,12 +57,12 @@ class Card:
                 raise ConfigError(Problem("gpu", text, f"is not a known GPU, nor {FORM}", CARDS))
             return CARDS[key]
         try:
-            gib, tflops, gigabytes = (float(number) for number in numbers.split(","))
+            gib, tflops, gigabytes, *watts = given = [float(number) for number in numbers.split(",")]
         except ValueError:
             raise ConfigError(Problem("gpu", text, f"must be {FORM}")) from None
-        if not key or not all(number > 0 and math.isfinite(number) for number in (gib, tflops, gigabytes)):
-            raise ConfigError(Problem("gpu", text, f"needs a name and three numbers above 0: {FORM}"))
-        return cls(key, gib, tflops * 1e12, gigabytes * 1e9)
+        if not key or len(watts) > 1 or not all(number > 0 and math.isfinite(number) for number in given):
+            raise ConfigError(Problem("gpu", text, f"needs a name and three or four numbers above 0: {FORM}"))
+        return cls(key, gib, tflops * 1e12, gigabytes * 1e9, watts=sum(watts))
 
     @classmethod
     def of(cls, target: Target | None, device: torch.device | None = None) -> Card | None:
@@ -150,14 +150,14 @@ CARDS: dict[str, Card] = dict(
         _card("a30", 23.6, 165, 933, model="a100", watts=165),
         _card("a10", 22.0, 125, 600, model="a10g", watts=150),
         _card("a10g", 22.0, 70, 600),
-        _card("l40s", 44.39, 362, 864),
-        _card("l40", 44.39, 181, 864, model="l40s"),
-        _card("l4", 22.0, 121, 300),
+        _card("l40s", 44.39, 362, 864, watts=350),
+        _card("l40", 44.39, 181, 864, model="l40s", watts=300),
+        _card("l4", 22.0, 121, 300, watts=72),
         _card("b200", 178.35, 2250, 8000, link=900e9, watts=1000),
         _card("gb200", 184.3, 2500, 8000, model="b200", link=900e9),
         _card("b300", 267.7, 2250, 8000, link=900e9, watts=1400),
         _card("gb300", 276.5, 2500, 8000, model="b300", link=900e9),
-        _card("rtx4090", 23.64, 165, 1008, words="RTX 4090"),
+        _card("rtx4090", 23.64, 165, 1008, words="RTX 4090", watts=450),
     ]
 )
 """By name, from NVIDIA's data sheets: dense products, and a direction of NVLink. The memory of h100 and h200 was

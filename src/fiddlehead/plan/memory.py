@@ -28,7 +28,7 @@ OPTIMIZER = "the optimizer's step"
 
 @dataclass(frozen=True)
 class Held:
-    """What a rank has of the parameters, in bytes, all through a step or at its end."""
+    """What a rank has of the parameters, in bytes, all through a step or at its end, and what its optimizer does."""
 
     parameters: float
     gradients: float
@@ -37,6 +37,15 @@ class Held:
     """What the optimizer's step needs besides."""
     buckets: float = 0.0
     """The copy of the gradients that DDP exchanges."""
+    step_operations: float = 0.0
+    """Of the optimizer's step, in matrix products."""
+    step_moved: float = 0.0
+    """The bytes that the optimizer's step reads and writes besides parameters, gradients and state."""
+
+    @property
+    def state(self) -> float:
+        """Parameters, gradients and optimizer state."""
+        return self.parameters + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True)
@@ -58,11 +67,17 @@ class Memory:
     """When it has the most."""
     outside: float
     """What is not PyTorch's: the CUDA context and the buffers of NCCL."""
+    workspace: float = 0.0
+    """Of matrix products."""
 
     @property
     def peak(self) -> float:
         """The most that PyTorch has allocated."""
-        return sum(getattr(self, name) for name in _PARTS)
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        """What PyTorch has allocated at the peak, in words, and its bytes."""
+        return {said: getattr(self, name) for name, said in _PARTS.items()}
 
     def fits(self, gib: float) -> str:
         """Whether a card of so much memory has enough: "fits", "tight" or "does not fit".
@@ -77,26 +92,20 @@ class Memory:
         """What a card must have, in GiB, with what the allocator reserves and what is outside PyTorch."""
         return (1.03 * self.peak + self.outside) / GIB
 
-    def rows(self) -> list[tuple[str, str]]:
-        """What is in memory at the peak and its size, the largest first; and their sum."""
-        parts = sorted(((getattr(self, name), said) for name, said in _PARTS.items()), reverse=True)
-        rows = [(said, f"{size / GIB:.2f} GiB") for size, said in parts if size >= 0.005 * GIB]
-        outside = f"and {self.outside / GIB:.2f} GiB outside PyTorch"
-        return [*rows, (f"in all, in {self.where}, {outside}", f"{self.peak / GIB:.2f} GiB")]
-
     def to_dict(self) -> dict[str, Any]:
         """The fields and the peak; in bytes."""
         return {**vars(self), "peak": self.peak}
 
 
 _PARTS = {
-    "parameters": "parameters",
+    "parameters": "weights",
     "gradients": "gradients",
-    "optimizer": "the optimizer's state",
+    "optimizer": "optimizer state",
     "activations": "activations",
-    "copies": "copies of weights",
-    "loss": "the loss's gradients, logits and weights",
+    "copies": "gathered layers, or copies of weights",
+    "loss": "the loss: its gradients and logits",
     "transient": "what one layer, or the optimizer, needs and frees",
+    "workspace": "workspace of matrix products",
 }
 
 
@@ -177,9 +186,10 @@ class _Step:
             parameters=held.parameters,
             gradients=there + held.buckets,
             optimizer=held.optimizer,
-            transient=transient + WORKSPACE,
+            transient=transient,
             where=where,
             outside=outside,
+            workspace=WORKSPACE,
             **fields,
         )
 

@@ -76,12 +76,15 @@ class Training:
         trained = sum(parameter.numel() for _, parameter in learned)
         frozen = (number - trained) * (2 if halves_frozen(self.model, devices) else each)
         copied = isinstance(devices.strategy, DDPStrategy) and devices.gpus > 1
+        operations, moved = optim.step_work(learned)
         return Held(
             parameters=frozen + each * trained,
             gradients=each * trained,
             optimizer=optim.state_bytes(learned, devices.precision),
             stepping=optim.step_bytes(learned, devices.precision),
             buckets=each * trained if copied else 0.0,
+            step_operations=operations,
+            step_moved=moved,
         )
 
     def held(self, sizes: Sizes) -> Held:

@@ -7,13 +7,13 @@ their data sheet, unless `fiddlehead bench --calibrate` has measured them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fiddlehead.models import TransformerConfig
 from fiddlehead.plan.activations import Setting, layer_weights
-from fiddlehead.plan.cards import Card
+from fiddlehead.plan.cards import PCIE, Card
 from fiddlehead.plan.memory import Held
 from fiddlehead.plan.reached import REACHED, reached
 from fiddlehead.training.distributed.sizes import Sizes
@@ -31,8 +31,8 @@ class Speed:
     memory_bound: float
     """Norms, activations, residuals, the softmax of the loss, casts of weights."""
     optimizer: float
-    communication: float
-    """That part of it which no computation hides."""
+    links: dict[str, float] = field(hash=False)
+    """Communication that no computation hides, by the link that it takes: NVLink or PCIe, InfiniBand."""
     bubble: float
     """In which ranks of a pipeline wait for each other."""
     tokens_per_s: float
@@ -45,41 +45,37 @@ class Speed:
     """Whether such a GPU was measured on this machine."""
 
     @property
+    def communication(self) -> float:
+        """Seconds of communication that no computation hides, over all links."""
+        return sum(self.links.values())
+
+    @property
     def step(self) -> float:
         """Seconds of a step."""
-        return sum(getattr(self, name) for name in _PARTS)
+        return sum(self.parts().values())
 
     def hours(self, steps: int) -> float:
         """Hours of so many steps."""
         return self.step * steps / 3600
 
-    def rows(self, max_steps: int, gpus: int) -> list[tuple[str, str]]:
-        """Name and value of each line of a summary."""
-        spent = sorted(((getattr(self, name), said) for name, said in _PARTS.items()), reverse=True)
-        spent = [f"{said} {seconds / self.step:.0%}" for seconds, said in spent if seconds > 0.005 * self.step]
-        hours = self.hours(max_steps)
-        energy = f", at most {self.watts * hours / 1e6:,.2f} MWh" if self.watts else ""
-        each = f"{self.tokens_per_s / gpus:,.0f} tokens/s a GPU" if gpus > 1 else f"{self.tokens_per_s:,.0f} tokens/s"
-        return [
-            ("speed", f"{each}, {1000 * self.step:,.0f} ms a step, MFU {self.mfu:.1%}"),
-            ("", ", ".join(spent)),
-            *([("", "by what `fiddlehead bench --calibrate` measured")] if self.calibrated else []),
-            ("the whole run", f"{_duration(hours)}, {hours * gpus:,.1f} GPU-hours{energy}"),
-        ]
+    def parts(self) -> dict[str, float]:
+        """The seconds of a step by what they are spent on, in words."""
+        return {
+            "products": self.products,
+            "attention": self.attention,
+            "memory-bound work": self.memory_bound,
+            "optimizer": self.optimizer,
+            **{f"waiting for {link}": seconds for link, seconds in self.links.items()},
+            "pipeline bubble": self.bubble,
+        }
+
+    def kwh(self, steps: int) -> float | None:
+        """Kilowatt-hours of so many steps, if the cards take all their power; None if that is not known."""
+        return self.watts * self.hours(steps) / 1000 or None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields and the seconds of a step."""
-        return {**vars(self), "seconds_per_step": self.step}
-
-
-_PARTS = {
-    "products": "products",
-    "attention": "attention",
-    "memory_bound": "memory-bound work",
-    "optimizer": "optimizer",
-    "communication": "communication",
-    "bubble": "pipeline bubble",
-}
+        """The fields, the seconds of all communication and those of a step."""
+        return {**vars(self), "communication": self.communication, "seconds_per_step": self.step}
 
 
 def speed(
@@ -112,13 +108,14 @@ def speed(
     # Parameters and states are read and written; gradients are read for the norm, read and scaled, and read again.
     stepped = held.gradients if setting.adapters else held.parameters
     moved = 2 * stepped + 4 * held.gradients + 2 * held.optimizer
-    optimizer = moved / (card.bytes_per_s * part["optimizer"])
-    links = _Links(card.link_bytes_per_s * part["link"], gpus_per_node)
-    exchanged = work.exchanged(links)
-    communication = batches * exchanged + work.shared(links, computed * batches)
+    optimizer = (moved + held.step_moved) / (card.bytes_per_s * part["optimizer"])
+    optimizer += held.step_operations / (card.flops * part["products"])
+    links = _Links.of(card, part["link"], gpus_per_node)
+    exchanged = links.seconds(work.exchanged())
+    communication = _waited(batches, exchanged, links.seconds(work.shared()), computed * batches)
     waits = (sizes.pipeline - 1) / (batches * max(1, sizes.stages // sizes.pipeline)) if sizes.pipeline > 1 else 0.0
-    bubble = batches * (computed + exchanged) * waits
-    step = batches * computed + bubble + optimizer + communication
+    bubble = batches * (computed + sum(exchanged.values())) * waits
+    step = batches * computed + bubble + optimizer + sum(communication.values())
     groups = gpus // (sizes.context * sizes.tensor * sizes.pipeline)
     rate = batches * groups * setting.tokens / step
     adapters = int(held.gradients / 4) if setting.adapters else None
@@ -128,7 +125,7 @@ def speed(
         attention=batches * attention,
         memory_bound=batches * memory_bound,
         optimizer=optimizer,
-        communication=communication,
+        links=communication,
         bubble=bubble,
         tokens_per_s=rate,
         mfu=rate * flops / (gpus * card.flops),
@@ -139,16 +136,32 @@ def speed(
 
 @dataclass(frozen=True)
 class _Links:
-    """The bytes that a rank can exchange in a second."""
+    """The links by which ranks exchange tensors."""
 
+    node: str
+    """The name of those within a node."""
     within: float
-    """A node."""
+    """The bytes that a rank can exchange over them in a second."""
     gpus_per_node: int
 
-    def of(self, ranks: int) -> float:
-        """Among so many neighbours; between nodes if a node does not hold whole groups of them."""
+    @classmethod
+    def of(cls, card: Card, reached: float, gpus_per_node: int) -> _Links:
+        """Those of a card; `reached` is the part of their peak that is reached."""
+        node = "NVLink" if card.link_bytes_per_s > PCIE else "PCIe"
+        return cls(node, card.link_bytes_per_s * reached, gpus_per_node)
+
+    def seconds(self, exchanges: Iterable[tuple[int, float]]) -> dict[str, float]:
+        """The seconds by link of exchanges: among how many neighbours each is, and how many bytes.
+
+        They are between nodes if a node does not hold whole groups of so many.
+        """
         between = min(self.within, INFINIBAND * REACHED["link"] / 0.5)  # nobody measures it
-        return self.within if self.gpus_per_node % ranks == 0 else between
+        found: dict[str, float] = {}
+        for ranks, moved in exchanges:
+            inside = self.gpus_per_node % ranks == 0
+            link, rate = (self.node, self.within) if inside else ("InfiniBand", between)
+            found[link] = found.get(link, 0.0) + moved / rate
+        return found
 
 
 class _Work:
@@ -214,49 +227,53 @@ class _Work:
             weights += 20 * self.gathered
         return self.tokens * (b * values + 8 * logits * (self.config.vocab_size or 0)) + weights
 
-    def exchanged(self, links: _Links) -> float:
-        """Seconds of a micro-batch in which ranks exchange activations; nothing hides them."""
+    def exchanged(self) -> list[tuple[int, float]]:
+        """What ranks exchange of a micro-batch's activations, as `_Links.seconds` takes it; nothing hides it."""
         sizes, b = self.sizes, self.setting.of_products
         stream = self.tokens * sizes.tensor * self.config.hidden_size * b
-        seconds = 0.0
+        found = []
         if sizes.tensor > 1:  # gathers and scatters around both halves of a layer, in both passes
-            part = (sizes.tensor - 1) / sizes.tensor
-            seconds += 10 * self.layers * stream * part / links.of(sizes.tensor)
+            found.append((sizes.tensor, 10 * self.layers * stream * (sizes.tensor - 1) / sizes.tensor))
         if sizes.context > 1:
-            heads = self.tokens * b * 2 * self.QK
-            seconds += 3 * self.layers * heads / links.of(sizes.context * sizes.tensor)
+            found.append((sizes.context * sizes.tensor, 3 * self.layers * self.tokens * b * 2 * self.QK))
         if sizes.expert > 1:
-            at = links.of(sizes.expert * sizes.context * sizes.tensor)
-            seconds += 8 * self.layers * self.served * stream / at
+            found.append((sizes.expert * sizes.context * sizes.tensor, 8 * self.layers * self.served * stream))
         if sizes.pipeline > 1:  # each stage passes on its output, and the gradient of its input
             of_rank = sizes.stages // sizes.pipeline * 2 * stream / sizes.tensor
-            seconds += of_rank / links.of(sizes.data * sizes.context * sizes.tensor * sizes.pipeline)
-        return seconds
+            found.append((sizes.data * sizes.context * sizes.tensor * sizes.pipeline, of_rank))
+        return found
 
-    def shared(self, links: _Links, computed: float) -> float:
-        """Seconds of a step in which ranks gather parameters or sum gradients, and nothing hides it.
-
-        Args:
-            computed: the seconds of a step's computation.
-        """
+    def shared(self) -> list[tuple[int, float]]:
+        """The parameters that ranks gather in a step and the gradients that they sum, as `_Links.seconds` takes it."""
         sizes, setting, b = self.sizes, self.setting, self.setting.of_products
         sums = 0 if setting.adapters else 4
-        seconds = 0.0
+        found = []
         if self.shards > 1:  # gathered for each micro-batch, and gradients summed in float32
             kept, step = not setting.reshard_after_forward, sizes.pipeline > 1
             # The ranks of a pipeline add up a step's gradients before they are summed; and what is kept stays there.
             moved = b * (1 if kept else 2) * (1 if kept and step else setting.micro_batches)
             moved += sums * (1 if step else setting.micro_batches)
-            part = (self.shards - 1) / self.shards
-            seconds += moved * self.gathered * part / links.of(self.shards * sizes.tensor)
+            found.append((self.shards * sizes.tensor, moved * self.gathered * (self.shards - 1) / self.shards))
         if sizes.replicate > 1:  # replicas sum their shards of a step's gradients
             moved = 2 * sums * self.gathered / self.shards * (sizes.replicate - 1) / sizes.replicate
-            seconds += moved / links.of(sizes.data * sizes.context * sizes.tensor)
-        # A layer is gathered while the one before computes, but the first has to wait, and both share the GPU.
-        return max(0.2 * seconds, seconds - 0.9 * computed)
+            found.append((sizes.data * sizes.context * sizes.tensor, moved))
+        return found
 
 
-def _duration(hours: float) -> str:
-    if hours >= 48:
-        return f"{hours / 24:,.1f} days"
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"
+def _waited(
+    batches: int, exchanged: Mapping[str, float], shared: Mapping[str, float], computed: float
+) -> dict[str, float]:
+    """Seconds of a step in which ranks communicate and nothing hides it, by link.
+
+    Args:
+        exchanged: seconds of each of the micro-batches.
+        shared: seconds of a step; its computation hides a part of them.
+        computed: the seconds of a step's computation.
+    """
+    # A layer is gathered while the one before computes, but the first has to wait, and both share the GPU.
+    seconds = sum(shared.values())
+    exposed = max(0.2, 1 - 0.9 * computed / seconds) if seconds else 0.0
+    each = {
+        link: batches * exchanged.get(link, 0.0) + exposed * shared.get(link, 0.0) for link in {**exchanged, **shared}
+    }
+    return {link: seconds for link, seconds in each.items() if seconds}

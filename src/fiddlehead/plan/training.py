@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 
 from fiddlehead.attention import Target
 from fiddlehead.checkpoints.weights import find_tokenizer
-from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
-from fiddlehead.errors import ConfigError, Problem, refuse
+from fiddlehead.data import FineTuningDataModule
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.paths import user_path
 from fiddlehead.models import TransformerConfig
-from fiddlehead.numbers import is_whole
 from fiddlehead.plan import attention
 from fiddlehead.plan.attention_calls import calls_of
 from fiddlehead.plan.cards import CARDS, Card
+from fiddlehead.plan.data import DataPlan, data_plan
 from fiddlehead.plan.layouts import Layout, layouts
 from fiddlehead.plan.memory import Memory
+from fiddlehead.plan.optimizer import OptimizerPlan, optimizer_plan
+from fiddlehead.plan.problems import Data, completed, derived, lacking, lengthened, vocabulary
 from fiddlehead.plan.rank_memory import Devices, Training, memory_and_speed
 from fiddlehead.plan.remedies import Remedy, remedies
+from fiddlehead.plan.rows import as_rows, sections
 from fiddlehead.plan.speed import Speed
-from fiddlehead.run.console import say
-from fiddlehead.training import LanguageModel, Log, Parallel, PreferenceModel
-from fiddlehead.training.distributed.sizes import Sizes
-from fiddlehead.training.frozen import halves_frozen
+from fiddlehead.training import LanguageModel, Log, PreferenceModel
 from fiddlehead.training.optim import Optim
 from fiddlehead.training.parts import refuse_others
-
-Data: TypeAlias = PreTrainingDataModule | FineTuningDataModule
-
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
-"""Without float16: its loss scaling hides an infinite gradient, and breaks the clipping of a fused optimizer."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,9 @@ class TrainingPlan:
     """Parameters, gradients and optimizer state of one full copy, without activations."""
     device_gib: float
     """The part that each device holds."""
-    warmup_steps: int
+    data: DataPlan
+    """What it trains and validates on."""
+    optimizer: OptimizerPlan
     memory: Memory | None = None
     """Of the GPU that has the most; None on a CPU, and where preferences are learned, which is not worked out yet."""
     card: Card | None = None
@@ -97,45 +93,41 @@ class TrainingPlan:
         """ "fits", "tight" or "does not fit"; "" if that is not known."""
         return "" if self.memory is None or self.card is None else self.memory.fits(self.card.gib)
 
+    @property
+    def gpu_hours(self) -> float | None:
+        """The hours of the whole run times the GPUs; None if its speed is not known."""
+        return None if self.speed is None else self.speed.hours(self.max_steps) * self.world_size
+
+    @property
+    def lacks_weights(self) -> str:
+        """Why the weights to begin with are not known, so that the shape is that of `model.config`; "" if they are."""
+        return next((each for each in self.missing if getattr(each, "path", "") == "model.init_from"), "")
+
     def apply(self, model: LanguageModel, data: Data, trainer: Trainer) -> None:
         """Completes the parts: the model's shape, the data's vocabulary, the trainer's accumulation."""
         model.config = self.config
         data.model_vocab_size = self.config.vocab_size
         trainer.accumulate_grad_batches = self.accumulate_grad_batches
 
+    def sections(self, usd_per_gpu_hour: float | None = None) -> dict[str, list[str]]:
+        """The lines of a summary, by section; see `fiddlehead.plan.rows`."""
+        return sections(self, usd_per_gpu_hour)
+
     def rows(self) -> list[tuple[str, str]]:
-        """Name and value of each line of a summary."""
-        config = self.config
-        warmup = f"{self.warmup_steps:,} of them warm-up"
-        if self.warmup_steps >= self.max_steps:
-            warmup = f"which end before the warm-up does ({self.warmup_steps:,} steps)"
-        heads = f"{config.num_attention_heads} heads in {config.groups} groups of {config.head_dim} channels"
-        trained = "" if self.trained == self.parameters else f" ({self.trained / 1e6:,.2f} M of them trained)"
-        return [
-            ("model", f"{self.parameters / 1e6:,.2f} M parameters{trained}, {config.num_layers} layers, {heads}"),
-            ("vocabulary, sequence", f"{config.vocab_size:,} tokens, {config.seq_length:,} long"),
-            (
-                "a step",
-                f"{self.tokens_per_step:,} tokens: {self._ranks()} x {self.micro_batch_size} sequences "
-                f"x {self.accumulate_grad_batches} accumulated",
-            ),
-            ("the run", f"{self.max_steps:,} steps, {warmup}"),
-            ("", f"{self.tokens:,} tokens, {self.flops:.2e} FLOPs"),
-            *self._memory_rows(),
-            *(self.speed.rows(self.max_steps, self.world_size) if self.speed is not None else []),
-            *(("missing", reason) for reason in self.missing),
-            *([("", "the weights are not known, so the shape is model.config's")] if self._lacks_weights() else []),
-            *zip(itertools.chain(["attention"], itertools.repeat("")), self._attention_rows(), strict=False),
-        ]
+        """Section and text of each line of a summary; only the first line of a section has its name."""
+        return as_rows(self.sections())
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values; `attention` has the `Served.to_dict` of each call."""
-        others = ("config", "attention", "memory", "card", "speed", "layouts", "remedies")
+        others = ("config", "attention", "memory", "card", "speed", "layouts", "remedies", "data", "optimizer")
         fields = {name: value for name, value in vars(self).items() if name not in others}
         return {
             "config": asdict(self.config),
             **fields,
+            "tokens": self.tokens,
             "flops": self.flops,
+            "data": self.data.to_dict(),
+            "optimizer": self.optimizer.to_dict(),
             "attention": [each.to_dict() for each in self.attention],
             "memory": None if self.memory is None else self.memory.to_dict(),
             "speed": None if self.speed is None else self.speed.to_dict(),
@@ -143,35 +135,10 @@ class TrainingPlan:
             "fits": self.fits,
             "verdict": self.verdict,
             "remedies": [each.to_dict() for each in self.remedies],
+            "hours": None if self.speed is None else self.speed.hours(self.max_steps),
+            "gpu_hours": self.gpu_hours,
+            "kwh": None if self.speed is None else self.speed.kwh(self.max_steps),
         }
-
-    def _lacks_weights(self) -> bool:
-        return any(isinstance(reason, Problem) and reason.path == "model.init_from" for reason in self.missing)
-
-    def _ranks(self) -> str:
-        if self.data_parallel == self.world_size:
-            return f"{self.world_size} devices"
-        return f"{self.data_parallel} groups of {self.world_size // self.data_parallel} devices"
-
-    def _memory_rows(self) -> list[tuple[str, str]]:
-        """What is in memory at its peak, where that is worked out."""
-        state = f"{self.state_gib:.2f} GiB"
-        if self.device_gib != self.state_gib:
-            state = f"{self.device_gib:.2f} GiB on each device (of {state} in all)"
-        more = ", plus activations" if self.memory is None else ""
-        rows = [("memory", f"{state} for parameters, gradients and optimizer{more}")]
-        if self.memory is None:
-            return rows
-        names = itertools.chain(["at its peak"], itertools.repeat(""))
-        rows += [(name, f"{size}  {part}") for name, (part, size) in zip(names, self.memory.rows(), strict=False)]
-        if self.card is not None:
-            rows.append(("", f"{self.verdict}: {self.card.name} has {self.card.gib:.1f} GiB"))
-            names = itertools.chain(["what makes it fit"], itertools.repeat(""))
-            rows += [(name, remedy.row()) for name, remedy in zip(names, self.remedies, strict=False)]
-        return rows
-
-    def _attention_rows(self) -> list[str]:
-        return attention.rows(self.attention) or [f"{self.config.attention_backend}, on the GPU that trains"]
 
 
 def begin(model: LanguageModel, data: Data, trainer: Trainer, optim: Optim) -> str | Path | None:
@@ -216,54 +183,47 @@ def plan_training(
     Raises:
         ConfigError: the parts do not fit together; the error lists every problem.
     """
-    world_size = trainer.num_devices * trainer.num_nodes
-    sizes = Sizes(data=world_size, replicate=world_size)
-    if isinstance(trainer.strategy, Parallel):
-        try:
-            sizes = trainer.strategy.sizes(world_size)
-        except ConfigError as error:
-            raise error.under("trainer.strategy") from error
-    accumulate, config = _fitting(model, data, trainer, optim, log, sizes)
+    devices = Devices.of(trainer)
+    try:
+        sizes = devices.sizes
+    except ConfigError as error:
+        raise error.under("trainer.strategy") from error
+    accumulate, config = derived(model, data, trainer, optim, log, sizes)
     try:
         transformer = model.on_meta(config)
     except ConfigError as error:
         raise error.under("model") from error
-    learned = [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
-    parameters = sum(parameter.numel() for parameter in transformer.parameters())
-    trained = sum(parameter.numel() for _, parameter in learned)
-    precision = str(trainer.precision)
-    each = 2 if precision == "bf16-true" else 4
-    frozen_bytes = (parameters - trained) * (2 if halves_frozen(model, trainer) else each)
-    state_gib = (frozen_bytes + 2 * each * trained + optim.state_bytes(learned, precision)) / 2**30  # 2: the gradients
     device, card = _device(target, trainer)
     on_gpu = device is None or device.device_type == "cuda"
-    parts = Training(model, transformer, data, Devices.of(trainer), optim)
-    gathered_gib = sizes.gathered(parts.counted) * ((4 if precision == "32-true" else 2) + 4) / 2**30
+    parts = Training(model, transformer, data, devices, optim)
+    whole = parts.whole
+    gathered = sizes.gathered(parts.counted) * ((4 if devices.precision == "32-true" else 2) + 4)
     memory, speed = None, None
     if on_gpu:
         memory, speed = memory_and_speed(parts, sizes, card)
     short = memory is not None and card is not None and memory.fits(card.gib) != "fits"
     return TrainingPlan(
         config=config,
-        parameters=parameters,
-        trained=trained,
+        parameters=sum(parts.counted.numbers.values()),
+        trained=sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad),
         max_steps=int(trainer.max_steps),
-        world_size=world_size,
+        world_size=devices.gpus,
         data_parallel=sizes.data,
         micro_batch_size=data.micro_batch_size,
         accumulate_grad_batches=accumulate,
         tokens_per_step=data.global_batch_size * data.seq_length,
         attention=_kernels(model, config, data, trainer, device),
-        state_gib=state_gib,
-        device_gib=state_gib * sizes.held(parts.counted) / parameters + gathered_gib,
-        warmup_steps=optim.lr_scheduler.warmup_steps,
+        state_gib=whole.state / 2**30,
+        device_gib=(parts.held(sizes).state + gathered) / 2**30,
+        data=data_plan(data, trainer, vocab_size=config.vocab_size or 0, data_parallel=sizes.data),
+        optimizer=optimizer_plan(optim, trainer),
         memory=memory,
         card=card,
         speed=speed,
-        layouts=tuple(layouts(parts, card)) if search and card is not None else (),
         remedies=remedies(parts, card, speed) if short and card is not None else (),
-        missing=_missing(model, data),
-        checkpoint_bytes=each * trained + optim.state_bytes(learned, precision),
+        layouts=tuple(layouts(parts, card)) if search and card is not None else (),
+        missing=lacking(model, data),
+        checkpoint_bytes=round(whole.gradients + whole.optimizer),  # a gradient is as large as its weight
     )
 
 
@@ -294,77 +254,13 @@ def search_layouts(
     if str(trainer.precision) == "32-true" or not card.flops or not card.bytes_per_s:
         given = str(trainer.precision) if card.flops else card.name
         raise ConfigError(Problem("trainer.precision" if card.flops else "gpu", given, "its speed is not worked out"))
+    config = lengthened(model, data.seq_length)
+    config = completed(config, data, vocabulary(config, data))
     try:
-        vocab_size = _vocab_size(model, data)
-    except ConfigError as error:
-        raise error.under("data") from error
-    if vocab_size is None:
-        raise ConfigError(_NO_VOCABULARY)
-    try:
-        transformer = model.on_meta(_completed(_longer(model, data.seq_length), data, vocab_size))
+        transformer = model.on_meta(config)
     except ConfigError as error:
         raise error.under("model") from error
     return layouts(Training(model, transformer, data, Devices.of(trainer), optim), card)
-
-
-_NO_VOCABULARY = Problem("model.config.vocab_size", None, "neither the weights nor a tokenizer are here, so give it")
-
-
-def _has_tokenizer(data: Data) -> bool:
-    return not isinstance(data, FineTuningDataModule) or data.has_tokenizer
-
-
-def _vocab_size(model: LanguageModel, data: Data) -> int | None:
-    """The number of different tokens: the tokenizer's, or the model's where there is none; None if it is not known."""
-    return data.vocab_size if _has_tokenizer(data) else model.config.vocab_size
-
-
-def _missing(model: LanguageModel, data: Data) -> tuple[str, ...]:
-    """What a training lacks that its plan does not need: weights to begin with, and data."""
-    weights = model.missing
-    if weights is None and model.init_from is None and isinstance(data, FineTuningDataModule):
-        weights = Problem("init_from", None, "name a trained model, with which fine-tuning begins")
-    found = [] if weights is None else [weights.under("model")]
-    return (*found, *([f"data.{data.missing}"] if data.missing else []))
-
-
-def _fitting(
-    model: LanguageModel, data: Data, trainer: Trainer, optim: Optim, log: Log | None, sizes: Sizes
-) -> tuple[int, TransformerConfig]:
-    """The number of micro-batches in a step, and the model's complete shape; raises ConfigError with every problem."""
-    strategy = trainer.strategy if isinstance(trainer.strategy, Parallel) else None
-    cut = strategy if trainer.num_devices * trainer.num_nodes > 1 else None
-    problems: list[Problem] = []
-    if cut is not None and model.compile_mode == "model":
-        problems.append(Problem("model.compile", "model", "a model cut over several devices takes 'layers' or None"))
-    accumulate, micro_batches = 1, None
-    try:
-        accumulate = micro_batches = data.accumulate_grad_batches(sizes.data)
-    except ConfigError as error:
-        problems += error.under("data").problems
-    problems += _trainer_problems(trainer, accumulate, sizes.data)
-    if log is not None and log.profile_steps and log.profile_steps[1] > trainer.max_steps:
-        message = f"the run ends with step trainer.max_steps={trainer.max_steps}"
-        problems.append(Problem("log.profile", log.profile, message))
-    try:
-        vocab_size = _vocab_size(model, data)
-    except ConfigError as error:  # the dataset cannot be read
-        raise ConfigError(*problems, *error.under("data").problems) from error
-    problems += ConfigError(*data.too_short()).under("data").problems
-    config = _longer(model, data.seq_length)
-    if vocab_size is None:
-        raise ConfigError(*problems, _NO_VOCABULARY)
-    if _has_tokenizer(data):
-        problems += _vocabulary_problems(config, data, vocab_size)
-    problems += _length_problems(config, data)
-    problems += model.problems(str(trainer.precision), sizes)
-    if strategy is not None:
-        divided = strategy.problems(config, data.seq_length, micro_batches)
-        problems += [each.under("trainer.strategy") for each in divided]
-    split = None if cut is None else sizes
-    problems += optim.problems(str(trainer.precision), split, adapters=model.lora is not None)
-    refuse(problems)
-    return accumulate, _completed(config, data, vocab_size)
 
 
 def _device(target: Target | Card | Literal["trainer"] | None, trainer: Trainer) -> tuple[Target | None, Card | None]:
@@ -394,73 +290,3 @@ def _kernels(
         return attention.choose(calls, target)
     except ConfigError as error:
         raise error.under("model.config") from error
-
-
-def _trainer_problems(trainer: Trainer, accumulate: int, data_parallel: int) -> list[Problem]:
-    problems = []
-    if not (is_whole(trainer.max_steps) and trainer.max_steps >= 1):
-        message = "must be 1 or more; a run ends by steps, not by epochs"
-        problems.append(Problem("trainer.max_steps", trainer.max_steps, message))
-    if (given := trainer.accumulate_grad_batches) not in (1, accumulate):
-        message = f"leave it out; the data's batch sizes on {data_parallel} data-parallel ranks make it {accumulate}"
-        problems.append(Problem("trainer.accumulate_grad_batches", given, message))
-    every: Any = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    if not (is_whole(every) and every >= 1):
-        problems.append(Problem("trainer.log_every_n_steps", every, "must be a whole number of steps, 1 or more"))
-    interval = trainer.val_check_interval
-    if interval != 1.0 and (not isinstance(interval, int) or interval < 1):
-        problems.append(Problem("trainer.val_check_interval", interval, "must be a whole number of steps, 1 or more"))
-    if str(trainer.precision) not in PRECISIONS:
-        problems.append(Problem("trainer.precision", str(trainer.precision), "", PRECISIONS))
-    if (limit := trainer.limit_train_batches) not in (None, 1.0):
-        problems.append(Problem("trainer.limit_train_batches", limit, "trainer.max_steps ends a run; leave it out"))
-    if (limit := trainer.limit_val_batches) not in (None, 1.0):
-        message = "data.val_samples says how many samples a validation has, 0 for none; leave it out"
-        problems.append(Problem("trainer.limit_val_batches", limit, message))
-    if batches := getattr(trainer, "overfit_batches", 0):
-        message = "the order of the data is a function of the step; leave it out"
-        problems.append(Problem("trainer.overfit_batches", batches, message))
-    if steps := getattr(trainer, "fast_dev_run", False):
-        problems.append(Problem("trainer.fast_dev_run", steps, "use trainer.max_steps=1, or --dryrun"))
-    if (epochs := trainer.max_epochs) not in (None, -1):
-        problems.append(Problem("trainer.max_epochs", epochs, "trainer.max_steps ends a run; leave it at -1"))
-    if trainer.checkpoint_callback is not None:
-        problems.append(Problem("trainer.enable_checkpointing", True, "`checkpoint` decides; leave it out"))
-    if trainer.loggers:
-        problems.append(Problem("trainer.logger", message="`log` decides; leave it out"))
-    if trainer.gradient_clip_val is not None and not trainer.gradient_clip_val >= 0:
-        problems.append(Problem("trainer.gradient_clip_val", trainer.gradient_clip_val, "must not be negative"))
-    if trainer.gradient_clip_algorithm not in (None, "norm"):
-        problems.append(Problem("trainer.gradient_clip_algorithm", str(trainer.gradient_clip_algorithm), "", ("norm",)))
-    return problems
-
-
-def _vocabulary_problems(config: TransformerConfig, data: Data, vocab_size: int) -> list[Problem]:
-    if config.vocab_size is None or not (missing := data.missing_rows(config.vocab_size)):
-        return []
-    message = f"{'; '.join(missing)}; the tokenizer has {vocab_size} tokens"
-    return [Problem("model.config.vocab_size", config.vocab_size, message)]
-
-
-def _length_problems(config: TransformerConfig, data: Data) -> list[Problem]:
-    problems = []
-    if config.seq_length is not None and config.seq_length < data.seq_length:
-        message = f"is shorter than data.seq_length={data.seq_length}; leave it out"
-        problems.append(Problem("model.config.seq_length", config.seq_length, message))
-    return problems
-
-
-def _completed(config: TransformerConfig, data: Data, vocab_size: int) -> TransformerConfig:
-    """The shape with what follows from the data."""
-    return replace(config, vocab_size=config.vocab_size or vocab_size, seq_length=config.seq_length or data.seq_length)
-
-
-def _longer(model: LanguageModel, seq_length: int) -> TransformerConfig:
-    """The model's shape. If rotary weights go on with sequences longer than those they learned, it prints a warning."""
-    config, learned = model.config, model.config.seq_length
-    if model.init_from is None or learned is None or learned >= seq_length:
-        return config
-    if config.position_embedding_type == "learned_absolute":
-        return config
-    say(f"WARNING: {model.init_from} learned sequences of {learned} tokens; data.seq_length={seq_length} is longer")
-    return replace(config, seq_length=seq_length)

@@ -19,6 +19,7 @@ DATA = (
         "tokenizer",
         "checksums",
         "missing",
+        "known",
         "too_short",
         "missing_rows",
         "accumulate_grad_batches",

@@ -104,7 +104,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def made(*args: Any, **kwargs: Any) -> TrainingPlan:
             plan = make(*args, **kwargs)
             memory = Memory(gib * GIB, 0, 0, 0, 0, 0, 0, "the forward pass", 0)
-            speed = Speed(seconds, 0, 0, 0, 0, 0, plan.tokens_per_step / seconds, 0.5, 0)
+            speed = Speed(seconds, 0, 0, 0, {}, 0, plan.tokens_per_step / seconds, 0.5, 0)
             return replace(plan, card=card, memory=memory, speed=speed)
 
         monkeypatch.setattr(tasks, "plan_training", made)

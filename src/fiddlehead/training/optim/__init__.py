@@ -6,9 +6,9 @@ from typing import Any
 from fiddlehead.training.optim.adamw import AdamW
 from fiddlehead.training.optim.muon import Muon
 from fiddlehead.training.optim.optim import Optim
-from fiddlehead.training.optim.schedules import CosineAnnealing, Schedule, WarmupStableDecay
+from fiddlehead.training.optim.schedules import CosineAnnealing, Schedule, WarmupStableDecay, course
 
-__all__ = ["AdamW", "CosineAnnealing", "Muon", "Optim", "Schedule", "WarmupStableDecay", "kind_of"]
+__all__ = ["AdamW", "CosineAnnealing", "Muon", "Optim", "Schedule", "WarmupStableDecay", "course", "kind_of"]
 
 
 def kind_of(groups: Sequence[Mapping[str, Any]]) -> str:

@@ -84,6 +84,10 @@ class Optim:
         """The bytes that its step needs besides its state, and frees."""
         return 0
 
+    def step_work(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> tuple[float, float]:
+        """What its step does besides reading and writing parameters, gradients and state: operations, and bytes moved."""
+        return 0.0, 0.0
+
     def _refused(self) -> list[Problem]:
         """The impossible values."""
         problems = []

@@ -1,0 +1,167 @@
+"""What follows from the parts of a training together, and what is wrong with them, besides what each finds itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+from lightning.pytorch import Trainer
+
+from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
+from fiddlehead.errors import ConfigError, Problem, refuse
+from fiddlehead.models import TransformerConfig
+from fiddlehead.numbers import is_whole
+from fiddlehead.run.console import say
+from fiddlehead.training import LanguageModel, Log, Parallel
+from fiddlehead.training.distributed.sizes import Sizes
+from fiddlehead.training.optim import Optim
+
+Data: TypeAlias = PreTrainingDataModule | FineTuningDataModule
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+"""Without float16: its loss scaling hides an infinite gradient, and breaks the clipping of a fused optimizer."""
+
+
+def derived(
+    model: LanguageModel, data: Data, trainer: Trainer, optim: Optim, log: Log | None, sizes: Sizes
+) -> tuple[int, TransformerConfig]:
+    """The number of micro-batches in a step, and the model's complete shape, which follow from all parts.
+
+    Args:
+        sizes: of the ranks.
+
+    Raises:
+        ConfigError: the parts do not fit together; the error lists every problem.
+    """
+    strategy = trainer.strategy if isinstance(trainer.strategy, Parallel) else None
+    cut = strategy if trainer.num_devices * trainer.num_nodes > 1 else None
+    problems: list[Problem] = []
+    if cut is not None and model.compile_mode == "model":
+        problems.append(Problem("model.compile", "model", "a model cut over several devices takes 'layers' or None"))
+    accumulate, micro_batches = 1, None
+    try:
+        accumulate = micro_batches = data.accumulate_grad_batches(sizes.data)
+    except ConfigError as error:
+        problems += error.under("data").problems
+    problems += trainer_problems(trainer, accumulate, sizes.data)
+    if log is not None and log.profile_steps and log.profile_steps[1] > trainer.max_steps:
+        message = f"the run ends with step trainer.max_steps={trainer.max_steps}"
+        problems.append(Problem("log.profile", log.profile, message))
+    config = lengthened(model, data.seq_length)
+    try:
+        vocab_size = vocabulary(config, data)
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.problems) from error
+    if vocab_size is not None:
+        problems += ConfigError(*data.too_short()).under("data").problems
+    problems += model_problems(config, data, vocab_size)
+    problems += model.problems(str(trainer.precision), sizes)
+    if strategy is not None:
+        divided = strategy.problems(config, data.seq_length, micro_batches)
+        problems += [each.under("trainer.strategy") for each in divided]
+    split = None if cut is None else sizes
+    problems += optim.problems(str(trainer.precision), split, adapters=model.lora is not None)
+    refuse(problems)
+    return accumulate, completed(config, data, vocab_size)
+
+
+def lacking(model: LanguageModel, data: Data) -> tuple[Problem, ...]:
+    """What a training lacks that its plan does not need: weights to begin with, and data."""
+    weights = model.missing
+    if weights is None and model.init_from is None and isinstance(data, FineTuningDataModule):
+        weights = Problem("init_from", None, "name a trained model, with which fine-tuning begins")
+    found = () if weights is None else (weights.under("model"),)
+    return (*found, *(ConfigError(data.missing).under("data").problems if data.missing else ()))
+
+
+def trainer_problems(trainer: Trainer, accumulate: int, data_parallel: int) -> list[Problem]:
+    """What is wrong with the trainer.
+
+    Args:
+        accumulate: how many micro-batches a step has, by the data.
+        data_parallel: how many ranks, or groups of them, train on different samples.
+    """
+    problems = []
+    if not (is_whole(trainer.max_steps) and trainer.max_steps >= 1):
+        message = "must be 1 or more; a run ends by steps, not by epochs"
+        problems.append(Problem("trainer.max_steps", trainer.max_steps, message))
+    if (given := trainer.accumulate_grad_batches) not in (1, accumulate):
+        message = f"leave it out; the data's batch sizes on {data_parallel} data-parallel ranks make it {accumulate}"
+        problems.append(Problem("trainer.accumulate_grad_batches", given, message))
+    every: Any = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if not (is_whole(every) and every >= 1):
+        problems.append(Problem("trainer.log_every_n_steps", every, "must be a whole number of steps, 1 or more"))
+    interval = trainer.val_check_interval
+    if interval != 1.0 and (not isinstance(interval, int) or interval < 1):
+        problems.append(Problem("trainer.val_check_interval", interval, "must be a whole number of steps, 1 or more"))
+    if str(trainer.precision) not in PRECISIONS:
+        problems.append(Problem("trainer.precision", str(trainer.precision), "", PRECISIONS))
+    if (limit := trainer.limit_train_batches) not in (None, 1.0):
+        problems.append(Problem("trainer.limit_train_batches", limit, "trainer.max_steps ends a run; leave it out"))
+    if (limit := trainer.limit_val_batches) not in (None, 1.0):
+        message = "data.val_samples says how many samples a validation has, 0 for none; leave it out"
+        problems.append(Problem("trainer.limit_val_batches", limit, message))
+    if batches := getattr(trainer, "overfit_batches", 0):
+        message = "the order of the data is a function of the step; leave it out"
+        problems.append(Problem("trainer.overfit_batches", batches, message))
+    if steps := getattr(trainer, "fast_dev_run", False):
+        problems.append(Problem("trainer.fast_dev_run", steps, "use trainer.max_steps=1, or --dryrun"))
+    if (epochs := trainer.max_epochs) not in (None, -1):
+        problems.append(Problem("trainer.max_epochs", epochs, "trainer.max_steps ends a run; leave it at -1"))
+    if trainer.checkpoint_callback is not None:
+        problems.append(Problem("trainer.enable_checkpointing", True, "`checkpoint` decides; leave it out"))
+    if trainer.loggers:
+        problems.append(Problem("trainer.logger", message="`log` decides; leave it out"))
+    if trainer.gradient_clip_val is not None and not trainer.gradient_clip_val >= 0:
+        problems.append(Problem("trainer.gradient_clip_val", trainer.gradient_clip_val, "must not be negative"))
+    if trainer.gradient_clip_algorithm not in (None, "norm"):
+        problems.append(Problem("trainer.gradient_clip_algorithm", str(trainer.gradient_clip_algorithm), "", ("norm",)))
+    return problems
+
+
+def model_problems(config: TransformerConfig, data: Data, vocab_size: int | None) -> list[Problem]:
+    """What of the model's shape does not fit the data, whose tokenizer has `vocab_size` tokens; None: not known."""
+    problems = []
+    rows = config.vocab_size
+    if rows is not None and vocab_size is not None and (missing := data.missing_rows(rows)):
+        message = f"{'; '.join(missing)}; the tokenizer has {vocab_size} tokens"
+        problems.append(Problem("model.config.vocab_size", rows, message))
+    if config.seq_length is not None and config.seq_length < data.seq_length:
+        message = f"is shorter than data.seq_length={data.seq_length}; leave it out"
+        problems.append(Problem("model.config.seq_length", config.seq_length, message))
+    return problems
+
+
+def vocabulary(config: TransformerConfig, data: Data) -> int | None:
+    """How many tokens the data's tokenizer has; None if it is not here, and the model's shape says it.
+
+    Raises:
+        ConfigError: the data is here and cannot be read, or nothing says it.
+    """
+    if isinstance(data, FineTuningDataModule) and not data.has_tokenizer:
+        if config.vocab_size is None:
+            message = "neither the weights nor a tokenizer are here, so give it"
+            raise ConfigError(Problem("model.config.vocab_size", None, message))
+        return None
+    try:
+        return data.vocab_size
+    except ConfigError as error:
+        if data.missing and config.vocab_size is not None:
+            return None
+        raise error.under("data") from error
+
+
+def completed(config: TransformerConfig, data: Data, vocab_size: int | None) -> TransformerConfig:
+    """The model's shape with what follows from the data; `vocab_size` is by `vocabulary`."""
+    return replace(config, vocab_size=config.vocab_size or vocab_size, seq_length=config.seq_length or data.seq_length)
+
+
+def lengthened(model: LanguageModel, seq_length: int) -> TransformerConfig:
+    """The model's shape. If rotary weights go on with sequences longer than those they learned, it prints a warning."""
+    config, learned = model.config, model.config.seq_length
+    if model.init_from is None or learned is None or learned >= seq_length:
+        return config
+    if config.position_embedding_type == "learned_absolute":
+        return config
+    say(f"WARNING: {model.init_from} learned sequences of {learned} tokens; data.seq_length={seq_length} is longer")
+    return replace(config, seq_length=seq_length)
