@@ -159,7 +159,7 @@ def test_a_larger_vocabulary_and_a_longer_model_are_the_user_s_choice(parts: Par
 
 def test_rows_are_for_people(parts: Parts) -> None:
     text = dict(plan_of(parts(micro_batch_size=2)).rows())
-    assert text["model"] == "15,984 parameters, 2 layers"
+    assert text["model"] == "16 k parameters, 2 layers"
     assert text["step"] == "64 tokens: 1 device x 2 sequences x 2 accumulated"
     assert text["attention"] == "sdpa_flash on cpu"
 

@@ -51,7 +51,7 @@ def test_the_sections_are_in_one_order_and_no_word_is_broken_at_80_columns() -> 
 def test_a_tokenized_folder_is_counted(parts: Parts, dataset: Path) -> None:
     made = parts(max_steps=1000, val_check_interval=250)
     found = plan_of(made).data
-    windows = len(Windows(TokenFile(dataset, "train"), 16))
+    windows = len(Windows([TokenFile(dataset, "train")], 16))
     assert found.tokens == len(TokenFile(dataset, "train"))
     assert found.epochs == pytest.approx(1000 * 4 / windows) and found.val_samples == 8
     said = "\n".join(found.lines())
@@ -66,7 +66,7 @@ def test_data_that_is_elsewhere_is_named_and_all_else_is_planned(parts: Parts, t
     made = parts(vocab_size=300)
     made["data"] = PreTrainingDataModule(tmp_path / "away", seq_length=16, micro_batch_size=4, global_batch_size=4)
     found = plan_of(made)
-    assert found.parameters > 0 and found.missing.startswith("data.paths=")
+    assert found.parameters > 0 and found.missing[0].startswith("data.paths=")
     said = text_of(found, "data")
     assert f"{tmp_path / 'away'}" in said and "no such folder" in said
     assert "not known before: its tokens, the tokenizer, its vocabulary, the epochs" in said
@@ -79,8 +79,8 @@ def test_data_that_is_elsewhere_is_named_and_all_else_is_planned(parts: Parts, t
 def test_a_dry_run_refuses_data_that_is_named_and_not_here(working_directory: Path) -> None:
     recipe = apply_overrides(llama.llama32_1b(), ["data.paths=away", "trainer.accelerator=cpu", "trainer.devices=1"])
     made = plan(recipe)
-    assert made.missing == (made.training.missing,) and not made.problems
-    with pytest.raises(ConfigError, match=r"^data\.paths='away': there is no such folder"):
+    assert made.missing == made.training.missing and not made.problems
+    with pytest.raises(ConfigError, match=r"^data\.paths='away': is not a dataset: there is no such folder"):
         made.dry_run()
     plan(apply_overrides(recipe, ["data.paths=None"])).dry_run()
 
@@ -98,7 +98,7 @@ def test_examples_are_counted_by_path(parts: Parts, pretrain: Any, tmp_path: Pat
     assert "of 4 examples" in said
     made["data"] = FineTuningDataModule(tmp_path / "away.jsonl", seq_length=16)
     away = plan_of(made)
-    assert "no such file or folder" in away.missing and "not known before: its tokens" in text_of(away, "data")
+    assert "no such file or folder" in away.missing[0] and "not known before: its tokens" in text_of(away, "data")
 
 
 def test_random_tokens_have_nothing_to_know(parts: Parts) -> None:

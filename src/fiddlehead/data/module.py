@@ -120,8 +120,8 @@ class PreTrainingDataModule(StepDataModule):
     def missing(self) -> str:
         """As in the base: `paths` and `corpus` are None, or one of `paths` is not on this machine."""
         for source in (each for split in SPLITS for each in self._sources[split]):
-            if (absent := source.absent) is not None:
-                return absent.under("paths")
+            if absent := source.absent:
+                return Problem("paths", str(source.path), absent)
         if self.paths is not None or self.corpus is not None:
             return ""
         return Problem(

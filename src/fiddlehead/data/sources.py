@@ -58,14 +58,13 @@ class Source:
         return None if (self.path / "meta.json").is_file() else prefix_of(self.path)
 
     @property
-    def absent(self) -> Problem | None:
-        """Why it is not on this machine; None if it is."""
+    def absent(self) -> str:
+        """What to say of it if it is not on this machine; "" if it is."""
         if self.path.exists() or prefix_of(self.path) is not None:
-            return None
+            return ""
         near = nearest(self.path.name, [prefix.name for prefix in prefixes_in(self.path.parent)])
         hint = f"; did you mean {str(self.path.with_name(near))!r}?" if near else "; `tokenize` makes one"
-        message = f"is not a dataset: there is no such folder, and no {self.path.name}.bin of Megatron{hint}"
-        return Problem.in_file(self.path, message)
+        return f"is not a dataset: there is no such folder, and no {self.path.name}.bin of Megatron{hint}"
 
     @property
     def tokenizer_file(self) -> Path | None:
@@ -79,8 +78,8 @@ class Source:
         if self.path.is_dir() and not (self.path / "meta.json").is_file() and (found := prefixes_in(self.path)):
             message = f"{self.path}: is a folder of Megatron's files; name them by their prefixes"
             raise ConfigError(Problem("", message=message, allowed=found))
-        if (absent := self.absent) is not None:
-            raise ConfigError(absent)
+        if self.absent:
+            raise ConfigError(Problem.in_file(self.path, self.absent))
         return TokenDatasetInfo.read(self.path)
 
     def documents(self) -> tuple[Path, int, int]:
