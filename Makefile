@@ -17,7 +17,7 @@ DEALT := --dist load --maxschedchunk 1
 LOCK ?=
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-fast test-long fuzz test-slurm test-docker lint format wheel lock newest clean
+.PHONY: help demo test test-fast test-long fuzz test-slurm test-docker lint format docs wheel lock newest clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -63,6 +63,10 @@ format: $(VENV)/.installed-dev  ## Rewrite the code in the format that `make lin
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(VENV)/.installed-dev  ## Build the site of the documentation: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Look at it:  $(BIN)/python -m http.server --directory site"
+
 wheel: $(VENV)/.installed-dev  ## Build dist/*.whl and the source archive
 	$(BIN)/python -m build --no-isolation
 
@@ -73,20 +77,20 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 lock: | $(VENV)/bin/python  ## Write requirements/lock*.txt, which the tests and the image install, from pyproject.toml
 	$(BIN)/python $(PIP) uv
 	$(COMPILE) --output-file requirements/lock.txt
-	$(COMPILE) --extra dev --constraints requirements/lock.txt --output-file requirements/lock-dev.txt
+	$(COMPILE) --extra dev --extra docs --constraints requirements/lock.txt --output-file requirements/lock-dev.txt
 
 # A package that is outdated right after installation is held back by a bound of ours or of another package.
 newest: NEWEST := .venv-newest
 newest:  ## Run `make test-fast` with the newest releases that pyproject.toml allows, in .venv-newest
 	rm -rf $(NEWEST)
 	$(MAKE) VENV=$(NEWEST) $(NEWEST)/bin/python
-	$(NEWEST)/bin/python $(PIP) --editable '.[dev]'
+	$(NEWEST)/bin/python $(PIP) --editable '.[dev,docs]'
 	touch $(NEWEST)/.installed $(NEWEST)/.installed-dev
 	@echo "Held back:" && $(NEWEST)/bin/python -m pip list --disable-pip-version-check --outdated
 	$(MAKE) VENV=$(NEWEST) test-fast
 
 clean:  ## Remove the results of make, but not runs
-	rm -rf $(VENV) .venv-newest dist
+	rm -rf $(VENV) .venv-newest dist site
 
 $(VENV)/bin/python:
 	@[ -n "$(PYTHON)" ] || { echo "None of $(PYTHONS) is Python 3.11 to 3.14: make PYTHON=/path/to/python"; exit 1; }

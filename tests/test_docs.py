@@ -22,9 +22,9 @@ from fiddlehead.run.directory import RunDirectory
 from tests import warm
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN = ("bash", "sh", "python")
-SHOWN = ("text", "yaml", "toml", "json", "mermaid")
+SHOWN = ("text", "yaml", "toml", "json")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def run(block: Block, cwd: Path, output: Path, **variables: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a page has many blocks
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_of_a_page_runs(page, working_directory, tmp_path_factory, capsys):
     output = tmp_path_factory.mktemp("output") / "output.txt"
     for block in blocks(page.read_text()):

@@ -221,6 +221,7 @@ class _Missing:
 
 
 MISSING = _Missing()
+"""In a `Difference`: one of the recipes has no value at this path."""
 
 
 @dataclass(frozen=True)

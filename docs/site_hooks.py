@@ -1,0 +1,65 @@
+"""Hooks of mkdocs for the site of the documentation: the version, and what lies outside docs/."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[1]
+VERSION = re.findall(r'^__version__ = "(.+)"$', (ROOT / "src/fiddlehead/__init__.py").read_text(), re.MULTILINE)[0]
+
+OUTSIDE = {
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "benchmarks/README.md": "benchmarks/repeat.md",
+    "examples/edit_a_recipe.ipynb": "examples/edit_a_recipe.ipynb",
+}
+"""Files of the repository that are part of the site, and their paths there."""
+
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
+"""A link to a file, not an image: its text, its path and its anchor."""
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Shows the version of the package in the header, and so in the title of every page."""
+    config.site_name += f" {VERSION}"
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the files outside docs/."""
+    from mkdocs.structure.files import File
+
+    for path, uri in OUTSIDE.items():
+        files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Leads the links of a page that cross the border of docs/ to the same file in the site.
+
+    A link to a file that is not in the site, such as one of the source, becomes its text and the file's path.
+    """
+    uri = page.file.src_uri
+    here = {there: path for path, there in OUTSIDE.items()}.get(uri, f"docs/{uri}")
+
+    def inside(match: re.Match[str]) -> str:
+        text, path, anchor = match[1], match[2], match[3] or ""
+        place = posixpath.normpath(posixpath.join(posixpath.dirname(here), path))
+        target = OUTSIDE.get(place, place.removeprefix("docs/"))
+        if place in OUTSIDE or place.startswith("docs/"):
+            return f"[{text}]({posixpath.relpath(target, posixpath.dirname(uri) or '.')}{anchor})"
+        return f"{text} (`{place}`)" if (ROOT / place).exists() else match[0]
+
+    return LINK.sub(inside, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    r"""Shows `\|` in a table as `|`, also in code, as GitHub does."""
+    return re.sub(r"<td\b.*?</td>", lambda cell: cell[0].replace(r"\|", "|"), html, flags=re.DOTALL)
