@@ -76,6 +76,9 @@ def fill() -> None:
     case("1b b2 8k", "llama32_1b", batch=2, seq=8192)
     case("1b b1 16k full", "llama32_1b", full, batch=1, seq=16384)
     case("1b b1 64k full", "llama32_1b", full, batch=1, seq=65536)
+    tiled = "model.tiled_mlp=8192"
+    case("1b b1 64k full tiled", "llama32_1b", full, tiled, batch=1, seq=65536)
+    case("1b b4 tiled", "llama32_1b", "model.tiled_mlp=4096")
     case("1b b4 8k x2", "llama32_1b", batch=4, seq=8192, accumulate=2)
     case("1b b8 8k selective x2", "llama32_1b", selective, batch=8, seq=8192, accumulate=2)
     case("1b b6 8k", "llama32_1b", batch=6, seq=8192)  # the plan says that it does not fit in 80 GB
@@ -117,6 +120,8 @@ def fill() -> None:
     case("tp 1b b4", "llama32_1b", tensor_parallel=2)
     case("tp 8b6 b4 full", "llama3_8b", LAYERS_8B, full, tensor_parallel=2)
     case("cp 1b 32k full", "llama32_1b", full, batch=1, seq=32768, context_parallel=2)
+    case("cp 1b 512k full tiled", "llama32_1b", full, tiled, batch=1, seq=524288, context_parallel=2)
+    case("cp 1b 128k full tiled", "llama32_1b", full, tiled, batch=1, seq=131072, context_parallel=2)
     case("cp 1b b4", "llama32_1b", context_parallel=2)
     untied = "model.config.share_embeddings_and_output_weights=False"
     case("pp 1b b2 x8", "llama32_1b", untied, batch=2, accumulate=8, pipeline_parallel=2)
@@ -190,6 +195,7 @@ def main() -> None:
     parser.add_argument("--exact", nargs="*", default=[], help="these cases")
     parser.add_argument("--devices", type=int, default=devices(), help="run the cases for so many")
     parser.add_argument("--steps", type=int, default=4, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=3, help="untimed steps before them")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no case after so many")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -237,7 +243,17 @@ def run_case(name: str, two: bool, given: argparse.Namespace, folder: Path) -> d
     said = folder / "said.txt"
     if two:
         command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        command += [__file__, "--child", name, "--steps", str(given.steps), "--weights", str(weights)]
+        command += [
+            __file__,
+            "--child",
+            name,
+            "--steps",
+            str(given.steps),
+            "--warmup",
+            str(given.warmup),
+            "--weights",
+            str(weights),
+        ]
         command += ["--out", str(folder), *(["--tiny"] if given.tiny else [])]
         with said.open("w") as file:
             code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
@@ -295,7 +311,7 @@ def measure(name: str, given: argparse.Namespace) -> None:
     vocab = 300 if given.tiny else 128_256
     if init_from is not None:
         recipe.model.config = fdl.Config(dict, vocab_size=vocab)
-    recipe = as_benchmark(recipe, steps=given.steps, warmup=3, random_tokens=True)
+    recipe = as_benchmark(recipe, steps=given.steps, warmup=given.warmup, random_tokens=True)
     if init_from is not None:
         recipe.model.config, recipe.model.init_from = None, init_from
     points = given.out / "points.json"

@@ -91,6 +91,13 @@ def test_a_gpu_that_the_user_names_decides():
     assert plan(one_gpu(llama32_1b()), docker("image"), target="h100").refusals == {}
 
 
+def test_tiles_are_a_way_to_fit_a_long_sequence():
+    long = one_gpu(llama32_1b(), "data.seq_length=262144", "data.micro_batch_size=1")
+    for recipe, said in ((long, True), (one_gpu(llama2_13b()), False)):
+        found = plan(recipe, docker("image"), target="h100").refusals["memory"]
+        assert ("model.tiled_mlp=8192" in found) is said
+
+
 def test_nothing_of_a_refused_run_is_written(working_directory: Path, cluster):
     cluster()
     planned = plan(one_gpu(llama2_13b()), slurm(gres="gpu:h100:1"))

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 from fiddlehead.models import LongRopeScaling, Transformer, TransformerConfig
 from fiddlehead.models.parallel import Layout, local_batch, parallelize, reduce_gradients
+from fiddlehead.models.speed import tile_mlp
 from fiddlehead.training.distributed.gradients import global_norm, gradients_of
 
 SMALL: dict[str, Any] = {
@@ -76,6 +77,8 @@ MESHES: dict[str, dict[str, int]] = {
 }
 PACKED = ("multi-query", "sinks", "window", "experts with biases")
 """Models that are trained on documents kept apart."""
+TILED = ("multi-query", "sinks", "biases", "projection norms")
+"""Models whose feed-forward several processes compute in tiles."""
 STEPS = 20
 B, T = 4, 16
 
@@ -97,6 +100,8 @@ def compare(model_name: str, mesh_name: str) -> None:
                 layer.mlp.router.bias[4:] -= 10  # the last ones get no token, nor their processes a row
     before = {name: parameter.detach().clone() for name, parameter in alone.named_parameters()}
     split: Any = copy.deepcopy(alone)
+    if model_name in TILED:
+        tile_mlp(split, 5)
     parallelize(split, mesh)
     layout = Layout(config, mesh)
     averaged: tuple[str, ...] = ()

@@ -50,6 +50,13 @@ BRUTE: dict[str, tuple[list[str], Card, dict[str, Any]]] = {
 }
 
 
+def test_tiles_and_offloading_stay_and_what_they_refuse_is_not_proposed() -> None:
+    recipe = edited(llama.llama32_1b(), "model.tiled_mlp=4096", "trainer.devices=1")
+    assert {each.activation_checkpointing for each in found(recipe)} == {None, "selective", "full"}
+    recipe = edited(recipe, "model.activation_checkpointing=full", "model.activation_offloading=True")
+    assert {each.activation_checkpointing for each in found(recipe)} == {"full"}
+
+
 @pytest.mark.parametrize("case", BRUTE)
 def test_all_layouts_that_a_plan_says_fit_are_found_and_no_others(case: str) -> None:
     edits, card, splits = BRUTE[case]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from fiddlehead.attention import Target
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
-from fiddlehead.models.speed import compile_transformer
+from fiddlehead.models.speed import compile_transformer, tile_mlp
 from fiddlehead.plan.activations import Setting
 from fiddlehead.plan.cards import CARDS, Card
 from fiddlehead.plan.memory import GIB, Held, Memory, memory, moments
@@ -117,8 +117,15 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("changes", OTHERS.values(), ids=OTHERS)
-def test_layers_keep_what_is_counted(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("changes", "tiled_mlp"),
+    [(changes, None) for changes in OTHERS.values()]
+    + [(changes, 50) for name, changes in OTHERS.items() if name != "a mixture"],
+    ids=[*OTHERS, *(f"{name}, tiled" for name in OTHERS if name != "a mixture")],
+)
+def test_layers_keep_what_is_counted(
+    changes: dict[str, Any], tiled_mlp: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Autograd says what compiled layers keep; those that are not compiled keep other tensors on a CPU.
 
     The compiler's first half decides it, so that no kernels need be made.
@@ -127,6 +134,8 @@ def test_layers_keep_what_is_counted(changes: dict[str, Any], monkeypatch: pytes
     config = TransformerConfig(**SHAPE | changes)
     torch._dynamo.reset()
     transformer = Transformer(config)
+    if tiled_mlp is not None:
+        tile_mlp(transformer, tiled_mlp)
     compile_transformer(transformer, "layers")
     kept: dict[int, torch.Tensor] = {}
 
@@ -141,7 +150,7 @@ def test_layers_keep_what_is_counted(changes: dict[str, Any], monkeypatch: pytes
         transformer.run_layers(transformer.layers, x, places)
     own = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}
     found = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
-    ended = moments(config, Held(0, 0, 0), Setting(tokens))["ended"]
+    ended = moments(config, Held(0, 0, 0), Setting(tokens, tiled_mlp=tiled_mlp))["ended"]
     last_norm = 4 * tokens * config.hidden_size
     assert ended.activations - last_norm + ended.copies == pytest.approx(found, rel=0.02)
 
@@ -184,6 +193,27 @@ def test_more_tokens_never_need_less(config: TransformerConfig, setting: Setting
     held = Held(1e9, 1e9, 2e9)
     longer = replace(setting, tokens=setting.tokens + more)
     assert memory(config, held, setting).peak <= memory(config, held, longer).peak
+
+
+def test_tiles_of_a_long_sequence_need_less() -> None:
+    """Two ranks share a sequence of 524,288 tokens of a Llama 3.2 1B."""
+    config, held, setting, _, _ = parts_of("cp 1b 32k full")
+    long = replace(setting, tokens=2**19)
+    tiles = (None, 2**18, 2**16, 2**13)
+    peaks = [memory(config, held, replace(long, tiled_mlp=tile)) for tile in tiles]
+    assert [each.peak for each in peaks] == sorted((each.peak for each in peaks), reverse=True)
+    assert [each.fits(79.2) for each in peaks[::3]] == ["does not fit", "fits"]
+    for recompute in ("selective", None):  # what is kept: the input and the middle of each layer, and attention's
+        kept = memory(config, held, replace(long, tiled_mlp=2**13, recompute=recompute)).activations
+        assert peaks[-1].activations < kept < memory(config, held, replace(long, recompute=recompute)).activations
+
+
+def test_inputs_in_main_memory_leave_the_gpu_two_of_them() -> None:
+    config, held, setting, _, _ = parts_of("cp 1b 32k full")
+    here = replace(setting, tokens=2**19, tiled_mlp=2**13)
+    peaks = [moments(config, held, replace(here, offloads=offloads))["last"].peak for offloads in (False, True)]
+    one = 2 * 2**18 * config.hidden_size
+    assert peaks[0] - peaks[1] == pytest.approx((config.num_layers - 2) * one)
 
 
 def test_a_plan_for_a_card_says_whether_it_fits(parts: Parts) -> None:

@@ -13,7 +13,7 @@ from fiddlehead.training.distributed.sizes import Sizes
 from tests.plan.test_memory import MEASURED, parts_of
 
 OFF = {
-    "gemma2 b2": "0.74: FlexAttention serves it, and its logits are capped; which of them takes longer was not measured",
+    "gemma2 b2": "0.74: FlexAttention serves it and its logits are capped; which takes longer was not measured",
     "pp 1b b2 x8": "0.88: what delays its ranks besides the bubble and their exchange of micro-batches is not counted",
 }
 """Which measured steps differ by more than 10 %, and why."""
@@ -52,6 +52,19 @@ def test_the_parts_of_a_step_add_up_to_it() -> None:
     assert found.step == pytest.approx(sum(parts))
     assert found.tokens_per_s == pytest.approx(2 * 4 * 4096 / found.step)
     assert found.to_dict()["seconds_per_step"] == found.step
+
+
+def test_tiles_are_computed_again_once() -> None:
+    """With full recomputation the feed-forward is computed again anyway; otherwise it costs a forward pass more."""
+    config, held, setting, _, _ = parts_of("1b b4")
+
+    def products(**changes: Any) -> float:
+        found = speed(config, held, replace(setting, **changes), CARDS["h100"], 4096, gpus=1, gpus_per_node=8)
+        assert found is not None
+        return found.products
+
+    assert products(recompute="full", tiled_mlp=4096) == products(recompute="full")
+    assert products() < products(tiled_mlp=4096) < products(recompute="full")
 
 
 def test_in_float32_or_on_a_card_that_is_not_known_there_is_no_prediction() -> None:

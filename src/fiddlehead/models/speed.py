@@ -1,4 +1,4 @@
-"""Compilation, recomputation and float8 for a `Transformer`; its parameters and their names do not change."""
+"""Compilation, recomputation, offloading, tiles and float8 for a `Transformer`; parameters and their names stay."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fiddlehead.errors import ConfigError, Problem
+from fiddlehead.errors import ConfigError, Problem, refuse
+from fiddlehead.models.config import TransformerConfig
 from fiddlehead.models.moe import MoE
-from fiddlehead.models.transformer import Transformer
+from fiddlehead.models.offload import HostMemory
+from fiddlehead.models.transformer import Block, Transformer
+from fiddlehead.numbers import is_whole
 
 Compile = Literal["layers", "model"]
 Recompute = Literal["selective", "full"] | float
 Float8 = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 
 
-def refused_speed(compile: Any, activation_checkpointing: Any, fp8: Any) -> list[Problem]:
-    """The problems of the three settings: impossible values, and values that exclude each other."""
+def refused_speed(
+    compile: Any, activation_checkpointing: Any, fp8: Any, tiled_mlp: Any = None, activation_offloading: Any = False
+) -> list[Problem]:
+    """The problems of the settings: impossible values, and values that exclude each other."""
     problems = []
     if compile is not None and compile not in get_args(Compile):
         problems.append(Problem.unknown("compile", compile, "mode", get_args(Compile)))
@@ -37,7 +42,64 @@ def refused_speed(compile: Any, activation_checkpointing: Any, fp8: Any) -> list
             problems.append(Problem("activation_checkpointing", recompute, message))
     if fp8 is not None and fp8 not in get_args(Float8):
         problems.append(Problem.unknown("fp8", fp8, "recipe", get_args(Float8)))
+    if tiled_mlp is not None:
+        problems += _refused_tiles(tiled_mlp, compile, recompute, fp8)
+    if not isinstance(activation_offloading, bool):
+        problems.append(Problem("activation_offloading", activation_offloading, "must be True or False"))
+    elif activation_offloading:
+        problems += _refused_offloading(compile, recompute, tiled_mlp)
     return problems
+
+
+def _refused_tiles(tokens: Any, compile: Any, recompute: Any, fp8: Any) -> list[Problem]:
+    reasons = []
+    if not (is_whole(tokens) and tokens >= 1):
+        reasons.append("is the number of tokens of a tile: a whole number of 1 or more, such as 8192, or None")
+    if compile == "model":
+        reasons.append("tiles are not for a model that is compiled as one; set compile='layers', or None here")
+    if isinstance(recompute, int | float):
+        reasons.append(
+            "tiles are computed again, so no part of a whole layer's activations can be chosen; set "
+            "activation_checkpointing to 'full', 'selective' or None, or None here"
+        )
+    if fp8 is not None:
+        reasons.append("float8 products are scaled by whole tensors, not by tiles; set fp8=None, or None here")
+    return [Problem("tiled_mlp", tokens, reason) for reason in reasons]
+
+
+def _refused_offloading(compile: Any, recompute: Any, tiled_mlp: Any) -> list[Problem]:
+    reasons = []
+    if recompute != "full":
+        reasons.append("moves the inputs of layers that are computed again; set activation_checkpointing='full'")
+    if compile is not None and tiled_mlp is None:
+        reasons.append(
+            "where a layer is compiled as one, the compiler decides what it keeps; set tiled_mlp, such as 8192, or "
+            "compile=None"
+        )
+    return [Problem("activation_offloading", True, reason) for reason in reasons]
+
+
+def tile_mlp(transformer: Transformer, tokens: int) -> None:
+    """Computes the feed-forward of each layer, with its norms, for so many tokens at a time.
+
+    The backward pass computes each tile again, so that the intermediate tensors of only one tile are in memory. Call it
+    before `recompute_activations` and `compile_transformer`.
+
+    Raises:
+        ConfigError: the model is a mixture of experts.
+    """
+    refuse(refused_mixture(transformer.config, tokens))
+    layers: Any = transformer.layers
+    for layer in layers:
+        layer.tiled_mlp = tokens
+
+
+def refused_mixture(config: TransformerConfig, tokens: int) -> list[Problem]:
+    """The problem of a mixture of experts with tiles; empty if it is none."""
+    if config.num_moe_experts is None:
+        return []
+    message = "the experts of a mixture are not computed in tiles; set None here"
+    return [Problem("tiled_mlp", tokens, message)]
 
 
 def convert_to_float8(transformer: Transformer, recipe: Float8) -> None:
@@ -75,6 +137,9 @@ def recompute_activations(transformer: Transformer, recompute: Recompute) -> Non
     "full" keeps only each layer's input (Chen et al. 2016). "selective" keeps the outputs of matrix products and
     attention, and recomputes the cheap rest. A number is the part of the activations that the compiler may keep; it
     chooses those that are most expensive to recompute.
+
+    Where the feed-forward is computed in tiles, it is computed again by itself. With "full" the rest of a layer is
+    computed again before it, and the feed-forward once.
     """
     if isinstance(recompute, int | float):
         transformer.activation_memory_budget = float(recompute)
@@ -82,27 +147,47 @@ def recompute_activations(transformer: Transformer, recompute: Recompute) -> Non
     contexts: dict[str, Any] = {}
     if recompute == "selective":
         contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
-    for layer in transformer.layers:
+    layers: Any = transformer.layers
+    for layer in layers:
         own = contexts
         if isinstance(layer.mlp, MoE) and transformer.config.moe_aux_loss_coeff:
             own = {"context_fn": functools.partial(_keeping_aux_loss, layer.mlp, contexts.get("context_fn"))}
         # Replaces the layer's forward and not the layer, so that the names of the parameters stay.
-        layer.forward = _checkpointed(layer.forward, own)
+        if layer.tiled_mlp is None:
+            layer.forward = _checkpointed(layer.forward, own)
+        elif recompute == "full":
+            own = {"context_fn": functools.partial(_without_output, layer)}
+            layer.forward = _checkpointed(layer.forward, own)
+        else:
+            layer.attention_sublayer = _checkpointed(layer.attention_sublayer, own)
+
+
+def offload_inputs(transformer: Transformer) -> None:
+    """Keeps the input of each layer in main memory until its backward pass; on a CPU it changes nothing.
+
+    Call it after `recompute_activations` with "full", and before `compile_transformer`.
+    """
+    memory = HostMemory()
+    for layer in transformer.layers:
+        layer.forward = memory.keeping_input(layer.forward)
 
 
 def compile_transformer(transformer: Transformer, compile: Compile) -> None:
     """Compiles each layer, or the model from the embedding to the last norm; and the softmax of the loss.
 
-    The compiler compiles one layer for all equal layers; with many layers the first step is then minutes earlier.
+    The compiler compiles one layer for all equal layers; with many layers the first step is then minutes earlier. A
+    layer with tiles is compiled in two parts: attention, and a tile of the feed-forward.
     """
     transformer.compiled = True
     budget = transformer.activation_memory_budget
     if compile == "model":
         transformer.hidden = _within(budget, torch.compile(transformer.hidden, fullgraph=True))
         return
-    for layer in transformer.layers:
+    layers: Any = transformer.layers
+    for layer in layers:
         # The hooks that a strategy puts on the layer, which gather its parameters, must not be compiled.
-        layer.forward = _within(budget, torch.compile(layer.forward, fullgraph=True))
+        for name in ("forward",) if layer.tiled_mlp is None else ("attention_sublayer", "mlp_sublayer"):
+            setattr(layer, name, _within(budget, torch.compile(getattr(layer, name), fullgraph=True)))
 
 
 def _within(budget: float | None, compiled: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -122,6 +207,20 @@ def _checkpointed(forward: Callable[..., torch.Tensor], contexts: dict[str, Any]
         return checkpoint(forward, *args, use_reentrant=False, **contexts)
 
     return run
+
+
+def _without_output(layer: Block) -> tuple[Any, Any]:
+    """Contexts of a forward pass and of what is computed again, for which the layer is told that nobody reads it."""
+
+    @contextlib.contextmanager
+    def recomputing() -> Iterator[None]:
+        layer.recomputing = True
+        try:
+            yield
+        finally:
+            layer.recomputing = False
+
+    return contextlib.nullcontext(), recomputing()
 
 
 def _keeping_aux_loss(mixture: MoE, others: Callable[[], Any] | None) -> tuple[Any, Any]:

@@ -22,6 +22,7 @@ from fiddlehead.models.linear import Linear, linear
 from fiddlehead.models.linear_cross_entropy import linear_cross_entropy
 from fiddlehead.models.moe import Experts, GroupedLinear, MoE, Sequences, activate
 from fiddlehead.models.rope import Rope, Rotary, rotate
+from fiddlehead.models.tiles import in_tiles
 
 
 class Transformer(nn.Module):
@@ -272,6 +273,10 @@ class Block(nn.Module):
         self.pre_mlp_layernorm = _norm(config) if before else None
         self.mlp = MLP(config) if config.num_moe_experts is None else MoE(config)
         self.post_mlp_layernorm = _norm(config) if after else None
+        self.tiled_mlp: int | None = None
+        """The tokens of a tile in which the second sublayer is computed; None: it computes all tokens at once."""
+        self.recomputing = False
+        """Whether the layer is computed again for its backward pass, so that nobody reads its output."""
 
     def forward(
         self,
@@ -283,12 +288,33 @@ class Block(nn.Module):
         sequences: Sequences | None = None,
     ) -> torch.Tensor:
         """(B, T, C) to (B, T, C)."""
+        x = self.attention_sublayer(x, rope, documents, cache, new_lengths)
+        if self.tiled_mlp is None:
+            return self.mlp_sublayer(x, sequences)
+        return in_tiles(self.mlp_sublayer, x, self.tiled_mlp, self._mlp_parameters, needed=not self.recomputing)
+
+    def attention_sublayer(
+        self,
+        x: torch.Tensor,
+        rope: Rope | None,
+        documents: Documents | None,
+        cache: KVCache | None = None,
+        new_lengths: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention with its norms and its residual connection: (B, T, C) to (B, T, C)."""
         normed = x if self.input_layernorm is None else self.input_layernorm(x)
         attended = self.self_attention(normed, rope, documents, cache, new_lengths)
-        x = self._add(x, attended, self.post_attention_layernorm)
+        return self._add(x, attended, self.post_attention_layernorm)
+
+    def mlp_sublayer(self, x: torch.Tensor, sequences: Sequences | None = None) -> torch.Tensor:
+        """The feed-forward with its norms and its residual connection: (B, T, C) to (B, T, C)."""
         normed = x if self.pre_mlp_layernorm is None else self.pre_mlp_layernorm(x)
         served = self.mlp(normed, sequences) if isinstance(self.mlp, MoE) else self.mlp(normed)
         return self._add(x, served, self.post_mlp_layernorm)
+
+    def _mlp_parameters(self) -> list[torch.Tensor]:
+        modules = (self.pre_mlp_layernorm, self.mlp, self.post_mlp_layernorm)
+        return [parameter for module in modules if module is not None for parameter in module.parameters()]
 
     def _add(self, x: torch.Tensor, new: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
         if norm is not None:

@@ -19,6 +19,10 @@ class Setting:
     compiled: bool = True
     recompute: Recompute | None = None
     fp8: bool = False
+    tiled_mlp: int | None = None
+    """The tokens of a rank for which the feed-forward is computed at a time; None: for all at once."""
+    offloads: bool = False
+    """Layers' inputs are in main memory between the passes."""
     micro_batches: int = 1
     """How many of them are accumulated in a step."""
     adapters: bool = False
@@ -81,9 +85,18 @@ class _Layer:
     @property
     def scales(self) -> int:
         """The norms' float32 factors, of each token and, where heads have norms, of each head."""
-        of_norm = 8 if self.config.normalization == "LayerNorm" else 4
+        return self.scale * self.norms + self.scales_of_heads
+
+    @property
+    def scale(self) -> int:
+        """The factors of one norm of the stream."""
+        return 8 if self.config.normalization == "LayerNorm" else 4
+
+    @property
+    def scales_of_heads(self) -> int:
+        """The factors of the norms of queries and keys."""
         heads = {None: 0, "head": self.config.num_attention_heads + self.config.groups, "projection": 2}
-        return of_norm * self.norms + 4 * heads[self.config.qk_layernorm]
+        return 4 * heads[self.config.qk_layernorm]
 
     @property
     def masks(self) -> int:
@@ -102,16 +115,57 @@ class _Layer:
     @property
     def all_eager(self) -> int:
         """Everything that autograd keeps, operation by operation."""
-        activated = {"gelu": 1, "squared_relu": 1, "clamped_swiglu": 5}.get(self.config.activation, 2)
-        products = 2 * self.C + self.F1 + activated * self.F + self.routed
+        products = 2 * self.C + self.F1 + self.activated * self.F + self.routed
         into_norms = self.setting.of_weights * self.norms * self.C
         if self.config.qk_layernorm is not None:
             into_norms += self.setting.of_weights * (self.Q + self.K)
         return self.b * products + into_norms + self.attention + self.scales + self.masks
 
+    @property
+    def activated(self) -> int:
+        """How many tensors of the feed-forward's width autograd keeps from the activation on."""
+        return {"gelu": 1, "squared_relu": 1, "clamped_swiglu": 5}.get(self.config.activation, 2)
+
+    @property
+    def attention_sublayer(self) -> int:
+        """Everything that is kept of a layer whose feed-forward is tiled; with the middle, the tiles' input."""
+        of_half = self.scale * self.norms // 2 + self.scales_of_heads + self.masks // 2
+        if self.setting.compiled:
+            streams = 4 if self.config.norm_placement == "both" else 3
+            return self.b * streams * self.C + self.attention + of_half
+        into_norms = self.setting.of_weights * self.norms // 2 * self.C
+        if self.config.qk_layernorm is not None:
+            into_norms += self.setting.of_weights * (self.Q + self.K)
+        return self.b * 2 * self.C + into_norms + self.attention + of_half
+
+    def tile(self) -> float:
+        """Bytes of a token of the tile at work in the backward pass: what it keeps, and the gradients inside it."""
+        of_half = self.scale * self.norms // 2 + self.masks // 2
+        if self.setting.compiled:
+            streams = 2 if self.config.norm_placement == "both" else 1
+            return self.b * (streams * self.C + self.F1 + self.F) + of_half + self.inside()
+        into_norms = self.setting.of_weights * self.norms // 2 * self.C
+        products = self.b * (self.C + self.F1 + self.activated * self.F)
+        return products + into_norms + of_half + self.inside()
+
+    def inside_attention(self) -> float:
+        """Bytes of the gradients inside the attention part: of what it gave, and of queries, keys and values twice.
+
+        The kernels add up the queries' gradient in float32.
+        """
+        exchanged = self.Q + 2 * self.K if self.sizes.context > 1 else 0
+        return self.b * (self.Q + 2 * self.qkv + exchanged) + 4 * self.Q
+
     def kept(self) -> float:
         """Bytes from the forward to the backward pass."""
         b, C, recompute = self.b, self.C, self.setting.recompute
+        if self.setting.offloads:
+            return 0
+        if self.setting.tiled_mlp is not None:
+            if recompute == "full":
+                return b * C
+            selected = b * (2 * C + self.qkv + self.Q + (0 if self.setting.compiled else C)) + self.lse
+            return selected if recompute == "selective" else self.attention_sublayer
         everything = self.all_compiled if self.setting.compiled else self.all_eager
         if self.setting.fp8 and recompute is None:  # products' inputs are cast anew
             return b * (2 * C + self.F1 + self.routed) + self.attention + self.scales
@@ -144,6 +198,8 @@ class _Layer:
     def again(self) -> float:
         """Bytes that the backward pass computes again before the feed-forward's: its own, or those of all the layer."""
         recompute, everything = self.setting.recompute, self.all_compiled if self.setting.compiled else self.all_eager
+        if self.setting.tiled_mlp is not None:
+            return max(self.attention_sublayer - self.kept(), 0.0)
         missing = max(everything - self.kept(), 0.0)
         if recompute == "full" or not self.setting.compiled:
             return missing
@@ -152,7 +208,7 @@ class _Layer:
 
     def inside(self) -> float:
         """Bytes of the gradients inside the feed-forward part, less what they take the place of."""
-        recomputes = self.setting.recompute == "full"
+        recomputes = self.setting.recompute == "full" or self.setting.tiled_mlp is not None
         width = self.F1 if self.setting.compiled or not self.config.gated else 2 * self.F
         if self.setting.compiled and recomputes:
             width += self.F
@@ -175,15 +231,23 @@ def of_layer(config: TransformerConfig, setting: Setting, sizes: Sizes) -> tuple
     return layer.kept(), layer.again(), layer.inside()
 
 
+def of_tiled_layer(config: TransformerConfig, setting: Setting, sizes: Sizes) -> tuple[float, float]:
+    """Bytes of a token inside the backward pass of a tile of the feed-forward, and inside that of attention."""
+    layer = _Layer(config, setting, sizes)
+    return layer.tile(), layer.inside_attention()
+
+
 def layer_weights(config: TransformerConfig, sizes: Sizes) -> float:
     """The weights of a layer's products on a rank: of its tensor-parallel part and its experts."""
     H, G, D, C = config.num_attention_heads, max(config.groups, sizes.tensor), config.head_dim, config.hidden_size
     attention = (C * (H + 2 * G) * D + H * D * C) / sizes.tensor
-    matrices = 3 if config.gated else 2
-    if config.num_moe_experts is None:
-        return attention + matrices * C * config.ffn_size / sizes.tensor
-    experts = matrices * C * config.expert_size * config.num_moe_experts / sizes.expert
-    return attention + experts + C * config.num_moe_experts
+    router = 0 if config.num_moe_experts is None else C * config.num_moe_experts
+    return attention + mlp_weights(config, sizes) + router
+
+
+def mlp_weights(config: TransformerConfig, sizes: Sizes) -> float:
+    """The weights of the feed-forward's products on a rank."""
+    return (3 if config.gated else 2) * second_product(config, sizes)
 
 
 def second_product(config: TransformerConfig, sizes: Sizes) -> float:

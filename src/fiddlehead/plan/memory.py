@@ -161,6 +161,7 @@ class _Step:
         of_token = activations.of_layer(config, setting, sizes)
         self.kept, self.again, self.inside = (self.tokens * each for each in of_token)
         self.layer = activations.layer_weights(config, sizes)
+        self.tiled = 0.0 if setting.tiled_mlp is None else activations.mlp_weights(config, sizes)
         vocabulary = (config.vocab_size or 0) * config.hidden_size
         learned = config.position_embedding_type == "learned_absolute"
         positions = (config.seq_length or 0) * config.hidden_size if learned else 0
@@ -210,7 +211,9 @@ class _Step:
             if setting.of_weights == setting.of_products:
                 return 0
             keeps = setting.recompute is None and not setting.fp8
-            return setting.of_products * self.layer * (layers if keeps else min(again, 1))
+            tiled = self.tiled if keeps else 0.0  # those of tiles are not kept
+            cast = (self.layer - tiled) * (layers if keeps else min(again, 1)) + tiled * min(again, 1)
+            return setting.of_products * cast
         if self.shards == 1 and setting.precision != "bf16-mixed":
             return 0  # they are as they are stored
         if self.shards == 1 or self.sizes.pipeline > 1 or not setting.reshard_after_forward:
@@ -272,14 +275,40 @@ class _Step:
         if self.trains and self.shards > 1 and done:  # the gradient of the layer before, and the same in float32
             reducing = (setting.of_weights + 4) * self.layer
         product = activations.second_product(self.config, self.sizes) if self.trains else 0.0
+        arriving = self.stream if setting.offloads else 0.0  # the input of the layer before, for its backward pass
+        again, inside = self.again, self.inside + setting.of_products * product
+        if setting.tiled_mlp is not None:
+            again, inside = max(self._in_tile(setting.tiled_mlp), self._in_attention(), key=sum)
         return self._moment(
             "the backward pass",
             gradients=self.held.gradients - self._of_gradient() * missing,
-            activations=self._activations(left) + self.again,
+            activations=self._activations(left) + again,
             copies=self._copies(left, again=1 if left == 1 else 2),
             loss=self._waiting() if waits else 0.0,
-            transient=self.stream + self.inside + setting.of_products * product + reducing,
+            transient=self.stream + inside + reducing + arriving,
         )
+
+    def _in_tile(self, tile: int) -> tuple[float, float]:
+        """What is computed again of a layer and kept, and what is inside it, when the last tile has its backward pass.
+
+        All tokens have their gradient with respect to the tiles' input. The weights' gradients are summed in float32 if
+        there are several tiles, and each tile has its own.
+        """
+        setting = self.setting
+        of_token, _ = activations.of_tiled_layer(self.config, setting, self.sizes)
+        learned = self.tiled if self.trains else 0.0
+        sums = 4 * learned if self.tokens > tile else 0.0
+        at_work = max(
+            min(tile, self.tokens) * of_token + learned / 3 * setting.of_weights, learned * setting.of_weights
+        )
+        return self.again if setting.recompute == "full" else 0.0, self.stream + sums + at_work
+
+    def _in_attention(self) -> tuple[float, float]:
+        """The same in the backward pass of attention, when the gradients of the feed-forward wait to be reduced."""
+        _, of_token = activations.of_tiled_layer(self.config, self.setting, self.sizes)
+        waiting = self.tiled * self.setting.of_weights if self.trains and self.shards > 1 else 0.0
+        middle = self.setting.of_products * self.tokens * self.config.hidden_size  # the tiles' input, which is gone
+        return self.again - middle, self.tokens * of_token + waiting
 
     def _of_gradient(self) -> float:
         """Bytes on the rank for each weight that the ranks of a layer's copy have together."""

@@ -106,6 +106,8 @@ class Training:
             compiled=model.compile_mode is not None,
             recompute=model.recompute,
             fp8=model.fp8 is not None,
+            tiled_mlp=model.tiled_mlp,
+            offloads=model.offloads,
             micro_batches=micro_batches or data.accumulate_grad_batches(sizes.data),
             adapters=model.lora is not None,
             sizes=sizes if self.devices.cut else None,

@@ -12,6 +12,8 @@ REFUSALS = ("memory", "time")
 """The names by which `despite` overrides them."""
 DISK_BYTES_PER_S = 1e9
 """At which each node is taken to write its part of a checkpoint."""
+LONG = 32_768
+"""The length of sequences from which tiles of the feed-forward are a way to save memory."""
 
 
 def refusals(plan: TrainingPlan, nodes: int = 1, time_limit: float | None = None) -> dict[str, Problem]:
@@ -74,6 +76,8 @@ def _of_memory(plan: TrainingPlan) -> Problem | None:
     ]
     if plan.micro_batch_size > 1:
         ways.insert(0, f"data.micro_batch_size below {plan.micro_batch_size}")
+    if (plan.config.seq_length or 0) >= LONG and plan.config.num_moe_experts is None:
+        ways.insert(-1, "model.tiled_mlp=8192")
     return Problem(
         "",
         message=f"the plan does not fit: it needs {memory.needed_gib:.1f} GiB of a GPU, "

@@ -188,6 +188,9 @@ class _Work:
         self.F1 = (2 if config.gated else 1) * self.F
         self.shards = sizes.data // sizes.replicate * sizes.context if setting.sizes is not None else 1
         self.gathered = self.layers * layer_weights(config, sizes) + self.vocabulary / sizes.tensor
+        matrices = 3 if config.gated else 2
+        self.in_tiles = 2 * self.layers * self.tokens * matrices * config.hidden_size * self.F
+        """Operations of the forward pass of the feed-forward."""
         self.QK = (config.num_attention_heads + config.groups) * config.head_dim
 
     def products(self, card: Card) -> float:
@@ -195,6 +198,8 @@ class _Work:
         recompute, again = self.setting.recompute, 0.0
         if recompute == "full":
             again = self.in_layers
+        elif self.setting.tiled_mlp is not None:
+            again = self.in_tiles
         elif isinstance(recompute, int | float) and recompute < 1:  # the compiler computes the widest products again
             again = self.in_layers * 2 / 3 if recompute < 0.8 else 0.0
         operations = (1 + self.learned) * self.in_layers + again
@@ -216,6 +221,8 @@ class _Work:
         forward = 6 * C + 2 * self.QK + self.F1 + self.F + routed
         backward = 12 * C + 2 * self.QK + 2 * self.F1 + 2 * self.F + 1.5 * routed
         again = forward if setting.recompute is not None else 0
+        if setting.tiled_mlp is not None:
+            again = max(again, 3 * C + self.F1 + self.F)
         values = self.layers * (forward + backward + again)
         if not setting.compiled:  # each operation reads and writes by itself
             values *= 2.6 if setting.of_weights == 4 else 2.0

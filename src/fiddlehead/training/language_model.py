@@ -31,8 +31,11 @@ from fiddlehead.models.speed import (
     Recompute,
     compile_transformer,
     convert_to_float8,
+    offload_inputs,
     recompute_activations,
+    refused_mixture,
     refused_speed,
+    tile_mlp,
 )
 from fiddlehead.recipe.resumable import Resumable
 from fiddlehead.training.distributed.gradients import clip, gradients_of
@@ -74,6 +77,10 @@ class LanguageModel(LightningModule):
         activation_checkpointing: what the backward pass recomputes to save memory: everything inside a layer ("full"),
             all but its matrix products ("selective"), or all but this part of the activations (0 to 1).
         fp8: float8 matrix products in the layers, by torchao's recipe of this name; needs an Ada GPU or later.
+        tiled_mlp: compute the feed-forward of each layer for so many tokens at a time, such as 8192, in both passes; it
+            saves memory where sequences are long. None computes it for all tokens at once.
+        activation_offloading: keep the inputs of the layers in main memory until the backward pass; with
+            `activation_checkpointing="full"`.
     """
 
     UNKNOWN = "name the model to begin with, a run, a checkpoint or its folder; or set config"
@@ -87,14 +94,18 @@ class LanguageModel(LightningModule):
         compile: Resumable[Compile | None] = None,
         activation_checkpointing: Resumable[Recompute | None] = None,
         fp8: Float8 | None = None,
+        tiled_mlp: Resumable[int | None] = None,
+        activation_offloading: Resumable[bool] = False,
     ) -> None:
         super().__init__()
-        refuse(refused_speed(compile, activation_checkpointing, fp8))
+        refuse(refused_speed(compile, activation_checkpointing, fp8, tiled_mlp, activation_offloading))
         self._config = config
         self.init_from, self.lora = init_from, lora
         self.compile_mode: Compile | None = compile
         self.recompute: Recompute | None = activation_checkpointing
         self.fp8: Float8 | None = fp8
+        self.tiled_mlp: int | None = tiled_mlp
+        self.offloads = activation_offloading
         self.transformer: Transformer | None = None
         self.lr = 0.0
         self.grad_norm = torch.zeros(())
@@ -171,6 +182,8 @@ class LanguageModel(LightningModule):
         if sizes.tensor > 1 and self.fp8 is not None:
             message = "not for split layers; set trainer.strategy.tensor_parallel=1, or None here"
             problems.append(Problem("model.fp8", self.fp8, message))
+        if self.tiled_mlp is not None:
+            problems += [each.under("model") for each in refused_mixture(self.config, self.tiled_mlp)]
         if self.compile_mode is None or self.config.num_moe_experts is None:
             return problems
         if sizes.expert > 1:
@@ -249,11 +262,15 @@ class LanguageModel(LightningModule):
         return transformer
 
     def _speed_up(self, transformer: Transformer) -> None:
-        # In this order, because recomputation is part of what is compiled.
+        # In this order, because recomputation is part of what is compiled, and tiles are parts of what is recomputed.
         if self.fp8 is not None:
             convert_to_float8(transformer, self.fp8)
+        if self.tiled_mlp is not None:
+            tile_mlp(transformer, self.tiled_mlp)
         if self.recompute is not None:
             recompute_activations(transformer, self.recompute)
+        if self.offloads:
+            offload_inputs(transformer)
         if self.compile_mode is not None:
             compile_transformer(transformer, self.compile_mode)
 

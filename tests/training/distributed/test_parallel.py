@@ -82,8 +82,13 @@ def test_one_device_is_trained_on_as_without_a_strategy(dataset: Path, tmp_path:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"activation_checkpointing": "full"}, pytest.param({"compile": "layers"}, marks=pytest.mark.slow)],
-    ids=["recomputed", "compiled"],
+    [
+        {"activation_checkpointing": "full", "tiled_mlp": 5},
+        {"activation_checkpointing": "full"},
+        pytest.param({"compile": "layers"}, marks=pytest.mark.slow),
+        pytest.param({"compile": "layers", "activation_checkpointing": "full", "tiled_mlp": 5}, marks=pytest.mark.slow),
+    ],
+    ids=["tiled and recomputed", "recomputed", "compiled", "compiled, tiled and recomputed"],
 )
 def test_what_makes_a_step_faster_or_smaller_changes_nothing(
     dataset: Path, one: Path, tmp_path: Path, changes: dict[str, Any]

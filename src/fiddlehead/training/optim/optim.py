@@ -85,7 +85,7 @@ class Optim:
         return 0
 
     def step_work(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> tuple[float, float]:
-        """What its step does besides reading and writing parameters, gradients and state: operations, and bytes moved."""
+        """What its step does besides reading and writing parameters, gradients and state: operations, and bytes."""
         return 0.0, 0.0
 
     def _refused(self) -> list[Problem]:
