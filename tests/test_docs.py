@@ -203,11 +203,13 @@ def test_the_table_of_nemo_s_names_is_that_of_the_errors():
 
 
 def test_the_page_for_nemo_shows_what_its_script_becomes():
-    python, *_, shown = [
-        block.code for block in blocks((ROOT / "docs" / "nemo.md").read_text()) if "def recipe_of" in block.code
-    ]
+    page = [block.code for block in blocks((ROOT / "docs" / "nemo.md").read_text())]
+    python, *_, recipe = [code for code in page if "def recipe_of" in code]
+    *_, executor = [code for code in page if "def cluster" in code]
     text = re.findall(r"[\"']{3}\\\n(.*)[\"']{3}", python, re.DOTALL)[0]
-    assert migrate(text, "train_llama").recipe.endswith(shown)
+    made = migrate(text, "train_llama")
+    assert made.recipe.endswith(recipe) and made.launch.endswith(executor)
+    assert "\n".join([*made.steps, ""]) in page
 
 
 def sessions(page: Path) -> list[tuple[list[str], list[str]]]:

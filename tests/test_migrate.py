@@ -8,10 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fiddle as fdl
 import pytest
 
 from fiddlehead import launch
 from fiddlehead.errors import ConfigError
+from fiddlehead.launch.docker import DockerExecutor
+from fiddlehead.launch.local import LocalExecutor
+from fiddlehead.launch.nemo.accept import accepted
+from fiddlehead.launch.slurm import SlurmExecutor
 from fiddlehead.migrate import Migrated, migrate, write
 from fiddlehead.plan.cards import CARDS
 from fiddlehead.run.directory import RunDirectory
@@ -40,13 +45,13 @@ MADE: dict[str, tuple[str, dict[str, Any], list[str]]] = {
             "log.name": "small_llama",
             "log.dir": "checkpoints",
         },
-        ["fiddlehead pretrain -f make_recipe data.paths=TOKENS executor=this_machine"],
+        ["fiddlehead pretrain make_recipe data.paths=TOKENS executor=this_machine"],
     ),
     "pretrain_slurm": (
         "pretrain_slurm",
         {"trainer.strategy.context_parallel": 2, "trainer.num_nodes": 8, "checkpoint.keep_last": 3},
         [
-            "fiddlehead pretrain -f pretrain_slurm data.paths=TOKENS executor=cluster executor.user=me "
+            "fiddlehead pretrain pretrain_slurm data.paths=TOKENS executor=cluster executor.user=me "
             "executor.host=login.example.com"
         ],
     ),
@@ -60,20 +65,19 @@ MADE: dict[str, tuple[str, dict[str, Any], list[str]]] = {
             "data.seq_length": 2048,
             "trainer.precision": "bf16-mixed",
         },
-        ["fiddlehead pretrain -f pretrain_mock data.paths=TOKENS executor=pretrain_mock_executor"],
+        ["fiddlehead pretrain pretrain_mock data.paths=TOKENS executor=pretrain_mock_executor"],
     ),
     "finetune_lora": (
         "finetune_lora",
         {
             "model.lora.rank": 8,
             "model.lora.alpha": 16,
-            "data.paths": "examples/training.jsonl",
-            "data.val_paths": "examples/validation.jsonl",
+            "data.paths": "examples",
             "model.init_from": "Llama-3.1-8B",
         },
         [
             "fiddlehead import hf meta-llama/Llama-3.1-8B --out Llama-3.1-8B",
-            "fiddlehead finetune -f finetune_lora executor=finetune_lora_executor",
+            "fiddlehead finetune finetune_lora executor=finetune_lora_executor",
         ],
     ),
     "finetune_full": (
@@ -81,31 +85,31 @@ MADE: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"model.lora": None, "trainer.devices": 4, "model.init_from": "Qwen2.5-7B", "optim.lr": 5e-6},
         [
             "fiddlehead import hf Qwen/Qwen2.5-7B --out Qwen2.5-7B",
-            "fiddlehead finetune -f tuning data.paths=EXAMPLES executor=finetune_full_executor",
+            "fiddlehead finetune tuning data.paths=EXAMPLES executor=finetune_full_executor",
         ],
     ),
     "finetune_packed": (
         "finetune_packed",
         {"data.packed": True, "trainer.strategy.context_parallel": 2, "log.wandb": True},
         [
-            "fiddlehead finetune -f finetune_packed data.paths=EXAMPLES model.init_from=WEIGHTS "
+            "fiddlehead finetune finetune_packed data.paths=EXAMPLES model.init_from=WEIGHTS "
             "executor=finetune_packed_executor"
         ],
     ),
     "own_callback": (
         "own_callback",
         {"log.dir": "results", "checkpoint.every_n_steps": 100, "resume": "auto"},
-        ["fiddlehead pretrain -f own_callback data.paths=TOKENS"],
+        ["fiddlehead pretrain own_callback data.paths=TOKENS"],
     ),
     "tiny_pretrain": (
         "tiny_pretrain",
         {"trainer.max_steps": 4, "optim.betas": (0.9, 0.98)},
-        ["fiddlehead pretrain -f tiny_pretrain executor=tiny_pretrain_executor"],
+        ["fiddlehead pretrain tiny_pretrain executor=tiny_pretrain_executor"],
     ),
     "tiny_finetune": (
         "tuned",
         {"model.lora.rank": 4, "data.seq_length": 64},
-        ["fiddlehead finetune -f tuned executor=tiny_finetune_executor"],
+        ["fiddlehead finetune tuned executor=tiny_finetune_executor"],
     ),
 }
 
@@ -135,10 +139,13 @@ def test_every_line_that_says_something_is_in_the_report() -> None:
                 assert number in numbers, (name, line)
 
 
-def test_executors_have_the_settings_of_the_script(working_directory: Path) -> None:
-    local = functions(migrated("pretrain_local").launch)["this_machine"](devices=2)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what NeMo-Run imports
+def test_executors_are_the_script_s_own_and_accepted_as_they_are(working_directory: Path) -> None:
+    local = accepted(functions(migrated("pretrain_local").launch)["this_machine"](devices=2))
+    assert isinstance(local, LocalExecutor)
     assert (local.ntasks_per_node, local.env_vars["NVTE_FUSED_ATTN"]) == (2, "1")
-    slurm = functions(migrated("pretrain_slurm").launch)["cluster"]("me", "login")
+    slurm = accepted(functions(migrated("pretrain_slurm").launch)["cluster"]("me", "login"))
+    assert isinstance(slurm, SlurmExecutor)
     assert (slurm.account, slurm.nodes, slurm.container, slurm.requeues) == (
         "research",
         8,
@@ -146,8 +153,77 @@ def test_executors_have_the_settings_of_the_script(working_directory: Path) -> N
         2,
     )
     assert (slurm.user, slurm.host, slurm.remote_dir) == ("me", "login", "/scratch/runs")
-    docker = functions(migrated("finetune_packed").launch)["finetune_packed_executor"]()
+    assert slurm.env_vars == {"NCCL_NVLS_ENABLE": "0"}
+    docker = accepted(functions(migrated("finetune_packed").launch)["finetune_packed_executor"]())
+    assert isinstance(docker, DockerExecutor)
     assert (docker.image, docker.gpus, docker.mounts) == ("nemo:25.07", 2, ["/data:/data"])
+
+
+@pytest.mark.parametrize(
+    ("line", "kept", "said"),
+    [
+        ("run.SlurmExecutor(account='a', array='0-3')", "run.SlurmExecutor(account='a')", "a run is one job"),
+        ("run.LocalExecutor(launcher='ft')", "run.LocalExecutor()", "is queued again without it"),
+        ("run.LocalExecutor(launcher=run.FaultTolerance())", "run.LocalExecutor()", "is queued again without it"),
+        ("run.LocalExecutor(launcher=run.Torchrun())", "run.LocalExecutor(launcher=run.Torchrun())", "as it is"),
+        ("run.SlurmExecutor(acount='a')", "run.SlurmExecutor()", "did you mean 'account'?"),
+        ("run.Config(run.LocalExecutor, ntasks_per_node=2)", "run.LocalExecutor(ntasks_per_node=2)", "as it is"),
+        ("SlurmExecutor(account=os.environ['A'])", "run.SlurmExecutor()", "set account there"),
+        ("run.DockerExecutor(args.image, num_gpus=2)", "run.DockerExecutor(num_gpus=2)", "arguments without names"),
+        ("run.LeptonExecutor(nemo_run_dir='/n', mounts=[])", "(nemo_run_dir='/n', mounts=[])", "as it is"),
+        ("run.LocalExecutor(packager=run.HybridPackager({'a': run.Packager()}))", "{'a': run.Packager()}", "as it is"),
+        ("run.LocalExecutor()\ne.env_vars['A'] = '1'", "executor.env_vars['A'] = '1'", "the same line"),
+        ("run.LocalExecutor()\ne.env_vars.update({'A': '1'})", "executor.env_vars.update({'A': '1'})", "the same line"),
+        ("run.LocalExecutor()\ne.env_vars[args.a] = '1'", "return run.LocalExecutor()", "set executor.env_vars there"),
+        ("run.LocalExecutor()\ne.retries = 2", "return run.LocalExecutor()", "`fiddlehead runs rerun`"),
+    ],
+)
+def test_lines_of_an_executor_stay_if_they_can(line: str, kept: str, said: str) -> None:
+    made = migrate(f"recipe = llm.llama3_8b.pretrain_recipe(name='x')\ne = {line}\n", "x")
+    assert kept in made.launch and any(said in done for _, _, done in made.lines), (made.launch, made.lines)
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [
+        (
+            "PreTrainingDataModule, paths=['30', '/d/a', '70', '/d/b'], split='900,50,50', seq_length=64",
+            ["paths = ['30', '/d/a', '70', '/d/b']", "split = '900,50,50'", "seq_length = 64"],
+        ),
+        ("PreTrainingDataModule, paths={'train': ['a'], 'validation': ['b']}", ["paths = {'train': ['a'], 'val"]),
+        ("PreTrainingDataModule, paths=Path('/d/a')", ["paths = '/d/a'"]),
+        (
+            "FineTuningDataModule, dataset_root=Path('/d'), dataset_kwargs={'prompt_template': '{input} A: {output}'}",
+            ["paths = '/d'", "prompt_template = '{input} A: {output}'"],
+        ),
+    ],
+)
+def test_nemo_s_data_is_named_as_it_is(data: str, lines: list[str], working_directory: Path) -> None:
+    kind = "pretrain" if "PreTraining" in data else "finetune"
+    text = f"recipe = llm.llama3_8b.{kind}_recipe(name='x')\nrecipe.data = run.Config(llm.{data})\n"
+    made = migrate(text, "x")
+    assert all(f"    recipe.data.{line}" in made.recipe for line in lines), made.recipe
+    recipe = functions(made.recipe)["x"]()
+    assert not any("not migrated" in done for _, _, done in made.lines)
+    if kind == "pretrain":
+        fdl.build(recipe.data)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("with run.Experiment('a') as exp:\n    exp.add(recipe, name='b')", "also take recipes as they are"),
+        ("recipe.resume.restore_config = run.Config(nl.RestoreConfig, path='/r/step=10')", "`fiddlehead import nemo`"),
+        ("recipe.resume.restore_config = run.Config(nl.RestoreConfig, path='nemo://a/b')", "~/.cache/nemo/models/a/b"),
+        ("run.run(recipe, plugins=[PreemptionPlugin(preempt_time=60)])", "executor.save_before"),
+        ("run.run(recipe, plugins=mine)", "they change the recipe and the executor"),
+        ("recipe.data = run.Config(llm.SquadDataModule, seq_length=64)", "download its data as JSONL or Parquet"),
+        ("recipe.data = run.Config(llm.FineTuningDataModule, dataset_kwargs={'label_key': 'a'})", "prompt_template"),
+    ],
+)
+def test_what_is_to_be_done_is_said(line: str, said: str) -> None:
+    made = migrate(f"recipe = llm.llama3_8b.finetune_recipe(name='x')\n{line}\n", "x")
+    assert any(said in done for _, _, done in made.lines), made.lines
 
 
 @pytest.mark.parametrize(
@@ -220,7 +296,7 @@ def test_the_command_writes_beside_the_script_and_the_two_smallest_train(
         with pytest.raises(SystemExit) as left:
             main()
         assert not left.value.code
-        assert f"fiddlehead {'pretrain' if name == 'tiny_pretrain' else 'finetune'} -f" in capsys.readouterr().out
+        assert f"fiddlehead {'pretrain' if name == 'tiny_pretrain' else 'finetune'} " in capsys.readouterr().out
     Path("examples").mkdir()
     for file, count in (("training", 6), ("validation", 2)):
         lines = [json.dumps({"prompt": f"{n}+1=", "completion": str(n + 1)}) for n in range(count)]

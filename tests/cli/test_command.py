@@ -109,6 +109,8 @@ def test_recipes_are_listed_without_being_imported(fiddlehead, tmp_path):
     output = fiddlehead("recipes")
     assert "my_run" in output and "What I do." in output and "recipes/mine.py:3" in output
     assert "tiny_mqa" in output
+    tasks = {line.split("  ")[0]: line for line in output.splitlines()}
+    assert "pretrain, finetune" in tasks["llama3_8b"] and "pretrain" not in tasks["lora"]
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ from fiddlehead.launch.slurm import SlurmExecutor, slurm
 from fiddlehead.models import LoRA
 from fiddlehead.recipe import Recipe, catalog
 from fiddlehead.recipe.edits import apply_overrides
-from fiddlehead.recipe.nemo_names import NAMES
+from fiddlehead.recipe.nemo_names import NAMES, explain
 from fiddlehead.recipe.slots import find_slot
 from fiddlehead.recipes.llama import llama3_8b
+from fiddlehead.training.distributed.parallel import Parallel
 
 TUNED = llama3_8b.finetune_recipe()
 
@@ -75,10 +76,37 @@ def test_a_name_of_nemo_in_python_is_answered_with_ours(path: str, said: str) ->
     assert said in str(error.value) and len(str(error.value)) < 700
 
 
+def test_a_name_of_nemo_in_a_constructor_is_answered_with_ours() -> None:
+    with pytest.raises(TypeError, match=r"^LoRA has no dim; NeMo's peft.dim is model.lora.rank here$"):
+        fdl.Config(LoRA, dim=8, alpha=16)
+    with pytest.raises(TypeError) as error:
+        fdl.Config(Parallel, tensor_model_parallel_size=2, pipeline_parallell=2)
+    assert "trainer.strategy.tensor_parallel here" in str(error.value)
+    assert "did you mean 'pipeline_parallel'?" in str(error.value)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'something'"):
+        fdl.Config(LoRA, something=8)
+    with pytest.raises(TypeError, match=r"missing|unexpected|callable"):
+        fdl.Config(3, dim=8)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("resume.restore_config", "; NeMo's resume.restore_config is model.init_from here"),
+        ("log.wandb.project", "; NeMo's log.wandb.project is log.wandb_project here"),
+        ("resume.something", "has no attribute 'something'"),
+    ],
+)
+def test_a_field_of_what_is_a_plain_value_here_is_explained(path: str, said: str) -> None:
+    with pytest.raises(AttributeError) as error:
+        set_at(copy.deepcopy(TUNED), path)
+    assert explain(error.value).endswith(said)
+
+
 def test_what_is_set_in_python_is_still_known_by_its_line() -> None:
     recipe = copy.deepcopy(TUNED)
     recipe.optim.lr = 1.0
-    recipe.model.lora.rank = 4
+    recipe.model.lora = fdl.Config(LoRA, rank=4)
     assert {recipe.sources()[path].split(":")[0] for path in ("optim.lr", "model.lora.rank")} == {
         "tests/recipe/test_nemo_names.py"
     }
@@ -108,7 +136,7 @@ def test_what_the_table_offers_exists(name: Any) -> None:
     if name.ours.startswith("executor."):
         fields = {**SlurmExecutor.__dataclass_fields__, "gpus": None, "mounts": None}
         assert name.ours.removeprefix("executor.") in fields
-    elif name.ours.startswith("data.") and not name.ours.endswith("packed"):
+    elif name.ours.startswith("data.") and not name.ours.endswith(("packed", "template")):
         find_slot(llama3_8b(), name.ours)
     elif name.ours.startswith(("trainer", "optim", "log", "checkpoint", "model", "resume", "data")):
         find_slot(TUNED, name.ours)

@@ -240,8 +240,10 @@ def _call(function: Callable[[], Any]) -> Any:
         theirs = [frame for frame in frames if Path(frame.filename).is_relative_to(Path.cwd())]
         if not theirs:
             raise
+        from fiddlehead.recipe.nemo_names import explain
+
         place = f"{theirs[-1].filename}:{theirs[-1].lineno}"
-        raise ConfigError(Problem.in_file(place, f"{type(error).__name__}: {error}")) from error
+        raise ConfigError(Problem.in_file(place, explain(error))) from error
 
 
 def _is_run(name: str) -> bool:

@@ -44,7 +44,7 @@ def recipes(
     """List the recipes: yours in ./recipes first, then the built-in ones.
 
     Plans are for the GPU that the recipe names, or else for H100s of 80 GB, and take a fraction of a second each;
-    `fiddlehead plan` makes one for other GPUs. A model's recipe also fine-tunes it: `fiddlehead finetune -f NAME`.
+    `fiddlehead plan` makes one for other GPUs. A model's recipe also fine-tunes it: `fiddlehead finetune NAME`.
 
     Example:  fiddlehead recipes qwen --long
     """
@@ -62,8 +62,9 @@ def recipes(
         planned = _planned(entry) if long else None
         extra = [] if planned is None else _figures(planned)
         where = f"{_short(entry.file)}:{entry.line}"
+        task = f"{entry.task}, finetune" if entry.tunes else entry.task
         what = (planned or {}).get("problem", entry.summary)
-        add_row(made, Text(entry.name, style="bold"), entry.task, where, *extra, what)
+        add_row(made, Text(entry.name, style="bold"), task, where, *extra, what)
     show_things(made)
 
 

@@ -36,6 +36,8 @@ class Entry:
     summary: str
     task: str
     """For a recipe: the base function that it calls, directly or through another recipe."""
+    tunes: bool = False
+    """Whether it is a model's recipe, whose `finetune_recipe` fine-tunes that model."""
 
     def load(self) -> Callable:
         """Imports the module and returns the function.
@@ -111,7 +113,8 @@ class _Shelf:
                 continue
             summary = (ast.get_docstring(node) or "").split("\n")[0]
             module, task = f"{package}.{file.stem}", _task(name, bodies)
-            entry = Entry(name, module, file.resolve(), node.lineno, summary, task)
+            tunes = any(ast.unparse(each).split(".")[-1] == "model_recipe" for each in node.decorator_list)
+            entry = Entry(name, module, file.resolve(), node.lineno, summary, task, tunes)
             (self.asking if asks else self.entries).append(entry)
 
     def find(self, name: str, *, called: bool = False) -> Callable:

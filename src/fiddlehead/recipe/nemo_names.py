@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -96,25 +98,27 @@ NAMES = (
     Name("log.ckpt.save_on_train_epoch_end", "", "the last step is always saved; leave it out"),
     Name("log.ckpt.always_save_context", "", "a run's folder always has its recipe; leave it out"),
     Name("log.tensorboard", "log.tensorboard", "true or false", same=False),
-    Name("log.wandb", "log.wandb", "true or false; log.wandb_project names the project", same=False),
+    Name("log.wandb", "log.wandb", "true or false", same=False),
+    Name("log.wandb.project", "log.wandb_project"),
     Name("log.extra_loggers", "", "log.tensorboard and log.wandb are those there are"),
     Name("log.use_datetime_version", "", "a run without log.name gets date and time in its name; leave it out"),
     # What a run begins with.
-    Name("resume.restore_config.path", "model.init_from", "a run, a checkpoint, or a Hugging Face folder", same=False),
+    Name("resume.restore_config.path", "model.init_from", "NeMo's by `fiddlehead import nemo`", same=False),
     Name("resume.restore_config", "model.init_from", same=False),
     Name("resume.resume_if_exists", "resume", "'auto' is true, 'never' is false", same=False),
     Name("resume.resume_ignore_no_checkpoint", "", "resume='auto' starts anew without a checkpoint; leave it out"),
     Name("resume.resume_from_path", "resume"),
     Name("resume.resume_from_directory", "resume"),
     # Data.
-    Name("data.paths", "data.paths", "a folder that `fiddlehead tokenize` makes", same=False),
-    Name("data.dataset_root", "data.paths", "the files themselves; data.val_paths for validation", same=False),
+    Name("data.paths", "data.paths", "also a folder that `fiddlehead tokenize` makes"),
+    Name("data.dataset_root", "data.paths", "also files; data.val_paths for validation"),
+    Name("data.dataset_kwargs", "data.prompt_template", "conversations have the model's chat template", same=False),
     Name("data.seq_length", "data.seq_length"),
     Name("data.global_batch_size", "data.global_batch_size"),
     Name("data.micro_batch_size", "data.micro_batch_size"),
     Name("data.num_workers", "data.num_workers"),
     Name("data.seed", "data.seed"),
-    Name("data.split", "", "`fiddlehead tokenize --val-fraction` splits the documents"),
+    Name("data.split", "data.split"),
     Name("data.packed_sequence_specs", "data.packed", "true or false; rows are data.seq_length long", same=False),
     Name("data.reset_position_ids", "data.separate_documents"),
     Name("data.reset_attention_mask", "data.separate_documents"),
@@ -223,6 +227,14 @@ def unknown(owner: Any, name: str, known: Any) -> str:
     return Problem.unknown("", name, f"parameter of {getattr(owner, '__name__', owner)}", known)
 
 
+def explain(error: Exception) -> str:
+    """The text of an error in a user's code; for a name of NeMo's in a plain value of ours, also what it is here."""
+    text = f"{type(error).__name__}: {error}"
+    named = re.fullmatch(r"AttributeError: '(?:str|bool|int|float|NoneType)' object has no attribute '(\w+)'", text)
+    found = answer(names_at(named[1])) if named else ""
+    return f"{text}; {found}" if found else text
+
+
 def rows() -> Iterator[tuple[str, str, str]]:
     """NeMo's path, ours and the note, for a table; without those that are the same."""
     for name in NAMES:
@@ -236,6 +248,7 @@ def explain_in_fiddle() -> None:
     if not hasattr(fdl.Buildable.__setattr__, "__wrapped__"):
         for method in ("__setattr__", "__getattr__"):
             setattr(fdl.Buildable, method, _explained(getattr(fdl.Buildable, method)))
+        fdl.Buildable.__init__ = _explained_arguments(fdl.Buildable.__init__)
 
 
 def _explained(method: Any) -> Any:
@@ -248,5 +261,23 @@ def _explained(method: Any) -> Any:
             if name.startswith("_") or name in known or not (nemo_hint(owner, name) or nearest(name, known)):
                 raise
             raise AttributeError(unknown(owner, name, known)) from None
+
+    return explained
+
+
+def _explained_arguments(method: Any) -> Any:
+    @functools.wraps(method)
+    def explained(self: fdl.Buildable, function: Any, /, *args: Any, **given: Any) -> None:
+        try:
+            method(self, function, *args, **given)
+        except TypeError:
+            try:
+                known = list(inspect.signature(function).parameters)
+            except (TypeError, ValueError):  # it cannot be called, or does not say with what
+                known = list(given)
+            others = [name for name in given if name not in known]
+            if not any(nemo_hint(function, name) or nearest(name, known) for name in others):
+                raise
+            raise TypeError("; ".join(unknown(function, name, known) for name in others)) from None
 
     return explained
