@@ -49,7 +49,7 @@ MADE: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     ),
     "pretrain_slurm": (
         "pretrain_slurm",
-        {"trainer.strategy.context_parallel": 2, "trainer.num_nodes": 8, "checkpoint.keep_last": 3},
+        {"trainer.strategy.context_parallel": 2, "trainer.num_nodes": 8, "checkpoint.keep_best": 3},
         [
             "fiddlehead pretrain pretrain_slurm data.paths=TOKENS executor=cluster executor.user=me "
             "executor.host=login.example.com"

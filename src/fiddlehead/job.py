@@ -109,7 +109,10 @@ def execute(run: RunDirectory, work: Callable[[], None]) -> int:
                 _begin(run, status, died=died)
                 work()
             signals.ignore()  # the ending is decided
-            status = _ended(run, status, report.ending)
+            ending = report.ending
+            if ending.state is State.SUCCEEDED:
+                ending = replace(ending, reason=run.early_end)
+            status = _ended(run, status, ending)
             with contextlib.suppress(OSError):  # the reason was printed
                 run.write_status(status)
             return status.exit_code or 0
@@ -152,6 +155,7 @@ def _begin(run: RunDirectory, status: Status, *, died: bool) -> None:
             raise RunError(f"{words}, as {MAX_FAILURES} in a row did: killed, out of memory, or its machine was lost")
         print(f"WARNING: {words}: killed, out of memory, or its machine was lost", flush=True)  # noqa: T201
     run.clear_stop_request()
+    run.write_early_end("")
     outcomes.forget(run)
 
 

@@ -77,6 +77,11 @@ def test_a_log_is_that_of_the_newest_attempt(tmp_path: Path, runs: Command):
     assert followed.stdout.splitlines()[1:] == ["second attempt"]
 
 
+def test_a_run_in_wandb_is_shown_with_its_link(tmp_path: Path, runs: Command):
+    made(tmp_path, "a").write_wandb_url("https://wandb.ai/moss/ferns/runs/1234")
+    assert "https://wandb.ai/moss/ferns/runs/1234" in runs("show", "a").stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

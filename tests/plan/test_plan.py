@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,12 +111,41 @@ def test_all_problems_are_listed_at_once_and_nothing_is_started(parts: Parts) ->
         tasks.pretrain(**made)
     assert [problem.split("=")[0] for problem in error.value.problems] == [
         "trainer.accumulate_grad_batches",
-        "trainer.val_check_interval",
         "trainer.gradient_clip_val",
+        "trainer.val_check_interval",
         "model.config.vocab_size",
         "model.config.seq_length",
     ]
     assert not Path(made["log"].dir).exists()
+
+
+def test_epochs_and_batches_are_refused_with_what_they_are_in_steps_and_samples(parts: Parts) -> None:
+    made = parts(micro_batch_size=2, limit_val_batches=3)
+    data, trainer = made["data"], made["trainer"]
+    data.setup()
+    steps = len(data._train) / 4
+    trainer.fit_loop.max_epochs = 2
+    trainer.val_check_interval = 0.25
+    with pytest.raises(ConfigError) as error:
+        plan_of(made)
+    interval, epochs, batches = error.value.problems
+    assert interval.endswith(f"so much of an epoch of this data is {round(steps / 4)}")
+    assert epochs.endswith(f"so many epochs of this data are trainer.max_steps={math.ceil(2 * steps)}")
+    assert batches.endswith("and set data.val_samples=6")
+    trainer.limit_val_batches = 0.5
+    with pytest.raises(ConfigError, match=rf"data.val_samples={round(len(data._val) / 2)}$"):
+        plan_of(made)
+    made["data"] = PreTrainingDataModule(corpus="stdlib", seq_length=16, global_batch_size=4)  # not known yet
+    with pytest.raises(ConfigError) as error:
+        plan_of(made)
+    assert error.value.problems[1] == "trainer.max_epochs=2: trainer.max_steps ends a run; leave it at -1"
+
+
+def test_float16_is_refused_with_the_reason(parts: Parts) -> None:
+    made = parts(precision="32-true")
+    made["trainer"].strategy.precision_plugin.precision = "16-mixed"
+    with pytest.raises(ConfigError, match=r"^trainer.precision='16-mixed': the loss scaling of float16 hides"):
+        plan_of(made)
 
 
 def test_a_tokenizer_may_have_more_tokens_than_the_model_has_rows(parts: Parts, tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from fiddlehead.errors import ConfigError
+from fiddlehead.recipe.plain import flat
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.runs import open_record
 from fiddlehead.runs.compare import MISSING, differences, results, show_value
 from fiddlehead.runs.curves import charts, short, ticks, unique_names
-from fiddlehead.runs.record import flat
 from tests.runs.samples import made
 
 

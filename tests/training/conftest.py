@@ -73,9 +73,12 @@ def make_parts(dataset: Path, runs: Path, **changes: Any) -> dict[str, Any]:
         ),
         "optim": optim(**take(lr=1e-2, lr_scheduler=CosineAnnealing(warmup_steps=2)), **bits),
         "log": Log(
-            **take(name="run", dir=str(runs), tensorboard=False, wandb=False, profile=None, profile_shapes=False)
+            **take(name="run", dir=str(runs)),
+            **{name: changes.pop(name) for name in list(changes) if name in Log.__dataclass_fields__},
         ),
-        "checkpoint": Checkpoint(**take(every_n_steps=4, keep_last=9, keep_best=True, asynchronous=False)),
+        "checkpoint": Checkpoint(
+            **take(every_n_steps=4, keep_last=9, keep_best=True, asynchronous=False, every_n_minutes=None)
+        ),
         "resume": changes.pop("resume", "auto"),
     }
     settings = take(

@@ -20,11 +20,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.loggers import CSVLogger, Logger
 
 from fiddlehead.errors import ConfigError
+from fiddlehead.recipe.plain import plain_recipe
 from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.metric_names import column, grouped_name
+from fiddlehead.runs.wandb_folder import read_wandb
 from fiddlehead.training import Log
-from fiddlehead.training.loggers import MetricsCSV, plain_recipe
+from fiddlehead.training.metrics_csv import MetricsCSV
 from tests.training.conftest import KillAfter, Killed, rows
 
 Pretrain = Callable[..., RunDirectory]
@@ -105,7 +109,32 @@ def test_tensorboard_that_is_not_installed_is_named_with_what_brings_it(
 ) -> None:
     monkeypatch.setattr("fiddlehead.training.loggers.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'fiddlehead\[tensorboard\]'$"):
-        Log(tensorboard=True).loggers(RunDirectory(tmp_path), 0)
+        Log(tensorboard=True).open(RunDirectory(tmp_path), 0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+def test_tensorboard_lists_the_recipe_as_hyper_parameters(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    plugin = importlib.import_module("tensorboard.plugins.hparams.plugin_data_pb2")
+    run = RunDirectory(tmp_path)
+    run.recipe.write_text(RECIPE)
+    for resumed in (0, 4):
+        (logger,) = Log(tensorboard=True).open(run, resumed)[1:]
+        logger.log_metrics({"train/loss": 2.0}, resumed + 1)
+        logger.finalize("success")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    data = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    listed = plugin.HParamsPluginData.FromString(data).session_start_info.hparams
+    assert {name: value.number_value or value.string_value for name, value in listed.items()} == {
+        "model.hidden_size": 64.0,
+        "resume": "auto",
+        "sizes": "[1, 2]",
+    }
+    data = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    found = plugin.HParamsPluginData.FromString(data).experiment.metric_infos
+    assert {info.name.tag for info in found} == {"train/loss", "val/loss"}
+    assert events.Tags()["scalars"] == ["train/loss"]  # no point that the run does not have
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
@@ -116,11 +145,63 @@ def test_tensorboard_reads_what_the_csv_file_has(pretrain: Pretrain) -> None:
     run = pretrain(tensorboard=True)
     events = accumulator.EventAccumulator(str(run.path / "tensorboard"))
     events.Reload()
-    for name in ("loss", "val_loss", "grad_norm", "seconds_per_step", "seconds_forward", "seconds_optimizer"):
+    names = {
+        "loss": "train/loss",
+        "grad_norm": "train/grad_norm",
+        "val_loss": "val/loss",
+        "tokens_per_s": "perf/tokens_per_s",
+        "seconds_optimizer": "perf/seconds_optimizer",
+    }
+    for name, tag in names.items():
         expected = [(int(step), float(value)) for step, value in rows(run, "step", name) if value]
-        found = [(event.step, event.value) for event in events.Scalars(name)]
+        found = [(event.step, event.value) for event in events.Scalars(tag)]
         assert [step for step, _ in found] == [step for step, _ in expected], name
         assert [value for _, value in found] == pytest.approx([value for _, value in expected])  # stored as float32
+
+
+# -- any Lightning logger
+
+
+class Remembering(Logger):
+    """Keeps what it is told."""
+
+    name, version = "remembering", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+        self.parameters: Any = None
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step, metrics))
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self.parameters = params
+
+
+def test_a_logger_of_lightning_gets_the_recipe_and_every_row(pretrain: Pretrain, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "runs" / "run")
+    run.path.mkdir(parents=True)
+    run.recipe.write_text(RECIPE)
+    own, theirs = Remembering(), CSVLogger(tmp_path / "theirs", name="", version="")
+    pretrain(max_steps=4, loggers=[own, theirs])
+    assert own.parameters == PLAIN
+    found = [(str(step), repr(row["train/loss"])) for step, row in own.rows if "train/loss" in row]
+    assert found == [row for row in rows(run, "step", "loss") if row[1]]
+    assert [row for row in own.rows if "val/loss" in row[1]][-1][0] == 4
+    assert {"train/lr", "perf/tokens_per_s"} <= own.rows[0][1].keys()
+    assert {"train/loss", "val/loss"} <= table(tmp_path / "theirs" / "metrics.csv")[-1].keys() | own.rows[0][1].keys()
+    assert "hidden_size: 64" in (tmp_path / "theirs" / "hparams.yaml").read_text()
+
+
+def test_what_is_not_a_logger_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^loggers\[1\]='str': is not a Lightning logger"):
+        Log(loggers=[Remembering(), "mlflow"])  # type: ignore[list-item]
+
+
+@given(st.text())
+def test_a_column_has_one_name_in_a_group(name: str) -> None:
+    assert column(grouped_name(name)) == name or "/" in name
 
 
 # -- W&B
@@ -132,6 +213,7 @@ model: !Config:fiddlehead.training.LanguageModel
 resume: auto
 sizes: !tuple [1, 2]
 """
+TOLD = {"wandb_entity": "moss", "wandb_group": "ferns", "wandb_tags": ["a", "b"], "wandb_notes": "the first"}
 PLAIN = {"model": {"hidden_size": 64}, "resume": "auto", "sizes": [1, 2]}
 
 
@@ -181,7 +263,7 @@ def test_wandb_without_a_key_records_offline_and_asks_nothing(
     folder = run.path
     for attempt in (1, 2):
         with pytest.raises(Killed) if attempt == 1 else nullcontext():
-            pretrain(wandb=True, callbacks=[KillAfter(6)] if attempt == 1 else [])
+            pretrain(wandb=True, callbacks=[KillAfter(6)] if attempt == 1 else [], **TOLD)
         wandb.finish()
         wandb.teardown()  # waits for its service, which may still be writing
         printed = capsys.readouterr()
@@ -192,6 +274,9 @@ def test_wandb_without_a_key_records_offline_and_asks_nothing(
         ids.append(folder.name.rpartition("-")[2])
     assert ids[0] == ids[1] == run.wandb_id
 
+    (told,) = [record.run for record in wandb_records(folder) if record.HasField("run")]
+    assert (told.entity, told.run_group, list(told.tags), told.notes) == ("moss", "ferns", ["a", "b"], "the first")
+    assert {"loss", "val_loss", "tokens_per_s"} <= set(read_wandb(folder).history.columns)
     logged: dict[str, list[float]] = {}
     config: dict[str, Any] = {}
     for record in wandb_records(folder):
@@ -202,7 +287,7 @@ def test_wandb_without_a_key_records_offline_and_asks_nothing(
             logged.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
     assert {name: config.get(name) for name in PLAIN} == PLAIN
     expected = [float(value) for step, value in rows(run, "step", "loss") if value and int(step) > 4]
-    assert logged["loss"] == pytest.approx(expected)
+    assert logged["train/loss"] == pytest.approx(expected)
 
 
 def test_the_wandb_id_is_the_run_s(tmp_path: Path) -> None:
@@ -220,8 +305,24 @@ def test_a_project_that_wandb_would_refuse_is_refused_before_the_job(project: st
     assert Log(wandb_project="Projekt 1.0_für-alle").wandb_project
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"wandb_tags": "one"},
+        {"wandb_tags": ["x" * 65]},
+        {"wandb_tags": [""]},
+        {"wandb_group": ""},
+        {"wandb_group": "x" * 129},
+        {"wandb_entity": "team/project"},
+    ],
+)
+def test_what_wandb_would_refuse_is_refused_before_the_job(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"^{next(iter(wrong))}="):
+        Log(**wrong)
+
+
 def test_only_what_is_asked_for_is_logged(tmp_path: Path) -> None:
-    assert [type(logger) for logger in Log().loggers(RunDirectory(tmp_path), 0)] == [MetricsCSV]
+    assert [type(logger) for logger in Log().open(RunDirectory(tmp_path), 0)] == [MetricsCSV]
 
 
 @pytest.mark.slow

@@ -29,8 +29,8 @@ from fiddlehead.checkpoints.sharding import ShardedTensor
 from fiddlehead.run.team import Team
 
 _TENSOR, _PAIRS = "__tensor__", "__pairs__"
-# The loops' counters and callbacks are left out: `restore_progress` derives them from the step.
-_KEPT = ("optimizer_states", "lr_schedulers", "config", "lora", "init_from", "val_loss", "data", "MixedPrecision")
+_KEPT = ("optimizer_states", "lr_schedulers", "callbacks", "config", "lora", "init_from", "val_loss", "data")
+_KEPT += ("MixedPrecision",)  # the loops' counters are left out: `restore_progress` derives them from the step
 
 
 class SafetensorsIO(CheckpointIO):
@@ -85,7 +85,7 @@ class SafetensorsIO(CheckpointIO):
             raise error
 
     def open_checkpoint(self, path: Path, state: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The dictionary that Lightning restores from, its tensors still in their files.
+        """The dictionary that Lightning restores from, its tensors still in their files, except those of callbacks.
 
         Args:
             state: the content of its `state.json`, if it was read already.
@@ -99,7 +99,7 @@ class SafetensorsIO(CheckpointIO):
         checkpoint["state_dict"] = read_tensors(path, state, "model")
         checkpoint["global_step"], checkpoint["epoch"] = state["step"], 0
         checkpoint["pytorch-lightning_version"] = "2.6.0"  # what Lightning would migrate from; nothing to migrate here
-        checkpoint["callbacks"] = {}
+        checkpoint["callbacks"] = _load(checkpoint.get("callbacks", {}))  # earlier versions have none
         return checkpoint
 
     def load_checkpoint(
@@ -177,6 +177,15 @@ def _write(files: Mapping[str, Mapping[str, torch.Tensor]], folder: Path) -> dic
 
 def _finish(state: dict[str, Any], folder: Path, written: dict[str, FileChecksum]) -> None:
     write_state(folder, state, written)
+
+
+def storable(value: Any) -> bool:
+    """Whether a checkpoint can keep a value: numbers, texts, tensors, and lists and dictionaries of them."""
+    if isinstance(value, dict):
+        return all(map(storable, value)) and all(map(storable, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(storable, value))
+    return value is None or isinstance(value, bool | int | float | str | torch.Tensor)
 
 
 def _encode(value: Any, name: str, tensors: dict[str, torch.Tensor | ShardedTensor]) -> Any:

@@ -110,6 +110,8 @@ def show(names: list[str] = RunsArgument, directory: str = DirOption) -> None:
             add_row(made, name, figure(value))
     add_row(made, "checkpoints", ", ".join(path.name for path in sorted(found.checkpoints.glob("step-*"))))
     add_row(made, "directory", str(found.path))
+    if found.wandb_url:
+        add_row(made, "W&B", found.wandb_url)
     add_row(made, "command", found.command.read_text(errors="replace").strip() if found.command.exists() else "")
     shipped = code.shipped(found)
     if shipped is not None:
@@ -284,7 +286,7 @@ def _row(run: RunDirectory, status: Status | None) -> list[Any]:
         ]
     if status is None:
         return [run.name, "", *row, "", "", "", ""]
-    reason = status.reason.split("\n")[0] if status.state is not State.SUCCEEDED else ""
+    reason = status.reason.split("\n")[0]
     return [
         run.name,
         _coloured(status.state),

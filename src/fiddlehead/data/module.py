@@ -164,6 +164,13 @@ class PreTrainingDataModule(StepDataModule):
             }
         return self._too_short(sizes)
 
+    def num_samples(self, split: Literal["train", "val"]) -> int | None:
+        """As in the base; None also of a blend, whose datasets have epochs of their own."""
+        if self.paths is None or self._weights(split) is not None:
+            return None
+        with self._naming_paths():
+            return sum(max(0, source.size() - 1) // self.seq_length for source in self._sources[split])
+
     def _too_short(self, sizes: dict[Split, list[int]]) -> list[Problem]:
         needed = f"needs {self.seq_length + 1} tokens, and the"
         messages = []

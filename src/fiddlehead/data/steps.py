@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -100,6 +100,10 @@ class StepDataModule(pl.LightningDataModule):
     def too_short(self) -> list[Problem]:
         """Which splits have no sample of `seq_length` tokens, as far as known before they are opened."""
         return []
+
+    def num_samples(self, split: Literal["train", "val"]) -> int | None:
+        """The samples of an epoch of a split, as far as known before it is opened; None if it is not."""
+        return None
 
     def missing_rows(self, vocab_size: int) -> list[str]:
         """Sentences about tokens that occur in the data, as far as known, and have no row in a model of `vocab_size`.

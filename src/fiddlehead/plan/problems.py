@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -10,7 +11,7 @@ from lightning.pytorch import Trainer
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.models import TransformerConfig
-from fiddlehead.numbers import is_whole
+from fiddlehead.numbers import is_number, is_whole
 from fiddlehead.run.console import say
 from fiddlehead.training import LanguageModel, Log, Parallel
 from fiddlehead.training.distributed.sizes import Sizes
@@ -43,7 +44,7 @@ def derived(
         accumulate = micro_batches = data.accumulate_grad_batches(sizes.data)
     except ConfigError as error:
         problems += error.under("data").problems
-    problems += trainer_problems(trainer, accumulate, sizes.data)
+    problems += trainer_problems(trainer, accumulate, sizes.data) + epoch_problems(trainer, data, sizes.data)
     if log is not None and log.profile_steps and log.profile_steps[1] > trainer.max_steps:
         message = f"the run ends with step trainer.max_steps={trainer.max_steps}"
         problems.append(Problem("log.profile", log.profile, message))
@@ -91,31 +92,54 @@ def trainer_problems(trainer: Trainer, accumulate: int, data_parallel: int) -> l
     every: Any = trainer.log_every_n_steps  # type: ignore[attr-defined]
     if not (is_whole(every) and every >= 1):
         problems.append(Problem("trainer.log_every_n_steps", every, "must be a whole number of steps, 1 or more"))
-    interval = trainer.val_check_interval
-    if interval != 1.0 and (not isinstance(interval, int) or interval < 1):
-        problems.append(Problem("trainer.val_check_interval", interval, "must be a whole number of steps, 1 or more"))
-    if str(trainer.precision) not in PRECISIONS:
-        problems.append(Problem("trainer.precision", str(trainer.precision), "", PRECISIONS))
+    if (precision := str(trainer.precision)) not in PRECISIONS:
+        half = "the loss scaling of float16 hides an infinite gradient" if precision.startswith("16") else ""
+        problems.append(Problem("trainer.precision", precision, half, PRECISIONS))
     if (limit := trainer.limit_train_batches) not in (None, 1.0):
         problems.append(Problem("trainer.limit_train_batches", limit, "trainer.max_steps ends a run; leave it out"))
-    if (limit := trainer.limit_val_batches) not in (None, 1.0):
-        message = "data.val_samples says how many samples a validation has, 0 for none; leave it out"
-        problems.append(Problem("trainer.limit_val_batches", limit, message))
     if batches := getattr(trainer, "overfit_batches", 0):
         message = "the order of the data is a function of the step; leave it out"
         problems.append(Problem("trainer.overfit_batches", batches, message))
     if steps := getattr(trainer, "fast_dev_run", False):
         problems.append(Problem("trainer.fast_dev_run", steps, "use trainer.max_steps=1, or --dryrun"))
-    if (epochs := trainer.max_epochs) not in (None, -1):
-        problems.append(Problem("trainer.max_epochs", epochs, "trainer.max_steps ends a run; leave it at -1"))
     if trainer.checkpoint_callback is not None:
         problems.append(Problem("trainer.enable_checkpointing", True, "`checkpoint` decides; leave it out"))
     if trainer.loggers:
-        problems.append(Problem("trainer.logger", message="`log` decides; leave it out"))
+        problems.append(Problem("trainer.logger", message="log.loggers has a run's own loggers; leave it out"))
     if trainer.gradient_clip_val is not None and not trainer.gradient_clip_val >= 0:
         problems.append(Problem("trainer.gradient_clip_val", trainer.gradient_clip_val, "must not be negative"))
     if trainer.gradient_clip_algorithm not in (None, "norm"):
         problems.append(Problem("trainer.gradient_clip_algorithm", str(trainer.gradient_clip_algorithm), "", ("norm",)))
+    return problems
+
+
+def epoch_problems(trainer: Trainer, data: Data, data_parallel: int) -> list[Problem]:
+    """What is said in epochs or batches, with the same in steps or samples where the data is known."""
+    problems = []
+    try:
+        samples, val_samples = data.num_samples("train"), data.num_samples("val")
+    except ConfigError:  # which is said of the data itself
+        samples, val_samples = None, None
+    interval: Any = trainer.val_check_interval
+    if interval != 1.0 and (not isinstance(interval, int) or interval < 1):
+        message = "must be a whole number of steps, 1 or more"
+        if samples and is_number(interval) and 0 < interval < 1:
+            steps = max(1, round(interval * samples / data.global_batch_size))
+            message += f"; so much of an epoch of this data is {steps}"
+        problems.append(Problem("trainer.val_check_interval", interval, message))
+    if (epochs := trainer.max_epochs) not in (None, -1):
+        message = "trainer.max_steps ends a run; leave it at -1"
+        if samples and is_whole(epochs) and epochs > 0:
+            steps = math.ceil(epochs * samples / data.global_batch_size)
+            message += f"; so many epochs of this data are trainer.max_steps={steps}"
+        problems.append(Problem("trainer.max_epochs", epochs, message))
+    if (limit := trainer.limit_val_batches) not in (None, 1.0):
+        message = "data.val_samples says how many samples a validation has, 0 for none; leave it out"
+        batch = data.micro_batch_size * data_parallel
+        wanted = limit * batch if is_whole(limit) else None if val_samples is None else round(limit * val_samples)
+        if wanted is not None:
+            message += f", and set data.val_samples={wanted}"
+        problems.append(Problem("trainer.limit_val_batches", limit, message))
     return problems
 
 

@@ -173,6 +173,29 @@ class RunDirectory:
             write_atomically(file, secrets.token_hex(4))
         return file.read_text(errors="replace")
 
+    @property
+    def wandb_url(self) -> str:
+        """The address of this run in W&B; "" if it is not known, as for an offline one."""
+        file = self.path / "wandb_url"
+        return file.read_text(errors="replace").strip() if file.exists() else ""
+
+    def write_wandb_url(self, url: str) -> None:
+        """Notes the address of this run in W&B."""
+        write_atomically(self.path / "wandb_url", f"{url}\n")
+
+    @property
+    def early_end(self) -> str:
+        """Why the newest attempt ended before its last step, though it succeeded; "" if it did not."""
+        file = self.path / "early_end"
+        return file.read_text(errors="replace").strip() if file.exists() else ""
+
+    def write_early_end(self, reason: str) -> None:
+        """Notes why the attempt ends before its last step; "" forgets it."""
+        if reason:
+            write_atomically(self.path / "early_end", f"{reason}\n")
+        else:
+            (self.path / "early_end").unlink(missing_ok=True)
+
     def status(self) -> Status | None:
         """What the status file says, corrected by a look at the process; None before the run was submitted."""
         status = self.written_status()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,11 @@ from typing import Any
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.foreign import read_json, read_object, reason
 from fiddlehead.files.paths import user_path
-from fiddlehead.recipe.plain import plain_recipe
+from fiddlehead.recipe.plain import flat, plain_recipe
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.history import History
 from fiddlehead.run.names import find_run
 
-MAX_LEAVES = 100_000
-"""The most values of a recipe: YAML can repeat a part so often that it would fill the memory."""
 IDENTITY = ("log.name", "log.dir")
 """Values of a recipe that any two runs differ in."""
 
@@ -86,37 +83,6 @@ def read_run(run: RunDirectory) -> Record:
         _data(run, problems),
         problems,
     )
-
-
-def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings and lists, by path; a configuration has its class or function at its own path.
-
-    Raises:
-        ConfigError: there are more than `MAX_LEAVES`, or it contains itself.
-    """
-    found: dict[str, Any] = {}
-    try:
-        for name, leaf in _leaves(value, path):
-            found[name] = leaf
-            if len(found) > MAX_LEAVES:
-                raise ConfigError(f"has more than {MAX_LEAVES:,} values")
-    except RecursionError:
-        raise ConfigError("contains itself, or is nested too deep") from None
-    return found
-
-
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and (value or not path):
-        for key, item in value.items():
-            if key == "_target_":
-                yield path or "task", item
-            elif key != "_partial_":
-                yield from _leaves(item, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
-        for index, item in enumerate(value):
-            yield from _leaves(item, f"{path}[{index}]")
-    else:
-        yield path, value
 
 
 def recipe_values(file: Path, problems: list[str]) -> dict[str, Any]:

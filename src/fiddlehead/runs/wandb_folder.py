@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from fiddlehead.errors import ConfigError, Problem
+from fiddlehead.recipe.plain import flat
 from fiddlehead.run.history import from_rows
-from fiddlehead.runs.record import Record, flat
+from fiddlehead.run.metric_names import column
+from fiddlehead.runs.record import Record
 
 _HEADER = b":W&B"
 _HEADER_SIZE, _BLOCK = 7, 32768
@@ -108,8 +110,8 @@ def _items(items: Any) -> dict[str, Any]:
 
 
 def _row(history: Any) -> dict[str, Any]:
-    """A logged row: its step and its numbers."""
+    """A logged row: its step and its numbers, by the names of the columns in `metrics.csv`."""
     values = {name: value for name, value in _items(history.item).items() if isinstance(value, int | float)}
     own = values.get("trainer/global_step", values.get("_step", history.step.num))  # Lightning's logger counts its own
-    kept = {name: value for name, value in values.items() if not name.startswith(("_", "trainer/"))}
+    kept = {column(name): value for name, value in values.items() if not name.startswith(("_", "trainer/"))}
     return {"step": own, **kept}

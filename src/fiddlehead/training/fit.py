@@ -12,6 +12,7 @@ from fiddlehead.run.console import is_rank_zero, say
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.prediction import Prediction
 from fiddlehead.training.callbacks.checkpoint import Checkpoint, restore_progress
+from fiddlehead.training.callbacks.early_end import EarlyEnd
 from fiddlehead.training.callbacks.expected import Expected
 from fiddlehead.training.callbacks.garbage import CollectGarbage
 from fiddlehead.training.callbacks.metrics import Metrics
@@ -57,7 +58,7 @@ def fit(
     halve_frozen(model, trainer)
     if isinstance(trainer.val_check_interval, int):  # users count in steps, Lightning in micro-batches
         trainer.val_check_interval *= trainer.accumulate_grad_batches
-    trainer.loggers = log.loggers(run, step)
+    trainer.loggers = log.open(run, step)
     phases = Phases()
     every_n_steps: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     metrics = Metrics(tokens_per_step, data.seq_length, every_n_steps, phases, peak_flops)  # type: ignore[attr-defined]
@@ -68,7 +69,7 @@ def fit(
         callbacks.append(Expected(predicted, phases, every_n_steps))
     if log.profile_steps:
         callbacks.append(Profile(log.profile_steps, run.path / "profile", phases, shapes=log.profile_shapes))
-    callbacks += [checkpoint, CollectGarbage(), StopOnRequest(checkpoint, run), phases]
+    callbacks += [checkpoint, CollectGarbage(), StopOnRequest(checkpoint, run), EarlyEnd(run), phases]
     if resume_from is not None:
         restore_progress(trainer, step)
     try:

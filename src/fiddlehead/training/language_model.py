@@ -42,6 +42,7 @@ from fiddlehead.training.distributed.gradients import clip, gradients_of
 from fiddlehead.training.distributed.parallel import Parallel
 from fiddlehead.training.distributed.pipeline import Pipeline
 from fiddlehead.training.distributed.sizes import Sizes
+from fiddlehead.training.metrics_csv import log_row
 from fiddlehead.training.optim import Optim
 
 
@@ -474,8 +475,7 @@ class LanguageModel(LightningModule):
 
     def _log_validation(self, metrics: dict[str, float]) -> None:
         self.log_dict(metrics, logger=False, sync_dist=True)  # for callbacks that watch a metric, such as EarlyStopping
-        for logger in self.trainer.loggers:
-            logger.log_metrics(metrics, self.trainer.global_step)
+        log_row(self.trainer.loggers, metrics, self.trainer.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the model's configuration, so that a checkpoint can be loaded without its recipe."""

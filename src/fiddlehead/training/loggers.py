@@ -1,12 +1,10 @@
-"""Where a run's metrics go: a CSV file always, TensorBoard and W&B on request."""
+"""Where a run's metrics go: a CSV file always; TensorBoard, W&B and any Lightning logger on request."""
 
 from __future__ import annotations
 
-import csv
-import io
 import netrc
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,15 +12,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
 
 from fiddlehead.environment import wandb_mode_problems
 from fiddlehead.errors import ConfigError, Problem, refuse
-from fiddlehead.files.atomic import write_atomically
-from fiddlehead.recipe.plain import plain_recipe
+from fiddlehead.recipe.plain import flat, plain_recipe
 from fiddlehead.run.console import is_rank_zero, say
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training.callbacks.profile import parse_steps
+from fiddlehead.training.metrics_csv import MetricsCSV
 
 MAX_NAME_BYTES = 200
 """The longest name of a run. File names add suffixes to it, and file systems allow at most 255 characters."""
@@ -44,6 +41,16 @@ class Log:
     """Online with an API key (or as WANDB_MODE says); offline without one, and without asking."""
     wandb_project: str = "fiddlehead"
     """The project of W&B."""
+    wandb_entity: str | None = None
+    """The user or team that owns the project; None is WANDB_ENTITY, or the default of the account."""
+    wandb_group: str | None = None
+    """The group of the run in W&B."""
+    wandb_tags: Sequence[str] = ()
+    """The tags of the run in W&B."""
+    wandb_notes: str | None = None
+    """What W&B shows as the description of the run."""
+    loggers: Sequence[Logger] = ()
+    """More loggers of Lightning, such as `MLFlowLogger`, used as they are."""
     profile: str | None = None
     """Steps to profile, FIRST:LAST; "10:12" is the steps 10, 11 and 12. The run's `profile/` has the results."""
     profile_shapes: bool = False
@@ -63,10 +70,11 @@ class Log:
             )
         elif self.name is not None and (size := len(self.name.encode())) > MAX_NAME_BYTES:
             problems.append(Problem("name", self.name, f"has {size} bytes; a name has at most {MAX_NAME_BYTES}"))
-        wrong = sorted(set("/\\#?%:") & set(self.wandb_project))
-        if wrong or not self.wandb_project or len(self.wandb_project) > 128:
-            message = "W&B takes 1 to 128 characters, none of / \\ # ? % :; WANDB_ENTITY names the owner"
-            problems.append(Problem("wandb_project", self.wandb_project, message))
+        problems += self._wandb_problems()
+        for number, logger in enumerate(self.loggers):
+            if not isinstance(logger, Logger):
+                message = "is not a Lightning logger, such as lightning.pytorch.loggers:MLFlowLogger"
+                problems.append(Problem(f"loggers[{number}]", type(logger).__name__, message))
         if self.wandb:
             problems += wandb_mode_problems(os.environ.get("WANDB_MODE"))
         if not self.dir:
@@ -78,7 +86,23 @@ class Log:
         """The first and the last step to profile."""
         return None if self.profile is None else parse_steps(self.profile)
 
-    def loggers(self, run: RunDirectory, resumed_step: int) -> list[Logger]:
+    def _wandb_problems(self) -> list[Problem]:
+        problems = []
+        wrong = sorted(set("/\\#?%:") & set(self.wandb_project))
+        if wrong or not self.wandb_project or len(self.wandb_project) > 128:
+            message = "W&B takes 1 to 128 characters, none of / \\ # ? % :; wandb_entity names the owner"
+            problems.append(Problem("wandb_project", self.wandb_project, message))
+        if isinstance(self.wandb_tags, str):
+            problems.append(Problem("wandb_tags", self.wandb_tags, "must be a list, such as ['a']"))
+        elif wrong := [tag for tag in self.wandb_tags if not 1 <= len(tag) <= 64]:
+            problems.append(Problem("wandb_tags", wrong[0], "W&B takes tags of 1 to 64 characters"))
+        if self.wandb_group is not None and not 1 <= len(self.wandb_group) <= 128:
+            problems.append(Problem("wandb_group", self.wandb_group, "W&B takes 1 to 128 characters"))
+        if self.wandb_entity is not None and (not self.wandb_entity or "/" in self.wandb_entity):
+            problems.append(Problem("wandb_entity", self.wandb_entity, "must be the name of a user or a team"))
+        return problems
+
+    def open(self, run: RunDirectory, resumed_step: int) -> list[Logger]:
         """The loggers of a run that starts after `resumed_step`, which is 0 for a new one.
 
         Raises:
@@ -89,13 +113,12 @@ class Log:
             if find_spec("tensorboard") is None:
                 message = "needs tensorboard: pip install 'fiddlehead[tensorboard]'"
                 raise ConfigError(Problem("log.tensorboard", True, message))
-            from lightning.pytorch.loggers import TensorBoardLogger
-
-            # purge_step hides what a killed attempt logged after the step that is resumed from.
-            loggers.append(TensorBoardLogger(run.path, name="", version="tensorboard", purge_step=resumed_step + 1))
+            loggers.append(_tensorboard_logger(run, resumed_step))
         if self.wandb:
             loggers.append(self._wandb_logger(run))
-        return loggers
+        for logger in self.loggers:
+            logger.log_hyperparams(plain_recipe(run.recipe))
+        return [*loggers, *self.loggers]
 
     def _wandb_logger(self, run: RunDirectory) -> Logger:
         from lightning.pytorch.loggers import WandbLogger
@@ -113,6 +136,7 @@ class Log:
                     super().log_metrics(metrics, step)
                     if not self.begun and is_rank_zero() and mode == "online":
                         say(f"W&B: {self.experiment.url}")
+                        run.write_wandb_url(str(self.experiment.url))
                     self.begun = True
                 except Exception as error:
                     self.lost = True
@@ -125,6 +149,10 @@ class Log:
 
         logger = Surviving(
             project=self.wandb_project,
+            entity=self.wandb_entity,
+            group=self.wandb_group,
+            tags=list(self.wandb_tags) or None,  # None leaves WANDB_TAGS as they are
+            notes=self.wandb_notes,
             name=run.name,
             id=run.wandb_id if is_rank_zero() else None,  # only the first rank records
             save_dir=run.path,
@@ -135,6 +163,43 @@ class Log:
         )
         logger._wandb_init.pop("anonymous", None)  # Lightning passes it on, and W&B warns that it has no meaning
         return logger
+
+
+def _tensorboard_logger(run: RunDirectory, resumed_step: int) -> Logger:
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    class WithHyperParameters(TensorBoardLogger):
+        """Lists the recipe among TensorBoard's hyper-parameters, with the newest losses."""
+
+        begun = False
+
+        def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+            if not self.begun and is_rank_zero():
+                self._list_hyper_parameters()
+            self.begun = True
+            super().log_metrics(metrics, step)  # type: ignore[arg-type]
+
+        def _list_hyper_parameters(self) -> None:
+            from torch.utils.tensorboard.summary import hparams
+
+            # Lightning's `log_hyperparams` would also write a point for each metric, which the run does not have.
+            for summary in hparams(_scalars(plain_recipe(run.recipe)), dict.fromkeys(RESULTS, 0.0)):
+                self.experiment._get_file_writer().add_summary(summary)
+
+    # purge_step hides what a killed attempt logged after the step that is resumed from.
+    return WithHyperParameters(run.path, name="", version="tensorboard", purge_step=resumed_step + 1)
+
+
+RESULTS = ("train/loss", "val/loss")
+"""The metrics by which TensorBoard compares the hyper-parameters of runs."""
+
+
+def _scalars(recipe: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """A recipe's values by their paths; lists and None become their text, because TensorBoard takes no others."""
+    return {
+        path: value if isinstance(value, bool | int | float | str) else str(value)
+        for path, value in flat(recipe).items()
+    }
 
 
 def has_wandb_key() -> bool:
@@ -149,72 +214,3 @@ def has_wandb_key() -> bool:
         logins.authenticators(urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or "")
         is not None
     )
-
-
-class MetricsCSV(Logger):
-    """One row for each logged step; a new metric gets a new column.
-
-    It drops rows after `resumed_step`, which a killed attempt may have left, so the file is the same as for an
-    uninterrupted run. Floats keep their exact values.
-    """
-
-    FIRST_COLUMNS = ("step", "loss", "val_loss", "val_nats_per_byte", "lr", "grad_norm", "tokens", "tokens_per_s")
-
-    def __init__(self, path: Path, resumed_step: int = 0) -> None:
-        super().__init__()
-        self.path = path
-        self._columns = list(self.FIRST_COLUMNS)
-        if is_rank_zero():
-            self._rewrite(resumed_step)
-
-    @property
-    def name(self) -> str:
-        """The folder of the file."""
-        return self.path.parent.name
-
-    @property
-    def version(self) -> str:
-        """Empty: each run has only one version."""
-        return ""
-
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: the recipe is in the same folder."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Appends a row, in one write."""
-        row = {"step": step} | {key: value for key, value in metrics.items() if key != "epoch"}
-        new = [key for key in row if key not in self._columns]
-        if new:
-            self._columns += new
-            self._rewrite(None)
-        text = io.StringIO()
-        csv.DictWriter(text, self._columns, lineterminator="\n").writerow(row)
-        with self.path.open("a") as file:
-            file.write(text.getvalue())
-
-    def _rewrite(self, last_step: int | None) -> None:
-        """Rewrites the file with the present columns and the rows up to `last_step` (None: all)."""
-        rows: list[dict[str, str]] = []
-        if self.path.exists():
-            text, _, _cut_short = self._text().rpartition("\n")  # by a crash in the middle of a write
-            reader = csv.DictReader(io.StringIO(text))
-            rows = [row for row in reader if last_step is None or _is_up_to(row, last_step)]
-            self._columns += [name for name in reader.fieldnames or () if name not in self._columns]
-        table = io.StringIO()
-        writer = csv.DictWriter(table, self._columns, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(self.path, table.getvalue())
-
-    def _text(self) -> str:
-        try:
-            return self.path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            message = f"is not valid UTF-8 at byte {error.start}; repair it, or move it away to begin a new one"
-            raise ConfigError(Problem.in_file(self.path, message)) from error
-
-
-def _is_up_to(row: dict[str, str], last_step: int) -> bool:
-    """Whether a row's step is at most `last_step`."""
-    return (row.get("step") or "").isdecimal() and int(row["step"]) <= last_step

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file, save_file
 
+from fiddlehead import tasks
 from fiddlehead.checkpoints import folder as checkpoint_folder
 from fiddlehead.checkpoints.folder import (
     CheckpointNotWrittenError,
@@ -33,8 +34,10 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.inference.text import Writer
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.team import Team
-from fiddlehead.training import Checkpoint
-from tests.training.conftest import KillAfter, Killed, Parts
+from fiddlehead.training import Checkpoint, Parallel
+from fiddlehead.training.callbacks import checkpoint as checkpoint_callback
+from tests.training.conftest import KillAfter, Killed, Parts, make_parts, rows
+from tests.training.ranks import on_ranks
 
 Pretrain = Callable[..., RunDirectory]
 
@@ -431,6 +434,67 @@ def test_as_many_of_the_newest_are_kept_as_asked(pretrain: Pretrain, keep_last: 
 
 def test_the_last_step_is_saved_also_when_it_is_not_due(pretrain: Pretrain) -> None:
     assert names(pretrain(max_steps=5, every_n_steps=100, val_samples=0)) == ["step-00000005"]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_k_best_are_kept(pretrain: Pretrain, killed: bool) -> None:
+    """The losses in metrics.csv say which; the rate is so high that they rise and fall."""
+    settings: dict[str, Any] = {
+        "lr": 0.2,
+        "every_n_steps": 100,
+        "keep_last": 1,
+        "keep_best": 3,
+        "val_check_interval": 1,
+    }
+    if killed:
+        with pytest.raises(Killed):
+            pretrain(**settings, callbacks=[KillAfter(6)])
+    run = pretrain(**settings)
+    losses = sorted((float(loss), int(step)) for step, loss in rows(run, "step", "val_loss") if loss)
+    assert [step for _, step in losses] != sorted(step for _, step in losses)
+    kept = {f"step-{step:08d}" for _, step in losses[:3]} | {"step-00000012"}
+    assert names(run) == sorted({"best", *kept})
+    assert (run.checkpoints / "best").readlink() == Path(f"step-{losses[0][1]:08d}")
+
+
+class Minutes(Callback):
+    """A clock that goes on by a minute with each step, on the first rank."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        checkpoint_callback.monotonic = lambda: 60.0 * trainer.global_step * trainer.is_global_zero
+
+
+def save_by_the_clock(dataset: Path, runs: Path, devices: int) -> None:
+    """On the ranks that call this."""
+    before = checkpoint_callback.monotonic
+    checkpoint_callback.monotonic = lambda: 0.0
+    settings: dict[str, Any] = {"every_n_minutes": 3, "every_n_steps": 100, "keep_best": False, "val_check_interval": 4}
+    settings |= {"strategy": Parallel()} if devices > 1 else {}
+    settings |= {"devices": devices, "global_batch_size": 8}
+    try:
+        tasks.pretrain(**make_parts(dataset, runs, callbacks=[Minutes()], **settings))
+    finally:
+        checkpoint_callback.monotonic = before
+
+
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_step_is_saved_when_the_first_rank_s_clock_says_so(dataset: Path, tmp_path: Path, devices: int) -> None:
+    """The step after three minutes, with its validation's loss if it has one; the other rank's clock stands still."""
+    if devices == 1:
+        save_by_the_clock(dataset, tmp_path, 1)
+    else:
+        on_ranks(2, save_by_the_clock, dataset, tmp_path, 2)
+    run = RunDirectory(tmp_path / "run")
+    assert names(run) == ["step-00000004", "step-00000008", "step-00000012"]
+    assert verify(run.checkpoints / "step-00000004")["val_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"keep_best": -1}, {"keep_best": 1.5}, {"every_n_minutes": 0}, {"every_n_minutes": float("nan")}]
+)
+def test_what_no_checkpoint_can_be_kept_by_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"^{next(iter(wrong))}="):
+        Checkpoint(**wrong)
 
 
 def test_best_is_known_again_after_a_restart(pretrain: Pretrain) -> None:

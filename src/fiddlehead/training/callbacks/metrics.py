@@ -13,6 +13,7 @@ from fiddlehead.run.console import say
 from fiddlehead.run.terminal import progress_line
 from fiddlehead.training.callbacks.checkpoint import at_step_end
 from fiddlehead.training.callbacks.phases import Phases, Window, exposed_communication
+from fiddlehead.training.metrics_csv import log_row
 
 
 class Metrics(Callback):
@@ -60,8 +61,7 @@ class Metrics(Callback):
         loss = float(loss)  # waits for the device
         self.window = self.phases.take()
         metrics = self._measure(trainer, pl_module, loss)
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step)
+        log_row(trainer.loggers, metrics, step)
         say(progress_line(metrics, step, int(trainer.max_steps)))
 
     def _measure(self, trainer: Trainer, module: LightningModule, loss: float) -> dict[str, float]:

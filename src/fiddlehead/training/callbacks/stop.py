@@ -1,4 +1,4 @@
-"""Stops a run on request, after its current step is finished and saved."""
+"""Stops a run on request, after its current step is finished and saved; and saves steps by the clock."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import StopRequest
 from fiddlehead.training.callbacks.checkpoint import Checkpoint, at_step_end
 
+_DUE = 4
+"""What is added to the code of a request where a checkpoint is due."""
+
 
 class StopOnRequest(Callback):
     """Ends a run after the step in which its stop file is found, and saves the step.
 
-    The first rank looks for the file and tells the others, so all ranks stop after the same step. It sends this over
-    the CPU's network while the optimizer's step is queued, so no device waits. Signals create the stop file
-    (`fiddlehead.run.signals`).
+    The first rank looks for the file, and at the clock for `checkpoint.every_n_minutes`, and tells the others, so all
+    ranks stop after the same step and save the same steps. It sends this over the CPU's network while the optimizer's
+    step is queued, so no device waits. Signals create the stop file (`fiddlehead.run.signals`).
     """
 
     def __init__(self, checkpoint: Checkpoint, run: RunDirectory) -> None:
@@ -28,6 +31,7 @@ class StopOnRequest(Callback):
         self._answer = torch.zeros((), dtype=torch.int64)
         self._told: Any = None
         self._request: StopRequest | None = None
+        self._due = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over the signals, also from Lightning, whose handlers communicate (so they may hang) or requeue."""
@@ -52,17 +56,21 @@ class StopOnRequest(Callback):
 
     def _tell(self, trainer: Trainer) -> None:
         self._request = self.run.stop_request() if trainer.is_global_zero else None
+        self._due = trainer.is_global_zero and self.checkpoint.is_due()
         if self._ranks is not None:
-            self._answer.fill_(0 if self._request is None else 2 if self._request.requeue else 1)
+            code = 0 if self._request is None else 2 if self._request.requeue else 1
+            self._answer.fill_(code + _DUE * self._due)
             self._told = torch.distributed.broadcast(self._answer, src=0, group=self._ranks, async_op=True)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
         request = self._request
         if self._told is not None:
             self._told.wait()
-            code = int(self._answer)
+            self._due, code = int(self._answer) >= _DUE, int(self._answer) % _DUE
             request = request or (StopRequest("as the first rank was asked to", requeue=code == 2) if code else None)
         if request is None:
+            if self._due:
+                self.checkpoint.save_in_time(trainer)
             return
         self.checkpoint.save(trainer)
         self.checkpoint.wait(trainer)
