@@ -16,6 +16,8 @@ DEALT := --dist load --maxschedchunk 1
 # `make lock LOCK=--upgrade` takes the newest releases; without it, only changes of pyproject.toml have an effect.
 LOCK ?=
 PIP := -m pip install --quiet --disable-pip-version-check
+# Without this, each process that the tests start, and there are many, compiles the code again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-fast test-long fuzz test-slurm test-docker lint format docs wheel lock newest clean
 
