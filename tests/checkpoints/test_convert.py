@@ -247,13 +247,16 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         num_layers=8, hidden_size=1024, ffn_hidden_size=8192, num_attention_heads=16, num_query_groups=4,
         vocab_size=32000, seq_length=64,
     )  # fmt: skip
-    model = Transformer(config)
-    size = sum(p.nbytes for p in model.parameters())
+    with torch.device("meta"):
+        shapes = {f"transformer.{name}": tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+    size = 4 * sum(shape.numel() for shape in shapes.values())
     assert size > 1.0e9
+    numbers = torch.arange(1 << 25, dtype=torch.float32)  # random ones would take seconds; each tensor has its own
+    content = {name: numbers[: shape.numel()].view(shape) + place for place, (name, shape) in enumerate(shapes.items())}
     with write_folder(tmp_path / "ours") as folder:
-        save_file({f"transformer.{n}": p.detach() for n, p in model.state_dict().items()}, folder / "model.safetensors")
+        save_file(content, folder / "model.safetensors")
         write_state(folder, {"config": asdict(config), "step": 0, "val_loss": None})
-    del model
+    del numbers, content
     program = f"""
 import resource
 from pathlib import Path
