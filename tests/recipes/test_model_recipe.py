@@ -123,11 +123,14 @@ def test_a_model_is_tuned_on_the_gpus_that_its_recipe_names_as_the_table_of_mode
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scheme", "key"), [(None, "full"), ("lora", "lora"), ("dora", "lora")])
+@pytest.mark.parametrize(
+    ("scheme", "key"), [(None, "full"), ("lora", "lora"), pytest.param("dora", "lora", marks=pytest.mark.long)]
+)
+@pytest.mark.parametrize("gpus", [8, *(pytest.param(gpus, marks=pytest.mark.long) for gpus in (1, 2, 4))])
 @pytest.mark.parametrize("model", sorted(FINETUNING))
-def test_a_model_is_tuned_on_more_gpus_too(model: str, scheme: str | None, key: str) -> None:
+def test_a_model_is_tuned_on_more_gpus_too(model: str, gpus: int, scheme: str | None, key: str) -> None:
     least = min(FINETUNING[model][key])
-    for gpus in (1, 2, 4, 8):
-        if gpus >= least:
-            fitting(model, scheme, num_gpus_per_node=gpus)
-    fitting(model, scheme, num_nodes=-(-least // 8), num_gpus_per_node=8)
+    if gpus >= least:
+        fitting(model, scheme, num_gpus_per_node=gpus)
+    elif gpus == 8:
+        fitting(model, scheme, num_nodes=-(-least // 8), num_gpus_per_node=8)

@@ -123,13 +123,17 @@ class FineTuningDataModule(StepDataModule):
         tokenizer = (self._tokenizer or self._open_tokenizer()) if self.has_tokenizer else None
         kind = "pairs of answers" if self.preference else "examples"
         packing = f"{kind} packed into rows" if self.packed else f"a padded row for each of the {kind}"
-        named = ("", None) if tokenizer is None else (str(self._tokenizer_folder()), tokenizer.vocab_size)
-        about = (*named, packing, self.preference)
+        about = {
+            "tokenizer": "" if tokenizer is None else str(self._tokenizer_folder()),
+            "vocab_size": None if tokenizer is None else tokenizer.vocab_size,
+            "packing": packing,
+            "pairs": self.preference,
+        }
         if self.missing:
-            return Known((), (), *about)
+            return Known(**about)
         train, val = self._read()
         splits = self._contents(self.paths, train), self._contents(self.val_paths or self.paths, val)
-        return Known(*splits, *about)
+        return Known(*splits, **about)
 
     def _contents(self, paths: Sequence[Path], records: Sequence[Record]) -> tuple[Contents, ...]:
         """The examples that come from each of the paths; those of one split."""
