@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from fiddlehead.errors import ConfigError, Problem, refuse
+from fiddlehead.errors import UNSET, ConfigError, Problem, refuse
 from fiddlehead.files.paths import user_path, working_directory
 from fiddlehead.launch import preview, submit
 from fiddlehead.launch.executor import Executor
@@ -227,7 +227,7 @@ class Plan:
         """
         self.refuse_problems()
         # What is named, and is not here.
-        refuse(each for each in self.training.missing if getattr(each, "given", None) is not None)
+        refuse(each for each in self.training.missing if each.given not in (None, UNSET))
         return "" if self.executor is None else submit.rehearse(self.recipe, self.executor)
 
 

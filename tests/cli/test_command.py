@@ -302,7 +302,7 @@ def test_a_model_s_name_means_its_fine_tuning_where_that_is_typed(fiddlehead):
         "finetune", "-f", "llama3_8b(peft_scheme='dora', num_gpus_per_node=2)", "--dryrun", "--gpu", "h100"
     )
     assert "2 devices" in planned and "of them trained" in planned
-    assert "the weights are not known, so the shape is model.config's" in planned
+    assert "the shape is model.config's, without weights" in planned
     assert "is a recipe to finetune" in fiddlehead("pretrain", "-f", "llama3_8b.finetune_recipe", rc=2)
 
 

@@ -66,7 +66,7 @@ class TrainingPlan:
     """The smallest changes that make it fit, if it does not, or only just."""
     layouts: tuple[Layout, ...] = ()
     """How these GPUs could train it, fastest first, if they were searched."""
-    missing: tuple[str, ...] = ()
+    missing: tuple[Problem, ...] = ()
     """Why it cannot start: without weights to begin with, or without data."""
     checkpoint_bytes: int = 0
     """The size of a checkpoint: what is trained, and the optimizer's state."""
