@@ -248,8 +248,6 @@ class Transformer(nn.Module):
 
         The scaling by 1 / sqrt(2 x num_layers) is GPT-2's (Radford et al. 2019), as in Megatron.
         """
-        if next(self.parameters()).is_meta:
-            return  # there are no values; going through the weights nevertheless would double the time of a plan
         std = self.config.init_method_std
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | GroupedLinear):
