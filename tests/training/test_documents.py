@@ -31,7 +31,7 @@ def documents(data: Any, windows: Any, indices: Iterable[int]) -> list[torch.Ten
     """The documents in these windows and the tokens that follow the windows, each alone."""
     found: list[torch.Tensor] = []
     for index in indices:
-        tokens = torch.from_numpy(windows.tokens.window(index * data.seq_length, data.seq_length + 1))
+        tokens = torch.from_numpy(windows.datasets[0].windows([index * data.seq_length], data.seq_length + 1)[0])
         begins = [0, *(t + 1 for t, token in enumerate(tokens[:-1].tolist()) if token == EOS), len(tokens)]
         found += [tokens[begin:end] for begin, end in pairwise(begins)]
     return found
