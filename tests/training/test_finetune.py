@@ -149,13 +149,13 @@ def test_the_loss_of_preferences_is_the_paper_s(base: RunDirectory, parts: Parts
 
 def test_impossible_settings_are_refused(base: RunDirectory, parts: Parts, tmp_path: Path, questions: Path) -> None:
     with pytest.raises(ConfigError, match="init_from=None: name a model that can answer"):
-        PreferenceModel()
+        tasks.finetune(**tuning(parts, PreferenceModel(), questions))
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a"}\n')
     with pytest.raises(ConfigError, match=r"^/.*bad\.jsonl:1: needs the fields"):
         tasks.finetune(**tuning(parts, LanguageModel(init_from=base.path), bad))
     with pytest.raises(ConfigError, match="paths: is empty"):
-        FineTuningDataModule()
+        tasks.finetune(**tuning(parts, LanguageModel(init_from=base.path), ()))
 
 
 # -- what a step's mean is over
