@@ -88,7 +88,8 @@ class PreTrainingDataModule(StepDataModule):
         super().__init__(
             seq_length, micro_batch_size, global_batch_size, val_samples, num_workers, seed, problems=problems
         )
-        self.paths, self.split = paths, split
+        self.paths = user_path(paths) if isinstance(paths, str | Path) else paths
+        self.split = split
         self.separate_documents = separate_documents
         self.cache_dir, self.corpus = cache_dir, corpus
         self.allow_changed = allow_changed
