@@ -12,7 +12,7 @@ from fiddlehead.data.checksums import Checksums, differences
 from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.paths import user_path
 from fiddlehead.models import TransformerConfig
-from fiddlehead.numbers import rate
+from fiddlehead.numbers import scientific
 from fiddlehead.run.console import say
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.names import find_run
@@ -106,8 +106,8 @@ class Start:
         goes_on = optim.lr * optim.lr_scheduler(self.step, max_steps, optim.lr)
         if abs(goes_on - left_off) > 0.01 * optim.lr:
             say(
-                f"WARNING: with max_steps={max_steps} the learning rate goes on at {rate(goes_on)}, not at "
-                f"{rate(left_off)}, where it left off"
+                f"WARNING: with max_steps={max_steps} the learning rate goes on at {scientific(goes_on)}, not at "
+                f"{scientific(left_off)}, where it left off"
             )
 
 
