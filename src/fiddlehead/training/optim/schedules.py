@@ -116,7 +116,10 @@ def course(schedule: Schedule, max_steps: int, lr: float) -> str:
         return own(max_steps, lr)
     every = max(1, max_steps // 1000)
     steps = sorted({*range(0, max_steps, every), min(max(0, schedule.warmup_steps - 1), max_steps - 1), max_steps - 1})
-    rates = {step + 1: lr * schedule(step, max_steps, lr) for step in steps}
+    try:
+        rates = {step + 1: lr * schedule(step, max_steps, lr) for step in steps}
+    except Exception as error:  # the user's code; the run itself says where it fails
+        return f"{type(schedule).__name__}: not known, as it raises {type(error).__name__}: {error}"
     top = max(rates, key=rates.__getitem__)
     points = dict.fromkeys((1, top, max_steps))
     said = (f"{rate(rates[step])} at {step:,}" for step in points)
