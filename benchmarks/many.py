@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from measure import RESULTS, save, table
+from measure import RESULTS, gpus_here, save, table
 
 from fiddlehead.recipe import Recipe, catalog
 from fiddlehead.recipe.edits import apply_overrides
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3, help="untimed steps before them")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    devices = given.cpus or _gpus()
+    devices = given.cpus or gpus_here()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), devices, given)
@@ -134,12 +134,6 @@ def main() -> None:
             given.out.mkdir(exist_ok=True)
             (given.out / "many_partial.json").write_text(json.dumps(results, indent=1))
     save("many", results, ["torch", "lightning", "triton", "flash-attn"], {"devices": devices}, given.out)
-
-
-def _gpus() -> int:
-    """GPUs of this machine, asked in another process: nothing of CUDA is to be open in this one."""
-    ask = "import torch; print(torch.cuda.device_count())"
-    return int(subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True).stdout)
 
 
 class Bench:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -61,6 +63,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table whose first column holds names and whose others hold figures."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def gpus_here() -> int:
+    """GPUs of this machine, asked in another process: the parent of forks must not start CUDA."""
+    ask = "import torch; print(torch.cuda.device_count())"
+    return int(subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True).stdout)
 
 
 def save(

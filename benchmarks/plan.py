@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from measure import RESULTS, save, table
+from measure import RESULTS, gpus_here, save, table
 
 GIB = 2**30
 LAYERS_8B = "model.config.num_layers=6"
@@ -182,18 +182,12 @@ class Points(Callback):
             Path(self.file).write_text(json.dumps(self.points))
 
 
-def devices() -> int:
-    """GPUs of this machine, asked in another process: the parent of forks must not start CUDA."""
-    ask = "import torch; print(torch.cuda.device_count())"
-    return int(subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True).stdout)
-
-
 def main() -> None:
     """Runs the cases, prints the table and writes `results/plan.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="cases whose names have one of these words")
     parser.add_argument("--exact", nargs="*", default=[], help="these cases")
-    parser.add_argument("--devices", type=int, default=devices(), help="run the cases for so many")
+    parser.add_argument("--devices", type=int, default=gpus_here(), help="run the cases for so many")
     parser.add_argument("--steps", type=int, default=4, help="timed steps")
     parser.add_argument("--warmup", type=int, default=3, help="untimed steps before them")
     parser.add_argument("--tiny", action="store_true")
