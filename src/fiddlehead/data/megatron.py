@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
+from fiddlehead.data.token_file import windows_of
 from fiddlehead.errors import ConfigError, Problem
 
 DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
@@ -211,14 +212,7 @@ class MegatronTokens:
 
     def windows(self, starts: Sequence[int], length: int) -> np.ndarray:
         """The tokens [start, start + length) for each of `starts`, (len(starts), length) int64."""
-        if min(starts) < 0 or max(starts) + length > len(self):
-            raise IndexError(
-                f"windows of {length} from {min(starts)} to {max(starts)} are not within {len(self)} tokens"
-            )
-        windows = np.empty((len(starts), length), dtype=np.int64)
-        for row, start in zip(windows, starts, strict=True):
-            row[:] = self._tokens[start : start + length]
-        return windows
+        return windows_of(self._tokens, starts, length)
 
     def ends(self, starts: Sequence[int], windows: np.ndarray) -> np.ndarray:
         """Whether a document ends with each of the tokens of `windows`, which begin at `starts`; bool, as `windows`."""

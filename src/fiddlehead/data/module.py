@@ -269,16 +269,8 @@ class PreTrainingDataModule(StepDataModule):
         weights = self._weights("train")
         if weights is None:
             return super()._sampler(rank, world_size, max_steps)
-        return BlendedBatchSampler(
-            self._windows(self._train).sizes,
-            weights,
-            micro_batch_size=self.micro_batch_size,
-            global_batch_size=self.global_batch_size,
-            rank=rank,
-            world_size=world_size,
-            seed=self.seed,
-            max_steps=max_steps,
-        )
+        sizes = self._windows(self._train).sizes
+        return BlendedBatchSampler(sizes, weights, **self._sampling(rank, world_size, max_steps))
 
     def _validation(self, world_size: int) -> np.ndarray:
         weights = self._weights("val")

@@ -144,8 +144,7 @@ class Source:
         """The tokenizer that comes with it; None if none does."""
         if self.prefix is None:
             return self.info().open_tokenizer(self.path)
-        file = self.prefix.parent / "tokenizer.json"
-        return TokenizerFile(file) if file.is_file() else None
+        return None if self.tokenizer_file is None else TokenizerFile(self.tokenizer_file)
 
 
 def read_sources(paths: Paths, split: str | None) -> dict[Split, list[Source]]:

@@ -170,15 +170,18 @@ class StepDataModule(pl.LightningDataModule):
     # -- inside
 
     def _sampler(self, rank: int, world_size: int, max_steps: int) -> GlobalBatchSampler:
-        return GlobalBatchSampler(
-            num_samples=len(opened(self._train)),
-            micro_batch_size=self.micro_batch_size,
-            global_batch_size=self.global_batch_size,
-            rank=rank,
-            world_size=world_size,
-            seed=self.seed,
-            max_steps=max_steps,
-        )
+        return GlobalBatchSampler(len(opened(self._train)), **self._sampling(rank, world_size, max_steps))
+
+    def _sampling(self, rank: int, world_size: int, max_steps: int) -> dict[str, Any]:
+        """The arguments that every sampler takes."""
+        return {
+            "micro_batch_size": self.micro_batch_size,
+            "global_batch_size": self.global_batch_size,
+            "rank": rank,
+            "world_size": world_size,
+            "seed": self.seed,
+            "max_steps": max_steps,
+        }
 
     def _validation(self, world_size: int) -> np.ndarray:
         """The samples to validate on, (n,) int64; n is a multiple of `world_size`, which may be 0.

@@ -180,14 +180,7 @@ class TokenFile:
 
     def windows(self, starts: Sequence[int], length: int) -> np.ndarray:
         """The tokens [start, start + length) for each of `starts`, (len(starts), length) int64."""
-        if min(starts) < 0 or max(starts) + length > len(self):
-            raise IndexError(
-                f"windows of {length} from {min(starts)} to {max(starts)} are not within {len(self)} tokens"
-            )
-        windows = np.empty((len(starts), length), dtype=np.int64)
-        for row, start in zip(windows, starts, strict=True):
-            row[:] = self._tokens[start : start + length]
-        return windows
+        return windows_of(self._tokens, starts, length)
 
     def ends(self, starts: Sequence[int], windows: np.ndarray) -> np.ndarray:
         """Whether a document ends with each of the tokens of `windows`, which begin at `starts`; bool, as `windows`."""
@@ -195,6 +188,20 @@ class TokenFile:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenFile, (self.directory, self.split)  # a worker maps the file itself: pickling a map would copy it
+
+
+def windows_of(tokens: np.ndarray, starts: Sequence[int], length: int) -> np.ndarray:
+    """The tokens [start, start + length) for each of `starts`, (len(starts), length) int64.
+
+    Raises:
+        IndexError: one of them is not within the tokens.
+    """
+    if min(starts) < 0 or max(starts) + length > len(tokens):
+        raise IndexError(f"windows of {length} from {min(starts)} to {max(starts)} are not within {len(tokens)} tokens")
+    windows = np.empty((len(starts), length), dtype=np.int64)
+    for row, start in zip(windows, starts, strict=True):
+        row[:] = tokens[start : start + length]
+    return windows
 
 
 def _map(path: Path, dtype: str, tokens: int) -> np.ndarray:
