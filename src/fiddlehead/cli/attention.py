@@ -23,6 +23,7 @@ from fiddlehead.cli.common import (
     table,
 )
 from fiddlehead.errors import ConfigError, Problem
+from fiddlehead.numbers import count
 
 if TYPE_CHECKING:
     from fiddlehead.attention import Choice, Packages, Target
@@ -165,7 +166,7 @@ class _Explained:
         add_row(facts, "versions", self.versions)
         for fact in self._shares():
             add_row(facts, *fact)
-        sequences = f"{self.micro_batch_size} sequence{'s' if self.micro_batch_size > 1 else ''}"
+        sequences = count(self.micro_batch_size, "sequence")
         add_row(
             facts,
             "memory",

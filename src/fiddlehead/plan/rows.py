@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fiddlehead.models import TransformerConfig
-from fiddlehead.numbers import duration, few_digits, scientific, short
+from fiddlehead.numbers import count, duration, few_digits, scientific, short
 from fiddlehead.plan import attention
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _experts(config: TransformerConfig) -> str:
 
 
 def _step(plan: TrainingPlan) -> list[str]:
-    sequences = f"{plan.micro_batch_size} sequence{'s' if plan.micro_batch_size > 1 else ''}"
+    sequences = count(plan.micro_batch_size, "sequence")
     return [
         f"{plan.tokens_per_step:,} tokens: {_ranks(plan)} x {sequences} x {plan.accumulate_grad_batches} accumulated",
         f"{plan.max_steps:,} steps: {short(plan.tokens)} tokens, {scientific(plan.flops)} FLOPs",
@@ -90,7 +90,7 @@ def _step(plan: TrainingPlan) -> list[str]:
 
 def _ranks(plan: TrainingPlan) -> str:
     if plan.data_parallel == plan.world_size:
-        return f"{plan.world_size} device{'s' if plan.world_size > 1 else ''}"
+        return count(plan.world_size, "device")
     return f"{plan.data_parallel} groups of {plan.world_size // plan.data_parallel} devices"
 
 
