@@ -12,6 +12,7 @@ from fiddle import history
 
 from fiddlehead.errors import Problem, refuse
 from fiddlehead.launch.executor import Executor, gpus_here
+from fiddlehead.numbers import is_whole
 from fiddlehead.recipe import Recipe
 
 GPU = ("gpu", "cuda")
@@ -36,7 +37,7 @@ def fit_to_executor(recipe: Recipe, executor: Executor | None) -> Recipe:
             ("num_nodes", trainer.num_nodes, "how many machines (1 or more)"),
             ("devices", _automatic(trainer.devices), "how many there are on a node (1 or more), or 'auto'"),
         )
-        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1)
+        if value != "auto" and not (is_whole(value) and value >= 1)
     ]
     refuse(problems)
     nodes = 1 if executor is None else executor.nodes or trainer.num_nodes

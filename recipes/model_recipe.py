@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any, Literal, Protocol
 
 from fiddlehead.errors import Problem, refuse
+from fiddlehead.numbers import is_whole
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipes import finetune
 from fiddlehead.recipes.base import laid_out
@@ -151,7 +152,7 @@ def placed(
     refuse(
         Problem(field, count, "must be a whole number of 1 or more")
         for field, count in counts.items()
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1)
+        if count is not None and not (is_whole(count) and count >= 1)
     )
     trainer, data = recipe.trainer, recipe.data
     if isinstance(trainer.devices, int):
