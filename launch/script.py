@@ -132,8 +132,10 @@ def _variables(executor: Executor, lock: str) -> str:
     ]
     lines += [f"export {name}={quote(value)}" for name, value in executor.env_vars.items()]
     if lock:
-        # Nobody holds it when the script is run by hand. macOS has no `flock`: there the job looks.
-        lines.append(f"if ! flock --nonblock {lock} true 2> /dev/null; then export FIDDLEHEAD_LAUNCHER_LOCK={lock}; fi")
+        # Run by hand, the script has no launcher. An earlier job, which ends, may share the lock for a moment.
+        # macOS has no `flock`: there the job looks.
+        free = f"flock --shared --nonblock {lock} true 2> /dev/null"
+        lines.append(f"if ! {free}; then export FIDDLEHEAD_LAUNCHER_LOCK={lock}; fi")
     if requeue := executor.requeue_lines():
         lines.append(requeue)
     lines.append("trap 'exit $_stopped' INT TERM USR1")

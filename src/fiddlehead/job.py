@@ -260,8 +260,7 @@ def _launcher_lock() -> Path | None:
 
 def _outlive(run: RunDirectory, lock: Path) -> None:
     """Waits until the launcher has ended, which releases its lock; then stops the run."""
-    with lock.open("a") as file:
-        locks.wait_for(file)
+    locks.wait_until_free(lock)
     status = run.written_status()
     if status is not None and status.state.ended:  # so the launcher may go, while this process shuts down
         return

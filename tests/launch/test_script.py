@@ -218,6 +218,8 @@ def test_the_lock_counts_only_while_a_launcher_has_it(run: RunDirectory) -> None
     with run.launcher_lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert seen(run, command)["environment"]["FIDDLEHEAD_LAUNCHER_LOCK"] == str(run.launcher_lock)
+        fcntl.flock(file, fcntl.LOCK_SH)  # an earlier job, which saw its launcher end, and ends too
+        assert "FIDDLEHEAD_LAUNCHER_LOCK" not in seen(run, command)["environment"]
 
 
 def test_a_user_without_a_name_or_home_gets_them(run: RunDirectory) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import pytest
 
 from fiddlehead.run import locks
 
@@ -32,6 +36,18 @@ def test_a_lock_is_asked_for_without_writing_and_by_many_at_once(tmp_path: Path)
         assert subprocess.run(["flock", "--nonblock", str(file), "true"]).returncode == 1, "shell scripts see it"
         assert locks.is_taken(file)
     assert file.read_text() == "content"
+
+
+def test_who_waits_for_a_lock_to_be_free_keeps_nobody_from_seeing_that(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    with file.open("w") as mine, ThreadPoolExecutor() as pool:
+        locks.wait_for(mine)
+        waiting = pool.submit(locks.wait_until_free, file)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.2)
+        fcntl.flock(mine, fcntl.LOCK_SH)  # as one that waited holds it
+        assert waiting.result(timeout=10) is None
+        assert not locks.is_taken(file)
 
 
 def test_what_only_some_systems_have_is_in_one_place() -> None:

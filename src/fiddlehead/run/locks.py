@@ -25,6 +25,12 @@ def wait_for(file: IO) -> None:
     fcntl.flock(file, fcntl.LOCK_EX)
 
 
+def wait_until_free(path: Path) -> None:
+    """Waits until no process has locked a file, which others may do, or find out, meanwhile and afterwards."""
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+
+
 def is_taken(path: Path) -> bool:
     """Whether a process, on whatever machine, has locked the file; False also where the file system cannot say."""
     try:
