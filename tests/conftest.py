@@ -43,9 +43,9 @@ def pytest_runtest_setup() -> None:
     """Lets no collection of garbage look at what there is when a test begins: the imported modules, and all tests.
 
     Each training collects several times, and that would take most of its time. What tests have left is looked at once
-    in a hundred of them.
+    in five hundred of them.
     """
-    if next(_begun) % 100 == 0:
+    if next(_begun) % 500 == 0:
         _unfreeze()
         gc.collect()
     gc.freeze()
