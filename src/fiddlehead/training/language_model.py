@@ -25,6 +25,7 @@ from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.errors import ConfigError, Problem, RunError, refuse
 from fiddlehead.files.paths import user_path
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
+from fiddlehead.models.meta import shapes_only
 from fiddlehead.models.speed import (
     Compile,
     Float8,
@@ -220,7 +221,7 @@ class LanguageModel(LightningModule):
         Raises:
             ConfigError: the adapters match none of its layers.
         """
-        with torch.device("meta"):
+        with shapes_only():
             transformer = Transformer(config or self.config)
             if self.lora is not None:
                 try:
