@@ -141,7 +141,6 @@ def planned_figures(predicted: Prediction) -> dict[str, Any]:
 
 def _what(model: LanguageModel, data: Any, trainer: Trainer, steps: int) -> dict[str, Any]:
     """The timed recipe, as JSON values."""
-    assert model.transformer is not None
     calls = calls_of(model, model.config, data, str(trainer.precision), trainer.strategy)
     chosen = attention.choose(calls, Target.of(trainer.strategy.root_device))
     return {

@@ -49,7 +49,6 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_next_token(parts: Parts) -> N
     made["trainer"].callbacks.append(probe)
     run = tasks.pretrain(**made)
     model: LanguageModel = made["model"]
-    assert model.transformer is not None
     model.load_state_dict(probe.before[0])
     batch = probe.batches[0]
     assert torch.equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
@@ -191,6 +190,8 @@ def test_nothing_is_saved_after_a_step_that_was_not_finite(pretrain: Pretrain, m
 def test_the_parameters_are_made_late(parts: Parts) -> None:
     made = parts(max_steps=1)
     assert not list(made["model"].parameters())
+    with pytest.raises(AttributeError, match=r"the model has no parameters yet: call configure_model\(\) first"):
+        made["model"](torch.zeros(1, 4, dtype=torch.int64))
     tasks.pretrain(**made)
     made_once = made["model"].transformer
     made["model"].configure_model()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -40,6 +40,13 @@ class Weights(Protocol):
         ...
 
 
+class Adapters(NamedTuple):
+    """What a checkpoint that has only adapters was trained on, and the settings of the adapters."""
+
+    base: Weights
+    lora: LoRA
+
+
 @dataclass(frozen=True)
 class CheckpointWeights:
     """The weights of a fiddlehead checkpoint; adapters are merged into their base."""
@@ -48,8 +55,8 @@ class CheckpointWeights:
     state: dict[str, Any]
     config: TransformerConfig
     tensors: dict[str, StoredTensor]
-    base: Weights | None
-    """The base of the adapters; None if the checkpoint is whole."""
+    adapters: Adapters | None
+    """None if the checkpoint is whole."""
 
     @classmethod
     def open(cls, path: Path) -> CheckpointWeights:
@@ -61,43 +68,38 @@ class CheckpointWeights:
         """
         state = verify(path)
         tensors = {name.removeprefix(PREFIX): t for name, t in read_tensors(path, state, "model").items()}
-        base = None
+        adapters = None
         if state.get("lora"):
             try:
                 base = open_weights(state["init_from"])
             except ConfigError as error:
                 problems = (Problem.in_file(path, f"has only adapters: {problem}") for problem in error.problems)
                 raise ConfigError(*problems) from error
+            adapters = Adapters(base, LoRA(**state["lora"]))
         if "config" not in state:
             raise ConfigError(Problem.in_file(path, "has no config: a LanguageModel writes it in on_save_checkpoint"))
         config = TransformerConfig.from_dict(state["config"])
-        if base is None:
+        if adapters is None:
             _refuse_other_tensors(path, config, tensors)
-        return cls(path, state, config, tensors, base)
-
-    @property
-    def lora(self) -> LoRA | None:
-        """The settings of the adapters; None if there are none."""
-        return LoRA(**self.state["lora"]) if self.state.get("lora") else None
+        return cls(path, state, config, tensors, adapters)
 
     def load(self, name: str, slices: Sequence[slice] = ()) -> torch.Tensor:
         """As `Weights.load`; of a checkpoint without adapters, only the slices are read."""
-        return self.tensors[name].load(slices) if self.base is None else self._merged(name)[tuple(slices)]
+        if self.adapters is None:
+            return self.tensors[name].load(slices)
+        return self._merged(name, *self.adapters)[tuple(slices)]
 
     def dtype(self, name: str) -> str:
         """As `Weights.dtype`."""
-        return self.tensors[name].dtype if self.base is None else self.base.dtype(name)
+        return self.tensors[name].dtype if self.adapters is None else self.adapters.base.dtype(name)
 
-    def _merged(self, name: str) -> torch.Tensor:
-        assert self.base is not None
+    def _merged(self, name: str, base: Weights, lora: LoRA) -> torch.Tensor:
         module = name.removesuffix(".weight")
         parts = {part: f"{module}.{part}" for part in ("lora_a", "lora_b", "magnitude")}
         own = {part: self.tensors[part].load() for part in parts.values() if part in self.tensors}
         if not own or module == name:
-            return self.base.load(name)
-        lora = self.lora
-        assert lora is not None
-        return merge_state({name: self.base.load(name)} | own, lora)[name]
+            return base.load(name)
+        return merge_state({name: base.load(name)} | own, lora)[name]
 
 
 def _refuse_other_tensors(path: Path, config: TransformerConfig, tensors: Mapping[str, StoredTensor]) -> None:

@@ -93,8 +93,11 @@ class PreTrainingDataModule(StepDataModule):
         self.separate_documents = separate_documents
         self.cache_dir, self.corpus = cache_dir, corpus
         self.allow_changed = allow_changed
-        self._given_tokenizer = ByteTokenizer() if tokenizer is None and paths is None else tokenizer
         self._corpus = StandardLibrary()
+        self._corpus_tokenizer: Tokenizer | BPETokenizer = ByteTokenizer() if tokenizer is None else tokenizer
+        given = self._corpus_tokenizer if paths is None else tokenizer
+        # None if it comes with the data, or is yet to be trained.
+        self._given_tokenizer: Tokenizer | None = None if isinstance(given, BPETokenizer) else given
 
     # -- for the model and the task
 
@@ -105,8 +108,7 @@ class PreTrainingDataModule(StepDataModule):
             with self._naming_paths():
                 folders = [source.info() for source in self._sources["train"] if source.prefix is None]
             return max(info.vocab_size for info in folders) if folders else self._own_tokenizer().vocab_size
-        assert self._given_tokenizer is not None
-        return self._given_tokenizer.vocab_size
+        return self._corpus_tokenizer.vocab_size
 
     def checksums(self) -> Checksums:
         """The token files' checksums; those of our own folders are compared with their `meta.json`."""
@@ -137,7 +139,7 @@ class PreTrainingDataModule(StepDataModule):
         packing = "documents kept apart" if self.separate_documents else ""
         if self.missing:
             return Known(packing=packing)
-        given = self._given_tokenizer
+        given = self._corpus_tokenizer if self.paths is None else self._given_tokenizer
         named = "bytes" if given is None else type(given).__name__
         if self.paths is None and not self._directory().exists():
             corpus = (Contents(f"{self._corpus.name}, which the run tokenizes first"),)
@@ -203,7 +205,7 @@ class PreTrainingDataModule(StepDataModule):
                     )
                 )
         tokenizer = self._given_tokenizer
-        if tokenizer is None or isinstance(tokenizer, BPETokenizer):  # learned from the data, so that all occur
+        if tokenizer is None:  # learned from the data, so that all occur
             return [f"the tokenizer has {self.vocab_size} tokens, and the model has vocab_size={vocab_size}"]
         ids = dict.fromkeys((*tokenizer.begin_ids, tokenizer.eos_id))
         return [f"each document has {no_row(tokenizer, i, vocab_size)}" for i in ids if i >= vocab_size]
@@ -216,10 +218,9 @@ class PreTrainingDataModule(StepDataModule):
             raise ConfigError(self.missing)
         if self.paths is not None or (out := self._directory()).exists():
             return
-        assert self._given_tokenizer is not None
         start = time.perf_counter()
         print(f"tokenizing {self._corpus.name}, once", flush=True)  # noqa: T201  Lightning calls this on one rank only
-        tokenize_corpus(self._corpus, self._given_tokenizer, out)
+        tokenize_corpus(self._corpus, self._corpus_tokenizer, out)
         info = TokenDatasetInfo.read(out)
         print(  # noqa: T201
             f"tokenized {self._corpus.name}: {info.train.tokens + info.val.tokens:,} tokens of {info.vocab_size} kinds "
@@ -235,9 +236,8 @@ class PreTrainingDataModule(StepDataModule):
             return
         with self._naming_paths():
             tokenizer = self._own_tokenizer()
-            given = None if isinstance(self._given_tokenizer, BPETokenizer) else self._given_tokenizer
             tokens = {
-                split: [source.open(tokenizer.eos_id, given) for source in sources]
+                split: [source.open(tokenizer.eos_id, self._given_tokenizer) for source in sources]
                 for split, sources in self._opened_sources().items()
             }
         refuse(self._too_short({s: [len(each) for each in tokens[s]] for s in SPLITS}))
@@ -289,13 +289,12 @@ class PreTrainingDataModule(StepDataModule):
         """The datasets of each split; without `paths`, the tokenized corpus."""
         if self.paths is not None:
             return self._sources
-        return {split: [Source(self._directory(), split, None, None)] for split in SPLITS}
+        return {split: [Source(self._directory(), split, None)] for split in SPLITS}
 
     def _own_tokenizer(self) -> Tokenizer:
         """The tokenizer of the datasets; raises `ConfigError` if none is known, or they have different ones."""
-        given = self._given_tokenizer
-        if given is not None and not isinstance(given, BPETokenizer):
-            return given
+        if self._given_tokenizer is not None:
+            return self._given_tokenizer
         found: dict[str, tuple[Source, Tokenizer]] = {}
         with self._naming_paths():
             for source in self._opened_sources()["train"]:
@@ -311,7 +310,6 @@ class PreTrainingDataModule(StepDataModule):
 
     def _directory(self) -> Path:
         """The folder of the tokenized corpus."""
-        assert self._given_tokenizer is not None
-        key = f"{self._corpus.identity} {self._given_tokenizer.fingerprint} {FORMAT_VERSION}"
+        key = f"{self._corpus.identity} {self._corpus_tokenizer.fingerprint} {FORMAT_VERSION}"
         cache = user_path(self.cache_dir) if self.cache_dir else cache_folder()
         return cache / f"{self._corpus.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

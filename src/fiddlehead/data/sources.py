@@ -49,7 +49,7 @@ class Source:
     split: Split
     weight: float | None
     """Its part of the blend; None: all datasets of the split follow each other."""
-    part: tuple[float, float] | None
+    part: tuple[float, float] = (0.0, 1.0)
     """The documents of Megatron's files that belong to the split, as shares of all."""
 
     @property
@@ -82,15 +82,14 @@ class Source:
             raise ConfigError(Problem.in_file(self.path, self.absent))
         return TokenDatasetInfo.read(self.path)
 
-    def documents(self) -> tuple[Path, int, int]:
-        """The prefix of Megatron's files, and which of their documents are in the split: the first, and after the last.
+    def documents(self, prefix: Path) -> tuple[int, int]:
+        """Which documents of Megatron's files are in the split: the first, and the one after the last.
 
         The borders are rounded as Megatron does.
         """
-        assert self.prefix is not None and self.part is not None
-        number = MegatronIndex.read(self.prefix).documents
+        number = MegatronIndex.read(prefix).documents
         first, last = (round(share * float(number)) for share in self.part)
-        return self.prefix, first, last
+        return first, last
 
     def open(self, eos_id: int, expected: Tokenizer | None) -> Tokens:
         """The tokens; raises `ConfigError` if the files are damaged, or made with another tokenizer.
@@ -99,8 +98,8 @@ class Source:
             eos_id: ends a document of Megatron's files too.
             expected: the tokenizer that a folder of ours must have; None: any.
         """
-        if self.prefix is not None:
-            return MegatronTokens(*self.documents(), eos_id)
+        if (prefix := self.prefix) is not None:
+            return MegatronTokens(prefix, *self.documents(prefix), eos_id)
         self.info()
         if expected is None:
             return TokenFile(self.path, self.split)
@@ -109,20 +108,20 @@ class Source:
 
     def size(self) -> int:
         """The number of tokens, as the description or the index says."""
-        if self.prefix is None:
+        if (prefix := self.prefix) is None:
             return getattr(self.info(), self.split).tokens
-        prefix, first, last = self.documents()
+        first, last = self.documents(prefix)
         index = MegatronIndex.read(prefix)
         begin, end = (index.start(int(index.borders[number])) for number in (first, last))
         return end - begin
 
     def first_beyond(self, vocab_size: int) -> tuple[str, int, int] | None:
         """File, position and id of the first token without a row in a model of `vocab_size`; None if there is none."""
-        if self.prefix is None:
+        if (prefix := self.prefix) is None:
             found = TokenFile(self.path, self.split).first_beyond(vocab_size)
             return found and (f"{self.path}/{self.split}.bin", *found)
-        found = MegatronTokens(*self.documents()).first_outside(vocab_size)
-        return found and (f"{self.prefix}.bin", *found)
+        found = MegatronTokens(prefix, *self.documents(prefix)).first_outside(vocab_size)
+        return found and (f"{prefix}.bin", *found)
 
     def check(self, vocab_size: int) -> list[tuple[str, str]]:
         """The names and checksums of the files.
@@ -180,7 +179,7 @@ def _of_mapping(paths: Mapping[str, Any], split: str | None) -> dict[Split, list
         if each is None:
             continue
         try:
-            found[each] += [Source(path, each, weight, (0.0, 1.0)) for path, weight in _weighted(given)]
+            found[each] += [Source(path, each, weight) for path, weight in _weighted(given)]
         except ConfigError as error:
             problems += error.problems
     if problems:

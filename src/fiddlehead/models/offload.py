@@ -66,21 +66,21 @@ class Kept:
 
     def back(self) -> torch.Tensor:
         """The tensor on its device."""
-        self.start_back()
-        assert self._arriving is not None
-        (x, event), self._arriving = self._arriving, None
+        x, event = self.start_back()
+        self._arriving = None
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(event)
         if (before := self._before()) is not None:
             before.start_back()
         return x
 
-    def start_back(self) -> None:
-        """Starts the copy to the device, if it has not been started."""
+    def start_back(self) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Starts the copy to the device, if it has not been started; returns it, and what to wait for."""
         if self._arriving is None:
             # It has the memory of the stream that computes, so that what was freed there is used again.
             x = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device)
             self._arriving = x, self._copy(x, self._host, x)
+        return self._arriving
 
     def _copy(self, to: torch.Tensor, source: torch.Tensor, on_device: torch.Tensor) -> torch.cuda.Event | None:
         """Copies when what the GPU has been given to do is done; returns what to wait for."""

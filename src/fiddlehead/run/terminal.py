@@ -64,8 +64,8 @@ class Live:
         self.colours = not os.environ.get("NO_COLOR")
         self._unfinished = ""
         """The beginning of a line whose end was not written yet."""
-        self._line = ""
-        """The line of progress that the terminal shows at present; "" if there is none."""
+        self._line: re.Match[str] | None = None
+        """The line of progress that the terminal shows at present."""
         self._shown = ""
         """What the terminal shows of it."""
         self._since = 0.0
@@ -76,8 +76,8 @@ class Live:
         """Writes whole lines; the beginning of one is kept until the rest comes."""
         *lines, self._unfinished = (self._unfinished + text).split("\n")
         for line in lines:
-            if _PROGRESS.fullmatch(line):
-                self._progress(line)
+            if match := _PROGRESS.fullmatch(line):
+                self._progress(match)
             else:
                 self._end_line()
                 self.terminal.write(self._coloured(line) + "\n")
@@ -85,8 +85,8 @@ class Live:
 
     def flush(self) -> None:
         """Redraws the line of progress, with the time that is left by now."""
-        if self._line:
-            self._draw()
+        if self._line is not None:
+            self._draw(self._line)
         self.terminal.flush()
 
     def end(self) -> None:
@@ -100,12 +100,9 @@ class Live:
         """True."""
         return True
 
-    def _progress(self, line: str) -> None:
-        match = _PROGRESS.fullmatch(line)
-        assert match is not None
-        step, last = int(match["step"]), int(match["last"])
-        before = _PROGRESS.fullmatch(self._line)
-        if before is not None and int(before["step"]) - self._kept >= last / LINES_OF_A_RUN:
+    def _progress(self, line: re.Match[str]) -> None:
+        step, last = int(line["step"]), int(line["last"])
+        if self._line is not None and int(self._line["step"]) - self._kept >= last / LINES_OF_A_RUN:
             self._end_line()
         self._line, self._since = line, time.monotonic()
         if step == last:
@@ -113,30 +110,26 @@ class Live:
 
     def _end_line(self) -> None:
         """Lets the line of progress stay."""
-        if not self._line:
+        if self._line is None:
             return
-        match = _PROGRESS.fullmatch(self._line)
-        assert match is not None
-        self._kept, self._since = int(match["step"]), time.monotonic()
-        self._draw()
+        self._kept, self._since = int(self._line["step"]), time.monotonic()
+        self._draw(self._line)
         self.terminal.write("\n")
-        self._line = self._shown = ""
+        self._line, self._shown = None, ""
 
-    def _draw(self) -> None:
-        shown = self._fitting()
+    def _draw(self, line: re.Match[str]) -> None:
+        shown = self._fitting(line)
         if shown != self._shown:
             self.terminal.write(f"\r\x1b[2K{shown}")
             self._shown = shown
 
-    def _fitting(self) -> str:
+    def _fitting(self, line: re.Match[str]) -> str:
         """The line of progress, as wide as the terminal allows, with the time that is left by now."""
-        match = _PROGRESS.fullmatch(self._line)
-        assert match is not None
         seconds = 0
-        for part in match["left"].split(":"):
+        for part in line["left"].split(":"):
             seconds = 60 * seconds + int(part)
         left = max(0.0, seconds - (time.monotonic() - self._since))
-        parts = re.split("  | (?=\\[)", re.sub("^step +", "step ", self._line))
+        parts = re.split("  | (?=\\[)", re.sub("^step +", "step ", line[0]))
         parts[-1] = f"left {clock(left)}"
         width = shutil.get_terminal_size().columns - 1  # a line that fills the last column may wrap
         for beginning in LESS:

@@ -86,6 +86,9 @@ class LanguageModel(LightningModule):
     """
 
     UNKNOWN = "name the model to begin with, a run, a checkpoint or its folder; or set config"
+    transformer: Transformer
+    """The model itself; `configure_model` makes it."""
+    _step_divisors: Divisors  # of the current step; its first micro-batch sets them
 
     def __init__(
         self,
@@ -108,7 +111,6 @@ class LanguageModel(LightningModule):
         self.fp8: Float8 | None = fp8
         self.tiled_mlp: int | None = tiled_mlp
         self.offloads = activation_offloading
-        self.transformer: Transformer | None = None
         self.lr = 0.0
         self.grad_norm = torch.zeros(())
         self.token_bytes: torch.Tensor | None = None
@@ -116,8 +118,12 @@ class LanguageModel(LightningModule):
         self._not_found: Problem | None = None
         self._loss_sum = torch.zeros(())
         self._losses = 0
-        self._step_divisors: Divisors | None = None
         self._first_bad_step: torch.Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "transformer" and name not in self._modules:
+            raise AttributeError("the model has no parameters yet: call configure_model() first")
+        return super().__getattr__(name)
 
     def train_with(self, optim: Optim, seed: int) -> None:
         """Gives what `Trainer.fit` needs besides the model; `seed` is that of dropout."""
@@ -232,7 +238,7 @@ class LanguageModel(LightningModule):
 
     def configure_model(self) -> None:
         """Makes the parameters, once."""
-        if self.transformer is None:
+        if not hasattr(self, "transformer"):
             self.transformer = self._make_transformer(self.lora, self._speed_up)
 
     def _make_transformer(
@@ -297,7 +303,6 @@ class LanguageModel(LightningModule):
         self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor | None = None, max_seqlen: int | None = None
     ) -> torch.Tensor:
         """Token ids (B, T) to logits (B, T, V); other arguments separate documents, as in `Transformer.forward`."""
-        assert self.transformer is not None
         return self.transformer(input_ids, cu_seqlens, max_seqlen)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
@@ -322,7 +327,6 @@ class LanguageModel(LightningModule):
         if self._pipeline is None:
             super().backward(loss, *args, **kwargs)
         elif len(self._pipeline.waiting) == self.trainer.accumulate_grad_batches:
-            assert self._step_divisors is not None
             with self.trainer.precision_plugin.train_step_context():
                 self._note_loss(self._pipeline.train(self._step_divisors.labels))
 
@@ -343,23 +347,19 @@ class LanguageModel(LightningModule):
             size = batch["labels"].numel()
             self._step_divisors = Divisors(size, size, 0)
         elif batch_idx % accumulate == 0:
-            assert self.transformer is not None
             # Ranks that share a sequence have the same counts; the mean counts them once.
             counted = self.trainer.strategy.reduce(batch["in_step"].float(), reduce_op="mean")
             parts = accumulate * self.transformer.split.parts
             self._step_divisors = Divisors(*(torch.as_tensor(counted) / parts))
-        assert self._step_divisors is not None
         return self._step_divisors
 
     def _with_balance(self, loss: torch.Tensor, divisors: Divisors) -> torch.Tensor:
         """The loss and, in a mixture, the balancing loss of the latest forward pass."""
-        assert self.transformer is not None
         balance = self.transformer.aux_loss()
         return loss if balance is None else loss + balance / divisors.tokens
 
     def _nats(self, batch: dict[str, Any]) -> torch.Tensor:
         """The sum of the cross-entropy over this rank's part of a batch."""
-        assert self.transformer is not None
         documents = batch.get("cu_seqlens"), batch.get("max_seqlen")
         return self.transformer(batch["input_ids"], *documents, labels=batch["labels"], padding=batch.get("padding"))
 
@@ -383,7 +383,6 @@ class LanguageModel(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule, over the trainer's `max_steps`."""
-        assert self.transformer is not None
         fused = {f"transformer.{name}": rows for name, rows in self.transformer.fused_rows().items()}
         return self.optim.build(self.named_parameters(), self.trainer.max_steps, fused)
 

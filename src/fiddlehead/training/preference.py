@@ -92,7 +92,6 @@ class PreferenceModel(LanguageModel):
 
     def _preference(self, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """For each pair, the loss and the better answer's advantage in gained log-probability, (pairs,) each."""
-        assert self.transformer is not None
         with torch.no_grad():
             if self._reference:
                 before = answer_log_probabilities(self._reference[0], batch)[batch["pairs"]]

@@ -122,7 +122,7 @@ def export_adapters(source: str | Path, out: Path) -> str:
     if out.exists():
         raise ConfigError(Problem("out", out, "exists already"))
     weights = open_weights(find_weights(source))
-    if not isinstance(weights, CheckpointWeights) or weights.lora is None:
+    if not isinstance(weights, CheckpointWeights) or weights.adapters is None:
         raise ConfigError(Problem.in_file(source, "has no adapters; `fiddlehead export hf` writes the whole model"))
     original = next((settings for folder in _folders(weights) if (settings := _settings(folder))), None)
     family = _family(None, weights.config, original)
@@ -136,7 +136,7 @@ def export_adapters(source: str | Path, out: Path) -> str:
     }
     adapters = {name: tensor.load() for name, tensor in weights.tensors.items()}
     with write_folder(out) as folder:
-        save_peft(folder, *to_peft(adapters, parts, weights.lora, weights.state["init_from"]))
+        save_peft(folder, *to_peft(adapters, parts, weights.adapters.lora, weights.state["init_from"]))
     return weights.state["init_from"]
 
 
@@ -189,7 +189,7 @@ def _ours(checkpoint: HuggingFaceCheckpoint, mapped: MappedTensor) -> LazyTensor
 
 def _theirs(weights: CheckpointWeights, mapped: MappedTensor, cast: str | None) -> dict[str, LazyTensor]:
     dtype = cast or weights.dtype(mapped.name)
-    if mapped.plain and dtype == weights.dtype(mapped.name) and weights.base is None:
+    if mapped.plain and dtype == weights.dtype(mapped.name) and weights.adapters is None:
         stored = weights.tensors[mapped.name]
         tensors, start = {}, stored.start
         for name, shape in mapped.theirs:

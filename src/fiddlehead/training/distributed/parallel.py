@@ -257,22 +257,22 @@ class Parallel(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The model's tensors; this rank holds a shard of each, or nothing if another stage has it."""
         state = Strategy.lightning_module_state_dict(self)
-        if self.layout is None:
+        if (layout := self.layout) is None:
             return state
-        own = {name: self._sharded(name, tensor) for name, tensor in state.items()}
+        own = {name: self._sharded(name, tensor, layout) for name, tensor in state.items()}
         return own if self.pipeline is None else self.pipeline.completed(own)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's tensors; this rank holds a shard of each."""
         state: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
-        if self.layout is None:
+        if (layout := self.layout) is None:
             return state
         parameters = self._parameters_of(optimizer)
 
         def sharded(number: int, value: Any) -> Any:
             name, parameter = parameters[number]
             like_it = isinstance(value, torch.Tensor) and value.shape == parameter.shape
-            return self._sharded(name, value) if like_it else value
+            return self._sharded(name, value, layout) if like_it else value
 
         of_parameters = {
             number: {key: sharded(number, value) for key, value in values.items()}
@@ -308,22 +308,21 @@ class Parallel(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Reads this rank's shard of each tensor. The numbers of parameters do not depend on the number of ranks."""
-        if self.world_size == 1:
+        if (layout := self.layout) is None:
             return Strategy.load_optimizer_state_dict(self, checkpoint)
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = self._parameters_of(optimizer)
             if self.pipeline is not None:
                 saved = self.pipeline.own_state(saved, [name for name, _ in parameters], self._optim)
             state = {
-                number: {key: self._own_shard(parameters[number], value) for key, value in values.items()}
+                number: {key: _own_shard(parameters[number], value, layout) for key, value in values.items()}
                 for number, values in saved["state"].items()
             }
             optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
         return None
 
-    def _sharded(self, name: str, tensor: torch.Tensor) -> ShardedTensor:
-        assert self.layout is not None
-        return ShardedTensor(name, tensor, self.layout, 0 if self.pipeline is None else self.pipeline.holder(name))
+    def _sharded(self, name: str, tensor: torch.Tensor, layout: Layout) -> ShardedTensor:
+        return ShardedTensor(name, tensor, layout, 0 if self.pipeline is None else self.pipeline.holder(name))
 
     def _parameters_of(self, optimizer: Optimizer) -> list[tuple[str, torch.Tensor]]:
         """The optimizer's parameters and their names, in the order of their numbers."""
@@ -337,24 +336,24 @@ class Parallel(ModelParallelStrategy):
         module: Any = self.lightning_module
         return module.optim
 
-    def _own_shard(self, named: tuple[str, torch.Tensor], stored: Any) -> Any:
-        """This rank's part of an optimizer's value: a tensor of the parameter's shape is sharded like it."""
-        name, parameter = named
-        assert self.layout is not None
-        if not isinstance(stored, StoredTensor):
-            return stored
-        if stored.shape != self.layout.shape(name, parameter):
-            return stored.load()
-        tensor = torch.empty_like(parameter, dtype=DTYPES[stored.dtype], requires_grad=False)
-        sharding.read(name, tensor, stored, self.layout)
-        return tensor
-
 
 class _CastByShards(MixedPrecision):
     """Mixed precision without autocast, because layers are gathered in bfloat16 already."""
 
     def autocast_context_manager(self) -> Any:
         return nullcontext()
+
+
+def _own_shard(named: tuple[str, torch.Tensor], stored: Any, layout: Layout) -> Any:
+    """This rank's part of an optimizer's value: a tensor of the parameter's shape is sharded like it."""
+    name, parameter = named
+    if not isinstance(stored, StoredTensor):
+        return stored
+    if stored.shape != layout.shape(name, parameter):
+        return stored.load()
+    tensor = torch.empty_like(parameter, dtype=DTYPES[stored.dtype], requires_grad=False)
+    sharding.read(name, tensor, stored, layout)
+    return tensor
 
 
 def _listed(values: Iterable[object]) -> str:
