@@ -241,7 +241,7 @@ def fit(
                 self.loss = pl_module.take_loss()
                 clock()
 
-    model.train_with(AdamW(lr=lr), seed=0)
+    model.optim = AdamW(lr=lr)
     ticks = Ticks()
     trainer = Trainer(
         accelerator="auto",

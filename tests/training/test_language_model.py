@@ -196,14 +196,3 @@ def test_the_parameters_are_made_late(parts: Parts) -> None:
     made_once = made["model"].transformer
     made["model"].configure_model()
     assert made["model"].transformer is made_once
-
-
-def test_dropout_is_that_of_seed_step_and_micro_batch(pretrain: Pretrain) -> None:
-    seeds: list[int] = []
-
-    class Seeds(Callback):
-        def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Any) -> None:
-            seeds.append(torch.initial_seed())
-
-    pretrain(hidden_dropout=0.1, max_steps=3, micro_batch_size=2, global_batch_size=4, callbacks=[Seeds()])
-    assert len(seeds) == 6 == len(set(seeds))

@@ -12,6 +12,7 @@ from fiddlehead.run.console import is_rank_zero, say
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.prediction import Prediction
 from fiddlehead.training.callbacks.checkpoint import Checkpoint, restore_progress
+from fiddlehead.training.callbacks.dropout import SeedDropout
 from fiddlehead.training.callbacks.early_end import EarlyEnd
 from fiddlehead.training.callbacks.expected import Expected
 from fiddlehead.training.callbacks.garbage import CollectGarbage
@@ -53,7 +54,7 @@ def fit(
         NonFiniteError: the loss or the gradient became infinite or NaN; it names the last good checkpoint.
     """
     seed_everything(seed, workers=True, verbose=False)
-    model.train_with(optim, seed)
+    model.optim = optim
     trainer.strategy.checkpoint_io = checkpoint.io  # before the strategy tells it which ranks there are
     halve_frozen(model, trainer)
     if isinstance(trainer.val_check_interval, int):  # users count in steps, Lightning in micro-batches
@@ -64,7 +65,7 @@ def fit(
     metrics = Metrics(tokens_per_step, data.seq_length, every_n_steps, phases, peak_flops)  # type: ignore[attr-defined]
     # The order matters: a step is measured, then saved, and only then may the run stop; none of it is a phase.
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it dynamically
-    callbacks.append(metrics)
+    callbacks += [metrics, SeedDropout(seed)]
     if predicted.knows:
         callbacks.append(Expected(predicted, phases, every_n_steps))
     if log.profile_steps:

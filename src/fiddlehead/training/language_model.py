@@ -88,6 +88,8 @@ class LanguageModel(LightningModule):
     UNKNOWN = "name the model to begin with, a run, a checkpoint or its folder; or set config"
     transformer: Transformer
     """The model itself; `configure_model` makes it."""
+    optim: Optim
+    """The optimizer's settings; `fit` sets them."""
     _step_divisors: Divisors  # of the current step; its first micro-batch sets them
 
     def __init__(
@@ -124,11 +126,6 @@ class LanguageModel(LightningModule):
         if name == "transformer" and name not in self._modules:
             raise AttributeError("the model has no parameters yet: call configure_model() first")
         return super().__getattr__(name)
-
-    def train_with(self, optim: Optim, seed: int) -> None:
-        """Gives what `Trainer.fit` needs besides the model; `seed` is that of dropout."""
-        self.optim: Optim = optim
-        self.seed = seed
 
     @property
     def config(self) -> TransformerConfig:
@@ -372,14 +369,6 @@ class LanguageModel(LightningModule):
         loss = self._loss_sum / max(self._losses, 1)
         self._loss_sum, self._losses = torch.zeros_like(self._loss_sum), 0
         return loss
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Makes dropout a pure function of seed, step and rank, so that a resumed run drops the same."""
-        if self.config.hidden_dropout or self.config.attention_dropout or (self.lora and self.lora.dropout):
-            micro_batch = batch_idx % self.trainer.accumulate_grad_batches  # a resumed run counts batches from 0
-            # The data-parallel rank, because ranks that share a layer must drop the same.
-            rank = (self.trainer.distributed_sampler_kwargs or {"rank": 0})["rank"]
-            torch.manual_seed(hash((self.seed, self.trainer.global_step, micro_batch, rank)) % 2**63)
 
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule, over the trainer's `max_steps`."""
