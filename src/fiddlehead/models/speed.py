@@ -12,10 +12,11 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fiddlehead.errors import ConfigError, Problem, refuse
+from fiddlehead.models.block import Block
 from fiddlehead.models.config import TransformerConfig
 from fiddlehead.models.moe import MoE
 from fiddlehead.models.offload import HostMemory
-from fiddlehead.models.transformer import Block, Transformer
+from fiddlehead.models.transformer import Transformer
 from fiddlehead.numbers import is_whole
 
 Compile = Literal["layers", "model"]

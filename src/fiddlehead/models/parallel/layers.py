@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fiddlehead.errors import ConfigError, Problem
+from fiddlehead.models.block import MLP, Attention
 from fiddlehead.models.collectives import (
     Group,
     HeadExchange,
@@ -22,8 +23,9 @@ from fiddlehead.models.collectives import (
 from fiddlehead.models.config import split_heads
 from fiddlehead.models.lora import adapter_state
 from fiddlehead.models.moe import MoE
+from fiddlehead.models.norms import ZeroCenteredRMSNorm
 from fiddlehead.models.parallel.shards import Layout, refuse_sizes, replicas
-from fiddlehead.models.transformer import MLP, Attention, Transformer, ZeroCenteredRMSNorm
+from fiddlehead.models.transformer import Transformer
 
 
 def parallelize(transformer: Transformer, mesh: DeviceMesh) -> None:
