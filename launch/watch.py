@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
-import contextlib
 import json
-import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from datetime import datetime
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -19,6 +15,7 @@ from fiddlehead.launch import secrets
 from fiddlehead.launch.docker import DockerExecutor
 from fiddlehead.launch.executor import Executor, where_process
 from fiddlehead.launch.local import LocalExecutor
+from fiddlehead.launch.logs import Printer, attempts_in, log_files, span
 from fiddlehead.launch.nemo.handed import HandedExecutor
 from fiddlehead.launch.slurm import SlurmExecutor
 from fiddlehead.recipe import trust
@@ -33,13 +30,9 @@ KINDS: dict[str, type[Executor]] = {
 }
 LOOK, ASK = 0.1, 3.0
 """Seconds between two looks at a log, and between two questions to an executor while there is something new."""
-BLOCK = 1 << 20
-"""Bytes of a log that are in memory at a time: it may have gigabytes."""
 SELDOM = 30.0
 """Seconds between two questions to an executor when nothing has been new for long."""
 
-_STARTED = re.compile(rb"=== started (\S+) on .* \((?:rank \d+ of \d+(?:, )?)?(.*)\)")
-"""An attempt's first line in a log: when it began, and as which job."""
 _unreadable: set[Path] = set()
 """Unreadable files of settings for which a warning was printed."""
 
@@ -121,7 +114,7 @@ def follow(run: RunDirectory, *, start: int = 0, out: TextIO | None = None) -> S
     It continues after requeues. While there is no output, it prints why the run waits.
     """
     with shown_on(out or sys.stdout) as shown:
-        printer = _Printer(run.log, start, shown)
+        printer = Printer(run.log, start, shown)
         try:
             return _follow(run, printer)
         except KeyboardInterrupt:
@@ -134,41 +127,6 @@ def follow(run: RunDirectory, *, start: int = 0, out: TextIO | None = None) -> S
             return status
 
 
-def log_files(run: RunDirectory, rank: str = "0") -> dict[str, Path]:
-    """The logs of a run's processes, by the prefix of their lines; `rank` is a number or "all".
-
-    Raises:
-        ConfigError: there is no such process.
-    """
-    if rank == "0":
-        return {"": run.log}
-    numbered = [file for file in run.logs.glob("*.txt") if re.fullmatch(r"(rank|node)-\d+", file.stem)]
-    others = sorted(numbered, key=lambda file: (file.stem.split("-")[0], int(file.stem.split("-")[1])))
-    if rank == "all":
-        return {"[rank 0] ": run.log, **{f"[{file.stem.replace('-', ' ')}] ": file for file in others}}
-    file = run.logs / f"rank-{rank}.txt"
-    if not file.exists():
-        ranks = ["0", *(file.stem.removeprefix("rank-") for file in others if file.stem.startswith("rank-"))]
-        raise ConfigError(f"--rank {rank}: run {run.name!r} has logs of {', '.join(ranks)}")
-    return {"": file}
-
-
-def print_attempt(run: RunDirectory, files: Mapping[str, Path], attempt: str = "", out: TextIO | None = None) -> bool:
-    """Prints the output of an attempt: a number, "all", or "" for the newest; returns whether there was any.
-
-    Raises:
-        ConfigError: there was no such attempt.
-    """
-    count = len(_starts(run.log))
-    if attempt.isdigit() and not 1 <= int(attempt) <= max(count, 1):
-        raise ConfigError(f"--attempt {attempt}: {run.log} has {count}")
-    printed = False
-    for prefix, file in files.items():
-        start, end = (0, None) if attempt == "all" else _span(run, file, int(attempt or count))
-        printed |= _Printer(file, start, out or sys.stdout, prefix).show(end, whole_lines=False)
-    return printed
-
-
 def print_logs(run: RunDirectory, rank: str = "0", out: TextIO | None = None) -> None:
     """Prints the newest attempt of a run, and its further output until the run has ended."""
     with shown_on(out or sys.stdout) as shown:
@@ -176,7 +134,7 @@ def print_logs(run: RunDirectory, rank: str = "0", out: TextIO | None = None) ->
 
 
 def _print_logs(run: RunDirectory, rank: str, out: TextIO) -> None:
-    printers: dict[str, _Printer] = {}
+    printers: dict[str, Printer] = {}
     while True:
         (status,) = states([run])  # before the logs are read, so that the last lines are not missed
         deadline = time.monotonic() + ASK
@@ -184,8 +142,8 @@ def _print_logs(run: RunDirectory, rank: str, out: TextIO) -> None:
             files = {"": run.log} if rank == "0" else log_files(run, rank)
             for prefix, file in files.items():
                 if prefix not in printers:
-                    start, _ = _span(run, file, len(_starts(run.log)))
-                    printers[prefix] = _Printer(file, start, out, prefix)
+                    start, _ = span(run, file, len(attempts_in(run.log)))
+                    printers[prefix] = Printer(file, start, out, prefix)
                 printers[prefix].show()
             written = run.written_status()
             if time.monotonic() > deadline or written is None or written.state.ended:
@@ -200,7 +158,7 @@ def ask_to_stop(run: RunDirectory) -> None:
     run.request_stop(StopRequest("cancelled by the user"))
 
 
-def cancel(run: RunDirectory, patience: float = 60.0, *, printer: _Printer | None = None) -> Status | None:
+def cancel(run: RunDirectory, patience: float = 60.0, *, printer: Printer | None = None) -> Status | None:
     """Asks a run to save its step and end; kills it after `patience` seconds, or at once if it has not begun."""
     (status,) = states([run])
     if status is None or status.state.ended:
@@ -268,7 +226,7 @@ def _known_executor(run: RunDirectory) -> Executor | None:
         return None
 
 
-def _follow(run: RunDirectory, printer: _Printer) -> Status | None:
+def _follow(run: RunDirectory, printer: Printer) -> Status | None:
     waiting, news, ask_at = "", time.monotonic(), 0.0
     while True:
         written = run.written_status()
@@ -285,98 +243,3 @@ def _follow(run: RunDirectory, printer: _Printer) -> Status | None:
         if printer.show():
             news = time.monotonic()
         time.sleep(LOOK)
-
-
-@dataclass(frozen=True)
-class _Start:
-    """The beginning of an attempt in a log."""
-
-    position: int
-    time: datetime
-    job: str
-    """The number of the job and of its restart, for a queued job."""
-
-
-def _starts(file: Path) -> list[_Start]:
-    """The beginnings of attempts in a log, which may be larger than memory."""
-    found = []
-    for position in _occurrences(file, b"=== started "):
-        with file.open("rb") as stream:
-            stream.seek(max(position - 1, 0))
-            if position and stream.read(1) != b"\n":
-                continue
-            match = _STARTED.fullmatch(stream.readline(BLOCK).rstrip(b"\n"))
-        if match:
-            job = match[2].decode(errors="replace")
-            with contextlib.suppress(ValueError):  # a line that only looks like one of ours
-                began = datetime.fromisoformat(match[1].decode())
-                found.append(_Start(position, began, job if "slurm job" in job else ""))
-    return found
-
-
-def _occurrences(file: Path, text: bytes) -> Iterator[int]:
-    """The byte offsets of a text in a file; none if there is no file."""
-    if not file.exists():
-        return
-    with file.open("rb") as stream:
-        kept, position = b"", 0  # the end of what was read before, and where that begins
-        while block := stream.read(BLOCK):
-            content = kept + block
-            at = content.find(text)
-            while at >= 0:
-                yield position + at
-                at = content.find(text, at + 1)
-            kept = content[-(len(text) - 1) :]
-            position += len(content) - len(kept)
-
-
-def _span(run: RunDirectory, file: Path, number: int) -> tuple[int, int]:
-    """The first and last byte of attempt `number` in a log, counted as in the run's log."""
-    attempts, starts = _starts(run.log), _starts(file)
-    end = file.stat().st_size if file.exists() else 0
-    if not attempts:  # it ran in its launcher's process
-        return 0, end
-    # A process may have missed an attempt. Clocks of nodes may differ, but those of a queue say which job they are of.
-    numbers = [
-        sum(1 for attempt in attempts if attempt.time <= start.time)
-        if not start.job
-        else next((count for count, attempt in enumerate(attempts, start=1) if attempt.job == start.job), 0)
-        for start in starts
-    ]
-    ends = [start.position for start in starts[1:]] + [end]
-    spans = [(start.position, end) for start, end, of in zip(starts, ends, numbers, strict=True) if of == number]
-    return (spans[0][0], spans[-1][1]) if spans else (end, end)
-
-
-class _Printer:
-    """Copies new output of a log, each line with `prefix` in front."""
-
-    def __init__(self, file: Path, start: int, out: TextIO, prefix: str = "") -> None:
-        self.file, self.position, self.out, self.prefix = file, start, out, prefix
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # what is new may end within a character
-
-    def show(self, end: int | None = None, *, whole_lines: bool = True) -> bool:
-        """Prints new output up to the byte `end`, block by block; with a prefix, only whole lines."""
-        if not self.file.exists():
-            return False
-        began, kept = self.position, b""
-        with self.file.open("rb") as stream:
-            stream.seek(self.position)
-            while new := stream.read(BLOCK if end is None else min(BLOCK, max(0, end - self.position - len(kept)))):
-                kept += new
-                cut = kept.rfind(b"\n") + 1 if self.prefix else len(kept)
-                self._write(kept[:cut])
-                kept = kept[cut:]
-        if not whole_lines:
-            self._write(kept)
-        self.out.flush()
-        return self.position > began
-
-    def _write(self, content: bytes) -> None:
-        self.position += len(content)
-        text = self.decoder.decode(content)
-        self.out.write("".join(self.prefix + line for line in text.splitlines(keepends=True)) if self.prefix else text)
-
-    def say(self, message: str) -> None:
-        """Prints a line of the launcher's own."""
-        print(message, file=self.out, flush=True)

@@ -33,6 +33,7 @@ def logs(
     Example:  fiddlehead runs logs demo -f --rank all
     """
     from fiddlehead.launch import watch
+    from fiddlehead.launch.logs import log_files, print_attempt
 
     found = find_run(run, directory)
     if rank != "all" and not rank.isdigit():
@@ -44,8 +45,8 @@ def logs(
             raise ConfigError(Problem("--attempt", message="an attempt that is over cannot be followed; leave out -f"))
         watch.print_logs(found, rank)
         return
-    files = watch.log_files(found, rank)
-    if watch.print_attempt(found, files, attempt):
+    files = log_files(found, rank)
+    if print_attempt(found, files, attempt):
         return
     if found.scheduler_log.exists():
         print(f"the job has printed nothing yet; the end of {found.scheduler_log}:")  # noqa: T201
