@@ -119,16 +119,7 @@ def attend(
         cache_lengths is not None,
         page_size,
     )
-    if torch.compiler.is_compiling():
-        spec, chosen, has_extras = _choose_while_tracing(call, q.device, backend)
-    else:
-        key = (call, q.device, backend, setting())
-        found = _chosen.get(key)
-        if found is None:
-            if len(_chosen) >= 4096:  # a decoder's keys grow with each token
-                _chosen.clear()
-            found = _chosen[key] = _choose(call, q.device, backend)
-        spec, chosen, has_extras = found
+    spec, chosen, has_extras = _choice(call, q.device, backend)
     if kv_cache is not None:
         kv_cache.advance(new_positions, new_lengths)
     factor = 1 / math.sqrt(spec.head_dim) if scale is None else scale
@@ -171,14 +162,23 @@ _chosen: dict[Any, tuple[AttentionSpec, Backend, bool]] = {}
 _watchers: list[Callable[[AttentionSpec, str], None]] = []
 
 
-def _choose(call: Call, device: torch.device, backend: str) -> tuple[AttentionSpec, Backend, bool]:
+def _choice(call: Call, device: torch.device, backend: str) -> tuple[AttentionSpec, Backend, bool]:
     """The spec of a call, the backend that serves it, and whether it has extras."""
-    spec = AttentionSpec(**spec_fields(call))
-    return spec, BACKENDS[_serving(spec, device, backend, _shape(call, spec))], spec.has_extras
+    if torch.compiler.is_compiling():
+        return _choose_while_tracing(call, device, backend)
+    key = (call, device, backend, setting())
+    found = _chosen.get(key)
+    if found is None:
+        if len(_chosen) >= 4096:  # a decoder's keys grow with each token
+            _chosen.clear()
+        spec = AttentionSpec(**spec_fields(call))
+        served_by = BACKENDS[_serving(spec, device, backend, _shape(call, spec))]
+        found = _chosen[key] = spec, served_by, spec.has_extras
+    return found
 
 
 def _choose_while_tracing(call: Call, device: torch.device, backend: str) -> tuple[AttentionSpec, Backend, bool]:
-    """As `_choose`, under torch.compile, which traces the call again when the setting or the spec changes."""
+    """As `_choice`, under torch.compile, which traces the call again when the setting or the spec changes."""
     fields = spec_fields(call)
     spec = AttentionSpec(**fields)
     # Lengths may be symbolic and stay so, unless the choice depends on them.

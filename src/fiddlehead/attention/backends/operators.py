@@ -68,6 +68,31 @@ def register(
         A function that raises ConfigError if the package was built without a feature that a call needs.
     """
 
+    inference_op, forward_op = _operators(name, forward, backward, lambda *call: run(*call), switch, random)
+    eager = _autograd_function(name, forward, backward, switch)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, scale: float, extras: Extras) -> Tensor:
+        if torch.compiler.is_compiling():
+            call = _flattened(spec, scale, extras)
+            return forward_op(q, k, v, **call)[0] if spec.training else inference_op(q, k, v, **call)
+        try:
+            if spec.training:
+                return eager.apply(q, k, v, extras.sinks, spec, scale, extras)
+            if spec.cached:
+                return from_cache(q, k, v, spec, scale, extras)
+            return forward(q, k, v, spec, scale, extras)[0]
+        except RuntimeError as error:
+            _raise_if_built_without(error, name, switch)
+            raise
+
+    return run
+
+
+def _operators(
+    name: str, forward: Forward, backward: Backward, run: Callable[..., Tensor], switch: str, random: bool
+) -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
+    """Makes the operators; returns the one without gradients, which calls `run`, and the one with them."""
+
     def operator(suffix: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
         draws = random and suffix != "_backward"  # which draws again what the state says
         tags = (torch.Tag.nondeterministic_seeded,) if draws else ()
@@ -118,6 +143,11 @@ def register(
         return *dqkv, *of_call
 
     forward_op.register_autograd(gradients, setup_context=save)
+    return inference_op, forward_op
+
+
+def _autograd_function(name: str, forward: Forward, backward: Backward, switch: str) -> type[torch.autograd.Function]:
+    """The two passes for calls outside torch.compile."""
 
     class Attention(torch.autograd.Function):  # whose errors no context manager explains: one takes microseconds
         @staticmethod
@@ -137,21 +167,7 @@ def register(
                 raise
             return *gradients, None, None, None
 
-    def run(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, scale: float, extras: Extras) -> Tensor:
-        if torch.compiler.is_compiling():
-            call = _flattened(spec, scale, extras)
-            return forward_op(q, k, v, **call)[0] if spec.training else inference_op(q, k, v, **call)
-        try:
-            if spec.training:
-                return Attention.apply(q, k, v, extras.sinks, spec, scale, extras)
-            if spec.cached:
-                return from_cache(q, k, v, spec, scale, extras)
-            return forward(q, k, v, spec, scale, extras)[0]
-        except RuntimeError as error:
-            _raise_if_built_without(error, name, switch)
-            raise
-
-    return run
+    return Attention
 
 
 def contiguous_like(*tensors: Tensor) -> list[Tensor]:
