@@ -14,7 +14,6 @@ Loading a checkpoint cannot run code.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 import zlib
@@ -30,6 +29,7 @@ from safetensors import SafetensorError
 from fiddlehead.checkpoints.safetensors_files import FileChecksum, StoredTensor, read_header
 from fiddlehead.errors import RunError
 from fiddlehead.files import kept
+from fiddlehead.files.atomic import sync
 from fiddlehead.files.foreign import filled, inside, read_json
 from fiddlehead.run.console import say
 from fiddlehead.run.team import Team, TeamError
@@ -87,10 +87,10 @@ def write_together(
         CheckpointNotWrittenError: on every rank, if the disk did not take a file of one.
     """
 
-    def write_and_sync(temporary: Path) -> dict[str, FileChecksum]:
+    def write_andsync(temporary: Path) -> dict[str, FileChecksum]:
         written = write(temporary)
         for name in written:
-            _sync(temporary / name)
+            sync(temporary / name)
         return written
 
     def finish_folder(temporary: Path, written: dict[str, FileChecksum]) -> None:
@@ -99,7 +99,7 @@ def write_together(
 
     with _all_or_nothing(path, first=team.first) as temporary:
         team.all(lambda: temporary.mkdir(parents=True) if team.first else None)
-        of_ranks = team.all(lambda: write_and_sync(temporary))
+        of_ranks = team.all(lambda: write_andsync(temporary))
         written = {name: file for files in of_ranks for name, file in files.items()}
         team.all(lambda: finish_folder(temporary, written) if team.first else None)
 
@@ -237,12 +237,12 @@ def _all_or_nothing(path: Path, *, first: bool = True) -> Iterator[Path]:
 def _become(temporary: Path, path: Path) -> None:
     """Gives a folder its name, once its files are on the disk."""
     for file in (*temporary.rglob("*"), temporary):
-        _sync(file)
+        sync(file)
     replaced = path.with_name(f"{TEMPORARY}replaced-{path.name}")
     if path.exists():  # an earlier attempt wrote this step, and it was damaged since
         path.rename(replaced)
     temporary.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -262,11 +262,3 @@ def _crc32(file: Path) -> int:
     for chunk in _chunks(file):
         checksum = zlib.crc32(chunk, checksum)
     return checksum
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

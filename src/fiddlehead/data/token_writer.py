@@ -20,6 +20,7 @@ from fiddlehead.data.pieces import PIECE
 from fiddlehead.data.token_file import SPLITS, Split, SplitInfo, TokenDatasetInfo
 from fiddlehead.data.tokenizers import Tokenizer, save_tokenizer
 from fiddlehead.errors import FULL_DISK, ConfigError, Problem, RunError
+from fiddlehead.files.atomic import sync
 from fiddlehead.files.paths import user_path
 from fiddlehead.run import locks
 
@@ -111,7 +112,7 @@ class TokenDatasetWriter:
             for file in self._files.values():
                 file.flush()
             for path in (*self._temporary.iterdir(), self._temporary):
-                _fsync(path)
+                sync(path)
             self._move_into_place()
         return info
 
@@ -125,7 +126,7 @@ class TokenDatasetWriter:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise MadeMeanwhileError(Problem("out", self.out, "another process has made it meanwhile")) from None
             raise
-        _fsync(self.out.parent)
+        sync(self.out.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def __enter__(self) -> TokenDatasetWriter:
@@ -186,14 +187,6 @@ def _create_temporary(out: Path) -> tuple[Path, IO[bytes]]:
         if locks.take(file) and (folder / "train.bin").exists():
             return folder, file
         file.close()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Writes files completely or not at all."""
+"""Writes files completely or not at all, and so that they outlast a crash."""
 
 from __future__ import annotations
 
@@ -25,3 +25,12 @@ def write_atomically(path: Path, text: str, *, mode: int = 0o666) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or the names of the files in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
