@@ -20,12 +20,13 @@ from fiddlehead.cli.common import (
     split_executor,
     table,
 )
-from fiddlehead.cli.train import fitted_rows, named_card, show_plan
+from fiddlehead.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fiddlehead.launch import Plan
+    from fiddlehead.plan.cards import Card
     from fiddlehead.plan.layouts import Layout
     from fiddlehead.recipe import Recipe
 
@@ -90,6 +91,35 @@ def plan(
     show_plan(name, f"{on}, executor {where}" if where else on, rows)
     if fit:
         _show_layouts(found[:SHOWN])
+
+
+def named_card(gpu: str | None) -> Card | None:
+    """The GPU that --gpu names."""
+    if gpu is None:
+        return None
+    from fiddlehead.plan.cards import Card
+
+    try:
+        return Card.parse(gpu)
+    except ConfigError as error:
+        raise ConfigError(
+            *(Problem(f"--{each.path}", each.given, each.message, each.allowed) for each in error.problems)
+        ) from error
+
+
+def fitted_rows(layout: Layout) -> list[tuple[str, str]]:
+    """What --fit has changed of a recipe, as a section of a plan's rows."""
+    from fiddlehead.plan.rows import as_rows
+
+    return as_rows({"--fit": layout.edits or ["the recipe's own layout is the fastest"]})
+
+
+def show_plan(name: str, where: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Prints a plan's table."""
+    made = table(name, where)
+    for row in rows:
+        add_row(made, *row)
+    show(made)
 
 
 def _needs_gpu(recipe: Recipe) -> bool:
