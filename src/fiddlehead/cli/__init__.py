@@ -26,6 +26,7 @@ from fiddlehead.cli import (
     runs,
     runs_files,
     sweep,
+    sync,
     train,
     use,
 )
@@ -75,6 +76,7 @@ app.command("generate", rich_help_panel="Use")(use.generate)
 app.command("chat", rich_help_panel="Use")(use.chat)
 app.command("evaluate", rich_help_panel="Use")(evaluate.evaluate)
 app.command("report", rich_help_panel="Use")(report.report)
+runs.app.command("sync")(sync.sync)
 runs.app.command("logs")(runs_files.logs)
 runs.app.command("clean")(runs_files.clean)
 runs.app.command("compare")(compare.compare)
