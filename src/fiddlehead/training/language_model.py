@@ -1,4 +1,4 @@
-"""The LightningModule: loss, optimizer, clipping, and what is measured on the way."""
+"""The LightningModule: the loss, the optimizer, gradient clipping, validation and checkpoints."""
 
 from __future__ import annotations
 
@@ -11,16 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule
 
-from fiddlehead.checkpoints import sharding
 from fiddlehead.checkpoints.weights import (
     Weights,
-    find_tokenizer,
     find_weights,
-    load_transformer,
     open_weights,
     refuse_another_shape,
 )
-from fiddlehead.data import TokenizerFile
 from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.errors import ConfigError, Problem, RunError, refuse
 from fiddlehead.files.paths import user_path
@@ -43,6 +39,7 @@ from fiddlehead.training.distributed.gradients import clip, gradients_of
 from fiddlehead.training.distributed.parallel import Parallel
 from fiddlehead.training.distributed.pipeline import Pipeline
 from fiddlehead.training.distributed.sizes import Sizes
+from fiddlehead.training.initial import initial_transformer, refuse_other_tokenizer
 from fiddlehead.training.metrics_csv import log_row
 from fiddlehead.training.optim import Optim
 
@@ -178,7 +175,7 @@ class LanguageModel(LightningModule):
         return self._not_found
 
     def problems(self, precision: str, sizes: Sizes) -> list[Problem]:
-        """Why the model cannot be trained with these; empty if it can. Paths are those of the recipe."""
+        """Why the model cannot be trained with this precision on ranks of these sizes; empty if it can."""
         problems = []
         for field, size in (("tensor_parallel", sizes.tensor), ("pipeline_parallel", sizes.pipeline)):
             if size > 1 and self.lora is not None:
@@ -216,7 +213,7 @@ class LanguageModel(LightningModule):
         return weights if path == self.init_from else open_weights(self.init_from)
 
     def on_meta(self, config: TransformerConfig | None = None) -> Transformer:
-        """The model as it will be trained, without values.
+        """The model as it will be trained, on the meta device.
 
         Args:
             config: its shape, if `self.config` is not complete yet.
@@ -242,29 +239,8 @@ class LanguageModel(LightningModule):
         self, lora: LoRA | None, change: Callable[[Transformer], None] = lambda transformer: None
     ) -> Transformer:
         """The model with which the run begins, changed by `change`; this rank's shard if the strategy shards it."""
-        weights = self._open_weights()
         strategy = None if self._trainer is None else self._trainer.strategy
-        if not (isinstance(strategy, Parallel) and strategy.world_size > 1):
-            transformer = Transformer(self.config) if weights is None else load_transformer(weights, self.config)
-            if lora is not None:
-                lora.apply(transformer)
-            change(transformer)
-            return transformer
-        with torch.device("meta"):
-            transformer = Transformer(self.config)
-            strategy.keep_stages(transformer)
-            names = list(transformer.state_dict())
-            if lora is not None:
-                lora.apply(transformer)
-        change(transformer)
-        layout = strategy.shard(transformer)
-        if weights is None:
-            sharding.draw(transformer, layout)
-        else:
-            sharding.load(transformer, names, weights, layout)
-        if lora is not None:
-            sharding.draw_adapters(transformer, lora, layout)
-        return transformer
+        return initial_transformer(self.config, self._open_weights(), lora, strategy, change)
 
     def _speed_up(self, transformer: Transformer) -> None:
         # In this order, because recomputation is part of what is compiled, and tiles are parts of what is recomputed.
@@ -283,18 +259,8 @@ class LanguageModel(LightningModule):
         """Takes the bytes of each token from the data, and compares the tokenizer with that of `init_from`."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self.token_bytes = data.token_bytes
-        if self.init_from is not None and (folder := find_tokenizer(user_path(self.init_from))):
-            learned = TokenizerFile(folder)
-            if data.tokenizer.eos_id in learned.stop_ids:  # any of the ends that the model knows
-                learned = TokenizerFile(folder, eos=data.tokenizer.eos_id)
-            if learned.fingerprint != data.tokenizer.fingerprint:
-                ends = [repr(getattr(each, "eos_token", each.eos_id)) for each in (data.tokenizer, learned)]
-                differs = f"documents end in {ends[0]}, there in {ends[1]}" if ends[0] != ends[1] else "other tokens"
-                message = (
-                    f"differs from the one in {folder}, with which the model learned ({differs}); set "
-                    f"data.tokenizer=TokenizerFile data.tokenizer.path={folder}"
-                )
-                raise ConfigError(Problem("data.tokenizer", message=message))
+        if self.init_from is not None:
+            refuse_other_tokenizer(data.tokenizer, user_path(self.init_from))
 
     def forward(
         self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor | None = None, max_seqlen: int | None = None
@@ -305,8 +271,8 @@ class LanguageModel(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         """The cross-entropy, in nats a token, plus the balancing loss of a mixture of experts.
 
-        The first is a mean over the tokens of the whole step that have a label, the second over all that are not
-        padding, however many a micro-batch or a rank has. Only the cross-entropy is logged.
+        The cross-entropy is a mean over the labelled tokens of the whole step, and the balancing loss a mean over all
+        its tokens without padding, whatever part of them a micro-batch or a rank has. Only the cross-entropy is logged.
 
         In a pipeline a micro-batch only waits here for the others of its step.
         """
@@ -376,7 +342,7 @@ class LanguageModel(LightningModule):
         return self.optim.build(self.named_parameters(), self.trainer.max_steps, fused)
 
     def on_train_start(self) -> None:
-        """Applies the schedule at once if a resumed run has another length than before."""
+        """Sets the learning rate by the schedule: a resumed run may have another length than before."""
         for config in self.trainer.lr_scheduler_configs:
             schedule: Any = config.scheduler
             for group, base, factor in zip(
@@ -435,7 +401,7 @@ class LanguageModel(LightningModule):
             )
 
     def on_validation_epoch_start(self) -> None:
-        """Resets the sums of a validation: nats, tokens, bytes."""
+        """Resets the three sums of a validation: here nats, tokens, bytes."""
         self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -477,6 +443,6 @@ class LanguageModel(LightningModule):
             checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in adapters}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Completes the adapters of a checkpoint with what they were trained on, which is here already."""
+        """Adds the base weights to a checkpoint that has only adapters; the model has them already."""
         if self.lora is not None:
             checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]

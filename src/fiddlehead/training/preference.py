@@ -12,7 +12,7 @@ from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
 from fiddlehead.models.lora import without_adapters
-from fiddlehead.models.transformer import documents_of
+from fiddlehead.models.places import documents_of
 from fiddlehead.numbers import is_number
 from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.language_model import LanguageModel
@@ -73,12 +73,8 @@ class PreferenceModel(LanguageModel):
         self._note_loss(loss.detach())
         return self._with_balance(loss, divisors)
 
-    def on_validation_epoch_start(self) -> None:
-        """Starts the sums of a validation: the loss, the pairs, and the pairs in the right order."""
-        self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
-
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Adds one batch to the sums."""
+        """Adds one batch to the sums: the loss, the pairs, and the pairs in the right order."""
         losses, margin = self._preference(batch)
         self._validation += torch.stack([losses.sum(), torch.ones_like(losses).sum(), (margin > 0).sum()])
 
