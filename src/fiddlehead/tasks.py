@@ -1,4 +1,4 @@
-"""What a recipe configures: `pretrain` and `finetune`, which complete their parts and train in a run directory."""
+"""The tasks that a recipe configures, `pretrain` and `finetune`: they complete its parts and train in a run folder."""
 
 from __future__ import annotations
 
@@ -68,18 +68,8 @@ def pretrain(
     if different := differences(launched, plan, trainer.strategy.root_device):
         print(f"WARNING: {'; '.join(different)}", flush=True)  # noqa: T201  # each rank has a GPU of its own
     predicted = predict(plan, () if launched is None else launched.despite)
-    found = verified_by_first(ranks, lambda: resume_point(run, resume))
-    start = None if found is None else Start.read(found)
-    step = 0
-    if start is not None:
-        step = start.step
-        start.refuse_others(plan.config, optim)
-        start.warn_of_another_rate(optim, plan.max_steps)
-        # What a run's name stands for may have gone on since; this run goes on with what it began with.
-        if start.init_from and start.init_from != str(model.init_from):
-            model.init_from = start.init_from
-            verified_by_first(ranks, model.take_shape)
-            refuse([] if model.missing is None else [model.missing.under("model")])
+    start = _start(run, resume, model, optim, plan, ranks)
+    step = 0 if start is None else start.step
     if step >= plan.max_steps:
         say(f"{run.path} has reached step {step} of {plan.max_steps}: nothing is left to train")
         return run
@@ -94,19 +84,39 @@ def pretrain(
         _record_attention(run, plan, trainer.strategy.root_device)
         if resume not in ("auto", "never"):
             write_atomically(run.path / "resumed_from", str(resume))
-        parts = model, data, trainer, optim, log, checkpoint
-        resume_from = None if start is None else start.path
         fit(
-            *parts,
+            *(model, data, trainer, optim, log, checkpoint),
             run=run,
             seed=seed,
             tokens_per_step=plan.tokens_per_step,
             predicted=predicted,
             peak_flops=0.0 if plan.card is None else plan.card.flops,
-            resume_from=resume_from,
+            resume_from=None if start is None else start.path,
             step=step,
         )
     return run
+
+
+def _start(
+    run: RunDirectory, resume: str | Path, model: LanguageModel, optim: Optim, plan: TrainingPlan, ranks: Team
+) -> Start | None:
+    """The checkpoint that the run goes on from, with the model set to what that run began with; None starts anew.
+
+    Raises:
+        ConfigError: the checkpoint is of another run, or the weights that its run began with are gone.
+    """
+    found = verified_by_first(ranks, lambda: resume_point(run, resume))
+    if found is None:
+        return None
+    start = Start.read(found)
+    start.refuse_others(plan.config, optim)
+    start.warn_of_another_rate(optim, plan.max_steps)
+    # What a run's name stands for may have gone on since; this run goes on with what it began with.
+    if start.init_from and start.init_from != str(model.init_from):
+        model.init_from = start.init_from
+        verified_by_first(ranks, model.take_shape)
+        refuse([] if model.missing is None else [model.missing.under("model")])
+    return start
 
 
 def finetune(
@@ -119,10 +129,10 @@ def finetune(
     resume: Resumable[str | Path] = "auto",
     seed: int = 1234,
 ) -> RunDirectory:
-    """Trains a model that can write already on examples of what to answer, or on pairs of answers.
+    """Trains a pretrained model on examples of answers, or on pairs of answers.
 
-    As `pretrain`, with the model that `model.init_from` names to begin with; each validation also shows what the model
-    answers to the first example of it.
+    As `pretrain`, beginning with the model that `model.init_from` names. Each validation also prints the model's answer
+    to the first validation example.
     """
     trainer.callbacks.append(SampleAnswer())  # type: ignore[attr-defined]  # Lightning sets it dynamically
     return pretrain(model, data, trainer, optim, log, checkpoint, resume, seed)
