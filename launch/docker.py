@@ -232,7 +232,7 @@ class DockerExecutor(Executor):
         return {"docker": " \\\n    ".join(words) + "\n"}
 
     def ask(self, going: Mapping[RunDirectory, Status]) -> Mapping[RunDirectory, Answer]:
-        """Asks the engine which runs have a container, and how those have ended that have none."""
+        """Asks the engine which runs have a container, and how the other runs ended."""
         return engine.answers(going)
 
     def kill(self, run: RunDirectory) -> None:

@@ -145,7 +145,7 @@ class Executor(ABC):
         """These settings, taken over from NeMo-Run's executor of the same kind; docs/nemo_run.md says how.
 
         Raises:
-            ConfigError: it is of another kind, or has fields that cannot be had here; each says what to use instead.
+            ConfigError: it is of another kind, or has fields without a counterpart here; the message says what to use.
         """
         return cls.of(**settings_of(executor, cls.kind))
 
@@ -236,7 +236,7 @@ class Executor(ABC):
 
     @abstractmethod
     def check(self, run: RunDirectory) -> None:
-        """Asks the machine or cluster whether it can do this, before anything is submitted.
+        """Asks the machine or cluster whether it can run the job; nothing is submitted.
 
         Raises:
             ConfigError: it cannot; the message says what it offers.

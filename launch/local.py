@@ -50,7 +50,7 @@ class LocalExecutor(Executor):
 
     @property
     def is_plain(self) -> bool:
-        """Whether a job runs as settings are by default: without commands, variables or another Python."""
+        """Whether the settings are the defaults: no commands or variables of its own, and no other Python."""
         return not (self.setup_lines or self.python or self.env_vars)
 
     @classmethod

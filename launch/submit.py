@@ -146,7 +146,7 @@ def rehearse(recipe: Recipe, executor: Executor) -> str:
     Returns a sentence about what would be shipped; "" for an executor that ships nothing.
 
     Raises:
-        ConfigError: the executor has not what it takes.
+        ConfigError: the executor lacks something that the run needs.
     """
     secrets.collect(executor.secrets)
     with tempfile.TemporaryDirectory() as folder:
@@ -176,8 +176,8 @@ def write_run(
         detach: the job must continue after its launcher ends.
 
     Raises:
-        ConfigError: the run's name is taken, its directory cannot be written, or the executor has not what it takes; a
-            new run leaves no directory then.
+        ConfigError: the run's name is taken, its directory cannot be written, or the executor lacks something that
+            the run needs. A new run then leaves no directory.
     """
     recipe = recipe.clone()
     directory = user_path(recipe.log.dir)

@@ -21,7 +21,7 @@ from fiddlehead.cli.start_sweep import start_sweep
 from fiddlehead.errors import ConfigError
 from fiddlehead.files.paths import user_path
 
-FINETUNE_HELP = """Train a model that can write on examples of what to answer.
+FINETUNE_HELP = """Train a pretrained model on examples of answers.
 
 Recipes: [bold]full[/bold], [bold]lora[/bold] and [bold]dora[/bold] learn from messages, or prompts with completions;
 [bold]dpo[/bold] from pairs of answers; each for any model. A model's name, such as [bold]llama3_8b[/bold], is the \

@@ -60,8 +60,10 @@ class Field:
 
 
 def known_fields() -> list[Field]:
-    """`recipe_fields` and `executor_fields`. They are kept in the cache folder: to read them takes no time, and to find
-    them the seconds in which PyTorch and Lightning are imported."""
+    """`recipe_fields` and `executor_fields`, from the cache folder if they are there.
+
+    Otherwise PyTorch and Lightning are imported to find them, which takes seconds.
+    """
     file = cache_folder() / f"fields-{_fingerprint()}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
         return [Field(**each) for each in json.loads(file.read_text(encoding="utf-8"))]
@@ -123,7 +125,7 @@ def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def parts_for(hint: Any) -> list[type]:
-    """The described parts that a parameter of this type takes."""
+    """The parts of `described_parts` that a parameter of this type accepts."""
     found = []
     for part in described_parts() if members(hint) else ():
         try:
@@ -197,7 +199,7 @@ def _default(function: Callable[..., Any], parameter: inspect.Parameter) -> str:
 
 @functools.cache
 def docs_of(function: Callable[..., Any]) -> dict[str, str]:
-    """What each parameter means: from the docstrings' sections of arguments, and the texts below a class's fields."""
+    """The meaning of each parameter: from the Args of docstrings, and from the strings below a class's fields."""
     docs: dict[str, str] = {}
     for owner in reversed(function.__mro__) if inspect.isclass(function) else [function]:
         if owner is object or owner.__module__ == "builtins":

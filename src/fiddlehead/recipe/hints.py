@@ -78,7 +78,7 @@ def item_hint(hint: Any, container: Any, key: Any) -> Any:
 
 
 def members(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, without None; of another type the type itself; of one that allows anything, none."""
+    """The members of a union, without None. Another type has itself; a type that allows anything has none."""
     if isinstance(hint, typing.NewType):
         return members(hint.__supertype__)
     if hint in (Any, object) or isinstance(hint, (Unevaluated, typing.TypeVar, typing.ForwardRef, str)):

@@ -29,7 +29,7 @@ class MismatchError(ConfigError):
 def check_kind(value: Any, hint: Any, is_free: Callable[[Any], bool] = lambda _: False) -> None:
     """Refuses a class, a function or a configuration, or one within a list or dict, that is not of the type `hint`.
 
-    Numbers, texts and other plain values are left to what they are given to.
+    Plain values, such as numbers and texts, are not checked here: the class or function that takes them does that.
 
     Args:
         is_free: whether a class or function may stand anywhere.

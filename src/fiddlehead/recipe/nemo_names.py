@@ -189,7 +189,7 @@ _SECTIONS = frozenset({"trainer", "optim", "log", "resume", "data", "model"})
 
 
 def names_at(path: str) -> list[Name]:
-    """The entries that NeMo's `path` may mean: that of the path itself, or else those below it, or one above it."""
+    """The entries that NeMo's `path` may mean: its own entry, or else those of the fields below, or the one above."""
     path = path.removeprefix("recipe.").replace("run.executor.", "executor.")
     others = [name for name in NAMES if name.nemo != name.ours]
     exact = [name for name in others if f".{name.nemo}".endswith(f".{path}")]
@@ -199,12 +199,12 @@ def names_at(path: str) -> list[Name]:
 
 
 def nemo_path(owner: Any, path: str) -> str:
-    """Where NeMo's recipes have the `path` of what `owner`, a class or a function here, configures."""
+    """The path in NeMo's recipes of the field `path` of `owner`, a class or a function of this package."""
     return ".".join(filter(None, (_OWNERS.get(getattr(owner, "__name__", ""), ""), path)))
 
 
 def nemo_hint(owner: Any, name: str) -> str:
-    """What a field that `owner`, a class or a function, does not have is called here; "" if NeMo has none either."""
+    """Our name for a field of NeMo's that `owner`, a class or a function, does not have; "" if NeMo has none either."""
     if getattr(owner, "__name__", "") not in _OWNERS:
         return ""
     path = nemo_path(owner, name)
@@ -214,21 +214,21 @@ def nemo_hint(owner: Any, name: str) -> str:
 
 
 def answer(found: list[Name]) -> str:
-    """What an error says of the entries that a name may mean; "" if there are none."""
+    """The part of an error message that gives our names for these entries; "" if there are none."""
     if len(found) < 2:
         return "".join(map(str, found))
     return f"NeMo's names here: {', '.join(f'{name.nemo} is {name.ours}' for name in found if name.ours)}"
 
 
 def unknown(owner: Any, name: str, known: Any) -> str:
-    """The text that `owner` has no field `name`: what NeMo's name is here, or else the nearest of the `known`."""
+    """The message that `owner` has no field `name`, with our name for NeMo's field, or else the nearest of `known`."""
     if found := nemo_hint(owner, name):
         return f"{owner.__name__} has no {name}; {found}"
     return Problem.unknown("", name, f"parameter of {getattr(owner, '__name__', owner)}", known)
 
 
 def explain(error: Exception) -> str:
-    """The text of an error in a user's code; for a name of NeMo's in a plain value of ours, also what it is here."""
+    """The message of an error in a user's code. If it is about a name of NeMo's, our name for it is added."""
     text = f"{type(error).__name__}: {error}"
     named = re.fullmatch(r"AttributeError: '(?:str|bool|int|float|NoneType)' object has no attribute '(\w+)'", text)
     found = answer(names_at(named[1])) if named else ""
@@ -243,7 +243,7 @@ def rows() -> Iterator[tuple[str, str, str]]:
 
 
 def explain_in_fiddle() -> None:
-    """Lets a Fiddle configuration explain a field that it does not have, which it answers with the list of all."""
+    """Makes errors of Fiddle about an unknown field name the nearest field; without this they list all fields."""
     history.add_exclude_location("fiddlehead/recipe/nemo_names.py")  # a value is set where it was written
     if not hasattr(fdl.Buildable.__setattr__, "__wrapped__"):
         for method in ("__setattr__", "__getattr__"):

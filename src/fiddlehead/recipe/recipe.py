@@ -69,8 +69,8 @@ class Recipe(fdl.Partial):
     def from_yaml(cls, text: str, *, allow: Sequence[str] = (), source: str = "recipe.yaml") -> Self:
         """The recipe written in `text`; nothing that it names is called.
 
-        It may name the parts that recipes are made of, and what `allow` has: modules of the user's, and names,
-        ``package.module:name``. `source` stands for the text in errors and in `sources`.
+        It may name the parts that recipes are made of, and the user's own modules and names, ``package.module:name``,
+        that are in `allow`. `source` stands for the text in errors and in `sources`.
 
         Raises:
             ConfigError: with the line and column of all that is wrong.
@@ -91,7 +91,7 @@ class Recipe(fdl.Partial):
         return cls.from_yaml(text, allow=(*allow, *trust.names(user_path(path), text)), source=str(path))
 
     def names_to_allow(self) -> list[str]:
-        """The names of a user's own, ``package.module:name``, that must be allowed when the recipe is loaded."""
+        """The user's own names, ``package.module:name``, that `allow` must have when the recipe is loaded."""
         return writer.unlisted(self)
 
     def diff(self, other: fdl.Buildable) -> Differences:
@@ -135,7 +135,7 @@ class Recipe(fdl.Partial):
         return launch.launch(self, executor, **kwargs)
 
     def plan(self, executor: Any = None, *, gpu: str | None = None, search: bool = False) -> Any:
-        """All that is known of a run before it starts; see `fiddlehead.launch.plan`. A notebook shows it as a table.
+        """Everything known about a run before it starts, as a table in a notebook; see `fiddlehead.launch.plan`.
 
         Args:
             gpu: plan for this GPU, which need not be here, such as "h100".
@@ -146,7 +146,7 @@ class Recipe(fdl.Partial):
         return launch.plan(self, executor, target=gpu, search=search)
 
     def fitted(self, executor: Any = None, *, gpu: str | None = None, nodes: int | None = None) -> Recipe:
-        """The recipe with the fastest layout that fits its GPUs; `recipe.diff` of it says what changed.
+        """The recipe with the fastest layout that fits its GPUs; `recipe.diff(fitted)` says what changed.
 
         A layout is the micro-batch, what is computed again, and how the GPUs share samples, layers, sequences and
         experts. The global batch and the objective stay.

@@ -46,12 +46,12 @@ def fit(
 
     Args:
         seed: of the initialization and dropout.
-        predicted: what the plan predicts of the run, to be compared with it.
-        peak_flops: of each device, a second; 0 if that is not known.
+        predicted: what the plan predicts; the run is compared with it.
+        peak_flops: FLOPs a second of each device at its peak; 0 if not known.
         resume_from: the checkpoint to go on from, which has finished `step` steps.
 
     Raises:
-        NonFiniteError: the loss or the gradient became infinite or NaN; it names the last good checkpoint.
+        NonFiniteError: the loss or the gradient became infinite or NaN; the message names the last good checkpoint.
     """
     seed_everything(seed, workers=True, verbose=False)
     model.optim = optim

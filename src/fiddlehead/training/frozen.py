@@ -17,7 +17,7 @@ def halves_frozen(model: LightningModule, trainer: Any) -> bool:
     """Whether a run can use `FrozenBFloat16`: adapters in mixed precision, on unsharded weights.
 
     Args:
-        trainer: or what has a trainer's strategy, precision and numbers of devices and nodes.
+        trainer: a trainer, or another object with its strategy, precision, and numbers of devices and nodes.
     """
     # What is cut over several devices is float32 in parts, and bfloat16 where it is gathered.
     cut = isinstance(trainer.strategy, Parallel) and trainer.num_devices * trainer.num_nodes > 1

@@ -1,7 +1,6 @@
 """Decides when a run is saved and which of its checkpoints are kept.
 
-What is resumed from it is exact, because all the rest of a run's state follows from the step: the sampler, the schedule
-and dropout are functions of it.
+A resumed run is exact, because the rest of its state is a function of the step: the sampler, the schedule and dropout.
 """
 
 from __future__ import annotations
@@ -179,7 +178,7 @@ class Checkpoint(Callback):
 
         Raises:
             NonFiniteError: a step so far was not finite; nothing is written then.
-            CheckpointNotWrittenError: the disk did not take it, or the one before if that was written meanwhile.
+            CheckpointNotWrittenError: this checkpoint, or the one before it, could not be written to the disk.
         """
         if trainer.global_step == self._saved_step:
             return
@@ -190,10 +189,10 @@ class Checkpoint(Callback):
             self.io.then(partial(self._keep, trainer.global_step, best, self._best_steps()))
 
     def wait(self, trainer: Trainer) -> None:
-        """Waits until all ranks have written their checkpoints: one that left early would hurry the others.
+        """Waits until all ranks have written their checkpoints; once one rank has left, the others have little time.
 
         Raises:
-            CheckpointNotWrittenError: the disk did not take it.
+            CheckpointNotWrittenError: a checkpoint could not be written to the disk.
         """
         self.io.wait()
         trainer.strategy.barrier("Checkpoint.wait")

@@ -28,7 +28,7 @@ the power that the GPU may take, but less."""
 
 
 class Expected(Callback):
-    """Says at the attempt's tenth step what was planned and what is measured; once, if it is slow, also why."""
+    """Prints the planned and measured values at the attempt's tenth step, and once why the run is slow, if it is."""
 
     def __init__(self, predicted: Prediction, phases: Phases, every_n_steps: int) -> None:
         """Args: every_n_steps: how often to look whether the run has become slow."""
@@ -40,7 +40,7 @@ class Expected(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Compares, if it is time to; only then it waits for the device."""
+        """Compares the run with its plan when that is due; only then does it wait for the device."""
         if not at_step_end(trainer):
             return
         self.steps += 1

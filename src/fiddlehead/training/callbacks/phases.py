@@ -39,7 +39,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Spent:
-    """What so many steps have taken."""
+    """The time that a number of steps took."""
 
     steps: int = 0
     phases: Mapping[str, float] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Spent:
         return sum(self.phases.values()) / self.steps
 
     def since(self, before: Spent) -> Spent:
-        """What the steps after `before` have taken."""
+        """The time of the steps after `before`."""
         return Spent(
             self.steps - before.steps,
             {name: seconds - before.phases.get(name, 0.0) for name, seconds in self.phases.items()},
@@ -132,7 +132,7 @@ class Phases(Callback):
         """Stops the clock until the other callbacks have run.
 
         Args:
-            what: begins: "validation", "checkpoint" or "profile".
+            what: the pause that begins: "validation", "checkpoint" or "profile".
         """
         now = time.perf_counter()
         if self._paused_at:
@@ -143,7 +143,7 @@ class Phases(Callback):
         self._pause, self._pause_began = what, now
 
     def so_far(self) -> Spent:
-        """What the steps of this attempt have taken; waits for the device."""
+        """The time of this attempt's steps so far; waits for the device."""
         self._read(wait=True)
         return Spent(self._done, dict(self._phases), dict(self._pauses))
 
