@@ -256,7 +256,7 @@ def _plain(
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     spec = replace(spec, packed=extras.cu_seqlens_q is not None)
     if spec.alibi:
-        scores = scores - alibi_bias(T, S, spec, extras).to(scores.dtype)
+        scores = scores - alibi_bias(T, S, extras).to(scores.dtype)
     mask = visible(T, S, spec, extras, q.device)
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], float("-inf"))

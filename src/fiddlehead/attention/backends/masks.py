@@ -16,7 +16,7 @@ def visible(T: int, S: int, spec: AttentionSpec, extras: Extras, device: torch.d
     """A mask (B or 1, T, S), true where the query sees the key; None where every query sees every key."""
     if not (spec.causal or spec.window_size != (-1, -1) or spec.packed or spec.cached or spec.padding_mask):
         return None
-    distance = positions_q(T, S, spec, extras, device)[..., :, None] - positions_k(S, extras, device)[..., None, :]
+    distance = positions_q(T, S, extras, device)[..., :, None] - positions_k(S, extras, device)[..., None, :]
     mask = torch.ones_like(distance, dtype=torch.bool)
     left, right = spec.window_size
     if spec.causal:
@@ -42,7 +42,7 @@ def seen(T: int, S: int, spec: AttentionSpec, extras: Extras) -> torch.Tensor:
     """Under a padding mask, true where a query sees any key, (B, T), in memory linear in the sequence length."""
     assert extras.padding_mask is not None and not spec.packed and not spec.cached
     before = F.pad(extras.padding_mask.cumsum(dim=1), (1, 0))  # how many real keys stand before each position
-    position = positions_q(T, S, spec, extras, before.device)
+    position = positions_q(T, S, extras, before.device)
     left, right = spec.window_size
     right = 0 if spec.causal else right
     begin = (position - left).clamp(0, S) if left >= 0 else torch.zeros_like(position)
@@ -50,18 +50,18 @@ def seen(T: int, S: int, spec: AttentionSpec, extras: Extras) -> torch.Tensor:
     return before[:, end] > before[:, begin]
 
 
-def alibi_bias(T: int, S: int, spec: AttentionSpec, extras: Extras, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def alibi_bias(T: int, S: int, extras: Extras, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The ALiBi bias of the scores, (B or 1, H, T, S), in `dtype`."""
     assert extras.alibi_slopes is not None
     slopes = extras.alibi_slopes.to(dtype)
     device = slopes.device
-    distance = positions_q(T, S, spec, extras, device)[..., :, None] - positions_k(S, extras, device)[..., None, :]
+    distance = positions_q(T, S, extras, device)[..., :, None] - positions_k(S, extras, device)[..., None, :]
     distance = distance.abs() if distance.dim() == 3 else distance.abs()[None]
     slopes = slopes if slopes.dim() == 2 else slopes[None]
     return slopes[:, :, None, None] * distance[:, None]
 
 
-def positions_q(T: int, S: int, spec: AttentionSpec, extras: Extras, device: torch.device) -> torch.Tensor:
+def positions_q(T: int, S: int, extras: Extras, device: torch.device) -> torch.Tensor:
     """The position of each query among the keys, so that the last query stands at the last key; (T,) or (B, T)."""
     t = torch.arange(T, device=device)
     if extras.cu_seqlens_q is not None:

@@ -105,7 +105,7 @@ def softmax(
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     logits = scores
     if extras.alibi_slopes is not None:
-        logits = logits - alibi_bias(T, S, spec, extras, dtype).unflatten(1, (G, H // G))
+        logits = logits - alibi_bias(T, S, extras, dtype).unflatten(1, (G, H // G))
     if mask is not None:  # by a finite number: the softmax of -inf alone is NaN
         logits = logits.masked_fill(~mask[:, None, None], torch.finfo(dtype).min)
     if extras.sinks is None:

@@ -98,7 +98,7 @@ def _bias(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, extras: Extras)
     if extras.padding_mask is not None:
         bias = hiding(extras.padding_mask, q.dtype)[:, None, None, :]
     if spec.alibi:
-        distances = -alibi_bias(q.shape[1], k.shape[1], spec, extras, q.dtype)
+        distances = -alibi_bias(q.shape[1], k.shape[1], extras, q.dtype)
         bias = distances if bias is None else bias + distances
     return bias
 

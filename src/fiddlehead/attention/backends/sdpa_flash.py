@@ -152,7 +152,7 @@ def _on_cpu(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     bias = None
     if spec.alibi:
-        bias = -alibi_bias(T, S, spec, extras, dtype)
+        bias = -alibi_bias(T, S, extras, dtype)
     mask = None if square else visible(T, S, spec, extras, q.device)
     if mask is not None:
         # A query that sees no key has only -inf here: the kernel yields zeros and zero gradients for it.
