@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import shutil
 import socket
 import sys
 from typing import Any
@@ -87,6 +89,36 @@ def missing_here(recipe: Recipe) -> str:
         f"trainer.devices={trainer.devices} with trainer.accelerator={trainer.accelerator!r}: {socket.gethostname()} "
         f"has {found or 'no'} GPU{'s' * (found != 1)}; set {fewer}, or name an executor that has them"
     )
+
+
+def nsys_problems(recipe: Recipe) -> list[Problem]:
+    """The problems of profiling a fitted recipe with Nsight Systems, wherever it runs."""
+    steps = _nsys(recipe)
+    if steps is None or recipe.trainer.accelerator != "cpu":
+        return []
+    from fiddlehead.training.callbacks.nsys import NEEDS_GPUS
+
+    return [Problem("log.nsys", steps, NEEDS_GPUS)]
+
+
+def missing_nsys(recipe: Recipe, executor: Executor | None) -> str:
+    """Why this machine cannot run the job of a recipe under `nsys`; "" if it can, or need not."""
+    steps = _nsys(recipe)
+    if steps is None:
+        return ""
+    if executor is None:
+        if "NSYS_PROFILING_SESSION_ID" in os.environ:  # nsys has started this process
+            return ""
+        return Problem("log.nsys", steps, "the job's script starts nsys; name an executor for it, such as local()")
+    if executor.ships_code or executor.setup_lines or shutil.which("nsys"):
+        return ""
+    message = "there is no nsys in the PATH; install NVIDIA Nsight Systems, or load it in executor.setup_lines"
+    return Problem("log.nsys", steps, message)
+
+
+def _nsys(recipe: Recipe) -> str | None:
+    """The steps that Nsight Systems profiles."""
+    return recipe.log.nsys if "log" in recipe.__arguments__ else None
 
 
 def _automatic(devices: Any) -> Any:

@@ -13,7 +13,7 @@ from fiddlehead.errors import UNSET, ConfigError, Problem, refuse
 from fiddlehead.files.paths import user_path, working_directory
 from fiddlehead.launch import preview, submit
 from fiddlehead.launch.executor import Executor
-from fiddlehead.launch.fitting import GPU, fit_to_executor, missing_here, yielded
+from fiddlehead.launch.fitting import GPU, fit_to_executor, missing_here, missing_nsys, nsys_problems, yielded
 from fiddlehead.launch.nemo.accept import accepted
 from fiddlehead.launch.taken import refuse_taken
 from fiddlehead.recipe import Recipe
@@ -268,6 +268,7 @@ def plan(
     if target is None and not (here and not lacking):
         target = card_of(executor, fitted) or "unknown"
     try:
+        refuse(nsys_problems(fitted))
         training = _plan_training(fitted, target, search=search)
         awaits = waits or (executor is not None and executor.keeps_runs_elsewhere)
         start = _start(fitted, waits=awaits)
@@ -276,7 +277,8 @@ def plan(
     if executor is not None:
         trainer = fitted.trainer
         executor = executor.fitted(int(trainer.devices), str(trainer.accelerator), int(trainer.num_nodes))
-    missing = tuple(filter(None, (lacking, *training.missing)))
+    tool = "" if as_it_is else missing_nsys(fitted, executor)
+    missing = tuple(filter(None, (lacking, tool, *training.missing)))
     return Plan(
         fitted,
         executor,

@@ -51,6 +51,7 @@ def scripts(recipe: Recipe, executor: Executor, run: RunDirectory, allow: Sequen
             copy=copy,
             secrets_file=executor.secrets_file(here) if has_secrets else "",
             lock=here.launcher_lock if executor.dies_with_launcher else None,
+            nsys=recipe.log.nsys,
         )
         job = job.replace(str(root), "").replace(secrets.file(here).name, secrets.file(run).name)
         write_atomically(here.script, job, mode=0o600)

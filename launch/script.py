@@ -23,6 +23,7 @@ def job_script(
     copy: CodeCopy | None,
     secrets_file: str = "",
     lock: Path | None = None,
+    nsys: str | None = None,
 ) -> str:
     """The text of `run.script`. It also works in macOS's bash 3.2; `bash RUN/job.sh` repeats the run by hand.
 
@@ -34,6 +35,7 @@ def job_script(
         copy: the code to import; None means the working directory itself.
         secrets_file: the path that `Executor.deliver_secrets` returned.
         lock: the lock that the launcher holds while it lives, if the job must end with the launcher.
+        nsys: the steps, FIRST:LAST, that Nsight Systems profiles on the first node; None for none.
 
     Raises:
         ConfigError: the run directory's path cannot be used.
@@ -67,7 +69,8 @@ def job_script(
         f"export PYTHONSAFEPATH=1 {project.VARIABLE}={quote(counterpart)}\n",
         _CHECK,
         "trap '' USR1  # Slurm's warning must not kill Python before it listens; where it is missed, SIGTERM follows",
-        f'exec "$_python" -u -m fiddlehead.job {quote(there(run.recipe))}{options}\n',
+        *([] if nsys is None else [_nsys(there(run.path / "profile"), nsys)]),
+        f'exec {_UNDER * (nsys is not None)}"$_python" -u -m fiddlehead.job {quote(there(run.recipe))}{options}\n',
     ]
     return "".join(part + "\n" for part in parts if part).rstrip("\n") + "\n"
 
@@ -122,6 +125,28 @@ if ! _error=$("$_python" -c 'import fiddlehead' 2>&1); then
     exit 2
 fi
 """
+
+_NSYS = """\
+_nsys=()
+if [ "${{SLURM_PROCID:-0}}" = 0 ]; then  # the first node, whose first rank says which steps are recorded
+    if ! type -P nsys > /dev/null; then
+        echo "error: log.nsys: there is no nsys on $HOSTNAME; install NVIDIA Nsight Systems there, or load it in" \\
+            "executor.setup_lines"
+        exit 2
+    fi
+    mkdir -p {folder}
+    _nsys=(nsys profile --trace=cuda,nvtx --sample=none --cpuctxsw=none --capture-range=cudaProfilerApi
+        --capture-range-end=stop --force-overwrite=true --output={report})
+fi
+"""
+_UNDER = '${_nsys[@]+"${_nsys[@]}"} '
+"""The command before Python's, if it has words: bash 3.2 and 4.3 take an empty array for one that is not set."""
+
+
+def _nsys(folder: str, steps: str) -> str:
+    """Shell lines that set `_nsys` to the command under which the job runs."""
+    report = f"{folder}/nsys-steps-{steps.replace(':', '-')}"
+    return _NSYS.format(folder=quote(folder), report=quote(report))
 
 
 def _variables(executor: Executor, lock: str) -> str:

@@ -153,7 +153,9 @@ def rehearse(recipe: Recipe, executor: Executor) -> str:
         run = RunDirectory(Path(folder) / (recipe.log.name or "rehearsal"))
         run.path.mkdir()
         copy = _ship(run, recipe, executor, [user_path(recipe.log.dir)])
-        write_atomically(run.script, job_script(run, executor, recipe.names_to_allow(), copy=copy), mode=0o600)
+        write_atomically(
+            run.script, job_script(run, executor, recipe.names_to_allow(), copy=copy, nsys=recipe.log.nsys), mode=0o600
+        )
         executor.check(run)
         return copy.describe() if copy else ""
 
@@ -253,7 +255,8 @@ def _write_job(run: RunDirectory, recipe: Recipe, executor: Executor, allow: Seq
         print(copy.describe_left_out())  # noqa: T201
     secrets_file = executor.deliver_secrets(run, secrets.collect(executor.secrets))
     lock = run.launcher_lock if executor.dies_with_launcher and not detach else None
-    script = job_script(run, executor, allow, copy=copy, secrets_file=secrets_file, lock=lock)
+    nsys = recipe.log.nsys
+    script = job_script(run, executor, allow, copy=copy, secrets_file=secrets_file, lock=lock, nsys=nsys)
     write_atomically(run.script, script, mode=0o600)
     executor.check(run)
 

@@ -110,7 +110,7 @@ _PACKAGER = {
     "symlink_from_remote_dir": takes.refused("the code is shipped from here; leave it out"),
 }
 _NSYS = {
-    "nsys_profile": takes.refused("log.profile='10:12' profiles these steps"),
+    "nsys_profile": takes.refused("log.nsys='10:12' profiles these steps"),
     **dict.fromkeys(
         ("nsys_folder", "nsys_filename", "nsys_trace", "nsys_extra_args", "nsys_gpu_metrics"),
         takes.unused("for `nsys_profile` only"),

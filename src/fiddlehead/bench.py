@@ -17,7 +17,7 @@ from fiddlehead.attention import Target
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.data.random_tokens import RandomTokens
 from fiddlehead.environment import describe_gpus, describe_machine
-from fiddlehead.errors import ConfigError, Problem
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.plan import attention
 from fiddlehead.plan.attention_calls import calls_of
@@ -48,9 +48,9 @@ def as_benchmark(recipe: Recipe, *, steps: int, warmup: int, random_tokens: bool
     task = recipe.__fn_or_cls__
     if task not in (tasks.pretrain, tasks.finetune):
         raise ConfigError(f"the recipe configures {task.__module__}:{task.__qualname__}, not a training")
-    if recipe.log.profile is not None:
-        message = "a benchmark keeps no files; profile a run with the same edits"
-        raise ConfigError(Problem("log.profile", recipe.log.profile, message))
+    message = "a benchmark keeps no files; profile a run with the same edits"
+    kept = {"log.profile": recipe.log.profile, "log.nsys": recipe.log.nsys}
+    refuse(Problem(path, steps, message) for path, steps in kept.items() if steps is not None)
     arguments = {str(name): value for name, value in fdl.ordered_arguments(recipe.clone()).items()}
     timed = Recipe(benchmark, **arguments, steps=steps)
     timed.trainer.max_steps = warmup + steps

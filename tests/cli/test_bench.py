@@ -122,6 +122,7 @@ def test_two_devices_are_timed_together(bench: Command):
         (["tiny_test", "trainer.max_steps=3"], "trainer.max_steps=3: --steps and --warmup say how many"),
         (["tiny_test", "checkpoint.keep_last=3"], "checkpoint.keep_last=3: nothing is saved"),
         (["tiny_test", "log.profile=1:2"], "log.profile='1:2': a benchmark keeps no files"),
+        (["tiny_test", "log.nsys=1:2"], "log.nsys='1:2': a benchmark keeps no files"),
         (["tiny_test", "--against", "nosuch.json"], "nosuch.json: cannot be read"),
         (["tiny_test", "--direct", "executor=local"], "--direct runs without an executor"),
         (["tiny_test", "data.separate_documents=true", "--random-tokens"], "data.separate_documents=True"),

@@ -313,3 +313,40 @@ def test_a_path_that_python_cannot_have_is_refused(run: RunDirectory, monkeypatc
     monkeypatch.setattr(project, "HOME", str(Path.cwd()))
     with pytest.raises(ConfigError, match="a:b' has a colon in it"):
         job_script(run, LocalExecutor(), [], copy=None)
+
+
+NSYS = f"""\
+#!{sys.executable}
+import os, sys
+print("nsys", *sys.argv[1:], flush=True)
+os.execvp(sys.argv[9], sys.argv[9:])
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_the_first_node_s_job_runs_under_nsys_if_steps_are_to_be_profiled(
+    run: RunDirectory, tmp_path: Path, rank: str
+) -> None:
+    """A stand-in for nsys prints its arguments, and runs the program that follows them."""
+    stand_in = tmp_path / "tools" / "nsys"
+    stand_in.parent.mkdir()
+    stand_in.write_text(NSYS)
+    stand_in.chmod(0o700)
+    executor = Cluster(setup_lines=f"PATH={stand_in.parent}:$PATH")
+    run.script.write_text(job_script(run, executor, [], copy=None, nsys="10:12"))
+    found = seen(run, ["bash", str(run.script)], SLURM_PROCID=rank, SLURM_JOB_ID="3")
+    assert found["argv"] == [str(run.recipe)]
+    said = [line for line in run.log.read_text().splitlines() if line.startswith("nsys ")]
+    folder = run.path / "profile"
+    expected = (
+        "nsys profile --trace=cuda,nvtx --sample=none --cpuctxsw=none --capture-range=cudaProfilerApi "
+        f"--capture-range-end=stop --force-overwrite=true --output={folder}/nsys-steps-10-12 {sys.executable} -u -m "
+        f"fiddlehead.job {run.recipe}"
+    )
+    assert said == ([expected] if rank == "0" else []) and folder.exists() == (rank == "0")
+
+
+def test_a_node_without_nsys_says_so(run: RunDirectory) -> None:
+    run.script.write_text(job_script(run, LocalExecutor(), [], copy=None, nsys="10:12"))
+    assert start(["bash", str(run.script)], PATH="/usr/bin:/bin").returncode == 2
+    assert "error: log.nsys: there is no nsys on " in run.log.read_text()

@@ -45,9 +45,7 @@ def derived(
     except ConfigError as error:
         problems += error.under("data").problems
     problems += trainer_problems(trainer, accumulate, sizes.data) + epoch_problems(trainer, data, sizes.data)
-    if log is not None and log.profile_steps and log.profile_steps[1] > trainer.max_steps:
-        message = f"the run ends with step trainer.max_steps={trainer.max_steps}"
-        problems.append(Problem("log.profile", log.profile, message))
+    problems += [] if log is None else profile_problems(log, trainer)
     config = lengthened(model, data.seq_length)
     try:
         vocab_size = vocabulary(config, data)
@@ -64,6 +62,19 @@ def derived(
     problems += optim.problems(str(trainer.precision), split, adapters=model.lora is not None)
     refuse(problems)
     return accumulate, completed(config, data, vocab_size)
+
+
+def profile_problems(log: Log, trainer: Trainer) -> list[Problem]:
+    """The problems of the steps to profile."""
+    message = f"the run ends with step trainer.max_steps={trainer.max_steps}"
+    return [
+        Problem(path, given, message)
+        for path, given, steps in (
+            ("log.profile", log.profile, log.profile_steps),
+            ("log.nsys", log.nsys, log.nsys_steps),
+        )
+        if steps is not None and steps[1] > trainer.max_steps
+    ]
 
 
 def lacking(model: LanguageModel, data: Data) -> tuple[Problem, ...]:

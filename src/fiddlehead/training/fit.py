@@ -17,6 +17,7 @@ from fiddlehead.training.callbacks.early_end import EarlyEnd
 from fiddlehead.training.callbacks.expected import Expected
 from fiddlehead.training.callbacks.garbage import CollectGarbage
 from fiddlehead.training.callbacks.metrics import Metrics
+from fiddlehead.training.callbacks.nsys import Nsys
 from fiddlehead.training.callbacks.phases import Phases
 from fiddlehead.training.callbacks.profile import Profile
 from fiddlehead.training.callbacks.stop import StopOnRequest
@@ -70,6 +71,8 @@ def fit(
         callbacks.append(Expected(predicted, phases, every_n_steps))
     if log.profile_steps:
         callbacks.append(Profile(log.profile_steps, run.path / "profile", phases, shapes=log.profile_shapes))
+    if log.nsys_steps:
+        callbacks.append(Nsys(log.nsys_steps, phases))
     callbacks += [checkpoint, CollectGarbage(), StopOnRequest(checkpoint, run), EarlyEnd(run), phases]
     if resume_from is not None:
         restore_progress(trainer, step)

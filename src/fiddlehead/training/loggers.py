@@ -55,13 +55,19 @@ class Log:
     """Steps to profile, FIRST:LAST; "10:12" is the steps 10, 11 and 12. The run's `profile/` has the results."""
     profile_shapes: bool = False
     """Whether the profile has the shapes of the operations' inputs."""
+    nsys: str | None = None
+    """Steps, as of `profile`, that NVIDIA Nsight Systems profiles: the job runs under `nsys`, on GPUs."""
 
     def __post_init__(self) -> None:
         problems = []
-        try:
-            _ = self.profile_steps
-        except ConfigError as error:
-            problems += error.problems
+        for name, value in (("profile", self.profile), ("nsys", self.nsys)):
+            try:
+                _ = _steps(value, name)
+            except ConfigError as error:
+                problems += error.problems
+        if None not in (self.profile, self.nsys):
+            message = "a GPU has one profiler at a time; leave log.profile or log.nsys out"
+            problems.append(Problem("nsys", self.nsys, message))
         if self.name is not None and (self.name in ("", ".", "..") or Path(self.name).name != self.name):
             problems.append(Problem("name", self.name, "must be the name of one folder; log.dir says where"))
         elif self.name is not None and (self.name.startswith(("-", "~")) or not self.name.isprintable()):
@@ -84,7 +90,12 @@ class Log:
     @property
     def profile_steps(self) -> tuple[int, int] | None:
         """The first and the last step to profile."""
-        return None if self.profile is None else parse_steps(self.profile)
+        return _steps(self.profile, "profile")
+
+    @property
+    def nsys_steps(self) -> tuple[int, int] | None:
+        """The first and the last step that Nsight Systems profiles."""
+        return _steps(self.nsys, "nsys")
 
     def _wandb_problems(self) -> list[Problem]:
         problems = []
@@ -163,6 +174,10 @@ class Log:
         )
         logger._wandb_init.pop("anonymous", None)  # Lightning passes it on, and W&B warns that it has no meaning
         return logger
+
+
+def _steps(text: str | None, field: str) -> tuple[int, int] | None:
+    return None if text is None else parse_steps(text, field)
 
 
 def _tensorboard_logger(run: RunDirectory, resumed_step: int) -> Logger:

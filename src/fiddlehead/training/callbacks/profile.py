@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,8 +26,11 @@ MAX_ALLOCATIONS = 100_000
 Interval = tuple[float, float]
 
 
-def parse_steps(text: str) -> tuple[int, int]:
+def parse_steps(text: str, field: str = "profile") -> tuple[int, int]:
     """The first and the last step of `10:12`, counted from 1.
+
+    Args:
+        field: the field that has the text, for errors.
 
     Raises:
         ConfigError: it is not a range of steps.
@@ -33,33 +38,42 @@ def parse_steps(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if match is None:
         said = f", such as {text}:{text} for one step" if text.isdecimal() else ", such as 10:12"
-        raise ConfigError(Problem("profile", text, f"must be FIRST:LAST, the numbers of two steps{said}"))
+        raise ConfigError(Problem(field, text, f"must be FIRST:LAST, the numbers of two steps{said}"))
     first, last = int(match[1]), int(match[2])
     if not 1 <= first <= last:
         why = "steps are counted from 1" if first < 1 else f"ends before it begins; did you mean {last}:{first}?"
-        raise ConfigError(Problem("profile", text, why))
+        raise ConfigError(Problem(field, text, why))
     return first, last
 
 
-class Profile(Callback):
-    """Profiles steps on the first rank, including the loading of their batches, and writes the results to a folder.
+class ProfiledSteps(Callback):
+    """Profiles steps on the first rank, including the loading of their batches; a subclass says with what.
 
-    `rank0-steps-10-12.json.gz` is the timeline, which marks each step, its batches, forward and backward passes. `.txt`
-    has the slowest operations; `.memory.pickle`, on a GPU, has every allocation. If a run resumes or stops in the
-    middle of the steps, only a part of them is profiled.
+    Each step, its batches, forward and backward passes are marked. If a run resumes or stops in the middle of the
+    steps, only a part of them is profiled.
 
     Args:
         steps: the first and the last one.
-        phases: its clock stops while files are written.
-        shapes: also record the shapes of the operations' inputs, which takes time.
+        phases: its clock stops while the profiler starts and stops.
     """
 
-    def __init__(self, steps: tuple[int, int], folder: Path, phases: Phases, *, shapes: bool = False) -> None:
+    range: ClassVar[Callable[[str], AbstractContextManager]]
+    """Makes a context whose operations the profiler shows under a name."""
+
+    def __init__(self, steps: tuple[int, int], phases: Phases) -> None:
         self.first, self.last = steps
-        self.folder, self.phases, self.shapes = folder, phases, shapes
-        self._profiler: torch.profiler.profile | None = None
-        self._step: record_function | None = None
+        self.phases = phases
+        self._profiling = False
+        self._step: AbstractContextManager | None = None
         self._others: Any = None
+
+    def start(self, trainer: Trainer) -> None:
+        """Starts the profiler."""
+        raise NotImplementedError
+
+    def stop(self, trainer: Trainer) -> None:
+        """Stops the profiler and writes what it has recorded."""
+        raise NotImplementedError
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints a line if no step is left to profile."""
@@ -69,17 +83,19 @@ class Profile(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begins with the first step to profile."""
         step = trainer.global_step + 1
-        if self._profiler is None and trainer.is_global_zero and self.first <= step <= self.last:
-            self.first = step
-            self._start(trainer)
-        if self._profiler is not None and self._step is None:
-            self._step = _entered(f"step {step}")
+        if not self._profiling and trainer.is_global_zero and self.first <= step <= self.last:
+            self.first, self._profiling = step, True
+            self.phases.pause("profile")
+            self.start(trainer)
+            self._others, trainer.profiler = trainer.profiler, _Ranges(type(self).range)  # type: ignore[attr-defined]
+        if self._profiling and self._step is None:
+            self._step = _entered(type(self).range(f"step {step}"))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Ends with the last step."""
-        if self._profiler is None or not at_step_end(trainer):
+        if not self._profiling or not at_step_end(trainer):
             return
         self._leave_step()
         if trainer.global_step >= self.last:
@@ -93,10 +109,42 @@ class Profile(Callback):
         """Writes the steps so far if the run is stopped."""
         self._finish(trainer)
 
-    # -- inside
+    def _leave_step(self) -> None:
+        if self._step is not None:
+            self._step.__exit__(None, None, None)
+            self._step = None
 
-    def _start(self, trainer: Trainer) -> None:
+    def _finish(self, trainer: Trainer) -> None:
+        """Ends the profile with this step."""
+        if not self._profiling:
+            return
+        self._profiling = False
         self.phases.pause("profile")
+        self._leave_step()
+        trainer.profiler = self._others  # type: ignore[attr-defined]
+        self.stop(trainer)
+
+
+class Profile(ProfiledSteps):
+    """Profiles steps with PyTorch's profiler, and writes the results to a folder.
+
+    `rank0-steps-10-12.json.gz` is the timeline. `.txt` has the slowest operations; `.memory.pickle`, on a GPU, has
+    every allocation.
+
+    Args:
+        steps, phases: as of `ProfiledSteps`.
+        shapes: also record the shapes of the operations' inputs, which takes time.
+    """
+
+    range = record_function
+
+    def __init__(self, steps: tuple[int, int], folder: Path, phases: Phases, *, shapes: bool = False) -> None:
+        super().__init__(steps, phases)
+        self.folder, self.shapes = folder, shapes
+        self._profiler: torch.profiler.profile | None = None
+
+    def start(self, trainer: Trainer) -> None:
+        """Starts PyTorch's profiler, and on a GPU the recording of its memory."""
         activities = [ProfilerActivity.CPU]
         if trainer.strategy.root_device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
@@ -104,22 +152,12 @@ class Profile(Callback):
         # torch 2.11 warns where events are not kept from cycle to cycle, of which there is one.
         self._profiler = torch.profiler.profile(activities=activities, record_shapes=self.shapes, acc_events=True)
         self._profiler.start()
-        self._others, trainer.profiler = trainer.profiler, _Ranges()  # type: ignore[attr-defined]
 
-    def _leave_step(self) -> None:
-        if self._step is not None:
-            self._step.__exit__(None, None, None)
-            self._step = None
-
-    def _finish(self, trainer: Trainer) -> None:
+    def stop(self, trainer: Trainer) -> None:
         """Writes the profile up to the end of this step."""
-        if self._profiler is None:
-            return
-        self.phases.pause("profile")
-        self._leave_step()
         profiler, self._profiler = self._profiler, None
+        assert profiler is not None
         profiler.stop()
-        trainer.profiler = self._others  # type: ignore[attr-defined]
         try:
             self._write(trainer, profiler)
         finally:
@@ -145,17 +183,18 @@ class _Ranges(Profiler):
     """Replaces Lightning's profiler: Lightning calls it when a part of a step begins and ends."""
 
     NAMES: ClassVar = {"train_dataloader_next": "data", "training_step": "forward", "backward": "backward"}
-    """Their names in the timeline; PyTorch marks the optimizer's step."""
+    """Their names in the timeline; PyTorch's profiler marks the optimizer's step itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, range_of: Callable[[str], AbstractContextManager]) -> None:
         super().__init__()
-        self._open: dict[str, record_function] = {}
+        self._range_of = range_of
+        self._open: dict[str, AbstractContextManager] = {}
 
     def start(self, action_name: str) -> None:
         """Opens the range of an action that is shown."""
         owner, _, action = action_name.rpartition(".")
         if action in self.NAMES and not owner.startswith("[Callback]"):
-            self._open[action_name] = _entered(self.NAMES[action])
+            self._open[action_name] = _entered(self._range_of(self.NAMES[action]))
 
     def stop(self, action_name: str) -> None:
         """Closes it."""
@@ -163,10 +202,9 @@ class _Ranges(Profiler):
             self._open.pop(action_name).__exit__(None, None, None)
 
 
-def _entered(name: str) -> record_function:
-    entered = record_function(name)
-    entered.__enter__()
-    return entered
+def _entered(context: AbstractContextManager) -> AbstractContextManager:
+    context.__enter__()
+    return context
 
 
 def _listing(profiler: torch.profiler.profile, title: str) -> str:
