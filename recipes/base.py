@@ -57,6 +57,7 @@ def pretrain(
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             logger=False,
+            callbacks=[],  # for recipes that append to them
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -2,20 +2,22 @@
 
 NeMo-Run's runner would call the recipe's task with objects that it has built, without a run directory. So
 `accept_recipes` makes NeMo-Run write something else down for the job: `nemo.runner.run_in_job`, with the recipe as its
-argument.
+argument, and plan the recipe when it is added.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.files.paths import user_path
+from fiddlehead.launch.nemo.planned import refuse_unfit
 from fiddlehead.launch.nemo.settings import kind_of
 from fiddlehead.launch.slurm import SlurmExecutor
 from fiddlehead.recipe import Recipe
@@ -26,11 +28,48 @@ _theirs: Callable[..., Any] | None = None
 
 
 def accept_recipes() -> None:
-    """From now on a recipe that is added to an experiment has a run directory. NeMo-Run must be loaded."""
+    """From now on, plans each recipe that is added to an experiment, and gives it a run directory.
+
+    NeMo-Run must be loaded.
+    """
     global _theirs
     job: Any = sys.modules.get("nemo_run.run.job")
     if job is not None and job.package is not _package:
         _theirs, job.package = job.package, _package
+    experiment = getattr(sys.modules.get("nemo_run.run.experiment"), "Experiment", None)
+    if experiment is not None and not hasattr(experiment.add, "__wrapped__"):
+        experiment.add = _planned(experiment.add)
+
+
+def _planned(theirs: Callable[..., str]) -> Callable[..., str]:
+    """As NeMo-Run's `Experiment.add`, which refuses a recipe that cannot run; the experiment is then as it was."""
+
+    @functools.wraps(theirs)
+    def add(self: Any, *args: Any, **options: Any) -> str:
+        task_id = theirs(self, *args, **options)
+        job = self._jobs[-1]
+        despite = [name for each in job.plugins or () for name in getattr(each, "despite", ())]
+        try:
+            for recipe, executor in _tasks(job):
+                if isinstance(recipe, Recipe) and recipe.is_training:
+                    refuse_unfit(recipe, executor, first=len(self._jobs) == 1, despite=despite)
+        except ConfigError:
+            self._jobs.pop()
+            raise
+        return task_id
+
+    return add
+
+
+def _tasks(job: Any) -> Iterable[tuple[Any, Any]]:
+    """The tasks that were added together, each with its executor."""
+    if not hasattr(job, "tasks"):
+        return [(job.task, job.executor)]
+    executors = job.executors
+    if not isinstance(executors, list):  # one, in which NeMo-Run has put those of the tasks
+        parts = executors.resource_group
+        executors = parts if len(parts) == len(job.tasks) else [executors] * len(job.tasks)
+    return zip(job.tasks, executors, strict=True)
 
 
 def _package(name: str, task: Any, executor: Any, **options: Any) -> Any:
@@ -47,6 +86,8 @@ def task_for_job(recipe: Recipe, name: str, executor: Any) -> Any:
 
     from fiddlehead.launch.nemo.runner import run_in_job
 
+    if recipe.log.nsys is not None:  # NeMo-Run starts the job under nsys
+        executor.get_launcher().nsys_profile = True
     tunnel = getattr(executor, "tunnel", None)
     folder = user_path(recipe.log.dir)
     if not isinstance(tunnel, nemo_run.SSHTunnel):

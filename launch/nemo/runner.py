@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from fiddlehead import job
 from fiddlehead.errors import ConfigError, RunError
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.fitting import fit_to_executor
-from fiddlehead.launch.local import LocalExecutor
+from fiddlehead.launch.nemo.planned import Started
 from fiddlehead.launch.slurm import SlurmExecutor
 from fiddlehead.launch.submit import write_run
 from fiddlehead.recipe import Recipe, trust
@@ -30,17 +30,6 @@ from fiddlehead.run.directory import RunDirectory
 
 _PATIENCE = 120.0
 """Seconds that the other processes of a job wait for the first one to write the run down."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Started(LocalExecutor):
-    """The processes that NeMo-Run has started; 0 follows the recipe, whose other processes the job then starts."""
-
-    nodes: int = 0
-
-    def problems(self) -> list:
-        """None: there is nothing that a user has set."""
-        return []
 
 
 def run_in_job(recipe: str, folder: str, name: str, allow: Sequence[str] = (), executor: str = "") -> None:
@@ -100,9 +89,9 @@ def _started() -> Executor:
     number = lambda variable: int(os.environ.get(variable) or 0)  # noqa: E731
     if "TORCHELASTIC_RUN_ID" in os.environ:
         devices = number("LOCAL_WORLD_SIZE")
-        return _Started(nodes=number("WORLD_SIZE") // devices, ntasks_per_node=devices)
+        return Started(nodes=number("WORLD_SIZE") // devices, ntasks_per_node=devices)
     nodes, tasks = number("SLURM_NNODES"), number("SLURM_STEP_NUM_TASKS")
-    return _Started(nodes=nodes, ntasks_per_node=tasks // nodes if nodes and tasks > nodes else 0)
+    return Started(nodes=nodes, ntasks_per_node=tasks // nodes if nodes and tasks > nodes else 0)
 
 
 def _set_address(world_size: int) -> None:

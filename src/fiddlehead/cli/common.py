@@ -62,6 +62,8 @@ def load_recipe(
     `name` is a recipe function, `package.module:function`, either with arguments `name(argument=value)`, or
     `@file.yaml`, a YAML file, or a run. With the `task` "finetune", a model's name means the recipe that fine-tunes it.
     """
+    import fiddle as fdl
+
     from fiddlehead.recipe import Recipe
     from fiddlehead.recipe.edits import apply_overrides, call_recipe
     from fiddlehead.run.names import find_run
@@ -84,7 +86,9 @@ def load_recipe(
             function = getattr(function, "finetune_recipe", function)
         recipe, title = _call(lambda: call_recipe(function, arguments or "", allow)), function.__name__
         if not isinstance(recipe, Recipe):
-            raise ConfigError(f"{name} returned a {type(recipe).__name__}, not a Recipe")
+            converted = isinstance(recipe, fdl.Buildable)
+            hint = "; without NeMo-Run's autoconvert, which is for parts, the function returns one" * converted
+            raise ConfigError(f"{name} returned a {type(recipe).__name__}, not a Recipe{hint}")
     return apply_overrides(recipe, list(overrides), find=catalog.find_part, allow=tuple(allow)), title
 
 

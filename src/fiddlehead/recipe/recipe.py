@@ -8,7 +8,7 @@ import html
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +27,21 @@ from fiddlehead.recipe.leaves import Leaf, join, leaves, name_of, same, show
 history.add_exclude_location("nemo_run/config.py")  # run.Config(...) is set where it was written
 
 
+class _ReturnType:
+    """What `Recipe.__origin__` is: NeMo-Run's `cli.factory` asks a function's return type for it.
+
+    It takes a function that returns `run.Partial[task]`; a function that returns a Recipe is as good. Without NeMo-Run
+    there is no such attribute.
+    """
+
+    def __get__(self, recipe: Recipe | None, kind: type) -> type:
+        _register_with_nemo_run()
+        nemo_run = sys.modules.get("nemo_run.config")
+        if nemo_run is None or recipe is not None:
+            raise AttributeError("__origin__")
+        return nemo_run.Partial
+
+
 class Recipe(fdl.Partial):
     """The complete configuration of a run: a task and its arguments.
 
@@ -34,6 +49,8 @@ class Recipe(fdl.Partial):
     write as attributes: ``recipe.trainer.max_steps = 10``. A task whose parameters are named like a method of this
     class is refused.
     """
+
+    __origin__ = _ReturnType()
 
     def __str__(self) -> str:
         """One ``path = value`` a line, without the values that are left at their default."""
@@ -167,11 +184,7 @@ class Recipe(fdl.Partial):
 
     def clone(self) -> Self:
         """A deep copy. NeMo-Run's experiments ask for one of each task that is added."""
-        _register_with_nemo_run()
-        if "nemo_run.run.job" in sys.modules:
-            from fiddlehead.launch.nemo.experiments import accept_recipes
-
-            accept_recipes()
+        _join_experiments()
         return copy.deepcopy(self)
 
     @property
@@ -191,6 +204,7 @@ class Recipe(fdl.Partial):
 
     def __init_callable__(self, fn_or_cls: Any) -> None:
         super().__init_callable__(fn_or_cls)
+        _join_experiments()
         clashes = [name for name in self.__signature_info__.valid_param_names if name in vars(Recipe)]
         if clashes:
             raise ConfigError(f"{show(fn_or_cls)} has a parameter {clashes[0]!r}, which is a method of Recipe")
@@ -329,6 +343,29 @@ def _register_with_nemo_run() -> None:
         return dumper.represent_data(nemo_run.Partial.__unflatten__(*recipe.__flatten__()))
 
     yaml.SafeDumper.add_representer(Recipe, represent)  # the copy that an experiment keeps for people to read
+    api: Any = sys.modules.get("nemo_run.cli.api")
+    if hasattr(api, "_get_return_type") and not hasattr(api._get_return_type, "__wrapped__"):
+        api._get_return_type = _as_partial(api._get_return_type)
+
+
+def _as_partial(theirs: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """As NeMo-Run's own function that returns the return type of a function, where a Recipe is a `run.Partial`."""
+
+    @functools.wraps(theirs)
+    def return_type(function: Any) -> Any:
+        found = theirs(function)
+        return sys.modules["nemo_run.config"].Partial[Recipe] if found is Recipe else found
+
+    return return_type
+
+
+def _join_experiments() -> None:
+    """If NeMo-Run's experiments are loaded, makes them take recipes."""
+    _register_with_nemo_run()
+    if "nemo_run.run.experiment" in sys.modules:
+        from fiddlehead.launch.nemo.experiments import accept_recipes
+
+        accept_recipes()
 
 
 nemo_names.explain_in_fiddle()

@@ -18,13 +18,17 @@ import pytest
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 from nemo_run.run import job
 
+from fiddlehead.errors import ConfigError
 from fiddlehead.launch import nemo, watch
 from fiddlehead.launch.nemo.experiments import accept_recipes, task_for_job
+from fiddlehead.launch.nemo.plugins import DespitePlugin
 from fiddlehead.launch.nemo.runner import run_in_job
 from fiddlehead.recipe import Recipe
+from fiddlehead.recipes.llama import llama3_8b
 from fiddlehead.recipes.tiny import tiny_test
 from fiddlehead.run import RunDirectory, State
 from fiddlehead.run.names import list_runs
+from fiddlehead.training import Parallel
 from tests import warm
 from tests.recipe_parts import Optim, report
 
@@ -76,6 +80,30 @@ def test_the_job_of_a_task_is_a_run_with_what_its_plugins_have_set(working_direc
     named = tiny_test()
     named.log.name = "named"
     assert written(dry_run(working_directory / "2", [named, recipe], name="group"), "group-0").name == "named"
+
+
+def test_a_task_is_planned_when_it_is_added(working_directory: Path, logging_kept: None) -> None:
+    wrong, other = tiny_test(), tiny_test()
+    wrong.data.paths = other.data.paths = "/nowhere"
+    other.trainer.strategy = fdl.Config(Parallel, tensor_parallel=3)
+    two = run.LocalExecutor(launcher="torchrun", ntasks_per_node=2)
+    large = llama3_8b()
+    large.trainer.devices, large.trainer.strategy = 1, "auto"
+    h100 = run.SlurmExecutor(account="me", container_image="image", gres="gpu:h100:1", gpus_per_node=1)
+    made = run.Experiment("exp", base_dir=str(working_directory), log_level="ERROR", clean_mode=True)
+    with made:
+        with pytest.raises(ConfigError, match=r"^data.paths='/nowhere': .* there is no such folder"):
+            made.add(wrong, executor=run.LocalExecutor(), name="first")
+        assert not made.jobs
+        made.add(tiny_test(), executor=run.LocalExecutor(), name="first")
+        made.add(wrong, executor=run.LocalExecutor(), name="second")  # whose data the first one may make
+        with pytest.raises(ConfigError, match=r"^trainer.strategy.tensor_parallel=3: "):
+            made.add([tiny_test(), other], executor=[run.LocalExecutor(), two], name="third")
+        with pytest.raises(ConfigError, match=r"the plan does not fit: it needs .* GiB of a GPU") as error:
+            made.add(large, executor=h100, name="large")
+        assert "DespitePlugin(despite=['memory'])" in str(error.value)
+        made.add(large, executor=h100, name="large", plugins=[DespitePlugin(despite=["memory"])])
+        assert [job.id for job in made.jobs] == ["first", "second", "large"]
 
 
 def test_other_tasks_are_left_alone(working_directory: Path, logging_kept: None) -> None:
