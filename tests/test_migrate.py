@@ -226,6 +226,30 @@ def test_what_is_to_be_done_is_said(line: str, said: str) -> None:
     assert any(said in done for _, _, done in made.lines), made.lines
 
 
+PLUGINS = """
+executor = run.SlurmExecutor(account="me", nodes=2)
+plugins = [PreemptionPlugin(preempt_time=120), run.Config(NsysPlugin, start_step=9, end_step=11)]
+plugins.append(WandbPlugin(name="w", logger_fn=partial(wandb_logger, project="ferns", entity=args.entity)))
+more = FaultTolerancePlugin()
+with run.Experiment("a", executor=executor) as exp:
+    exp.add(recipe, executor=executor, plugins=plugins + [more, PerfEnvPlugin(enable_vboost=True)])
+"""
+
+
+@pytest.mark.parametrize("relayed", [False, True])
+def test_plugins_become_lines_of_the_recipe_and_the_executor(relayed: bool, working_directory: Path) -> None:
+    first = "recipe = llm.llama3_8b.pretrain_recipe(name='x')"
+    if relayed:
+        first = f"def f():\n    {first}\n    return recipe\nrecipe = f()"
+    made = migrate(first + PLUGINS, "x")
+    log = functions(made.recipe)["f" if relayed else "x"]().log
+    assert (log.nsys, log.wandb, log.wandb_project, log.wandb_entity) == ("10:12", True, "ferns", None)
+    assert "executor.signal = 'USR1@120'\n    executor.retries = 2" in made.launch
+    said = {text.partition("(")[0]: done for _, text, done in made.lines}
+    assert said["PerfEnvPlugin"].startswith("PerfEnvPlugin: leave it out")
+    assert said["WandbPlugin"].startswith("recipe.log.wandb;")
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

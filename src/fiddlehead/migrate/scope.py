@@ -46,6 +46,8 @@ class Scope:
     """By the script's names of them."""
     aliases: dict[str, ast.Call] = field(default_factory=dict)
     """The variables that a call of an executor's function makes."""
+    plugins: dict[str, list[ast.expr]] = field(default_factory=dict)
+    """By the script's names of the variables that hold them."""
     kept: list[str] = field(default_factory=list)
     """Assignments that an executor may need."""
 

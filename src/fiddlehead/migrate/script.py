@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.migrate.executors import CHANGES, change, note_executor
 from fiddlehead.migrate.fields import edit, weights
+from fiddlehead.migrate.plugins import note_plugins, take_plugins
 from fiddlehead.migrate.report import Migrated
 from fiddlehead.migrate.scope import CONFIGS, SAFE, Scope
-from fiddlehead.migrate.starts import EXPERIMENT, said_of_plugins, words_of_call
+from fiddlehead.migrate.starts import EXPERIMENT, words_of_call
 from fiddlehead.migrate.writer import executor_text, launch_text, recipe_text
 from fiddlehead.recipe import catalog
 
@@ -128,6 +129,9 @@ class _Script:
         root = path.split(".")[0].split("[")[0]
         if isinstance(target, ast.Name) and isinstance(value, ast.Call) and self._made(scope, value, path):
             return
+        if isinstance(target, ast.Name) and note_plugins(scope, path, value):
+            self.out.say(node, "plugins: see where they are used")
+            return
         if scope.variable and root == scope.variable and path != root:
             edit(scope, node, path.partition(".")[2], value)
         elif root in scope.executors and path != root:
@@ -208,6 +212,8 @@ class _Script:
             self.out.say(node, EXPERIMENT)
         elif last in ("run", "dryrun", "parse_args") or last in self.recipes:
             self.out.say(node, "left out: the command starts it")
+        elif root in scope.plugins and last in CHANGES and all(note_plugins(scope, root, each) for each in node.args):
+            self.out.say(node, "plugins: see where they are used")
         elif root in scope.executors and last in CHANGES and not node.keywords:
             self.out.say(node, change(scope, node, root, node.func, node.args))
         elif scope.variable and called.startswith(f"{scope.variable}."):
@@ -223,8 +229,15 @@ class _Script:
         self.started[scope.name if what == scope.variable else what] = self._executor(scope, given.get("executor"))
         self.out.say(node, "a command; see below")
         if "plugins" in given:
-            for each, said in said_of_plugins(given["plugins"]):
-                self.out.say(each, said)
+            executor = given.get("executor")
+            made = scope.executors.get(executor.id) if isinstance(executor, ast.Name) else None
+            take_plugins(scope, self._scope_of(scope, what), made, given["plugins"])
+
+    def _scope_of(self, scope: Scope, name: str) -> Scope | None:
+        """The scope whose lines make the recipe of this name in `scope`; None if there is none."""
+        if name == scope.variable and (scope.edited or scope.name not in self.relayed):
+            return scope
+        return self.recipes.get(self.relayed.get(scope.name, "") if name == scope.variable else name)
 
     def _import(self, scope: Scope, call: ast.Call) -> None:
         given = {keyword.arg: keyword.value for keyword in call.keywords}
