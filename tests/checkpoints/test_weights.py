@@ -16,10 +16,11 @@ from fiddlehead import tasks
 from fiddlehead.checkpoints.folder import write_folder, write_state
 from fiddlehead.checkpoints.grouped_query import convert_gqa
 from fiddlehead.checkpoints.huggingface.convert import export_adapters, export_checkpoint
-from fiddlehead.checkpoints.weights import load_transformer, open_weights
+from fiddlehead.checkpoints.weights import find_weights, load_transformer, open_weights
 from fiddlehead.data import TokenizerFile
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
+from fiddlehead.plan.resume import resume_point
 from fiddlehead.plan.training import begin, plan_training
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training import LanguageModel, PreferenceModel
@@ -241,3 +242,18 @@ def test_a_checkpoint_of_another_model_is_refused_by_its_tensors(tmp_path: Path,
         write_state(folder, {"step": 1} | ({"config": asdict(config)} if change else {}))
     with pytest.raises(ConfigError, match=said):
         open_weights(tmp_path / "step-00000001")
+
+
+@pytest.mark.parametrize("part", ["", "weights"])
+def test_a_checkpoint_of_nemo_is_answered_with_what_imports_it(tmp_path: Path, part: str) -> None:
+    for name in ("weights", "context"):
+        (tmp_path / "step=10" / name).mkdir(parents=True)
+    said = f"is a checkpoint of NeMo; .* `fiddlehead import nemo {tmp_path / 'step=10'} --out OUT`"
+    named = tmp_path / "step=10" / part
+    with pytest.raises(ConfigError, match=said):
+        find_weights(named)
+    with pytest.raises(ConfigError, match=f"^resume='{named}': .*{said}"):
+        resume_point(RunDirectory(tmp_path / "runs" / "a"), str(named))
+    (tmp_path / "step=10" / "context").rmdir()
+    with pytest.raises(ConfigError, match="has no weights"):
+        find_weights(named)

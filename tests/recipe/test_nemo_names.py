@@ -67,6 +67,9 @@ def set_at(recipe: Any, path: str, value: Any = 2) -> None:
         ("model.lora.dim", "model.lora.rank"),
         ("peft.dim", "model.lora"),
         ("data.dataset_root", "data.paths"),
+        ("resume.restore_config.path", "; NeMo's resume.restore_config is model.init_from here"),
+        ("resume.resume_if_exists", "'auto' is true"),
+        ("resume.resume_from_path", "NeMo's resume.resume_from_path is resume here"),
         ("trainer.max_step", "did you mean 'max_steps'?"),
     ],
 )
@@ -101,6 +104,14 @@ def test_a_field_of_what_is_a_plain_value_here_is_explained(path: str, said: str
     with pytest.raises(AttributeError) as error:
         set_at(copy.deepcopy(TUNED), path)
     assert explain(error.value).endswith(said)
+
+
+def test_the_text_of_resume_is_still_a_text() -> None:
+    recipe, other = copy.deepcopy(TUNED), copy.deepcopy(TUNED)
+    recipe.resume = "runs/before"
+    other.resume = recipe.resume
+    assert other.resume == "runs/before" and "resume: runs/before\n" in other.to_yaml() and recipe == other
+    assert copy.deepcopy(other.resume) == "runs/before"
 
 
 def test_what_is_set_in_python_is_still_known_by_its_line() -> None:

@@ -149,6 +149,7 @@ def find_weights(source: str | Path, runs: str | Path = "runs") -> Path:
     if (path / "state.json").is_file() or (path / "config.json").is_file():
         return path
     refuse_adapters(path)
+    refuse_nemo(path)
     try:
         run = RunDirectory(path) if (path / "checkpoints").is_dir() else find_run(str(source), runs)
     except ConfigError as error:
@@ -159,6 +160,14 @@ def find_weights(source: str | Path, runs: str | Path = "runs") -> Path:
     if checkpoint is None:
         raise ConfigError(Problem.in_file(repr(str(source)), "the run has no good checkpoint"))
     return checkpoint
+
+
+def refuse_nemo(path: Path) -> None:
+    """Raises ConfigError for a checkpoint of NeMo 2.0, which is imported first: a folder, or the weights in it."""
+    for checkpoint, weights in ((path, path / "weights"), (path.parent, path)):
+        if weights.name == "weights" and weights.is_dir() and (checkpoint / "context").is_dir():
+            message = "is a checkpoint of NeMo; its weights are imported first:"
+            raise ConfigError(f"{path} {message} `fiddlehead import nemo {checkpoint} --out OUT`, and OUT is the path")
 
 
 def find_tokenizer(weights: Path) -> Path | None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.errors import ConfigError, Problem, refuse
@@ -19,6 +20,11 @@ from fiddlehead.training.optim import Optim
 
 Data: TypeAlias = PreTrainingDataModule | FineTuningDataModule
 
+_SILENT = (
+    "fiddlehead.",
+    *(f"lightning.pytorch.callbacks.{name}" for name in ("device_stats_monitor", "model_summary", "progress", "timer")),
+)
+"""The modules whose callbacks and models log nothing that another callback can watch, but what `VALIDATION` has."""
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 """Without float16: its loss scaling hides an infinite gradient, and breaks the clipping of a fused optimizer."""
 
@@ -46,6 +52,7 @@ def derived(
         problems += error.under("data").problems
     problems += trainer_problems(trainer, accumulate, sizes.data) + epoch_problems(trainer, data, sizes.data)
     problems += [] if log is None else profile_problems(log, trainer)
+    problems += monitor_problems(trainer, model, data)
     config = lengthened(model, data.seq_length)
     try:
         vocab_size = vocabulary(config, data)
@@ -75,6 +82,26 @@ def profile_problems(log: Log, trainer: Trainer) -> list[Problem]:
         )
         if steps is not None and steps[1] > trainer.max_steps
     ]
+
+
+def monitor_problems(trainer: Trainer, model: LanguageModel, data: Data) -> list[Problem]:
+    """The problems of callbacks such as `EarlyStopping`, which watch a metric that is never logged.
+
+    A callback or a model that others wrote may log anything; then Lightning finds out in the first validation.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    others = [each for each in (model, *callbacks) if not isinstance(each, EarlyStopping)]
+    if any(not type(each).__module__.startswith(_SILENT) for each in others):
+        return []
+    problems = []
+    for number, each in enumerate(callbacks):
+        if isinstance(each, EarlyStopping) and each.strict:
+            path = f"trainer.callbacks[{number}].monitor"
+            if each.monitor not in model.VALIDATION:
+                problems.append(Problem(path, each.monitor, "is not a metric that a validation logs", model.VALIDATION))
+            elif not data.val_samples:
+                problems.append(Problem(path, each.monitor, "is never logged, because data.val_samples=0"))
+    return problems
 
 
 def lacking(model: LanguageModel, data: Data) -> tuple[Problem, ...]:

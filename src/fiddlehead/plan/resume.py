@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fiddlehead.checkpoints.folder import newest_good, read_state, verify
+from fiddlehead.checkpoints.weights import refuse_nemo
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.data.checksums import Checksums, differences
 from fiddlehead.errors import ConfigError, Problem, refuse
@@ -56,6 +57,7 @@ def _checkpoint_at(resume: str | Path, runs: Path) -> Path:
         verify(path)
         return path
     try:
+        refuse_nemo(path)
         checkpoint = newest_good(find_run(str(resume), runs).checkpoints)
     except ConfigError as error:
         raise error.of("resume", resume) from None

@@ -235,6 +235,17 @@ def explain(error: Exception) -> str:
     return f"{text}; {found}" if found else text
 
 
+class Text(str):
+    """The text of `resume`, where NeMo has a part with fields: those are answered with ours."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = answer(names_at(f"resume.{name}"))
+        raise AttributeError(f"'str' object has no attribute {name!r}{found and f'; {found}'}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__getattr__(name)
+
+
 def rows() -> Iterator[tuple[str, str, str]]:
     """NeMo's path, ours and the note, for a table; without those that are the same."""
     for name in NAMES:

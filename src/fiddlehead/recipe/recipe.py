@@ -210,6 +210,7 @@ class Recipe(fdl.Partial):
             raise ConfigError(f"{show(fn_or_cls)} has a parameter {clashes[0]!r}, which is a method of Recipe")
 
     def __setattr__(self, name: str, value: Any) -> None:
+        value = str(value) if isinstance(value, nemo_names.Text) else value
         try:
             super().__setattr__(name, value)
         except AttributeError:
@@ -219,7 +220,8 @@ class Recipe(fdl.Partial):
         if name.startswith("__"):
             raise AttributeError(name)
         try:
-            return super().__getattr__(name)
+            value = super().__getattr__(name)
+            return nemo_names.Text(value) if name == "resume" and type(value) is str else value
         except AttributeError:
             names = self.__signature_info__.valid_param_names
             raise AttributeError(f"{name} is not set" if name in names else self._unknown(name)) from None

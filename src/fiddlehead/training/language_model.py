@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -163,6 +163,9 @@ class LanguageModel(LightningModule):
         if self._config is None:
             self._config = weights.config
         refuse_another_shape(self._config, weights, path)
+
+    VALIDATION: ClassVar = ("val_loss", "val_nats_per_byte")
+    """The metrics that a validation logs, for callbacks that watch one."""
 
     @property
     def missing(self) -> Problem | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ class PreferenceModel(LanguageModel):
     Args:
         beta: the weight of the difference from the reference; with a larger beta, the model stays closer to it.
     """
+
+    VALIDATION: ClassVar = ("val_loss", "val_accuracy")
 
     def __init__(
         self,

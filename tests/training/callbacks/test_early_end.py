@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from fiddlehead import job, tasks
+from fiddlehead.errors import ConfigError
+from fiddlehead.plan.problems import monitor_problems
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import State
 from fiddlehead.training import Parallel
@@ -99,3 +101,30 @@ def test_the_status_says_why_a_run_ended_early(tmp_path: Path) -> None:
     assert job.execute(run, lambda: None) == 0
     status = run.written_status()
     assert status is not None and status.reason == ""
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "edits", "said"),
+    [
+        ([EarlyStopping("val_los")], {}, r"callbacks\[0\].monitor='val_los': is not .*; did you mean 'val_loss'\?"),
+        (
+            [Timer(), EarlyStopping("mine")],
+            {},
+            r"callbacks\[1\].monitor='mine': .* allowed: val_loss, val_nats_per_byte",
+        ),
+        ([stopping()], {"val_samples": 0}, r"callbacks\[0\].monitor='val_loss': is never logged, because data.val_sam"),
+        ([EarlyStopping("mine", strict=False)], {}, ""),
+        ([EarlyStopping("mine"), KillAfter(1)], {}, ""),
+        ([EarlyStopping("val_nats_per_byte")], {}, ""),
+    ],
+)
+def test_a_metric_that_is_never_logged_is_refused_before_training(
+    parts: Callable[..., dict[str, Any]], callbacks: list[Callback], edits: dict[str, Any], said: str
+) -> None:
+    made = parts(**edits, callbacks=callbacks)
+    problems = monitor_problems(made["trainer"], made["model"], made["data"])
+    if said:
+        with pytest.raises(ConfigError, match=said):
+            tasks.pretrain(**made)
+    else:
+        assert not problems
