@@ -34,6 +34,7 @@ FETCHED = (
     "plan.json",
     "tokenizer.json",
     "wandb_id",
+    "mlflow_id",
 )
 """The files to fetch besides `logs`. The status comes first, so nothing of an ended run is missed."""
 SMALL = 65536

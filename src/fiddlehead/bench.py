@@ -55,7 +55,7 @@ def as_benchmark(recipe: Recipe, *, steps: int, warmup: int, random_tokens: bool
     timed = Recipe(benchmark, **arguments, steps=steps)
     timed.trainer.max_steps = warmup + steps
     timed.trainer.log_every_n_steps = warmup + steps  # a line waits for the device, so there is none between
-    timed.log.tensorboard = timed.log.wandb = False
+    timed.log.tensorboard = timed.log.wandb = timed.log.mlflow = False
     timed.log.loggers = ()
     timed.checkpoint = fdl.Config(NoCheckpoint)
     if random_tokens:

@@ -20,7 +20,7 @@ launch, and by the job when an attempt begins or has obeyed |
 | `logs/*.outcome` | each process that does not end well, for those on other nodes; deleted when an attempt begins |
 | `scheduler.txt` | the scheduler: what it printed outside the job |
 | `metrics.csv`, `checkpoints/`, `attention.json`, `tokenizer.json`, `resumed_from`, `wandb_id`, \
-`wandb_url`, `early_end` | the job at work |
+`wandb_url`, `mlflow_id`, `early_end` | the job at work |
 | `.lock` | locked by the launcher while it writes, and by the job's first process while it works, which touches it |
 | `.launcher` | locked by the launcher of an attached job for as long as that lives |
 

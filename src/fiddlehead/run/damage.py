@@ -16,6 +16,7 @@ _ADVICE = {
     "metrics.csv": "repair it, or move it away to begin a new one",
     "resumed_from": "write the value of `resume` into it, or delete it and leave out `resume`",
     "wandb_id": "write the run's id in W&B into it, or delete it to begin another run there",
+    "mlflow_id": "write the run's id in MLflow into it, or delete it to begin another run there",
 }
 """The text files that a run needs to go on, besides its status, and what to do if one is damaged."""
 _REPLACED: tuple[str, ...] = (

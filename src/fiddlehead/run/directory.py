@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -182,6 +183,17 @@ class RunDirectory:
     def write_wandb_url(self, url: str) -> None:
         """Notes the address of this run in W&B."""
         write_atomically(self.path / "wandb_url", f"{url}\n")
+
+    @property
+    def mlflow_id(self) -> str:
+        """The id of this run in MLflow, which all its attempts go on with; "" if it has none, or a damaged one."""
+        file = self.path / "mlflow_id"
+        found = file.read_text(errors="replace").strip() if file.exists() else ""
+        return found if re.fullmatch(r"\w{1,64}", found, re.ASCII) else ""
+
+    def write_mlflow_id(self, run_id: str) -> None:
+        """Notes the id of this run in MLflow."""
+        write_atomically(self.path / "mlflow_id", f"{run_id}\n")
 
     @property
     def early_end(self) -> str:

@@ -1,4 +1,4 @@
-"""Where a run's metrics go: a CSV file always; TensorBoard, W&B and any Lightning logger on request."""
+"""Where a run's metrics go: a CSV file always; TensorBoard, W&B, MLflow and any Lightning logger on request."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fiddlehead.run.console import is_rank_zero, say
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training.callbacks.profile import parse_steps
 from fiddlehead.training.metrics_csv import MetricsCSV
+from fiddlehead.training.mlflow_logger import mlflow_logger, tracking_uri
 
 MAX_NAME_BYTES = 200
 """The longest name of a run. File names add suffixes to it, and file systems allow at most 255 characters."""
@@ -49,8 +50,14 @@ class Log:
     """The tags of the run in W&B."""
     wandb_notes: str | None = None
     """What W&B shows as the description of the run."""
+    mlflow: bool = False
+    """Whether MLflow records the run too; attempts of one run stay one run there."""
+    mlflow_uri: str | None = None
+    """MLflow's tracking server, such as http://tracker:5000; None is MLFLOW_TRACKING_URI."""
+    mlflow_experiment: str = "fiddlehead"
+    """The experiment of MLflow."""
     loggers: Sequence[Logger] = ()
-    """More loggers of Lightning, such as `MLFlowLogger`, used as they are."""
+    """More loggers of Lightning, such as `CometLogger`, used as they are."""
     profile: str | None = None
     """Steps to profile, FIRST:LAST; "10:12" is the steps 10, 11 and 12. The run's `profile/` has the results."""
     profile_shapes: bool = False
@@ -76,10 +83,10 @@ class Log:
             )
         elif self.name is not None and (size := len(self.name.encode())) > MAX_NAME_BYTES:
             problems.append(Problem("name", self.name, f"has {size} bytes; a name has at most {MAX_NAME_BYTES}"))
-        problems += self._wandb_problems()
+        problems += self._wandb_problems() + self._mlflow_problems()
         for number, logger in enumerate(self.loggers):
             if not isinstance(logger, Logger):
-                message = "is not a Lightning logger, such as lightning.pytorch.loggers:MLFlowLogger"
+                message = "is not a Lightning logger, such as lightning.pytorch.loggers:CometLogger"
                 problems.append(Problem(f"loggers[{number}]", type(logger).__name__, message))
         if self.wandb:
             problems += wandb_mode_problems(os.environ.get("WANDB_MODE"))
@@ -113,11 +120,24 @@ class Log:
             problems.append(Problem("wandb_entity", self.wandb_entity, "must be the name of a user or a team"))
         return problems
 
+    def _mlflow_problems(self) -> list[Problem]:
+        problems = []
+        uri = tracking_uri(self.mlflow_uri)
+        if self.mlflow and not uri:
+            message = "name the tracking server, such as http://tracker:5000, or set MLFLOW_TRACKING_URI"
+            problems.append(Problem("mlflow_uri", self.mlflow_uri, message))
+        if self.mlflow_uri is not None and "@" in urlsplit(self.mlflow_uri).netloc:
+            message = "has a user or a password, which files would show; set MLFLOW_TRACKING_USERNAME and _PASSWORD"
+            problems.append(Problem("mlflow_uri", message=message))
+        if not self.mlflow_experiment:
+            problems.append(Problem("mlflow_experiment", "", "must name an experiment"))
+        return problems
+
     def open(self, run: RunDirectory, resumed_step: int) -> list[Logger]:
         """The loggers of a run that starts after `resumed_step`, which is 0 for a new one.
 
         Raises:
-            ConfigError: TensorBoard is selected but not installed.
+            ConfigError: TensorBoard or MLflow is selected but not installed.
         """
         loggers: list[Logger] = [MetricsCSV(run.metrics, resumed_step)]
         if self.tensorboard:
@@ -127,6 +147,8 @@ class Log:
             loggers.append(_tensorboard_logger(run, resumed_step))
         if self.wandb:
             loggers.append(self._wandb_logger(run))
+        if self.mlflow:
+            loggers.append(mlflow_logger(run, tracking_uri(self.mlflow_uri), self.mlflow_experiment))
         for logger in self.loggers:
             logger.log_hyperparams(plain_recipe(run.recipe))
         return [*loggers, *self.loggers]
