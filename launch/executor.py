@@ -165,6 +165,11 @@ class Executor(ABC):
         return False
 
     @property
+    def started_by_torchrun(self) -> bool:
+        """Whether torchrun starts the job's script once for each device of each node, and tells it its rank."""
+        return False
+
+    @property
     def time_limit(self) -> int | None:
         """Seconds that an attempt may take; None means no limit."""
         return None

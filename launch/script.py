@@ -151,8 +151,9 @@ def _nsys(folder: str, steps: str) -> str:
 
 def _variables(executor: Executor, lock: str) -> str:
     """Shell lines for the environment of the job, and for a request to stop before Python runs."""
+    own = [name for name in JOB_VARIABLES if not executor.started_by_torchrun or name.startswith("FIDDLEHEAD_")]
     lines = [
-        f"unset {' '.join(JOB_VARIABLES)}",
+        f"unset {' '.join(own)}",
         "_stopped=130",
     ]
     lines += [f"export {name}={quote(value)}" for name, value in executor.env_vars.items()]

@@ -23,6 +23,11 @@ _PHASES = {
 }
 """NeMo-Run's words for the states of a job; of another one, such as UNKNOWN, the run's own word counts."""
 
+_RANK = """\
+unset "${!SLURM_@}"
+SLURM_PROCID=$RANK SLURM_STEP_NUM_TASKS=$WORLD_SIZE  # for this script only, and not exported
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HandedExecutor(Executor):
@@ -37,19 +42,22 @@ class HandedExecutor(Executor):
 
     @classmethod
     def of_nemo_run(cls, executor: Any) -> Self:
-        """Hands an executor over.
-
-        Raises:
-            ConfigError: it has several nodes.
-        """
+        """Hands an executor over. On one node, the job itself starts a process for each device."""
         nodes, processes = (_count(executor, name) for name in ("nnodes", "nproc_per_node"))
-        if nodes > 1:
-            message = "one node for an executor that NeMo-Run alone knows; for more, add the recipe to a run.Experiment"
-            raise ConfigError(Problem("nodes", nodes, message))
         theirs = executor.clone()
-        theirs.launcher = None  # the job itself starts a process for each device
+        # Only NeMo-Run knows how the nodes find each other there: its torchrun starts all processes.
+        theirs.launcher = "torchrun" if nodes > 1 else None
         name = f"{type(executor).__module__}.{type(executor).__qualname__}"
-        return cls(name=name, theirs=theirs, nodes=1, ntasks_per_node=processes if processes > 1 else 0)
+        return cls(name=name, theirs=theirs, nodes=nodes, ntasks_per_node=processes if nodes * processes > 1 else 0)
+
+    @property
+    def started_by_torchrun(self) -> bool:
+        """As `Executor.started_by_torchrun`."""
+        return (self.nodes or 1) > 1
+
+    def start_lines(self) -> str:
+        """As `Executor.start_lines`. Of torchrun's processes, the script is told the rank as Slurm would tell it."""
+        return _RANK if self.started_by_torchrun else super().start_lines()
 
     def gpus_of_a_node(self, nodes: int = 1) -> int:
         """The number of GPUs in the executor's own settings, or else of this machine."""

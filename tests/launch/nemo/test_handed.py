@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,8 @@ import pytest
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import nemo, watch
 from fiddlehead.launch.nemo import handed
-from fiddlehead.launch.nemo.accept import accepted
 from fiddlehead.launch.nemo.handed import HandedExecutor
-from fiddlehead.recipe import trust
+from fiddlehead.recipe import Recipe, trust
 from fiddlehead.recipes.tiny import tiny_test
 from fiddlehead.run import RunDirectory, State
 from fiddlehead.run.status import this_process
@@ -142,8 +144,6 @@ def submit(executor: Any, run: RunDirectory) -> str:
 
 def test_what_cannot_be_handed_over_is_refused(pending: RunDirectory) -> None:
     assert submit(Unknown(), pending).startswith("executor='Unknown': NeMo-Run has no scheduler for it")
-    with pytest.raises(ConfigError, match=r"^nodes=2: one node .* add the recipe to a run.Experiment"):
-        accepted(Mine(nodes=2))
     with pytest.raises(ConfigError, match=r"dependencies of a run\.Experiment"):
         HandedExecutor.of_nemo_run(Mine()).submit(pending, after=["b_2"])
 
@@ -153,3 +153,38 @@ def test_processes_follow_the_recipe_unless_the_executor_has_several() -> None:
     launched = HandedExecutor.of_nemo_run(Mine(launcher="torchrun", ntasks_per_node=2))
     assert launched.theirs.launcher is None and launched.ntasks_per_node == 2
     assert "theirs" not in json.dumps(launched.to_dict())
+
+
+@pytest.mark.slow
+def test_on_several_nodes_nemo_run_s_torchrun_starts_the_processes(
+    working_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for a cloud runs the command of NeMo-Run's torchrun component on two nodes, which are this machine."""
+    nodes: list[subprocess.Popen[bytes]] = []
+
+    def start(title: str, executor: Any, script: str) -> str:
+        assert isinstance(executor.get_launcher(), run.Torchrun)
+        file = working_directory / "lines.sh"
+        file.write_text("#!/usr/bin/bash\n" + script)
+        file.chmod(0o700)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", address]
+        command += ["--rdzv-id", "1", "--nnodes", "2", "--nproc-per-node", "1"]
+        for node in ("0", "1"):
+            nodes.append(subprocess.Popen([*command, "--node-rank", node, "--no-python", str(file)]))
+        return "exp_1"
+
+    monkeypatch.setattr(handed, "hand_over", start)
+    recipe = tiny_test()
+    recipe.trainer.max_steps, recipe.log.name = 2, "two"
+    made = recipe.launch(Mine(nodes=2))
+    assert [node.wait(60) for node in nodes] == [0, 0]
+    assert "validation: " in made.log.read_text() and (made.logs / "rank-1.txt").exists()
+    assert Recipe.load(made.recipe).trainer.num_nodes == 2
+    alone = tiny_test()
+    alone.trainer.max_steps, alone.log.name = 2, "alone"
+    one = alone.launch()
+    first, second = (float(each.last_metrics()["loss"]) for each in (made, one))
+    assert first == pytest.approx(second, rel=1e-5)
