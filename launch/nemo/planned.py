@@ -61,6 +61,10 @@ def refuse_unfit(recipe: Recipe, executor: Any, *, first: bool, despite: Sequenc
         first: no other task of the experiment can make files for it.
         despite: as of `Plan.submit`.
     """
+    nodes = recipe.trainer.num_nodes
+    if not started_by(executor).nodes and nodes != 1:
+        message = f"{type(executor).__name__} starts one process; several nodes need its launcher='torchrun', or Slurm"
+        raise ConfigError(Problem("trainer.num_nodes", nodes, message))
     shared = _shares_files(executor)
     made = _plan(recipe, executor, waits=not (first and shared), shared=shared)
     if first and shared:

@@ -21,7 +21,7 @@ from nemo_run.run import job
 from fiddlehead.errors import ConfigError
 from fiddlehead.launch import nemo, watch
 from fiddlehead.launch.nemo.experiments import accept_recipes, task_for_job
-from fiddlehead.launch.nemo.plugins import DespitePlugin
+from fiddlehead.launch.nemo.plugins import ConfigValidationPlugin, DespitePlugin, PreemptionPlugin, WandbPlugin
 from fiddlehead.launch.nemo.runner import run_in_job
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipes.llama import llama3_8b
@@ -71,10 +71,12 @@ def dry_run(folder: Path, *tasks: Any, **options: Any) -> run.Experiment:
 
 def test_the_job_of_a_task_is_a_run_with_what_its_plugins_have_set(working_directory: Path, logging_kept: None) -> None:
     recipe = tiny_test()
-    made = dry_run(working_directory, recipe, name="task", plugins=[Shorter()])
+    plugins = [Shorter(), PreemptionPlugin(), WandbPlugin(), ConfigValidationPlugin()]
+    made = dry_run(working_directory, recipe, name="task", plugins=plugins)
     task = written(made, "task")
     assert task.__fn_or_cls__ is run_in_job
     assert Recipe.from_yaml(task.recipe).trainer.max_steps == 3 and recipe.trainer.max_steps == 30
+    assert Recipe.from_yaml(task.recipe).log.wandb and not recipe.log.wandb
     assert task.folder == str(working_directory / "runs")
     assert task.name == f"task_{made._id.rpartition('_')[2]}"
     named = tiny_test()
@@ -99,6 +101,9 @@ def test_a_task_is_planned_when_it_is_added(working_directory: Path, logging_kep
         made.add(wrong, executor=run.LocalExecutor(), name="second")  # whose data the first one may make
         with pytest.raises(ConfigError, match=r"^trainer.strategy.tensor_parallel=3: "):
             made.add([tiny_test(), other], executor=[run.LocalExecutor(), two], name="third")
+        other.trainer.num_nodes = 2
+        with pytest.raises(ConfigError, match=r"^trainer.num_nodes=2: LocalExecutor starts one process; several"):
+            made.add(other, executor=run.LocalExecutor(), name="nodes")
         with pytest.raises(ConfigError, match=r"the plan does not fit: it needs .* GiB of a GPU") as error:
             made.add(large, executor=h100, name="large")
         assert "DespitePlugin(despite=['memory'])" in str(error.value)
