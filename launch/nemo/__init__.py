@@ -8,7 +8,7 @@
 
 The other files of this folder: `settings`, `fields` and `takes` make our executors from NeMo-Run's, `accept` does so
 wherever an executor is expected, and `handed` is for those that are used as they are; `experiments` and `runner` make
-runs of the recipes in NeMo-Run's experiments.
+runs of the recipes in NeMo-Run's experiments, `planned` plans these, and `plugins` has NeMo's plugins for them.
 
 Each workaround has a test in tests/launch/nemo/, which fails when a new release of NeMo-Run no longer needs it.
 fiddlehead.recipe.recipe makes NeMo-Run accept a `Recipe` as its own configuration; it needs no launcher. NeMo-Run is
