@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from fiddlehead import notebook
 from fiddlehead.errors import UNSET, ConfigError, Problem, refuse
 from fiddlehead.files.paths import user_path, working_directory
 from fiddlehead.launch import preview, submit
@@ -140,9 +140,7 @@ class Plan:
 
     def _repr_html_(self) -> str:
         rows = [("problem", str(problem)) for problem in self.problems] or self.rows()
-        cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
-        body = "".join(f"<tr>{row}</tr>" for row in cells)
-        return f'<table style="text-align: left; white-space: pre-wrap"><tbody>{body}</tbody></table>'
+        return notebook.STYLE + notebook.table((), rows)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values; the recipe as YAML."""

@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,18 @@ def test_html_is_escaped():
     assert "&lt;script&gt;" in page
     assert "<script>" not in page
     assert "<td>optim.lr</td><td>0.0003</td><td>" in page
+    assert "<script>" not in changed.diff(recipe())._repr_html_()
+
+
+def test_a_notebook_shows_each_value_once_in_the_closed_section_of_its_argument():
+    page = recipe()._repr_html_()
+    sections = re.findall(r"<details><summary><strong>(.+?)</strong> (.+?)</summary>(.+?)</details>", page)
+    shown = {name: re.findall(r"<tr><td>(.+?)</td><td>", table) for name, _, table in sections}
+    listed = [line.partition(" = ")[0] for line in str(recipe()).splitlines()[1:]]
+    assert list(shown) == [path for path in listed if "." not in path]
+    for name, paths in shown.items():
+        assert paths == ([path for path in listed if path.startswith(f"{name}.")] or [name])
+    assert {name: note for name, note, _ in sections}["optim"] == "Optim(...), 1 value"
 
 
 def test_diff_names_every_difference():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from fiddlehead import notebook
 from fiddlehead.attention import switches
 from fiddlehead.attention.backends import BACKENDS, RESERVED
 from fiddlehead.attention.packages import Package
@@ -105,11 +105,8 @@ class Choice:
         return "\n".join([f"{self.spec} on {self.target.name}", *lines])
 
     def _repr_html_(self) -> str:
-        cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self.rows())
-        body = "".join(f"<tr>{row}</tr>" for row in cells)
-        caption = html.escape(f"{self.spec} on {self.target.name}")
-        head = "<tr><th>backend</th><th>verdict</th><th>reason</th></tr>"
-        return f"<table><caption>{caption}</caption><thead>{head}</thead><tbody>{body}</tbody></table>"
+        table = notebook.table(("backend", "verdict", "reason"), self.rows(), f"{self.spec} on {self.target.name}")
+        return notebook.STYLE + table
 
 
 def explain(spec: AttentionSpec, target: Target, backend: str = "auto") -> Choice:

@@ -17,6 +17,7 @@ import fiddle as fdl
 import yaml
 from fiddle import daglish, history
 
+from fiddlehead import notebook
 from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.files.foreign import MAX_TEXT, read_text
@@ -60,13 +61,18 @@ class Recipe(fdl.Partial):
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        sources = self.sources()
-        rows = [(leaf.path, show(leaf.value), sources[leaf.path]) for leaf in leaves(self) if leaf.path]
-        cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
-        body = "".join(f"<tr>{row}</tr>" for row in cells)
-        caption = html.escape(show(fdl.get_callable(self)))
-        head = "<tr><th>path</th><th>value</th><th>set in</th></tr>"
-        return f"<table><caption>{caption}</caption><thead>{head}</thead><tbody>{body}</tbody></table>"
+        """A part for each argument of the task, which a reader opens; a table with where each value was set."""
+        sources, parts = self.sources(), dict[str, list[Leaf]]()
+        for leaf in leaves(self):
+            if leaf.path:
+                parts.setdefault(re.split(r"[.\[]", leaf.path)[0], []).append(leaf)
+        shown = []
+        for name, (first, *inner) in parts.items():
+            rows = [(leaf.path, show(leaf.value), sources[leaf.path]) for leaf in inner or [first]]
+            count = f", {len(inner)} value{'s' * (len(inner) > 1)}" if inner else ""
+            content = notebook.table(("path", "value", "set in"), rows)
+            shown.append(notebook.section(name, f"{show(first.value)}{count}", content))
+        return f"{notebook.STYLE}<p>{html.escape(show(fdl.get_callable(self)))}</p>{''.join(shown)}"
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `from_yaml` loads back to an equal recipe.
@@ -253,9 +259,15 @@ class Differences(list[Difference]):
     """All differences of two recipes; prints as two columns."""
 
     def __str__(self) -> str:
-        rows = [(difference.path or "(task)", show(difference.left), show(difference.right)) for difference in self]
+        rows = self._rows()
         widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
         return "\n".join(f"{path:<{widths[0]}}  {left:<{widths[1]}}  {right}" for path, left, right in rows)
+
+    def _repr_html_(self) -> str:
+        return notebook.STYLE + notebook.table(("path", "left", "right"), self._rows())
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        return [(difference.path or "(task)", show(difference.left), show(difference.right)) for difference in self]
 
 
 def _by_path(recipe: fdl.Buildable) -> dict[str, Leaf]:
