@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import RESULTS, save, table
+from measure import RESULTS, picture, save, save_picture, table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fiddlehead.attention import BACKENDS, AttentionSpec, Target, attend, explain
@@ -103,7 +103,7 @@ def main() -> None:
         for part in arguments.only:
             figures[part] = PARTS[part](arguments.rounds)
             save("attention", figures, ["torch"], where, folder=arguments.out)
-    draw(json.loads((arguments.out / "attention.json").read_text())["figures"], arguments.png)
+    draw(json.loads((arguments.out / "attention.json").read_text()), arguments.png)
 
 
 # -- time
@@ -434,42 +434,57 @@ def _linear_residual(used: dict[int, float]) -> float:
 PARTS = {"times": times, "overhead": overhead, "memory": memory}
 
 
-def draw(figures: dict[str, Any], png: Path) -> None:
-    """TFLOP/s against length, and memory against length."""
-    import matplotlib
+def draw(results: dict[str, Any], png: Path) -> None:
+    """Draws TFLOP/s against length, and memory against length."""
+    from fiddlehead.runs.curves import PALETTE
+    from fiddlehead.runs.picture import INK, name_lines
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
-    for axis, head_dim in zip(axes[:2], (64, 128), strict=True):
+    figure, (*speed, memory) = picture(8, 10.5, rows=3)
+    colours = dict(zip(("flash4", "cudnn", "flash3", "sdpa_flash", "flash2", "reference"), PALETTE, strict=True))
+    for axis, head_dim in zip(speed, (64, 128), strict=True):
         points: dict[str, list[tuple[int, float]]] = {}
-        for result in figures["times"].values():
+        for result in results["figures"]["times"].values():
             case = Case(**result["case"])
             if (case.head_dim, case.groups, case.window, case.packed) == (head_dim, 8, -1, False):
                 for name, tflops in result["both"]["tflops"].items():
-                    if name != "measured":
-                        points.setdefault(name, []).append((case.length, tflops))
-        for name, line in points.items():
-            style: dict[str, Any] = {"color": "black", "linestyle": ":", "linewidth": 3} if name == "auto" else {}
-            axis.plot(*zip(*line, strict=True), marker="o", markersize=4, label=name, **style)
-        axis.set(title=f"forward and backward, 32/8 heads of {head_dim}", xlabel="tokens", ylabel="TFLOP/s", ylim=0)
-        axis.set_xscale("log", base=2, nonpositive="clip")
-    for name, result in figures["memory"].items():
-        line = [(int(length), mib / 1024) for length, mib in result["mib"].items()]
-        axes[2].plot(*zip(*line, strict=True), marker="o", markersize=4, label=name)
-    axes[2].set(title="memory of one layer, 32/8 heads of 128", xlabel="tokens", ylabel="GiB")
-    axes[2].set_xscale("log", base=2)
-    axes[2].set_yscale("log", base=2)
-    axes[2].yaxis.set_major_formatter("{x:g}")
-    for axis in axes:
-        ticks = [1024, 4096, 16384, 32768] if axis is not axes[2] else [4096 * 2**i for i in range(6)]
-        axis.set_xticks(ticks, [f"{n // 1024}k" for n in ticks])
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    png.parent.mkdir(exist_ok=True)
-    figure.savefig(png, dpi=130)
-    print(f"wrote {png}")
+                    points.setdefault(name, []).append((case.length, tflops))
+        for name in filter(points.get, colours):
+            style = "o--" if name == "flash3" else "o-"  # which often is as fast as flash4
+            axis.plot(*zip(*points[name], strict=True), style, color=colours[name], label=name)
+        rings = {"markersize": 12, "markerfacecolor": "none", "markeredgecolor": INK}
+        axis.plot(*zip(*points["auto"], strict=True), "o", label="_", **rings)
+        axis.set(title=f"32/8 heads of {head_dim}, forward and backward; rings: auto", ylabel="TFLOP/s", ylim=0)
+        ticks(axis, [1024, 4096, 16384, 32768])
+        name_lines(axis)
+    for names, line in _together(results["figures"]["memory"]).items():
+        style = {"color": colours[names[0]], "label": ", ".join(names)}
+        memory.plot([length for length, _ in line], [mib / 1024 for _, mib in line], "o-", **style)
+    memory.set(title="Memory of one layer, 32/8 heads of 128", xlabel="tokens", ylabel="GiB")
+    memory.set_yscale("log", base=2)
+    memory.yaxis.set_major_formatter("{x:g}")
+    ticks(memory, [4096 * 2**i for i in range(6)])
+    name_lines(memory)
+    save_picture(figure, png, results["where"])
+
+
+def _together(memory: dict[str, Any]) -> dict[tuple[str, ...], list[tuple[int, float]]]:
+    """The lengths and MiB of the kernels; those that need the same, to a hundredth, are one line."""
+    found: dict[tuple[str, ...], list[tuple[int, float]]] = {}
+    for name, result in memory.items():
+        line = [(int(length), mib) for length, mib in result["mib"].items()]
+        same = [names for names, other in found.items() if _same(other, line)]
+        found[(*same[0], name) if same else (name,)] = found.pop(same[0]) if same else line
+    return found
+
+
+def _same(left: list[tuple[int, float]], right: list[tuple[int, float]]) -> bool:
+    return len(left) == len(right) and all(abs(a / b - 1) < 0.01 for (_, a), (_, b) in zip(left, right, strict=True))
+
+
+def ticks(axis: Any, lengths: list[int]) -> None:
+    """Lengths on a logarithmic axis, as people write them."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
 
 
 if __name__ == "__main__":

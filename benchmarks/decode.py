@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, save
+from measure import RESULTS, picture, save, save_picture
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -129,7 +129,7 @@ def main() -> None:
         Console(width=150).print(table(figures))
         where = {"device": Target.of(device).name, "packages": asdict(installed(probe=device.type == "cuda"))}
         save(arguments.out.stem, figures, ["torch"], where, folder=arguments.out.parent)
-    draw(json.loads(arguments.out.read_text())["figures"], arguments.png)
+    draw(json.loads(arguments.out.read_text()), arguments.png)
 
 
 def measured(device: torch.device, length: int, batches: list[int], rounds: int) -> dict[str, Any]:
@@ -278,35 +278,27 @@ def table(figures: dict[str, Any]) -> Table:
     return shown
 
 
-def draw(figures: dict[str, Any], png: Path) -> None:
-    """Tokens a second and bytes of the cache, for each kind of heads and batch, by the backend that "auto" takes."""
-    import matplotlib
+def draw(results: dict[str, Any], png: Path) -> None:
+    """Draws tokens a second and the size of the cache, for each kind of heads and batch, by the backend of "auto"."""
+    from fiddlehead.runs.curves import PALETTE
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    figures = results["figures"]
     chosen = [row for row in figures["rows"] if row["chosen"] and not row["paged"]]
-    batches = sorted({row["batch"] for row in chosen})
-    kinds = list(HEADS)
-    width = 0.8 / len(batches)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    panels = (("tokens/s", "tokens_per_s", 1, "{:,.0f}"), ("cache, MiB", "bytes", 2**20, "{:,.0f}"))
-    for axis, (label, field, unit, text) in zip(axes, panels, strict=True):
-        for i, batch in enumerate(batches):
-            rows = [row for row in chosen if row["batch"] == batch]
-            places = [kinds.index(row["kind"]) + (i - (len(batches) - 1) / 2) * width for row in rows]
-            bars = axis.bar(places, [row[field] / unit for row in rows], width, label=f"batch {batch}")
-            axis.bar_label(bars, fmt=text, fontsize=7)
-        axis.set(yscale="log", ylabel=label)
-        axis.set_xticks(range(len(kinds)), [f"{kind}\n{NUM_ATTENTION_HEADS}/{n}" for kind, n in HEADS.items()])
-        axis.margins(y=0.12)
-        axis.grid(axis="y", alpha=0.3)
-        axis.set_axisbelow(True)
-    axes[0].legend(fontsize=8)
-    figure.suptitle(f"decoding with a cache of {figures['length']:,}, one layer, bfloat16, heads of {HEAD_DIM}")
-    png.parent.mkdir(exist_ok=True)
-    figure.savefig(png, dpi=130)
-    print(f"wrote {png}")
+    names = [f"{row['kind']} ({NUM_ATTENTION_HEADS}/{HEADS[row['kind']]}), batch {row['batch']}" for row in chosen]
+    figure, both = picture(9, 4.8, columns=2)
+    both[0].set_title(f"Decoding, a cache of {figures['length']:,} tokens, one layer, bfloat16, heads of {HEAD_DIM}")
+    panels = (("tokens/s", "tokens_per_s", 1), ("size of the cache (MiB)", "bytes", 2**20))
+    for axis, (label, field, unit) in zip(both, panels, strict=True):
+        values = [row[field] / unit for row in chosen]
+        for place, (row, value) in enumerate(zip(chosen, values, strict=True)):
+            axis.plot(value, place, "o", color=PALETTE[list(HEADS).index(row["kind"])], markersize=8)
+            beside = {"textcoords": "offset points", "va": "center", "bbox": {"fc": "white", "ec": "none", "pad": 1}}
+            axis.annotate(f"{value:,.0f}", (value, place), (10, 0), **beside)
+        axis.set(xscale="log", xlabel=f"{label}, logarithmic", xlim=(min(values) / 2, max(values) * 5))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.set_yticks(range(len(names)), names if axis is both[0] else [""] * len(names))
+        axis.invert_yaxis()
+    save_picture(figure, png, results["where"])
 
 
 if __name__ == "__main__":

@@ -4,17 +4,19 @@
 
 trains the demo with multi-head attention (`tiny_mha`, about a minute on two cores), pools its key/value heads in each
 of the three ways, and continues each with `tiny_uptrain`, as it does the model that was not converted. Prints a table,
-and writes benchmarks/results/gqa.json and docs/gqa.png.
+and writes benchmarks/results/gqa.json and docs/gqa.png, which `--draw` draws again from the results.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
 
 import fiddle as fdl
 from lightning.pytorch import Trainer
-from measure import save, table
+from measure import RESULTS, picture, save, save_picture, table
 
 from fiddlehead.checkpoints.grouped_query import convert_gqa
 from fiddlehead.launch import launch
@@ -22,6 +24,7 @@ from fiddlehead.recipes.tiny import tiny_mha, tiny_uptrain
 from fiddlehead.training import LanguageModel
 
 HERE = Path(__file__).parent
+PICTURE = HERE.parent / "docs" / "gqa.png"
 METHODS = ("mean", "first", "random")
 
 
@@ -46,7 +49,12 @@ def trained(recipe, name: str, out: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs-gqa"))
-    out = parser.parse_args().out
+    parser.add_argument("--draw", action="store_true", help="only draw the picture")
+    arguments = parser.parse_args()
+    if arguments.draw:
+        draw(json.loads((RESULTS / "gqa.json").read_text()))
+        return
+    out = arguments.out
     original = trained(tiny_mha(), "mha", out)
     rows = {"4 groups, as it was": (val_loss(original), val_loss(more(original, "mha-more", out)))}
     for groups in (2, 1):
@@ -60,7 +68,7 @@ def main() -> None:
     print(table(["validation loss, nats a token", "converted", "after 5 % more"], shown))
     figures = {name: {"converted": before, "uptrained": later} for name, (before, later) in rows.items()}
     save("gqa", figures, ["torch", "lightning"])
-    draw(rows)
+    draw(json.loads((RESULTS / "gqa.json").read_text()))
 
 
 def more(weights: Path, name: str, out: Path) -> Path:
@@ -70,29 +78,31 @@ def more(weights: Path, name: str, out: Path) -> Path:
     return trained(recipe, name, out)
 
 
-def draw(rows: dict[str, tuple[float, float]]) -> None:
-    import matplotlib
+def draw(results: dict[str, Any]) -> None:
+    """Draws the validation loss of each conversion, before and after more training."""
+    from fiddlehead.runs.curves import PALETTE
+    from fiddlehead.runs.picture import DIM
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
-    (reference, continued), *_ = rows.values()
-    names = [name for name in rows if not name.startswith("4")]
-    for at, name in enumerate(names):
-        before, later = rows[name]
-        first = not at
-        axes.plot([at, at], [before, later], color="#b7c4d1", linewidth=2, zorder=1)
-        axes.scatter(at, before, color="white", edgecolor="#2f6690", s=60, label="converted" if first else None)
-        axes.scatter(at, later, color="#2f6690", s=60, label="after 5 % more training" if first else None)
-    axes.axhline(reference, color="black", linewidth=0.8, linestyle="--", label="multi-head, as it was")
-    axes.axhline(continued, color="black", linewidth=0.8, linestyle=":", label="multi-head, after 5 % more")
-    axes.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names])
-    axes.set_ylabel("validation loss, nats a token")
-    axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
-    axes.margins(y=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(HERE.parent / "docs" / "gqa.png", dpi=130)
+    figure, axes = picture(7, 3.6)
+    (reference, *_), *_ = [tuple(row.values()) for row in results["figures"].values()]
+    rows = {name: row for name, row in results["figures"].items() if not name.startswith("4")}
+    for at, row in enumerate(rows.values()):
+        axes.plot([at, at], list(row.values()), color=DIM, linewidth=1.5, zorder=1)
+        axes.plot(at, row["converted"], "o", color=PALETTE[1], markersize=9)
+        axes.plot(at, row["uptrained"], "o", color=PALETTE[0], markersize=9)
+    axes.axhline(reference, color=DIM, linewidth=1, linestyle="dashed")
+    beside = {"xytext": (-9, 0), "textcoords": "offset points", "va": "center", "ha": "right", "fontsize": 10}
+    named = "2 groups, random"  # where there is room
+    axes.annotate("converted", (list(rows).index(named), rows[named]["converted"]), **beside)
+    axes.annotate("after 5 % more training", (list(rows).index(named), rows[named]["uptrained"]), **beside)
+    above = {"xytext": (0, -6), "textcoords": "offset points", "va": "top", "ha": "right", "fontsize": 10}
+    axes.annotate("multi-head, before the conversion", (len(rows) - 0.5, reference), **above)
+    axes.set_xlim(-0.5, len(rows) - 0.5)
+    axes.set_xticks(range(len(rows)), [name.replace(", ", "\n") for name in rows])
+    axes.set_ylabel("validation loss (nats per token)")
+    axes.margins(y=0.15)
+    axes.grid(axis="x", visible=False)
+    save_picture(figure, PICTURE, results["where"])
 
 
 if __name__ == "__main__":

@@ -10,10 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fiddlehead.environment import describe_machine
 from fiddlehead.figures import compare, read
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -99,3 +102,25 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return value
+
+
+def picture(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+    """A figure in the style of the documentation, of a size in inches, and its axes; of several, an array of them."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    from fiddlehead.runs.picture import STYLE
+
+    mpl.rcParams.update(STYLE)
+    figure = Figure(figsize=(width, height))
+    return figure, figure.subplots(rows, columns)
+
+
+def save_picture(figure: Figure, png: Path, where: Mapping[str, Any]) -> None:
+    """Writes a picture that names the device and the versions."""
+    from fiddlehead.runs.picture import DPI, measured_on, write_note
+
+    write_note(figure, measured_on(where))
+    png.parent.mkdir(exist_ok=True)
+    figure.savefig(png, dpi=DPI)
+    print(f"wrote {png}")

@@ -21,7 +21,7 @@ from typing import Any
 
 import fiddle as fdl
 import torch
-from measure import RESULTS, save, table
+from measure import RESULTS, picture, save, save_picture, table
 
 from fiddlehead.data import BPETokenizer
 from fiddlehead.recipe import Recipe
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="only draw the picture")
     arguments = parser.parse_args()
     if arguments.draw:
-        draw(json.loads((RESULTS / "muon.json").read_text())["figures"])
+        draw(json.loads((RESULTS / "muon.json").read_text()))
         return
     torch.set_num_threads(arguments.threads)
 
@@ -56,7 +56,7 @@ def main() -> None:
         for rate in RATES[name]:
             runs[f"{rate:g}"] = train(name, rate, arguments.steps, arguments.sequences)
     save("muon", figures, ["torch"])
-    draw(figures)
+    draw(json.loads((RESULTS / "muon.json").read_text()))
     rows = [
         [name, rate, f"{last(run):.3f}", f"{run['seconds_per_step']:.2f}"]
         for name, runs in figures["runs"].items()
@@ -114,26 +114,23 @@ def model(rate: float, steps: int, sequences: int) -> Recipe:
     return recipe
 
 
-def draw(figures: dict[str, Any]) -> None:
-    """The validation losses of all runs, those of each optimizer's best rate boldly."""
-    import matplotlib
+def draw(results: dict[str, Any]) -> None:
+    """Draws the validation losses of all runs, with a name for the best rate of each optimizer."""
+    from fiddlehead.runs.curves import PALETTE
+    from fiddlehead.runs.picture import name_lines
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    for (name, runs), color in zip(figures["runs"].items(), ("#6699cc", "#b3400f"), strict=True):
+    figure, axes = picture(7, 4)
+    for (name, runs), colour in zip(results["figures"]["runs"].items(), PALETTE, strict=False):
         best = min(runs, key=lambda rate: last(runs[rate]))
         for rate, run in runs.items():
-            bold = (
-                {"marker": "o", "label": f"{name}, rate {rate}: {last(run):.2f}"} if rate == best else {"alpha": 0.35}
-            )
-            axes.plot(*zip(*run["val_loss"], strict=True), color=color, **bold)
-    axes.set_xlabel(f"step of {figures['tokens_per_step']:,} tokens")
-    axes.set_ylabel("validation loss, nats a token")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(PICTURE, dpi=130)
+            style = {"marker": "o"} if rate == best else {"linewidth": 1, "linestyle": "dashed"}
+            label = f"{name}, rate {rate}" if rate == best else "_"
+            axes.plot(*zip(*run["val_loss"], strict=True), color=colour, label=label, **style)
+    axes.set_title("Validation loss; dashed: other rates of the same optimizer")
+    axes.set_xlabel(f"step of {results['figures']['tokens_per_step']:,} tokens")
+    axes.set_ylabel("validation loss (nats per token)")
+    name_lines(axes)
+    save_picture(figure, PICTURE, results["where"])
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from fiddlehead.errors import ConfigError
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.names import find_run
-from fiddlehead.runs.picture import STYLE
-
-TRAINING, VALIDATION = "#6699cc", "#b3400f"
+from fiddlehead.runs.curves import PALETTE
+from fiddlehead.runs.picture import DPI, STYLE, measured_on, name_lines, write_note
+from fiddlehead.runs.record import read_run
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         figure = draw(run)
     except ConfigError as error:
         parser.error(str(error))
-    figure.savefig(arguments.out or run.path / "loss.png", dpi=150)
+    figure.savefig(arguments.out or run.path / "loss.png", dpi=DPI)
 
 
 def draw(run: RunDirectory) -> Figure:
@@ -47,19 +47,19 @@ def draw(run: RunDirectory) -> Figure:
     if not training:
         raise ConfigError(f"run {run.name!r} has no loss in {run.metrics}")
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        figure = Figure(figsize=(8, 4.5))
         axes = figure.add_subplot(title=f"{run.name}: loss", xlabel="step", ylabel="loss (nats per token)")
-        axes.plot(*zip(*training, strict=True), color=TRAINING, label="training")
+        axes.plot(*zip(*training, strict=True), color=PALETTE[0], label="training")
         if validation:
-            axes.plot(*zip(*validation, strict=True), color=VALIDATION, marker="o", label="validation")
-        axes.grid()
+            axes.plot(*zip(*validation, strict=True), color=PALETTE[1], marker="o", label="validation")
         if per_byte:
             # The validation data are the same each time, so one factor serves all steps.
             bytes_per_token = validation[-1][1] / per_byte[-1][1]
             scales = partial(np.multiply, 1 / bytes_per_token), partial(np.multiply, bytes_per_token)
-            right = axes.secondary_yaxis("right", functions=scales)
+            right = axes.secondary_yaxis(1.22, functions=scales)
             right.set_ylabel("nats per byte")
-        axes.legend(frameon=False)
+        name_lines(axes)
+        write_note(figure, measured_on(read_run(run).environment))
     return figure
 
 

@@ -145,7 +145,8 @@ def _deliver(
     if png:
         from fiddlehead.runs import picture
 
-        picture.save(charts, user_path(png))
+        notes = dict.fromkeys(picture.measured_on(record.environment) for record in records)
+        picture.save(charts, user_path(png), "\n".join(filter(None, notes)))
         say_written(png)
     if as_json:
         print(json.dumps(export.to_json(records, charts), indent=1, allow_nan=False))  # noqa: T201

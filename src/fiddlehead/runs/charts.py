@@ -25,8 +25,9 @@ def figure(chart: Chart) -> str:
         for number, curve in enumerate(thin.curves)
     )
     legend = f"<ul class=legend>{names}</ul>" if len(thin.curves) > 1 else ""
+    title = escape(chart.y_label)
     return (
-        f"<figure class=chart><figcaption>{escape(chart.title)}</figcaption><div class=plot>{_svg(thin)}</div>{legend}"
+        f"<figure class=chart><figcaption>{title}</figcaption><div class=plot>{_svg(thin)}</div>{legend}"
         f"<script type=application/json>{_points(thin)}</script></figure>"
     )
 

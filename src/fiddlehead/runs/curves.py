@@ -11,8 +11,11 @@ from fiddlehead.run.history import Axis, smoothed
 from fiddlehead.runs.record import Record
 
 AXIS_LABELS = {"step": "step", "tokens": "tokens", "hours": "hours of training steps"}
-PALETTE = ("#3572b0", "#c4501b", "#2f8a4c", "#8a4fb0", "#a67c00", "#0f8a8f", "#c43a77", "#6b7280")
-"""The colours of curves. They are told apart on white and on black, and by most people who see colours differently."""
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""The colours of curves: those that Okabe and Ito chose for people who see colours differently. Yellow and black are
+left out: one is hard to see on a light page, the other on a dark one."""
+NATS = ("loss", "val_loss")
+"""The metrics whose names do not have their unit."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,11 @@ class Chart:
     title: str
     x_label: str
     curves: list[Curve]
+
+    @property
+    def y_label(self) -> str:
+        """The metric with its unit."""
+        return f"{self.title} (nats)" if self.title in NATS else self.title
 
     def bounds(self) -> tuple[float, float, float, float]:
         """The lowest and highest x, then the lowest and highest y, of the finite points; 0 to 1 if there are none."""

@@ -73,7 +73,7 @@ def svg(coordinates: Sequence[Coordinate], names: Sequence[str], best: int) -> H
     for number in reversed(range(len(names))):  # the best on top
         points = [(x, each.places[number]) for x, each in zip(xs, coordinates, strict=True)]
         text = " ".join(f"{x:.1f},{down(place):.1f}" for x, place in points if place is not None)
-        kind = f"line c{number % len(PALETTE)}" if number < best else "line grid"
+        kind = f"line c{number % len(PALETTE)} d{number // len(PALETTE) % 4}" if number < best else "line grid"
         parts.append(f'<polyline class="{kind}" points="{text}"><title>{escape(names[number])}</title></polyline>')
     for index, (x, each) in enumerate(zip(xs, coordinates, strict=True)):
         parts.append(f'<line class=axis x1="{x:.1f}" x2="{x:.1f}" y1="{down(0)}" y2="{down(1)}"/>')
@@ -96,31 +96,36 @@ def figure(coordinates: Sequence[Coordinate], names: Sequence[str], best: int) -
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    from fiddlehead.runs.picture import STYLE
+    from fiddlehead.runs.picture import DASHES, DIM, FAINT, STYLE, name_lines
 
-    with mpl.rc_context(STYLE):
-        made = Figure(figsize=(max(8, 1.8 * len(coordinates)), 5), layout="constrained")
+    with mpl.rc_context(STYLE | {"axes.grid": False}):
+        made = Figure(figsize=(max(8, 1.8 * len(coordinates)), 4.5))
         axes = made.add_subplot()
         for number in reversed(range(len(names))):
             points = [(x, each.places[number]) for x, each in enumerate(coordinates)]
-            xs, ys = (
-                [x for x, place in points if place is not None],
-                [place for _, place in points if place is not None],
-            )
-            colour = PALETTE[number % len(PALETTE)] if number < best else "#d1d9e0"
-            (line,) = axes.plot(xs, ys, color=colour, linewidth=2 if number < best else 1)
-            line.set_label(f"\u200b{names[number]}" if number < best else "_")
+            xs = [x for x, place in points if place is not None]
+            ys = [place for _, place in points if place is not None]
+            named = number < best
+            (line,) = axes.plot(xs, ys, color=PALETTE[number % len(PALETTE)] if named else FAINT)
+            line.set(linewidth=2 if named else 1, linestyle=DASHES[number // len(PALETTE) % 4] if named else "solid")
+            line.set_label(f"\u200b{names[number]}" if named else "_")
+        axes.set_xlim(-0.6, len(coordinates) - 1)
+        axes.set_ylim(-0.05, 1.05)
+        name_lines(axes)
         for x, each in enumerate(coordinates):
-            axes.axvline(x, color="#59636e", linewidth=1)
+            axes.vlines(x, 0, 1, color=DIM, linewidth=1)
             for place, text in each.marks:
-                axes.annotate(f"{_cut(text)} ", (x, place), ha="right", va="center", fontsize="small")
+                said = {
+                    "ha": "right",
+                    "va": "center",
+                    "fontsize": "small",
+                    "bbox": {"fc": "white", "ec": "none", "pad": 1},
+                }
+                axes.annotate(f"{_cut(text)} ", (x, place), **said)
         axes.set_xticks(range(len(coordinates)), [_last(each.name) for each in coordinates])
-        axes.set_xlim(-0.6, len(coordinates) - 0.8)
+        axes.tick_params(bottom=False)
         axes.set_yticks([])
-        axes.spines["left"].set_visible(False)
-        axes.spines["bottom"].set_visible(False)
-        handles, labels = axes.get_legend_handles_labels()
-        made.legend(handles[::-1], labels[::-1], loc="outside lower left", frameon=False, fontsize="small")
+        axes.spines[["left", "bottom"]].set_visible(False)
     return made
 
 
