@@ -1,11 +1,13 @@
-"""Hooks of mkdocs for the site of the documentation: the version, and what lies outside docs/."""
+"""Hooks of mkdocs for the site of the documentation: the version, and what lies outside docs/, notebooks too."""
 
 from __future__ import annotations
 
+import html
+import json
 import posixpath
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -19,7 +21,10 @@ OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/README.md": "benchmarks/repeat.md",
-    "examples/edit_a_recipe.ipynb": "examples/edit_a_recipe.ipynb",
+    "examples/notebooks/recipes.ipynb": "notebooks/recipes.md",
+    "examples/notebooks/fine_tuning.ipynb": "notebooks/fine_tuning.md",
+    "examples/notebooks/attention.ipynb": "notebooks/attention.md",
+    "examples/notebooks/sweep.ipynb": "notebooks/sweep.md",
 }
 """Files of the repository that are part of the site, and their paths there."""
 
@@ -37,8 +42,37 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     from mkdocs.structure.files import File
 
     for path, uri in OUTSIDE.items():
-        files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
+        if path.endswith(".ipynb"):
+            made = File.generated(config, uri, content=as_markdown(json.loads((ROOT / path).read_text())))
+        else:
+            made = File.generated(config, uri, abs_src_path=str(ROOT / path))
+        files.append(made)
     return files
+
+
+def as_markdown(notebook: dict[str, Any]) -> str:
+    """A notebook as a page: its text, its code, and the output that is saved with it."""
+    parts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        parts += [shown for output in cell["outputs"] if (shown := _output(output, cell["metadata"].get("alt", "")))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _output(output: dict[str, Any], alt: str) -> str:
+    """What a cell has printed or shown, as Markdown."""
+    data = output.get("data", {})
+    if "text/html" in data:
+        return f'<div class="output">{"".join(data["text/html"])}</div>'
+    if "image/png" in data:
+        picture = "".join(data["image/png"]).replace("\n", "")
+        return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{picture}">'
+    text = "".join(output.get("text", data.get("text/plain", ""))).rstrip()
+    return f"```{{ .text .output }}\n{text}\n```" if text else ""
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
