@@ -67,6 +67,7 @@ format: $(VENV)/.installed-dev  ## Rewrite the code in the format that `make lin
 
 docs: $(VENV)/.installed-dev  ## Build the site of the documentation: site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Documentation of version $$($(BIN)/python -c 'import fiddlehead; print(fiddlehead.__version__)')"
 	@echo "Look at it:  $(BIN)/python -m http.server --directory site"
 
 wheel: $(VENV)/.installed-dev  ## Build dist/*.whl and the source archive

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import posixpath
 import re
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +35,12 @@ LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Shows the version of the package in the header, and so in the title of every page."""
+    """Shows the version of the package in the header, and so in every title; in the footer also the commit."""
     config.site_name += f" {VERSION}"
+    described = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # an archive of the source is not in git
+        commit = subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
+        config.copyright = f"{config.copyright} · version {VERSION} · commit {commit}"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -95,5 +101,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    r"""Shows `\|` in a table as `|`, also in code, as GitHub does."""
+    r"""Shows `\|` in a table as `|`, also in code, as GitHub does, and lets the keyboard scroll wide code."""
+    html = html.replace("<pre><span></span><code>", '<pre><span></span><code tabindex="0">')
     return re.sub(r"<td\b.*?</td>", lambda cell: cell[0].replace(r"\|", "|"), html, flags=re.DOTALL)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Names the dialog of the search, which the theme does not."""
+    return output.replace('role="dialog">', 'role="dialog" aria-label="Search">')

@@ -62,7 +62,9 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
     folder.mkdir()
     notebook = nbformat.read(path, as_version=4)
     if os.environ.get("UPDATE_NOTEBOOKS"):
-        NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": folder}}).execute()
+        monkeypatch.setenv("PYTHONWARNINGS", "ignore:IProgress")  # of tqdm, about a package for widgets
+        options = {"timeout": 300, "kernel_name": "python3", "coalesce_streams": True}
+        NotebookClient(notebook, resources={"metadata": {"path": folder}}, **options).execute()
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)  # the times
         nbformat.write(notebook, path)

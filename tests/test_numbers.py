@@ -106,6 +106,8 @@ def test_both_betas_are_looked_at(betas: Any) -> None:
         (figure(7680.0), "7,680"),
         (figure(3.0289612e-05), "3.02896e-5"),
         (figure(175.8731, 4), "175.9"),
+        (figure(1396.8731), "1,396.87"),
+        (figure(-123456.7), "-123,457"),
         (figure(math.nan), "nan"),
         (few_digits(150_415.4), "150,415"),
         (few_digits(45.36), "45.4"),

@@ -30,6 +30,7 @@ class Page(HTMLParser):
 
     def __init__(self, file: Path) -> None:
         super().__init__()
+        self.lang = self.title = ""
         self.levels: list[int] = []
         self.without_alt: list[str] = []
         self.links: list[str] = []
@@ -47,6 +48,8 @@ class Page(HTMLParser):
         self.classes |= set(given.get("class", "").split())
         if tag in ("h1", "h2", "h3", "h4", "h5", "h6"):
             self.levels.append(int(tag[1]))
+        if tag == "html":
+            self.lang = given.get("lang", "")
         if tag == "img" and not given.get("alt"):
             self.without_alt.append(given.get("src", ""))
         if tag == "a" and "href" in given:
@@ -56,6 +59,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         parents = self._open[-2:]
+        if parents == ["head", "title"]:
+            self.title += data
         if "p" in parents and "code" not in parents and re.search(r"^(- |\| |```|#+ )|\]\(\S+\)", data, re.MULTILINE):
             self.unread.append(data)
         if "td" in self._open and "\\|" in data:
@@ -90,8 +95,18 @@ def pages(site: Path) -> dict[str, Page]:
 @pytest.mark.slow
 def test_the_site_has_every_page_and_shows_the_version(site, pages):
     written = {path.relative_to(ROOT / "docs").with_suffix("") for path in (ROOT / "docs").rglob("*.md")}
+    written |= {Path("notebooks", path.stem) for path in (ROOT / "examples" / "notebooks").glob("*.ipynb")}
     assert {str(path / "index.html") if path.name != "index" else "index.html" for path in written} <= set(pages)
-    assert f"fiddlehead {__version__}" in (site / "index.html").read_text()
+    start = (site / "index.html").read_text()
+    assert f"fiddlehead {__version__}" in start and re.search(rf"version {re.escape(__version__)} · commit \w+", start)
+
+
+@pytest.mark.slow
+def test_a_keyboard_scrolls_wide_code_and_a_screen_reader_hears_what_the_search_is(site):
+    for page in ("index.html", "notebooks/recipes/index.html", "runs/index.html"):
+        text = (site / page).read_text()
+        assert text.count('<code tabindex="0">') == len(re.findall(r"<pre\b", text)) > 0
+        assert 'role="dialog" aria-label="Search">' in text
 
 
 @pytest.mark.slow
@@ -125,7 +140,10 @@ def test_a_page_has_one_title_its_headings_skip_no_level_and_its_images_are_desc
         assert found.levels[0] == 1 and found.levels.count(1) == 1, page
         assert all(after - before <= 1 for before, after in zip(found.levels, found.levels[1:], strict=False)), page
         assert found.without_alt == [], page
+        assert found.lang == "en", page
         assert found.unread == [], page
+    titles = [found.title for found in pages.values()]
+    assert all(titles) and len(set(titles)) == len(titles)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from html import escape
 
 # Jupyter aligns the cells of a table to the right. Colours are left to the notebook, which may be dark.
 STYLE = (
-    "<style>table.fiddlehead :is(td, th) { text-align: left; vertical-align: top; overflow-wrap: anywhere; "
+    "<style>table.fiddlehead :is(td, th, caption) { text-align: left; vertical-align: top; overflow-wrap: anywhere; "
     "white-space: pre-wrap } table.fiddlehead td:first-child { white-space: nowrap }</style>"
 )
 

@@ -36,8 +36,10 @@ def plain(number: float) -> str:
 
 
 def figure(number: float, digits: int = 6) -> str:
-    """A measured number with a few digits: 7680.0 is "7,680", 3.028961e-05 "3.02896e-5", 175.8731 "175.873"."""
+    """A measured number with a few digits: 7680.0 is "7,680", 3.028961e-05 "3.02896e-5", 1396.8731 "1,396.87"."""
     rounded = float(f"{number:.{digits}g}")
+    if 1000 <= abs(rounded) < 1e15 and not rounded.is_integer():
+        return f"{rounded:,}"
     return plain(int(rounded)) if rounded.is_integer() and abs(rounded) < 1e15 else plain(rounded)
 
 

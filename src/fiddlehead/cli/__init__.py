@@ -41,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # their locals could show secrets
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Start with:  fiddlehead recipes  ·  fiddlehead show tiny  ·  fiddlehead pretrain tiny",
+    epilog="Start with:  fiddlehead recipes  ·  fiddlehead pretrain tiny",
 )
 
 

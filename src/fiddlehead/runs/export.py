@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, TextIO
 
+from fiddlehead import numbers
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.run.history import Axis
@@ -99,10 +100,10 @@ def show_result(result: Result) -> str:
     """The final value; if another one was better, that too, with its step."""
     if result.final is None:
         return ""
-    final = f"{result.final:.6g}"
+    final = numbers.figure(result.final)
     if result.best is None or result.best == result.final:
         return final
-    return f"{final} (best {result.best:.6g} at step {short(result.best_step or 0)})"
+    return f"{final} (best {numbers.figure(result.best)} at step {short(result.best_step or 0)})"
 
 
 def write(option: str, file: Path, text: str) -> None:

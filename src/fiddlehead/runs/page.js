@@ -20,13 +20,17 @@ function draw(figure) {
   const series = told.curves.map((curve, number) => ({
     label: curve.name, stroke: COLOURS[number % COLOURS.length], width: 1.5,
     dash: dashes[Math.floor(number / COLOURS.length) % 4], value: (_, value) => short(value),
-    points: { show: curve.xs.length < 30 } }));
+    points: { show: curve.xs.length < 30, size: 4, fill: COLOURS[number % COLOURS.length] } }));
   const width = place.clientWidth;
   const options = { width, height: Math.round(width * 0.55), scales: { x: { time: false } },
     cursor: { drag: { x: true, y: false } }, axes: [{ ...axis, size: 24, label: told.x, labelSize: 16, labelGap: 0, labelFont: axis.font }, { ...axis, size: 46 }],
     series: [{ label: told.x, value: (_, value) => short(value) }, ...series] };
   place.replaceChildren();
-  made.set(figure, new uPlot(options, uPlot.join(told.curves.map((curve) => [curve.xs, curve.ys])), place));
+  const chart = new uPlot(options, uPlot.join(told.curves.map((curve) => [curve.xs, curve.ys])), place);
+  const newest = () => chart.setLegend({ idxs: chart.data.map((values) => values.findLastIndex((value) => value != null)) });
+  chart.over.addEventListener("mouseleave", newest);
+  newest();
+  made.set(figure, chart);
   const legend = figure.querySelector(".legend");
   if (legend) legend.remove();
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -88,4 +89,11 @@ def _read(name: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    return f"<td class=n>{value:,}</td>" if isinstance(value, int) else f"<td>{html(value)}</td>"
+    if isinstance(value, int):
+        return f"<td class=n>{value:,}</td>"
+    text = html(value)
+    return f"<td>{text if isinstance(value, Html) else _WORD_ENDS.sub('<wbr>', text)}</td>"
+
+
+_WORD_ENDS = re.compile(r"(?<=\w[._:/])(?=[A-Za-z])|(?<=_)(?=[A-Za-z])")
+"""Where a long name may be broken: behind its dots, colons, slashes and underscores."""

@@ -24,6 +24,7 @@ STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
     "axes.facecolor": "#ffffff",
     "axes.axisbelow": True,
+    "axes.prop_cycle": f"cycler(color={list(PALETTE)})",
     "axes.grid": True,
     "axes.titlesize": "medium",
     "axes.titlelocation": "left",
