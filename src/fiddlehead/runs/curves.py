@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fiddlehead.errors import ConfigError, Problem
+from fiddlehead.numbers import figure
 from fiddlehead.run.history import Axis, smoothed
 from fiddlehead.runs.record import Record
 
@@ -102,13 +103,13 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A number of an axis in few characters: 1.5M, 0.003, 2e-05."""
+    """A number of an axis in few characters: 1.5M, 0.003, 2e-5."""
     size = abs(value)
     for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
             unit = 1e3 if letter == "k" else limit
             return f"{value / unit:.4g}{letter}"
-    return f"{value:.4g}"
+    return figure(value, 4)
 
 
 def _curve(record: Record, metric: str, axis: Axis) -> tuple[list[float], list[float]]:

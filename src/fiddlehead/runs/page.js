@@ -6,7 +6,7 @@ const short = (value) => {
   if (value === null || value === undefined) return "";
   for (const [limit, unit, letter] of [[1e12, 1e12, "T"], [1e9, 1e9, "B"], [1e6, 1e6, "M"], [1e4, 1e3, "k"]])
     if (Math.abs(value) >= limit) return +(value / unit).toPrecision(4) + letter;
-  return String(+value.toPrecision(4));
+  return value && Math.abs(value) < 1e-3 ? String(value.toExponential(3)).replace(/\.?0+e/, "e") : String(+value.toPrecision(4));
 };
 const made = new Map();
 function draw(figure) {
@@ -27,7 +27,11 @@ function draw(figure) {
     series: [{ label: told.x, value: (_, value) => short(value) }, ...series] };
   place.replaceChildren();
   const chart = new uPlot(options, uPlot.join(told.curves.map((curve) => [curve.xs, curve.ys])), place);
-  const newest = () => chart.setLegend({ idxs: chart.data.map((values) => values.findLastIndex((value) => value != null)) });
+  // Without a pointer on it the legend has the newest values; uPlot empties it after these events.
+  const newest = () => setTimeout(() => {
+    if (chart.cursor.idx == null)
+      chart.setLegend({ idxs: chart.data.map((values) => values.findLastIndex((value) => value != null)) });
+  }, 50);
   chart.over.addEventListener("mouseleave", newest);
   newest();
   made.set(figure, chart);
