@@ -101,8 +101,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    r"""Shows `\|` in a table as `|`, also in code, as GitHub does, and lets the keyboard scroll wide code."""
-    html = html.replace("<pre><span></span><code>", '<pre><span></span><code tabindex="0">')
+    r"""Shows `\|` in a table as `|`, also in code, as GitHub does; an empty corner of a table is not a heading."""
+    html = re.sub(r"<th\b[^>]*></th>", "<td></td>", html)
     return re.sub(r"<td\b.*?</td>", lambda cell: cell[0].replace(r"\|", "|"), html, flags=re.DOTALL)
 
 

@@ -20,6 +20,7 @@ from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.names import find_run
 from fiddlehead.run.status import State
 from fiddlehead.runs.events import read_events
+from fiddlehead.runs.page import page, table
 from fiddlehead.runs.report import report
 from tests.runs.samples import HOSTILE, made
 
@@ -117,6 +118,18 @@ def test_the_page_has_the_plan_the_kernels_the_events_and_where_values_were_set(
     assert "optim.lr0.001command line: optim.lr=0.001" in page.text
     assert "100.0 ms" in page.text and "data 20.0 ms (20%)" in page.text
     assert sum(tag == "svg" for tag, _ in page.tags) == 5
+
+
+def test_a_long_name_breaks_at_its_dots_and_no_cell_heads_a_column_without_a_title():
+    made_table = table(["", "b"], [["model.config.hidden_size", "0.003"], ["data:Fine", 7]])
+    assert "model.<wbr>config.<wbr>hidden_<wbr>size" in made_table and "<td>0.003</td>" in made_table
+    assert (
+        "data:<wbr>Fine" in made_table
+        and "<td class=n>7</td>" in made_table
+        and "<th scope=col></th>" not in made_table
+    )
+    text = page("title", "body")
+    assert text.count("<main>") == text.count("</main>") == 1 and "<html lang=en>" in text and "<title>title<" in text
 
 
 @pytest.mark.parametrize(

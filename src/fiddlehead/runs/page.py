@@ -43,7 +43,7 @@ def page(title: str, body: str, *, zooms: bool = True, refresh: int = 0) -> str:
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         f'<meta http-equiv=Content-Security-Policy content="{policy(own)}">'
         f'<meta name=viewport content="width=device-width, initial-scale=1">{again}'
-        f"<title>{escape(title)}</title><style>{_style()}</style></head><body>{body}{part}</body></html>\n"
+        f"<title>{escape(title)}</title><style>{_style()}</style></head><body><main>{body}</main>{part}</body></html>\n"
     )
     return text.encode(errors="replace").decode()  # halves of surrogate pairs, which a name may have
 
@@ -61,7 +61,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "") ->
     Args:
         kind: "list" has one line for each row.
     """
-    titles = "".join(f"<th>{html(cell)}</th>" for cell in head)
+    titles = "".join(f"<th scope=col>{html(cell)}</th>" if cell else "<td></td>" for cell in head)
     top = f"<thead><tr>{titles}</tr></thead>" if any(head) else ""
     lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return Html(f'<div class=wide><table class="{kind}">{top}<tbody>{lines}</tbody></table></div>')
