@@ -59,7 +59,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         parents = self._open[-2:]
-        if parents == ["head", "title"]:
+        if parents[-1:] == ["title"] and "head" in self._open and "svg" not in self._open:
             self.title += data
         if "p" in parents and "code" not in parents and re.search(r"^(- |\| |```|#+ )|\]\(\S+\)", data, re.MULTILINE):
             self.unread.append(data)
@@ -103,7 +103,7 @@ def test_the_site_has_every_page_and_shows_the_version(site, pages):
 
 @pytest.mark.slow
 def test_a_screen_reader_hears_what_the_search_is_and_no_empty_headings(site):
-    for page in sorted(site.rglob("*.html")):
+    for page in (page for page in sorted(site.rglob("*.html")) if page.name != "404.html"):
         text = page.read_text()
         assert 'role="dialog" aria-label="Search">' in text and 'role="dialog">' not in text, page
         assert re.findall(r"<th\b[^>]*>\s*</th>", text) == [], page

@@ -95,10 +95,11 @@ def figure(coordinates: Sequence[Coordinate], names: Sequence[str], best: int) -
     """The same picture as a figure of matplotlib."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
 
-    from fiddlehead.runs.picture import DASHES, DIM, FAINT, STYLE, name_lines
+    from fiddlehead.runs.picture import DASHES, DIM, FAINT, STYLE, apart, line_height, name_lines
 
-    with mpl.rc_context(STYLE | {"axes.grid": False}):
+    with mpl.rc_context({**STYLE, "axes.grid": False}):
         made = Figure(figsize=(max(8, 1.8 * len(coordinates)), 4.5))
         axes = made.add_subplot()
         for number in reversed(range(len(names))):
@@ -109,19 +110,19 @@ def figure(coordinates: Sequence[Coordinate], names: Sequence[str], best: int) -
             (line,) = axes.plot(xs, ys, color=PALETTE[number % len(PALETTE)] if named else FAINT)
             line.set(linewidth=2 if named else 1, linestyle=DASHES[number // len(PALETTE) % 4] if named else "solid")
             line.set_label(f"\u200b{names[number]}" if named else "_")
-        axes.set_xlim(-0.6, len(coordinates) - 1)
+        axes.set_xlim(-0.6, len(coordinates) - 0.98)
         axes.set_ylim(-0.05, 1.05)
         name_lines(axes)
+        halo = [withStroke(linewidth=3, foreground="white")]
         for x, each in enumerate(coordinates):
             axes.vlines(x, 0, 1, color=DIM, linewidth=1)
-            for place, text in each.marks:
-                said = {
-                    "ha": "right",
-                    "va": "center",
-                    "fontsize": "small",
-                    "bbox": {"fc": "white", "ec": "none", "pad": 1},
-                }
-                axes.annotate(f"{_cut(text)} ", (x, place), **said)
+            places = apart(
+                [place for place, _ in each.marks], 1.1 * line_height(axes, 10)
+            )  # the axes go from -0.05 to 1.05
+            for (_, text), place in zip(each.marks, places, strict=True):
+                axes.annotate(
+                    f"{_cut(text)} ", (x, place), ha="right", va="center", fontsize=10, path_effects=halo, zorder=4
+                )
         axes.set_xticks(range(len(coordinates)), [_last(each.name) for each in coordinates])
         axes.tick_params(bottom=False)
         axes.set_yticks([])

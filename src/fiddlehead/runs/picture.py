@@ -94,14 +94,15 @@ def name_lines(axes: Axes) -> None:
 
     Names at the right edge that would cover each other are moved apart. A label that begins with _ is not written.
     """
-    axes.get_xlim(), axes.get_ylim()  # which fits them to the lines
+    axes.autoscale_view()
     to_axes = axes.transData + axes.transAxes.inverted()
-    size = axes.xaxis.label.get_fontsize() * 0.9
-    gap = size * 1.3 * axes.figure.dpi / 72 / axes.bbox.height  # one line of text, in parts of the axes
+    size = 0.9 * float(axes.xaxis.label.get_fontsize())
+    gap = line_height(axes, size)
     at_edge = []
     for line in axes.lines:
-        points = [point for point in line.get_xydata() if np.isfinite(point).all()]
-        if not points or str(line.get_label()).startswith("_"):
+        points = np.asarray(line.get_xydata(), dtype=float)
+        points = points[np.isfinite(points).all(axis=1)]
+        if not len(points) or str(line.get_label()).startswith("_"):
             continue
         x, y = to_axes.transform(points[-1])
         if x > 0.9:
@@ -121,6 +122,11 @@ def name_lines(axes: Axes) -> None:
             arrowprops={"arrowstyle": "-", "color": line.get_color(), "linewidth": 1.2, "shrinkA": 1, "shrinkB": 2},
             annotation_clip=False,
         )
+
+
+def line_height(axes: Axes, size: float) -> float:
+    """The height of a line of text of `size` points, as a part of the height of the axes."""
+    return size * 1.3 * axes.get_figure(root=True).dpi / 72 / axes.bbox.height  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def apart(places: Sequence[float], gap: float) -> list[float]:
