@@ -21,6 +21,7 @@ PICTURES = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 RUN = """
 import json, sys
 from IPython.core.interactiveshell import InteractiveShell
+InteractiveShell.enable_gui = lambda *_: None  # for `%matplotlib inline`, as a kernel has it
 shell = InteractiveShell.instance()
 for source in json.load(open(sys.argv[1])):
     shell.run_cell(source, silent=True).raise_error()
@@ -53,6 +54,7 @@ def sources(notebook: nbformat.NotebookNode) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @each_notebook
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
     """With fewer steps. `UPDATE_NOTEBOOKS=1` runs all of them, and saves the notebook with its new output."""
