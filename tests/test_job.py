@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import fiddle as fdl
 import pytest
 
 from fiddlehead.errors import ConfigError, StopRequested
-from fiddlehead.job import LAUNCHER_LOCK, _launcher_lock, execute
+from fiddlehead.job import LAUNCHER_LOCK, _launcher_lock, _outlive, execute
 from fiddlehead.recipes.tiny import tiny_test
 from fiddlehead.run import locks, outcomes, preflight, workers
 from fiddlehead.run.directory import RunDirectory
@@ -350,6 +351,27 @@ def test_it_stops_when_its_launcher_is_gone(make: Make, tmp_path: Path) -> None:
         job = make(variables={"FIDDLEHEAD_LAUNCHER_LOCK": str(lock)}).start().at_step(2)
     assert job.end() == (130,)
     assert job.status.state is State.CANCELLED and job.status.reason.endswith("its launcher is gone")
+
+
+@pytest.mark.parametrize(
+    ("state", "attempt", "stopped"), [(State.RUNNING, 1, True), (State.SUCCEEDED, 1, False), (State.RUNNING, 2, False)]
+)
+def test_a_job_whose_launcher_is_gone_stops_no_other_attempt(
+    tmp_path: Path, state: State, attempt: int, stopped: bool
+) -> None:
+    """As when it is started again by hand, while the process of the first attempt shuts down."""
+    run = RunDirectory(tmp_path)
+    run.write_status(replace(this_process(1, "local"), state=State.RUNNING))
+    lock = tmp_path / "lock"
+    with lock.open("w") as file, ThreadPoolExecutor() as pool:
+        locks.wait_for(file)
+        waiting = pool.submit(_outlive, run, lock)
+        reads = Path("/proc/locks")
+        wait_until(lambda: re.search(rf"-> FLOCK .* READ .*:{lock.stat().st_ino} ", reads.read_text()) is not None)
+        run.write_status(replace(this_process(attempt, "local"), state=state))
+        file.close()
+        waiting.result(timeout=30)
+    assert (run.stop_request() is not None) == stopped
 
 
 @pytest.mark.slow

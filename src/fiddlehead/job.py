@@ -259,10 +259,12 @@ def _launcher_lock() -> Path | None:
 
 
 def _outlive(run: RunDirectory, lock: Path) -> None:
-    """Waits until the launcher has ended, which releases its lock; then stops the run."""
+    """Waits until the launcher has ended, which releases its lock; then stops this attempt of the run."""
+    mine = run.written_status()
     locks.wait_until_free(lock)
     status = run.written_status()
-    if status is not None and status.state.ended:  # so the launcher may go, while this process shuts down
+    # The launcher may go while this process, which has ended its attempt, shuts down: even if the next one runs already.
+    if status is not None and (status.state.ended or (mine is not None and status.attempt != mine.attempt)):
         return
     signals.ask(run, StopRequest("its launcher is gone"))
 
