@@ -124,7 +124,8 @@ class Plan:
         where += [f"it cannot start here: {reason}" for reason in self.missing if reason not in self.training.missing]
         if self.training.memory is not None and self.training.card is None:
             where.append(f"GPU: {UNKNOWN}")
-        where += [f"would be refused: {problem}" for problem in self.refusals.values()]
+        # The remedies, which a refusal also names, are in the section of the memory.
+        where += [f"would be refused: {problem.splitlines()[0]}" for problem in self.refusals.values()]
         resume = resume_lines(self.training, self.start, None if self.awaits_start else self.step)
         return as_rows({**self.training.sections(usd_per_gpu_hour), "resume": resume, "where": where})
 

@@ -41,3 +41,7 @@ def test_an_error_on_a_terminal_ends_its_lines_between_words(monkeypatch, capsys
     printed = capsys.readouterr().err
     assert max(map(len, printed.splitlines())) <= 40 and " ".join(printed.split()) == text
     assert "model.config.num_query_groups=3:" in printed.split()
+    cli._say(f"error: two ways:\n  {text}\nor none")
+    first, *way, last = capsys.readouterr().err.splitlines()
+    assert (first, last) == ("error: two ways:", "or none")
+    assert [len(line) - len(line.lstrip()) for line in way] == [2, *[4] * (len(way) - 1)] and len(way) > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import cache
 from typing import Any
 
@@ -15,12 +16,14 @@ from fiddlehead.recipe.edits import apply_overrides
 from fiddlehead.recipes import gpt, llama, mistral
 
 KEEP = "model.activation_checkpointing=None"
+FULL = ["model.activation_checkpointing=full", "data.micro_batch_size=1"]
 CASES: dict[str, tuple[Any, list[str], str]] = {
     "a large micro-batch": (llama.llama3_8b, [KEEP, "data.micro_batch_size=4"], "h100"),
     "long sequences": (llama.llama3_8b_64k, [KEEP], "h100"),
     "a small GPU": (llama.llama32_1b, ["trainer.devices=1", "data.micro_batch_size=1"], "rtx4090"),
     "float32": (llama.llama32_3b, ["trainer.devices=1", "trainer.precision=32-true", "data.seq_length=2048"], "l40s"),
     "few nodes": (mistral.mixtral_8x7b, ["trainer.num_nodes=2"], "h100"),
+    "a very long sequence": (llama.llama32_1b, ["trainer.devices=1", "data.seq_length=524288", *FULL], "h100"),
     "copies": (gpt.gpt2_1p5b, ["trainer.strategy=ddp", "data.micro_batch_size=16"], "a100_40"),
 }
 
@@ -67,6 +70,19 @@ def test_bits_and_gpus_are_among_the_remedies() -> None:
         for edit in r.layout.edits
     }
     assert edits >= {"trainer.precision", "optim.state_bits", "trainer.devices", "trainer.num_nodes"}
+
+
+def test_tiles_main_memory_and_a_shared_sequence_are_remedies_for_long_sequences() -> None:
+    here, more = of("a very long sequence")[1].remedies
+    assert here.layout.edits == ("model.tiled_mlp=8192", "model.activation_offloading=true")
+    assert more.layout.edits == ("trainer.devices=4", "trainer.strategy.context_parallel=4")
+    of_a_mixture = [edit for each in of("few nodes")[1].remedies for edit in each.layout.edits]
+    assert not any(edit.startswith("model.tiled_mlp") for edit in of_a_mixture)  # it has none
+
+
+def test_edits_are_written_as_a_shell_takes_them() -> None:
+    remedy = next(each for each in of("copies")[1].remedies if any("(" in edit for edit in each.layout.edits))
+    assert shlex.split(remedy.row().partition(": ")[0]) == list(remedy.layout.edits)
 
 
 def test_a_plan_that_fits_has_no_remedies_and_one_that_is_tight_has() -> None:

@@ -67,6 +67,21 @@ def test_tiles_are_computed_again_once() -> None:
     assert products() < products(tiled_mlp=4096) < products(recompute="full")
 
 
+def test_inputs_in_main_memory_cost_a_fifth_of_their_way_there_and_back() -> None:
+    """Where the computation takes longer than the copies."""
+    config, held, setting, _, _ = parts_of("1b b4 full")
+
+    def step(**changes: Any) -> Speed:
+        found = speed(config, held, replace(setting, **changes), CARDS["h100"], 4096, gpus=1, gpus_per_node=8)
+        assert found is not None
+        return found
+
+    here, there = step(), step(offloads=True)
+    copied = 2 * 2 * config.num_layers * setting.tokens * config.hidden_size * setting.micro_batches
+    assert there.links == {"main memory": pytest.approx(0.2 * copied / 25e9)}
+    assert there.step == pytest.approx(here.step + there.links["main memory"])
+
+
 def test_in_float32_or_on_a_card_that_is_not_known_there_is_no_prediction() -> None:
     assert predicted("1b b4 float32") is None
     config, held, setting, data, _ = parts_of("1b b4")

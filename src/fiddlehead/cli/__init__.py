@@ -130,6 +130,10 @@ def main() -> None:
 def _say(text: str) -> None:
     """Prints an error; on a terminal its lines end between words."""
     if sys.stderr.isatty():
-        width = width_of(sys.stderr)
-        text = textwrap.fill(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        wrapper = textwrap.TextWrapper(width_of(sys.stderr), break_long_words=False, break_on_hyphens=False)
+        lines = text.splitlines()
+        for number, line in enumerate(lines):
+            wrapper.subsequent_indent = "  " + line[: len(line) - len(line.lstrip())]
+            lines[number] = wrapper.fill(line)
+        text = "\n".join(lines)
     print(text, file=sys.stderr)  # noqa: T201

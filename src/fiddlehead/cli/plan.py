@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -134,7 +135,7 @@ def _needs_gpu(recipe: Recipe) -> bool:
 def _show_layouts(found: Sequence[Layout]) -> None:
     made = table("layouts that fit, fastest first", "tokens/s", "GiB a GPU")
     for each in found:
-        edits = " ".join(each.edits) or "the recipe as it is"
+        edits = shlex.join(each.edits) or "the recipe as it is"
         rate = f"{each.speed.tokens_per_s:,.0f}" if each.speed is not None else ""
         add_row(made, edits, rate, f"{each.memory.peak / 2**30:.1f}")
     show(made)

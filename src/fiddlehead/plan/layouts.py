@@ -178,11 +178,12 @@ class _Search:
         return bool(refused + self.now.optim.problems(precision, split, adapters=self.now.model.lora is not None))
 
     def _compile(self, sizes: Sizes) -> Any:
-        """What is compiled: a mixture whose experts are split is not, and what is cut is compiled by layers."""
+        """What is compiled: no mixture with split experts; by layers what is cut or has tiles."""
         mode = self.now.model.compile_mode
         if sizes.expert > 1:
             return None
-        return "layers" if self.devices.cut and mode == "model" else mode
+        by_layers = self.devices.cut or self.now.model.tiled_mlp is not None
+        return "layers" if by_layers and mode == "model" else mode
 
     def _served(self, tensor: int, context: int) -> bool:
         """Whether kernels serve the heads of such ranks."""

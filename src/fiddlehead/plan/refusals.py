@@ -12,8 +12,8 @@ REFUSALS = ("memory", "time")
 """The names by which `despite` overrides them."""
 DISK_BYTES_PER_S = 1e9
 """At which each node is taken to write its part of a checkpoint."""
-LONG = 32_768
-"""The length of sequences from which tiles of the feed-forward are a way to save memory."""
+SHOWN = 3
+"""How many of a plan's remedies a refusal has."""
 
 
 def refusals(plan: TrainingPlan, nodes: int = 1, time_limit: float | None = None) -> dict[str, Problem]:
@@ -70,20 +70,15 @@ def _of_memory(plan: TrainingPlan) -> Problem | None:
     memory, card = plan.memory, plan.card
     if plan.fits is not False or memory is None or card is None:
         return None
-    ways = [
-        "model.activation_checkpointing=full",
-        "more GPUs that share the model (trainer.strategy=Parallel())",
+    lines = [
+        f"the plan does not fit: it needs {memory.needed_gib:.1f} GiB of a GPU, {memory.needed_gib - card.gib:.1f} GiB "
+        f"more than {card.name} has ({card.gib:.1f} GiB)",
+        "no small change makes it fit; `fiddlehead plan --fit` searches all layouts of these GPUs",
+        _anyway("memory"),
     ]
-    if plan.micro_batch_size > 1:
-        ways.insert(0, f"data.micro_batch_size below {plan.micro_batch_size}")
-    if (plan.config.seq_length or 0) >= LONG and plan.config.num_moe_experts is None:
-        ways.insert(-1, "model.tiled_mlp=8192")
-    return Problem(
-        "",
-        message=f"the plan does not fit: it needs {memory.needed_gib:.1f} GiB of a GPU, "
-        f"{memory.needed_gib - card.gib:.1f} GiB more than {card.name} has ({card.gib:.1f} GiB); try "
-        f"{', '.join(ways)}, or what `fiddlehead plan --fit` finds; {_anyway('memory')}",
-    )
+    if plan.remedies:
+        lines[1:2] = ["what makes it fit:", *(f"  {each.row()}" for each in plan.remedies[:SHOWN])]
+    return Problem("", message="\n".join(lines))
 
 
 def _of_time(plan: TrainingPlan, nodes: int, time_limit: float | None) -> Problem | None:

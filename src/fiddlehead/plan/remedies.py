@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fiddlehead.plan.cards import Card
 from fiddlehead.plan.layouts import Layout, fitting
-from fiddlehead.plan.memory import GIB
 from fiddlehead.plan.rank_memory import Training
 from fiddlehead.plan.speed import Speed
 from fiddlehead.training import AdamW
@@ -18,6 +19,8 @@ MOST_EDITS = 3
 MOST_REMEDIES = 6
 MOST_TIMES = 64
 """More GPUs than these times the recipe's are not tried."""
+TILES = (8192, 2048)
+"""The numbers of tokens that are tried for a tile of the feed-forward."""
 MORE_GPUS = ("trainer.devices", "trainer.num_nodes")
 """What is edited for them."""
 
@@ -32,9 +35,9 @@ class Remedy:
     """Tokens per second of all GPUs together, over those of the recipe as it is; None if not known."""
 
     def row(self) -> str:
-        """A line of a summary."""
-        speed = "" if self.relative_speed is None else f", {self.relative_speed:.2f} of the tokens/s"
-        return f"{' '.join(self.layout.edits)}: {self.layout.memory.peak / GIB:.1f} GiB{speed}"
+        """A line of a summary, with the edits as a shell takes them."""
+        speed = "" if self.relative_speed is None else f", {self.relative_speed:.2f} x the tokens/s"
+        return f"{shlex.join(self.layout.edits)}: {self.layout.memory.needed_gib:.1f} GiB{speed}"
 
     def to_dict(self) -> dict[str, Any]:
         """The edits, the memory and the speed with them, and the relative speed, as JSON values."""
@@ -45,7 +48,8 @@ def remedies(training: Training, card: Card, speed: Speed | None) -> tuple[Remed
     """The remedies on these GPUs with the fewest edits, the fastest first; then that with more GPUs, if it is as small.
 
     Of each kind, the fastest counts. Tried are another micro-batch, computing more again, other splits over the GPUs,
-    bfloat16 parameters and 8-bit moments. The global batch stays as it is.
+    tiles of the feed-forward, layers' inputs in main memory, bfloat16 parameters and 8-bit moments. The global batch
+    stays as it is.
 
     Args:
         speed: of the training as it is.
@@ -83,14 +87,22 @@ def _rank(remedy: Remedy) -> tuple[float, float]:
 
 
 def _changed(training: Training) -> Iterator[tuple[list[str], Training]]:
-    """The training as it is, and with fewer bits."""
+    """The training as it is, with fewer bits, and with less of its activations on the GPU."""
     yield [], training
-    devices, optim = training.devices, training.optim
+    devices, optim, model = training.devices, training.optim, training.model
     for precision in {"32-true": ("bf16-mixed", "bf16-true"), "bf16-mixed": ("bf16-true",)}.get(devices.precision, ()):
         changed = replace(training, devices=replace(devices, precision=precision))
         yield [f"trainer.precision={precision}"], changed
     if isinstance(optim, AdamW) and optim.state_bits == 32:
         yield ["optim.state_bits=8"], replace(training, optim=replace(optim, state_bits=8))
+    for tile in (model.tiled_mlp,) if model.tiled_mlp is not None else (None, *TILES):
+        edits = [] if tile == model.tiled_mlp else [f"model.tiled_mlp={tile}"]
+        for offloads in dict.fromkeys((model.offloads, True)):
+            chosen = edits if offloads == model.offloads else [*edits, "model.activation_offloading=true"]
+            if chosen:
+                changed = copy.copy(model)
+                changed.tiled_mlp, changed.offloads = tile, offloads
+                yield chosen, replace(training, model=changed)
 
 
 def _larger(training: Training) -> Iterator[tuple[list[str], Training]]:

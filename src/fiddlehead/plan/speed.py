@@ -32,7 +32,7 @@ class Speed:
     """Norms, activations, residuals, the softmax of the loss, casts of weights."""
     optimizer: float
     links: dict[str, float] = field(hash=False)
-    """Communication that no computation hides, by the link that it takes: NVLink or PCIe, InfiniBand."""
+    """Exchanges that no computation hides, by what they wait for: NVLink or PCIe, InfiniBand, main memory."""
     bubble: float
     """In which ranks of a pipeline wait for each other."""
     tokens_per_s: float
@@ -46,7 +46,7 @@ class Speed:
 
     @property
     def communication(self) -> float:
-        """Seconds of communication that no computation hides, over all links."""
+        """Seconds of exchanges that no computation hides, over all links."""
         return sum(self.links.values())
 
     @property
@@ -112,7 +112,10 @@ def speed(
     optimizer += held.step_operations / (card.flops * part["products"])
     links = _Links.of(card, part["link"], gpus_per_node)
     exchanged = links.seconds(work.exchanged())
-    communication = _waited(batches, exchanged, links.seconds(work.shared()), computed * batches)
+    shared = links.seconds(work.shared())
+    if setting.offloads:  # to main memory and back
+        shared["main memory"] = batches * 2 * work.inputs() / PCIE
+    communication = _waited(batches, exchanged, shared, computed * batches)
     waits = (sizes.pipeline - 1) / (batches * max(1, sizes.stages // sizes.pipeline)) if sizes.pipeline > 1 else 0.0
     bubble = batches * (computed + sum(exchanged.values())) * waits
     step = batches * computed + bubble + optimizer + sum(communication.values())
@@ -234,6 +237,10 @@ class _Work:
             weights += 20 * self.gathered
         return self.tokens * (b * values + 8 * logits * (self.config.vocab_size or 0)) + weights
 
+    def inputs(self) -> float:
+        """Bytes of the inputs of all layers."""
+        return self.layers * self.tokens * self.config.hidden_size * self.setting.of_products
+
     def exchanged(self) -> list[tuple[int, float]]:
         """What ranks exchange of a micro-batch's activations, as `_Links.seconds` takes it; nothing hides it."""
         sizes, b = self.sizes, self.setting.of_products
@@ -274,7 +281,8 @@ def _waited(
 
     Args:
         exchanged: seconds of each of the micro-batches.
-        shared: seconds of a step; its computation hides a part of them.
+        shared: seconds of a step, of what ranks share and of what is in main memory between the passes; the computation
+            hides a part of them.
         computed: the seconds of a step's computation.
     """
     # A layer is gathered while the one before computes, but the first has to wait, and both share the GPU.
