@@ -17,6 +17,7 @@ from fiddlehead.launch.local import local
 from fiddlehead.launch.shell import Answer, Shell
 from fiddlehead.launch.slurm import slurm
 from fiddlehead.launch.sweep import Sweep, Variant, run_all
+from fiddlehead.numbers import few_digits
 from fiddlehead.plan import training
 from fiddlehead.plan.cards import CARDS
 from fiddlehead.plan.memory import Memory
@@ -181,6 +182,10 @@ def test_a_dryrun_says_that_the_launch_would_be_refused(
     code, out, err = typed(monkeypatch, capsys, *words)
     assert code == 2 and "would be refused" in out and err.startswith("error: the plan does not fit")
     assert typed(monkeypatch, capsys, *words, "--despite", "memory")[0] == 0
+    code, out, _ = typed(monkeypatch, capsys, "pretrain", "tiny_test", "executor=local", "--dryrun", "--script")
+    table, job = out.split("\n=== ")
+    assert code == 0 and "tiny_test" in table and job.startswith("job.sh\n#!/bin/bash\n")
+    assert typed(monkeypatch, capsys, *words[:-1], "--script")[2] == "error: --script goes with --dryrun, of one run\n"
     code, _, err = typed(
         monkeypatch, capsys, *words, "--despite", "memory", "executor.time=0:01", "executor.save_before=0"
     )
@@ -194,8 +199,10 @@ def test_a_dryrun_says_that_the_launch_would_be_refused(
     assert code == 2 and "more than a100 has" in err
     code, _, err = typed(monkeypatch, capsys, *words[:5], "--gpu", "a100")
     assert code == 2 and "the run trains on the GPUs of this machine" in err
-    code, _, err = typed(monkeypatch, capsys, *words, "optim.lr=1e-3,2e-3", "--sweep")
-    assert code == 0
+    code, out, err = typed(monkeypatch, capsys, *words, "optim.lr=1e-3,2e-3", "--sweep")
+    assert code == 0 and "on H100s at 40 % MFU, as the speed is not known" in out
     cluster("gpu:h100:8")
-    code, _, err = typed(monkeypatch, capsys, *words, "optim.lr=1e-3,2e-3", "--sweep")
+    code, out, err = typed(monkeypatch, capsys, *words, "optim.lr=1e-3,2e-3", "--sweep")
     assert code == 2 and err.count("does not fit") == 2
+    hours = plan(one_gpu(llama2_13b()), slurm()).training.gpu_hours
+    assert hours is not None and f"{few_digits(2 * hours)} by the plans, on h100" in out and "MFU" not in out

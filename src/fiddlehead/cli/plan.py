@@ -24,7 +24,7 @@ from fiddlehead.cli.common import (
 from fiddlehead.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from fiddlehead.launch import Plan
     from fiddlehead.plan.cards import Card
@@ -82,8 +82,7 @@ def plan(
         print(json.dumps({**values, "scripts": scripts} if script else values, indent=1))  # noqa: T201
         return
     if script:
-        for file, text in scripts.items():
-            print(f"=== {file}\n{text}")  # noqa: T201
+        show_scripts(scripts)
         return
     rows = [*planned.rows(name=name, usd_per_gpu_hour=usd), *changes]
     if card is not None and gpu is None:
@@ -121,6 +120,12 @@ def show_plan(name: str, where: str, rows: Sequence[tuple[str, str]]) -> None:
     for row in rows:
         add_row(made, *row)
     show(made)
+
+
+def show_scripts(scripts: Mapping[str, str]) -> None:
+    """Prints the texts of `Plan.scripts`."""
+    for file, text in scripts.items():
+        print(f"=== {file}\n{text}")  # noqa: T201
 
 
 def _needs_gpu(recipe: Recipe) -> bool:

@@ -16,7 +16,7 @@ import typer
 from fiddlehead.cli.after import in_queue_of, unfinished, wait_for
 from fiddlehead.cli.common import load_recipe
 from fiddlehead.cli.ending import say_ending
-from fiddlehead.cli.plan import fitted_rows, named_card, show_plan
+from fiddlehead.cli.plan import fitted_rows, named_card, show_plan, show_scripts
 from fiddlehead.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -71,12 +71,14 @@ def start_run(
     fit: bool,
     direct: bool,
     to_yaml: Path | None,
+    script: bool,
     after: Sequence[str],
 ) -> None:
     """Plans one run, shows the plan, and starts the run unless the request says otherwise.
 
     Args:
         planned: the executor that the plan is for; None plans for this process, or for `gpu`.
+        script: also print the scripts that would be submitted.
         after: the names of runs that have to succeed before.
     """
     from fiddlehead import launch
@@ -97,7 +99,9 @@ def start_run(
     if not request.dryrun:
         plan.refuse_start(request.despite)
     where = "in this process" if direct else f"on {gpu}" if gpu and planned is None else request.where
+    scripts = plan.scripts(name=name, allow=request.allow) if script else {}
     show_plan(name, where, [*plan.rows(name=name), *changes])
+    show_scripts(scripts)
     if request.dryrun:
         if shipped := plan.dry_run():
             print(shipped.replace("shipped", "would ship"))  # noqa: T201

@@ -14,12 +14,13 @@ from fiddlehead.cli.plan import show_plan
 from fiddlehead.cli.start import Request, typed_command
 from fiddlehead.cli.sweep import show_results
 from fiddlehead.errors import ConfigError, Problem, refuse
-from fiddlehead.numbers import scientific, short
+from fiddlehead.numbers import count, few_digits, scientific, short
 
 if TYPE_CHECKING:
     from fiddlehead.launch import Plan
     from fiddlehead.launch.executor import Executor
     from fiddlehead.launch.sweep import Sweep, Variant
+    from fiddlehead.plan.training import TrainingPlan
     from fiddlehead.run.status import Status
 
 
@@ -139,13 +140,29 @@ class _Report:
 
 def _totals(plans: Sequence[Plan], executor: Executor) -> list[tuple[str, str]]:
     """The tokens, FLOPs and GPU hours of all runs of a sweep."""
+    from fiddlehead.plan.rows import as_rows
+
     trainings = [plan.training for plan in plans]
     tokens, flops = sum(each.tokens for each in trainings), sum(each.flops for each in trainings)
     rows = [("together", f"{short(tokens)} tokens, {scientific(flops)} FLOPs")]
-    if any(plan.recipe.trainer.accelerator in ("gpu", "cuda") for plan in plans):
-        hours = flops / (0.4 * 989e12) / 3600
-        rows.append(("GPU hours", f"about {hours:,.1f} on H100s at 40 % MFU"))
+    on_gpus = [plan.training for plan in plans if plan.recipe.trainer.accelerator in ("gpu", "cuda")]
+    if on_gpus:
+        rows += as_rows({"GPU hours": _gpu_hours(on_gpus)})
         if executor.time_limit:
             most = sum(each.world_size for each in trainings) * executor.time_limit / 3600
             rows.append(("", f"at most {most:,.1f} for an attempt of each, by executor.time"))
     return rows
+
+
+def _gpu_hours(trainings: Sequence[TrainingPlan]) -> list[str]:
+    """The GPU hours by the plans; of those that do not know their speed, by their FLOPs."""
+    known = [each for each in trainings if each.gpu_hours is not None]
+    lines = []
+    if known:
+        hours, cards = sum(each.gpu_hours or 0.0 for each in known), {each.card.name for each in known if each.card}
+        lines.append(f"{few_digits(hours)} by the plans, on {', '.join(sorted(cards))}")
+    if unknown := [each for each in trainings if each.gpu_hours is None]:
+        hours = sum(each.flops for each in unknown) / (0.4 * 989e12) / 3600
+        whose = f"of {count(len(unknown), 'run')} whose speed is not known" if known else "as the speed is not known"
+        lines.append(f"about {few_digits(hours)} on H100s at 40 % MFU, {whose}")
+    return lines

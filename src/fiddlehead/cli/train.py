@@ -41,6 +41,9 @@ def pretrain(
     gpu: str = typer.Option(
         None, "--gpu", metavar="NAME", help="Plan for this GPU, such as h100; to start, where the GPU is not known."
     ),
+    script: bool = typer.Option(
+        False, "--script", help="With --dryrun: also print the scripts that executor=NAME would submit."
+    ),
     fit: bool = typer.Option(
         False, "--fit", help="Take the fastest layout that fits the GPUs; the global batch stays. It says what changes."
     ),
@@ -88,6 +91,8 @@ def pretrain(
     for option, given in (("--zip", zipped), ("--max-running", max_running), ("--metric", metric)):
         if given and not sweep:
             raise ConfigError(f"{option} goes with --sweep")
+    if script and (sweep or to_yaml or not dryrun):
+        raise ConfigError("--script goes with --dryrun, of one run")
     task = context.info_name or "pretrain"
     factory, edits = named_recipe(factory, words or (), task)
     edits, executor_edits = split_executor(edits)
@@ -106,4 +111,4 @@ def pretrain(
         start_sweep(request, zipped=zipped, max_running=max_running, metric=metric)
         return
     planned = executor if executor_edits or not (direct or gpu) else None
-    start_run(request, planned, gpu=gpu, fit=fit, direct=direct, to_yaml=to_yaml, after=after or ())
+    start_run(request, planned, gpu=gpu, fit=fit, direct=direct, to_yaml=to_yaml, script=script, after=after or ())
