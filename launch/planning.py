@@ -236,7 +236,6 @@ def plan(
     *,
     target: Target | Card | str | None = None,
     waits: bool = False,
-    search: bool = False,
 ) -> Plan:
     """Plans a run before it starts. It does not change the recipe, and writes nothing.
 
@@ -244,7 +243,6 @@ def plan(
         executor: where it runs, one of ours or of NeMo-Run's; None means this process.
         target: plans for devices of this kind instead, also for absent ones: as many as the executor has, or without
             an executor as many as the recipe has. A text names a GPU as `Card.parse` takes it, or is "unknown".
-        search: also search for layouts with which the GPUs can train it.
         waits: the run waits for others, so the checkpoint from which it resumes need not exist yet.
 
     The plan's `problems` list what is wrong.
@@ -268,7 +266,7 @@ def plan(
         target = card_of(executor, fitted) or "unknown"
     try:
         refuse(nsys_problems(fitted))
-        training = _plan_training(fitted, target, search=search)
+        training = _plan_training(fitted, target)
         awaits = waits or (executor is not None and executor.keeps_runs_elsewhere)
         start = _start(fitted, waits=awaits)
     except ConfigError as error:
@@ -315,14 +313,12 @@ def target_of(target: Target | Card | str | None) -> Target | Card | Literal["un
     return Card.parse(target)
 
 
-def _plan_training(
-    recipe: Recipe, target: Target | Card | Literal["unknown"] | None, *, search: bool = False
-) -> TrainingPlan:
+def _plan_training(recipe: Recipe, target: Target | Card | Literal["unknown"] | None) -> TrainingPlan:
     """Plans the training of a recipe; the arguments and errors are those of `built` and `plan_training`."""
     from fiddlehead.plan.training import plan_training
 
     with built(recipe, target) as (parts, device):
-        return plan_training(**parts, target=device, search=search)
+        return plan_training(**parts, target=device)
 
 
 @contextmanager

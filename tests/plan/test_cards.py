@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fiddlehead.plan.cards import CARDS, Card
+from fiddlehead.plan.cards import CARDS, PCIE, Card
 from fiddlehead.training.callbacks.metrics import speed
 from tests.training.callbacks.test_metrics import CONFIG
 
@@ -41,6 +41,31 @@ def test_a_device_is_the_card_of_its_name_and_memory(name: str, gib: float, peak
     assert (card.name, card.flops, card.bytes_per_s) == (name, peak, bandwidth)
     assert card.gib == pytest.approx(gib)
     assert ("mfu" in speed(CONFIG, 32, 8e6, 4, card.flops)) == bool(peak)
+
+
+@pytest.mark.parametrize(
+    ("name", "sparse", "gigabytes", "nvlink", "watts"),
+    [
+        ("h100_nvl", 1671, 3900, 600, 400),
+        ("h20", 296, 4000, 900, 400),
+        ("a30", 330, 933, None, 165),
+        ("l4", 242, 300, None, 72),
+        ("l40", 362, 864, None, 300),
+        ("l40s", 733, 864, None, 350),
+        ("rtx4090", 330, 1008, None, 450),
+        ("gb200", 5000, 8000, 1800, 1200),
+        ("b300", 4500, 8000, 1800, 1100),
+        ("gb300", 5000, 8000, 1800, 1400),
+    ],
+)
+def test_a_card_has_the_figures_of_its_data_sheet(
+    name: str, sparse: float, gigabytes: float, nvlink: float | None, watts: float
+):
+    """Data sheets have products with sparsity, and both directions of NVLink; None: it has none, or not for all."""
+    card = CARDS[name]
+    assert card.flops == pytest.approx(sparse / 2 * 1e12, rel=0.02)
+    assert (card.bytes_per_s, card.watts) == (gigabytes * 1e9, watts)
+    assert card.link_bytes_per_s == (PCIE if nvlink is None else nvlink / 2 * 1e9)
 
 
 def test_a_device_has_the_links_and_the_kernels_of_its_card():

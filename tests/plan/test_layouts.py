@@ -18,11 +18,11 @@ from fiddlehead.models import LoRA
 from fiddlehead.plan.cards import CARDS, Card
 from fiddlehead.plan.layouts import AXES, Layout, layouts
 from fiddlehead.plan.rank_memory import Devices, Training
-from fiddlehead.plan.training import search_layouts
+from fiddlehead.plan.training import plan_training, search_layouts
 from fiddlehead.recipe import Recipe, catalog
 from fiddlehead.recipe.edits import apply_overrides
 from fiddlehead.recipes import gpt, llama, mistral, qwen
-from fiddlehead.training import Parallel
+from fiddlehead.training import LanguageModel, Parallel
 from tests.training.conftest import make_parts
 from tests.training.ranks import on_ranks
 
@@ -146,14 +146,19 @@ def test_experts_are_split_where_nothing_is_compiled() -> None:
     assert split and all("model.compile=None" in each.edits for each in split)
 
 
-def test_adapters_are_not_split_over_tensors_or_stages() -> None:
-    recipe = edited(llama.llama3_8b(), "model.config.num_layers=4")
+def test_adapters_are_not_split_over_tensors_or_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model on the meta device is made once by a plan, and not again by the search."""
+    recipe, made = edited(llama.llama3_8b(), "model.config.num_layers=4"), []
+    on_meta = LanguageModel.on_meta
+    monkeypatch.setattr(LanguageModel, "on_meta", lambda *given: made.append(on_meta(*given)) or made[-1])
     with launch.planning.built(recipe, CARDS["h100"]) as (parts, card):
         model = parts["model"]
-        config, model.lora = model.config, fdl.build(fdl.Config(LoRA, rank=16))
+        model.lora = fdl.build(fdl.Config(LoRA, rank=16))
         devices = Devices.of(parts["trainer"])
-        training = Training(model, model.on_meta(config), parts["data"], devices, parts["optim"])
+        assert plan_training(**parts, target=card).trained < 1e9 and len(made) == 1
+        training = Training(model, made[0], parts["data"], devices, parts["optim"])
         every = layouts(training, card)
+    assert len(made) == 1
     assert every and {(each.sizes.tensor, each.sizes.pipeline) for each in every} == {(1, 1)}
     assert max(each.sizes.context for each in every) > 1
 
@@ -172,18 +177,12 @@ def test_the_search_for_the_largest_model_takes_seconds() -> None:
     assert time.process_time() - began < 5
 
 
-def test_without_a_search_or_a_known_card_there_are_none() -> None:
-    assert launch.plan(llama.llama3_8b(), target=CARDS["h100"]).training.layouts == ()
-    assert launch.plan(llama.llama3_8b(), target="unknown", search=True).training.layouts == ()
-
-
 def test_one_gpu_has_nothing_to_share() -> None:
     recipe = edited(llama.llama32_1b(), "trainer.devices=1")
     every = found(recipe)
     assert {(each.sizes.tensor, each.sizes.context, each.sizes.pipeline, each.sizes.data) for each in every} == {
         (1, 1, 1, 1)
     }
-    assert launch.plan(recipe, target=CARDS["h100"], search=True).training.layouts == tuple(every)
     with pytest.raises(ConfigError, match="no layout fits"):
         found(recipe, CARDS["rtx4090"])
 

@@ -187,7 +187,6 @@ def _choose_while_tracing(call: Call, device: torch.device, backend: str) -> tup
     return spec, BACKENDS[name], spec.has_extras
 
 
-@torch.compiler.assume_constant_result
 def _serving_while_tracing(
     fields: tuple[tuple[str, Any], ...],
     device: torch.device,
@@ -197,6 +196,10 @@ def _serving_while_tracing(
 ) -> str:
     """A constant of the graph: its arguments are constants."""
     return _serving(AttentionSpec(**dict(fields)), device, backend, Shape(*shape) if shape else None)
+
+
+# As `torch.compiler.assume_constant_result` does, which would import the compiler where nothing is compiled.
+_serving_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _serving(spec: AttentionSpec, device: torch.device, backend: str, shape: Shape | None) -> str:

@@ -21,6 +21,7 @@ from fiddlehead.cli import (
     fields,
     migrate,
     plan,
+    put_off,
     recipes,
     report,
     runs,
@@ -100,6 +101,7 @@ def main() -> None:
     gc.set_threshold(
         100_000
     )  # else a tenth of the time of importing PyTorch and Lightning goes into garbage collection
+    put_off.put_off()
     # Nothing is imported from the working directory unasked: not here under `python -c`, nor in processes started here.
     sys.path[:] = filter(None, sys.path)
     os.environ["PYTHONSAFEPATH"] = "1"

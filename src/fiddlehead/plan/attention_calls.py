@@ -97,6 +97,7 @@ def calls_of(
     strategy: object,
     *,
     deterministic: bool = False,
+    transformer: Transformer | None = None,
 ) -> Calls:
     """What a run asks of attention kernels.
 
@@ -105,6 +106,7 @@ def calls_of(
         precision: the trainer's.
         strategy: the trainer's; all but `Parallel` leave a layer whole.
         deterministic: the trainer's setting, if the trainer, which sets PyTorch's own flag, does not exist yet.
+        transformer: the complete model on the meta device, if it is at hand; otherwise it is made for adapters.
 
     Raises:
         ConfigError: the model's adapters match none of its layers.
@@ -125,7 +127,7 @@ def calls_of(
         seq_length=data.seq_length,
         packed=data.separate_documents,
         deterministic=deterministic,
-        without_gradients=0 if model.lora is None else _without_gradients(model.on_meta(config)),
+        without_gradients=0 if model.lora is None else _without_gradients(transformer or model.on_meta(config)),
         passes=tuple(passes),
         **split,
     )

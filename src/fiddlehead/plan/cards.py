@@ -144,7 +144,7 @@ CARDS: dict[str, Card] = dict(
         _card("gh200", 94.5, 989, 4000, model="h100", link=450e9),
         _card("h200", 139.8, 989, 4800, link=450e9, watts=700),
         _card("h200_nvl", 139.8, 835, 4800, words="H200 NVL", model="h200", link=450e9, watts=600),
-        _card("h20", 95.1, 148, 4000, model="h100", link=450e9),
+        _card("h20", 95.1, 148, 4000, model="h100", link=450e9, watts=400),
         _card("a100", 79.15, 312, 2039, link=300e9, watts=400),
         _card("a100_40", 39.39, 312, 1555, words="A100", model="a100", link=300e9, watts=400),
         _card("a30", 23.6, 165, 933, model="a100", watts=165),
@@ -154,12 +154,14 @@ CARDS: dict[str, Card] = dict(
         _card("l40", 44.39, 181, 864, model="l40s", watts=300),
         _card("l4", 22.0, 121, 300, watts=72),
         _card("b200", 178.35, 2250, 8000, link=900e9, watts=1000),
-        _card("gb200", 184.3, 2500, 8000, model="b200", link=900e9),
-        _card("b300", 267.7, 2250, 8000, link=900e9, watts=1400),
-        _card("gb300", 276.5, 2500, 8000, model="b300", link=900e9),
+        _card("gb200", 184.3, 2500, 8000, model="b200", link=900e9, watts=1200),
+        _card("b300", 267.7, 2250, 8000, link=900e9, watts=1100),
+        _card("gb300", 276.5, 2500, 8000, model="b300", link=900e9, watts=1400),
         _card("rtx4090", 23.64, 165, 1008, words="RTX 4090", watts=450),
     ]
 )
-"""By name, from NVIDIA's data sheets: dense products, and a direction of NVLink. The memory of h100 and h200 was
-measured; that of the others was not, and may be a percent off. Lightning's own table of products has the H200 with
+"""By name, from NVIDIA's data sheets: dense products, which are half of those with sparsity, a direction of NVLink,
+which is half of the sum, and the highest power limit. Those of h20, gb200, b300 and gb300 are from what vendors publish.
+The bridge that joins two A30 is not counted. The memory of h100 and h200 was measured; that of the others was not, and
+may be a percent off. Lightning's own table of products has the H200 with
 sparsity, and two cards for an H100 NVL."""

@@ -188,7 +188,8 @@ class _Search:
     def _served(self, tensor: int, context: int) -> bool:
         """Whether kernels serve the heads of such ranks."""
         now = self.now
-        calls = calls_of(now.model, self.config, now.data, self.devices.precision, None)
+        transformer = now.transformer
+        calls = calls_of(now.model, self.config, now.data, self.devices.precision, None, transformer=transformer)
         calls = replace(calls, tensor=tensor, context=context)
         try:
             if self.card.target is None:

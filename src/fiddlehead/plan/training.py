@@ -13,7 +13,7 @@ from fiddlehead.checkpoints.weights import find_tokenizer
 from fiddlehead.data import FineTuningDataModule
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.paths import user_path
-from fiddlehead.models import TransformerConfig
+from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.plan import attention
 from fiddlehead.plan.attention_calls import calls_of
 from fiddlehead.plan.cards import CARDS, Card
@@ -64,8 +64,6 @@ class TrainingPlan:
     """How fast it trains; None if the GPU is not known, in float32, and where preferences are learned."""
     remedies: tuple[Remedy, ...] = ()
     """The smallest changes that make it fit, if it does not, or only just."""
-    layouts: tuple[Layout, ...] = ()
-    """How these GPUs could train it, fastest first, if they were searched."""
     missing: tuple[Problem, ...] = ()
     """Why it cannot start: without weights to begin with, or without data."""
     checkpoint_bytes: int = 0
@@ -119,7 +117,7 @@ class TrainingPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values; `attention` has the `Served.to_dict` of each call."""
-        others = ("config", "attention", "memory", "card", "speed", "layouts", "remedies", "data", "optimizer")
+        others = ("config", "attention", "memory", "card", "speed", "remedies", "data", "optimizer")
         fields = {name: value for name, value in vars(self).items() if name not in others}
         return {
             "config": asdict(self.config),
@@ -169,7 +167,6 @@ def plan_training(
     log: Log | None = None,
     *,
     target: Target | Card | Literal["trainer"] | None = "trainer",
-    search: bool = False,
     **others: Any,
 ) -> TrainingPlan:
     """Plans a training. It does not change the parts; `TrainingPlan.apply` completes them.
@@ -177,7 +174,6 @@ def plan_training(
     Args:
         model: after `begin`.
         target: the device that trains: "trainer" is the trainer's, None an unknown GPU.
-        search: also search the layouts that fit; where the GPU is known.
         others: other arguments of the task, which change nothing.
 
     Raises:
@@ -212,7 +208,7 @@ def plan_training(
         micro_batch_size=data.micro_batch_size,
         accumulate_grad_batches=accumulate,
         tokens_per_step=data.global_batch_size * data.seq_length,
-        attention=_kernels(model, config, data, trainer, device),
+        attention=_kernels(model, transformer, data, trainer, device),
         state_gib=whole.state / 2**30,
         device_gib=(parts.held(sizes).state + gathered) / 2**30,
         data=data_plan(data, trainer, vocab_size=config.vocab_size or 0, data_parallel=sizes.data),
@@ -221,7 +217,6 @@ def plan_training(
         card=card,
         speed=speed,
         remedies=remedies(parts, card, speed) if short and card is not None else (),
-        layouts=tuple(layouts(parts, card)) if search and card is not None else (),
         missing=lacking(model, data),
         checkpoint_bytes=round(whole.gradients + whole.optimizer),  # a gradient is as large as its weight
     )
@@ -276,13 +271,14 @@ def _device(target: Target | Card | Literal["trainer"] | None, trainer: Trainer)
 
 def _kernels(
     model: LanguageModel,
-    config: TransformerConfig,
+    transformer: Transformer,
     data: Data,
     trainer: Trainer,
     target: Target | None,
 ) -> attention.Choices:
     """The kernels that serve on `target`; empty if it is not known."""
-    calls = calls_of(model, config, data, str(trainer.precision), trainer.strategy)
+    precision = str(trainer.precision)
+    calls = calls_of(model, transformer.config, data, precision, trainer.strategy, transformer=transformer)
     try:
         if target is None:
             attention.refuse_impossible(calls)

@@ -157,16 +157,15 @@ class Recipe(fdl.Partial):
 
         return launch.launch(self, executor, **kwargs)
 
-    def plan(self, executor: Any = None, *, gpu: str | None = None, search: bool = False) -> Any:
+    def plan(self, executor: Any = None, *, gpu: str | None = None) -> Any:
         """Everything known about a run before it starts, as a table in a notebook; see `fiddlehead.launch.plan`.
 
         Args:
             gpu: plan for this GPU, which need not be here, such as "h100".
-            search: also search the layouts that fit; `training.layouts` has them.
         """
         from fiddlehead import launch
 
-        return launch.plan(self, executor, target=gpu, search=search)
+        return launch.plan(self, executor, target=gpu)
 
     def fitted(self, executor: Any = None, *, gpu: str | None = None, nodes: int | None = None) -> Recipe:
         """The recipe with the fastest layout that fits its GPUs; `recipe.diff(fitted)` says what changed.

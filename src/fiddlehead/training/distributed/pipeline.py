@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
 from fiddlehead.checkpoints.sharding import ShardedTensor
 from fiddlehead.errors import ConfigError, Problem
@@ -83,6 +82,9 @@ class Pipeline:
         return None
 
     def _make_schedule(self, batches: Sequence[Batch]) -> Any:
+        # It imports PyTorch's compiler, which a plan does not need.
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+
         count = len(batches)
         device = batches[0]["input_ids"].device
         # NCCL connects a group when all its ranks first meet; in the schedule only neighbours do.
