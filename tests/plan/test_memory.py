@@ -24,10 +24,13 @@ from fiddlehead.plan.activations import Setting
 from fiddlehead.plan.cards import CARDS, Card
 from fiddlehead.plan.memory import GIB, Held, Memory, memory, moments
 from fiddlehead.plan.rank_memory import Devices, Training
+from fiddlehead.plan.speed import speed
 from fiddlehead.recipe import catalog
 from fiddlehead.recipe.edits import apply_overrides
-from fiddlehead.training import Parallel
+from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
 from fiddlehead.training.distributed.sizes import Sizes
+from fiddlehead.training.preference import answer_log_probabilities
+from tests.allocated import Allocated
 from tests.training.conftest import Parts, plan_of
 
 MEASURED: dict[str, Any] = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "plan.json").read_text())[
@@ -214,6 +217,46 @@ def test_inputs_in_main_memory_leave_the_gpu_two_of_them() -> None:
     peaks = [moments(config, held, replace(here, offloads=offloads))["last"].peak for offloads in (False, True)]
     one = 2 * 2**18 * config.hidden_size
     assert peaks[0] - peaks[1] == pytest.approx((config.num_layers - 2) * one)
+
+
+def test_a_loss_that_compares_answers_has_what_is_counted() -> None:
+    """Two answers in a row: the gradients of all logits, and of the scores before, beside the log-probabilities."""
+    tokens, config = 256, TransformerConfig(**SHAPE | {"vocab_size": 20_000, "seq_length": 256})
+    transformer = Transformer(config)
+    batch = {
+        "input_ids": torch.randint(20_000, (1, tokens)),
+        "labels": torch.randint(20_000, (1, tokens)),
+        "cu_seqlens": torch.tensor([0, 100, tokens], dtype=torch.int32),
+        "max_seqlen": 156,
+    }
+    with Allocated() as allocated, torch.autocast("cpu", torch.bfloat16):
+        answer_log_probabilities(transformer, batch).sum().backward()
+    setting = Setting(tokens, compiled=False, compares=True)
+    found = moments(config, Held(0, 0, 0), setting)["forward"]
+    assert found.loss == pytest.approx(12 * tokens * 20_000 + 2 * 20_000 * config.hidden_size)
+    assert found.loss == pytest.approx(allocated.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
+def test_a_reference_is_held_where_there_are_no_adapters(parts: Parts, lora: LoRA | None) -> None:
+    made = parts(precision="bf16-mixed")
+    config = replace(made["model"].config, vocab_size=96, seq_length=64)
+    several = []
+    for kind in (LanguageModel, PreferenceModel):
+        model = kind(config, init_from="weights", lora=lora)
+        training = Training(model, model.on_meta(), made["data"], Devices.of(made["trainer"]), made["optim"])
+        setting = training.setting(Sizes(1, 1))
+        several.append(
+            (training.whole, speed(config, training.whole, setting, CARDS["h100"], 64, gpus=1, gpus_per_node=1))
+        )
+        number = sum(training.counted.numbers.values())
+    (learns, alone), (compares, twice) = several
+    assert compares.parameters - learns.parameters == (0 if lora else 4 * number)
+    assert (compares.gradients, compares.optimizer) == (learns.gradients, learns.optimizer)
+    assert alone is not None and twice is not None
+    # A forward pass more: one product for two or, with full gradients, three.
+    assert twice.products / alone.products == pytest.approx(3 / 2 if lora else 4 / 3)
+    assert twice.attention > alone.attention and twice.memory_bound > alone.memory_bound
 
 
 def test_a_plan_for_a_card_says_whether_it_fits(parts: Parts) -> None:

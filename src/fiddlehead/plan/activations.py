@@ -27,6 +27,8 @@ class Setting:
     """How many of them are accumulated in a step."""
     adapters: bool = False
     """Only adapters are trained; in mixed precision the rest is bfloat16."""
+    compares: bool = False
+    """Preferences are learned: each micro-batch first passes through the reference, and the loss has all logits."""
     sizes: Sizes | None = None
     """The ranks of `Parallel`; None if each rank has all parameters."""
     reshard_after_forward: bool = True

@@ -161,6 +161,6 @@ CARDS: dict[str, Card] = dict(
     ]
 )
 """By name, from NVIDIA's data sheets: dense products, which are half of those with sparsity, a direction of NVLink,
-which is half of the sum, and the highest power limit. Those of h20, gb200, b300 and gb300 are from what vendors publish.
+which is half of the sum, and the highest power limit. Those of h20, gb200, b300 and gb300 are what vendors publish.
 The bridge that joins two A30 is not counted. The memory of h100 and h200 was measured; that of the others was not, and
 may be a percent off. Lightning's own table of products has the H200 with sparsity, and two cards for an H100 NVL."""

@@ -75,8 +75,6 @@ def fitting(training: Training, card: Card, *, most_edits: int = 100) -> Iterato
     Args:
         most_edits: leave out those that need more edits.
     """
-    if isinstance(training.model, PreferenceModel):
-        return
     strategies = [training.devices.strategy]
     if training.devices.gpus > 1 and not isinstance(strategies[0], Parallel):
         strategies.append(Parallel())
@@ -203,6 +201,9 @@ class _Search:
     def _recomputed(self, model: LanguageModel, sizes: Sizes) -> Iterator[Recompute | None]:
         """What may be computed again. A number is not worked out where layers or sequences are split."""
         present = self.now.model.recompute
+        if isinstance(model, PreferenceModel):  # it has no such field
+            yield present
+            return
         for recompute in dict.fromkeys((*RECOMPUTED, present)):
             if isinstance(recompute, int | float) and sizes.tensor * sizes.context > 1 and recompute != present:
                 continue

@@ -227,8 +227,15 @@ class _Step:
         return self.setting.of_weights * self.output if self.trains else 0.0
 
     def _loss(self) -> float:
-        """The gradients that the loss leaves when it has been computed."""
+        """The gradients that the loss leaves when it has been computed; or, where answers are compared, the values."""
+        if self.setting.compares:
+            return 4 * self._logits
         return self.stream + self._waiting() if self.output else 0.0
+
+    @property
+    def _logits(self) -> float:
+        """How many there are of a micro-batch."""
+        return self.tokens * (self.config.vocab_size or 0) if self.output else 0.0
 
     def _norm(self) -> float:
         """The last norm's input."""
@@ -251,13 +258,15 @@ class _Step:
         """What `linear_cross_entropy` has besides the gradients that it leaves."""
         setting, config = self.setting, self.config
         each = setting.of_products
+        copy = each * self.output if setting.of_weights != each else 0
+        if setting.compares:  # two gradients in float32 beside the log-probabilities
+            return 8 * self._logits + copy
         chunk = min(self.tokens, CHUNK_TOKENS) * (config.vocab_size or 0)
         if setting.compiled:
             buffers = 2 * each * chunk  # the logits and their gradient
         else:  # the logits, if they are not float32 already; in float32 they, their exponential and what it is times
             capped, scaled = config.final_logit_softcapping is not None, config.logits_scaling != 1
             buffers = (4 * (3 + capped) + (each if each == 2 or scaled else 0)) * chunk
-        copy = each * self.output if setting.of_weights != each else 0
         learned = 0.0
         if self.trains and self.tokens <= CHUNK_TOKENS:  # it is made when the only chunk's logits are gone
             learned = -self._waiting()

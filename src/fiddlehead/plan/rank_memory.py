@@ -75,10 +75,11 @@ class Training:
         number = sum(self.counted.numbers.values())
         trained = sum(parameter.numel() for _, parameter in learned)
         frozen = (number - trained) * (2 if halves_frozen(self.model, devices) else each)
+        reference = 4 * number if isinstance(self.model, PreferenceModel) and self.model.lora is None else 0
         copied = isinstance(devices.strategy, DDPStrategy) and devices.gpus > 1
         operations, moved = optim.step_work(learned)
         return Held(
-            parameters=frozen + each * trained,
+            parameters=frozen + each * trained + reference,
             gradients=each * trained,
             optimizer=optim.state_bytes(learned, devices.precision),
             stepping=optim.step_bytes(learned, devices.precision),
@@ -110,6 +111,7 @@ class Training:
             offloads=model.offloads,
             micro_batches=micro_batches or data.accumulate_grad_batches(sizes.data),
             adapters=model.lora is not None,
+            compares=isinstance(model, PreferenceModel),
             sizes=sizes if self.devices.cut else None,
             reshard_after_forward=not isinstance(strategy, Parallel) or strategy.reshard_after_forward,
         )
@@ -126,14 +128,10 @@ class Training:
 
 
 def memory_and_speed(training: Training, sizes: Sizes, card: Card | None) -> tuple[Memory | None, Speed | None]:
-    """The memory of the GPU that has the most, and how fast such cards train; None for what is not worked out.
-
-    Neither is where preferences are learned, and the speed is not if the card is not known.
+    """The memory of the GPU that has the most, and how fast such cards train; None if the card is not known.
 
     Args:
         sizes: of the ranks.
     """
-    if isinstance(training.model, PreferenceModel):
-        return None, None
     held, setting = training.held(sizes), training.setting(sizes)
     return training.memory(held, setting), card and training.speed(held, setting, card)

@@ -12,7 +12,7 @@ from fiddlehead.plan.cards import Card
 from fiddlehead.plan.layouts import Layout, fitting
 from fiddlehead.plan.rank_memory import Training
 from fiddlehead.plan.speed import Speed
-from fiddlehead.training import AdamW
+from fiddlehead.training import AdamW, PreferenceModel
 
 MOST_EDITS = 3
 """Of a remedy; with more it is another recipe, and `layouts` finds those."""
@@ -95,6 +95,8 @@ def _changed(training: Training) -> Iterator[tuple[list[str], Training]]:
         yield [f"trainer.precision={precision}"], changed
     if isinstance(optim, AdamW) and optim.state_bits == 32:
         yield ["optim.state_bits=8"], replace(training, optim=replace(optim, state_bits=8))
+    if isinstance(model, PreferenceModel):  # it has no such fields
+        return
     for tile in (model.tiled_mlp,) if model.tiled_mlp is not None else (None, *TILES):
         edits = [] if tile == model.tiled_mlp else [f"model.tiled_mlp={tile}"]
         for offloads in dict.fromkeys((model.offloads, True)):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fiddlehead.plan.training import TrainingPlan
 
 GIB = 2**30
+_ON_A_CPU = "not worked out on a CPU"
 
 
 def sections(plan: TrainingPlan, usd_per_gpu_hour: float | None = None) -> dict[str, list[str]]:
@@ -102,7 +103,7 @@ def _memory(plan: TrainingPlan) -> list[str]:
     state += " for weights, gradients and optimizer state"
     memory, card = plan.memory, plan.card
     if memory is None:
-        return [state, f"activations: {_not_worked_out(plan)}"]
+        return [state, f"activations: {_ON_A_CPU}"]
     in_all = memory.peak + memory.outside
     lines = []
     if card is not None:
@@ -149,13 +150,9 @@ def _spent(speed: Speed) -> str:
 
 def _why_no_speed(plan: TrainingPlan) -> str:
     if plan.memory is None:
-        return _not_worked_out(plan)
+        return _ON_A_CPU
     if plan.card is None:
         return "not known, as the GPU is not; --gpu names one"
     if not plan.card.flops or not plan.card.bytes_per_s:
         return f"not known, as the data sheet of {plan.card.name} is not"
     return "not worked out in float32"
-
-
-def _not_worked_out(plan: TrainingPlan) -> str:
-    return "not worked out for pairs of answers" if plan.data.known.pairs else "not worked out on a CPU"

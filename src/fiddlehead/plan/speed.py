@@ -106,7 +106,7 @@ def speed(
     memory_bound = work.moved() / (card.bytes_per_s * part["memory"])
     computed = products + attention + memory_bound
     # Parameters and states are read and written; gradients are read for the norm, read and scaled, and read again.
-    stepped = held.gradients if setting.adapters else held.parameters
+    stepped = held.gradients if setting.adapters or setting.compares else held.parameters
     moved = 2 * stepped + 4 * held.gradients + 2 * held.optimizer
     optimizer = (moved + held.step_moved) / (card.bytes_per_s * part["optimizer"])
     optimizer += held.step_operations / (card.flops * part["products"])
@@ -205,16 +205,18 @@ class _Work:
             again = self.in_tiles
         elif isinstance(recompute, int | float) and recompute < 1:  # the compiler computes the widest products again
             again = self.in_layers * 2 / 3 if recompute < 0.8 else 0.0
-        operations = (1 + self.learned) * self.in_layers + again
+        compared = 1 if self.setting.compares else 0  # the forward pass through the reference
+        operations = (1 + self.learned + compared) * self.in_layers + again
         of_layers = operations / self.reached["fp8" if self.setting.fp8 else "products"]
         even = (self.config.vocab_size or 0) % 8 == 0
-        of_head = (1 + self.learned) * self.in_head / self.reached["products" if even else "odd vocabulary"]
+        of_head = (1 + self.learned + compared) * self.in_head / self.reached["products" if even else "odd vocabulary"]
         return (of_layers + of_head) / card.flops
 
     def attention(self, card: Card) -> float:
         """Seconds of the attention kernels; the backward pass has five products for the two of the forward pass."""
         forward = self.in_attention / self.reached["attention, forward"]
         again = forward if self.setting.recompute == "full" else 0.0
+        again += forward if self.setting.compares else 0.0
         return (forward + again + 2.5 * self.in_attention / self.reached["attention, backward"]) / card.flops
 
     def moved(self) -> float:
@@ -226,6 +228,8 @@ class _Work:
         again = forward if setting.recompute is not None else 0
         if setting.tiled_mlp is not None:
             again = max(again, 3 * C + self.F1 + self.F)
+        if setting.compares:
+            again += forward
         values = self.layers * (forward + backward + again)
         if not setting.compiled:  # each operation reads and writes by itself
             values *= 2.6 if setting.of_weights == 4 else 2.0
@@ -266,6 +270,7 @@ class _Work:
             kept, step = not setting.reshard_after_forward, sizes.pipeline > 1
             # The ranks of a pipeline add up a step's gradients before they are summed; and what is kept stays there.
             moved = b * (1 if kept else 2) * (1 if kept and step else setting.micro_batches)
+            moved += b * setting.micro_batches if setting.compares else 0
             moved += sums * (1 if step else setting.micro_batches)
             found.append((self.shards * sizes.tensor, moved * self.gathered * (self.shards - 1) / self.shards))
         if sizes.replicate > 1:  # replicas sum their shards of a step's gradients

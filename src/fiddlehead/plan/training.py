@@ -26,7 +26,7 @@ from fiddlehead.plan.rank_memory import Devices, Training, memory_and_speed
 from fiddlehead.plan.remedies import Remedy, remedies
 from fiddlehead.plan.rows import as_rows, sections
 from fiddlehead.plan.speed import Speed
-from fiddlehead.training import LanguageModel, Log, PreferenceModel
+from fiddlehead.training import LanguageModel, Log
 from fiddlehead.training.optim import Optim
 from fiddlehead.training.parts import refuse_others
 
@@ -57,11 +57,11 @@ class TrainingPlan:
     """What it trains and validates on."""
     optimizer: OptimizerPlan
     memory: Memory | None = None
-    """Of the GPU that has the most; None on a CPU, and where preferences are learned, which is not worked out yet."""
+    """Of the GPU that has the most; None on a CPU."""
     card: Card | None = None
     """The GPU that trains, if it is known."""
     speed: Speed | None = None
-    """How fast it trains; None if the GPU is not known, in float32, and where preferences are learned."""
+    """How fast it trains; None if the GPU is not known, and in float32."""
     remedies: tuple[Remedy, ...] = ()
     """The smallest changes that make it fit, if it does not, or only just."""
     missing: tuple[Problem, ...] = ()
@@ -239,10 +239,6 @@ def search_layouts(
     Raises:
         ConfigError: the data or the model cannot be used, or memory and speed are not known for it or its GPU.
     """
-    if isinstance(model, PreferenceModel):
-        raise ConfigError(
-            Problem("model", "PreferenceModel", "its memory is not worked out, so no layout is known to fit")
-        )
     card = _device(target, trainer)[1]
     if card is None:
         raise ConfigError(Problem("gpu", None, "this machine's GPU is not known; name the one that trains", CARDS))
