@@ -142,7 +142,7 @@ def _show_layouts(found: Sequence[Layout]) -> None:
     for each in found:
         edits = shlex.join(each.edits) or "the recipe as it is"
         rate = f"{each.speed.tokens_per_s:,.0f}" if each.speed is not None else ""
-        add_row(made, edits, rate, f"{each.memory.peak / 2**30:.1f}")
+        add_row(made, edits, rate, f"{each.memory.needed_gib:.1f}")
     show(made)
 
 

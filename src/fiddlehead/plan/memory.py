@@ -90,7 +90,12 @@ class Memory:
     @property
     def needed_gib(self) -> float:
         """What a card must have, in GiB, with what the allocator reserves and what is outside PyTorch."""
-        return (1.03 * self.peak + self.outside) / GIB
+        return (self.peak + self.reserved + self.outside) / GIB
+
+    @property
+    def reserved(self) -> float:
+        """What the allocator is taken to reserve besides what is allocated."""
+        return 0.03 * self.peak
 
     def to_dict(self) -> dict[str, Any]:
         """The fields and the peak; in bytes."""

@@ -104,16 +104,16 @@ def _memory(plan: TrainingPlan) -> list[str]:
     memory, card = plan.memory, plan.card
     if memory is None:
         return [state, f"activations: {_ON_A_CPU}"]
-    in_all = memory.peak + memory.outside
     lines = []
     if card is not None:
         lines.append(
-            f"{plan.verdict}: {card.name} has {card.gib:.1f} GiB, and the run needs {in_all / GIB:.1f} GiB at its peak,"
-            f" in {memory.where}"
+            f"{plan.verdict}: {card.name} has {card.gib:.1f} GiB, and the run needs {memory.needed_gib:.1f} GiB at its "
+            f"peak, in {memory.where}"
         )
     else:
-        lines.append(f"{in_all / GIB:.1f} GiB at the peak, in {memory.where}")
+        lines.append(f"{memory.needed_gib:.1f} GiB at the peak, in {memory.where}")
     parts = sorted(((size, said) for said, size in memory.parts().items()), reverse=True)
+    parts.append((memory.reserved, "what PyTorch's allocator reserves besides"))
     parts.append((memory.outside, "CUDA context, and the buffers of NCCL" if plan.world_size > 1 else "CUDA context"))
     lines += [f"{size / GIB:7.2f} GiB  {said}" for size, said in parts if size >= 0.005 * GIB]
     lines.append(state)
