@@ -62,6 +62,7 @@ FINETUNING: dict[str, dict[str, dict[int, Layout]]] = {
     "gpt3_175b": {
         "full": {64: Layout(4, "selective", tensor_parallel=8)},
         "lora": {16: Layout(2, "full")},
+        "qlora": {2: Layout(2, "full"), 4: Layout(4, "full")},
     },
     "gpt_oss_20b": {
         "full": {8: Layout(4)},
@@ -86,6 +87,7 @@ FINETUNING: dict[str, dict[str, dict[int, Layout]]] = {
     "llama2_70b": {
         "full": {32: Layout(8, "selective", tensor_parallel=8)},
         "lora": {8: Layout(4, "full")},
+        "qlora": {1: Layout(2, "full"), 2: Layout(4, "full")},
     },
     "llama3_8b": {
         "full": {2: Layout(4, "full"), 4: Layout(4, "selective")},
@@ -94,6 +96,7 @@ FINETUNING: dict[str, dict[str, dict[int, Layout]]] = {
     "llama3_70b": {
         "full": {32: Layout(8, "selective", tensor_parallel=8)},
         "lora": {8: Layout(4, "full")},
+        "qlora": {1: Layout(2, "full"), 2: Layout(4, "full")},
     },
     "llama31_8b": {
         "full": {2: Layout(4, "full"), 4: Layout(4, "selective")},
@@ -102,10 +105,12 @@ FINETUNING: dict[str, dict[str, dict[int, Layout]]] = {
     "llama31_70b": {
         "full": {32: Layout(8, "selective", tensor_parallel=8)},
         "lora": {8: Layout(4, "full")},
+        "qlora": {1: Layout(2, "full"), 2: Layout(4, "full")},
     },
     "llama31_405b": {
         "full": {256: Layout(1, tensor_parallel=8)},
         "lora": {32: Layout(2, "full", context_parallel=32)},
+        "qlora": {8: Layout(2, "full")},
     },
     "llama32_1b": {
         "full": {1: Layout(16)},
@@ -178,6 +183,7 @@ FINETUNING: dict[str, dict[str, dict[int, Layout]]] = {
     "qwen25_72b": {
         "full": {32: Layout(8, "selective", tensor_parallel=8)},
         "lora": {8: Layout(4, "full")},
+        "qlora": {1: Layout(2, "full"), 2: Layout(4, "full")},
     },
     "qwen3_600m": {
         "full": {1: Layout(16)},
@@ -233,6 +239,8 @@ FINETUNING: dict[str, dict[str, dict[int, Layout]]] = {
     },
 }
 """For each model, for all its weights ("full") and for adapters ("lora"): the layouts from a number of GPUs on.
+
+"qlora" is for frozen weights in 4 bits, where these need fewer GPUs; they were planned and not measured.
 
 The least number is the fewest with enough memory for rows of 2,048 tokens. With more, the layout for the next smaller
 number is used.

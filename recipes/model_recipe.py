@@ -16,7 +16,7 @@ from fiddlehead.recipes import finetune
 from fiddlehead.recipes.base import laid_out
 from fiddlehead.recipes.layouts import FINETUNING, Layout
 
-PeftScheme = Literal["lora", "dora", "none"] | None
+PeftScheme = Literal["lora", "dora", "qlora", "none"] | None
 Method = Literal["sft", "dpo"]
 
 GPU = "h100"
@@ -97,26 +97,29 @@ def fine_tuned(
 
     Args:
         model: its name in `FINETUNING`; one for longer sequences has the name with `_64k` or the like.
-        peft_scheme: "lora" or "dora" trains adapters, "none" or None all weights.
+        peft_scheme: "lora" or "dora" trains adapters; "qlora" does as "lora", with the frozen weights in 4 bits; "none"
+            or None trains all weights.
         method: "sft" learns from answers, "dpo" from pairs of them.
         gpus: how many there are in all; None takes the fewest that have enough memory.
     """
     wrong = [
         Problem(name, given, "", allowed)
         for name, given, allowed in (
-            ("peft_scheme", peft_scheme, ("lora", "dora", "none", None)),
+            ("peft_scheme", peft_scheme, ("lora", "dora", "qlora", "none", None)),
             ("method", method, ("sft", "dpo")),
         )
         if given not in allowed
     ]
     refuse(wrong)
-    adapters = peft_scheme in ("lora", "dora")
+    adapters = peft_scheme in ("lora", "dora", "qlora")
     recipe = finetune.dpo() if method == "dpo" else finetune.lora() if adapters else finetune.full()
     recipe.model.config = deepcopy(pretraining.model.config)
     if not adapters:
         recipe.model.lora = None
     else:
         recipe.model.lora.dora = peft_scheme == "dora"
+        if peft_scheme == "qlora":
+            recipe.model.lora.quantize_base = "nf4"
         if recipe.model.config.num_moe_experts:
             recipe.model.lora.target_modules = ["linear_qkv", "linear_proj"]  # experts cannot have adapters
     if method == "dpo" and not adapters:
@@ -127,7 +130,10 @@ def fine_tuned(
     recipe.data.seq_length = min(SEQ_LENGTH, pretraining.data.seq_length)
     if recipe.trainer.accelerator != "gpu":
         return recipe
-    layouts = FINETUNING.get(re.sub(r"_\d+k$", "", model), {}).get("lora" if adapters else "full", UNKNOWN_LAYOUT)
+    known = FINETUNING.get(re.sub(r"_\d+k$", "", model), {})
+    layouts = known.get("lora" if adapters else "full", UNKNOWN_LAYOUT)
+    if peft_scheme == "qlora":
+        layouts = known.get("qlora", layouts)
     fewest = min(layouts)
     layout = layouts[max((number for number in layouts if gpus and number <= gpus), default=fewest)]
     recipe.trainer.devices, recipe.trainer.num_nodes = min(8, fewest), math.ceil(fewest / 8)

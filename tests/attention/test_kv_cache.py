@@ -248,6 +248,22 @@ def test_after_a_reset_a_cache_is_like_a_new_one(page_size: int) -> None:
     assert cache.k.data_ptr() == storage and cache._lengths is lengths  # where a captured graph looks for them
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("page_size", [PLAIN, PAGED])
+def test_what_is_cut_off_is_read_again_as_if_it_had_not_been(page_size: int, ragged: bool) -> None:
+    model = Model()
+    inputs, others = model.inputs(2, 12), model.inputs(2, 12)
+    cache = model.cache(2, page_size)
+    begun = [each[:, :4] for each in inputs]
+    attend(*begun, kv_cache=cache, **({"new_lengths": torch.tensor([4, 4])} if ragged else {}))  # type: ignore[arg-type]
+    attend(*[each[:, 4:9] + 1 for each in others], kv_cache=cache)
+    cache.truncate(4)
+    cache.truncate(7)  # which it does not have
+    assert cache.length == 4 and cache.lengths.tolist() == [4, 4]
+    rest = attend(*[each[:, 4:] for each in inputs], kv_cache=cache)
+    assert_equal(rest, one_pass(model, inputs)[:, 4:])
+
+
 def test_the_lengths_given_out_stay_as_they_were() -> None:
     model = Model()
     cache = model.cache(2, PAGED)

@@ -8,6 +8,7 @@ import pytest
 
 from fiddlehead.data import ByteTokenizer
 from tests.cli.test_command import fiddlehead  # noqa: F401  a fixture
+from tests.data.small_tokenizers import change
 from tests.models.hf_families import random_model
 
 
@@ -63,6 +64,16 @@ def test_an_imported_model_writes_and_is_evaluated(fiddlehead, ours, tmp_path): 
     assert "179 tokens: " in fiddlehead("evaluate", "ours", "--file", "text.txt")
     assert "cannot be read" in fiddlehead("evaluate", "ours", "--file", "none.txt", rc=2)
     assert "has no chat template" in fiddlehead("chat", "ours", rc=2)
+    # With itself as a draft: every drafted token is right, 5 a pass and the rest.
+    typed = ["generate", "ours", "--prompt", "ab", "--max-new-tokens", "12", "--temperature", "0"]
+    plain, drafted = fiddlehead(*typed), fiddlehead(*typed, "--draft", "ours")
+    assert drafted == f"{plain}draft: 4.00 tokens a pass of the model, in 3 passes\n"
+    change(tmp_path / "hf" / "tokenizer.json", normalizer={"type": "Lowercase"})
+    refused = fiddlehead(*typed, "--draft", "hf", rc=2)
+    assert "draft='hf': has another tokenizer than ours" in refused
+    assert "unknown run 'nothing'" in fiddlehead(*typed, "--draft", "nothing", rc=2)
+    assert "draft: " in fiddlehead(*typed, "--draft", "ours", "--weights", "int8")
+    assert "weights='int4': did you mean 'int8'" in fiddlehead(*typed, "--weights", "int4", rc=2)
 
 
 def test_without_the_harness_the_way_to_it_is_told(fiddlehead, monkeypatch):  # noqa: F811

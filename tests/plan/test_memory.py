@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fiddlehead.attention import Target
 from fiddlehead.errors import ConfigError
-from fiddlehead.models import LoRA, Transformer, TransformerConfig
+from fiddlehead.models import LoRA, Transformer, TransformerConfig, nf4
 from fiddlehead.models.speed import compile_transformer, tile_mlp
 from fiddlehead.plan.activations import Setting
 from fiddlehead.plan.cards import CARDS, Card
@@ -314,3 +314,30 @@ def test_a_card_has_a_name_or_numbers() -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             Card.parse(text)
+
+
+def test_frozen_weights_in_4_bits_take_what_they_take_in_the_model() -> None:
+    recipe = catalog.find_recipe("llama3_8b").finetune_recipe(peft_scheme="qlora")  # type: ignore[attr-defined]
+    recipe.model.config.num_layers, recipe.data.micro_batch_size = 4, 1
+    recipe.model.activation_checkpointing = "full"
+    recipe = apply_overrides(recipe, ["trainer.accelerator=cpu"], find=catalog.find_part)
+    model, data, optim = (fdl.build(getattr(recipe, part)) for part in ("model", "data", "optim"))
+    training = Training(model, model.on_meta(), data, Devices("auto", "bf16-mixed", 1, 1), optim)
+    with torch.device("meta"):
+        real = Transformer(model.config).bfloat16()
+        nf4.quantize_layers(real)
+        model.lora.apply(real)
+    assert training.whole.parameters == pytest.approx(sum(tensor.nbytes for tensor in real.parameters()), rel=1e-4)
+    setting = training.setting(Sizes(1, 1))
+    eager, compiled, full = (
+        moments(real.config, training.whole, replace(setting, **changes))["last"].transient
+        for changes in ({"compiled": False}, {"compiled": True}, {"compiled": True, "quantizes": False})
+    )
+    largest = real.layers[0].mlp.linear_fc1  # type: ignore[union-attr]
+    assert compiled - full == 2 * largest.in_features * largest.out_features  # in bfloat16
+    assert eager > compiled
+    cut = replace(setting, sizes=Sizes(2, 1))
+    gathered = [
+        moments(real.config, training.whole, replace(cut, quantizes=each))["last"].copies for each in (True, False)
+    ]
+    assert 0.25 < gathered[0] / gathered[1] < 1  # the vocabulary is gathered as before

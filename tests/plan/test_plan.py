@@ -379,3 +379,21 @@ def test_adapters_are_not_split(parts: Parts, pretrain: Any, dimension: str) -> 
     with pytest.raises(ConfigError, match=problem):
         split = Parallel(**{dimension: 2})
         plan_of(parts(devices=2, micro_batch_size=1, strategy=split, init_from=base, lora=LoRA(rank=2)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"fp8": "tensorwise", "precision": "bf16-mixed"}, "model.fp8='tensorwise': weights in 4 bits have no float8"),
+        ({"num_moe_experts": 4}, "model.lora.quantize_base='nf4': the experts of a mixture are not stored in 4 bits"),
+    ],
+)
+def test_what_does_not_go_with_weights_in_4_bits_is_refused(
+    parts: Parts, changes: dict[str, Any], problem: str
+) -> None:
+    lora = LoRA(rank=2, target_modules=["linear_qkv"], quantize_base="nf4")
+    made = parts(**{"precision": "32-true"} | changes)
+    made["model"].lora = lora
+    with pytest.raises(ConfigError) as refused:
+        plan_of(made)
+    assert any(str(said).startswith(problem) for said in refused.value.problems), refused.value.problems

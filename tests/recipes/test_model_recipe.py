@@ -63,12 +63,13 @@ def test_a_number_of_gpus_that_cannot_be_is_refused(count: Any) -> None:
         llama3_8b(num_nodes=count)
 
 
-@pytest.mark.parametrize("scheme", ["lora", "dora", "none", None])
+@pytest.mark.parametrize("scheme", ["lora", "dora", "qlora", "none", None])
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_the_scheme_and_the_method_say_what_is_trained(scheme: Any, method: Any) -> None:
     recipe = llama3_8b.finetune_recipe(peft_scheme=scheme, method=method, packed_sequence=True, name="tuned")
     lora = recipe.model.lora
-    assert (None if lora is None else "dora" if lora.dora else "lora") == (None if scheme == "none" else scheme)
+    found = None if lora is None else "dora" if lora.dora else "qlora" if lora.quantize_base else "lora"
+    assert found == (None if scheme == "none" else scheme)
     assert recipe.data.preference == (method == "dpo")
     assert (recipe.data.packed, recipe.log.name) == (True, "tuned")
     assert recipe.model.config == llama3_8b().model.config
@@ -122,14 +123,28 @@ def test_a_model_is_tuned_on_the_gpus_that_its_recipe_names_as_the_table_of_mode
     assert TABLES["tuning_row"](model, full, lora) in PAGE, "run: python docs/model_tables.py"
 
 
+def test_70_billion_weights_in_4_bits_are_tuned_on_two_gpus() -> None:
+    assert fitting("llama3_70b", "qlora", num_gpus_per_node=2).memory.needed_gib < 50
+    assert FINETUNING["llama3_70b"]["lora"].keys() == {8}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("scheme", "key"), [(None, "full"), ("lora", "lora"), pytest.param("dora", "lora", marks=pytest.mark.long)]
+    ("scheme", "key"),
+    [
+        (None, "full"),
+        ("lora", "lora"),
+        *(pytest.param(each, "lora", marks=pytest.mark.long) for each in ("dora", "qlora")),
+    ],
 )
 @pytest.mark.parametrize("gpus", [8, *(pytest.param(gpus, marks=pytest.mark.long) for gpus in (1, 2, 4))])
 @pytest.mark.parametrize("model", sorted(FINETUNING))
 def test_a_model_is_tuned_on_more_gpus_too(model: str, gpus: int, scheme: str | None, key: str) -> None:
     least = min(FINETUNING[model][key])
+    tuned = ENTRIES[model].load().finetune_recipe(peft_scheme=scheme)  # type: ignore[attr-defined]
+    if scheme == "qlora" and tuned.model.config.num_moe_experts:
+        assert "the experts of a mixture are not stored in 4 bits" in "\n".join(plan(tuned).problems)
+        return
     if gpus >= least:
         fitting(model, scheme, num_gpus_per_node=gpus)
     elif gpus == 8:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from fiddlehead import tasks
-from fiddlehead.checkpoints.weights import load_transformer, open_weights
+from fiddlehead.checkpoints.weights import CheckpointWeights, find_weights, load_transformer, open_weights
 from fiddlehead.data import FineTuningDataModule
 from fiddlehead.errors import ConfigError
-from fiddlehead.models import LoRA
+from fiddlehead.models import LoRA, Transformer, nf4
 from fiddlehead.run.directory import RunDirectory
-from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
+from fiddlehead.training import LanguageModel, Log, Parallel, PreferenceModel
 from fiddlehead.training.preference import answer_log_probabilities
 from tests.training.conftest import KillAfter, Killed, Parts, make_parts, rows
 from tests.training.ranks import on_ranks
@@ -94,6 +95,40 @@ def test_an_interrupted_fine_tuning_run_continues_exactly(base: RunDirectory, pa
         tasks.finetune(**tuning(parts, LanguageModel(init_from=base.path), questions, callbacks=[KillAfter(6)]))
     cut = tasks.finetune(**tuning(parts, LanguageModel(init_from=base.path), questions))
     assert rows(cut, "step", "loss", "grad_norm", "val_loss") == expected
+
+
+def test_a_base_in_4_bits_is_trained_on_as_the_weights_that_it_stands_for_and_merged_into_the_original_ones(
+    base: RunDirectory, parts: Parts, questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, lora = open_weights(base.path), LoRA(rank=4, dropout=0.2, quantize_base="nf4")
+
+    def tune(name: str, lora: LoRA, *callbacks: Any) -> tuple[LanguageModel, RunDirectory]:
+        model = LanguageModel(init_from=base.path, lora=lora)
+        made = tuning(parts, model, questions, lr=2e-2, callbacks=[*callbacks])
+        made["log"] = Log(name=name, dir=str(base.path.parent))
+        return model, tasks.finetune(**made)
+
+    def dequantized(*_: Any, quantize: bool) -> Transformer:
+        model = load_transformer(weights)
+        for name in [name for name in model.state_dict() if "linear" in name and name.endswith("weight")]:
+            full = model.get_parameter(name)
+            full.data = nf4.dequantize(nf4.quantize(full), full.shape, full.dtype)
+        return model
+
+    model, whole = tune("whole", lora)
+    with pytest.raises(Killed):
+        tune("cut", lora, KillAfter(6))
+    _, cut = tune("cut", lora)
+    monkeypatch.setattr("fiddlehead.training.initial.load_transformer", dequantized)
+    _, full = tune("full", replace(lora, quantize_base=None))
+    found, *others = (rows(run, "step", "loss", "grad_norm", "val_loss") for run in (whole, cut, full))
+    assert others == [found, found]
+    merged, learned = CheckpointWeights.open(find_weights(whole.path)), dict(model.named_parameters())
+    assert {f"transformer.{name}" for name in merged.tensors} == {n for n, p in learned.items() if p.requires_grad}
+    name = "layers.0.mlp.linear_fc1"
+    a, b = (learned[f"transformer.{name}.{part}"].double() for part in ("lora_a", "lora_b"))
+    expected = weights.load(f"{name}.weight").double() + lora.scaling * b @ a
+    torch.testing.assert_close(merged.load(f"{name}.weight").double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=4)])

@@ -127,6 +127,12 @@ class KVCache:
         """Whether `_lengths` counts, and not `_taken` alone."""
         self._lengths.zero_()
 
+    def truncate(self, length: int) -> None:
+        """Forgets the positions of each sequence after the first `length`, if it has more."""
+        if self._on_device:
+            self._lengths.clamp_(max=length)
+        self._taken = min(self._taken, length)
+
     def write(self, k: torch.Tensor, v: torch.Tensor) -> CacheView:
         """Writes new positions behind the present ones; they count only after `advance`.
 

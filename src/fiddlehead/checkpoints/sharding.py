@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fiddlehead.checkpoints.safetensors_files import StoredTensor
 from fiddlehead.checkpoints.weights import Weights
-from fiddlehead.models import LoRA, Transformer
+from fiddlehead.models import LoRA, Transformer, nf4
 from fiddlehead.models.moe import MoE
 from fiddlehead.models.parallel import Layout, Stage, local
 
@@ -121,11 +122,16 @@ def draw_adapters(transformer: Transformer, lora: LoRA, layout: Layout) -> None:
 
 @torch.no_grad()
 def load(transformer: Transformer, names: Iterable[str], weights: Weights, layout: Layout) -> None:
-    """Fills this rank's shards of the parameters of these names from given weights."""
-    parameters = dict(transformer.named_parameters())
+    """Fills this rank's shards of the parameters of these names from given weights.
+
+    A weight in NF4 is quantized as a whole, on the shard's device, because its scales depend on each other.
+    """
+    parameters, quantized = dict(transformer.named_parameters()), nf4.quantized(transformer)
     for name in names:
+        shard = local(parameters[name])
+        bits = nf4.quantize(weights.load(name).to(shard.device)) if name in quantized else None
         for each in layout.local_slices(name, parameters[name]):
-            local(parameters[name])[each.local] = weights.load(name, each.whole)
+            shard[each.local] = weights.load(name, each.whole) if bits is None else bits[each.whole]
 
 
 @torch.no_grad()
@@ -156,6 +162,10 @@ class _Draw(TorchDispatchMode):
         name, parameter = self.parameters.get(id(args[0]) if args else 0, ("", None))
         if parameter is None or not func._schema.is_mutable:
             return func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.copy_.default and not isinstance(args[1], DTensor):  # from a whole tensor
+            for each in self.layout.local_slices(name, parameter):
+                local(parameter)[each.local] = args[1][each.whole]
+            return args[0]
         if func not in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
             func(parameter if parameter is args[0] else local(parameter), *args[1:], **(kwargs or {}))
             return args[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,7 +14,7 @@ from fiddlehead.checkpoints.huggingface.files import HuggingFaceCheckpoint, refu
 from fiddlehead.checkpoints.safetensors_files import StoredTensor
 from fiddlehead.errors import ConfigError, Problem, first_of, refuse
 from fiddlehead.files.paths import user_path
-from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models import Transformer, TransformerConfig, nf4
 from fiddlehead.models.lora import LoRA, merge_state
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.names import find_run
@@ -176,21 +176,27 @@ def find_tokenizer(weights: Path) -> Path | None:
     return next((folder for folder in (weights, of_run) if (folder / "tokenizer.json").is_file()), None)
 
 
-def load_transformer(weights: Weights, config: TransformerConfig | None = None) -> Transformer:
+def load_transformer(
+    weights: Weights, config: TransformerConfig | None = None, *, quantize: bool = False
+) -> Transformer:
     """A model with these weights, in the default dtype. It needs memory for the model and one tensor.
 
     Args:
         config: instead of that of the weights, with parameters of the same shapes.
+        quantize: store the layers' linear weights in NF4; the default device quantizes them, one after the other.
     """
     with torch.device("meta"):
         transformer = Transformer(config or weights.config)
-    names: Iterable[str] = transformer.state_dict()
-    dtype = torch.get_default_dtype()
+        names = list(transformer.state_dict())
+        if quantize:
+            nf4.quantize_layers(transformer)
+    quantized, dtype, device = nf4.quantized(transformer), torch.get_default_dtype(), torch.get_default_device()
     # Each tensor becomes the parameter at once, because a second copy of all might not fit.
-    for name in list(names):
+    for name in names:
         module, _, parameter = name.rpartition(".")
-        tensor = torch.nn.Parameter(weights.load(name).to(dtype))
-        transformer.get_submodule(module).register_parameter(parameter, tensor)
+        tensor = weights.load(name)
+        tensor = nf4.quantize(tensor.to(device)) if name in quantized else tensor.to(dtype)
+        transformer.get_submodule(module).register_parameter(parameter, torch.nn.Parameter(tensor))
     return transformer
 
 

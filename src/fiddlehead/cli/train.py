@@ -23,9 +23,10 @@ from fiddlehead.files.paths import user_path
 
 FINETUNE_HELP = """Train a pretrained model on examples of answers.
 
-Recipes: [bold]full[/bold], [bold]lora[/bold] and [bold]dora[/bold] learn from messages, or prompts with completions;
-[bold]dpo[/bold] from pairs of answers; each for any model. A model's name, such as [bold]llama3_8b[/bold], is the \
-recipe that fine-tunes it. What to begin with and what to learn are edits; the options are pretrain's.
+Recipes: [bold]full[/bold], [bold]lora[/bold], [bold]dora[/bold] and [bold]qlora[/bold] learn from messages, or \
+prompts with completions; [bold]dpo[/bold] from pairs of answers; each for any model. A model's name, such as \
+[bold]llama3_8b[/bold], is the recipe that fine-tunes it. What to begin with and what to learn are edits; the options \
+are pretrain's.
 
 Example:  fiddlehead finetune lora model.init_from=llama data.paths=answers.jsonl log.name=tuned
 

@@ -31,6 +31,17 @@ _COMPILE = typer.Option(
     help="On a GPU: run each step as one captured graph. The first tokens take some seconds, in which it compiles, and "
     "again those of a second batch or answer; so it pays for hundreds of tokens.",
 )
+_DRAFT = typer.Option(
+    None,
+    "--draft",
+    metavar="RUN|CHECKPOINT",
+    help="A smaller model with the same tokenizer: it drafts tokens, which the model checks several at a time. What is "
+    "written has the same distribution; with --temperature 0 it is the same.",
+    autocompletion=complete_run,
+)
+_WEIGHTS = typer.Option(
+    None, "--weights", metavar="int8", help="Store the layers' weights in 8 bits, for a quarter of their memory."
+)
 _SEED = typer.Option(0, help="The same seed gives the same text.")
 
 
@@ -54,6 +65,8 @@ def generate(
     ),
     batch_size: int = typer.Option(16, min=1, help="Texts in a batch."),
     compile: bool = _COMPILE,
+    draft: str = _DRAFT,
+    weights: str = _WEIGHTS,
     as_json: bool = typer.Option(
         False, "--json", help="A JSON object on each line: prompt, text, tokens, finish_reason."
     ),
@@ -83,19 +96,21 @@ def generate(
     ends = [_unescaped(text) for text in stop or ()]
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     sampling = Sampling(**options)
-    writer = Writer.open(checkpoint or source, directory, compile=compile)
+    writer = Writer.open(checkpoint or source, directory, compile=compile, draft=draft, weights=weights)
     if len(prompts) == 1 and not as_json:
         (text,) = prompts.values()
         print(text, end="", flush=True)  # noqa: T201
         for piece in writer.write(text, max_new_tokens, stop=ends, **options):
             print(piece, end="", flush=True)  # noqa: T201
         print()  # noqa: T201
+        _report_draft(writer)
         return
     _refuse_long(prompts, writer)
     for text, written in _write(writer, list(prompts.values()), max_new_tokens, ends, sampling, batch_size):
         values = {"prompt": text, "text": written.text, "tokens": len(written.ids)}
         values["finish_reason"] = written.finish_reason
         print(json.dumps(values, ensure_ascii=False) if as_json else text + written.text, flush=True)  # noqa: T201
+    _report_draft(writer)
 
 
 def chat(
@@ -140,6 +155,14 @@ def chat(
             answer += piece
         print()  # noqa: T201
         messages.append({"role": "assistant", "content": answer.strip()})
+
+
+def _report_draft(writer: Writer) -> None:
+    """Says how many tokens a pass gave, on stderr."""
+    draft = writer.draft
+    if draft is not None and draft.passes:
+        said = f"draft: {draft.tokens_per_pass:.2f} tokens a pass of the model, in {draft.passes} passes"
+        typer.echo(said, err=True)
 
 
 def _typed(prompt: str) -> str:

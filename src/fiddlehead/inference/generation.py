@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
+import torch.nn.functional as F
 
 from fiddlehead.attention import KVCache
 from fiddlehead.errors import ConfigError, Problem, refuse
+from fiddlehead.inference.speculative import Draft, speculate
 from fiddlehead.models.compiled_step import CompiledStep
 from fiddlehead.models.transformer import Transformer
 from fiddlehead.numbers import is_number, is_whole
@@ -50,10 +52,16 @@ class Sampling:
 
     def choose(self, logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
         """Chooses a token for each sequence, (B,), from the logits, (B, V)."""
-        if self.banned:
-            logits = logits.index_fill(-1, _on_device(self.banned, logits.device), float("-inf"))
         if self.temperature == 0:
-            return logits.argmax(dim=-1)
+            return self._allowed(logits).argmax(dim=-1)
+        rows = self.probabilities(logits)
+        return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(rows, generators, strict=True)])
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """The probabilities with which a token is chosen from the logits, both (B, V); in float32."""
+        logits = self._allowed(logits)
+        if self.temperature == 0:
+            return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
         logits = logits.float()
         if self.top_k:
             least = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
@@ -65,8 +73,13 @@ class Sampling:
             dropped = torch.zeros_like(ordered, dtype=torch.bool)
             dropped.scatter_(1, order, ordered.cumsum(dim=-1) - ordered >= self.top_p)
             probabilities = probabilities.masked_fill(dropped, 0.0)
-        draws = [torch.multinomial(row, 1, generator=g) for row, g in zip(probabilities, generators, strict=True)]
-        return torch.cat(draws)
+            probabilities /= probabilities.sum(dim=-1, keepdim=True)
+        return probabilities
+
+    def _allowed(self, logits: torch.Tensor) -> torch.Tensor:
+        if not self.banned:
+            return logits
+        return logits.index_fill(-1, _on_device(self.banned, logits.device), float("-inf"))
 
 
 @torch.no_grad()
@@ -80,20 +93,23 @@ def sample(
     seed: int = 0,
     compile: bool = False,
     banned: tuple[int, ...] = (),
+    draft: Draft | None = None,
 ) -> Iterator[int]:
     """Yields tokens that follow `prompt`; the model sees at most its `seq_length` newest ones.
 
     Args:
         temperature, top_k, top_p, seed, banned: as in `Sampling`.
         compile: on a GPU, run each step as one `CompiledStep`, after some seconds of compiling.
+        draft: drafts tokens, which the model checks in one pass; not with `compile`.
 
     Raises:
-        ConfigError: the prompt is empty, a token is not in the vocabulary, or a number makes no sense.
+        ConfigError: the prompt is empty, a token is not in the vocabulary, or a number makes no sense; or the draft
+            cannot draft for the model.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, banned=banned)
     generators = sampling.generators(1, model.embedding.weight.device)
     ids = list(prompt)
-    for (token,) in _continuations(model, [ids], max_new_tokens, sampling, generators, compile):
+    for (token,) in _continuations(model, [ids], max_new_tokens, sampling, generators, compile, draft):
         ids.append(token)
         yield token
     # The model has seen as much as it can: from here on the oldest token is forgotten for each new one, and every
@@ -116,6 +132,7 @@ def sample_batch(
     seeds: Sequence[int] | None = None,
     ends: Callable[[list[int]], bool] = lambda written: False,
     compile: bool = False,
+    draft: Draft | None = None,
 ) -> list[list[int]]:
     """Generates the tokens that follow each prompt, as one batch; prompts may differ in length.
 
@@ -125,6 +142,7 @@ def sample_batch(
         seeds: one for each sequence, instead of `sampling.seed` and the following numbers.
         ends: whether a sequence ends with the tokens generated so far.
         compile: as in `sample`.
+        draft: as in `sample`; the texts are then generated one after the other.
 
     Raises:
         ConfigError: as `sample`; also if a prompt is as long as `seq_length`.
@@ -138,9 +156,16 @@ def sample_batch(
     if limit is not None and (long := [len(prompt) for prompt in prompts if len(prompt) >= limit]):
         message = f"have {', '.join(map(str, long))} tokens, and the model writes up to seq_length={limit}"
         raise ConfigError(Problem("prompts", message=message))
+    if draft is not None and len(prompts) > 1:
+        seeds = range(sampling.seed, sampling.seed + len(prompts)) if seeds is None else seeds
+        each = {"ends": ends, "compile": compile, "draft": draft}
+        return [
+            sample_batch(model, [prompt], max_new_tokens, sampling, stop_ids, seeds=[seed], **each)[0]
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
     written: list[list[int]] = [[] for _ in prompts]
     going = [True] * len(prompts)
-    for tokens in _continuations(model, prompts, max_new_tokens, sampling, generators, compile):
+    for tokens in _continuations(model, prompts, max_new_tokens, sampling, generators, compile, draft):
         for number, token in enumerate(tokens):
             room = limit is None or len(prompts[number]) + len(written[number]) < limit
             going[number] = going[number] and token not in stop_ids and room
@@ -159,6 +184,7 @@ def _continuations(
     sampling: Sampling,
     generators: Sequence[torch.Generator],
     compile: bool,
+    draft: Draft | None = None,
 ) -> Iterator[list[int]]:
     """Yields the next token of every sequence, as long as the longest is within the model's `seq_length`."""
     config, weight = model.config, model.embedding.weight
@@ -168,6 +194,12 @@ def _continuations(
             raise ConfigError(
                 Problem("prompt", list(prompt), f"needs at least one token, each below vocab_size={vocab_size}")
             )
+    if draft is not None:
+        _refuse_draft(draft, vocab_size, sampling, compile)
+        (prompt,), (generator,) = prompts, generators
+        for token in speculate(model, draft, prompt, max_new_tokens, sampling.probabilities, generator):
+            yield [token]
+        return
     lengths = [len(prompt) for prompt in prompts]
     room = min(max(lengths) + max_new_tokens, config.seq_length or max(lengths) + max_new_tokens)
     if max(lengths) > room:
@@ -197,6 +229,17 @@ def _continuations(
             logits = _begin(model, caches, texts, compile)
         elif not weight.is_cuda:
             logits = step(tokens)
+
+
+def _refuse_draft(draft: Draft, vocab_size: int, sampling: Sampling, compile: bool) -> None:
+    own = draft.model.config.vocab_size or 0
+    if compile:
+        raise ConfigError(
+            Problem("draft", message="a compiled step computes one token; leave out compile, or the draft")
+        )
+    if set(range(own, vocab_size)) - set(sampling.banned):
+        message = f"has a vocabulary of {own}, and the model one of {vocab_size}; both must have the same tokenizer"
+        raise ConfigError(Problem("draft", message=message))
 
 
 def _begin(

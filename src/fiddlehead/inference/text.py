@@ -19,8 +19,10 @@ from fiddlehead.data.chat_template import ChatTemplate, Message
 from fiddlehead.data.tokenizers import refuse_missing_rows
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.inference.generation import Sampling, sample, sample_batch
+from fiddlehead.inference.speculative import Draft
 from fiddlehead.models import Transformer
 from fiddlehead.models.compiled_step import refuse_compiled_step
+from fiddlehead.models.int8 import to_int8
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decodes to it may be the beginning of a character
 
@@ -44,25 +46,50 @@ class Writer:
     template: ChatTemplate | None
     name: str
     compile: bool = False
-    """Whether each step is one launch, as `models.generation.sample` takes it."""
+    """Whether each step is one launch, as `generation.sample` takes it."""
+    draft: Draft | None = None
+    """Drafts tokens for the model."""
 
     @classmethod
-    def open(cls, source: str | Path, runs: str | Path = "runs", *, compile: bool = False) -> Writer:
+    def open(
+        cls,
+        source: str | Path,
+        runs: str | Path = "runs",
+        *,
+        compile: bool = False,
+        draft: str | Path | None = None,
+        weights: str | None = None,
+    ) -> Writer:
         """Loads the model of a run, a checkpoint, an imported checkpoint, or a Hugging Face folder.
 
+        Args:
+            draft: a smaller model with the same tokenizer, named in the same way, which drafts tokens.
+            weights: how the layers' weights are stored: "int8" has a scale for each output channel; None: as they are.
+
         Raises:
-            ConfigError: there is none, it has no tokenizer, or it cannot be compiled.
+            ConfigError: there is none, it has no tokenizer, it cannot be compiled, or the draft cannot draft for it.
         """
+        if weights not in (None, "int8"):
+            raise ConfigError(Problem("weights", weights, "", ("int8",)))
         path = find_weights(source, runs)
         folder = find_tokenizer(path)
         if folder is None:
             raise ConfigError(Problem.in_file(source, "has no tokenizer.json beside its weights"))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        weights = open_weights(path)
+        stored = open_weights(path)
         if compile:
-            refuse_compiled_step(weights.config, device, torch.get_default_dtype())
-        model = load_transformer(weights).to(device).eval()
-        return cls(model, TokenizerFile(folder), ChatTemplate.load(folder), str(source), compile)
+            refuse_compiled_step(stored.config, device, torch.get_default_dtype())
+        model = load_transformer(stored).eval()
+        if weights is not None:
+            to_int8(model)
+        made = cls(model.to(device), TokenizerFile(folder), ChatTemplate.load(folder), str(source), compile)
+        if draft is None:
+            return made
+        small = cls.open(draft, runs)
+        if small.tokenizer.fingerprint != made.tokenizer.fingerprint:
+            message = f"has another tokenizer than {source}; a draft needs the tokens of the model that it drafts for"
+            raise ConfigError(Problem("draft", draft, message))
+        return replace(made, draft=Draft(small.model))
 
     def write(
         self, prompt: str, max_new_tokens: int = 200, *, stop: Sequence[str] = (), **sampling: Any
@@ -145,6 +172,7 @@ class Writer:
                 seeds=[sampling.seed if seeds is None else seeds[number] for number in batch],
                 ends=stopped,
                 compile=self.compile,
+                draft=self.draft,
             )
             for number, ids in zip(batch, texts, strict=True):
                 full = len(ids) == min(max_new_tokens, limit - len(prompts[number]))
@@ -170,7 +198,7 @@ class Writer:
         self.refuse_missing_rows(ids)
         ends, before = self.tokenizer.stop_ids, self.tokenizer.decode(ids)
         ids = list(ids)
-        options = {"compile": self.compile, "banned": self._banned, **sampling}
+        options = {"compile": self.compile, "draft": self.draft, "banned": self._banned, **sampling}
         for token in sample(self.model, list(ids), max_new_tokens, **options):
             if token in ends:
                 return

@@ -9,23 +9,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fiddlehead.attention.backends.reference import without_autocast
 from fiddlehead.errors import ConfigError, Problem, nearest, refuse
 from fiddlehead.models.autocast import product_dtype
 from fiddlehead.models.linear import Linear
+from fiddlehead.models.nf4 import dequantize, is_quantized, nf4_linear, quantized
 from fiddlehead.models.transformer import Transformer
 
 PEFT_NAMES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 """PEFT's names of an adapter's tensors."""
 
 PEFT_CONFIG = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "fan_in_fan_out": False}
+
+Base = Literal["nf4"]
+"""How the frozen weights can be stored."""
 
 Parts = Mapping[str, Sequence[tuple[str, int]]]
 """For each linear layer of a model: the Hugging Face modules whose rows it holds, in order, and how many each has."""
@@ -45,6 +50,8 @@ class LoRA:
     """Patterns, with * and ?, for a linear layer's name or the last part of it: "linear_qkv", "layers.0.*"."""
     dora: bool = False
     """Weight-decomposed: the length of each row of the weights is learned separately from its direction."""
+    quantize_base: Base | None = None
+    """Store the frozen weights of the layers' linear products in 4 bits: "nf4" is QLoRA (Dettmers et al. 2023)."""
 
     def __post_init__(self) -> None:
         refuse(self._problems())
@@ -95,14 +102,16 @@ class LoRA:
             yield Problem("target_modules", names, "must be a list of names or patterns, at least one")
         if not isinstance(self.dora, bool):
             yield Problem("dora", self.dora, "must be True or False")
+        if self.quantize_base not in (None, *get_args(Base)):
+            yield Problem("quantize_base", self.quantize_base, "", (*get_args(Base), None))
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """A linear layer with an adapter: y = x W'^T + bias, where W' = W + scaling x lora_b lora_a.
 
     With DoRA, each row of W' is scaled to the length in `magnitude`. `weight` and `bias` are those of the replaced
-    layer. `lora_a` is (rank, in), `lora_b` (out, rank), `magnitude` (out,) or None. They are float32 or wider for all
-    dtypes of the weights, because bfloat16 would lose small steps.
+    layer; its weight may be in NF4. `lora_a` is (rank, in), `lora_b` (out, rank), `magnitude` (out,) or None. These
+    three are float32 or wider for all dtypes of the weights, because bfloat16 would lose small steps.
     """
 
     def __init__(self, linear: nn.Linear, lora: LoRA) -> None:
@@ -121,7 +130,7 @@ class LoRALinear(nn.Linear):
         # The adapter's two matrices are small and its input is large, so the matrices are scaled and cast to the
         # products' dtype. Their gradients are accumulated in their own dtype.
         x = input.to(product_dtype(input))
-        base = F.linear(x, self.weight, self.bias)
+        base = self._product(x, self.bias)
         if not self.enabled:
             return base
         dropped = F.dropout(x, self.lora.dropout, self.training)
@@ -131,11 +140,11 @@ class LoRALinear(nn.Linear):
             return base + change
         # As in PEFT, dropout applies to the input of what DoRA adds, and not to that of the layer itself.
         if self.training and self.lora.dropout:
-            plain = F.linear(dropped, self.weight)
+            plain = self._product(dropped)
         else:
             plain = base if self.bias is None else base - self.bias
         with torch.no_grad():  # the rows' lengths count as constants (section 4.3 of the paper)
-            changed = _changed(self.weight, self.lora_a, self.lora_b, self.lora.scaling)
+            changed = _changed(self._full_weight(), self.lora_a, self.lora_b, self.lora.scaling)
             length = torch.linalg.vector_norm(changed, dim=1)
         factor = self.magnitude / length
         return (base + (factor - 1) * plain + factor * change).to(base.dtype)
@@ -151,7 +160,21 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         nn.init.zeros_(self.lora_b)
         if self.magnitude is not None:
-            self.magnitude.copy_(torch.linalg.vector_norm(self.weight, dim=1, dtype=self.magnitude.dtype))
+            self.magnitude.copy_(torch.linalg.vector_norm(self._full_weight(), dim=1, dtype=self.magnitude.dtype))
+
+    def _product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer without its adapter."""
+        if is_quantized(self.weight):
+            return nf4_linear(x, self.weight, bias, self.out_features)
+        return F.linear(x, self.weight, bias)
+
+    def _full_weight(self) -> Tensor:
+        """The weight without its adapter, (out, in)."""
+        if not is_quantized(self.weight):
+            return self.weight
+        # FSDP2 cuts bits anywhere, so they have to be gathered.
+        bits = self.weight.full_tensor() if isinstance(self.weight, DTensor) else self.weight
+        return dequantize(bits, (self.out_features, self.in_features), torch.float32)
 
     def _allocate(self) -> None:
         options: Any = {"device": self.weight.device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
@@ -214,7 +237,14 @@ def load_adapter_state(transformer: Transformer, state: Mapping[str, Tensor]) ->
 
 @torch.no_grad()
 def merge(transformer: Transformer) -> None:
-    """Folds the adapters into the weights, in place. The model then has no adapters and nothing frozen."""
+    """Folds the adapters into the weights, in place. The model then has no adapters and nothing frozen.
+
+    Raises:
+        ConfigError: the weights are in NF4; `merge_state` merges the adapters into the original ones.
+    """
+    if quantized(transformer):
+        message = "the model's weights are rounded to 4 bits; load the run's checkpoint, which has them merged"
+        raise ConfigError(Problem("lora.quantize_base", "nf4", message))
     for name, layer in list(transformer.named_modules()):
         if isinstance(layer, LoRALinear):
             linear = Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")

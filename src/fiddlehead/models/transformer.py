@@ -21,6 +21,7 @@ from fiddlehead.models.config import TransformerConfig
 from fiddlehead.models.linear import Linear, linear
 from fiddlehead.models.linear_cross_entropy import linear_cross_entropy
 from fiddlehead.models.moe import Experts, GroupedLinear, MoE, Sequences
+from fiddlehead.models.nf4 import is_quantized
 from fiddlehead.models.norms import norm
 from fiddlehead.models.places import Documents, Places, documents_of, positions_in_documents
 from fiddlehead.models.rope import Rope, Rotary
@@ -232,13 +233,13 @@ class Transformer(nn.Module):
         return sum(losses[1:], losses[0]) if losses else None
 
     def fused_rows(self) -> dict[str, tuple[int, ...]]:
-        """The names of weights that fuse several matrices, and the number of rows of each matrix."""
+        """The names of weights that fuse several matrices, and the number of rows of each matrix; none in NF4."""
         rows = {}
         for name, module in self.named_modules():
-            if isinstance(module, Attention):
+            if isinstance(module, Attention) and not is_quantized(module.linear_qkv.weight):
                 H, G, D = module.config.num_attention_heads, module.config.groups, module.config.head_dim
                 rows[f"{name}.linear_qkv.weight"] = (H * D, G * D, G * D)
-            elif isinstance(module, MLP | Experts) and self.config.gated:
+            elif isinstance(module, MLP | Experts) and self.config.gated and not is_quantized(module.linear_fc1.weight):
                 width = module.linear_fc1.weight.shape[-2] // 2
                 rows[f"{name}.linear_fc1.weight"] = (width, width)
         return rows

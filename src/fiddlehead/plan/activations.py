@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fiddlehead.models import TransformerConfig
+from fiddlehead.models import TransformerConfig, nf4
 from fiddlehead.models.speed import Recompute
 from fiddlehead.training.distributed.sizes import Sizes
 
@@ -29,6 +29,8 @@ class Setting:
     """Only adapters are trained; in mixed precision the rest is bfloat16."""
     compares: bool = False
     """Preferences are learned: each micro-batch first passes through the reference, and the loss has all logits."""
+    quantizes: bool = False
+    """The weights of the layers' products are in NF4, and dequantized for each product."""
     sizes: Sizes | None = None
     """The ranks of `Parallel`; None if each rank has all parameters."""
     reshard_after_forward: bool = True
@@ -43,6 +45,11 @@ class Setting:
         """Bytes of a weight as the modules see it, whole or gathered, and so of what goes into a norm."""
         halved = self.precision == "bf16-mixed" and (self.adapters or self.sizes is not None)
         return 2 if halved or self.precision == "bf16-true" else 4
+
+    @property
+    def of_layers(self) -> float:
+        """Bytes of a weight of the layers' products, whole or gathered."""
+        return nf4.BITS / 8 if self.quantizes else self.of_weights
 
 
 class _Layer:
@@ -250,6 +257,12 @@ def layer_weights(config: TransformerConfig, sizes: Sizes) -> float:
 def mlp_weights(config: TransformerConfig, sizes: Sizes) -> float:
     """The weights of the feed-forward's products on a rank."""
     return (3 if config.gated else 2) * second_product(config, sizes)
+
+
+def largest_product(config: TransformerConfig) -> int:
+    """The weights of the largest product of a layer without experts."""
+    heads = (config.num_attention_heads + 2 * config.groups) * config.head_dim
+    return config.hidden_size * max(heads, (2 if config.gated else 1) * config.ffn_size)
 
 
 def second_product(config: TransformerConfig, sizes: Sizes) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fiddlehead.models import TransformerConfig
+from fiddlehead.models import TransformerConfig, nf4
 from fiddlehead.models.linear_cross_entropy import CHUNK_TOKENS
 from fiddlehead.plan import activations
 from fiddlehead.plan.activations import Setting
@@ -225,7 +225,7 @@ class _Step:
             gathered = self.layers
         else:  # the last layer stays gathered between the two passes
             gathered = again or int(layers == self.layers)
-        return setting.of_weights * (self.root + gathered * self.layer)
+        return setting.of_weights * self.root + setting.of_layers * gathered * self.layer
 
     def _waiting(self) -> float:
         """The gradient of the output layer's weights, as the loss leaves it."""
@@ -290,6 +290,9 @@ class _Step:
             reducing = (setting.of_weights + 4) * self.layer
         product = activations.second_product(self.config, self.sizes) if self.trains else 0.0
         arriving = self.stream if setting.offloads else 0.0  # the input of the layer before, for its backward pass
+        dequantized = 0.0
+        if setting.quantizes:
+            dequantized = nf4.DEQUANTIZING[setting.compiled] * activations.largest_product(self.config)
         again, inside = self.again, self.inside + setting.of_products * product
         if setting.tiled_mlp is not None:
             again, inside = max(self._in_tile(setting.tiled_mlp), self._in_attention(), key=sum)
@@ -299,7 +302,7 @@ class _Step:
             activations=self._activations(left) + again,
             copies=self._copies(left, again=1 if left == 1 else 2),
             loss=self._waiting() if waits else 0.0,
-            transient=self.stream + inside + reducing + arriving,
+            transient=self.stream + inside + reducing + arriving + dequantized,
         )
 
     def _in_tile(self, tile: int) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
-from fiddlehead.models import Transformer
+from fiddlehead.models import Transformer, nf4
 from fiddlehead.plan.activations import Setting
 from fiddlehead.plan.cards import Card
 from fiddlehead.plan.memory import Held, Memory, memory
@@ -66,6 +66,11 @@ class Training:
         """The model's parameters, by their places."""
         return Counted.of(self.transformer)
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether the frozen weights are in NF4."""
+        return self.model.lora is not None and self.model.lora.quantize_base is not None
+
     @cached_property
     def whole(self) -> Held:
         """What a rank has that holds all parameters."""
@@ -74,8 +79,10 @@ class Training:
         each = 2 if devices.precision == "bf16-true" else 4
         number = sum(self.counted.numbers.values())
         trained = sum(parameter.numel() for _, parameter in learned)
-        frozen = (number - trained) * (2 if halves_frozen(self.model, devices) else each)
         reference = 4 * number if isinstance(self.model, PreferenceModel) and self.model.lora is None else 0
+        stored = sum(linear.weight.numel() for linear in nf4.quantizable(self.transformer).values()) * self.quantizes
+        frozen = (number - trained - stored) * (2 if halves_frozen(self.model, devices) else each)
+        frozen += stored * nf4.BITS / 8
         copied = isinstance(devices.strategy, DDPStrategy) and devices.gpus > 1
         operations, moved = optim.step_work(learned)
         return Held(
@@ -112,6 +119,7 @@ class Training:
             micro_batches=micro_batches or data.accumulate_grad_batches(sizes.data),
             adapters=model.lora is not None,
             compares=isinstance(model, PreferenceModel),
+            quantizes=self.quantizes,
             sizes=sizes if self.devices.cut else None,
             reshard_after_forward=not isinstance(strategy, Parallel) or strategy.reshard_after_forward,
         )

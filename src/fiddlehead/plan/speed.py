@@ -7,12 +7,13 @@ their data sheet, unless `fiddlehead bench --calibrate` has measured them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fiddlehead.models import TransformerConfig
-from fiddlehead.plan.activations import Setting, layer_weights
+from fiddlehead.models import TransformerConfig, nf4
+from fiddlehead.plan.activations import Setting, layer_weights, mlp_weights
 from fiddlehead.plan.cards import PCIE, Card
 from fiddlehead.plan.memory import Held
 from fiddlehead.plan.reached import REACHED, reached
@@ -190,7 +191,8 @@ class _Work:
         self.F = self.served * width
         self.F1 = (2 if config.gated else 1) * self.F
         self.shards = sizes.data // sizes.replicate * sizes.context if setting.sizes is not None else 1
-        self.gathered = self.layers * layer_weights(config, sizes) + self.vocabulary / sizes.tensor
+        of_layers = setting.of_layers / setting.of_weights  # what is gathered, as weights of those outside the layers
+        self.gathered = self.layers * layer_weights(config, sizes) * of_layers + self.vocabulary / sizes.tensor
         matrices = 3 if config.gated else 2
         self.in_tiles = 2 * self.layers * self.tokens * matrices * config.hidden_size * self.F
         """Operations of the forward pass of the feed-forward."""
@@ -237,6 +239,8 @@ class _Work:
         weights = 0.0
         if setting.of_weights == 4 and b == 2:  # casts of weights, and of their gradients
             weights = 3 * layer_weights(self.config, self.sizes) * self.layers
+        if setting.quantizes:
+            weights += nf4.DEQUANTIZED[setting.compiled] * self.layers * self._dequantized()
         if self.shards > 1:  # what is gathered is copied once more, and gradients become float32 to be summed
             weights += 20 * self.gathered
         return self.tokens * (b * values + 8 * logits * (self.config.vocab_size or 0)) + weights
@@ -244,6 +248,14 @@ class _Work:
     def inputs(self) -> float:
         """Bytes of the inputs of all layers."""
         return self.layers * self.tokens * self.config.hidden_size * self.setting.of_products
+
+    def _dequantized(self) -> float:
+        """The weights of a layer that a micro-batch dequantizes: each for each of its products, of each tile."""
+        tiled = 0.0 if self.setting.tiled_mlp is None else mlp_weights(self.config, self.sizes)
+        tiles = math.ceil(self.tokens / (self.setting.tiled_mlp or self.tokens))
+        again = self.setting.recompute == "full"
+        whole = (2 + again) * (layer_weights(self.config, self.sizes) - tiled)
+        return whole + 3 * tiled * tiles
 
     def exchanged(self) -> list[tuple[int, float]]:
         """What ranks exchange of a micro-batch's activations, as `_Links.seconds` takes it; nothing hides it."""

@@ -12,7 +12,7 @@ from fiddlehead.checkpoints import sharding
 from fiddlehead.checkpoints.weights import Weights, find_tokenizer, load_transformer
 from fiddlehead.data import TokenizerFile
 from fiddlehead.errors import ConfigError, Problem
-from fiddlehead.models import LoRA, Transformer, TransformerConfig
+from fiddlehead.models import LoRA, Transformer, TransformerConfig, nf4
 from fiddlehead.training.distributed.parallel import Parallel
 
 
@@ -29,8 +29,14 @@ def initial_transformer(
         strategy: the trainer's; None without a trainer.
         change: is called with the model before it is sharded, such as to compile its layers.
     """
+    quantize = lora is not None and lora.quantize_base is not None
     if not (isinstance(strategy, Parallel) and strategy.world_size > 1):
-        transformer = Transformer(config) if weights is None else load_transformer(weights, config)
+        if weights is not None:
+            transformer = load_transformer(weights, config, quantize=quantize)
+        else:
+            transformer = Transformer(config)
+            if quantize:
+                nf4.quantize_layers(transformer)
         if lora is not None:
             lora.apply(transformer)
         change(transformer)
@@ -39,6 +45,8 @@ def initial_transformer(
         transformer = Transformer(config)
         strategy.keep_stages(transformer)
         names = list(transformer.state_dict())
+        if quantize:
+            nf4.quantize_layers(transformer)
         if lora is not None:
             lora.apply(transformer)
     change(transformer)

@@ -184,6 +184,8 @@ class LanguageModel(LightningModule):
             if size > 1 and self.lora is not None:
                 message = f"adapters cannot be split; set trainer.strategy.{field}=1"
                 problems.append(Problem("model.lora", message=message))
+        if self.lora is not None and self.lora.quantize_base is not None:
+            problems += self._refused_quantized(self.lora.quantize_base)
         if sizes.tensor > 1 and self.fp8 is not None:
             message = "not for split layers; set trainer.strategy.tensor_parallel=1, or None here"
             problems.append(Problem("model.fp8", self.fp8, message))
@@ -206,6 +208,16 @@ class LanguageModel(LightningModule):
                 "the part to keep, such as 0.5, or set compile=None"
             )
             problems.append(Problem("model.activation_checkpointing", self.recompute, message))
+        return problems
+
+    def _refused_quantized(self, base: str) -> list[Problem]:
+        problems = []
+        if self.fp8 is not None:
+            message = "weights in 4 bits have no float8 products; set None here, or model.lora.quantize_base=None"
+            problems.append(Problem("model.fp8", self.fp8, message))
+        if self.config.num_moe_experts is not None:
+            message = "the experts of a mixture are not stored in 4 bits; set None here"
+            problems.append(Problem("model.lora.quantize_base", base, message))
         return problems
 
     def _open_weights(self) -> Weights | None:
