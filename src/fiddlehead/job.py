@@ -263,7 +263,7 @@ def _outlive(run: RunDirectory, lock: Path) -> None:
     mine = run.written_status()
     locks.wait_until_free(lock)
     status = run.written_status()
-    # The launcher may go while this process, which has ended its attempt, shuts down: even if the next one runs already.
+    # The launcher may go while this process, whose attempt has ended, shuts down: even if the next one runs already.
     if status is not None and (status.state.ended or (mine is not None and status.attempt != mine.attempt)):
         return
     signals.ask(run, StopRequest("its launcher is gone"))

@@ -33,7 +33,7 @@ def defined(model: Transformer, sequences: list[Tensor]) -> Tensor:
     scores: list[Tensor] = []
 
     def note(_module: Any, _inputs: Any, output: Any) -> None:
-        scores.append(output)
+        scores.append(output.flatten(0, -2))
 
     hooks = [module.router.register_forward_hook(note) for module in model.modules() if isinstance(module, MoE)]
     total = torch.zeros((), dtype=torch.float64)

@@ -17,16 +17,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fiddlehead.attention import BACKENDS, AttentionSpec, watched
 from fiddlehead.errors import ConfigError
-from fiddlehead.models import LoRA, Transformer, TransformerConfig
+from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.parallel import Layout, local_batch, parallelize, refuse_sizes
 from fiddlehead.models.parallel.shards import shard_of, splits_over
 from tests.models import parallel_ranks
 
-QUICK = [("sinks", "tp=2"), ("multi-query", "cp=2"), ("experts", "cp=2")]
+QUICK = [("sinks", "tp=2"), ("multi-query", "cp=2"), ("experts", "cp=2"), ("adapters", "tp=2"), ("dora", "tp=2")]
 THOROUGH = [
     *((model, "cp=2 tp=2") for model in ("grouped", "multi-query", "sinks", "projection norms", "window", "experts")),
     *((model, "tp=4") for model in ("multi-query", "biases", "projection norms")),
     *((model, "cp=4") for model in ("multi-query", "sinks")),
+    *((model, mesh) for model in ("adapters", "dora") for mesh in ("tp=4", "cp=4", "cp=2 tp=2")),
     ("multi-head", "dp=2 tp=2"),
     ("head norms", "dp=2 cp=2"),
     ("experts with biases", "ep=4"),
@@ -63,7 +64,10 @@ def test_every_kind_of_model_learns_the_same_on_every_kind_of_mesh(tmp_path: Pat
 def test_the_parts_of_all_processes_are_the_whole(model: str, size: int) -> None:
     config = TransformerConfig(**(parallel_ranks.SMALL | parallel_ranks.MODELS[model]))
     with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
+        transformer = Transformer(config)
+        if model in parallel_ranks.ADAPTERS:
+            parallel_ranks.ADAPTERS[model].apply(transformer)
+        shapes = {name: parameter.shape for name, parameter in transformer.named_parameters()}
     split = 0
     for name, shape in shapes.items():
         if splits_over(name, config) is None:
@@ -164,12 +168,7 @@ def test_a_batch_is_cut_cp_first(mesh: DeviceMesh) -> None:
 
 
 def test_what_does_not_go_with_a_split_is_refused(mesh: DeviceMesh) -> None:
-    config = TransformerConfig(**parallel_ranks.SMALL)
-    adapted = Transformer(config)
-    LoRA().apply(adapted)
-    with pytest.raises(ConfigError, match=r"tp=2: a model with adapters \(lora\) cannot be split; allowed: 1"):
-        parallelize(adapted, mesh)
-    model = Transformer(config)
+    model = Transformer(TransformerConfig(**parallel_ranks.SMALL))
     parallelize(model, mesh)
     with pytest.raises(ConfigError, match="caches: a model whose sequences are split over processes has no caches"):
         model(torch.zeros(1, 4, dtype=torch.int64), caches=[])

@@ -13,7 +13,7 @@ import fiddle as fdl
 import pytest
 
 from fiddlehead import launch, tasks
-from fiddlehead.errors import ConfigError
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models import LoRA
 from fiddlehead.plan.cards import CARDS, Card
 from fiddlehead.plan.layouts import AXES, Layout, layouts
@@ -22,7 +22,8 @@ from fiddlehead.plan.training import plan_training, search_layouts
 from fiddlehead.recipe import Recipe, catalog
 from fiddlehead.recipe.edits import apply_overrides
 from fiddlehead.recipes import gpt, llama, mistral, qwen
-from fiddlehead.training import LanguageModel, Parallel
+from fiddlehead.training import LanguageModel, Muon, Parallel
+from fiddlehead.training.distributed.sizes import Sizes
 from tests.training.conftest import make_parts
 from tests.training.ranks import on_ranks
 
@@ -133,11 +134,9 @@ def test_every_axis_is_searched() -> None:
     assert changed >= {"data.micro_batch_size", "model.activation_checkpointing"}
 
 
-def test_what_a_pipeline_cannot_train_is_not_cut_into_stages() -> None:
+def test_models_with_tied_embeddings_are_cut_into_stages() -> None:
     tied = edited(llama.llama32_1b(), "model.config.share_embeddings_and_output_weights=True")
-    untied = edited(llama.llama32_1b(), "model.config.share_embeddings_and_output_weights=False")
-    assert {each.sizes.pipeline for each in found(tied)} == {1}
-    assert max(each.sizes.pipeline for each in found(untied)) > 1
+    assert max(each.sizes.pipeline for each in found(tied)) > 1
 
 
 def test_experts_are_split_where_nothing_is_compiled() -> None:
@@ -146,20 +145,24 @@ def test_experts_are_split_where_nothing_is_compiled() -> None:
     assert split and all("model.compile=None" in each.edits for each in split)
 
 
-def test_adapters_are_not_split_over_tensors_or_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("base", [None, "nf4"])
+def test_adapters_are_split_over_tensors_and_stages_but_not_with_weights_in_4_bits(
+    monkeypatch: pytest.MonkeyPatch, base: str | None
+) -> None:
     """The model on the meta device is made once by a plan, and not again by the search."""
     recipe, made = edited(llama.llama3_8b(), "model.config.num_layers=4"), []
     on_meta = LanguageModel.on_meta
     monkeypatch.setattr(LanguageModel, "on_meta", lambda *given: made.append(on_meta(*given)) or made[-1])
     with launch.planning.built(recipe, CARDS["h100"]) as (parts, card):
         model = parts["model"]
-        model.lora = fdl.build(fdl.Config(LoRA, rank=16))
+        model.lora = fdl.build(fdl.Config(LoRA, rank=16, quantize_base=base))
         devices = Devices.of(parts["trainer"])
         assert plan_training(**parts, target=card).trained < 1e9 and len(made) == 1
         training = Training(model, made[0], parts["data"], devices, parts["optim"])
         every = layouts(training, card)
     assert len(made) == 1
-    assert every and {(each.sizes.tensor, each.sizes.pipeline) for each in every} == {(1, 1)}
+    splits = {(each.sizes.tensor, each.sizes.pipeline) for each in every}
+    assert splits == {(1, 1)} if base else splits >= {(1, 1), (2, 1), (1, 2), (2, 2)}
     assert max(each.sizes.context for each in every) > 1
 
 
@@ -187,9 +190,15 @@ def test_one_gpu_has_nothing_to_share() -> None:
         found(recipe, CARDS["rtx4090"])
 
 
-def test_what_the_optimizer_refuses_is_not_found() -> None:
-    assert any(each.sizes.tensor > 1 for each in found(llama.llama3_8b()))
-    every = found(edited(llama.llama3_8b(), "optim=Muon"))
+def test_what_the_optimizer_refuses_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = edited(llama.llama3_8b(), "optim=Muon")
+    assert any(each.sizes.tensor > 1 for each in found(recipe))
+
+    def refuses(self: Muon, precision: str, split: Sizes | None, *, adapters: bool) -> list[Problem]:
+        return [Problem("optim", "Muon", "no")] if split is not None and split.tensor * split.pipeline > 1 else []
+
+    monkeypatch.setattr(Muon, "problems", refuses)
+    every = found(recipe)
     assert every and all(each.sizes.tensor == each.sizes.pipeline == 1 for each in every)
 
 

@@ -19,7 +19,7 @@ from fiddlehead.data.token_writer import TokenDatasetWriter, encode_documents
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA
 from fiddlehead.plan.attention import on_longest, ranges
-from fiddlehead.training import Muon, Parallel
+from fiddlehead.training import Parallel
 from tests.data.small_tokenizers import save_gemma
 from tests.training.conftest import Parts, parameters, plan_of
 
@@ -322,26 +322,6 @@ def test_a_sequence_is_shared_by_as_many_ranks_as_divide_it_and_the_heads(parts:
         ),
         (
             {"pipeline_parallel": 2},
-            {"share_embeddings_and_output_weights": True},
-            "trainer.strategy.pipeline_parallel=2: model.config.share_embeddings_and_output_weights=True: the first",
-        ),
-        (
-            {"pipeline_parallel": 2},
-            {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.1},
-            "trainer.strategy.pipeline_parallel=2: model.config.moe_aux_loss_coeff=0.1: only the last stage",
-        ),
-        (
-            {"pipeline_parallel": 2},
-            {"hidden_dropout": 0.1},
-            "trainer.strategy.pipeline_parallel=2: model.config.hidden_dropout=0.1: stages would drop",
-        ),
-        (
-            {"pipeline_parallel": 2},
-            {"attention_dropout": 0.1},
-            "trainer.strategy.pipeline_parallel=2: model.config.attention_dropout=0.1: stages would drop",
-        ),
-        (
-            {"pipeline_parallel": 2},
             {"micro_batch_size": 2},
             "pipeline_parallel=2: a step has 1 micro-batches on each data-parallel rank, and needs 2 or more; change",
         ),
@@ -355,12 +335,6 @@ def test_a_sequence_is_shared_by_as_many_ranks_as_divide_it_and_the_heads(parts:
             {},
             "trainer.strategy.pipeline_stages_per_rank=2: there is no pipeline; allowed: 1",
         ),
-        ({"pipeline_parallel": 2}, {"optim": Muon}, "optim='Muon': trainer.strategy.pipeline_parallel=2 numbers"),
-        (
-            {"pipeline_parallel": 2},
-            {"state_bits": 8},
-            "optim.state_bits=8: the scales of 8-bit moments cannot be sharded",
-        ),
     ],
 )
 def test_what_does_not_go_with_a_split_is_refused(
@@ -373,12 +347,12 @@ def test_what_does_not_go_with_a_split_is_refused(
 
 
 @pytest.mark.parametrize("dimension", ["tensor_parallel", "pipeline_parallel"])
-def test_adapters_are_not_split(parts: Parts, pretrain: Any, dimension: str) -> None:
-    base = pretrain(max_steps=4).path
-    problem = f"model.lora: adapters cannot be split; set trainer.strategy.{dimension}=1"
+def test_weights_in_4_bits_are_not_split(parts: Parts, dimension: str) -> None:
+    split = Parallel(**{dimension: 2})
+    made = parts(devices=2, micro_batch_size=1, strategy=split, lora=LoRA(rank=2, quantize_base="nf4"))
+    problem = f"model.lora.quantize_base='nf4': .* trainer.strategy.{dimension}=1"
     with pytest.raises(ConfigError, match=problem):
-        split = Parallel(**{dimension: 2})
-        plan_of(parts(devices=2, micro_batch_size=1, strategy=split, init_from=base, lora=LoRA(rank=2)))
+        plan_of(made)
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "hsdp-2x2-tp-2": (8, {"data_parallel_replicate": 2, "tensor_parallel": 2}),
     "hsdp-2x2-cp-2": (8, {"data_parallel_replicate": 2, "context_parallel": 2}),
 }
+_MIXTURE = {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.1}
 SETTINGS = {
     "plain": {},
     "documents": {"separate_documents": True},
-    "experts": {"num_moe_experts": 4, "attention_sinks": True, "add_bias_linear": True},
+    "experts": _MIXTURE | {"attention_sinks": True, "add_bias_linear": True},
     "muon": {"optim": Muon, "num_moe_experts": 4},
-    "deep": {"num_layers": 4, "separate_documents": True},
+    "deep": {"num_layers": 4, "separate_documents": True, "share_embeddings_and_output_weights": True},
+    "mixture": _MIXTURE | {"separate_documents": True, "hidden_dropout": 0.1, "attention_dropout": 0.1},
+    "tied": {"share_embeddings_and_output_weights": True, "optim": Muon, "hidden_dropout": 0.1},
 }
 
 

@@ -114,20 +114,25 @@ def draw(transformer: Transformer, layout: Layout) -> None:
 @torch.no_grad()
 def draw_adapters(transformer: Transformer, lora: LoRA, layout: Layout) -> None:
     """Starts adapters that are sharded, bit for bit as `lora.apply` does on one such device."""
-    with _Draw({id(parameter): (name, parameter) for name, parameter in transformer.named_parameters()}, layout):
-        for name in lora.adapted(transformer):
-            layer: Any = transformer.get_submodule(name)
-            layer.reset_adapter()
+    with torch.device("meta"):
+        whole = Transformer(transformer.config)
+        lora.apply(whole)
+    # What is in a stage of other ranks is drawn too, and not kept.
+    parameters = {**dict(whole.named_parameters()), **dict(transformer.named_parameters())}
+    layers: dict[str, Any] = {**dict(whole.named_modules()), **dict(transformer.named_modules())}
+    with _Draw({id(parameter): (name, parameter) for name, parameter in parameters.items()}, layout):
+        for name in lora.adapted(whole):
+            layers[name].reset_adapter()
 
 
 @torch.no_grad()
 def load(transformer: Transformer, names: Iterable[str], weights: Weights, layout: Layout) -> None:
-    """Fills this rank's shards of the parameters of these names from given weights.
+    """Fills this rank's shards of the parameters of these names, as far as it has them, from given weights.
 
     A weight in NF4 is quantized as a whole, on the shard's device, because its scales depend on each other.
     """
     parameters, quantized = dict(transformer.named_parameters()), nf4.quantized(transformer)
-    for name in names:
+    for name in (name for name in names if name in parameters):
         shard = local(parameters[name])
         bits = nf4.quantize(weights.load(name).to(shard.device)) if name in quantized else None
         for each in layout.local_slices(name, parameters[name]):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fiddlehead.attention import KVCache, attend
-from fiddlehead.models.collectives import HeadExchange
+from fiddlehead.models.collectives import HeadExchange, SequenceSplit
 from fiddlehead.models.config import TransformerConfig
 from fiddlehead.models.linear import Linear
 from fiddlehead.models.moe import MoE, Sequences, activate
@@ -23,6 +22,7 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
         self.number = layer
+        self.split = SequenceSplit()  # as the transformer's
         self.dropout, self.multiplier = config.hidden_dropout, config.residual_multiplier
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
         self.input_layernorm = norm(config) if before else None
@@ -79,7 +79,7 @@ class Block(nn.Module):
             new = norm(new)
         if self.multiplier != 1:
             new = new * self.multiplier
-        return x + F.dropout(new, self.dropout, self.training)
+        return x + self.split.dropout(new, self.dropout, self.training)
 
 
 class Attention(nn.Module):

@@ -53,6 +53,24 @@ class SequenceSplit:
         """The tensor whose parts the processes of a tensor-parallel group have."""
         return part(x, self.cp.size, self.cp.rank, dim)
 
+    def dropout(self, x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+        """Dropout of this process's part of the sequences, (B, t, ...): what one process drops of the whole ones.
+
+        The generators of the processes must have the same state.
+        """
+        if self.parts == 1 or not p or not training:
+            return F.dropout(x, p, training)
+        B, t, *rest = x.shape
+        return x * self.own(F.dropout(x.new_ones(B, self.parts * t, *rest), p), dim=1)
+
+    def dropout_of_columns(self, x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+        """The same for the columns, (B, T, C / n), that a process has of the sequences of a tensor-parallel group."""
+        if self.parts == 1 or not p or not training:
+            return F.dropout(x, p, training)
+        B, T, columns = x.shape
+        kept = F.dropout(x.new_ones(B, self.cp.size * T, self.tp.size * columns), p)
+        return x * part(self.gathered(kept, dim=1), self.tp.size, self.tp.rank, dim=2)
+
 
 @dataclass(frozen=True)
 class HeadExchange:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from fiddlehead.attention.backends.reference import without_autocast
 from fiddlehead.errors import ConfigError, Problem, nearest, refuse
 from fiddlehead.models.autocast import product_dtype
+from fiddlehead.models.collectives import SequenceSplit
 from fiddlehead.models.linear import Linear
 from fiddlehead.models.nf4 import dequantize, is_quantized, nf4_linear, quantized
 from fiddlehead.models.transformer import Transformer
@@ -117,9 +118,10 @@ class LoRALinear(Linear):
     def __init__(self, linear: nn.Linear, lora: LoRA) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.lora = lora
+        self.lora, self.fan_in = lora, linear.in_features
         self.enabled = True
         """Whether the adapter is active."""
+        self.split = SequenceSplit()  # `parallelize` says which part of each sequence this process has
         self.magnitude: nn.Parameter | None = None
         self._allocate()
         self.reset_adapter()
@@ -133,19 +135,18 @@ class LoRALinear(Linear):
         base = self._product(x, self.bias)
         if not self.enabled:
             return base
-        dropped = F.dropout(x, self.lora.dropout, self.training)
-        a, b = self.lora_a.to(x.dtype), (self.lora_b * self.lora.scaling).to(x.dtype)
-        change = F.linear(F.linear(dropped, a), b)
+        dropped = self._dropout(x)
+        change = self._change(dropped, self.lora_a.to(x.dtype), (self.lora_b * self.lora.scaling).to(x.dtype))
         if self.magnitude is None:
             return base + change
         # As in PEFT, dropout applies to the input of what DoRA adds, and not to that of the layer itself.
         if self.training and self.lora.dropout:
-            plain = self._product(dropped)
+            plain = self._product(dropped, None)
         else:
             plain = base if self.bias is None else base - self.bias
         with torch.no_grad():  # the rows' lengths count as constants (section 4.3 of the paper)
             changed = _changed(self._full_weight(), self.lora_a, self.lora_b, self.lora.scaling)
-            length = torch.linalg.vector_norm(changed, dim=1)
+            length = self._lengths(changed)
         factor = self.magnitude / length
         return (base + (factor - 1) * plain + factor * change).to(base.dtype)
 
@@ -157,16 +158,12 @@ class LoRALinear(Linear):
         """
         if self.lora_a.device != self.weight.device:
             self._allocate()
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        # As `nn.init.kaiming_uniform_`, which would take the width of a process's part for that of the layer.
+        bound = math.sqrt(3) * (nn.init.calculate_gain("leaky_relu", math.sqrt(5)) / math.sqrt(self.fan_in))
+        nn.init.uniform_(self.lora_a, -bound, bound)
         nn.init.zeros_(self.lora_b)
         if self.magnitude is not None:
-            self.magnitude.copy_(torch.linalg.vector_norm(self._full_weight(), dim=1, dtype=self.magnitude.dtype))
-
-    def _product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The layer without its adapter."""
-        if is_quantized(self.weight):
-            return nf4_linear(x, self.weight, bias, self.out_features)
-        return F.linear(x, self.weight, bias)
+            self.magnitude.copy_(self._lengths(self._full_weight(), self.magnitude.dtype))
 
     def _full_weight(self) -> Tensor:
         """The weight without its adapter, (out, in)."""
@@ -175,6 +172,24 @@ class LoRALinear(Linear):
         # FSDP2 cuts bits anywhere, so they have to be gathered.
         bits = self.weight.full_tensor() if isinstance(self.weight, DTensor) else self.weight
         return dequantize(bits, (self.out_features, self.in_features), torch.float32)
+
+    # What `parallelize` replaces where processes share the layer.
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer without its adapter."""
+        if is_quantized(self.weight):
+            return nf4_linear(x, self.weight, bias, self.out_features)
+        return F.linear(x, self.weight, bias)
+
+    def _change(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return F.linear(F.linear(x, a), b)
+
+    def _dropout(self, x: Tensor) -> Tensor:
+        return self.split.dropout(x, self.lora.dropout, self.training)
+
+    def _lengths(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The length of each row of a weight like the layer's."""
+        return torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
 
     def _allocate(self) -> None:
         options: Any = {"device": self.weight.device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}

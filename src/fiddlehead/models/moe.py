@@ -51,7 +51,7 @@ class MoE(nn.Module):
             sequences: the sequences over which the load is balanced; None: no balancing loss.
         """
         tokens = x.flatten(0, -2)
-        scores = self.router(tokens).float()
+        scores = self.router(x).flatten(0, -2).float()  # an adapter of the router drops by sequences
         k, E = self.config.moe_router_topk, scores.shape[-1]
         top, chosen = scores.topk(k, dim=-1)
         if self.config.moe_router_pre_softmax:

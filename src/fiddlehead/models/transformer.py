@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fiddlehead.attention import KVCache
@@ -48,6 +47,8 @@ class Transformer(nn.Module):
         self.output_layer = None  # None: logits reuse the embedding's weights
         if not config.share_embeddings_and_output_weights:
             self.output_layer = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.dropout_seed: int | None = None
+        """Seeds what the next forward pass drops, each layer by itself; None: it depends on PyTorch's generator."""
         self.compiled = False
         """Whether the elementwise work on the logits is compiled into one kernel in training."""
         self.activation_memory_budget: float | None = None
@@ -167,8 +168,9 @@ class Transformer(nn.Module):
                 message = f"the model has no position for {places.length} tokens"
                 raise ConfigError(Problem("seq_length", length, message))
             x = x + self.position_embedding(self.split.own(places.positions))
+        self._seed_dropout(0)
         # In mixed precision too, the residual stream has the dtype of the products: half the memory to move.
-        return F.dropout(x.to(product_dtype(x)), config.hidden_dropout, self.training)
+        return self.split.dropout(x.to(product_dtype(x)), config.hidden_dropout, self.training)
 
     def run_layers(
         self,
@@ -193,8 +195,14 @@ class Transformer(nn.Module):
             rope = ropes[config.rotary(number)] if ropes else None
             cache = None if caches is None else caches[number]
             arguments = x, rope, places.documents, cache, new_lengths, places.sequences
+            self._seed_dropout(1 + number)
             x = layer(*arguments) if run_layer is None else run_layer(layer, *arguments)
         return x
+
+    def _seed_dropout(self, place: int) -> None:
+        # Each layer has a seed of its own, so that what it drops does not depend on where the others are computed.
+        if self.dropout_seed is not None and self.training:
+            torch.manual_seed(hash((self.dropout_seed, place)) % 2**63)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states, (..., C), to logits (..., V)."""
@@ -228,19 +236,17 @@ class Transformer(nn.Module):
         apart, a document; padding is not part of it. As a sum over sequences it does not depend on how they are split
         into batches. Of a sequence that processes share each returns the part of its own tokens.
         """
-        mixtures = [module for module in self.modules() if isinstance(module, MoE)]
-        losses = [mixture.aux_loss for mixture in mixtures if mixture.aux_loss is not None]
-        return sum(losses[1:], losses[0]) if losses else None
+        return balancing_loss(self.layers)
 
     def fused_rows(self) -> dict[str, tuple[int, ...]]:
-        """The names of weights that fuse several matrices, and the number of rows of each matrix; none in NF4."""
+        """The names of weights that fuse several matrices, and the rows of each, in the whole weights; none in NF4."""
         rows = {}
         for name, module in self.named_modules():
             if isinstance(module, Attention) and not is_quantized(module.linear_qkv.weight):
                 H, G, D = module.config.num_attention_heads, module.config.groups, module.config.head_dim
                 rows[f"{name}.linear_qkv.weight"] = (H * D, G * D, G * D)
             elif isinstance(module, MLP | Experts) and self.config.gated and not is_quantized(module.linear_fc1.weight):
-                width = module.linear_fc1.weight.shape[-2] // 2
+                width = self.config.ffn_size if isinstance(module, MLP) else self.config.expert_size
                 rows[f"{name}.linear_fc1.weight"] = (width, width)
         return rows
 
@@ -259,6 +265,13 @@ class Transformer(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=std)
+
+
+def balancing_loss(layers: Iterable[nn.Module]) -> torch.Tensor | None:
+    """The result of `Transformer.aux_loss` for some layers."""
+    mixtures = [module for layer in layers for module in layer.modules() if isinstance(module, MoE)]
+    losses = [mixture.aux_loss for mixture in mixtures if mixture.aux_loss is not None]
+    return sum(losses[1:], losses[0]) if losses else None
 
 
 def _scaled(x: torch.Tensor, multiplier: float) -> torch.Tensor:

@@ -121,13 +121,16 @@ def calls_of(
         ranks = strategy.pipeline_parallel
         split = {"tensor": strategy.tensor_parallel, "context": strategy.context_parallel, "pipeline": ranks}
         split["stages"] = ranks * strategy.pipeline_stages_per_rank
+    without = 0 if model.lora is None else _without_gradients(transformer or model.on_meta(config))
+    if split.get("stages", 1) > 1:  # what a stage passes on has gradients
+        without = min(without, config.num_layers // split["stages"])
     return Calls(
         config=config,
         dtype=compute_dtype(precision),
         seq_length=data.seq_length,
         packed=data.separate_documents,
         deterministic=deterministic,
-        without_gradients=0 if model.lora is None else _without_gradients(transformer or model.on_meta(config)),
+        without_gradients=without,
         passes=tuple(passes),
         **split,
     )

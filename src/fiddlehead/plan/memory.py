@@ -172,7 +172,8 @@ class _Step:
         positions = (config.seq_length or 0) * config.hidden_size if learned else 0
         self.output = 0 if stage == "first" else vocabulary
         self.embedding = 0 if stage == "last" else vocabulary + positions
-        self.tied = config.share_embeddings_and_output_weights
+        # In a pipeline the first and the last rank have a copy each, which is used once.
+        self.tied = config.share_embeddings_and_output_weights and not stage
         self.root = self.embedding + (0 if self.tied else self.output)  # what is outside the layers
         self.in_flight = 1.0 if stage == "last" else _in_flight(sizes, setting.micro_batches)
         self.trains = not setting.adapters

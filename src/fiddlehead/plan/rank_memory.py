@@ -72,6 +72,11 @@ class Training:
         return self.model.lora is not None and self.model.lora.quantize_base is not None
 
     @cached_property
+    def trained(self) -> Counted:
+        """Those that are trained."""
+        return Counted.of(self.transformer, trained=True)
+
+    @cached_property
     def whole(self) -> Held:
         """What a rank has that holds all parameters."""
         devices, optim = self.devices, self.optim
@@ -97,12 +102,16 @@ class Training:
 
     def held(self, sizes: Sizes) -> Held:
         """What the rank has of the parameters that has the most of them."""
-        whole, share = self.whole, sizes.held(self.counted) / sum(self.counted.numbers.values())
+        whole = self.whole
+        share, trained = (sizes.held(each) / sum(each.numbers.values()) for each in (self.counted, self.trained))
         return replace(
             whole,
             parameters=share * whole.parameters,
-            gradients=share * whole.gradients,
-            optimizer=share * whole.optimizer,
+            gradients=trained * whole.gradients,
+            optimizer=trained * whole.optimizer,
+            stepping=whole.stepping * (1 if self.optim.takes_whole_matrices else trained),
+            step_operations=whole.step_operations / sizes.pipeline,
+            step_moved=whole.step_moved / sizes.pipeline,
         )
 
     def setting(self, sizes: Sizes, micro_batches: int | None = None) -> Setting:

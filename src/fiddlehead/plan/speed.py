@@ -262,8 +262,9 @@ class _Work:
         sizes, b = self.sizes, self.setting.of_products
         stream = self.tokens * sizes.tensor * self.config.hidden_size * b
         found = []
-        if sizes.tensor > 1:  # gathers and scatters around both halves of a layer, in both passes
-            found.append((sizes.tensor, 10 * self.layers * stream * (sizes.tensor - 1) / sizes.tensor))
+        if sizes.tensor > 1:  # around both halves of a layer, in both passes; and once more for the weights' gradients
+            times = 8 if self.setting.adapters else 10
+            found.append((sizes.tensor, times * self.layers * stream * (sizes.tensor - 1) / sizes.tensor))
         if sizes.context > 1:
             found.append((sizes.context * sizes.tensor, 3 * self.layers * self.tokens * b * 2 * self.QK))
         if sizes.expert > 1:
@@ -288,6 +289,10 @@ class _Work:
         if sizes.replicate > 1:  # replicas sum their shards of a step's gradients
             moved = 2 * sums * self.gathered / self.shards * (sizes.replicate - 1) / sizes.replicate
             found.append((sizes.data * sizes.context * sizes.tensor, moved))
+        if sizes.pipeline > 1 and self.config.share_embeddings_and_output_weights:
+            # The first and the last rank send each other their gradients.
+            moved = sums * self.vocabulary / self.shards
+            found.append((sizes.data * sizes.context * sizes.tensor * sizes.pipeline, moved))
         return found
 
 

@@ -43,12 +43,12 @@ def initial_transformer(
         return transformer
     with torch.device("meta"):
         transformer = Transformer(config)
-        strategy.keep_stages(transformer)
         names = list(transformer.state_dict())
         if quantize:
             nf4.quantize_layers(transformer)
         if lora is not None:
             lora.apply(transformer)
+        strategy.keep_stages(transformer)
     change(transformer)
     layout = strategy.shard(transformer)
     if weights is None:

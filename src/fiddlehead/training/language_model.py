@@ -21,6 +21,7 @@ from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.errors import ConfigError, Problem, RunError, refuse
 from fiddlehead.files.paths import user_path
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
+from fiddlehead.models.lora import PEFT_NAMES
 from fiddlehead.models.meta import shapes_only
 from fiddlehead.models.speed import (
     Compile,
@@ -180,12 +181,8 @@ class LanguageModel(LightningModule):
     def problems(self, precision: str, sizes: Sizes) -> list[Problem]:
         """Why the model cannot be trained with this precision on ranks of these sizes; empty if it can."""
         problems = []
-        for field, size in (("tensor_parallel", sizes.tensor), ("pipeline_parallel", sizes.pipeline)):
-            if size > 1 and self.lora is not None:
-                message = f"adapters cannot be split; set trainer.strategy.{field}=1"
-                problems.append(Problem("model.lora", message=message))
         if self.lora is not None and self.lora.quantize_base is not None:
-            problems += self._refused_quantized(self.lora.quantize_base)
+            problems += self._refused_quantized(self.lora.quantize_base, sizes)
         if sizes.tensor > 1 and self.fp8 is not None:
             message = "not for split layers; set trainer.strategy.tensor_parallel=1, or None here"
             problems.append(Problem("model.fp8", self.fp8, message))
@@ -210,8 +207,12 @@ class LanguageModel(LightningModule):
             problems.append(Problem("model.activation_checkpointing", self.recompute, message))
         return problems
 
-    def _refused_quantized(self, base: str) -> list[Problem]:
+    def _refused_quantized(self, base: str, sizes: Sizes) -> list[Problem]:
         problems = []
+        for field, size in (("tensor_parallel", sizes.tensor), ("pipeline_parallel", sizes.pipeline)):
+            if size > 1:
+                message = f"weights in 4 bits cannot be split; set None here, or trainer.strategy.{field}=1"
+                problems.append(Problem("model.lora.quantize_base", base, message))
         if self.fp8 is not None:
             message = "weights in 4 bits have no float8 products; set None here, or model.lora.quantize_base=None"
             problems.append(Problem("model.fp8", self.fp8, message))
@@ -294,7 +295,7 @@ class LanguageModel(LightningModule):
         batch = self._own_tokens(batch)
         divisors = self._divisors(batch, batch_idx)
         if self._pipeline is not None:
-            self._pipeline.waiting.append(batch)
+            self._pipeline.waiting.append({**batch, "dropout_seed": self.transformer.dropout_seed})
             return torch.zeros((), device=batch["labels"].device)
         loss = self._nats(batch) / divisors.labels
         self._note_loss(loss.detach())
@@ -306,7 +307,8 @@ class LanguageModel(LightningModule):
             super().backward(loss, *args, **kwargs)
         elif len(self._pipeline.waiting) == self.trainer.accumulate_grad_batches:
             with self.trainer.precision_plugin.train_step_context():
-                self._note_loss(self._pipeline.train(self._step_divisors.labels))
+                divisors = self._step_divisors
+                self._note_loss(self._pipeline.train(divisors.labels, divisors.tokens))
 
     @property
     def _pipeline(self) -> Pipeline | None:
@@ -327,8 +329,9 @@ class LanguageModel(LightningModule):
         elif batch_idx % accumulate == 0:
             # Ranks that share a sequence have the same counts; the mean counts them once.
             counted = self.trainer.strategy.reduce(batch["in_step"].float(), reduce_op="mean")
-            parts = accumulate * self.transformer.split.parts
-            self._step_divisors = Divisors(*(torch.as_tensor(counted) / parts))
+            labels, tokens, pairs = torch.as_tensor(counted) / accumulate
+            parts = self.transformer.split.parts  # each such rank has a part of the tokens, and all pairs
+            self._step_divisors = Divisors(labels / parts, tokens / parts, pairs)
         return self._step_divisors
 
     def _with_balance(self, loss: torch.Tensor, divisors: Divisors) -> torch.Tensor:
@@ -354,7 +357,9 @@ class LanguageModel(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule, over the trainer's `max_steps`."""
         fused = {f"transformer.{name}": rows for name, rows in self.transformer.fused_rows().items()}
-        return self.optim.build(self.named_parameters(), self.trainer.max_steps, fused)
+        strategy = self.trainer.strategy
+        layout = strategy.layout if isinstance(strategy, Parallel) else None
+        return self.optim.build(self.named_parameters(), self.trainer.max_steps, fused, layout)
 
     def on_train_start(self) -> None:
         """Sets the learning rate by the schedule: a resumed run may have another length than before."""
@@ -454,10 +459,10 @@ class LanguageModel(LightningModule):
             checkpoint["init_from"] = str(self.init_from)
         if self.lora is not None:
             checkpoint["lora"] = asdict(self.lora)
-            adapters = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-            checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in adapters}
+            state = checkpoint["state_dict"].items()
+            checkpoint["state_dict"] = {name: x for name, x in state if name.rpartition(".")[2] in PEFT_NAMES}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the base weights to a checkpoint that has only adapters; the model has them already."""
         if self.lora is not None:
-            checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
+            checkpoint["state_dict"] = self.trainer.strategy.lightning_module_state_dict() | checkpoint["state_dict"]

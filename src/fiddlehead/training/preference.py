@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
+from fiddlehead.models.collectives import all_reduce
 from fiddlehead.models.lora import without_adapters
 from fiddlehead.models.places import documents_of
 from fiddlehead.numbers import is_number
@@ -53,9 +54,9 @@ class PreferenceModel(LanguageModel):
     def problems(self, precision: str, sizes: Sizes) -> list[Problem]:
         """As `LanguageModel.problems`."""
         problems = super().problems(precision, sizes)
-        for field in ("context", "tensor", "pipeline"):
-            if (size := getattr(sizes, field)) > 1:
-                problems.append(Problem(f"trainer.strategy.{field}_parallel", size, "answers are compared whole", (1,)))
+        if sizes.pipeline > 1:
+            message = "the reference would need stages of its own, whose results reach only the last one"
+            problems.append(Problem("trainer.strategy.pipeline_parallel", sizes.pipeline, message, (1,)))
         return problems
 
     def on_fit_start(self) -> None:
@@ -70,6 +71,7 @@ class PreferenceModel(LanguageModel):
         It is the mean over all pairs of the step, on all micro-batches and ranks. The balancing loss of a mixture is
         added; it counts the tokens of both answers and their prompts.
         """
+        batch = self._own_tokens(batch)
         divisors = self._divisors(batch, batch_idx)
         loss = self._preference(batch)[0].sum() / divisors.pairs
         self._note_loss(loss.detach())
@@ -77,7 +79,7 @@ class PreferenceModel(LanguageModel):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Adds one batch to the sums: the loss, the pairs, and the pairs in the right order."""
-        losses, margin = self._preference(batch)
+        losses, margin = self._preference(self._own_tokens(batch))
         self._validation += torch.stack([losses.sum(), torch.ones_like(losses).sum(), (margin > 0).sum()])
 
     def on_validation_epoch_end(self) -> None:
@@ -103,9 +105,16 @@ class PreferenceModel(LanguageModel):
 
 
 def answer_log_probabilities(transformer: Transformer, batch: dict[str, Any]) -> torch.Tensor:
-    """The log-probability of the labels of each document, (documents,) float32."""
+    """The log-probability of the labels of each document, (documents,) float32.
+
+    The documents are whole, also where processes share the sequences; each of these processes gets the result.
+    """
+    split = transformer.split
     labels, cu_seqlens = batch["labels"].flatten(), batch["cu_seqlens"]
     logits = transformer(batch["input_ids"], cu_seqlens, batch["max_seqlen"], padding=batch.get("padding"))
     nats = F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="none", ignore_index=NO_LABEL)
-    document = documents_of(cu_seqlens, labels.numel())
-    return torch.zeros(len(cu_seqlens) - 1, device=nats.device).index_add(0, document, -nats)
+    document = documents_of(cu_seqlens, split.parts * labels.numel()).view(len(batch["labels"]), -1)
+    sums = torch.zeros(len(cu_seqlens) - 1, device=nats.device).index_add(0, split.own(document).flatten(), -nats)
+    for group in (split.cp, split.tp):
+        sums = all_reduce(sums, group) if group.size > 1 else sums
+    return sums

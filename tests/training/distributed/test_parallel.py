@@ -16,14 +16,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fiddlehead import tasks
+from fiddlehead.checkpoints.folder import read_state, read_tensors
 from fiddlehead.checkpoints.weights import open_weights
 from fiddlehead.data import FineTuningDataModule
 from fiddlehead.errors import ConfigError
-from fiddlehead.models import LoRA, TransformerConfig
-from fiddlehead.models.parallel import Layout
+from fiddlehead.models import LoRA, Transformer, TransformerConfig
+from fiddlehead.models.parallel import Layout, keep_stages
+from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
 from fiddlehead.training.distributed.gradients import global_norm, scale
-from fiddlehead.training.distributed.sizes import Sizes
+from fiddlehead.training.distributed.sizes import Counted, Sizes
 from tests.training.conftest import Killed, make_parts
 from tests.training.layouts import SETTINGS, TRAINED, losses, train
 from tests.training.ranks import on_ranks
@@ -42,7 +44,7 @@ from tests.training.ranks import on_ranks
         pytest.param("hsdp-2x2", "documents", marks=pytest.mark.long),
         ("cp-2", "plain"),
         ("fsdp-2-cp-2", "documents"),
-        ("tp-2", "plain"),
+        pytest.param("tp-2", "plain", marks=pytest.mark.long),
         pytest.param("fsdp-2-tp-2", "documents", marks=pytest.mark.long),
         pytest.param("cp-2-tp-2", "documents", marks=pytest.mark.long),
         pytest.param("tp-4", "experts", marks=pytest.mark.long),
@@ -50,8 +52,10 @@ from tests.training.ranks import on_ranks
         pytest.param("fsdp-2-ep-2", "experts", marks=pytest.mark.long),
         pytest.param("hsdp-2x2-ep-2", "experts", marks=pytest.mark.long),
         pytest.param("ep-2-tp-2", "experts", marks=pytest.mark.slow),
-        ("pp-2", "documents"),
+        pytest.param("pp-2", "documents", marks=pytest.mark.long),
         ("pp-2-twice", "deep"),
+        ("pp-2", "mixture"),
+        ("pp-2-tp-2", "tied"),
         ("pp-2-fsdp-2", "documents"),
         *(
             pytest.param(layout, settings, marks=pytest.mark.long)
@@ -64,6 +68,7 @@ from tests.training.ranks import on_ranks
                 ("pp-2-tp-2", "documents"),
                 ("pp-2-cp-2", "documents"),
                 ("pp-2-ep-2", "experts"),
+                ("tp-4", "tied"),
             )
         ),
     ],
@@ -74,6 +79,18 @@ def test_the_losses_are_those_of_one_process(
     run = train(layout, dataset, tmp_path, **SETTINGS[settings])
     assert losses(run).shape == (22, 3)
     torch.testing.assert_close(losses(run), losses(one / settings), rtol=1e-5, atol=0)
+    for kind in ("model", "optimizer"):
+        expected, found = (tensors_of(folder, kind) for folder in (one / settings, run))
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            difference = (found[name].load() - tensor.load()).norm()
+            assert difference <= 1e-2 * tensor.load().norm(), name
+
+
+def tensors_of(run: Path, kind: str) -> dict[str, Any]:
+    """The tensors in a run's last checkpoint."""
+    folder = RunDirectory(run).checkpoints / "step-00000020"
+    return read_tensors(folder, read_state(folder), kind)
 
 
 def test_one_device_is_trained_on_as_without_a_strategy(dataset: Path, tmp_path: Path, one: Path) -> None:
@@ -156,11 +173,13 @@ def test_ranks_begin_with_parts_of_what_one_process_begins_with(
     assert sum(held) == elements and min(held) > 0.4 * elements
 
 
-def tune(base: Path, runs: Path, examples: Path, lora: LoRA | None, devices: int = 1) -> str:
+def tune(base: Path, runs: Path, examples: Path, lora: LoRA | None, devices: int = 1, **split: int) -> str:
     """Learns preferences, or answers, on the ranks that call this; what it prints."""
     preference = examples.stem == "pairs"
     model = (PreferenceModel if preference else LanguageModel)(init_from=base, lora=lora)
-    made = make_parts(base, runs, max_steps=8, devices=devices, **({"strategy": Parallel()} if devices > 1 else {}))
+    made = make_parts(
+        base, runs, max_steps=8, devices=devices, **({"strategy": Parallel(**split)} if devices > 1 else {})
+    )
     data = FineTuningDataModule(
         examples, seq_length=16, micro_batch_size=2, global_batch_size=4, val_samples=8, preference=preference
     )
@@ -174,12 +193,17 @@ QLORA = LoRA(rank=2, quantize_base="nf4")
 
 
 @pytest.mark.parametrize(
-    ("name", "lora"),
-    [*((name, lora) for name in ("pairs", "answers") for lora in (None, LoRA(rank=2))), ("answers", QLORA)],
-    ids=["whole-pairs", "lora-pairs", "whole-answers", "lora-answers", "qlora-answers"],
+    ("name", "lora", "split"),
+    [
+        *((name, lora, {}) for name in ("pairs", "answers") for lora in (None, LoRA(rank=2))),
+        ("answers", QLORA, {}),
+        ("pairs", None, {"context_parallel": 2}),
+        ("pairs", LoRA(rank=2), {"tensor_parallel": 2}),
+    ],
+    ids=["pairs", "pairs-lora", "answers", "answers-lora", "answers-qlora", "pairs-cp", "pairs-lora-tp"],
 )
 def test_ranks_learn_answers_and_preferences_as_one_process_does(
-    one: Path, tmp_path: Path, name: str, lora: LoRA | None
+    one: Path, tmp_path: Path, name: str, lora: LoRA | None, split: dict[str, int]
 ) -> None:
     examples = tmp_path / f"{name}.jsonl"
     words = ["fern", "moss", "leaf", "spore", "frond"]
@@ -187,12 +211,29 @@ def test_ranks_learn_answers_and_preferences_as_one_process_does(
     answers = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
     examples.write_text("".join(json.dumps(line) + "\n" for line in (pairs if name == "pairs" else answers)))
     alone = tune(one / "plain", tmp_path / "one", examples, lora)
-    printed, silence = on_ranks(2, tune, one / "plain", tmp_path / "many", examples, lora, devices=2)
+    printed, silence = on_ranks(2, tune, one / "plain", tmp_path / "many", examples, lora, devices=2, **split)
     found, expected = losses(tmp_path / "many" / "run"), losses(tmp_path / "one" / "run")
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
     asked = [line for line in alone.splitlines() if "it answers" in line]
-    assert asked == [line for line in printed.splitlines() if "it answers" in line]
+    # Ranks that share a sequence cannot answer.
+    assert [line for line in printed.splitlines() if "it answers" in line] == ([] if split else asked)
     assert len(asked) == 2 and not silence
+
+
+def test_adapters_on_split_layers_and_stages_learn_what_they_learn_on_one_process(
+    dataset: Path, one: Path, tmp_path: Path
+) -> None:
+    lora = LoRA(rank=2, alpha=2, dora=True, dropout=0.1)
+    changes = {"init_from": one / "plain", "lora": lora, "hidden_dropout": 0.1, "micro_batch_size": 4}
+    alone = train("1", dataset, tmp_path / "alone", **changes)
+    train("1", dataset, tmp_path, killed_after=10, **changes)
+    run = train("pp-2-tp-2", dataset, tmp_path, **changes)  # goes on from a checkpoint of one process
+    torch.testing.assert_close(losses(run), losses(alone), rtol=1e-5, atol=0)
+    for kind in ("model", "optimizer"):
+        expected, found = (tensors_of(folder, kind) for folder in (alone, run))
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name].load(), tensor.load(), rtol=1e-3, atol=1e-6)
 
 
 def norms(seed: int) -> tuple[float, float, float]:
@@ -241,6 +282,28 @@ def test_the_data_parallel_ranks_are_what_the_devices_allow(
     assert Parallel(**strategy).sizes(devices).mesh == sizes
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_parameters_of_the_rank_with_most_are_counted(tied: bool) -> None:
+    shape = {"num_layers": 4, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 101}
+    config = TransformerConfig(**shape, share_embeddings_and_output_weights=tied)
+
+    def adapted() -> Transformer:
+        with torch.device("meta"):
+            transformer = Transformer(config)
+            LoRA(rank=2, target_modules=["layers.2.*"]).apply(transformer)
+        return transformer
+
+    for trained in (False, True):
+        of_ranks = []
+        for rank in range(2):
+            transformer = adapted()
+            keep_stages(transformer, [rank, rank + 2], 4)
+            held = [p.numel() for p in transformer.parameters() if p.requires_grad or not trained]
+            of_ranks.append(sum(held))
+        sizes = Sizes(data=1, replicate=1, pipeline=2, stages=4)
+        assert sizes.held(Counted.of(adapted(), trained=trained)) == max(of_ranks)
+
+
 def test_ranks_that_share_a_layer_or_a_sequence_train_on_the_same_samples() -> None:
     sizes = Sizes(data=4, replicate=2, expert=2, context=2, tensor=2, pipeline=2)
     mesh = torch.arange(32).view(sizes.mesh)
@@ -248,11 +311,9 @@ def test_ranks_that_share_a_layer_or_a_sequence_train_on_the_same_samples() -> N
     assert {sizes.data_rank(int(rank)) for rank in mesh[:, 1, 0, 0].flatten()} == {2}
 
 
-@pytest.mark.parametrize("dimension", ["context", "tensor", "pipeline"])
-def test_answers_are_not_compared_in_parts(dimension: str) -> None:
-    sizes = Sizes(data=1, replicate=1, **{dimension: 2})
-    (problem,) = PreferenceModel(init_from="some").problems("32-true", sizes)
-    assert problem == f"trainer.strategy.{dimension}_parallel=2: answers are compared whole; allowed: 1"
+def test_answers_are_not_compared_in_a_pipeline() -> None:
+    (problem,) = PreferenceModel(init_from="some").problems("32-true", Sizes(data=1, replicate=1, pipeline=2))
+    assert problem.startswith("trainer.strategy.pipeline_parallel=2: the reference would need stages of its own")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ x is the size of a (B, T, C) tensor of whole sequences, B T C x 2 in bfloat16:
 - Tensor parallel with sequence parallelism (Korthikanti et al. 2022): tokens are all-gathered before `linear_qkv` and
   `linear_fc1`, and the outputs of `linear_proj` and `linear_fc2` are reduce-scattered: 4 (tp - 1) / tp x / cp, and half
   as much again in the backward pass, which repeats the all-gather. Only these four layers are split. Experts, their
-  router and all other modules are whole on every process, and work on its own tokens.
+  router and all other modules are whole on every process, and work on its own tokens. An adapter sends as much with
+  its rank in place of C: before `linear_qkv` and `linear_fc1`, the products with `lora_a` are gathered; after
+  `linear_proj` and `linear_fc2`, they are reduce-scattered.
 - Context parallel by all-to-all (Ulysses, Jacobs et al. 2023): around attention tokens are exchanged for heads, so that
   every kernel sees whole sequences: (cp - 1) / cp (2 H + 2 G) D / C x / (cp x tp), where G is at least cp x tp.
 - Expert parallel (Lepikhin et al. 2020): each token goes to the processes that have its experts, and back:
@@ -22,18 +24,20 @@ stay plain local tensors, so FSDP2's `fully_shard` can shard them over the data-
 A `Layout` knows their places in the parameters of a single process, which have the same names.
 
 Pipeline parallel: a process has one or more `Stage`s (consecutive layers) and the whole batch. Between two stages, x /
-(cp x tp) travels forward for each micro-batch, and as much backward.
+(cp x tp) travels forward for each micro-batch, and as much backward. Tied embeddings are in the first and in the last
+stage, which exchange their gradients once in each step.
 """
 
 from fiddlehead.models.parallel.gradients import reduce_gradients
 from fiddlehead.models.parallel.layers import local_batch, parallelize
 from fiddlehead.models.parallel.shards import Layout, fsdp_slices, local, refuse_sizes, splits_over
-from fiddlehead.models.parallel.stages import Stage, keep_stages, refuse_stages, stage_of
+from fiddlehead.models.parallel.stages import Stage, is_tied, keep_stages, refuse_stages, stage_of
 
 __all__ = [
     "Layout",
     "Stage",
     "fsdp_slices",
+    "is_tied",
     "keep_stages",
     "local",
     "local_batch",

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fiddlehead.errors import ConfigError, Problem
-from fiddlehead.models.block import MLP, Attention
+from fiddlehead.models.block import MLP, Attention, Block
 from fiddlehead.models.collectives import (
     Group,
     HeadExchange,
@@ -21,10 +21,10 @@ from fiddlehead.models.collectives import (
     scatter_sequence,
 )
 from fiddlehead.models.config import split_heads
-from fiddlehead.models.lora import adapter_state
+from fiddlehead.models.lora import LoRALinear
 from fiddlehead.models.moe import MoE
 from fiddlehead.models.norms import ZeroCenteredRMSNorm
-from fiddlehead.models.parallel.shards import Layout, refuse_sizes, replicas
+from fiddlehead.models.parallel.shards import Layout, local, refuse_sizes, replicas
 from fiddlehead.models.transformer import Transformer
 
 
@@ -35,28 +35,29 @@ def parallelize(transformer: Transformer, mesh: DeviceMesh) -> None:
     must be the same on all processes. Call it before `fully_shard`.
 
     Raises:
-        ConfigError: the model cannot be split in this way, or tensor parallelism meets adapters.
+        ConfigError: the model cannot be split in this way.
     """
     config = transformer.config
     tp, cp, ep = (Group.of(mesh, dim) for dim in ("tp", "cp", "ep"))
     refuse_sizes(config, tp=tp.size, cp=cp.size, ep=ep.size)
-    if tp.size > 1 and adapter_state(transformer):
-        raise ConfigError(Problem("tp", tp.size, "a model with adapters (lora) cannot be split", (1,)))
     layout = Layout(config, mesh)
     for name, parameter in list(transformer.named_parameters()):
-        local = layout.own(name, parameter.detach())
-        if local.shape != parameter.shape:
+        own = layout.own(name, parameter.detach())
+        if own.shape != parameter.shape:
             owner, _, leaf = name.rpartition(".")
-            setattr(transformer.get_submodule(owner), leaf, nn.Parameter(local, parameter.requires_grad))
+            setattr(transformer.get_submodule(owner), leaf, nn.Parameter(own, parameter.requires_grad))
     transformer.split = SequenceSplit(cp, tp)
+    for module in list(transformer.modules()):
+        if isinstance(module, Block | LoRALinear):
+            module.split = transformer.split
     for module in list(transformer.modules()):
         if isinstance(module, Attention):
             if cp.size > 1:
                 module.exchange = HeadExchange(cp)
             if tp.size > 1:
                 module.heads, module.groups = split_heads(module.heads, module.groups, tp.size)
-                module.linear_qkv = ColumnParallelLinear(module.linear_qkv, tp)
-                module.linear_proj = RowParallelLinear(module.linear_proj, tp)
+                module.linear_qkv = _column_parallel(module.linear_qkv, tp)
+                module.linear_proj = _row_parallel(module.linear_proj, tp)
                 if module.q_layernorm is not None and config.qk_layernorm == "projection":
                     module.q_layernorm = SplitRMSNorm(module.q_layernorm, tp, 1)
                     module.k_layernorm = SplitRMSNorm(module.k_layernorm, tp, replicas(config, tp.size))
@@ -64,8 +65,8 @@ def parallelize(transformer: Transformer, mesh: DeviceMesh) -> None:
             module.sequence_groups = tuple(group for group in (cp, tp) if group.size > 1)
             module.experts.group = ep
         elif isinstance(module, MLP) and tp.size > 1:
-            module.linear_fc1 = ColumnParallelLinear(module.linear_fc1, tp)
-            module.linear_fc2 = RowParallelLinear(module.linear_fc2, tp)
+            module.linear_fc1 = _column_parallel(module.linear_fc1, tp)
+            module.linear_fc2 = _row_parallel(module.linear_fc2, tp)
 
 
 def local_batch(batch: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
@@ -112,8 +113,67 @@ class RowParallelLinear(_Split):
     """A part of the inputs for the whole sequence, (B, T, in / n), to a part of the sequence, (B, t, out)."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        x = scatter_sequence(F.linear(input, self.weight), self.group)
-        return x if self.bias is None else x + self.bias.to(x.dtype)
+        return _scattered(input, self.weight, self.bias, self.group)
+
+
+class _SplitLoRA(LoRALinear):
+    """A linear layer with an adapter, with one process's part of the parameters of both."""
+
+    def __init__(self, linear: LoRALinear, group: Group) -> None:
+        out_features, in_features = linear.weight.shape
+        nn.Linear.__init__(self, in_features, out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_a, self.lora_b, self.magnitude = linear.lora_a, linear.lora_b, linear.magnitude
+        self.lora, self.fan_in, self.enabled, self.split = linear.lora, linear.fan_in, linear.enabled, linear.split
+        self.group = group
+        self.train(linear.training)
+
+
+class ColumnParallelLoRA(_SplitLoRA):
+    """As `ColumnParallelLinear`. `lora_b` and `magnitude` are split by rows like the weights; `lora_a` is whole.
+
+    Each process computes the product with `lora_a` for its part of the sequence, and only that is gathered.
+    """
+
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return linear_of_whole(x, self.weight, bias, self.group)
+
+    def _change(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return linear_of_whole(F.linear(x, a), b, None, self.group)
+
+
+class RowParallelLoRA(_SplitLoRA):
+    """As `RowParallelLinear`. `lora_a` is split by columns like the weights; `lora_b` and `magnitude` are whole."""
+
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return _scattered(x, self.weight, bias, self.group)
+
+    def _change(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return F.linear(_scattered(x, a, None, self.group), b)
+
+    def _dropout(self, x: torch.Tensor) -> torch.Tensor:
+        return self.split.dropout_of_columns(x, self.lora.dropout, self.training)
+
+    def _lengths(self, weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        lengths = super()._lengths(weight, dtype)
+        if not lengths.is_meta:
+            own = local(lengths)
+            own.copy_(all_reduce(own.square(), self.group).sqrt())
+        return lengths
+
+
+def _column_parallel(linear: nn.Linear, group: Group) -> nn.Linear:
+    return ColumnParallelLoRA(linear, group) if isinstance(linear, LoRALinear) else ColumnParallelLinear(linear, group)
+
+
+def _row_parallel(linear: nn.Linear, group: Group) -> nn.Linear:
+    return RowParallelLoRA(linear, group) if isinstance(linear, LoRALinear) else RowParallelLinear(linear, group)
+
+
+def _scattered(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: Group) -> torch.Tensor:
+    """A product of a part of the columns, summed over the processes: (B, T, in / n) to (B, t, out)."""
+    x = scatter_sequence(F.linear(x, weight), group)
+    return x if bias is None else x + bias.to(x.dtype)
 
 
 class SplitRMSNorm(nn.Module):

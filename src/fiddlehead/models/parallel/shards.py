@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -52,10 +53,11 @@ class Layout:
 
     Args:
         mesh: with the used dimensions among those that `fiddlehead.models.parallel` names.
+        twice: the names of parameters that the processes of two stages of a pipeline have.
     """
 
-    def __init__(self, config: TransformerConfig, mesh: DeviceMesh) -> None:
-        self.config, self.mesh = config, mesh
+    def __init__(self, config: TransformerConfig, mesh: DeviceMesh, twice: Collection[str] = ()) -> None:
+        self.config, self.mesh, self.twice = config, mesh, twice
         self._known: dict[tuple[Any, ...], list[LocalSlice]] = {}
 
     def local_slices(self, name: str, tensor: torch.Tensor) -> list[LocalSlice]:
@@ -97,7 +99,7 @@ class Layout:
         return whole
 
     def _find_local_slices(self, name: str, tensor: torch.Tensor) -> list[LocalSlice]:
-        within, ranks = fsdp_slices(tensor), self.mesh.size()
+        within, ranks = fsdp_slices(tensor), self.mesh.size() * (2 if name in self.twice else 1)
         if isinstance(tensor, DTensor):
             ranks //= _shards(tensor)
         everything = tuple(slice(each.stop - each.start) for each in within)
@@ -169,16 +171,16 @@ def shard_of(name: str, config: TransformerConfig, size: int, rank: int) -> Para
         case "ep", _:
             experts = config.num_moe_experts or 0
             return ParameterShard("ep", 0, experts, (even(experts),))
-        case _, "linear_qkv.weight" | "linear_qkv.bias":
+        case _, "linear_qkv.weight" | "linear_qkv.bias" | "linear_qkv.lora_b" | "linear_qkv.magnitude":
             return ParameterShard("tp", 0, (H + 2 * G) * D, (heads(H), heads(G, H), heads(G, H + G)))
-        case _, "linear_proj.weight":
+        case _, "linear_proj.weight" | "linear_proj.lora_a":
             return ParameterShard("tp", 1, H * D, (heads(H),))
-        case _, "linear_fc1.weight" | "linear_fc1.bias":
+        case _, "linear_fc1.weight" | "linear_fc1.bias" | "linear_fc1.lora_b" | "linear_fc1.magnitude":
             both = (even(width), even(width, offset=width))
             return (
                 ParameterShard("tp", 0, 2 * width, both) if config.gated else ParameterShard("tp", 0, width, both[:1])
             )
-        case _, "linear_fc2.weight":
+        case _, "linear_fc2.weight" | "linear_fc2.lora_a":
             return ParameterShard("tp", 1, width, (even(width),))
         case _, "sinks":
             return ParameterShard("tp", 0, H, (even(H),))
@@ -200,12 +202,8 @@ def splits_over(name: str, config: TransformerConfig) -> str | None:
 
 
 TENSOR_PARALLEL = (
-    "linear_qkv.weight",
-    "linear_qkv.bias",
-    "linear_proj.weight",
-    "linear_fc1.weight",
-    "linear_fc1.bias",
-    "linear_fc2.weight",
+    *(f"linear_{layer}.{part}" for layer in ("qkv", "fc1") for part in ("weight", "bias", "lora_b", "magnitude")),
+    *(f"linear_{layer}.{part}" for layer in ("proj", "fc2") for part in ("weight", "lora_a")),
     "sinks",
 )
 
@@ -268,5 +266,5 @@ def _shards(tensor: DTensor) -> int:
 
 def _kind(name: str) -> str:
     """The last two parts of a name in a layer; the last one for the attention's own parameters."""
-    found = re.search(r"(sinks|[a-z0-9_]+\.(?:weight|bias))$", name)
+    found = re.search(r"(sinks|[a-z0-9_]+\.(?:weight|bias|lora_a|lora_b|magnitude))$", name)
     return found[1] if found else name

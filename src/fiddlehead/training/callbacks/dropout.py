@@ -21,4 +21,7 @@ class SeedDropout(Callback):
             micro_batch = batch_idx % trainer.accumulate_grad_batches  # a resumed run counts batches from 0
             # The data-parallel rank, because ranks that share a layer must drop the same.
             rank = (trainer.distributed_sampler_kwargs or {"rank": 0})["rank"]
-            torch.manual_seed(hash((self.seed, trainer.global_step, micro_batch, rank)) % 2**63)
+            seed = hash((self.seed, trainer.global_step, micro_batch, rank)) % 2**63
+            torch.manual_seed(seed)
+            if pl_module.compile_mode != "model":  # a generator cannot be seeded inside what is compiled
+                pl_module.transformer.dropout_seed = seed

@@ -34,7 +34,7 @@ def global_norm(gradients: Mapping[str, torch.Tensor], layout: Layout | None = N
             by_ranks.setdefault(each.ranks, []).append(local(gradient)[each.local])
     # Replicas on several ranks count once.
     squares = [torch.nn.utils.get_total_norm(slices).float() ** 2 / ranks for ranks, slices in by_ranks.items()]
-    total = torch.stack(squares).sum()
+    total = torch.stack(squares).sum() if squares else torch.zeros((), device=layout.mesh.device_type)
     torch.distributed.all_reduce(total)
     return total.sqrt()
 
@@ -55,4 +55,5 @@ def clip(gradients: Mapping[str, torch.Tensor], limit: float, layout: Layout | N
 @torch.no_grad()
 def scale(gradients: Mapping[str, torch.Tensor], factor: torch.Tensor) -> None:
     """Multiplies all gradients by a scalar on their device."""
-    torch._foreach_mul_([local(gradient) for gradient in gradients.values()], factor)  # pyright: ignore[reportPrivateImportUsage]
+    if gradients:  # a stage of a pipeline may have none
+        torch._foreach_mul_([local(gradient) for gradient in gradients.values()], factor)  # pyright: ignore[reportPrivateImportUsage]

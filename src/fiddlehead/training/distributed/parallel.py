@@ -156,7 +156,8 @@ class Parallel(ModelParallelStrategy):
         """
         mesh, precision = self.device_mesh[MESH[1:]], str(self.precision_plugin.precision)
         parallelize(transformer, mesh)
-        self.layout = Layout(transformer.config, mesh)
+        twice = () if self.pipeline is None else self.pipeline.tied
+        self.layout = Layout(transformer.config, mesh, twice)
         everyone, experts = (
             self.device_mesh[dims]._flatten("_".join(dims)) for dims in (("dp_shard", "ep", "cp"), ("dp_shard", "cp"))
         )
@@ -178,6 +179,8 @@ class Parallel(ModelParallelStrategy):
         module: Any = self.lightning_module
         if self.layout is not None and self.tensor_parallel * self.expert_parallel > 1:
             reduce_gradients(module, self.layout, averaged=[dim for dim in MESH if dim != "tp"])
+        if self.pipeline is not None:
+            self.pipeline.sum_tied_gradients()
 
     def own_tokens(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """This rank's part of a batch that it shares with other ranks."""
@@ -281,7 +284,7 @@ class Parallel(ModelParallelStrategy):
         state |= {"state": of_parameters}
         if self.pipeline is None:
             return state
-        return self.pipeline.complete_state(state, [name for name, _ in parameters], self._optim)
+        return self.pipeline.complete_state(state, [name for name, _ in parameters], self._optim, self.layout)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Saves with all ranks together."""
@@ -347,6 +350,8 @@ class _CastByShards(MixedPrecision):
 def _own_shard(named: tuple[str, torch.Tensor], stored: Any, layout: Layout) -> Any:
     """This rank's part of an optimizer's value: a tensor of the parameter's shape is sharded like it."""
     name, parameter = named
+    if isinstance(stored, dict):
+        return {key: value.load() if isinstance(value, StoredTensor) else value for key, value in stored.items()}
     if not isinstance(stored, StoredTensor):
         return stored
     if stored.shape != layout.shape(name, parameter):

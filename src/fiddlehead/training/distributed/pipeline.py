@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fiddlehead.checkpoints.sharding import ShardedTensor
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models import Transformer, TransformerConfig
-from fiddlehead.models.parallel import Stage, keep_stages, refuse_stages, stage_of
+from fiddlehead.models.parallel import Layout, Stage, is_tied, keep_stages, local, refuse_stages, stage_of
 from fiddlehead.training.optim import Optim
 
 Batch = Mapping[str, Any]
@@ -34,6 +34,7 @@ class Pipeline:
         self.config, self.dtype = transformer.config, dtype
         self.group, self.ranks = mesh.get_group("pp"), mesh["pp"].size()
         self.count = self.ranks * stages_per_rank
+        self.transformer, self.fused = transformer, transformer.fused_rows()
         self.whole = dict(transformer.named_parameters())
         """The parameters of the whole model, without values."""
         numbers = range(mesh.get_local_rank("pp"), self.count, self.ranks)
@@ -44,29 +45,54 @@ class Pipeline:
         self._schedule: Any = None
         self._divisor: torch.Tensor | int = 1
 
+    @property
+    def tied(self) -> frozenset[str]:
+        """The parameters that both the first and the last rank have, by their names in a `LanguageModel`."""
+        return frozenset(f"transformer.{name}" for name in self.whole if is_tied(name, self.config))
+
     # -- training
 
-    def train(self, divisor: torch.Tensor | int) -> torch.Tensor:
-        """Adds the gradients of the mean loss of the waiting micro-batches; returns that loss on every rank.
+    def train(self, labels: torch.Tensor | int, tokens: torch.Tensor | int) -> torch.Tensor:
+        """Adds the gradients of the mean loss of the waiting micro-batches; returns their cross-entropy on every rank.
 
-        A loss is the sum of the cross-entropy, divided by `divisor`. All micro-batches have one shape.
+        All micro-batches have one shape.
+
+        Args:
+            labels: the divisor of the sum of the cross-entropy.
+            tokens: the divisor of the balancing loss of a mixture.
         """
         batches, self.waiting = self.waiting, []
-        self._divisor = divisor * len(batches)
+        self._divisor = labels * len(batches)
         device = batches[0]["input_ids"].device
         if self._schedule is None:
             self._schedule = self._make_schedule(batches)
         for stage in self.stages:
-            stage.take(batches)
+            stage.take(batches, 1 / (tokens * len(batches)))
         # The stages have the batches already; the schedule only splits and counts these placeholders.
         counted = torch.zeros(len(batches), device=device)
-        inputs, labels = [counted] if self.stages[0].first else [], counted if self.stages[-1].last else None
+        inputs, target = [counted] if self.stages[0].first else [], counted if self.stages[-1].last else None
         losses: list[torch.Tensor] = []
-        self._schedule.step(*inputs, target=labels, losses=losses)
+        self._schedule.step(*inputs, target=target, losses=losses)
         # Ranks without the last stage have no loss. In float32, whatever the default dtype is.
         loss = sum((each.detach().float() for each in losses), torch.zeros((), dtype=torch.float32, device=device))
         dist.all_reduce(loss, group=self.group)
         return loss
+
+    def sum_tied_gradients(self) -> None:
+        """Completes the gradients of tied embeddings: the first rank has that of the input, the last of the output."""
+        end = {0: self.ranks - 1, self.ranks - 1: 0}.get(dist.get_rank(self.group))
+        gradient = None if end is None or not self.tied else self.transformer.embedding.weight.grad
+        if gradient is None:
+            return
+        own = local(gradient)
+        other = torch.empty_like(own)
+        both = [
+            dist.P2POp(dist.isend, own, group=self.group, group_peer=end),
+            dist.P2POp(dist.irecv, other, group=self.group, group_peer=end),
+        ]
+        for work in dist.batch_isend_irecv(both):
+            work.wait()
+        own.add_(other)
 
     def nats(self, batch: Batch) -> torch.Tensor | None:
         """The sum of the cross-entropy, without gradients, on the rank with the last stage; None on the others."""
@@ -125,17 +151,21 @@ class Pipeline:
         Args:
             own: this rank's parameters.
         """
-        like = next(iter(own.values()))
-        names = [f"transformer.{name}" for name in self.whole]
-        return {name: own[name] if name in own else self._absent(name, like) for name in names}
+        layout = next(iter(own.values())).layout
+        whole = {f"transformer.{name}": parameter for name, parameter in self.whole.items()}
+        return {n: own[n] if n in own else self._absent(n, x.dtype, layout) for n, x in whole.items()}
 
     def numbered(self, optim: Optim) -> list[list[str]]:
         """The names of the parameters in each of an optimizer's groups, in the order of a single process."""
-        names = {id(parameter): f"transformer.{name}" for name, parameter in self.whole.items()}
-        return [[names[id(parameter)] for parameter in group["params"]] for group in optim.groups(self.whole.values())]
+        trained = [(name, parameter) for name, parameter in self.whole.items() if parameter.requires_grad]
+        names = {id(parameter): f"transformer.{name}" for name, parameter in trained}
+        groups = optim.numbered(trained, self.fused)
+        return [[names[id(parameter)] for parameter in group["params"]] for group in groups]
 
-    def complete_state(self, state: Mapping[str, Any], own: Sequence[str], optim: Optim) -> dict[str, Any]:
-        """An optimizer's state for all parameters, numbered as by a single process.
+    def complete_state(
+        self, state: Mapping[str, Any], own: Sequence[str], optim: Optim, layout: Layout
+    ) -> dict[str, Any]:
+        """An optimizer's state for all parameters, numbered as by a single process; all ranks call it together.
 
         Args:
             state: the state of this rank's parameters; tensors of a parameter's shape are `ShardedTensor`.
@@ -143,14 +173,19 @@ class Pipeline:
         """
         groups, kept = self.numbered(optim), {name: state["state"][n] for n, name in enumerate(own) if state["state"]}
         names = [name for group in groups for name in group]
-        like = next(iter(kept.values()), {})
+        of_ranks: list[Any] = [None] * self.ranks
+        described = {name: {key: _described(x) for key, x in values.items()} for name, values in kept.items()}
+        dist.all_gather_object(of_ranks, described, group=self.group)
+        everywhere = {name: values for rank in reversed(of_ranks) for name, values in rank.items()}
         numbers = iter(range(len(names)))
+
+        def of_parameter(name: str) -> dict[str, Any]:
+            if name in kept:
+                return kept[name]
+            return {key: self._absent(name, x, layout) for key, x in everywhere[name].items()}
+
         return {
-            "state": {
-                number: kept[name] if name in kept else {key: self._absent(name, x) for key, x in like.items()}
-                for number, name in enumerate(names)
-                if kept
-            },
+            "state": {number: of_parameter(name) for number, name in enumerate(names) if name in everywhere},
             "param_groups": [
                 group | {"params": [next(numbers) for _ in names_]}
                 for group, names_ in zip(state["param_groups"], groups, strict=True)
@@ -170,12 +205,19 @@ class Pipeline:
             ],
         }
 
-    def _absent(self, name: str, like: Any) -> Any:
-        """A placeholder for another rank's tensor, like this rank's `like`; values of other shapes are on all ranks."""
-        if not isinstance(like, ShardedTensor):
-            return like
+    def _absent(self, name: str, described: Any, layout: Layout) -> Any:
+        """What stands for another rank's tensor, of which `_described` gave this."""
+        if not isinstance(described, torch.dtype):
+            return described
         shape = self.whole[name.removeprefix("transformer.")].shape
-        return ShardedTensor(name, torch.empty(shape, dtype=like.dtype, device="meta"), like.layout, self.holder(name))
+        return ShardedTensor(name, torch.empty(shape, dtype=described, device="meta"), layout, self.holder(name))
+
+
+def _described(value: Any) -> Any:
+    """What other ranks have to know of a value: the dtype of a tensor like a parameter, otherwise the value."""
+    if isinstance(value, ShardedTensor):
+        return value.dtype
+    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
 
 
 def refuse_pipeline(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fiddlehead.models import Transformer, TransformerConfig
-from fiddlehead.models.parallel import splits_over, stage_of
+from fiddlehead.models.parallel import is_tied, splits_over, stage_of
 
 MESH = ("pp", "dp_replicate", "dp_shard", "ep", "cp", "tp")
 """The dimensions of the device mesh, from the slowest to the fastest. Tensor parallelism communicates most, so its
@@ -23,10 +23,12 @@ class Counted:
     """By "layers.3." or by the name of a parameter outside the layers; and by "tp", "ep" or None."""
 
     @classmethod
-    def of(cls, transformer: Transformer) -> Counted:
-        """Those of a complete model."""
+    def of(cls, transformer: Transformer, *, trained: bool = False) -> Counted:
+        """Those of a complete model, or of its parameters that are `trained`."""
         config, numbers = transformer.config, Counter[tuple[str, str | None]]()
         for name, parameter in transformer.named_parameters():
+            if trained and not parameter.requires_grad:
+                continue
             layer, inside, _ = name.removeprefix("layers.").partition(".")
             place = f"layers.{layer}." if name.startswith("layers.") and inside else name
             numbers[place, splits_over(name, config)] += parameter.numel()
@@ -79,5 +81,6 @@ class Sizes:
         of_ranks = [0.0] * self.pipeline
         for (place, split_over), number in counted.numbers.items():
             rank = stage_of(place, counted.config, self.stages) % self.pipeline
-            of_ranks[rank] += number / parts(split_over)
+            for each in {rank, self.pipeline - 1} if is_tied(place, counted.config) else {rank}:
+                of_ranks[each] += number / parts(split_over)
         return max(of_ranks)

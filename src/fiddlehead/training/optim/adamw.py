@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fiddlehead.errors import ConfigError, Problem
+from fiddlehead.models.parallel import Layout
 from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.optim.bfloat16_adamw import BFloat16AdamW
 from fiddlehead.training.optim.optim import NOT_FUSED, FusedRows, Optim
@@ -53,19 +54,21 @@ class AdamW(Optim):
             return BFloat16AdamW(groups, **settings)
         return torch.optim.AdamW(groups, **settings, fused=True)
 
+    def share(
+        self, optimizer: torch.optim.Optimizer, named_parameters: Sequence[tuple[str, nn.Parameter]], layout: Layout
+    ) -> None:
+        """As `Optim.share`: a checkpoint may have the codes and scales of whole parameters."""
+        if self.state_bits == 8:
+            sharded: Any = optimizer
+            sharded.layout, sharded.names = layout, {parameter: name for name, parameter in named_parameters}
+
     def problems(self, precision: str, split: Sizes | None, *, adapters: bool) -> list[Problem]:
-        """8-bit moments need whole float32 parameters."""
+        """8-bit moments need float32 parameters."""
         problems = []
         if self.state_bits == 8 and precision == "bf16-true":
             message = (
                 "trainer.precision='bf16-true' would round small steps away; set 'bf16-mixed' or '32-true', or "
                 "optim.state_bits=32, which keeps what is rounded"
-            )
-            problems.append(Problem("optim.state_bits", 8, message))
-        if self.state_bits == 8 and split is not None:
-            message = (
-                "the scales of 8-bit moments cannot be sharded over devices yet; set 32, one device, or "
-                "trainer.strategy=ddp"
             )
             problems.append(Problem("optim.state_bits", 8, message))
         return problems

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from fiddlehead.errors import Problem
-from fiddlehead.models.parallel import fsdp_slices, local
+from fiddlehead.models.parallel import Layout, fsdp_slices, local, splits_over
 from fiddlehead.numbers import is_number
 from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.optim.optim import NOT_FUSED, FusedRows, Optim
@@ -40,6 +40,8 @@ class Muon(Optim):
         adamw_lr: the peak rate of the parameters that AdamW trains; None means `lr`. The schedule is a factor on both.
     """
 
+    takes_whole_matrices: ClassVar[bool] = True
+
     momentum: float = 0.95
     adamw_lr: float | None = None
 
@@ -47,6 +49,12 @@ class Muon(Optim):
         self, named_parameters: Sequence[tuple[str, nn.Parameter]], fused: FusedRows = NOT_FUSED
     ) -> torch.optim.Optimizer:
         """One optimizer for Muon and AdamW; each kind of matrix is a group."""
+        return MuonWithAdamW(self.numbered(named_parameters, fused))
+
+    def numbered(
+        self, named_parameters: Sequence[tuple[str, nn.Parameter]], fused: FusedRows = NOT_FUSED
+    ) -> list[dict[str, Any]]:
+        """As `Optim.numbered`."""
         by_rows: dict[tuple[int, ...] | None, list[nn.Parameter]] = {None: []}
         for name, parameter in named_parameters:
             if _is_inner_matrix(name, parameter):
@@ -54,25 +62,25 @@ class Muon(Optim):
         muon = {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
         rest = self.groups(p for name, p in named_parameters if not _is_inner_matrix(name, p))
         adamw = {"lr": self.adamw_lr or self.lr, "betas": self.betas, "eps": self.eps, "fused": True}
-        return MuonWithAdamW(
-            [{"params": params, "rows": rows, **muon} for rows, params in by_rows.items()]
-            + [group | adamw for group in rest]
-        )
+        groups = [{"params": params, "rows": rows, **muon} for rows, params in by_rows.items()]
+        return groups + [group | adamw for group in rest]
+
+    def share(
+        self, optimizer: torch.optim.Optimizer, named_parameters: Sequence[tuple[str, nn.Parameter]], layout: Layout
+    ) -> None:
+        """As `Optim.share`: Muon needs whole matrices."""
+        assert isinstance(optimizer, MuonWithAdamW)
+        split = {name for name, _ in named_parameters if splits_over(name, layout.config) == "tp"}
+        optimizer.layout, optimizer.split = layout, {p: name for name, p in named_parameters if name in split}
 
     def problems(self, precision: str, split: Sizes | None, *, adapters: bool) -> list[Problem]:
-        """Muon needs float32 parameters and whole matrices, and cannot train adapters."""
+        """Muon needs float32 parameters, and cannot train adapters."""
         reasons = []
         if precision == "bf16-true":
             reasons.append(
                 "trainer.precision='bf16-true' would round small steps away; set 'bf16-mixed' or '32-true', or "
                 "optim=AdamW, which keeps what is rounded"
             )
-        for field, why in (
-            ("tensor", "reorders the rows of its matrices"),
-            ("pipeline", "numbers the parameters of a checkpoint as AdamW does"),
-        ):
-            if split is not None and (size := getattr(split, field)) > 1:
-                reasons.append(f"trainer.strategy.{field}_parallel={size} {why}; set 1, or optim=AdamW")
         if adapters:
             reasons.append(
                 "adapters are factors of a change; making each factor orthogonal does not make the change orthogonal; "
@@ -121,7 +129,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     rows of each matrix that is fused in its parameters; each matrix is made orthogonal separately. A parameter with
     three dimensions is a stack of matrices. Products are float32 on a CPU and bfloat16 on a GPU.
 
-    Sharded matrices are gathered for it, and every rank computes the whole update.
+    Matrices that are sharded or split are gathered for it, and every rank that has a part computes the whole update.
 
     Args:
         params: groups, each with `lr`, `weight_decay`, and `momentum` and `rows` or `betas` and `eps`; all float32.
@@ -129,6 +137,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[dict[str, Any]]) -> None:
         super().__init__(params, {})
+        self.layout: Layout | None = None
+        """The places of this rank's parts of the parameters in `split`."""
+        self.split: dict[torch.Tensor, str] = {}
+        """The parameters of which tensor-parallel ranks have parts, and their names."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -154,7 +166,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
         update = gradient.lerp(momentum, group["momentum"])  # type: ignore[union-attr]  # Nesterov's
         if isinstance(update, DTensor):
             update = update.to(_product_dtype(update)).full_tensor()  # type: ignore[attr-defined]
-        update = orthogonal_update(update, group["rows"])[fsdp_slices(parameter)]
+        name = self.split.get(parameter)
+        if name is None or self.layout is None:
+            update = orthogonal_update(update, group["rows"])
+        else:
+            whole = self.layout.gather(name, update.to(_product_dtype(update)))
+            update = self.layout.own(name, orthogonal_update(whole, group["rows"]))
+        update = update[fsdp_slices(parameter)]
         own = local(parameter)
         own.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
 

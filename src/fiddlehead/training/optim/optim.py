@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fiddlehead.errors import Problem, refuse
+from fiddlehead.models.parallel import Layout
 from fiddlehead.numbers import is_number
 from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.optim.schedules import CosineAnnealing, Schedule
@@ -23,6 +24,9 @@ NOT_FUSED: FusedRows = {}
 @dataclass(frozen=True, kw_only=True)
 class Optim:
     """The settings of all optimizers. Weight decay applies only to matrices, not to gains, biases and other vectors."""
+
+    takes_whole_matrices: ClassVar[bool] = False
+    """Whether each rank's step takes whole matrices, and not only the rank's shards."""
 
     lr: float = 3e-4
     """The peak learning rate."""
@@ -44,10 +48,17 @@ class Optim:
         return type(self).__name__
 
     def build(
-        self, named_parameters: Iterable[tuple[str, nn.Parameter]], max_steps: int, fused: FusedRows = NOT_FUSED
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        max_steps: int,
+        fused: FusedRows = NOT_FUSED,
+        layout: Layout | None = None,
     ) -> dict[str, Any]:
-        """The optimizer and its schedule, in Lightning's form; the arguments are those of `optimizer`."""
-        optimizer = self.optimizer([(name, p) for name, p in named_parameters if p.requires_grad], fused)
+        """The optimizer and its schedule, in Lightning's form; the arguments are those of `optimizer` and `share`."""
+        trained = [(name, p) for name, p in named_parameters if p.requires_grad]
+        optimizer = self.optimizer(trained, fused)
+        if layout is not None:
+            self.share(optimizer, trained, layout)
         optimizer.param_groups[0]["kind"] = self.kind  # a checkpoint has the groups
         schedule = LambdaLR(optimizer, lambda step: self.lr_scheduler(step, max_steps, self.lr))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -61,6 +72,11 @@ class Optim:
             fused: the rows of each matrix in parameters that fuse several, by name.
         """
         raise NotImplementedError
+
+    def share(
+        self, optimizer: torch.optim.Optimizer, named_parameters: Sequence[tuple[str, nn.Parameter]], layout: Layout
+    ) -> None:
+        """Tells an optimizer which parts of the parameters this rank has; most do not depend on it."""
 
     def problems(self, precision: str, split: Sizes | None, *, adapters: bool) -> list[Problem]:
         """The reasons why a run cannot use this optimizer.
@@ -103,8 +119,14 @@ class Optim:
             problems.append(Problem("lr_scheduler.min_lr", self.lr_scheduler.min_lr, f"is above lr={self.lr!r}"))
         return problems
 
+    def numbered(
+        self, named_parameters: Sequence[tuple[str, nn.Parameter]], fused: FusedRows = NOT_FUSED
+    ) -> list[dict[str, Any]]:
+        """The groups of the optimizer that `optimizer` builds; checkpoints number the parameters in this order."""
+        return self.groups(parameter for _, parameter in named_parameters)
+
     def groups(self, parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-        """The optimizer's groups of parameters; it numbers the parameters in this order."""
+        """Parameters in two groups: with weight decay, and without."""
         parameters = list(parameters)
         return [
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.weight_decay},
