@@ -237,9 +237,13 @@ def test_a_loss_that_compares_answers_has_what_is_counted() -> None:
     assert found.loss == pytest.approx(allocated.peak, rel=0.1)
 
 
-@pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
-def test_a_reference_is_held_where_there_are_no_adapters(parts: Parts, lora: LoRA | None) -> None:
-    made = parts(precision="bf16-mixed")
+@pytest.mark.parametrize(
+    ("lora", "precision", "size"), [(None, "bf16-mixed", 4), (None, "bf16-true", 2), (LoRA(rank=2), "bf16-mixed", 0)]
+)
+def test_a_reference_is_held_where_there_are_no_adapters(
+    parts: Parts, lora: LoRA | None, precision: str, size: int
+) -> None:
+    made = parts(precision=precision)
     config = replace(made["model"].config, vocab_size=96, seq_length=64)
     several = []
     for kind in (LanguageModel, PreferenceModel):
@@ -251,7 +255,7 @@ def test_a_reference_is_held_where_there_are_no_adapters(parts: Parts, lora: LoR
         )
         number = sum(training.counted.numbers.values())
     (learns, alone), (compares, twice) = several
-    assert compares.parameters - learns.parameters == (0 if lora else 4 * number)
+    assert compares.parameters - learns.parameters == size * number
     assert (compares.gradients, compares.optimizer) == (learns.gradients, learns.optimizer)
     assert alone is not None and twice is not None
     # A forward pass more: one product for two or, with full gradients, three.

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -356,18 +356,19 @@ def test_weights_in_4_bits_are_not_split(parts: Parts, dimension: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "problem"),
+    ("base", "changes", "problem"),
     [
-        ({"fp8": "tensorwise", "precision": "bf16-mixed"}, "model.fp8='tensorwise': weights in 4 bits have no float8"),
-        ({"num_moe_experts": 4}, "model.lora.quantize_base='nf4': the experts of a mixture are not stored in 4 bits"),
+        (None, {"fp8": "tensorwise", "precision": "bf16-mixed"}, "model.fp8='tensorwise': layers with adapters"),
+        ("nf4", {"fp8": "tensorwise", "precision": "bf16-mixed"}, "model.fp8='tensorwise': layers with adapters"),
+        ("nf4", {"num_moe_experts": 4}, "model.lora.quantize_base='nf4': the experts of a mixture are not stored in 4"),
     ],
 )
-def test_what_does_not_go_with_weights_in_4_bits_is_refused(
-    parts: Parts, changes: dict[str, Any], problem: str
+def test_what_does_not_go_with_adapters_or_weights_in_4_bits_is_refused(
+    parts: Parts, base: Literal["nf4"] | None, changes: dict[str, Any], problem: str
 ) -> None:
-    lora = LoRA(rank=2, target_modules=["linear_qkv"], quantize_base="nf4")
+    """Float8 products would replace the layers, and their adapters with them."""
     made = parts(**{"precision": "32-true"} | changes)
-    made["model"].lora = lora
+    made["model"].lora = LoRA(rank=2, target_modules=["linear_qkv"], quantize_base=base)
     with pytest.raises(ConfigError) as refused:
         plan_of(made)
     assert any(str(said).startswith(problem) for said in refused.value.problems), refused.value.problems

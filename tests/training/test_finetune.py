@@ -131,17 +131,18 @@ def test_a_base_in_4_bits_is_trained_on_as_the_weights_that_it_stands_for_and_me
     torch.testing.assert_close(merged.load(f"{name}.weight").double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("lora", [None, LoRA(rank=4)])
+@pytest.mark.parametrize(("lora", "precision"), [(None, "32-true"), (None, "bf16-true"), (LoRA(rank=4), "32-true")])
 def test_the_better_answer_becomes_likelier(
-    base: RunDirectory, parts: Parts, tmp_path: Path, lora: LoRA | None
+    base: RunDirectory, parts: Parts, tmp_path: Path, lora: LoRA | None, precision: str
 ) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text(
         "".join(json.dumps({"prompt": "?", "chosen": "fern", "rejected": "moss"}) + "\n" for _ in range(40))
     )
     model = PreferenceModel(init_from=base.path, lora=lora)
-    run = tasks.finetune(**tuning(parts, model, path, lr=2e-2, max_steps=40))
+    run = tasks.finetune(**tuning(parts, model, path, lr=2e-2, max_steps=40, precision=precision))
     losses = [float(loss) for (loss,) in rows(run, "loss") if loss]
+    assert {p.dtype for each in model._reference for p in each.parameters()} <= {next(model.parameters()).dtype}
     assert losses[0] == pytest.approx(0.693147, abs=1e-5)  # -log sigmoid(0): nothing has changed yet
     assert losses[-1] < 0.5 * losses[0]
     assert float([value for (value,) in rows(run, "val_accuracy") if value][-1]) == 1

@@ -84,7 +84,7 @@ class Training:
         each = 2 if devices.precision == "bf16-true" else 4
         number = sum(self.counted.numbers.values())
         trained = sum(parameter.numel() for _, parameter in learned)
-        reference = 4 * number if isinstance(self.model, PreferenceModel) and self.model.lora is None else 0
+        reference = each * number if isinstance(self.model, PreferenceModel) and self.model.lora is None else 0
         stored = sum(linear.weight.numel() for linear in nf4.quantizable(self.transformer).values()) * self.quantizes
         frozen = (number - trained - stored) * (2 if halves_frozen(self.model, devices) else each)
         frozen += stored * nf4.BITS / 8

@@ -183,6 +183,9 @@ class LanguageModel(LightningModule):
         problems = []
         if self.lora is not None and self.lora.quantize_base is not None:
             problems += self._refused_quantized(self.lora.quantize_base, sizes)
+        if self.lora is not None and self.fp8 is not None:
+            message = "layers with adapters have no float8 products; set None here, or model.lora=None"
+            problems.append(Problem("model.fp8", self.fp8, message))
         if sizes.tensor > 1 and self.fp8 is not None:
             message = "not for split layers; set trainer.strategy.tensor_parallel=1, or None here"
             problems.append(Problem("model.fp8", self.fp8, message))
@@ -213,9 +216,6 @@ class LanguageModel(LightningModule):
             if size > 1:
                 message = f"weights in 4 bits cannot be split; set None here, or trainer.strategy.{field}=1"
                 problems.append(Problem("model.lora.quantize_base", base, message))
-        if self.fp8 is not None:
-            message = "weights in 4 bits have no float8 products; set None here, or model.lora.quantize_base=None"
-            problems.append(Problem("model.fp8", self.fp8, message))
         if self.config.num_moe_experts is not None:
             message = "the experts of a mixture are not stored in 4 bits; set None here"
             problems.append(Problem("model.lora.quantize_base", base, message))

@@ -63,7 +63,9 @@ class PreferenceModel(LanguageModel):
         """Also makes the reference, if it is a separate model."""
         super().on_fit_start()
         if self.lora is None:
-            self._reference = [self._make_transformer(None).to(self.device).requires_grad_(False).eval()]
+            with self.trainer.precision_plugin.module_init_context():  # as Lightning makes the model
+                reference = self._make_transformer(None)
+            self._reference = [reference.to(self.device).requires_grad_(False).eval()]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
         """The mean of -log sigmoid(beta x the change of the difference between the two answers' log-probabilities).
@@ -114,7 +116,9 @@ def answer_log_probabilities(transformer: Transformer, batch: dict[str, Any]) ->
     logits = transformer(batch["input_ids"], cu_seqlens, batch["max_seqlen"], padding=batch.get("padding"))
     nats = F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="none", ignore_index=NO_LABEL)
     document = documents_of(cu_seqlens, split.parts * labels.numel()).view(len(batch["labels"]), -1)
-    sums = torch.zeros(len(cu_seqlens) - 1, device=nats.device).index_add(0, split.own(document).flatten(), -nats)
+    sums = torch.zeros(len(cu_seqlens) - 1, device=nats.device, dtype=nats.dtype).index_add(
+        0, split.own(document).flatten(), -nats
+    )
     for group in (split.cp, split.tp):
         sums = all_reduce(sums, group) if group.size > 1 else sums
     return sums
