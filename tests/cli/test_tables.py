@@ -43,6 +43,17 @@ def test_a_long_text_wraps_between_words_and_a_long_path_behind_a_slash() -> Non
     assert all(line.endswith("/") for line in shown if "/" in line and "yaml" not in line)
 
 
+def test_a_line_that_is_indented_goes_on_two_columns_further_in() -> None:
+    made = table("", "")
+    add_row(made, "memory", "  data.micro_batch_size=1 optim.state_bits=8: 21.9 GiB")
+    add_row(made, "", "  short")
+    assert lines(made, 42) == [
+        "memory     data.micro_batch_size=1",
+        "             optim.state_bits=8: 21.9 GiB",
+        "           short",
+    ]
+
+
 def test_optional_columns_are_left_out_where_there_is_no_room_for_them() -> None:
     made = table("name", "where", "what", optional=("where",))
     add_row(made, "tiny_uptrain", "fiddlehead/recipes/tiny.py:57", "A continuation of a converted demo, with 5 % more.")

@@ -138,4 +138,18 @@ def _wrapped(console: Console, text: Text, width: int) -> list[Text]:
                 column = 0
             column += size
     pieces = text.divide(ends)
-    return [line for piece in pieces for line in piece.wrap(console, width, overflow="fold")] or [Text()]
+    return [line for piece in pieces for line in _hanging(console, piece, width)] or [Text()]
+
+
+def _hanging(console: Console, text: Text, width: int) -> list[Text]:
+    """The lines of a text; where it is indented, those after the first are indented by two more."""
+    lines = list(text.wrap(console, width, overflow="fold"))
+    indent = len(text.plain) - len(text.plain.lstrip())
+    if not indent or len(lines) == 1 or width < 4 * indent:
+        return lines
+    rest = text[len(lines[0].plain) :]
+    rest = rest[len(rest.plain) - len(rest.plain.lstrip()) :]
+    more = list(rest.wrap(console, width - indent - 2, overflow="fold"))
+    for line in more:
+        line.pad_left(indent + 2)
+    return [lines[0], *more]
