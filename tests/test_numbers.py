@@ -130,6 +130,7 @@ def test_both_betas_are_looked_at(betas: Any) -> None:
         (duration(18_420), "5 h 7 min"),
         (duration(86_399), "1 d"),
         (duration(86400 * 12.18), "12 d 4 h"),
+        (duration(86400 * 4302.2), "4,302 d"),
         (clock(7), "0:07"),
         (clock(754), "12:34"),
         (clock(3599.6), "1:00:00"),

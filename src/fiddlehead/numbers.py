@@ -72,9 +72,11 @@ def count(number: int, thing: str, things: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in its two largest units: "0.4 s", "48 s", "3 min 20 s", "5 h 7 min", "12 d 4 h"."""
+    """A time in its two largest units: "0.4 s", "48 s", "3 min 20 s", "5 h 7 min", "12 d 4 h", "4,302 d"."""
     if seconds < 10:
         return f"{seconds:.1f} s"
+    if seconds >= 100 * 86400:
+        return f"{round(seconds / 86400):,} d"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
