@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -239,6 +240,11 @@ def test_a_run_that_goes_is_asked_to_stop_and_left_to_do_so(runs: Runs):
     assert Cluster.killed == []
 
 
+def sleeping(sleep: Callable[[float], None]) -> SimpleNamespace:
+    """The module `time` with another `sleep`, for one module only: threads of packages sleep too."""
+    return SimpleNamespace(**{**vars(time), "sleep": sleep})
+
+
 def test_a_run_that_does_not_stop_is_killed(runs: Runs):
     run = runs.made("a", executor=Cluster())
     status = watch.cancel(run, patience=0.5)
@@ -249,7 +255,7 @@ def test_a_run_that_does_not_stop_is_killed(runs: Runs):
 @pytest.mark.parametrize("state", [State.PENDING, State.INTERRUPTED])
 def test_a_run_that_has_not_begun_is_killed_at_once(runs: Runs, state: State, monkeypatch: pytest.MonkeyPatch):
     run = runs.made("a", state, Cluster())
-    monkeypatch.setattr(watch.time, "sleep", lambda seconds: pytest.fail("it waited"))
+    monkeypatch.setattr(watch, "time", sleeping(lambda seconds: pytest.fail("it waited")))
     status = watch.cancel(run)
     assert status and status.state is State.CANCELLED and Cluster.killed == ["a"]
 
@@ -275,7 +281,7 @@ def test_ctrl_c_cancels_and_a_second_one_kills(runs: Runs, interrupts: int, monk
         append(run.log, "the step is saved\n")()
         ended(run, State.CANCELLED)()
 
-    monkeypatch.setattr(watch.time, "sleep", interrupted)
+    monkeypatch.setattr(watch, "time", sleeping(interrupted))
     out = io.StringIO()
     status = watch.follow(run, out=out)
     assert status and status.state is State.CANCELLED

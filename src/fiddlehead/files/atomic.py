@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from pathlib import Path
 
 
@@ -12,7 +13,8 @@ def write_atomically(path: Path, text: str, *, mode: int = 0o666) -> None:
 
     `mode` is what `open(2)` takes: the process's umask applies.
     """
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_native_id()}"
+    temporary = path.with_name(f".{path.name}.{writer}.tmp")
     try:
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w") as file:
             file.write(text)
