@@ -90,8 +90,15 @@ def test_recomputing_keeps_less() -> None:
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # the compiler's own
-@pytest.mark.parametrize("compile", ["layers", "model"])
-@pytest.mark.parametrize("recompute", [None, "full", "selective", 0.3])
+@pytest.mark.parametrize(
+    ("compile", "recompute"),
+    [
+        *(("layers", recompute) for recompute in (None, "full", 0.3)),
+        ("model", None),
+        pytest.param("layers", "selective", marks=pytest.mark.long),
+        *(pytest.param("model", recompute, marks=pytest.mark.long) for recompute in ("full", "selective", 0.3)),
+    ],
+)
 def test_a_compiled_model_is_the_same(compile: Any, recompute: Any) -> None:
     plain, other = (Transformer(TransformerConfig(**CONFIG)) for _ in range(2))
     other.load_state_dict(plain.state_dict())

@@ -210,7 +210,7 @@ def test_a_tiled_layer_keeps_less() -> None:
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # the compiler's own
-@pytest.mark.parametrize("recompute", [None, "full", "selective"])
+@pytest.mark.parametrize("recompute", [None, "full", pytest.param("selective", marks=pytest.mark.long)])
 def test_a_compiled_tiled_model_learns_the_same(recompute: str | None, compiler: None) -> None:
     model = made(10, recompute)
     compile_transformer(model, "layers")

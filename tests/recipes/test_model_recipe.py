@@ -128,16 +128,11 @@ def test_70_billion_weights_in_4_bits_are_tuned_on_two_gpus() -> None:
     assert FINETUNING["llama3_70b"]["lora"].keys() == {8}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("scheme", "key"),
-    [
-        (None, "full"),
-        ("lora", "lora"),
-        *(pytest.param(each, "lora", marks=pytest.mark.long) for each in ("dora", "qlora")),
-    ],
+    ("scheme", "key"), [(None, "full"), *((scheme, "lora") for scheme in ("lora", "dora", "qlora"))]
 )
-@pytest.mark.parametrize("gpus", [8, *(pytest.param(gpus, marks=pytest.mark.long) for gpus in (1, 2, 4))])
+@pytest.mark.parametrize("gpus", [1, 2, 4, 8])
 @pytest.mark.parametrize("model", sorted(FINETUNING))
 def test_a_model_is_tuned_on_more_gpus_too(model: str, gpus: int, scheme: str | None, key: str) -> None:
     least = min(FINETUNING[model][key])

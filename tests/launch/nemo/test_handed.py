@@ -156,6 +156,7 @@ def test_processes_follow_the_recipe_unless_the_executor_has_several() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_on_several_nodes_nemo_run_s_torchrun_starts_the_processes(
     working_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

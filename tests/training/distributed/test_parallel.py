@@ -53,10 +53,10 @@ from tests.training.ranks import on_ranks
         pytest.param("hsdp-2x2-ep-2", "experts", marks=pytest.mark.long),
         pytest.param("ep-2-tp-2", "experts", marks=pytest.mark.slow),
         pytest.param("pp-2", "documents", marks=pytest.mark.long),
-        ("pp-2-twice", "deep"),
+        pytest.param("pp-2-twice", "deep", marks=pytest.mark.long),
         ("pp-2", "mixture"),
         ("pp-2-tp-2", "tied"),
-        ("pp-2-fsdp-2", "documents"),
+        pytest.param("pp-2-fsdp-2", "documents", marks=pytest.mark.long),
         *(
             pytest.param(layout, settings, marks=pytest.mark.long)
             for layout, settings in (
@@ -102,8 +102,8 @@ def test_one_device_is_trained_on_as_without_a_strategy(dataset: Path, tmp_path:
     "changes",
     [
         {"activation_checkpointing": "full", "tiled_mlp": 5},
-        {"activation_checkpointing": "full"},
-        pytest.param({"compile": "layers"}, marks=pytest.mark.slow),
+        pytest.param({"activation_checkpointing": "full"}, marks=pytest.mark.long),
+        pytest.param({"compile": "layers"}, marks=pytest.mark.long),
         pytest.param({"compile": "layers", "activation_checkpointing": "full", "tiled_mlp": 5}, marks=pytest.mark.slow),
     ],
     ids=["tiled and recomputed", "recomputed", "compiled", "compiled, tiled and recomputed"],
@@ -115,7 +115,9 @@ def test_what_makes_a_step_faster_or_smaller_changes_nothing(
     torch.testing.assert_close(losses(run), losses(one / "plain"), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(("precision", "stored"), [("bf16-mixed", "F32"), ("bf16-true", "BF16")])
+@pytest.mark.parametrize(
+    ("precision", "stored"), [pytest.param("bf16-mixed", "F32", marks=pytest.mark.long), ("bf16-true", "BF16")]
+)
 def test_bfloat16_is_close_to_one_process_s(dataset: Path, tmp_path: Path, precision: str, stored: str) -> None:
     runs = [train(layout, dataset, tmp_path / layout, precision=precision) for layout in ("1", "hsdp-2x2")]
     torch.testing.assert_close(losses(runs[1])[:, 0], losses(runs[0])[:, 0], rtol=1e-2, atol=0)
@@ -148,12 +150,18 @@ def start(dataset: Path, runs: Path, **changes: Any) -> tuple[dict[str, Any], in
     "changes",
     [
         {},
-        {"precision": "bf16-true"},
+        pytest.param({"precision": "bf16-true"}, marks=pytest.mark.long),
         {"num_moe_experts": 4, "add_bias_linear": True, "attention_sinks": True, "normalization": "LayerNorm"},
-        {"position_embedding_type": "learned_absolute", "share_embeddings_and_output_weights": True},
-        {"layernorm_zero_centered_gamma": True, "norm_placement": "both", "qk_layernorm": "head"},
+        pytest.param(
+            {"position_embedding_type": "learned_absolute", "share_embeddings_and_output_weights": True},
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            {"layernorm_zero_centered_gamma": True, "norm_placement": "both", "qk_layernorm": "head"},
+            marks=pytest.mark.long,
+        ),
         {"init_from": "plain"},
-        {"init_from": "plain", "lora": LoRA(rank=2, dora=True)},
+        pytest.param({"init_from": "plain", "lora": LoRA(rank=2, dora=True)}, marks=pytest.mark.long),
         {"init_from": "plain", "lora": LoRA(rank=2), "precision": "bf16-true"},
         {"init_from": "plain", "lora": LoRA(rank=2, dora=True, quantize_base="nf4")},
     ],
@@ -195,9 +203,12 @@ QLORA = LoRA(rank=2, quantize_base="nf4")
 @pytest.mark.parametrize(
     ("name", "lora", "split"),
     [
-        *((name, lora, {}) for name in ("pairs", "answers") for lora in (None, LoRA(rank=2))),
+        ("pairs", None, {}),
+        pytest.param("pairs", LoRA(rank=2), {}, marks=pytest.mark.long),
+        pytest.param("answers", None, {}, marks=pytest.mark.long),
+        ("answers", LoRA(rank=2), {}),
         ("answers", QLORA, {}),
-        ("pairs", None, {"context_parallel": 2}),
+        pytest.param("pairs", None, {"context_parallel": 2}, marks=pytest.mark.long),
         ("pairs", LoRA(rank=2), {"tensor_parallel": 2}),
     ],
     ids=["pairs", "pairs-lora", "answers", "answers-lora", "answers-qlora", "pairs-cp", "pairs-lora-tp"],
