@@ -375,6 +375,7 @@ def test_a_job_whose_launcher_is_gone_stops_no_other_attempt(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_data_loader_processes_do_not_die_of_a_scheduler_s_signal(make: Make, undisturbed: Losses) -> None:
     job = make(num_workers=2)
     job.started_by = subprocess.Popen

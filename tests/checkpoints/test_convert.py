@@ -241,6 +241,7 @@ convert.import_checkpoint({str(llama)!r}, Path({str(tmp_path / "out")!r}), progr
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """A gigabyte of parameters passes through a process that never holds a quarter of it."""
     config = TransformerConfig(

@@ -138,6 +138,7 @@ def sync(run: RunDirectory, server: Server, *names: str) -> subprocess.Completed
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_all_attempts_become_one_run_and_are_sent_once(run: RunDirectory, server: Server):
     record(run, 3, 2.5)
     record(run, 2)

@@ -116,7 +116,8 @@ def test_two_processes_are_the_same_run(undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times", [3, pytest.param(10, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("times", [3, 10])
 def test_killed_many_times_it_ends_equal(undisturbed, tmp_path, times):
     """SIGKILL at random moments, start-up included; then the same command once more."""
     chance = random.Random(0)

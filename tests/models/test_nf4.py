@@ -132,6 +132,7 @@ def test_the_operators_keep_to_what_the_compiler_takes_them_for() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_layer_computes_the_same() -> None:
     layer, x = nf4.NF4Linear(nn.Linear(8, 6)), torch.randn(3, 8, requires_grad=True)
     compiled: Any = torch.compile(layer, fullgraph=True)

@@ -326,6 +326,7 @@ def test_only_what_is_asked_for_is_logged(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_outlives_wandb_s_service(no_key: None, tmp_path: Path) -> None:
     """A scheduler's SIGTERM reaches every process of a job, and W&B's dies of it; the step must still be saved."""
     command = [sys.executable, "-c", "from fiddlehead.cli import main; main()", "pretrain", "-f", "tiny_test", "--yes"]

@@ -216,6 +216,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_tasks_at_the_same_time_and_one_after_the_other_are_runs(working_directory: Path, tmp_path: Path) -> None:
     Path("script.py").write_text(SCRIPT)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

@@ -51,7 +51,7 @@ from tests.training.ranks import on_ranks
         ("ep-2", "experts"),
         pytest.param("fsdp-2-ep-2", "experts", marks=pytest.mark.long),
         pytest.param("hsdp-2x2-ep-2", "experts", marks=pytest.mark.long),
-        pytest.param("ep-2-tp-2", "experts", marks=pytest.mark.slow),
+        pytest.param("ep-2-tp-2", "experts", marks=pytest.mark.long),
         pytest.param("pp-2", "documents", marks=pytest.mark.long),
         pytest.param("pp-2-twice", "deep", marks=pytest.mark.long),
         ("pp-2", "mixture"),
