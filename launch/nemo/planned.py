@@ -69,15 +69,11 @@ def refuse_unfit(recipe: Recipe, executor: Any, *, first: bool, despite: Sequenc
     made = _plan(recipe, executor, waits=not (first and shared), shared=shared)
     if first and shared:
         refuse([*made.problems, *made.missing])
-        _refuse_unfit(made, despite)
-    elif problems := [each for each in made.problems if each.path not in _FILES]:
-        refuse(problems)
-    elif made.problems:
+    refuse(each for each in made.problems if each.path not in _FILES)
+    if made.problems:
         made = _plan(_without(recipe, made.problems), executor, waits=True, shared=shared)
         refuse(each for each in made.problems if not each.path.startswith("data."))  # of data that is not here
-        if not made.problems:
-            _refuse_unfit(made, despite)
-    else:
+    if not made.problems:
         _refuse_unfit(made, despite)
 
 

@@ -19,6 +19,7 @@ from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.paths import user_path
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.heads import Method, pool_heads
+from fiddlehead.models.meta import shapes_only
 
 
 def convert_gqa(
@@ -54,7 +55,7 @@ def convert_gqa(
         message = f"the model has {before.groups} key/value heads"
         raise ConfigError(Problem("num_query_groups", num_query_groups, message, allowed))
     after = replace(before, num_query_groups=num_query_groups)
-    with torch.device("meta"):
+    with shapes_only():
         shapes = {name: tuple(tensor.shape) for name, tensor in Transformer(after).state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
 

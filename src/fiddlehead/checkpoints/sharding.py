@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fiddlehead.checkpoints.safetensors_files import StoredTensor
 from fiddlehead.checkpoints.weights import Weights
 from fiddlehead.models import LoRA, Transformer, nf4
+from fiddlehead.models.meta import shapes_only
 from fiddlehead.models.moe import MoE
 from fiddlehead.models.parallel import Layout, Stage, local
 
@@ -97,7 +98,7 @@ def shard(
 @torch.no_grad()
 def draw(transformer: Transformer, layout: Layout) -> None:
     """Initializes parameters that are sharded to bit for bit what `Transformer(config)` draws on one such device."""
-    with torch.device("meta"):
+    with shapes_only():
         whole = Transformer(transformer.config)
     parameters = dict(transformer.named_parameters())
     for parameter in parameters.values():
@@ -114,7 +115,7 @@ def draw(transformer: Transformer, layout: Layout) -> None:
 @torch.no_grad()
 def draw_adapters(transformer: Transformer, lora: LoRA, layout: Layout) -> None:
     """Starts adapters that are sharded, bit for bit as `lora.apply` does on one such device."""
-    with torch.device("meta"):
+    with shapes_only():
         whole = Transformer(transformer.config)
         lora.apply(whole)
     # What is in a stage of other ranks is drawn too, and not kept.

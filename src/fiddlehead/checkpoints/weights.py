@@ -16,6 +16,7 @@ from fiddlehead.errors import ConfigError, Problem, first_of, refuse
 from fiddlehead.files.paths import user_path
 from fiddlehead.models import Transformer, TransformerConfig, nf4
 from fiddlehead.models.lora import LoRA, merge_state
+from fiddlehead.models.meta import shapes_only
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.names import find_run
 
@@ -107,7 +108,7 @@ def _refuse_other_tensors(path: Path, config: TransformerConfig, tensors: Mappin
     if config.num_layers > len(tensors):  # before anything is made for each layer
         message = f"its config has num_layers={config.num_layers}, and it has {len(tensors)} tensors"
         raise ConfigError(Problem.in_file(path, message))
-    with torch.device("meta"):
+    with shapes_only():
         expected = {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
     problems = []
     for name, shape in expected.items():
@@ -185,7 +186,7 @@ def load_transformer(
         config: instead of that of the weights, with parameters of the same shapes.
         quantize: store the layers' linear weights in NF4; the default device quantizes them, one after the other.
     """
-    with torch.device("meta"):
+    with shapes_only():
         transformer = Transformer(config or weights.config)
         names = list(transformer.state_dict())
         if quantize:

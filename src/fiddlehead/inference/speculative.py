@@ -78,8 +78,7 @@ def speculate(
             reader.forget_after(len(text) + kept)
         new = [*drafted[:kept], token]
         draft.passes, draft.tokens = draft.passes + 1, draft.tokens + len(new)
-        for token in new:
-            yield token
+        yield from new
         text += new
 
 

@@ -24,6 +24,7 @@ from fiddlehead.models.collectives import SequenceSplit
 from fiddlehead.models.linear import Linear
 from fiddlehead.models.nf4 import dequantize, is_quantized, nf4_linear, quantized
 from fiddlehead.models.transformer import Transformer
+from fiddlehead.numbers import is_number, is_whole
 
 PEFT_NAMES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 """PEFT's names of an adapter's tensors."""
@@ -94,9 +95,9 @@ class LoRA:
     def _problems(self) -> Iterator[Problem]:
         for name in ("rank", "alpha"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not (is_whole(value) and value >= 1):
                 yield Problem(name, value, "must be a whole number of 1 or more")
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+        if not (is_number(self.dropout) and 0 <= self.dropout < 1):
             yield Problem("dropout", self.dropout, "must be at least 0 and below 1")
         names = self.target_modules
         if not (isinstance(names, list | tuple) and names and all(isinstance(name, str) and name for name in names)):

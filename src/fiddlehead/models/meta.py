@@ -15,10 +15,7 @@ _FILLING = {"normal_", "uniform_", "kaiming_uniform_", "zeros_", "zero_", "ones_
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """In the block modules are made on the meta device, where initializing them takes most of the time: it is left out.
-
-    The generator of random numbers does not move, as it does where a module on this device is initialized.
-    """
+    """In the block, modules are made on the meta device and not initialized, which would take most of the time."""
     with torch.device("meta"), _Unfilled():
         yield
 

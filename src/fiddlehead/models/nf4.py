@@ -97,7 +97,7 @@ def quantize(weight: Tensor) -> Tensor:
     """
     _, blocks, groups = _sizes(weight.shape)
     if weight.is_meta:
-        return weight.new_empty(ceil(_bytes(blocks, groups) / 2), dtype=torch.bfloat16)
+        return weight.new_empty(ceil(sum(_parts(blocks, groups)) / 2), dtype=torch.bfloat16)
     cut = _filled(weight.float().flatten(), BLOCK)
     largest = cut.abs().amax(dim=1)
     cut /= torch.where(largest > 0, largest, 1.0)[:, None]
@@ -119,7 +119,7 @@ def dequantize(bits: Tensor, shape: Sequence[int], dtype: torch.dtype, *, compil
         compiled: compute it in one kernel, which the compiler makes at the first call.
     """
     numel, blocks, groups = _sizes(shape)
-    parts = [4 * (1 + groups), blocks, blocks * BLOCK // 2]
+    parts = _parts(blocks, groups)
     steps, scales, packed = bits.view(torch.uint8)[: sum(parts)].split(parts)
     decode = _compiled_decode() if compiled else _decode
     mean, steps = steps.view(torch.float32).split([1, groups])
@@ -193,8 +193,9 @@ def _sizes(shape: Sequence[int]) -> tuple[int, int, int]:
     return numel, blocks, ceil(blocks / SCALES)
 
 
-def _bytes(blocks: int, groups: int) -> int:
-    return 4 * (1 + groups) + blocks + blocks * BLOCK // 2
+def _parts(blocks: int, groups: int) -> list[int]:
+    """The bytes of the mean and the steps, of the scales, and of the codes."""
+    return [4 * (1 + groups), blocks, blocks * BLOCK // 2]
 
 
 def _filled(values: Tensor, size: int) -> Tensor:

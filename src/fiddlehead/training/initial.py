@@ -6,13 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fiddlehead.checkpoints import sharding
 from fiddlehead.checkpoints.weights import Weights, find_tokenizer, load_transformer
 from fiddlehead.data import TokenizerFile
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models import LoRA, Transformer, TransformerConfig, nf4
+from fiddlehead.models.meta import shapes_only
 from fiddlehead.training.distributed.parallel import Parallel
 
 
@@ -41,7 +40,7 @@ def initial_transformer(
             lora.apply(transformer)
         change(transformer)
         return transformer
-    with torch.device("meta"):
+    with shapes_only():
         transformer = Transformer(config)
         names = list(transformer.state_dict())
         if quantize:

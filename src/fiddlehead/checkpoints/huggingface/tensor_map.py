@@ -10,6 +10,7 @@ import torch
 
 from fiddlehead.checkpoints.huggingface.families import Family
 from fiddlehead.models.config import TransformerConfig
+from fiddlehead.models.meta import shapes_only
 from fiddlehead.models.transformer import Transformer
 
 Shape = tuple[int, ...]
@@ -56,7 +57,7 @@ class MappedTensor:
 
 def tensor_map(family: Family, config: TransformerConfig) -> list[MappedTensor]:
     """Every parameter of a model of `family`, in the order of the module."""
-    with torch.device("meta"):
+    with shapes_only():
         parameters = Transformer(config).state_dict()
     return [_mapped(name, tuple(tensor.shape), family, config) for name, tensor in parameters.items()]
 

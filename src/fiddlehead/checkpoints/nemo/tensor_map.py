@@ -15,6 +15,7 @@ import torch
 from fiddlehead.checkpoints.nemo.distributed import DistributedTensor
 from fiddlehead.errors import ConfigError, Problem, first_of, nearest, refuse
 from fiddlehead.models.config import TransformerConfig
+from fiddlehead.models.meta import shapes_only
 from fiddlehead.models.transformer import Transformer
 from fiddlehead.numbers import is_whole
 
@@ -182,7 +183,7 @@ class MegatronTensors:
         Raises:
             ConfigError: tensors are missing, of another shape, or left over; with all of them.
         """
-        with torch.device("meta"):
+        with shapes_only():
             expected = {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
         found, problems, used = [], [], set()
         for name, shape in expected.items():
