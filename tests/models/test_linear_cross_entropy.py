@@ -87,6 +87,19 @@ def test_a_label_that_is_almost_certain_keeps_its_gradient_in_bfloat16() -> None
     assert float(gradient[0, 0]) == pytest.approx(float(exact), rel=1e-2)
 
 
+@pytest.mark.parametrize(("offset", "close"), [(-1e4, 2e-3), (0.0, 2e-6), (1e4, 2e-3)])
+def test_logits_far_from_0_have_a_loss_and_a_gradient_too(offset: float, close: float) -> None:
+    """As close as their own rounding to float32."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 40) * 8 + offset, torch.randint(40, (6,))
+    nats, gradient = nats_and_gradient(logits, labels, 1.0, None, -100)
+    exact = logits.double().requires_grad_()
+    loss = F.cross_entropy(exact, labels, reduction="sum")
+    (expected,) = torch.autograd.grad(loss, exact)
+    assert float(nats) == pytest.approx(float(loss.detach()), rel=close)
+    assert float((gradient - expected).norm() / expected.norm()) < close
+
+
 def test_autocast_makes_the_products_narrow_and_the_gradients_wide() -> None:
     x, weight, labels = operands(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
