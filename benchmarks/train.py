@@ -14,6 +14,7 @@ devices=2 it runs on as many GPUs, of which context_parallel=2 share each sequen
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -214,6 +215,7 @@ def fit(
     from lightning.pytorch import Callback, LightningDataModule, Trainer
 
     from fiddlehead.training import AdamW, Parallel
+    from fiddlehead.training.callbacks.garbage import CollectGarbage
     from fiddlehead.training.frozen import halve_frozen
 
     class Tokens(LightningDataModule):
@@ -253,7 +255,7 @@ def fit(
         accumulate_grad_batches=accumulate,
         gradient_clip_val=1.0,
         logger=False,
-        callbacks=[ticks],
+        callbacks=[CollectGarbage(), ticks],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -402,6 +404,9 @@ def loop(
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     source = batches(shape, accelerator())
     loss = torch.zeros(())
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # as torchtitan's own trainer and ours do
     while clock.done < clock.steps:
         for _ in range(accumulate):
             ids, labels = next(source)
