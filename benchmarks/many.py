@@ -83,10 +83,12 @@ def timed(devices: int) -> dict[str, tuple[str, int, list[str]]]:
         cases[f"llama32_1b on {count}"] = "llama32_1b", count, [f"data.global_batch_size={8 * count}"]
     cases["llama3_8b as shipped on 8"] = "llama3_8b", 8, ["data.global_batch_size=32"]
     half = ["data.global_batch_size=16"]
-    cases["llama3_8b on 4"] = "llama3_8b", 4, half
-    whole = ["data.micro_batch_size=1", "model.activation_checkpointing=None"]
-    cases["llama3_8b on 4, micro-batch 1, nothing recomputed"] = "llama3_8b", 4, [*half, *whole]
-    cases["llama3_8b on 4, fp8"] = "llama3_8b", 4, [*half, "model.fp8=tensorwise"]
+    one = ["data.micro_batch_size=1"]
+    cases["llama3_8b on 4"] = "llama3_8b", 4, [*half, *one]
+    found = ["data.micro_batch_size=4", "model.activation_checkpointing=0.5"]
+    cases["llama3_8b on 4, as the search finds"] = "llama3_8b", 4, [*half, *found]
+    cases["llama3_8b on 4, nothing recomputed"] = "llama3_8b", 4, [*half, *one, "model.activation_checkpointing=None"]
+    cases["llama3_8b on 4, fp8"] = "llama3_8b", 4, [*half, *one, "model.fp8=tensorwise"]
     for count, recompute in ((4, "full"), (8, "selective")):
         cases[f"llama31_8b_128k, cp {count}"] = (
             "llama31_8b_128k",

@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from measure import RESULTS, gpus_here, save, table
 
 GIB = 2**30
 LAYERS_8B = "model.config.num_layers=6"
+OFFLOADED = "model.activation_offloading=True"
 ONE = ["trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto"]
 CASES: dict[str, tuple[str, list[str]]] = {}
 """Name to recipe and edits; those with `trainer.devices=2` need two GPUs."""
@@ -41,7 +43,8 @@ def case(name: str, recipe: str, *edits: str, batch: int = 4, seq: int = 4096, a
         f"data.micro_batch_size={batch}",
         f"data.global_batch_size={batch * accumulate * ranks}",
     ]
-    if not any(edit.startswith("model.activation_checkpointing=") for edit in edits):
+    recomputes = any(edit.startswith("model.activation_checkpointing=") for edit in edits)
+    if recipe != "dpo" and not recomputes:  # a model for preferences cannot compute again
         sizes.append("model.activation_checkpointing=None")
     CASES[name] = recipe, [*where, *sizes, *edits]
 
@@ -83,6 +86,8 @@ def fill() -> None:
     case("1b b8 8k selective x2", "llama32_1b", selective, batch=8, seq=8192, accumulate=2)
     case("1b b6 8k", "llama32_1b", batch=6, seq=8192)  # the plan says that it does not fit in 80 GB
     case("1b b2 x4", "llama32_1b", batch=2, accumulate=4)
+    case("1b b4 8k 0.5", "llama32_1b", half, seq=8192)
+    case("1b b2 64k full tiled offloaded", "llama32_1b", full, tiled, OFFLOADED, batch=2, seq=65536)
     for batch in (1, 2, 4):
         case(f"8b6 b{batch}", "llama3_8b", LAYERS_8B, batch=batch)
     for name, edits in {
@@ -95,9 +100,16 @@ def fill() -> None:
     }.items():
         case(f"8b6 b4 {name}", "llama3_8b", LAYERS_8B, *edits)
     case("8b6 b1 16k full", "llama3_8b", LAYERS_8B, full, batch=1, seq=16384)
+    case("8b6 b4 8k 0.5", "llama3_8b", LAYERS_8B, half, seq=8192)
+    case("8b6 b4 8k 0.5 bf16-true", "llama3_8b", LAYERS_8B, half, true, seq=8192)
+    case("8b6 b3 0.7", "llama3_8b", LAYERS_8B, "model.activation_checkpointing=0.7", batch=3)
     lora = ["model.init_from=WEIGHTS", "model.config=None", "model.lora=LoRA(rank=16)"]
     case("8b6 lora b4", "llama3_8b", *lora)
     case("8b6 lora b4 full", "llama3_8b", *lora, full)
+    quantized = ["model.lora.quantize_base=nf4", "trainer.precision=bf16-true"]
+    case("8b6 lora nf4 b2", "llama3_8b", *lora, *quantized, batch=2)
+    pairs = ["model.init_from=WEIGHTS", "data.paths=PAIRS", "data.tokenizer=TOKENIZER"]
+    case("8b6 lora dpo b2", "dpo", *pairs, batch=2)
     case("gpt2 b16 1k", "gpt2_124m", batch=16, seq=1024)
     case("gemma2 b2", "gemma2_2b", "model.config.num_layers=6", batch=2)
     case("qwen3 b8 2k", "qwen3_600m", batch=8, seq=2048)
@@ -288,11 +300,16 @@ def measure(name: str, given: argparse.Namespace) -> None:
     from fiddlehead.recipe.edits import apply_overrides
 
     recipe_name, edits = CASES[name]
-    edits = [edit.replace("WEIGHTS", str(given.weights)) for edit in edits]
+    pairs = given.weights.parent / "pairs.jsonl"
+    if "data.paths=PAIRS" in edits:
+        write_pairs(pairs)
+    edits = [edit.replace("WEIGHTS", str(given.weights)).replace("PAIRS", str(pairs)) for edit in edits]
+    edits = [edit.replace("TOKENIZER", str(pairs.parent)) for edit in edits]
     if given.tiny:
         sized = ("num_layers", "hidden_size", "ffn_hidden_size", "seq_length", "compile")
-        edits = [edit for edit in edits if edit.split("=")[0].split(".")[-1] not in sized]
-        edits += ["trainer.accelerator=cpu", "data.seq_length=64", "model.compile=None"]
+        edits = [edit for edit in edits if edit.split("=")[0].split(".")[-1] not in sized and "0." not in edit]
+        edits += ["trainer.accelerator=cpu", "data.seq_length=4096" if recipe_name == "dpo" else "data.seq_length=64"]
+        edits += [] if recipe_name == "dpo" else ["model.compile=None"]
     recipe = apply_overrides(catalog.find_recipe(recipe_name)(), edits, find=catalog.find_part)
     if recipe.model.config is not None:
         recipe.model.config.seq_length = None
@@ -305,7 +322,7 @@ def measure(name: str, given: argparse.Namespace) -> None:
     vocab = 300 if given.tiny else 128_256
     if init_from is not None:
         recipe.model.config = fdl.Config(dict, vocab_size=vocab)
-    recipe = as_benchmark(recipe, steps=given.steps, warmup=given.warmup, random_tokens=True)
+    recipe = as_benchmark(recipe, steps=given.steps, warmup=given.warmup, random_tokens=not pairs.exists())
     if init_from is not None:
         recipe.model.config, recipe.model.init_from = None, init_from
     points = given.out / "points.json"
@@ -329,6 +346,21 @@ def write_weights(folder: Path, tiny: bool) -> None:
     with torch.device(accelerator()):
         shape = (TINY | {"vocab": 300} if tiny else SHAPE_8B | {"layers": 6}) | {"T": 4096}
         LlamaForCausalLM(llama(shape)).bfloat16().save_pretrained(folder)
+
+
+def write_pairs(path: Path) -> None:
+    """Pairs of answers of random letters, each of 2,000 tokens, and beside them their tokenizer."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({letter: number for number, letter in enumerate("|abcdefgh ")}, "|"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.save(str(path.parent / "tokenizer.json"))
+    (path.parent / "tokenizer_config.json").write_text(json.dumps({"eos_token": "|"}))
+    letters = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(400):
+            words = {name: "".join(letters.choices("abcdefgh ", k=2000)) for name in ("prompt", "chosen", "rejected")}
+            file.write(json.dumps(words | {"prompt": words["prompt"][:50]}) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -21,6 +22,18 @@ def test_a_model_whose_inputs_are_moved_learns_the_same(tokens: int | None) -> N
         layer.forward = memory.keeping_input(layer.forward)
     assert max(error(learned(model), learned(made().double())).values()) < 1e-12
     assert moved == 2 * [torch.Size([2, 17, 32])]
+
+
+@pytest.mark.parametrize("tokens", [None, 5])
+def test_what_is_moved_is_freed(tokens: int | None) -> None:
+    model = made(tokens, "full")
+    memory, inputs = HostMemory(lambda x: True), []
+    for layer in model.layers:
+        moves = memory.keeping_input(layer.forward)
+        layer.forward = lambda x, *others, moves=moves: (inputs.append(weakref.ref(x)), moves(x, *others))[1]
+    hidden = model.hidden(torch.zeros(2, 17, dtype=torch.int64))
+    assert [x() for x in inputs] == [None, None]
+    hidden.sum().backward()
 
 
 def test_the_input_that_is_needed_next_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:

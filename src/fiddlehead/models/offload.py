@@ -25,8 +25,10 @@ class HostMemory:
         """The function `forward`, whose first argument autograd finds in main memory if it saves it as it is."""
 
         def run(x: torch.Tensor, *others: Any) -> torch.Tensor:
+            place, shape = x.data_ptr(), x.shape  # autograd keeps the hook, which so must not hold x
+
             def pack(saved: torch.Tensor) -> torch.Tensor | Kept:
-                return self.keep(saved) if saved.data_ptr() == x.data_ptr() and saved.shape == x.shape else saved
+                return self.keep(saved) if saved.data_ptr() == place and saved.shape == shape else saved
 
             with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
                 return forward(x, *others)

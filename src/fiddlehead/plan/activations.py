@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fiddlehead.models import TransformerConfig, nf4
 from fiddlehead.models.speed import Recompute
+from fiddlehead.plan.partitioned import Kept, choose
 from fiddlehead.training.distributed.sizes import Sizes
 
 
@@ -77,6 +78,11 @@ class _Layer:
         """Queries and keys after their norm and their rotation, a tensor of its own if there are any."""
         changed = self.config.position_embedding_type == "rope" or self.config.qk_layernorm is not None
         return self.Q + self.K if changed else 0
+
+    @property
+    def rotated(self) -> int:
+        """Of these, those that are kept in the place of a view of what the product gave."""
+        return self.turned if self.config.qk_layernorm is None else 0
 
     @property
     def attention(self) -> int:
@@ -190,19 +196,44 @@ class _Layer:
             if self.sizes.context > 1 and self.setting.compiled:
                 return b * (C + self.qkv + self.Q)
             return b * C
-        return b * C + self._chosen()[0]
+        chosen = self.chosen()
+        of_products = {"qkv": self.qkv + self.rotated, "out": C, "up": self.F1 + self.routed // 2, "down": C}
+        kept = b * (C + sum(of_products[name] for name in chosen.products))
+        if chosen.attention:
+            kept = everything - self.cheap
+        return max(kept, b * C + products) if self.sizes.tensor * self.sizes.context > 1 else kept
 
-    def _chosen(self) -> tuple[float, bool]:
-        """Bytes that the compiler keeps besides the input where it may keep a part; and if the first product is in."""
-        everything, recompute = self.all_compiled, self.setting.recompute
-        assert isinstance(recompute, int | float)
-        feed_forward = self.b * (self.C + self.F1 + self.routed // 2)
-        room = recompute * everything - self.b * self.C
-        if room < self.attention:
-            return 0.0, False
-        if room < self.attention + feed_forward:
-            return self.attention, False
-        return self.attention + feed_forward, True
+    @property
+    def cheap(self) -> int:
+        """What the compiler computes again first: activations, outputs of norms before products, experts' outputs."""
+        return self.b * (self.F + (1 if self.config.norm_placement == "post" else 2) * self.C + self.routed // 2)
+
+    def outputs(self) -> dict[str, int]:
+        """The values of the products' outputs that the backward pass needs."""
+        outputs = {"qkv": self.qkv, "out": self.C, "up": self.F1 + self.routed // 2}
+        if self.config.norm_placement != "pre":  # the backward pass of the norm after it
+            outputs["down"] = self.C
+        return outputs
+
+    def flops(self) -> dict[str, float]:
+        """The multiplications of each of them, and of "down"."""
+        return {
+            "qkv": self.C * self.qkv,
+            "out": self.Q * self.C,
+            "up": self.C * self.F1,
+            "down": self.F * self.C,
+        }
+
+    def chosen(self) -> Kept:
+        """What the compiler keeps besides the input where it may keep a part."""
+        assert isinstance(self.setting.recompute, int | float)
+        b, flops = self.b, self.flops()
+        all = self.all_compiled - b * (self.C + self.rotated)
+        dear = all - self.cheap
+        # Weights that are cast in the layer are an input, and if all is kept, their copies are in their place.
+        all += (b - self.setting.of_weights) * layer_weights(self.config, self.sizes) / self.setting.tokens
+        outputs = {name: b * size for name, size in self.outputs().items()}
+        return choose(self.setting.recompute, all, dear, outputs, {name: flops[name] for name in outputs})
 
     def again(self) -> float:
         """Bytes that the backward pass computes again before the feed-forward's: its own, or those of all the layer."""
@@ -212,8 +243,9 @@ class _Layer:
         missing = max(everything - self.kept(), 0.0)
         if recompute == "full" or not self.setting.compiled:
             return missing
-        drops = isinstance(recompute, int | float) and recompute != 1 and not self._chosen()[1]
-        return min(missing, self.b * (self.C + self.F + (self.F1 if drops else 0)))
+        if isinstance(recompute, int | float) and recompute != 1 and not self.chosen().attention:
+            return missing
+        return min(missing, self.b * (self.C + self.F))
 
     def inside(self) -> float:
         """Bytes of the gradients inside the feed-forward part, less what they take the place of."""
@@ -233,11 +265,21 @@ def of_layer(config: TransformerConfig, setting: Setting, sizes: Sizes) -> tuple
 
     Ranks that share layers share each of its tensors, so that a rank has tokens over ranks times these.
 
-    With a number for `recompute` the compiler chooses what to keep. It keeps attention's tensors first, then the
-    feed-forward's, as long as they fit in that part of all; that is what it chose for 0.5 and 0.9.
+    With a number for `recompute` the compiler chooses what to keep: see `fiddlehead.plan.partitioned`.
     """
     layer = _Layer(config, setting, sizes)
     return layer.kept(), layer.again(), layer.inside()
+
+
+def computed_again(config: TransformerConfig, setting: Setting, sizes: Sizes) -> tuple[float, bool]:
+    """The part of a layer's products that its backward pass computes again, and whether it computes attention again.
+
+    It is for a number as `recompute`, of which the compiler makes a choice.
+    """
+    layer = _Layer(config, setting, sizes)
+    chosen, flops = layer.chosen(), layer.flops()
+    again = sum(flops[name] for name in layer.outputs() if name not in chosen.products)
+    return again / sum(flops.values()), not chosen.attention
 
 
 def of_tiled_layer(config: TransformerConfig, setting: Setting, sizes: Sizes) -> tuple[float, float]:

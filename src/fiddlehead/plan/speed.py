@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fiddlehead.models import TransformerConfig, nf4
-from fiddlehead.plan.activations import Setting, layer_weights, mlp_weights
+from fiddlehead.plan.activations import Setting, computed_again, layer_weights, mlp_weights
 from fiddlehead.plan.cards import PCIE, Card
 from fiddlehead.plan.memory import Held
 from fiddlehead.plan.reached import REACHED, reached
@@ -106,8 +106,7 @@ def speed(
     products, attention = work.products(card), work.attention(card)
     memory_bound = work.moved() / (card.bytes_per_s * part["memory"])
     computed = products + attention + memory_bound
-    # Parameters and states are read and written; gradients are read for the norm, read and scaled, and read again: that
-    # is what was measured. AdamW in a compiled model scales them in its own step and takes less.
+    # Parameters and states are read and written; gradients are read for the norm, read and scaled, and read again.
     stepped = held.gradients if setting.adapters or setting.compares else held.parameters
     moved = 2 * stepped + 4 * held.gradients + 2 * held.optimizer
     optimizer = (moved + held.step_moved) / (card.bytes_per_s * part["optimizer"])
@@ -197,6 +196,9 @@ class _Work:
         matrices = 3 if config.gated else 2
         self.in_tiles = 2 * self.layers * self.tokens * matrices * config.hidden_size * self.F
         """Operations of the forward pass of the feed-forward."""
+        by_compiler = isinstance(setting.recompute, int | float) and setting.recompute < 1
+        self.chosen = computed_again(config, setting, sizes) if by_compiler else (0.0, False)
+        """The part of the layers' products that the compiler has computed again, and whether it has attention."""
         self.QK = (config.num_attention_heads + config.groups) * config.head_dim
 
     def products(self, card: Card) -> float:
@@ -206,8 +208,8 @@ class _Work:
             again = self.in_layers
         elif self.setting.tiled_mlp is not None:
             again = self.in_tiles
-        elif isinstance(recompute, int | float) and recompute < 1:  # the compiler computes the widest products again
-            again = self.in_layers * 2 / 3 if recompute < 0.8 else 0.0
+        else:
+            again = self.in_layers * self.chosen[0]
         compared = 1 if self.setting.compares else 0  # the forward pass through the reference
         operations = (1 + self.learned + compared) * self.in_layers + again
         of_layers = operations / self.reached["fp8" if self.setting.fp8 else "products"]
@@ -218,7 +220,7 @@ class _Work:
     def attention(self, card: Card) -> float:
         """Seconds of the attention kernels; the backward pass has five products for the two of the forward pass."""
         forward = self.in_attention / self.reached["attention, forward"]
-        again = forward if self.setting.recompute == "full" else 0.0
+        again = forward if self.setting.recompute == "full" or self.chosen[1] else 0.0
         again += forward if self.setting.compares else 0.0
         return (forward + again + 2.5 * self.in_attention / self.reached["attention, backward"]) / card.flops
 

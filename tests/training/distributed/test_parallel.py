@@ -347,3 +347,10 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_refused(strategy: dict[st
         Parallel(**strategy).sizes(8)
     with pytest.raises(ConfigError, match="data_parallel=0: must be a whole number of 1 or more"):
         Parallel(data_parallel=0)
+
+
+def test_the_norm_of_bfloat16_gradients_is_not_rounded_to_bfloat16() -> None:
+    torch.manual_seed(0)
+    gradients = {str(n): torch.randn(50, n + 1).bfloat16() for n in range(4)}
+    exact = torch.cat([gradient.double().flatten() for gradient in gradients.values()]).norm()
+    torch.testing.assert_close(global_norm(gradients).double(), exact, rtol=1e-6, atol=0)

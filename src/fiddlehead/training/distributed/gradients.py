@@ -27,13 +27,13 @@ def global_norm(gradients: Mapping[str, torch.Tensor], layout: Layout | None = N
         layout: the places of this rank's shards of the gradients; None if the gradients are whole.
     """
     if layout is None:
-        return torch.nn.utils.get_total_norm(list(gradients.values()))
+        return _norm(list(gradients.values()))
     by_ranks: dict[int, list[torch.Tensor]] = {}
     for name, gradient in gradients.items():
         for each in layout.local_slices(name, gradient):
             by_ranks.setdefault(each.ranks, []).append(local(gradient)[each.local])
     # Replicas on several ranks count once.
-    squares = [torch.nn.utils.get_total_norm(slices).float() ** 2 / ranks for ranks, slices in by_ranks.items()]
+    squares = [_norm(slices).float() ** 2 / ranks for ranks, slices in by_ranks.items()]
     total = torch.stack(squares).sum() if squares else torch.zeros((), device=layout.mesh.device_type)
     torch.distributed.all_reduce(total)
     return total.sqrt()
@@ -57,3 +57,11 @@ def scale(gradients: Mapping[str, torch.Tensor], factor: torch.Tensor) -> None:
     """Multiplies all gradients by a scalar on their device."""
     if gradients:  # a stage of a pipeline may have none
         torch._foreach_mul_([local(gradient) for gradient in gradients.values()], factor)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    if all(tensor.dtype != torch.bfloat16 for tensor in tensors):
+        return torch.nn.utils.get_total_norm(tensors)
+    # PyTorch would round it to three digits.
+    norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+    return torch.linalg.vector_norm(torch.stack(norms))

@@ -68,9 +68,6 @@ class Optim:
     ) -> torch.optim.Optimizer:
         """Builds the optimizer; its first group has the rate `lr`.
 
-        If it has an attribute `gradient_factor`, that is set before a step of a compiled model on a GPU, and the step
-        multiplies the gradients by it, which are then not clipped before.
-
         Args:
             fused: the rows of each matrix in parameters that fuse several, by name.
         """
