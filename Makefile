@@ -19,7 +19,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # Without this, each process that the tests start, and there are many, compiles the code again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-fast test-long fuzz test-slurm test-docker lint format docs wheel lock newest clean
+.PHONY: help demo test test-fast test-long fuzz test-slurm test-docker lint format docs docs-check wheel lock newest clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -69,6 +69,12 @@ docs: $(VENV)/.installed-dev  ## Build the site of the documentation: site/index
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "Documentation of version $$($(BIN)/python -c 'import fiddlehead; print(fiddlehead.__version__)')"
 	@echo "Look at it:  $(BIN)/python -m http.server --directory site"
+
+docs-check: docs $(VENV)/node_modules/axe-core  ## Examine the site with axe-core, light and dark; needs npm and Chromium (minutes)
+	$(BIN)/python docs/check_pages.py site --axe $(VENV)/node_modules/axe-core/axe.min.js
+
+$(VENV)/node_modules/axe-core:
+	npm install --silent --no-save --no-package-lock --prefix $(VENV) axe-core@4.11.4
 
 wheel: $(VENV)/.installed-dev  ## Build dist/*.whl and the source archive
 	$(BIN)/python -m build --no-isolation

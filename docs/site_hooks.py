@@ -108,4 +108,13 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
     """Names the dialog of the search, which the theme does not."""
-    return output.replace('role="dialog">', 'role="dialog" aria-label="Search">')
+    return _named(output)
+
+
+def on_post_template(output_content: str, template_name: str, config: MkDocsConfig) -> str:
+    """As `on_post_page`, for the page that a server shows for a wrong address."""
+    return _named(output_content)
+
+
+def _named(page: str) -> str:
+    return page.replace('role="dialog">', 'role="dialog" aria-label="Search">')

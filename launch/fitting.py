@@ -116,6 +116,14 @@ def missing_nsys(recipe: Recipe, executor: Executor | None) -> str:
     return Problem("log.nsys", steps, message)
 
 
+def missing_trackers(recipe: Recipe, executor: Executor | None) -> list[Problem]:
+    """The trackers that a recipe selects and its job will not find, as far as this machine shows."""
+    from fiddlehead.training.loggers import lacking
+
+    elsewhere = executor is not None and (not executor.shares_environment or bool(executor.setup_lines))
+    return [] if elsewhere or "log" not in recipe.__arguments__ else lacking(recipe.log)
+
+
 def _nsys(recipe: Recipe) -> str | None:
     """The steps that Nsight Systems profiles."""
     return recipe.log.nsys if "log" in recipe.__arguments__ else None

@@ -13,7 +13,15 @@ from fiddlehead.errors import UNSET, ConfigError, Problem, refuse
 from fiddlehead.files.paths import user_path, working_directory
 from fiddlehead.launch import preview, submit
 from fiddlehead.launch.executor import Executor
-from fiddlehead.launch.fitting import GPU, fit_to_executor, missing_here, missing_nsys, nsys_problems, yielded
+from fiddlehead.launch.fitting import (
+    GPU,
+    fit_to_executor,
+    missing_here,
+    missing_nsys,
+    missing_trackers,
+    nsys_problems,
+    yielded,
+)
 from fiddlehead.launch.nemo.accept import accepted
 from fiddlehead.launch.taken import refuse_taken
 from fiddlehead.recipe import Recipe
@@ -274,8 +282,8 @@ def plan(
     if executor is not None:
         trainer = fitted.trainer
         executor = executor.fitted(int(trainer.devices), str(trainer.accelerator), int(trainer.num_nodes))
-    tool = "" if as_it_is else missing_nsys(fitted, executor)
-    missing = tuple(filter(None, (lacking, tool, *training.missing)))
+    tools = [] if as_it_is else [missing_nsys(fitted, executor), *missing_trackers(fitted, executor)]
+    missing = tuple(filter(None, (lacking, *tools, *training.missing)))
     return Plan(
         fitted,
         executor,

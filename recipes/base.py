@@ -63,7 +63,10 @@ def pretrain(
             enable_model_summary=False,
         ),
         optim=fdl.Config(
-            AdamW, lr=lr, lr_scheduler=fdl.Config(CosineAnnealing, warmup_steps=warmup_steps, min_lr=lr / 10)
+            AdamW,
+            lr=lr,
+            # 3e-5, not 2.9999999999999997e-5.
+            lr_scheduler=fdl.Config(CosineAnnealing, warmup_steps=warmup_steps, min_lr=round(lr / 10, 12)),
         ),
         log=fdl.Config(Log),
         checkpoint=fdl.Config(Checkpoint),

@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -22,6 +23,7 @@ from tests.conftest import once
 ROOT = Path(__file__).parents[1]
 RESOURCES = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src", "object": "data"}
 """What a browser fetches by itself, and the attribute that says from where."""
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ELSEWHERE = re.compile(r"(?:https?:)?//")
 
 
@@ -103,8 +105,9 @@ def test_the_site_has_every_page_and_shows_the_version(site, pages):
 
 @pytest.mark.slow
 def test_a_screen_reader_hears_what_the_search_is_and_no_empty_headings(site):
-    for page in (page for page in sorted(site.rglob("*.html")) if page.name != "404.html"):
+    for page in sorted(site.rglob("*.html")):
         text = page.read_text()
+        assert "site.js" in text, page
         assert 'role="dialog" aria-label="Search">' in text and 'role="dialog">' not in text, page
         assert re.findall(r"<th\b[^>]*>\s*</th>", text) == [], page
 
@@ -160,6 +163,30 @@ def test_the_page_of_a_package_has_every_name_that_it_exports(name, pages):
     for each in package.__all__:
         homes = {package.__name__, getattr(getattr(package, each), "__module__", package.__name__)}
         assert {f"{home}.{each}" for home in homes} & pages[f"api/{name}/index.html"].anchors, each
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="there is no Chromium here")
+def test_the_check_of_pages_opens_each_in_both_schemes_and_says_what_it_finds(tmp_path: Path):
+    """In the place of axe-core there is a script that takes a dark background for a mistake."""
+    (tmp_path / "site" / "inner").mkdir(parents=True)
+    style = "<style>@media (prefers-color-scheme: dark) { body { background: #000 } }</style>"
+    policy = "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+    (tmp_path / "site" / "index.html").write_text(f"<title>a</title>{policy}{style}<p>a")
+    (tmp_path / "site" / "inner" / "b.html").write_text("<title>b</title><p>b")
+    axe = tmp_path / "axe.js"
+    axe.write_text("""
+        window.axe = { run: async page => ({ violations:
+          getComputedStyle(page.body).backgroundColor === "rgb(0, 0, 0)" && matchMedia("(hover)").matches
+            ? [{ id: "dark", help: "too dark", nodes: [{ html: page.title, failureSummary: "black" }] }] : [] }) };
+    """)
+    command = [sys.executable, ROOT / "docs" / "check_pages.py", tmp_path / "site", "--axe", axe]
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert checked.returncode == 1 and checked.stderr == "1 problems\n", checked.stderr
+    assert checked.stdout.split("\n\n") == [
+        "light: 2 pages\n/index.html (dark): dark: too dark\n  a\n  black",
+        "dark: 2 pages\n",
+    ]
 
 
 WRITTEN = [*ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

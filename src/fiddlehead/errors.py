@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 from collections.abc import Iterable, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from fiddlehead.numbers import plain
@@ -130,6 +130,18 @@ def of_the_machine(error: BaseException) -> str:
     if not isinstance(error, OSError) or error.errno not in _OF_THE_MACHINE:
         return ""
     return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+
+
+def format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning in one line, for `warnings.formatwarning` in a process of the command or of a job.
+
+    One of this package reads as those in a run's log; one of another package says where it comes from.
+    """
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        return f"WARNING: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def first_of(problems: Sequence[str], shown: int = 20) -> list[str]:

@@ -21,11 +21,12 @@ import shutil
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fiddlehead.errors import FULL_DISK, ConfigError, RunError, StopRequested, of_the_machine
+from fiddlehead.errors import FULL_DISK, ConfigError, RunError, StopRequested, format_warning, of_the_machine
 from fiddlehead.run import locks, outcomes, preflight, signals, workers
 from fiddlehead.run.alive import showing_life
 from fiddlehead.run.directory import RunDirectory, exclusive
@@ -270,5 +271,6 @@ def _outlive(run: RunDirectory, lock: Path) -> None:
 
 
 if __name__ == "__main__":
+    warnings.formatwarning = format_warning
     gc.set_threshold(100_000)  # otherwise garbage collection takes a tenth of the import time of PyTorch and Lightning
     sys.exit(main())

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from fiddlehead import cli
-from fiddlehead.cli.ending import say_ending
+from fiddlehead.cli.ending import say_ending, say_failure
+from fiddlehead.launch import RunFailedError
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import State, Status
 
@@ -29,6 +30,21 @@ def test_a_run_ends_with_where_it_is_how_long_it_took_and_what_to_do_next(
     say_ending(RunDirectory(tmp_path / folder / "a"), Status(state, started=100.0, ended=300.0))
     printed = capsys.readouterr().out
     assert all(text in printed for text in expected), printed
+
+
+def test_the_reason_of_a_failure_that_the_log_has_shown_is_not_printed_again(tmp_path: Path, capsys) -> None:
+    run = RunDirectory(tmp_path / "a")
+    (run.checkpoints / "step-00000004").mkdir(parents=True)
+    failure = RunFailedError(run, Status(State.FAILED, started=100.0, ended=300.0, reason="step 5: not finite"))
+    for log, shown in (("step 4\nerror: step 5: not finite. It goes on from step 4\n", False), ("step 4\n", True)):
+        run.log.write_text(log)
+        say_failure(failure)
+        printed = capsys.readouterr()
+        assert ("FAILED: step 5: not finite" in printed.err) == shown
+        assert "a failed in 3 min 20 s" in printed.out and "go on from its newest checkpoint" in printed.out
+    (run.checkpoints / "step-00000004").rmdir()
+    say_failure(failure)
+    assert "start it again" in capsys.readouterr().out
 
 
 def test_an_error_on_a_terminal_ends_its_lines_between_words(monkeypatch, capsys) -> None:

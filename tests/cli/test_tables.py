@@ -79,3 +79,17 @@ def test_a_table_without_headers_has_no_empty_line_above_it() -> None:
     made = table("", "")
     add_row(made, "Python", "3.11")
     assert lines(made, 80) == ["Python   3.11"]
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_a_remark_stands_below_its_row_where_it_has_no_room_and_a_very_long_name_takes_none(width: int) -> None:
+    made = table("name", "state", "step", "loss", "elapsed", "", notes=True)
+    reason = "stopped after step 92, which is saved: SIGTERM"
+    add_row(made, "lr=5e-4-num_query_groups=1", "SUCCEEDED", "120", "2.9935", "0:00:43", "")
+    add_row(made, "a-name-" * 28, "CANCELLED", "92", "2.2894", "0:05:07", reason)
+    header, _, first, *rest = lines(made, width)
+    assert first.split() == ["lr=5e-4-num_query_groups=1", "SUCCEEDED", "120", "2.9935", "0:00:43"]
+    assert header.index("state") == first.index("SUCCEEDED") < 40
+    assert "a-name-" * 28 in "".join(rest)
+    assert sum(reason in line for line in rest) == 1
+    assert (rest[-1] == f"  {reason}") == (width == 80)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from matplotlib.text import Text
 
 from fiddlehead.runs.curves import PALETTE, Chart, Curve
 from fiddlehead.runs.picture import apart, figure, measured_on
@@ -35,6 +36,20 @@ def test_a_picture_names_its_curves_its_unit_and_its_machine():
     assert sorted(text.get_text().strip("\u200b") for text in axes.texts) == ["a", "b"]
     assert axes.get_title(loc="left") == "loss (nats)" and made.get_supxlabel() == "somewhere"
     assert axes.get_legend() is None and axes.lines[0].get_color() == PALETTE[0]
+    # Where curves run together, those below are seen on both sides of those above.
+    widths = [line.get_linewidth() for line in axes.lines]
+    assert widths[0] > widths[1] > widths[2] and widths[0] - widths[1] > 0.5
+
+
+def test_names_of_curves_that_end_in_one_place_do_not_touch_and_long_ones_are_short(recwarn):
+    names = ["a", "b", "name-" * 40, "c"]
+    curves = [Curve(name, [1, 2, 4], [3.0, 2.0, 1.0]) for name in names] + [Curve("d", [1, 9], [3.0, 0.5])]
+    made = figure([Chart("loss", "step", curves)])
+    made.draw_without_rendering()
+    texts = made.axes[0].texts
+    boxes = [Text.get_window_extent(text) for text in texts]  # without the lines to them
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert max(len(text.get_text().strip("\u200b")) for text in texts) <= 32 and not recwarn.list
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
+from fiddlehead import plan
+from fiddlehead.errors import format_warning
 from fiddlehead.launch import launch
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipe.edits import apply_overrides
@@ -19,6 +21,7 @@ from fiddlehead.recipes.tiny import tiny_test
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.names import find_run
 from fiddlehead.run.status import State
+from fiddlehead.runs.curves import short
 from fiddlehead.runs.events import read_events
 from fiddlehead.runs.page import page, table
 from fiddlehead.runs.report import report
@@ -148,7 +151,21 @@ def test_a_run_that_has_only_a_recipe_has_a_page(tmp_path: Path):
     run = RunDirectory(tmp_path / "a")
     run.path.mkdir()
     run.recipe.write_text("")
-    assert "no metrics yet" in report(run, None)
+    shown = report(run, None)
+    assert "no metrics yet" in shown and "final, and best" not in shown
+
+
+def test_enormous_numbers_are_short():
+    assert (short(2e29), short(-4.5e15), short(9.9e14)) == ("2e29", "-4.5e15", "990T")
+
+
+def test_a_warning_is_one_line_and_an_event_of_the_log(tmp_path: Path):
+    ours = format_warning(UserWarning("skipped 6 files"), UserWarning, plan.__file__, 47)
+    other = format_warning("few workers", FutureWarning, "/a lib/trainer.py", 7, "code")
+    assert (ours, other) == ("WARNING: skipped 6 files\n", "/a lib/trainer.py:7: FutureWarning: few workers\n")
+    (tmp_path / "log.txt").write_text(ours + other + "no:warning: 1\n")
+    events, _ = read_events(tmp_path / "log.txt")
+    assert [(event.kind, f"{event.text}\n") for event in events] == [("warning", ours), ("warning", other)]
 
 
 def test_events_are_found_in_the_log(tmp_path: Path):

@@ -128,6 +128,9 @@ def test_no_other_page_reads_it(ask: Ask):
     )
     assert answer.getheader("Cross-Origin-Resource-Policy") == "same-origin"
     assert ask("/", Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="no-cors").status == 403
+    for origin in ("http://evil.example", "http://localhost:9001", "null"):
+        assert ask("/runs.json", Origin=origin).status == 403
+    assert ask("/runs.json", Origin="http://localhost:9000").status == 200
     assert ask("/", Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="navigate").status == 200
 
 

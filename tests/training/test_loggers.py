@@ -23,7 +23,12 @@ from hypothesis import strategies as st
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from fiddlehead.errors import ConfigError
+from fiddlehead.launch import plan
+from fiddlehead.launch.fitting import missing_trackers
+from fiddlehead.launch.local import local
+from fiddlehead.launch.slurm import slurm
 from fiddlehead.recipe.plain import plain_recipe
+from fiddlehead.recipes.tiny import tiny_test
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.metric_names import column, grouped_name
 from fiddlehead.runs.wandb_folder import read_wandb
@@ -110,6 +115,23 @@ def test_tensorboard_that_is_not_installed_is_named_with_what_brings_it(
     monkeypatch.setattr("fiddlehead.training.loggers.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'fiddlehead\[tensorboard\]'$"):
         Log(tensorboard=True).open(RunDirectory(tmp_path), 0)
+
+
+def test_a_tracker_that_is_not_installed_is_missing_before_the_start(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("fiddlehead.training.loggers.find_spec", lambda name: None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
+    recipe = tiny_test()
+    recipe.log.dir, recipe.log.tensorboard, recipe.log.mlflow = str(tmp_path), True, True
+    trackers = {"tensorboard": "tensorboard", "mlflow": "MLflow"}
+    said = {f"log.{field}=True: needs {name}: pip install 'fiddlehead[{field}]'" for field, name in trackers.items()}
+    for executor in (None, local()):
+        made = plan(recipe, executor)
+        assert said == set(made.missing)
+        with pytest.raises(ConfigError, match="needs MLflow"):
+            made.submit(name="a")
+    for executor in (local(setup_lines=". venv/bin/activate"), slurm(container="image.sqsh")):
+        assert missing_trackers(recipe, executor) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")

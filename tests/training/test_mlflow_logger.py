@@ -61,7 +61,10 @@ class MlflowClient:
         self.file.write_text(json.dumps(self.runs))
 
     def get_experiment_by_name(self, name):
-        return types.SimpleNamespace(experiment_id=name, lifecycle_stage="active")
+        return None
+
+    def create_experiment(self, name, artifact_location=None):
+        return name
 
     def get_run(self, run_id):
         if run_id not in self.runs:
@@ -165,7 +168,7 @@ def test_mlflow_itself_goes_on_with_the_run(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_training_goes_on_without_a_server_that_fails(
-    stand_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stand_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     run = RunDirectory(tmp_path / "run")
     run.path.mkdir()
@@ -178,6 +181,7 @@ def test_training_goes_on_without_a_server_that_fails(
     logger.log_metrics({"train/loss": 0.5}, 3)
     logger.finalize("success")
     said = capsys.readouterr().out
+    assert not [each for each in caplog.records if each.name.startswith("lightning")]  # the experiment was new
     assert said.count("MLflow records no more of this attempt (ConnectionError('the server is down'))") == 1
     run.write_mlflow_id("f" * 32)  # the server has lost it
     (tmp_path / "down").unlink()
@@ -195,7 +199,7 @@ def test_what_cannot_be_is_said(stand_in: Path, tmp_path: Path, monkeypatch: pyt
         Log(mlflow_experiment="")
     with pytest.raises(ConfigError, match=r"^log.mlflow_uri='no://server': MLflow refuses it: no such scheme"):
         Log(mlflow=True, mlflow_uri="no://server").open(RunDirectory(tmp_path), 0)
-    monkeypatch.setattr("fiddlehead.training.mlflow_logger.find_spec", lambda name: None)
+    monkeypatch.setattr("fiddlehead.training.loggers.find_spec", lambda name: None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
     with pytest.raises(ConfigError, match=r"^log.mlflow=True: needs MLflow: pip install 'fiddlehead\[mlflow\]'"):
         Log(mlflow=True).open(RunDirectory(tmp_path), 0)

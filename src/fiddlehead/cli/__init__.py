@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 import textwrap
+import warnings
 
 import typer
 
@@ -32,7 +33,7 @@ from fiddlehead.cli import (
     use,
 )
 from fiddlehead.cli.common import width_of
-from fiddlehead.errors import ConfigError, RunError, of_the_machine
+from fiddlehead.errors import ConfigError, RunError, format_warning, of_the_machine
 from fiddlehead.files.paths import working_directory
 from fiddlehead.run import workers
 
@@ -102,6 +103,7 @@ def main() -> None:
         100_000
     )  # else a tenth of the time of importing PyTorch and Lightning goes into garbage collection
     put_off.put_off()
+    warnings.formatwarning = format_warning
     # Nothing is imported from the working directory unasked: not here under `python -c`, nor in processes started here.
     sys.path[:] = filter(None, sys.path)
     os.environ["PYTHONSAFEPATH"] = "1"

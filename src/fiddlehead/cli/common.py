@@ -187,11 +187,11 @@ def _required(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
     ]
 
 
-def table(*columns: str, optional: Sequence[str] = ()) -> Table:
-    """An empty table in the one style that every command uses; where the terminal is narrow, without `optional`."""
+def table(*columns: str, optional: Sequence[str] = (), notes: bool = False) -> Table:
+    """An empty table in the one style that every command uses; the arguments are those of `FittedTable`."""
     from fiddlehead.cli.tables import FittedTable
 
-    return FittedTable(*columns, optional=optional)
+    return FittedTable(*columns, optional=optional, notes=notes)
 
 
 def add_row(table: Table, *cells: Any) -> None:

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fiddlehead.numbers import duration
-from fiddlehead.run.directory import RunDirectory
+from fiddlehead.run.directory import RunDirectory, last_lines
 from fiddlehead.run.status import State, Status
+
+if TYPE_CHECKING:
+    from fiddlehead.launch import RunFailedError
+
+
+def say_failure(failure: RunFailedError) -> None:
+    """Prints why a run that was followed has failed, if the log, which was shown, does not say it; then its ending."""
+    reason = failure.status.reason
+    if not reason or reason not in "\n".join(last_lines(failure.run.log, 20)):
+        print(f"error: {failure}", file=sys.stderr)  # noqa: T201
+    say_ending(failure.run, failure.status)
 
 
 def say_ending(run: RunDirectory, status: Status | None) -> None:
@@ -21,7 +34,8 @@ def say_ending(run: RunDirectory, status: Status | None) -> None:
         print(f"       fiddlehead runs show {run.name}{at}")  # noqa: T201
     else:
         print(f"next:  fiddlehead runs show {run.name}{at}     why, and the end of its log")  # noqa: T201
-        print(f"       fiddlehead runs rerun {run.name}{at}    go on from its newest checkpoint")  # noqa: T201
+        what = "go on from its newest checkpoint" if any(run.checkpoints.glob("step-*")) else "start it again"
+        print(f"       fiddlehead runs rerun {run.name}{at}    {what}")  # noqa: T201
 
 
 def _short(path: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,7 +15,7 @@ import typer
 from fiddlehead.cli.common import AllowOption, DespiteOption, add_row, phases_table, table
 from fiddlehead.cli.common import show as show_things
 from fiddlehead.cli.completion import complete_run
-from fiddlehead.cli.ending import say_ending
+from fiddlehead.cli.ending import say_ending, say_failure
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.numbers import figure
 from fiddlehead.run import damage
@@ -67,9 +66,8 @@ def runs(
     if as_json:
         print(json.dumps([_facts(run, status) for run, status in zip(found, statuses, strict=True)], indent=1))  # noqa: T201
         return
-    made = table(
-        "name", "state", "step", "loss", "tokens/s", "elapsed", "attempt", "where", "", optional=("where", "attempt")
-    )
+    columns = ("name", "state", "step", "loss", "tokens/s", "elapsed", "attempt", "where", "")
+    made = table(*columns, optional=("where", "attempt"), notes=True)
     for run, status in zip(found, statuses, strict=True):
         add_row(made, *_row(run, status))
     if not made.row_count:
@@ -187,8 +185,7 @@ def rerun(
         despite = sorted({*(despite or ()), *(before.despite if before else ())})  # it was said of this run before
         launch.launch(recipe, executor, detach=detach, allow=allow or (), despite=despite, command=command)
     except launch.RunFailedError as failure:
-        print(f"error: {failure}", file=sys.stderr)  # noqa: T201
-        say_ending(failure.run, failure.status)
+        say_failure(failure)
         raise typer.Exit(failure.status.exit_code or 1) from None
     if not detach:
         say_ending(found, found.status())
@@ -249,7 +246,7 @@ def _row(run: RunDirectory, status: Status | None) -> list[Any]:
         _elapsed(status.started, status.ended),
         str(status.attempt),
         watch.where(run, status),
-        reason if len(reason) <= 60 else reason[:59] + "…",
+        reason if len(reason) <= 100 else reason[:99] + "…",
     ]
 
 

@@ -15,7 +15,7 @@ import typer
 
 from fiddlehead.cli.after import in_queue_of, unfinished, wait_for
 from fiddlehead.cli.common import load_recipe
-from fiddlehead.cli.ending import say_ending
+from fiddlehead.cli.ending import say_ending, say_failure
 from fiddlehead.cli.plan import fitted_rows, named_card, show_plan, show_scripts
 from fiddlehead.errors import ConfigError, Problem
 
@@ -135,8 +135,7 @@ def _submit(plan: Plan, name: str, request: Request, queued: Sequence[RunDirecto
     try:
         run = plan.submit(name=name, detach=request.detach, **options)
     except launch.RunFailedError as failure:
-        print(f"error: {failure}", file=sys.stderr)  # noqa: T201
-        say_ending(failure.run, failure.status)
+        say_failure(failure)
         raise typer.Exit(failure.status.exit_code or 1) from None
     if not request.detach:
         say_ending(run, run.status())

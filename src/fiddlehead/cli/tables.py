@@ -30,11 +30,13 @@ class FittedTable(Table):
     Args:
         columns: their headers.
         optional: those that may be left out, the first of them first.
+        notes: the last column has remarks: where they would need three lines or more, each stands below its row.
     """
 
-    def __init__(self, *columns: str, optional: Sequence[str] = ()) -> None:
+    def __init__(self, *columns: str, optional: Sequence[str] = (), notes: bool = False) -> None:
         super().__init__()
         self.optional = tuple(optional)
+        self.notes = notes
         for column in columns:
             self.add_column(column)
 
@@ -45,6 +47,9 @@ class FittedTable(Table):
         width = options.max_width
         columns = [[_text(column.header), *map(_text, column.cells)] for column in self.columns]
         justify = [column.justify for column in self.columns]
+        below = [Text()] * len(columns[0])
+        if self.notes and _needs_lines(columns[-1], _widths(columns, width)[-1]):
+            below, justify = columns.pop(), justify[:-1]
         for name in self.optional:
             if _is_crowded(columns, width):
                 index = next(index for index, cells in enumerate(columns) if cells[0].plain == name)
@@ -56,8 +61,10 @@ class FittedTable(Table):
                 cell.stylize(_BOLD)
             yield from _lines(console, header, widths, justify)
             yield Text("─" * min(width, sum(widths) + len(GAP) * (len(widths) - 1)))
-        for row in rows:
+        for row, note in zip(rows, below[1:], strict=True):
             yield from _lines(console, row, widths, justify)
+            if note.plain:
+                yield from _hanging(console, Text("  ") + note, width)
 
 
 def _text(cell: object) -> Text:
@@ -75,27 +82,35 @@ def _longest_word(cells: Sequence[Text]) -> int:
 
 
 def _longest_line(cells: Sequence[Text]) -> int:
-    return max(Text(line).cell_len for cell in cells for line in cell.plain.split("\n"))
+    return max((Text(line).cell_len for cell in cells for line in cell.plain.split("\n")), default=0)
+
+
+def _needs_lines(cells: Sequence[Text], size: int) -> bool:
+    """Whether a cell of a column would need three lines or more."""
+    return 2 * size < _longest_line(cells)
 
 
 def _is_crowded(columns: Sequence[Sequence[Text]], width: int) -> bool:
-    """Whether a cell would need three lines or more, or a name a line of its own."""
+    """Whether a cell would need three lines or more, or a name a line of its own that has room on a line."""
     widths = _widths(columns, width)
-    return any(2 * size < _longest_line(cells) for cells, size in zip(columns, widths, strict=True)) or (
-        _longest_word(columns[0]) > widths[0]
+    names = [cell for cell in columns[0] if _longest_word([cell]) <= width]
+    return _longest_word(names) > widths[0] or any(
+        _needs_lines(cells, size) for cells, size in zip((names, *columns[1:]), widths, strict=True)
     )
 
 
 def _widths(columns: Sequence[Sequence[Text]], width: int) -> list[int]:
     """The width of each column: the widest gives way first, and none becomes narrower than its longest word.
 
-    Where that is impossible, the first column is as narrow as the others need it, or words are broken in the widest.
+    Where that is impossible, the first column is as narrow as the others need it, and no wider than the names that fit
+    into it; or words are broken in the widest.
     """
     widths, least = list(map(_longest_line, columns)), list(map(_longest_word, columns))
     room = width - len(GAP) * (len(columns) - 1)
     rest = room - sum(least[1:])
     if NARROWEST <= rest < least[0]:
-        least[0] = rest
+        fitting = [cell for cell in columns[0] if _longest_word([cell]) <= rest]
+        widths[0] = least[0] = min(rest, max(NARROWEST, _longest_line(fitting)))
     while sum(widths) > room:
         free = [index for index, size in enumerate(widths) if size > least[index]]
         free = free or [index for index, size in enumerate(widths) if size > len(GAP)]

@@ -9,6 +9,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 # Lightning's remarks at start-up (devices it could use, tips) would drown what a run has to say; warnings stay.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+# It warns that a new experiment is new.
+logging.getLogger("lightning.pytorch.loggers.mlflow").setLevel(logging.ERROR)
 
 # Of Lightning's own use of torch; nothing that a user could mend.
 warnings.filterwarnings("ignore", message=r"The number of training batches .* is smaller than the logging interval")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from fiddlehead.run.history import thinned
-from fiddlehead.runs.curves import PALETTE, Chart, Curve, short, ticks
+from fiddlehead.runs.curves import PALETTE, Chart, Curve, line_width, short, ticks
 
 WIDTH, HEIGHT = 420, 230
 """The units of a chart; a phone shows them about as large as they are."""
@@ -75,7 +75,8 @@ def _svg(chart: Chart) -> str:
                 )
             else:
                 text = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in points)
-                parts.append(f'<polyline class="{classes}" points="{text}"/>')
+                width = 1.5 * line_width(number, len(chart.curves))
+                parts.append(f'<polyline class="{classes}" stroke-width="{width:.2f}" points="{text}"/>')
     if not chart.curves:
         parts.append(f'<text x="{middle}" y="{HEIGHT / 2}" text-anchor=middle>nothing was logged</text>')
     label = escape(f"{chart.title} over {chart.x_label}", quote=True)

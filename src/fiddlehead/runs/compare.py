@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fiddlehead.numbers import plain
 from fiddlehead.run.history import History
 from fiddlehead.runs.record import IDENTITY, Record
 
@@ -130,6 +131,6 @@ def _equal(left: Any, right: Any) -> bool:
 
 def show_value(value: Any) -> str:
     """A value in a table, on one line and not too long: what a run says may come from anybody."""
-    text = value if isinstance(value, str) else str(value)
+    text = plain(value) if isinstance(value, float) else str(value)
     text = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
     return text if len(text) <= 100 else f"{text[:60]} ... {text[-35:]}"

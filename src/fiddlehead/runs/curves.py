@@ -94,6 +94,14 @@ def unique_names(records: Sequence[Record]) -> list[str]:
     return [str(record.path) if names.count(record.name) > 1 else record.name for record in records]
 
 
+def line_width(number: int, count: int) -> float:
+    """The width of the curve with this number among `count` in a chart, in widths of a curve that is alone.
+
+    Each is narrower than those under it, so none is hidden where they run together.
+    """
+    return 1.5 - 0.8 * number / (count - 1) if count > 1 else 1.0
+
+
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers from `low` to `high`."""
     step = 10 ** math.floor(math.log10((high - low) / count))
@@ -105,11 +113,18 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def short(value: float) -> str:
     """A number of an axis in few characters: 1.5M, 0.003, 2e-5."""
     size = abs(value)
+    if size >= 1e15:
+        return f"{value:.4g}".replace("e+", "e")
     for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
             unit = 1e3 if letter == "k" else limit
             return f"{value / unit:.4g}{letter}"
     return figure(value, 4)
+
+
+def short_name(name: str, most: int = 32) -> str:
+    """A name in a picture: of a long one the beginning and the end."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[-(most // 2 - 1) :]}"
 
 
 def _curve(record: Record, metric: str, axis: Axis) -> tuple[list[float], list[float]]:

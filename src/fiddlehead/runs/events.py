@@ -15,7 +15,7 @@ MAX_LINE = 2000
 _KINDS = {
     "attempt": re.compile(r"=== started "),
     "start": re.compile(r"run .*: (starts anew|continues from )"),
-    "warning": re.compile(r"WARNING: |UserWarning: "),
+    "warning": re.compile(r"WARNING: |\S.*?:\d+: \w*Warning: "),
     "error": re.compile(r"error: |\w*(Error|Exception): "),
     "stop": re.compile(r"stopped |interrupted at once|failure \d+ of \d+ at step |cancelling"),
     "sample": re.compile(r"step +\d+  asked "),

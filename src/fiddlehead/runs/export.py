@@ -79,7 +79,7 @@ def comparison_page(records: Sequence[Record], charts: Sequence[Chart]) -> str:
     names = unique_names(records)
     title = " and ".join(names) if len(names) < 4 else f"{len(names)} runs"
     body = [f"<h1>{escape(title)}</h1><div class=charts>{''.join(figure(chart) for chart in charts)}</div>"]
-    body.append("<h2>Results</h2>" + table(["metric", *names], result_rows(records)))
+    body.append("<h2>Results</h2>" + (table(["metric", *names], result_rows(records)) or "<p>no metrics yet</p>"))
     found = differences(records)
     for section in dict.fromkeys(each.section for each in found):
         rows = [[each.path, *map(show_value, each.values)] for each in found if each.section == section]

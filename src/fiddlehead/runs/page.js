@@ -4,6 +4,7 @@ const figures = [...document.querySelectorAll("figure.chart")];
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const short = (value) => {
   if (value === null || value === undefined) return "";
+  if (Math.abs(value) >= 1e15) return String(value.toExponential(3)).replace(/\.?0*e\+/, "e");
   for (const [limit, unit, letter] of [[1e12, 1e12, "T"], [1e9, 1e9, "B"], [1e6, 1e6, "M"], [1e4, 1e3, "k"]])
     if (Math.abs(value) >= limit) return +(value / unit).toPrecision(4) + letter;
   return value && Math.abs(value) < 1e-3 ? String(value.toExponential(3)).replace(/\.?0+e/, "e") : String(+value.toPrecision(4));
@@ -18,7 +19,8 @@ function draw(figure) {
   const axis = { stroke: colour("--dim"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false },
     font: "11px system-ui, sans-serif", values: (_, ticks) => ticks.map(short) };
   const series = told.curves.map((curve, number) => ({
-    label: curve.name, stroke: COLOURS[number % COLOURS.length], width: 1.5,
+    label: curve.name, stroke: COLOURS[number % COLOURS.length],
+    width: 1.5 * (told.curves.length > 1 ? 1.5 - 0.8 * number / (told.curves.length - 1) : 1),
     dash: dashes[Math.floor(number / COLOURS.length) % 4], value: (_, value) => short(value),
     points: { show: curve.xs.length < 30, size: 4, fill: COLOURS[number % COLOURS.length] } }));
   const width = place.clientWidth;

@@ -14,6 +14,9 @@ from typing import Any
 from fiddlehead.runs.charts import script_json
 from fiddlehead.runs.curves import PALETTE
 
+LONG_TITLE = 40
+"""The title of a column with more characters, such as the name of a run, may be broken."""
+
 
 class Html(str):
     """Text that is HTML already; every other text is escaped."""
@@ -56,15 +59,17 @@ def policy(own: str) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "") -> Html:
-    """A table; numbers are aligned to the right. It scrolls where it is too wide for the page.
+    """A table; numbers are aligned to the right. It scrolls where it is too wide; without rows it is empty.
 
     Args:
         kind: "list" has one line for each row.
     """
-    titles = "".join(f"<th scope=col>{html(cell)}</th>" if cell else "<td></td>" for cell in head)
+    rows = list(rows)
+    numeric = [isinstance(cell, int) for cell in rows[0]] if rows else [False] * len(head)
+    titles = "".join(map(_title, head, numeric))
     top = f"<thead><tr>{titles}</tr></thead>" if any(head) else ""
     lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-    return Html(f'<div class=wide><table class="{kind}">{top}<tbody>{lines}</tbody></table></div>')
+    return Html(f'<div class=wide><table class="{kind}">{top}<tbody>{lines}</tbody></table></div>' if lines else "")
 
 
 @functools.cache
@@ -86,6 +91,11 @@ def _style() -> str:
 
 def _read(name: str) -> str:
     return files("fiddlehead.runs").joinpath(name).read_text(encoding="utf-8")
+
+
+def _title(text: str, numeric: bool) -> str:
+    kind = " class=n" if numeric else " class=long" if len(text) > LONG_TITLE else ""
+    return f"<th scope=col{kind}>{html(text)}</th>" if text else "<td></td>"
 
 
 def _cell(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fiddlehead.errors import ConfigError, Problem
-from fiddlehead.runs.curves import PALETTE, Chart, short
+from fiddlehead.runs.curves import PALETTE, Chart, line_width, short, short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 INK, DIM, FAINT = "#1f2328", "#59636e", "#d1d9e0"
 """The colours of text, of what is beside it, and of lines behind."""
+LINE = 2
+"""The width of a curve that is alone, in points."""
 STYLE: dict[Any, Any] = {
     # A solid background of its own, so that the picture reads on light and dark pages alike.
     "figure.facecolor": "#ffffff",
@@ -36,7 +38,7 @@ STYLE: dict[Any, Any] = {
     "grid.color": FAINT,
     "grid.linewidth": 0.6,
     "font.size": 12,
-    "lines.linewidth": 2,
+    "lines.linewidth": LINE,
     "lines.markersize": 6,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -80,9 +82,9 @@ def figure(charts: Sequence[Chart], note: str = "") -> Figure:
             for place, curve in enumerate(chart.curves):
                 colour, dashes = PALETTE[place % len(PALETTE)], DASHES[place // len(PALETTE) % len(DASHES)]
                 marker = "o" if len(curve.xs) < 3 else None
-                axes.plot(
-                    curve.xs, curve.ys, color=colour, linestyle=dashes, marker=marker, label=f"\u200b{curve.name}"
-                )
+                style = {"color": colour, "linestyle": dashes, "marker": marker}
+                width = LINE * line_width(place, len(chart.curves))
+                axes.plot(curve.xs, curve.ys, **style, linewidth=width, label=f"\u200b{curve.name}")
             axes.xaxis.set_major_formatter(lambda value, _: short(value))
             name_lines(axes)
         write_note(made, note)
@@ -92,36 +94,32 @@ def figure(charts: Sequence[Chart], note: str = "") -> Figure:
 def name_lines(axes: Axes) -> None:
     """Writes the name of each line beside its last point, instead of a legend.
 
-    Names at the right edge that would cover each other are moved apart. A label that begins with _ is not written.
+    Names that would cover each other are moved apart. A label that begins with _ is not written.
     """
     axes.autoscale_view()
     to_axes = axes.transData + axes.transAxes.inverted()
     size = 0.9 * float(axes.xaxis.label.get_fontsize())
     gap = line_height(axes, size)
-    at_edge = []
+    ends = []
     for line in axes.lines:
         points = np.asarray(line.get_xydata(), dtype=float)
         points = points[np.isfinite(points).all(axis=1)]
-        if not len(points) or str(line.get_label()).startswith("_"):
-            continue
-        x, y = to_axes.transform(points[-1])
-        if x > 0.9:
-            at_edge.append((line, points[-1], min(y, 1.0)))
-        else:
+        if len(points) and not str(line.get_label()).startswith("_"):
+            x, y = to_axes.transform(points[-1])
+            ends.append((line, points[-1], 1.04 if x > 0.9 else x + 0.03, min(y, 1.0)))
+    for group in ([end for end in ends if end[2] > 1], [end for end in ends if end[2] <= 1]):
+        for (line, end, x, _), y in zip(group, apart([y for *_, y in group], gap), strict=True):
             axes.annotate(
-                str(line.get_label()), points[-1], (8, 0), textcoords="offset points", va="center", fontsize=size
+                short_name(str(line.get_label())),
+                xy=end,
+                xytext=(x, y),
+                textcoords="axes fraction",
+                va="center",
+                fontsize=size,
+                arrowprops={"arrowstyle": "-", "color": line.get_color(), "linewidth": 1.2, "shrinkA": 1, "shrinkB": 2},
+                bbox=None if x > 1 else {"facecolor": "#ffffff", "edgecolor": "none", "alpha": 0.75, "pad": 1},
+                annotation_clip=False,
             )
-    for (line, end, _), place in zip(at_edge, apart([y for *_, y in at_edge], gap), strict=True):
-        axes.annotate(
-            str(line.get_label()),
-            xy=end,
-            xytext=(1.04, place),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=size,
-            arrowprops={"arrowstyle": "-", "color": line.get_color(), "linewidth": 1.2, "shrinkA": 1, "shrinkB": 2},
-            annotation_clip=False,
-        )
 
 
 def line_height(axes: Axes, size: float) -> float:

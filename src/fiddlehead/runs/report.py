@@ -194,7 +194,7 @@ def _ranges(layers: Sequence[int]) -> str:
 def _data(record: Record) -> Html:
     rows = [[path, _text(value)] for path, value in record.recipe.items() if path.partition(".")[0] == "data"]
     files = [[name, Html(f"<code>{escape(sha256)}</code>")] for name, sha256 in record.data.items()]
-    return Html((table(["", ""], rows) if rows else "") + (table(["file", "SHA-256"], files) if files else ""))
+    return Html(table(["", ""], rows) + table(["file", "SHA-256"], files))
 
 
 def _samples(events: Sequence[Event]) -> Html:
@@ -215,7 +215,7 @@ def _events(run: RunDirectory, events: Sequence[Event], status: Status | None, *
         ]
         for event in found[-SHOWN:]
     ]
-    text = "".join(f"<p class=dim>{note}</p>" for note in notes) + (table(["", ""], rows) if rows else "")
+    text = "".join(f"<p class=dim>{note}</p>" for note in notes) + table(["", ""], rows)
     if status is not None and status.state in (State.FAILED, State.DIED):
         tail = "\n".join(last_lines(run.log, 20))
         text += f"<h3>The end of the log</h3><pre>{escape(tail)}</pre>"

@@ -140,7 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
         name, _, port = host.rpartition(":") if not host.endswith("]") and ":" in host else (host, "", "0")
         foreign = self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
         navigates = self.headers.get("Sec-Fetch-Mode") == "navigate"
-        return name in HOSTS and port.isdecimal() and (not foreign or navigates)
+        origin = self.headers.get("Origin", f"http://{host}").lower()
+        return name in HOSTS and port.isdecimal() and origin == f"http://{host}" and (not foreign or navigates)
 
     def _take(self, token: str, path: str) -> None:
         """Keeps a right token in a cookie, and leads to the address without it."""

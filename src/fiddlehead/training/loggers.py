@@ -22,6 +22,8 @@ from fiddlehead.training.callbacks.profile import parse_steps
 from fiddlehead.training.metrics_csv import MetricsCSV
 from fiddlehead.training.mlflow_logger import mlflow_logger, tracking_uri
 
+_OPTIONAL = {"tensorboard": "tensorboard", "mlflow": "MLflow"}
+"""The fields of `Log` whose tracker is a package that not everybody has, of the same name, and what it is called."""
 MAX_NAME_BYTES = 200
 """The longest name of a run. File names add suffixes to it, and file systems allow at most 255 characters."""
 
@@ -139,11 +141,9 @@ class Log:
         Raises:
             ConfigError: TensorBoard or MLflow is selected but not installed.
         """
+        refuse(lacking(self))
         loggers: list[Logger] = [MetricsCSV(run.metrics, resumed_step)]
         if self.tensorboard:
-            if find_spec("tensorboard") is None:
-                message = "needs tensorboard: pip install 'fiddlehead[tensorboard]'"
-                raise ConfigError(Problem("log.tensorboard", True, message))
             loggers.append(_tensorboard_logger(run, resumed_step))
         if self.wandb:
             loggers.append(self._wandb_logger(run))
@@ -196,6 +196,15 @@ class Log:
         )
         logger._wandb_init.pop("anonymous", None)  # Lightning passes it on, and W&B warns that it has no meaning
         return logger
+
+
+def lacking(log: Any) -> list[Problem]:
+    """A problem for each tracker that a `Log`, or its configuration, selects and that is not installed here."""
+    return [
+        Problem(f"log.{field}", True, f"needs {name}: pip install 'fiddlehead[{field}]'")
+        for field, name in _OPTIONAL.items()
+        if getattr(log, field) and find_spec(field) is None
+    ]
 
 
 def _steps(text: str | None, field: str) -> tuple[int, int] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -31,10 +30,8 @@ def mlflow_logger(run: RunDirectory, uri: str, experiment: str) -> Logger:
     If the server fails, training goes on without it.
 
     Raises:
-        ConfigError: MLflow is not installed, or refuses the URI.
+        ConfigError: MLflow refuses the URI.
     """
-    if find_spec("mlflow") is None:
-        raise ConfigError(Problem("log.mlflow", True, "needs MLflow: pip install 'fiddlehead[mlflow]'"))
     from lightning.pytorch.loggers import MLFlowLogger
 
     class OneRun(MLFlowLogger):
