@@ -358,10 +358,29 @@ def built(recipe: Recipe, target: Target | Card | Literal["unknown"] | None) -> 
         elsewhere = True
     if elsewhere:
         recipe.trainer.accelerator = "cpu"  # so that Lightning does not look for the GPUs
+    unlike = _kept_from_lightning(recipe)
     with workers.apart():
         parts = recipe.build_arguments()
+        if "precision" in unlike:
+            parts["trainer"].strategy.precision_plugin.precision = unlike["precision"]
+        if "val_check_interval" in unlike:
+            parts["trainer"].val_check_interval = unlike["val_check_interval"]
         begin(*(parts[name] for name in ("model", "data", "trainer", "optim")))
         yield parts, "trainer" if not elsewhere else None if target == "unknown" else target
+
+
+def _kept_from_lightning(recipe: Recipe) -> dict[str, Any]:
+    """Takes values out of the trainer's configuration that a plan refuses with a reason, and returns them.
+
+    Lightning would refuse them in words of its own, or replace them: float16 on a CPU is bfloat16.
+    """
+    trainer, unlike = recipe.trainer, dict[str, Any]()
+    if str(trainer.precision) in ("16", "16-mixed"):
+        unlike["precision"], trainer.precision = "16-mixed", "32-true"
+    interval = trainer.val_check_interval
+    if isinstance(interval, float) and trainer.check_val_every_n_epoch is None:
+        unlike["val_check_interval"], trainer.val_check_interval = interval, 1
+    return unlike
 
 
 def _start(recipe: Recipe, *, waits: bool) -> Start | None:

@@ -76,12 +76,15 @@ def model_recipe(function: Callable[[], Recipe]) -> ModelRecipe:
         num_nodes: int | None = None,
         num_gpus_per_node: int | None = None,
         peft_scheme: PeftScheme = "lora",
-        packed_sequence: bool = False,
+        packed_sequence: bool | None = False,
+        seq_length: int | None = None,
         method: Method = "sft",
     ) -> Recipe:
         gpus = (num_nodes or 1) * num_gpus_per_node if num_gpus_per_node else None
         recipe = fine_tuned(function(), function.__name__, peft_scheme, method, gpus)
-        recipe.data.packed = packed_sequence
+        recipe.data.packed = bool(packed_sequence)
+        if seq_length is not None:
+            recipe.data.seq_length = seq_length
         return placed(recipe, name, dir, num_nodes, num_gpus_per_node)
 
     made: Any = _named(pretrain_recipe, function)
@@ -120,7 +123,7 @@ def fine_tuned(
         recipe.model.lora.dora = peft_scheme == "dora"
         if peft_scheme == "qlora":
             recipe.model.lora.quantize_base = "nf4"
-        if recipe.model.config.num_moe_experts:
+        if getattr(recipe.model.config, "num_moe_experts", None):  # no configuration: that of model.init_from
             recipe.model.lora.target_modules = ["linear_qkv", "linear_proj"]  # experts cannot have adapters
     if method == "dpo" and not adapters:
         recipe.optim.lr, recipe.optim.lr_scheduler.min_lr = 1e-6, 1e-7

@@ -22,6 +22,12 @@ from fiddlehead.plan.cards import CARDS
 from fiddlehead.run.directory import RunDirectory
 
 SCRIPTS = {file.stem: file for file in (Path(__file__).parent / "nemo_scripts").glob("*.py")}
+GIVEN: dict[str, dict[str, Any]] = {
+    "pretrain_options": {"out": "given"},
+    "api_pretrain": {"data_path": "given"},
+    "sizes_in_a_loop": {"tp": 2, "name": "b"},
+}
+"""The arguments of a script's function that have no default value."""
 
 
 def migrated(name: str) -> Migrated:
@@ -45,7 +51,7 @@ MADE: dict[str, tuple[str, dict[str, Any], list[str]]] = {
             "log.name": "small_llama",
             "log.dir": "checkpoints",
         },
-        ["fiddlehead pretrain make_recipe data.paths=TOKENS executor=this_machine"],
+        ["fiddlehead pretrain make_recipe data.paths=TOKENS executor=this_machine executor.devices=2"],
     ),
     "pretrain_slurm": (
         "pretrain_slurm",
@@ -101,6 +107,71 @@ MADE: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"log.dir": "results", "checkpoint.every_n_steps": 100, "resume": "auto"},
         ["fiddlehead pretrain own_callback data.paths=TOKENS"],
     ),
+    "pretrain_options": (
+        "main",
+        {
+            "log.name": "llama3_8b-a",
+            "log.dir": "given",
+            "trainer.num_nodes": 2,
+            "optim.lr": 2e-4,
+            "optim.lr_scheduler.warmup_steps": 100,
+            "log.nsys": "6:7",
+        },
+        [
+            "fiddlehead pretrain 'main(out=...)' data.paths=TOKENS executor=cluster executor.nodes=2 "
+            "executor.devices=8",
+            "fiddlehead pretrain 'main(out=...)' data.paths=TOKENS executor=here executor.devices=8",
+        ],
+    ),
+    "finetune_parts": (
+        "tuning",
+        {
+            "trainer.devices": 1,
+            "trainer.log_every_n_steps": 1,
+            "data.global_batch_size": 16,
+            "optim.betas": (0.9, 0.98),
+            "model.lora.rank": 8,
+            "model.init_from": "Llama-3.2-1B",
+            "log.dir": "./results",
+        },
+        [
+            "fiddlehead import hf meta-llama/Llama-3.2-1B --out Llama-3.2-1B",
+            "fiddlehead finetune tuning data.paths=EXAMPLES executor=finetune_parts_executor",
+        ],
+    ),
+    "api_pretrain": (
+        "api_pretrain",
+        {
+            "model.config.num_layers": 4,
+            "data.seq_length": 4096,
+            "data.paths": "given",
+            "data.micro_batch_size": 2,
+            "trainer.strategy.tensor_parallel": 2,
+            "trainer.devices": 4,
+            "optim.betas": (0.9, 0.99),
+            "optim.lr_scheduler.min_lr": 3e-5,
+            "checkpoint.keep_best": 3,
+            "log.wandb_group": "small",
+            "log.tensorboard": True,
+        },
+        ["fiddlehead pretrain 'api_pretrain(data_path=...)'"],
+    ),
+    "sizes_in_a_loop": (
+        "build_llama32_3b",
+        {
+            "log.dir": "/runs",
+            "trainer.strategy.tensor_parallel": 2,
+            "data.global_batch_size": 256,
+            "checkpoint.every_n_minutes": 60,
+            "checkpoint.keep_best": 2,
+            "model.activation_checkpointing": "full",
+        },
+        [
+            f"fiddlehead pretrain 'build_llama32_{size}(tp={tp}, name=\"llama-{size}\")' data.paths=TOKENS "
+            "executor=sizes_in_a_loop_executor"
+            for size, tp in (("1b", 1), ("3b", 2))
+        ],
+    ),
     "tiny_pretrain": (
         "tiny_pretrain",
         {"trainer.max_steps": 4, "optim.betas": (0.9, 0.98)},
@@ -114,11 +185,11 @@ MADE: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(SCRIPTS))
+@pytest.mark.parametrize("name", sorted(MADE))
 def test_a_script_becomes_a_recipe_that_plans_without_problems(name: str, working_directory: Path) -> None:
     made = migrated(name)
     function, values, steps = MADE[name]
-    recipe = functions(made.recipe)[function]()
+    recipe = functions(made.recipe)[function](**GIVEN.get(name, {}))
     for path, value in values.items():
         found: Any = recipe
         for part in path.split("."):
@@ -168,7 +239,10 @@ def test_executors_are_the_script_s_own_and_accepted_as_they_are(working_directo
         ("run.LocalExecutor(launcher=run.Torchrun())", "run.LocalExecutor(launcher=run.Torchrun())", "as it is"),
         ("run.SlurmExecutor(acount='a')", "run.SlurmExecutor()", "did you mean 'account'?"),
         ("run.Config(run.LocalExecutor, ntasks_per_node=2)", "run.LocalExecutor(ntasks_per_node=2)", "as it is"),
-        ("SlurmExecutor(account=os.environ['A'])", "run.SlurmExecutor()", "set account there"),
+        ("SlurmExecutor(account=site.ACCOUNT)", "run.SlurmExecutor()", "set account there"),
+        ("SlurmExecutor(account=os.environ['A'])", "import os\n\nimport nemo_run as run", "as it is"),
+        ("SlurmExecutor(nodes=recipe.trainer.num_nodes)", "run.SlurmExecutor(nodes=1)", "as it is"),
+        ("run.LocalExecutor()\ne = run.SlurmExecutor()", "-> run.SlurmExecutor", "as it is"),
         ("run.DockerExecutor(args.image, num_gpus=2)", "run.DockerExecutor(num_gpus=2)", "arguments without names"),
         ("run.LeptonExecutor(nemo_run_dir='/n', mounts=[])", "(nemo_run_dir='/n', mounts=[])", "as it is"),
         ("run.LocalExecutor(packager=run.HybridPackager({'a': run.Packager()}))", "{'a': run.Packager()}", "as it is"),
@@ -226,6 +300,55 @@ def test_what_is_to_be_done_is_said(line: str, said: str) -> None:
     assert any(said in done for _, _, done in made.lines), made.lines
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what NeMo-Run imports
+def test_an_executor_s_function_keeps_its_conditions_and_takes_what_the_recipe_says(working_directory: Path) -> None:
+    launch_file = functions(migrated("pretrain_options").launch)
+    executor = accepted(launch_file["cluster"]("me", nodes=2, devices=8, mounts=["/a:/b"]))
+    assert isinstance(executor, SlurmExecutor)
+    assert (executor.nodes, executor.container_mounts) == (2, ["/a:/b"])
+    assert executor.env_vars == {"NCCL_NVLS_ENABLE": "0", "TRANSFORMERS_OFFLINE": "1"}
+    local = accepted(functions(migrated("sizes_in_a_loop").launch)["sizes_in_a_loop_executor"]())
+    assert local is not None and local.env_vars == {"A": "1", "B": "1"}
+
+
+def test_a_script_that_only_converts_weights_becomes_commands() -> None:
+    made = migrated("convert_only")
+    assert (made.recipe, made.launch) == ("", "")
+    assert made.steps == [
+        "fiddlehead import hf mistralai/Mistral-7B-v0.3 --out /weights/mistral",
+        "fiddlehead export hf /runs/tuned --out /out/tuned",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("f(r, 1)", ["    f(recipe, 1)"]),
+        ("steps = 7\nr.trainer.max_steps = 2 * steps", ["steps = 7", "    recipe.trainer.max_steps = 2 * steps"]),
+        ("setattr(r.trainer, 'max_steps', 3)", ["    recipe.trainer.max_steps = 3"]),
+        ("for each in ():\n    r.trainer.callbacks.append(each)", ["        recipe.trainer.callbacks.append(each)"]),
+        ("r.trainer.max_steps //= 2", ["    recipe.trainer.max_steps = recipe.trainer.max_steps // 2"]),
+        ("for n in (1, 2):\n    r.data.seed = n", ["    for n in (1, 2):\n        recipe.data.seed = n"]),
+        ("r.optim = adam(min_lr=0.0)", ["recipe.optim.lr_scheduler.min_lr = 0.0", "recipe.optim.lr = 0.001"]),
+        ("data = llm.MockDataModule()\nr.data = data", ["recipe.data.micro_batch_size = 4"]),
+        (
+            "r = llm.gemma2_2b.pretrain_recipe()\nrun.run(r)",
+            ["def x() -> Recipe:\n    recipe = llama3_8b", "def x_2() -> Recipe:\n    recipe = gemma2_2b"],
+        ),
+        ("if True:\n    r.data.seed = 1\nelse:\n    r.data.seed = 2", ["    else:\n        recipe.data.seed = 2"]),
+    ],
+)
+def test_the_means_of_python_are_followed(text: str, lines: list[str], working_directory: Path) -> None:
+    made = migrate(
+        "def f(recipe, seed): recipe.data.seed = seed\n"
+        "def adam(min_lr): return llm.distributed_fused_adam_with_cosine_annealing(max_lr=1e-3, min_lr=min_lr)\n"
+        f"r = llm.llama3_8b.pretrain_recipe()\n{text}\n",
+        "x",
+    )
+    assert all(line in made.recipe for line in lines), made.recipe
+    functions(made.recipe)["x"]()
+
+
 PLUGINS = """
 executor = run.SlurmExecutor(account="me", nodes=2)
 plugins = [PreemptionPlugin(preempt_time=120), run.Config(NsysPlugin, start_step=9, end_step=11)]
@@ -259,7 +382,9 @@ def test_plugins_become_lines_of_the_recipe_and_the_executor(relayed: bool, work
         ("recipe.trainer.max_steps = open('steps').read()", "the recipe does not know open('steps').read()"),
         ("recipe.trainer.max_stepz = 3", "did you mean"),
         ("recipe.trainer.max_epochs = 2", "a run ends by steps"),
-        ("for x in (1,): recipe.trainer.max_steps = x", "write it as lines of the recipe"),
+        ("for x in open('a'): recipe.trainer.max_steps = x", "write it as lines of the recipe"),
+        ("if site.BIG: recipe.trainer.max_steps = 1", "write it as lines of the recipe"),
+        ("recipe.data.tokenizer = run.Config(AutoTokenizer, 'a')", "a dataset and a model come with theirs"),
         ("print(1)", "left out"),
     ],
 )
@@ -294,6 +419,26 @@ def test_what_is_no_script_of_nemo_s_is_refused(text: str, said: str) -> None:
     with pytest.raises(ConfigError) as error:
         migrate(text, "x")
     assert said in str(error.value)
+
+
+def test_a_command_names_the_arguments_that_a_script_gives() -> None:
+    text = (
+        "def f(lr, n=1):\n    r = llm.tiny_test.pretrain_recipe(name='x')\n    r.optim.config.lr = lr\n    return r\n"
+    )
+    made = migrate(f"{text}for lr in [1e-3, 2e-3]:\n    run.run(f(lr, n=2), executor=run.LocalExecutor())\n", "x")
+    assert made.steps == [f"fiddlehead pretrain 'f(lr={lr}, n=2)' executor=x_executor" for lr in (0.001, 0.002)]
+
+
+def test_names_that_a_script_gives_to_its_imports_are_understood() -> None:
+    text = (
+        "import nemo_run as nr\nfrom nemo.collections import llm as L\n"
+        "from nemo.collections.llm.recipes import mixtral_8x7b as mx\n"
+        "a = L.llama3_8b.pretrain_recipe(name='a')\nnr.run(a, executor=nr.LocalExecutor())\n"
+        "b = mx.pretrain_recipe(name='b')\nall_of_them = [b]\nfor each in all_of_them:\n    nr.run(each)\n"
+    )
+    made = migrate(text, "x")
+    assert "llama3_8b.pretrain_recipe" in made.recipe and "mixtral_8x7b.pretrain_recipe" in made.recipe
+    assert made.steps[0].endswith("executor=x_executor") and made.steps[1].startswith("fiddlehead pretrain x_2")
 
 
 def test_existing_files_stay_unless_told(working_directory: Path) -> None:

@@ -61,7 +61,7 @@ def _settings(owner: Any, listed: str) -> Settings:
     for each in dataclasses.fields(owner):
         value, known = getattr(owner, each.name), PARTS[listed].get(each.name, _UNKNOWN)
         try:
-            if known.refused and value != _default(each):
+            if known.refused and value != (default := _default(each)) and (value or default):
                 raise ConfigError(Problem(each.name, value, known.says))
             if known.is_part:
                 for part in value.values() if isinstance(value, dict) else (value,):
@@ -69,6 +69,9 @@ def _settings(owner: Any, listed: str) -> Settings:
             _merge(made, known.take(owner, value))
         except ConfigError as error:
             problems += error.problems
+        except (AttributeError, TypeError, ValueError):  # NeMo-Run checks no types
+            kind = each.type.__name__ if type(each.type) is type else each.type
+            problems.append(Problem(each.name, value, f"is not of the field's type, {kind}"))
     refuse(problems)
     return made
 

@@ -88,6 +88,15 @@ def test_validation_is_taken_from_the_examples_or_given(tmp_path: Path, tokenize
     assert len(data._val or ()) == 1
 
 
+def test_an_epoch_has_each_example_once_and_rows_of_several_are_not_counted(tmp_path: Path, tokenizer: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", *[COMPLETION] * 10)
+    made = FineTuningDataModule(path, tokenizer=tokenizer, seq_length=64, val_fraction=0.2, val_samples=2, packed=False)
+    assert (made.num_samples("train"), made.num_samples("val")) == (8, 2)
+    made = FineTuningDataModule(path, tokenizer=tokenizer, seq_length=64, val_samples=2, packed=True)
+    assert made.num_samples("train") is None
+    assert FineTuningDataModule(tmp_path / "none.jsonl").num_samples("train") is None
+
+
 def test_pairs_of_answers_share_a_row(tmp_path: Path, tokenizer: Path) -> None:
     records = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no!" * i} for i in range(1, 5)]
     data = module(lines(tmp_path / "a.jsonl", *records), tokenizer, preference=True)

@@ -390,6 +390,16 @@ def test_problems_are_in_the_plan_and_refused_by_all_that_it_can_do(working_dire
     assert not list(working_directory.iterdir())
 
 
+@pytest.mark.parametrize("recipe", [tiny_test, llama2_13b])
+def test_what_lightning_would_replace_or_refuse_itself_is_refused_with_the_reason(recipe, working_directory: Path):
+    made = recipe()
+    made.trainer.precision, made.trainer.val_check_interval = "16-mixed", 0.25
+    problems = plan(made, target="unknown").problems
+    assert any("'16-mixed': the loss scaling of float16 hides" in problem for problem in problems)
+    assert any("val_check_interval=0.25: must be a whole number of steps" in problem for problem in problems)
+    assert (made.trainer.precision, made.trainer.val_check_interval) == ("16-mixed", 0.25)
+
+
 def test_a_plan_is_submitted_as_often_as_one_likes(working_directory: Path):
     made = plan(apply_overrides(tiny_test(), ["trainer.max_steps=1"]))
     first, second = made.submit(name="a"), made.submit(name="a")

@@ -15,7 +15,7 @@ from fiddlehead.recipe import Recipe, catalog
 from fiddlehead.recipes.layouts import FINETUNING
 from fiddlehead.recipes.llama import llama2_13b, llama3_8b, llama3_8b_64k, llama31_405b
 from fiddlehead.recipes.mistral import mixtral_8x7b
-from fiddlehead.recipes.tiny import tiny_test
+from fiddlehead.recipes.tiny import tiny_test, tiny_uptrain
 
 ENTRIES = {entry.name: entry for entry in catalog.recipes() if entry.module.startswith("fiddlehead.")}
 
@@ -93,6 +93,13 @@ def test_a_model_on_a_cpu_is_tuned_on_a_cpu() -> None:
     recipe = tiny_test.finetune_recipe()
     assert (recipe.trainer.accelerator, recipe.trainer.precision) == ("cpu", "32-true")
     assert "strategy" not in recipe.trainer.__arguments__
+
+
+def test_rows_are_as_long_as_asked_and_a_model_without_a_configuration_is_tuned_too() -> None:
+    recipe = llama3_8b.finetune_recipe(seq_length=4096, packed_sequence=None)
+    assert (recipe.data.seq_length, recipe.data.packed) == (4096, False)
+    assert not plan(recipe).problems
+    assert tiny_uptrain.finetune_recipe(peft_scheme="lora").model.config is None  # model.init_from has it
 
 
 def test_the_table_of_layouts_has_every_model() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -130,6 +131,10 @@ class FineTuningDataModule(StepDataModule):
         train, val = self._read()
         splits = self._contents(self.paths, train), self._contents(self.val_paths or self.paths, val)
         return Known(*splits, **about)
+
+    def num_samples(self, split: Literal["train", "val"]) -> int | None:
+        """As in the base: the number of examples; None with `packed`, before rows are made of them."""
+        return None if self.packed or self.missing else len(self._read()[split == "val"])
 
     def _contents(self, paths: Sequence[Path], records: Sequence[Record]) -> tuple[Contents, ...]:
         """The examples that come from each of the paths; those of one split."""

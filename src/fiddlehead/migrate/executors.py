@@ -24,7 +24,13 @@ def note_executor(scope: Scope, call: ast.Call, variable: str, function: str) ->
     kind, bare = made_by(call)
     if kind not in EXECUTORS:
         return False
-    scope.executors[variable] = MadeExecutor(function, kind, [f"executor = {_text(_kept(scope, bare))}"])
+    first = f"executor = {_text(_kept(scope, bare))}"
+    if variable in scope.executors and scope.executors[variable].lines[0] == first:  # the next round of a loop
+        return True
+    if variable in scope.executors:  # another one, under another condition
+        scope.executors[f"{variable}#{len(scope.executors)}"] = scope.executors.pop(variable)
+        function = f"{function}_{kind.removesuffix('Executor').lower()}"
+    scope.executors[variable] = MadeExecutor(function, kind, [first])
     return True
 
 
@@ -45,7 +51,9 @@ def change(scope: Scope, node: ast.stmt | ast.expr, variable: str, target: ast.e
     if None in kept or not names <= scope.known:
         return f"not migrated: the launch file does not know {ast.unparse(node)}; set executor.{name} there"
     text = ", ".join(ast.unparse(each) for each in kept if each is not None)
-    made.lines.append(f"executor{place}({text})" if isinstance(node, ast.Call) else f"executor{place} = {text}")
+    line = f"executor{place}({text})" if isinstance(node, ast.Call) else f"executor{place} = {text}"
+    if line not in made.lines:
+        made.lines.append(line)
     return "the same line, in the launch file"
 
 
@@ -56,6 +64,8 @@ def _kept(scope: Scope, call: ast.Call) -> ast.Call:
         value = _value(scope, keyword.value)
         if said := _refused(kind, keyword.arg or "", keyword.value):
             scope.out.say(keyword, said)
+        elif keyword.arg == "subpath":
+            scope.out.say(keyword, "left out: the job starts where you launch it, with all files of the repository")
         elif value is None:
             text = ast.unparse(keyword.value)
             scope.out.say(keyword, f"not migrated: the launch file does not know {text}; set {keyword.arg} there")
@@ -70,6 +80,9 @@ def _kept(scope: Scope, call: ast.Call) -> ast.Call:
 
 def _value(scope: Scope, node: ast.expr) -> ast.expr | None:
     """A value as the launch file can have it; None if it needs what only the script has."""
+    node = scope.reads(node)
+    if isinstance(node, ast.Name) and node.id.startswith("recipe."):
+        return scope.known_value(node.id.removeprefix("recipe."))
     if isinstance(node, ast.Call) and made_by(node)[0] in FIELDS:
         return _kept(scope, made_by(node)[1])
     if isinstance(node, ast.Dict) and all(key is None or scope.is_plain(key) for key in node.keys):

@@ -20,7 +20,9 @@ class Migrated:
     def say(self, node: ast.AST, done: str) -> None:
         """Records what became of a node of the script."""
         text = ast.unparse(node).split("\n")[0]
-        self.lines.append((getattr(node, "lineno", 0), text if len(text) <= 100 else f"{text[:97]}...", done))
+        line = (getattr(node, "lineno", 0), text if len(text) <= 100 else f"{text[:97]}...", done)
+        if line not in self.lines:
+            self.lines.append(line)
 
     def step(self, command: str) -> None:
         """Adds a command, once."""

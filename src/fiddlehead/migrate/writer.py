@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from pathlib import Path
 
 from fiddlehead.errors import ConfigError
@@ -15,29 +17,97 @@ HEAD = '"""Migrated from a NeMo 2.0 script by `fiddlehead migrate`."""\n\nfrom _
 
 def recipe_text(scopes: Mapping[str, Scope], constants: Iterable[str]) -> str:
     """The file of the recipes: a function for each."""
-    used = {"from fiddlehead.recipe import Recipe", *(line for scope in scopes.values() for line in scope.imports)}
+    used = _merged({"from fiddlehead.recipe import Recipe", *(e for scope in scopes.values() for e in scope.imports)})
     fiddle = used & {"import fiddle as fdl"}
-    imports = [*fiddle, *([""] if fiddle else []), *sorted(used - fiddle)]
     functions = [
-        f"def {name}({scope.parameters}) -> Recipe:\n{_indented(scope.body)}    return recipe\n"
+        f"def {name}({parameters(scope, scope.body)}) -> {'None' if scope.is_helper else 'Recipe'}:\n"
+        + _indented(scope.body if scope.is_helper else [*scope.body, "return recipe"])
         for name, scope in scopes.items()
     ]
-    return HEAD + "\n".join(imports) + "\n" + "\n\n".join([_middle(constants), *functions])
+    text = "\n\n".join([_middle(constants), *functions])
+    imports = [*_standard(text), *fiddle]
+    return HEAD + "\n".join([*imports, *([""] if imports else []), *sorted(used - fiddle)]) + "\n" + text
 
 
 def launch_text(executors: Iterable[str], constants: Iterable[str]) -> str:
     """The file of the executors; "" if there are none."""
-    functions = list(executors)
-    return HEAD + "import nemo_run as run\n" + "\n\n".join([_middle(constants), *functions]) if functions else ""
+    functions, kept = list(executors), []
+    used = "\n".join(functions)
+    for line in reversed(list(constants)):
+        if any(re.search(rf"\b{re.escape(name)}\b", used) for name in _changed(line)):
+            kept.insert(0, line)
+            used += f"\n{line}"
+    text = "\n\n".join([_middle(kept), *functions])
+    imports = _standard(text)
+    return (
+        HEAD + "\n".join([*imports, *([""] if imports else []), "import nemo_run as run\n"]) + text if functions else ""
+    )
 
 
 def executor_text(scope: Scope, made: MadeExecutor) -> str:
     """The function of one executor."""
-    used = " ".join(made.lines)
-    kept = [line for line in scope.kept if re.search(rf"\b{re.escape(line.split(' = ')[0])}\b", used)]
+    used, kept = "\n".join(made.lines), []
+    for line in reversed(scope.kept):
+        if any(re.search(rf"\b{re.escape(name)}\b", used) for name in _changed(line)):
+            kept.insert(0, line)
+            used += f"\n{line}"
     first, *others = made.lines
     last = [first, *others, "return executor"] if others else [f"return {first.removeprefix('executor = ')}"]
-    return f"def {made.function}({scope.parameters}) -> run.{made.kind}:\n{_indented([*kept, *last])}"
+    lines = [*kept, *last]
+    return f"def {made.function}({parameters(scope, lines)}) -> run.{made.kind}:\n{_indented(lines)}"
+
+
+def used_parameters(text: str) -> list[str]:
+    """The names of the parameters of a function."""
+    function = ast.parse(text).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    return [each.arg for each in (*function.args.args, *function.args.kwonlyargs)]
+
+
+def _changed(line: str) -> set[str]:
+    """The variables that a statement sets or changes."""
+    found = set[str]()
+    for node in ast.walk(ast.parse(line)):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, (ast.Attribute, ast.Subscript)) and isinstance(node.value, ast.Name):
+            found.add(node.value.id)
+    return found
+
+
+def parameters(scope: Scope, lines: Iterable[str]) -> str:
+    """The parameters of a function: of the options of the command line, those that its lines use.
+
+    An option that is None by default is None only where the lines ask for that.
+    """
+    text = "\n".join(lines)
+    arguments = deepcopy(ast.parse(f"def f({scope.parameters}): ...").body[0].args)  # type: ignore[attr-defined]
+    pairs = list(zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True))
+    used = [(each, value) for each, value in pairs if re.search(rf"\b{each.arg}\b", text)]
+    arguments.kwonlyargs = [each for each, _ in used]
+    arguments.kw_defaults = [None if _is_needed(each.arg, value, text) else value for each, value in used]
+    return ast.unparse(arguments)
+
+
+def _is_needed(name: str, value: ast.expr | None, text: str) -> bool:
+    is_none = isinstance(value, ast.Constant) and value.value is None
+    is_set = re.search(rf"(?m)^\s*recipe\.\S+ = {name}$", text)
+    return is_none and bool(is_set) and not re.search(rf"\bif\b.*\b{name}\b", text)
+
+
+def _merged(imports: Iterable[str]) -> set[str]:
+    """Imports from one module as one line."""
+    modules = dict[str, list[str]]()
+    for line in sorted(imports):
+        module, _, name = line.partition(" import ")
+        modules.setdefault(module, []).append(name)
+    return {f"{module} import {', '.join(names)}" if names != [""] else module for module, names in modules.items()}
+
+
+def _standard(text: str) -> list[str]:
+    """The imports of Python's own modules that a text needs."""
+    named = {"os": "import os", "Path": "from pathlib import Path"}
+    return [line for name, line in named.items() if re.search(rf"\b{name}[.(]", text)]
 
 
 def _middle(constants: Iterable[str]) -> str:

@@ -257,10 +257,20 @@ def _returns(function: ast.FunctionDef, kind: str) -> bool:
         if kind == "Executor" and (inner := re.fullmatch(r"(?:\w+\.)*Config\[(.*)\]", said)):  # as NeMo-Run's factories
             said = inner[1]
         return said.split("[")[0].endswith(kind)
-    ends = [node.value for node in ast.walk(function) if isinstance(node, ast.Return)]
-    calls = [ast.unparse(end.func).split(".")[-1] for end in ends if isinstance(end, ast.Call)]
-    ours = ("local", "slurm", "docker")
-    return kind == "Executor" and bool(calls) and all(call in ours or call.endswith(kind) for call in calls)
+    if kind != "Executor":
+        return False
+    inner = list(ast.walk(function))
+    made = {
+        target.id: node.value
+        for node in inner
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    ends = [node.value for node in inner if isinstance(node, ast.Return)]
+    ends = [made.get(end.id) if isinstance(end, ast.Name) else end for end in ends]
+    calls = [ast.unparse(end.func).split(".")[-1] if isinstance(end, ast.Call) else "" for end in ends]
+    return bool(calls) and all(call in ("local", "slurm", "docker") or call.endswith(kind) for call in calls)
 
 
 def _parse(file: Path) -> ast.Module | Broken:

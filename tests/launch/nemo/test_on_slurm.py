@@ -66,9 +66,7 @@ def is_requeued_to_the_same_losses(cluster: Cluster, run: RunDirectory, whole: l
 
 def test_an_executor_that_is_taken_over_is_requeued_to_the_same_losses(cluster: Cluster, undisturbed) -> None:
     whole = undisturbed(1)
-    (cluster.project / "launch" / "theirs.py").write_text(
-        THEIRS.replace("nodes: int = 1):", "nodes: int = 1) -> run.SlurmExecutor:")
-    )
+    (cluster.project / "launch" / "theirs.py").write_text(THEIRS)
     run = cluster.submit("taken", "optim.lr_scheduler.pause=0.3", executor="theirs")
     is_requeued_to_the_same_losses(cluster, run, whole)
     assert cluster.job(run)["Account"] == "root"

@@ -166,6 +166,7 @@ def test_a_field_of_slurm_s_becomes_ours(theirs: dict[str, Any], ours: dict[str,
         ({"gpus_per_task": 2, "ntasks_per_node": 4}, r"gpus_per_task=2: .*gpus_per_node=8"),
         ({"launcher": "torchrun", "ntasks_per_node": 8, "cpus_per_task": 12}, r"cpus_per_task=12: cannot be divided"),
         ({"signal": "USR1@soon"}, "signal='USR1@soon'"),
+        ({"env_vars": ["A=1"]}, r"env_vars=\['A=1'\]: is not of the field's type, dict"),
         ({"env_vars": {"WANDB_API_KEY": "typed in"}}, r"env_vars.WANDB_API_KEY: .*export it where you launch"),
         ({"additional_parameters": {"dependency": "afterok:1"}}, r"additional_parameters.dependency: --after"),
         ({"tunnel": run.SSHTunnel(host="h", user="u", job_dir="/r", pre_command="x")}, r"tunnel.pre_command='x'"),
@@ -177,6 +178,10 @@ def test_a_value_that_cannot_be_had_says_what_to_use_instead(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(ConfigError, match=said):
         of_slurm(**settings)
+
+
+def test_a_field_that_is_empty_is_not_refused() -> None:
+    assert of_slurm(array="", dependencies=None) == of_slurm()
 
 
 def test_all_that_cannot_be_had_is_said_at_once() -> None:
