@@ -2,6 +2,7 @@
 
     python benchmarks/many.py                       # all of it, on all GPUs here
     python benchmarks/many.py --parts equal kill    # some of it
+    python benchmarks/many.py --parts equal speed --only ring 64k    # ring attention beside Ulysses, on 2 or more GPUs
     python benchmarks/many.py --cpus 4              # on four processes without a GPU, to try the script
 
 Each run is a job as an executor starts it: `python -m fiddlehead.job RUN/recipe.yaml`. What it writes,
@@ -47,13 +48,16 @@ DENSE = [
 ]  # fmt: skip
 """The small model that is compared: a pipeline of 8 can split its layers, and 8 ranks its heads."""
 MIXTURE = [*DENSE, "model.config.num_moe_experts=8", "model.config.moe_aux_loss_coeff=0.0"]
-LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
+RING = {"context_parallel_method": "ring"}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp 4": (4, {}),
     "hsdp 2x2": (4, {"data_parallel_replicate": 2}),
     "tp 4": (4, {"tensor_parallel": 4}),
     "pp 4": (4, {"pipeline_parallel": 4}),
     "pp 4, 2 stages a rank": (4, {"pipeline_parallel": 4, "pipeline_stages_per_rank": 2}),
     "cp 4": (4, {"context_parallel": 4}),
+    "ring 4": (4, {"context_parallel": 4, **RING}),
+    "ring 2 x tp 2": (4, {"context_parallel": 2, "tensor_parallel": 2, **RING}),
     "ep 4": (4, {"expert_parallel": 4}),
     "fsdp 2 x tp 2": (4, {"tensor_parallel": 2}),
     "fsdp 2 x cp 2": (4, {"context_parallel": 2}),
@@ -63,6 +67,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int]]] = {
     "fsdp 3": (3, {}),
     "fsdp 2": (2, {}),
     "tp 2": (2, {"tensor_parallel": 2}),
+    "ring 2": (2, {"context_parallel": 2, **RING}),
     "fsdp 8": (8, {}),
     "hsdp 2x4": (8, {"data_parallel_replicate": 2}),
     "fsdp 2 x tp 2 x pp 2": (8, {"tensor_parallel": 2, "pipeline_parallel": 2}),
@@ -99,6 +104,11 @@ def timed(devices: int) -> dict[str, tuple[str, int, list[str]]]:
                 f"model.activation_checkpointing={recompute}",
             ],
         )
+    for count, method in ((count, method) for count in (2, 4, 8) for method in ("ulysses", "ring")):
+        shared = [f"trainer.strategy.context_parallel={count}", f"trainer.strategy.context_parallel_method={method}"]
+        one = ["data.seq_length=65536", "data.micro_batch_size=1", "data.global_batch_size=1"]
+        edits = [*shared, *one, "model.activation_checkpointing=full"]
+        cases[f"1b 64k, {method} {count}"] = "llama32_1b", count, edits
     for count in (4, 8):
         cases[f"mixtral_8x7b of 6 layers, ep {count}"] = (
             "mixtral_8x7b",
@@ -232,7 +242,7 @@ class Bench:
         return not self.given.only or any(word in name for word in self.given.only)
 
     def _small(
-        self, name: str, count: int, sizes: dict[str, int], edits: Sequence[str] = DENSE, more: Sequence[str] = ()
+        self, name: str, count: int, sizes: dict[str, Any], edits: Sequence[str] = DENSE, more: Sequence[str] = ()
     ) -> Path:
         """Writes the recipe of a run of the small model on `count` GPUs."""
         recipe = apply_overrides(catalog.find_recipe("tiny")(), edits, find=catalog.find_part)
@@ -280,7 +290,7 @@ class Bench:
             return job.wait()
 
 
-def _model(sizes: dict[str, int]) -> list[str]:
+def _model(sizes: dict[str, Any]) -> list[str]:
     return MIXTURE if "expert_parallel" in sizes else DENSE
 
 

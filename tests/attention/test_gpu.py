@@ -22,7 +22,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
 
-from fiddlehead.attention import BACKENDS, AttentionSpec, Target, attend
+from fiddlehead.attention import BACKENDS, AttentionSpec, Target, attend, explain
 from fiddlehead.attention.backends import flash4
 from fiddlehead.attention.backends.backend import Extras
 from fiddlehead.attention.backends.masks import alibi_bias, gathered, visible
@@ -325,6 +325,19 @@ def test_flash4_itself_still_has_wrong_gradients_where_we_pad(
     monkeypatch.setenv("FIDDLEHEAD_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match=r"flash4 is wrong on .* relative error of dq .*, dk .*, dv "):
         require_right("flash4", call.spec, _target(), torch.device("cuda", torch.cuda.current_device()))
+
+
+@backends
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_the_passes_over_a_part_of_the_keys_are_right(backend: str, causal: bool, packed: bool) -> None:
+    """Among the documents are some with only queries, or only keys, in the part."""
+    spec = replace(Call(Case("causal", H=32, G=8, D=128)).spec, partial=True)
+    spec = replace(spec, causal=causal, same_length=causal, packed=packed)
+    if reason := explain(spec, _target(), backend).reasons.get(backend):
+        pytest.skip(reason)
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert not wrong(trial(backend, spec, device), spec)
 
 
 @backends

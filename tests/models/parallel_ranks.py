@@ -19,9 +19,13 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from fiddlehead.attention import attend
 from fiddlehead.models import LongRopeScaling, LoRA, Transformer, TransformerConfig
+from fiddlehead.models.collectives import Group, SequenceSplit
 from fiddlehead.models.parallel import Layout, local_batch, parallelize, reduce_gradients
-from fiddlehead.models.speed import tile_mlp
+from fiddlehead.models.places import Documents
+from fiddlehead.models.ring import Ring
+from fiddlehead.models.speed import recompute_activations, tile_mlp
 from fiddlehead.training.distributed.gradients import global_norm, gradients_of
 
 SMALL: dict[str, Any] = {
@@ -58,6 +62,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "activation": "clamped_swiglu",
     },
 }
+WHOLE = {
+    "odd heads": {
+        "num_attention_heads": 6,
+        "num_query_groups": 3,
+        "kv_channels": 6,
+        "qk_layernorm": "head",
+        "attn_logit_softcapping": 2.0,
+    },
+    "few heads": {"num_attention_heads": 2, "num_query_groups": 1, "attention_sinks": True, "add_qkv_bias": True},
+}
+"""Models whose heads are too odd or too few for some meshes."""
 DROPS = {"hidden_dropout": 0.1, "num_query_groups": 1, "add_bias_linear": True}
 MODELS |= {"adapters": DROPS, "dora": DROPS | {"num_query_groups": 2, "normalization": "LayerNorm"}}
 ADAPTERS = {
@@ -81,11 +96,18 @@ MESHES: dict[str, dict[str, int]] = {
     "dp=2 ep=2": {"dp_shard": 2, "ep": 2},
     "fsdp over dp=2 ep=2": {"dp_shard": 2, "ep": 2},
     "fsdp over dp=2 cp=2": {"dp_shard": 2, "cp": 2},
+    "ring=2": {"cp": 2},
+    "ring=4": {"cp": 4},
+    "ring=2 tp=2": {"cp": 2, "tp": 2},
+    "fsdp over dp=2 ring=2": {"dp_shard": 2, "cp": 2},
 }
-PACKED = ("multi-query", "sinks", "window", "experts with biases")
+"""Those with a ring pass keys and values on along "cp"."""
+PACKED = ("multi-query", "sinks", "window", "experts with biases", "odd heads", "few heads")
 """Models that are trained on documents kept apart."""
 TILED = ("multi-query", "sinks", "biases", "projection norms")
 """Models whose feed-forward several processes compute in tiles."""
+RECOMPUTED = ("odd heads", "few heads")
+"""Models whose layers several processes compute again."""
 STEPS = 20
 B, T = 4, 16
 
@@ -94,7 +116,7 @@ def compare(model_name: str, mesh_name: str) -> None:
     """Raises AssertionError unless several processes learn what one does."""
     sizes = MESHES[mesh_name]
     mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    config = TransformerConfig(**(SMALL | MODELS[model_name]))
+    config = TransformerConfig(**(SMALL | {**MODELS, **WHOLE}[model_name]))
     torch.manual_seed(0)
     alone: Any = Transformer(config)
     if model_name in ADAPTERS:
@@ -111,7 +133,9 @@ def compare(model_name: str, mesh_name: str) -> None:
     split: Any = copy.deepcopy(alone)
     if model_name in TILED:
         tile_mlp(split, 5)
-    parallelize(split, mesh)
+    if model_name in RECOMPUTED:
+        recompute_activations(split, "full")
+    parallelize(split, mesh, "ring" if "ring" in mesh_name else "auto")
     layout = Layout(config, mesh)
     averaged: tuple[str, ...] = ()
     if mesh_name.startswith("fsdp"):
@@ -132,7 +156,7 @@ def compare(model_name: str, mesh_name: str) -> None:
         torch.manual_seed(step)
         expected = loss_of(alone, whole)
         expected.backward()
-        mine = local_batch(samples[sample_share(mesh)], mesh)
+        mine = local_batch(samples[sample_share(mesh)], mesh, split.split.ring)
         torch.manual_seed(step)
         loss = loss_of(split, mine)
         loss.backward()
@@ -151,6 +175,45 @@ def compare(model_name: str, mesh_name: str) -> None:
             close(gathered - before[name], theirs - before[name], name)
         else:
             assert torch.equal(gathered, before[name]), name
+
+
+def compare_attention(processes: int) -> None:
+    """Raises AssertionError unless a ring gives the output and the gradients of attention by one process."""
+    cp = Group.of(init_device_mesh("cpu", (processes,), mesh_dim_names=("cp",)), "cp")
+    split, length = SequenceSplit(cp, ring=processes), 8 * processes
+    torch.manual_seed(0)
+    documents = Documents(torch.tensor([0, 3, 3, 4, length, length + 1, 2 * length - 3], dtype=torch.int32), length)
+    for heads, groups, D in ((4, 4, 5), (4, 2, 8), (3, 1, 7), (6, 3, 6)):
+        for packed, softcap, sinks in ((None, 0.0, None), (documents, 2.0, torch.randn(heads).double())):
+            whole = [torch.randn(2, length, n, D, dtype=torch.float64) for n in (heads, groups, groups)]
+            own = [split.own(x, dim=1).clone().requires_grad_() for x in whole]
+            asked: dict[str, Any] = {"softcap": softcap, "scale": 0.3}
+            q, k, v = own
+            by_ring = Ring(cp, processes).attend(q, k, v, packed, sinks=_leaf(sinks, own), **asked)
+            whole = [x.requires_grad_() for x in whole]
+            flat, cu = whole, {}
+            if packed:
+                flat, cu = [x.flatten(0, 1) for x in whole[:3]], {"cu_seqlens_q": packed[0], "max_seqlen_q": packed[1]}
+            by_one = attend(*flat[:3], sinks=_leaf(sinks, whole), backend="reference", **cu, **asked).view(
+                whole[0].shape
+            )
+            gradient = torch.randn_like(by_one)
+            found = torch.autograd.grad(by_ring, own, split.own(gradient, dim=1))
+            expected = torch.autograd.grad(by_one, whole, gradient)
+            close(by_ring, split.own(by_one, dim=1), f"output with {heads}/{groups} heads")
+            for name, got, wanted in zip(("q", "k", "v"), found, expected, strict=False):
+                close(got, split.own(wanted, dim=1), f"gradient of {name} with {heads}/{groups} heads")
+            if sinks is not None:
+                dist.all_reduce(found[3])
+                close(found[3], expected[3], "gradient of the sinks")
+
+
+def _leaf(sinks: torch.Tensor | None, leaves: list[torch.Tensor]) -> torch.Tensor | None:
+    """A copy of the sinks that asks for a gradient, and is one of the leaves."""
+    if sinks is None:
+        return None
+    leaves.append(sinks.clone().requires_grad_())
+    return leaves[-1]
 
 
 def loss_of(model: Transformer, batch: dict[str, Any]) -> torch.Tensor:
@@ -211,7 +274,7 @@ def main(rank: int, world_size: int, folder: Path, wanted: list[tuple[str, str]]
     for number, case in enumerate(wanted):
         said = ""
         try:
-            compare(*case)
+            compare(*case) if case[0] != "attention alone" else compare_attention(world_size)
         except Exception:
             said = traceback.format_exc()
         every: list[Any] = [None] * world_size

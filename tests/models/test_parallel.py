@@ -18,16 +18,23 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from fiddlehead.attention import BACKENDS, AttentionSpec, watched
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models.config import RingStep
 from fiddlehead.models.parallel import Layout, local_batch, parallelize, refuse_sizes
 from fiddlehead.models.parallel.shards import shard_of, splits_over
 from tests.models import parallel_ranks
 
 QUICK = [("sinks", "tp=2"), ("multi-query", "cp=2"), ("experts", "cp=2"), ("adapters", "tp=2"), ("dora", "tp=2")]
+QUICK += [("odd heads", "ring=2"), ("attention alone", "ring=2")]
 THOROUGH = [
     *((model, "cp=2 tp=2") for model in ("grouped", "multi-query", "sinks", "projection norms", "window", "experts")),
     *((model, "tp=4") for model in ("multi-query", "biases", "projection norms")),
     *((model, "cp=4") for model in ("multi-query", "sinks")),
     *((model, mesh) for model in ("adapters", "dora") for mesh in ("tp=4", "cp=4", "cp=2 tp=2")),
+    *((model, "ring=4") for model in ("multi-query", "multi-head", "odd heads", "experts", "dora")),
+    *((model, "ring=2 tp=2") for model in ("grouped", "biases", "projection norms", "experts with biases")),
+    ("attention alone", "ring=4"),
+    ("few heads", "cp=4"),  # heads exchanged by neighbours, and a ring of two parts
+    ("few heads", "fsdp over dp=2 ring=2"),
     ("multi-head", "dp=2 tp=2"),
     ("head norms", "dp=2 cp=2"),
     ("experts with biases", "ep=4"),
@@ -88,7 +95,23 @@ def test_the_parts_of_all_processes_are_the_whole(model: str, size: int) -> None
         ({}, {"tp": 3}, r"tp=3: must divide num_attention_heads=4 .* allowed: 1, 2, 4$"),
         ({"ffn_hidden_size": 50}, {"tp": 4}, r"tp=4: .*ffn_hidden_size=50.* allowed: 1, 2$"),
         ({"num_attention_heads": 12, "kv_channels": 8, "num_query_groups": 3}, {"tp": 2}, r"allowed: 1, 3, 6, 12$"),
-        ({}, {"tp": 2, "cp": 4}, r"cp=4: must divide the 2 query heads of a process \(tp=2\).* allowed: 1, 2$"),
+        (
+            {},
+            {"tp": 2, "cp": 4, "method": "ulysses"},
+            r"cp=4: must divide the 2 query heads of a process \(tp=2\), and divide its 1 key/value heads or be a "
+            r"multiple of them; context_parallel_method='auto' allows other numbers; allowed: 1, 2$",
+        ),
+        (
+            {"window_size": (4, 0)},
+            {"cp": 8},
+            r"cp=8: must divide .*; ring attention has no windows .* allowed: 1, 2, 4$",
+        ),
+        (
+            {"attention_dropout": 0.1},
+            {"cp": 3},
+            r"cp=3: .* ring attention has no attention_dropout=0.1; allowed: 1, 2, 4$",
+        ),
+        ({"window_size": (4, 0)}, {"cp": 2, "method": "ring"}, r"cp=2: ring .* set context_parallel_method='ulysses'$"),
         ({}, {"ep": 2}, r"ep=2: num_moe_experts=None, there are no experts to split; allowed: 1$"),
         ({"num_moe_experts": 6}, {"ep": 4}, r"ep=4: must divide num_moe_experts=6; allowed: 1, 2, 3, 6$"),
     ],
@@ -96,6 +119,10 @@ def test_the_parts_of_all_processes_are_the_whole(model: str, size: int) -> None
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], sizes: dict[str, int], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         refuse_sizes(TransformerConfig(**(parallel_ranks.SMALL | changes)), **sizes)
+
+
+def test_a_ring_serves_a_window_as_long_as_the_sequences() -> None:
+    refuse_sizes(TransformerConfig(**(parallel_ranks.SMALL | {"window_size": (15, 0)})), cp=8)
 
 
 @pytest.fixture
@@ -151,6 +178,37 @@ def test_a_rank_asks_of_attention_what_the_configuration_says(
     ]
     assert asked == said
     assert (said[0].num_attention_heads, said[0].num_query_groups) == (2, max(groups // 4, 1))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_rank_of_a_ring_asks_of_attention_what_the_configuration_says(mesh: DeviceMesh, packed: bool) -> None:
+    """The last of four ranks, with two heads: in the ring of two parts, its own comes after the other one's."""
+    config = TransformerConfig(**(parallel_ranks.SMALL | parallel_ranks.WHOLE["few heads"]))
+    split = Transformer(config)
+    parallelize(split, init_device_mesh("cpu", (4,), mesh_dim_names=("cp",)))
+    documents = (torch.tensor([0, 5, 16], dtype=torch.int32), 16) if packed else ()
+    asked: list[AttentionSpec] = []
+    with watched(lambda spec, _: asked.append(spec)):
+        split(torch.zeros(1, 4, dtype=torch.int64), *documents)
+    steps: tuple[RingStep, ...] = ("own", "earlier")
+    said = [config.attention_spec(0, torch.float32, packed=packed, cp=4, ring=2, step=step) for step in steps]
+    assert asked == said
+    assert [(spec.num_attention_heads, spec.causal, spec.partial) for spec in said] == [
+        (1, True, True),
+        (1, False, True),
+    ]
+
+
+def test_a_ring_s_batch_is_cut_from_the_beginning_and_the_end(mesh: DeviceMesh) -> None:
+    whole = torch.arange(8)[None]
+    assert local_batch({"input_ids": whole}, mesh, ring=2)["input_ids"].tolist() == [[4, 5]]
+    four = init_device_mesh("cpu", (4,), mesh_dim_names=("cp",))
+    assert local_batch({"labels": whole}, four, ring=4)["labels"].tolist() == [[3, 4]]
+    assert local_batch({"labels": whole}, four, ring=2)["labels"].tolist() == [[4, 5]]
+    with pytest.raises(
+        ConfigError, match="12 tokens; must be a multiple of 8, for a ring of 4 and cp x tp=4, such as 16"
+    ):
+        local_batch({"labels": torch.arange(12)[None]}, four, ring=4)
 
 
 def test_a_batch_is_cut_cp_first(mesh: DeviceMesh) -> None:

@@ -85,6 +85,15 @@ def test_all_layouts_that_a_plan_says_fit_are_found_and_no_others(case: str) -> 
     assert {choice: (each.memory, each.speed) for choice, each in by_choice.items()} == expected
 
 
+def test_more_ranks_share_a_sequence_than_heads_do_unless_the_recipe_says_ulysses() -> None:
+    few = ["model.config.num_attention_heads=2", "model.config.num_query_groups=1", "data.seq_length=65536"]
+    recipe = edited(edited(llama.llama3_8b(), *TINY), *few, "data.global_batch_size=8", "data.micro_batch_size=1")
+    method = "trainer.strategy.context_parallel_method=ulysses"
+    most = (8, 2, 2)
+    for number, edits in zip(most, ((), (method,), ("model.config.window_size=(1023,0)",)), strict=True):
+        assert max(each.sizes.context for each in found(edited(recipe, *edits))) == number
+
+
 ODD = ["model.config.num_attention_heads=56", "model.config.num_layers=28", "model.config.kv_channels=64"]
 MIXTURE = ["model.config.num_layers=4", "trainer.num_nodes=3", "data.global_batch_size=96"]
 CASES: dict[str, tuple[Any, list[str]]] = {

@@ -281,13 +281,19 @@ def test_what_cannot_be_compiled_with_experts_is_said_before(parts: Parts) -> No
     plan_of(parts(num_moe_experts=4, compile="layers", activation_checkpointing=0.5, precision="bf16-mixed"))
 
 
-def test_a_sequence_is_shared_by_as_many_ranks_as_divide_it_and_the_heads(parts: Parts) -> None:
+def test_a_sequence_is_shared_by_as_many_ranks_as_divide_it_and_with_ulysses_the_heads(parts: Parts) -> None:
     settings: dict[str, Any] = {"devices": 3, "micro_batch_size": 2, "global_batch_size": 2}
     with pytest.raises(ConfigError) as refused:
-        plan_of(parts(strategy=Parallel(context_parallel=3), **settings))
+        plan_of(parts(strategy=Parallel(context_parallel=3, context_parallel_method="ulysses"), **settings))
     heads, length = refused.value.problems
     assert heads.startswith("trainer.strategy.context_parallel=3: must divide") and "allowed: 1, 2, 4" in heads
+    assert "context_parallel_method='auto' allows other numbers" in heads
     assert length == "trainer.strategy.context_parallel=3: does not divide data.seq_length=16"
+    with pytest.raises(ConfigError, match="seq_length=15 to be a multiple of 6"):
+        plan_of(parts(strategy=Parallel(context_parallel=3), seq_length=15, **settings))
+    plan_of(parts(strategy=Parallel(context_parallel=3), seq_length=18, **settings))
+    with pytest.raises(ConfigError, match="context_parallel_method='a2a': unknown method"):
+        Parallel(context_parallel_method="a2a")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

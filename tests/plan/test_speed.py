@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from fiddlehead.plan.activations import of_layer, of_tiled_layer
 from fiddlehead.plan.cards import CARDS
+from fiddlehead.plan.reached import REACHED
 from fiddlehead.plan.speed import Speed, speed
 from fiddlehead.training.distributed.sizes import Sizes
 from tests.plan.test_memory import MEASURED, parts_of
@@ -80,6 +82,40 @@ def test_inputs_in_main_memory_cost_a_fifth_of_their_way_there_and_back() -> Non
     copied = 2 * 2 * config.num_layers * setting.tokens * config.hidden_size * setting.micro_batches
     assert there.links == {"main memory": pytest.approx(0.2 * copied / 25e9)}
     assert there.step == pytest.approx(here.step + there.links["main memory"])
+
+
+def test_a_ring_is_hidden_behind_the_attention_of_long_sequences() -> None:
+    config, held, setting, _, _ = parts_of("1b b4 full")
+
+    def waits(tokens: int, ring: int) -> float:
+        at = replace(setting, tokens=tokens, sizes=Sizes(1, 1, context=2), ring=ring, micro_batches=1)
+        found = speed(config, held, at, CARDS["h100"], tokens, gpus=2, gpus_per_node=8)
+        assert found is not None
+        return found.links["NVLink"] * CARDS["h100"].link_bytes_per_s * REACHED["link"]
+
+    H, G, D = config.num_attention_heads, config.groups, config.head_dim
+    for tokens, hidden in ((65536, True), (512, False)):
+        of_layers = config.num_layers * tokens / 2 * D
+        # Ulysses: q, k, v and the output, three times. A ring: the last gradients of k and v, in float32.
+        difference = of_layers * (3 * 2 * 2 * (H + G) - 4 * 2 * G)
+        if hidden:
+            assert waits(tokens, 1) - waits(tokens, 2) == pytest.approx(difference, rel=1e-3)
+        else:  # attention is over before k and v, three times, and their gradients have arrived
+            assert waits(tokens, 1) - waits(tokens, 2) < 0.999 * difference
+
+
+def test_a_ring_keeps_what_one_rank_keeps_and_has_buffers_in_the_backward_pass() -> None:
+    config, _, setting, _, _ = parts_of("1b b4")
+    alone, shared = Sizes(1, 1), Sizes(1, 1, context=8)
+    of_ring, of_both, of_ulysses = (replace(setting, sizes=shared, ring=n) for n in (8, 2, 1))
+    kept = of_layer(config, setting, alone)
+    assert of_layer(config, of_ring, shared) == kept
+    assert of_layer(config, of_both, shared) == of_layer(config, of_ulysses, shared)
+    C, K = config.hidden_size, config.groups * config.head_dim
+    inside = [
+        of_tiled_layer(config, replace(each, tiled_mlp=512), each.sizes or alone)[1] for each in (setting, of_ring)
+    ]
+    assert inside[1] - inside[0] == 4 * C + 2 * 2 * K * (2 + 4)
 
 
 def test_in_float32_or_on_a_card_that_is_not_known_there_is_no_prediction() -> None:

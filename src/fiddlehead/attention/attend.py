@@ -119,7 +119,7 @@ def attend(
         cache_lengths is not None,
         page_size,
     )
-    spec, chosen, has_extras = _choice(call, q.device, backend)
+    spec, chosen, has_extras = backend_for(call, q.device, backend)
     if kv_cache is not None:
         kv_cache.advance(new_positions, new_lengths)
     factor = 1 / math.sqrt(spec.head_dim) if scale is None else scale
@@ -162,7 +162,7 @@ _chosen: dict[Any, tuple[AttentionSpec, Backend, bool]] = {}
 _watchers: list[Callable[[AttentionSpec, str], None]] = []
 
 
-def _choice(call: Call, device: torch.device, backend: str) -> tuple[AttentionSpec, Backend, bool]:
+def backend_for(call: Call, device: torch.device, backend: str) -> tuple[AttentionSpec, Backend, bool]:
     """The spec of a call, the backend that serves it, and whether it has extras."""
     if torch.compiler.is_compiling():
         return _choose_while_tracing(call, device, backend)
@@ -178,7 +178,7 @@ def _choice(call: Call, device: torch.device, backend: str) -> tuple[AttentionSp
 
 
 def _choose_while_tracing(call: Call, device: torch.device, backend: str) -> tuple[AttentionSpec, Backend, bool]:
-    """As `_choice`, under torch.compile, which traces the call again when the setting or the spec changes."""
+    """As `backend_for`, under torch.compile, which traces the call again when the setting or the spec changes."""
     fields = spec_fields(call)
     spec = AttentionSpec(**fields)
     # Lengths may be symbolic and stay so, unless the choice depends on them.

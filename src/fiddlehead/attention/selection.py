@@ -11,6 +11,7 @@ from typing import Any
 from fiddlehead import notebook
 from fiddlehead.attention import switches
 from fiddlehead.attention.backends import BACKENDS, RESERVED
+from fiddlehead.attention.backends.backend import Backend
 from fiddlehead.attention.packages import Package
 from fiddlehead.attention.spec import AttentionSpec, Target
 from fiddlehead.errors import ConfigError, Problem
@@ -128,13 +129,21 @@ def explain(spec: AttentionSpec, target: Target, backend: str = "auto") -> Choic
     for name in _order(spec, target):
         if backend in BACKENDS and name != backend:
             continue
-        off = switches.turned_off(BACKENDS[name])
-        reason = f"turned off by {off}=0" if off else BACKENDS[name].why_not(spec, target)
+        reason = _why_not(BACKENDS[name], spec, target)
         if reason is None:
             candidates.append(name)
         else:
             reasons[name] = reason
     return Choice(spec, target, backend, tuple(candidates), reasons)
+
+
+def _why_not(backend: Backend, spec: AttentionSpec, target: Target) -> str | None:
+    """Why the backend cannot serve `spec` on `target`, or may not; None if it can."""
+    if off := switches.turned_off(backend):
+        return f"turned off by {off}=0"
+    if spec.partial and not hasattr(backend, "PASSES"):
+        return "a part of the keys: does not return the logarithm of the softmax's sum for both passes"
+    return backend.why_not(spec, target)
 
 
 def _order(spec: AttentionSpec, target: Target) -> list[str]:

@@ -66,6 +66,8 @@ class AttentionSpec:
     """Gradients are wanted."""
     deterministic: bool = False
     """Gradients must be bitwise the same each time."""
+    partial: bool = False
+    """The keys are a part of those that the queries see. Ring attention puts the results of all parts together."""
 
     @property
     def has_extras(self) -> bool:
@@ -89,6 +91,7 @@ class AttentionSpec:
         parts += [f"up to {self.length} keys"] if self.length else []
         parts.append("training" if self.training else "inference")
         parts += ["deterministic"] if self.deterministic else []
+        parts += ["a part of the keys"] if self.partial else []
         return ", ".join(parts)
 
 

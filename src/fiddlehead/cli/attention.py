@@ -127,7 +127,8 @@ class _Explained:
         from fiddlehead.attention.tools.memory import extra_bytes
 
         device = self.target.device_type
-        return extra_bytes(backend, choice.spec, self.micro_batch_size, self.seq_length, device_type=device)
+        length = self.seq_length // self.calls.ring
+        return extra_bytes(backend, choice.spec, self.micro_batch_size, length, device_type=device)
 
     def to_dict(self) -> dict[str, Any]:
         """What `show` prints, as JSON values: each of `layers` has a choice's `to_dict`, and its `backends` in order of
@@ -139,6 +140,7 @@ class _Explained:
             "seq_length": self.seq_length,
             "tensor_parallel": self.calls.tensor,
             "context_parallel": self.calls.context,
+            "ring": self.calls.ring,
             "variables": dict(_variables()),
             "layers": [
                 {
@@ -187,11 +189,12 @@ class _Explained:
 
         calls, config, spec = self.calls, self.calls.config, self.steps[0].choice.spec
         sizes = {"tensor_parallel": calls.tensor, "context_parallel": calls.context}
+        parts = "whole sequences" if calls.ring == 1 else f"parts of the sequences, a ring of {calls.ring}"
         if split := " x ".join(f"{name}={size}" for name, size in sizes.items() if size > 1):
             yield (
                 "each rank",
                 f"attends with {spec.num_attention_heads} of {config.num_attention_heads} query heads and "
-                f"{spec.num_query_groups} of {config.groups} key/value heads, on whole sequences ({split})",
+                f"{spec.num_query_groups} of {config.groups} key/value heads, on {parts} ({split})",
             )
         if calls.pipeline > 1:
             of_ranks = calls.on_pipeline_ranks(range(config.num_layers))

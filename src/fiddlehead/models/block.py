@@ -12,6 +12,7 @@ from fiddlehead.models.linear import Linear
 from fiddlehead.models.moe import MoE, Sequences, activate
 from fiddlehead.models.norms import norm, rms_norm
 from fiddlehead.models.places import Documents
+from fiddlehead.models.ring import Ring
 from fiddlehead.models.rope import Rope, rotate
 from fiddlehead.models.tiles import in_tiles
 
@@ -92,9 +93,11 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.window_size = config.window(layer)
-        # `parallelize` leaves a process part of the heads, and exchanges heads for whole sequences.
+        # `parallelize` leaves a process part of the heads; exchanges heads for whole sequences, or for longer parts of
+        # them; and passes the keys and values of parts on.
         self.heads, self.groups = config.num_attention_heads, config.groups
         self.exchange: HeadExchange | None = None
+        self.ring: Ring | None = None
         H, G, D = config.num_attention_heads, config.groups, config.head_dim
         bias = config.add_bias_linear
         self.linear_qkv: nn.Linear = Linear(config.hidden_size, (H + 2 * G) * D, bias=bias or config.add_qkv_bias)
@@ -132,6 +135,26 @@ class Attention(nn.Module):
         if self.exchange is not None:
             q, k, v = self.exchange.to_heads(q, k, v)
             sinks = None if sinks is None else self.exchange.own(sinks)
+        out = self._attend(q, k, v, sinks, documents, cache, new_lengths)
+        if self.exchange is not None:
+            out = self.exchange.to_sequence(out)
+        return self.linear_proj(out.reshape(B, T, H * D))
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        documents: Documents | None,
+        cache: KVCache | None,
+        new_lengths: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """q (B, T, heads, D) to its shape."""
+        softcap, scale = self.config.attn_logit_softcapping or 0.0, self.config.softmax_scale
+        backend = self.config.attention_backend
+        if self.ring is not None:
+            return self.ring.attend(q, k, v, documents, sinks=sinks, softcap=softcap, scale=scale, backend=backend)
         shape = q.shape
         cu_seqlens = max_seqlen = None
         if documents is not None:
@@ -142,19 +165,17 @@ class Attention(nn.Module):
             k,
             v,
             window_size=self.window_size,
-            softcap=self.config.attn_logit_softcapping or 0.0,
+            softcap=softcap,
             sinks=sinks,
             dropout=self.config.attention_dropout if self.training else 0.0,
-            scale=self.config.softmax_scale,
+            scale=scale,
             cu_seqlens_q=cu_seqlens,
             max_seqlen_q=max_seqlen,
             kv_cache=cache,
             new_lengths=new_lengths,
-            backend=self.config.attention_backend,
+            backend=backend,
         )
-        if self.exchange is not None:
-            out = self.exchange.to_sequence(out.reshape(shape))
-        return self.linear_proj(out.reshape(B, T, H * D))
+        return out.reshape(shape)
 
 
 class MLP(nn.Module):

@@ -23,6 +23,10 @@ class Group:
     name: str = ""
     size: int = 1
     rank: int = 0
+    before: int = 0
+    """Other processes of the communicator `name`, before these; the next: after these. They only exchange with these
+    processes by `_exchange`, in which all take part."""
+    after: int = 0
 
     @classmethod
     def of(cls, mesh: DeviceMesh, dim: str) -> Group:
@@ -32,13 +36,24 @@ class Group:
         group = mesh.get_group(dim)
         return cls(group.group_name, group.size(), mesh.get_local_rank(dim))
 
+    def part(self, size: int) -> Group:
+        """The `size` neighbours of which this process is one; they exchange when all neighbours do, by `_exchange`."""
+        before = self.rank // size * size
+        return Group(self.name, size, self.rank - before, before, self.size - before - size)
+
 
 @dataclass(frozen=True)
 class SequenceSplit:
-    """The part of each sequence that a process has outside attention: parts are in order, cp first, then tp."""
+    """The part of each sequence that a process has outside attention: parts are in order, cp first, then tp.
+
+    With ring attention a sequence is put in another order before it is cut. Of the 2 n chunks of n processes, each has
+    one from the beginning and one from the end, so that under a causal mask all have the same work.
+    """
 
     cp: Group = Group()
     tp: Group = Group()
+    ring: int = 1
+    """The number of parts of "cp" between which keys and values go round; 1: there is no ring."""
 
     @property
     def parts(self) -> int:
@@ -47,11 +62,18 @@ class SequenceSplit:
 
     def own(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """This process's part of a tensor that is whole along `dim`."""
-        return part(x, self.parts, self.cp.rank * self.tp.size + self.tp.rank, dim)
+        return part(self._in_order(x, dim), self.parts, self.cp.rank * self.tp.size + self.tp.rank, dim)
 
     def gathered(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """The tensor whose parts the processes of a tensor-parallel group have."""
-        return part(x, self.cp.size, self.cp.rank, dim)
+        return part(self._in_order(x, dim), self.cp.size, self.cp.rank, dim)
+
+    def _in_order(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """x in the order of the processes."""
+        if self.ring == 1:
+            return x
+        chunks = x.chunk(2 * self.ring, dim)
+        return torch.cat([chunks[n] for rank in range(self.ring) for n in (rank, -1 - rank)], dim)
 
     def dropout(self, x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
         """Dropout of this process's part of the sequences, (B, t, ...): what one process drops of the whole ones.
@@ -142,6 +164,20 @@ def exchange_rows(x: torch.Tensor, sent: list[int], received: list[int], group: 
 def exchange_counts(counts: torch.Tensor, group: Group) -> torch.Tensor:
     """Sends numbers to each process, (n, k), and returns the numbers from each; without gradients."""
     return _all_to_all(counts, group)
+
+
+def start_exchange(x: torch.Tensor, to: int, source: int, group: Group) -> torch.Tensor:
+    """Starts to send x to one process and to receive as much from another, without gradients; all processes call it.
+
+    Returns what `end_exchange` turns into the tensor received; until then computation goes on.
+    """
+    sent, received = ([len(x) if rank == other else 0 for rank in range(group.size)] for other in (to, source))
+    return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group.name)
+
+
+def end_exchange(started: torch.Tensor) -> torch.Tensor:
+    """The tensor received, of an exchange that was started."""
+    return torch.ops._c10d_functional.wait_tensor(started)
 
 
 def all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -270,6 +306,7 @@ def _all_to_all(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def _exchange(x: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
+    received, sent = ([0] * group.before + rows + [0] * group.after for rows in (received, sent))
     out = torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group.name)
     return torch.ops._c10d_functional.wait_tensor(out)
 

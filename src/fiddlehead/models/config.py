@@ -20,6 +20,8 @@ NormPlacement = Literal["pre", "post", "both"]
 QKLayernorm = Literal["head", "projection"]
 Activation = Literal["swiglu", "geglu", "gelu", "squared_relu", "clamped_swiglu"]
 PositionEmbedding = Literal["rope", "learned_absolute", "none"]
+RingStep = Literal["own", "earlier", "later"]
+"""Whose keys a process attends to in a step of a ring: its own; those of a process before it, or of one behind it."""
 
 UNKNOWN = 1 << 62
 """The length of a sequence whose length is unknown: wider than any window, and in no class of lengths."""
@@ -198,6 +200,8 @@ class TransformerConfig:
         longest: int | None = None,
         tp: int = 1,
         cp: int = 1,
+        ring: int = 1,
+        step: RingStep = "own",
     ) -> AttentionSpec:
         """The spec of the attention call of the layer with this index, from 0.
 
@@ -208,10 +212,19 @@ class TransformerConfig:
             longest: the longest sequence or, if `packed`, the documents' `max_seqlen`; `seq_length` if None.
             tp: processes that share each layer.
             cp: processes that share each sequence; they exchange heads, so a kernel sees the whole sequence.
+            ring: parts of each sequence whose keys and values go round between these processes; cp / ring of them
+                exchange heads. A kernel then sees one or both halves of a process's part.
+            step: with a ring, whose keys the kernel sees.
         """
-        heads, groups = split_heads(*split_heads(self.num_attention_heads, self.groups, tp), cp)
-        T = longest or self.seq_length or UNKNOWN
-        q, k = ((*((T,) if packed else (1, T)), count, self.head_dim) for count in (heads, groups))
+        heads, groups = split_heads(*split_heads(self.num_attention_heads, self.groups, tp), cp // ring)
+        T = S = longest or self.seq_length or UNKNOWN
+        if ring > 1:
+            of_rank = (self.seq_length or T) // ring
+            T, S = (min(T, of_rank // 2 if halved == step else of_rank) for halved in ("later", "earlier"))
+        q, k = (
+            (*((length,) if packed else (1, length)), count, self.head_dim)
+            for length, count in ((T, heads), (S, groups))
+        )
         call = Call(
             q=q,
             k=k,
@@ -220,14 +233,16 @@ class TransformerConfig:
             dtype_k=dtype,
             dtype_v=dtype,
             max_seqlen_q=T if packed else None,
-            max_seqlen_k=T if packed else None,
+            max_seqlen_k=S if packed else None,
+            causal=ring == 1 or step == "own",
             window_size=self.window(layer),
             softcap=self.attn_logit_softcapping or 0.0,
-            sinks=self.attention_sinks,
+            sinks=self.attention_sinks and ring == 1,  # a ring adds them afterwards
             dropout=self.attention_dropout if training else 0.0,
             deterministic=deterministic,
             training=training if gradients is None else gradients,
             packed=packed,
+            partial=ring > 1,
         )
         return AttentionSpec(**spec_fields(call))
 

@@ -35,6 +35,13 @@ class Setting:
     sizes: Sizes | None = None
     """The ranks of `Parallel`; None if each rank has all parameters."""
     reshard_after_forward: bool = True
+    ring: int = 1
+    """Parts of a sequence whose keys and values go round between the ranks that share it."""
+
+    @property
+    def exchanging(self) -> int:
+        """How many ranks exchange tokens for heads around attention."""
+        return 1 if self.sizes is None else self.sizes.context // self.ring
 
     @property
     def of_products(self) -> int:
@@ -51,6 +58,11 @@ class Setting:
     def of_layers(self) -> float:
         """Bytes of a weight of the layers' products, whole or gathered."""
         return nf4.BITS / 8 if self.quantizes else self.of_weights
+
+
+def exchanged_keys(config: TransformerConfig, setting: Setting, sizes: Sizes) -> int:
+    """The width of all keys where ranks exchange heads: with fewer heads than ranks, several have the same."""
+    return max(config.groups, setting.exchanging * sizes.tensor) * config.head_dim
 
 
 class _Layer:
@@ -87,8 +99,8 @@ class _Layer:
     @property
     def attention(self) -> int:
         """What attention keeps, in bytes."""
-        if self.sizes.context > 1:  # q, k and v as they were exchanged for heads; what attention gave, before and after
-            K = max(self.K, self.sizes.context * self.sizes.tensor * self.config.head_dim)
+        if self.setting.exchanging > 1:  # q, k and v as they were exchanged; what attention gave, before and after
+            K = exchanged_keys(self.config, self.setting, self.sizes)
             return self.b * (self.Q + 2 * K + 2 * self.Q) + self.lse
         return self.b * (self.qkv + self.turned + self.Q) + self.lse
 
@@ -166,10 +178,15 @@ class _Layer:
     def inside_attention(self) -> float:
         """Bytes of the gradients inside the attention part: of what it gave, and of queries, keys and values twice.
 
-        The kernels add up the queries' gradient in float32.
+        The kernels add up the queries' gradient in float32. So does a ring, with the keys and values of two ranks, and
+        their gradients in float32: what is there and what is on its way.
         """
-        exchanged = self.Q + 2 * self.K if self.sizes.context > 1 else 0
-        return self.b * (self.Q + 2 * self.qkv + exchanged) + 4 * self.Q
+        exchanged = self.Q + 2 * self.K if self.setting.exchanging > 1 else 0
+        found = self.b * (self.Q + 2 * self.qkv + exchanged) + 4 * self.Q
+        if self.setting.ring > 1:
+            K = exchanged_keys(self.config, self.setting, self.sizes)
+            found += 4 * self.Q + 2 * (self.b + 4) * 2 * K
+        return found
 
     def kept(self) -> float:
         """Bytes from the forward to the backward pass."""
@@ -193,7 +210,7 @@ class _Layer:
             # What has travelled between ranks is not computed again in a compiled layer, nor what follows from it.
             if self.sizes.tensor > 1 and self.setting.compiled:
                 return b * C + products
-            if self.sizes.context > 1 and self.setting.compiled:
+            if self.setting.exchanging > 1 and self.setting.compiled:
                 return b * (C + self.qkv + self.Q)
             return b * C
         chosen = self.chosen()

@@ -105,9 +105,10 @@ def rows(chosen: Choices) -> list[str]:
         if others := [layer for layer in served.layers if usual[layer] != words]:
             lines.setdefault((words, _when(served, chosen)), []).extend(others)
     of_all = sorted(usual)
+    each = {what: sorted(set(layers)) for what, layers in lines.items()}  # a ring has several calls of a layer
     return [
-        f"{words}{when}{'' if sorted(layers) == of_all else f': layers {ranges(sorted(layers))}'}"
-        for (words, when), layers in lines.items()
+        f"{words}{when}{'' if layers == of_all else f': layers {ranges(layers)}'}"
+        for (words, when), layers in each.items()
     ]
 
 

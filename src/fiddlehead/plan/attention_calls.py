@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
 from fiddlehead.attention import AttentionSpec
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models.config import RingStep
 from fiddlehead.models.parallel import stage_of
 from fiddlehead.training.distributed.parallel import Parallel
 from fiddlehead.training.language_model import LanguageModel
@@ -41,6 +43,8 @@ class Calls:
     pipeline: int = 1
     stages: int = 1
     """As `Sizes` has them."""
+    ring: int = 1
+    """Parts of a sequence whose keys and values go round between the ranks of `context`."""
     without_gradients: int = 0
     """The number of first layers before all trained parameters."""
     passes: tuple[tuple[str, bool], ...] = ((TRAINING, True),)
@@ -57,7 +61,8 @@ class Calls:
                 gradients = name == TRAINING and layer >= self.without_gradients
                 lengths: dict[AttentionSpec, list[int]] = {}
                 for length in self._lengths():
-                    lengths.setdefault(self._spec(layer, length, training, gradients), []).append(length)
+                    for spec in dict.fromkeys(self._of_layer(layer, length, training, gradients)):
+                        lengths.setdefault(spec, []).append(length)
                 for spec, those in lengths.items():
                     alike.setdefault((spec, tuple(those)), []).append(layer)
             for (spec, those), layers in sorted(alike.items(), key=lambda call: -call[0][1][0]):
@@ -75,18 +80,22 @@ class Calls:
         powers = [1 << n for n in range((self.seq_length - 1).bit_length())] if self.packed else []
         return [self.seq_length, *reversed(powers)]
 
-    def _spec(self, layer: int, length: int, training: bool, gradients: bool) -> AttentionSpec:
-        return self.config.attention_spec(
-            layer,
-            self.dtype,
-            packed=self.packed,
-            training=training,
-            gradients=gradients,
-            deterministic=self.deterministic,
-            longest=length,
-            tp=self.tensor,
-            cp=self.context,
-        )
+    def _of_layer(self, layer: int, length: int, training: bool, gradients: bool) -> Iterator[AttentionSpec]:
+        """The specs of a layer's calls: one or, with a ring, one for each kind of step."""
+        for step in get_args(RingStep) if self.ring > 1 else ("own",):
+            yield self.config.attention_spec(
+                layer,
+                self.dtype,
+                packed=self.packed,
+                training=training,
+                gradients=gradients,
+                deterministic=self.deterministic,
+                longest=length,
+                tp=self.tensor,
+                cp=self.context,
+                ring=self.ring,
+                step=step,
+            )
 
 
 def calls_of(
@@ -121,6 +130,7 @@ def calls_of(
         ranks = strategy.pipeline_parallel
         split = {"tensor": strategy.tensor_parallel, "context": strategy.context_parallel, "pipeline": ranks}
         split["stages"] = ranks * strategy.pipeline_stages_per_rank
+        split["ring"] = strategy.ring_size(config)
     without = 0 if model.lora is None else _without_gradients(transformer or model.on_meta(config))
     if split.get("stages", 1) > 1:  # what a stage passes on has gradients
         without = min(without, config.num_layers // split["stages"])

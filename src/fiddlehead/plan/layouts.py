@@ -104,12 +104,14 @@ class _Search:
             sizes = self._sizes(strategy)
             per_rank, rest = divmod(data.global_batch_size, sizes.data)
             edits = self._edits(strategy, sizes)
-            if rest or len(edits) > self.most_edits or not self.served(sizes.tensor, sizes.context):
+            ring = strategy.ring_size(self.config) if isinstance(strategy, Parallel) else 1
+            if rest or len(edits) > self.most_edits or not self.served(sizes.tensor, sizes.context, ring):
                 continue
             model = self.models[self._compile(sizes)]
             tried = replace(self.training, model=model)
             held, setting = self.training.held(sizes), tried.setting(sizes, per_rank)
-            setting = replace(setting, reshard_after_forward=getattr(strategy, "reshard_after_forward", True))
+            reshards = getattr(strategy, "reshard_after_forward", True)
+            setting = replace(setting, reshard_after_forward=reshards, ring=ring)
             recomputed = list(self._recomputed(model, sizes))
             for micro in _divisors(per_rank, MOST_SEQUENCES):
                 if sizes.pipeline > 1 and strategy.problems(self.config, data.seq_length, per_rank // micro):
@@ -131,7 +133,7 @@ class _Search:
             if not self._problems(now):
                 yield now
             return
-        grown = [Parallel()]
+        grown = [Parallel(context_parallel_method=now.context_parallel_method)]
         if self._problems(grown[0]):
             return
         for axis in AXES:  # what is refused along the first axes is not tried along the others
@@ -183,12 +185,12 @@ class _Search:
         by_layers = self.devices.cut or self.now.model.tiled_mlp is not None
         return "layers" if by_layers and mode == "model" else mode
 
-    def _served(self, tensor: int, context: int) -> bool:
+    def _served(self, tensor: int, context: int, ring: int) -> bool:
         """Whether kernels serve the heads of such ranks."""
         now = self.now
         transformer = now.transformer
         calls = calls_of(now.model, self.config, now.data, self.devices.precision, None, transformer=transformer)
-        calls = replace(calls, tensor=tensor, context=context)
+        calls = replace(calls, tensor=tensor, context=context, ring=ring)
         try:
             if self.card.target is None:
                 attention.refuse_impossible(calls)

@@ -131,6 +131,7 @@ class Training:
             quantizes=self.quantizes,
             sizes=sizes if self.devices.cut else None,
             reshard_after_forward=not isinstance(strategy, Parallel) or strategy.reshard_after_forward,
+            ring=strategy.ring_size(self.transformer.config) if isinstance(strategy, Parallel) else 1,
         )
 
     def memory(self, held: Held, setting: Setting) -> Memory:

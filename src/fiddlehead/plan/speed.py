@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fiddlehead.models import TransformerConfig, nf4
-from fiddlehead.plan.activations import Setting, computed_again, layer_weights, mlp_weights
+from fiddlehead.plan.activations import Setting, computed_again, exchanged_keys, layer_weights, mlp_weights
 from fiddlehead.plan.cards import PCIE, Card
 from fiddlehead.plan.memory import Held
 from fiddlehead.plan.reached import REACHED, reached
 from fiddlehead.training.distributed.sizes import Sizes
 
+HIDDEN = 0.9
+"""The part of a computation's time behind which an exchange can be."""
 INFINIBAND = 50e9
 """Bytes a second and GPU between nodes: 400 Gbit/s a GPU."""
 
@@ -113,6 +115,8 @@ def speed(
     optimizer += held.step_operations / (card.flops * part["products"])
     links = _Links.of(card, part["link"], gpus_per_node)
     exchanged = links.seconds(work.exchanged())
+    for link, seconds in links.seconds(work.passed_on()).items():  # behind attention, which it is a part of
+        exchanged[link] = exchanged.get(link, 0.0) + max(0.0, seconds - HIDDEN * attention)
     shared = links.seconds(work.shared())
     if setting.offloads:  # to main memory and back
         shared["main memory"] = batches * 2 * work.inputs() / PCIE
@@ -268,14 +272,29 @@ class _Work:
         if sizes.tensor > 1:  # around both halves of a layer, in both passes; and once more for the weights' gradients
             times = 8 if self.setting.adapters else 10
             found.append((sizes.tensor, times * self.layers * stream * (sizes.tensor - 1) / sizes.tensor))
-        if sizes.context > 1:
-            found.append((sizes.context * sizes.tensor, 3 * self.layers * self.tokens * b * 2 * self.QK))
+        if (exchanging := self.setting.exchanging) > 1:
+            found.append((exchanging * sizes.tensor, 3 * self.layers * self.tokens * b * 2 * self.QK))
+        if self.setting.ring > 1:  # the last rank's gradients of keys and values come back when all is computed
+            found.append((sizes.context * sizes.tensor, self.layers * self._keys_and_values() * 4))
         if sizes.expert > 1:
             found.append((sizes.expert * sizes.context * sizes.tensor, 8 * self.layers * self.served * stream))
         if sizes.pipeline > 1:  # each stage passes on its output, and the gradient of its input
             of_rank = sizes.stages // sizes.pipeline * 2 * stream / sizes.tensor
             found.append((sizes.data * sizes.context * sizes.tensor * sizes.pipeline, of_rank))
         return found
+
+    def passed_on(self) -> list[tuple[int, float]]:
+        """What goes round of a micro-batch while attention computes, as `_Links.seconds` takes it."""
+        sizes, ring, b = self.sizes, self.setting.ring, self.setting.of_products
+        if ring == 1:
+            return []
+        again = self.setting.recompute == "full"
+        values = (ring - 1) * ((2 + again + self.setting.compares) * b + 4)  # and their gradients, in float32
+        return [(sizes.context * sizes.tensor, self.layers * self._keys_and_values() * values)]
+
+    def _keys_and_values(self) -> float:
+        """How many keys and values of a layer a rank sends in a step of a ring."""
+        return 2 * self.tokens * exchanged_keys(self.config, self.setting, self.sizes)
 
     def shared(self) -> list[tuple[int, float]]:
         """The parameters that ranks gather in a step and the gradients that they sum, as `_Links.seconds` takes it."""
@@ -312,7 +331,7 @@ def _waited(
     """
     # A layer is gathered while the one before computes, but the first has to wait, and both share the GPU.
     seconds = sum(shared.values())
-    exposed = max(0.2, 1 - 0.9 * computed / seconds) if seconds else 0.0
+    exposed = max(0.2, 1 - HIDDEN * computed / seconds) if seconds else 0.0
     each = {
         link: batches * exchanged.get(link, 0.0) + exposed * shared.get(link, 0.0) for link in {**exchanged, **shared}
     }

@@ -134,7 +134,12 @@ NAMES = (
     Name("model.config.recompute_method", "", "model.activation_checkpointing is all there is; leave it out"),
     Name("model.config.recompute_num_layers", "model.activation_checkpointing", "'full', or 0 to 1", same=False),
     Name("model.config.fp8", "model.fp8", "torchao's recipes of float8", same=False),
-    Name("model.config.cp_comm_type", "", "context parallelism is by all-to-all; leave it out"),
+    Name(
+        "model.config.cp_comm_type",
+        f"{_STRATEGY}.context_parallel_method",
+        "'ulysses' for a2a, 'ring' for p2p; 'auto' does a2a+p2p where it is needed",
+        same=False,
+    ),
     Name("model.config.seq_length", "data.seq_length"),
     Name("model.config.apply_rope_fusion", "", "model.compile fuses it; leave it out"),
     Name("model.config.bias_activation_fusion", "", "model.compile fuses it; leave it out"),

@@ -42,8 +42,13 @@ from tests.training.ranks import on_ranks
         pytest.param("fsdp-2", "experts", marks=pytest.mark.long),
         ("fsdp-2", "muon"),
         pytest.param("hsdp-2x2", "documents", marks=pytest.mark.long),
-        ("cp-2", "plain"),
+        pytest.param("cp-2", "plain", marks=pytest.mark.long),
         ("fsdp-2-cp-2", "documents"),
+        ("ring-2", "documents"),
+        *(
+            pytest.param(layout, settings, marks=pytest.mark.long)
+            for layout, settings in (("fsdp-2-ring-2", "experts"), ("pp-2-ring-2", "documents"))
+        ),
         pytest.param("tp-2", "plain", marks=pytest.mark.long),
         pytest.param("fsdp-2-tp-2", "documents", marks=pytest.mark.long),
         pytest.param("cp-2-tp-2", "documents", marks=pytest.mark.long),
@@ -102,16 +107,18 @@ def test_one_device_is_trained_on_as_without_a_strategy(dataset: Path, tmp_path:
     "changes",
     [
         {"activation_checkpointing": "full", "tiled_mlp": 5},
+        pytest.param({"activation_checkpointing": "selective"}, marks=pytest.mark.long),
         pytest.param({"activation_checkpointing": "full"}, marks=pytest.mark.long),
         pytest.param({"compile": "layers"}, marks=pytest.mark.long),
         pytest.param({"compile": "layers", "activation_checkpointing": "full", "tiled_mlp": 5}, marks=pytest.mark.slow),
     ],
-    ids=["tiled and recomputed", "recomputed", "compiled", "compiled, tiled and recomputed"],
+    ids=["tiled and recomputed", "partly recomputed", "recomputed", "compiled", "compiled, tiled and recomputed"],
 )
+@pytest.mark.parametrize("layout", ["fsdp-2", pytest.param("ring-2", marks=[pytest.mark.slow, pytest.mark.long])])
 def test_what_makes_a_step_faster_or_smaller_changes_nothing(
-    dataset: Path, one: Path, tmp_path: Path, changes: dict[str, Any]
+    dataset: Path, one: Path, tmp_path: Path, changes: dict[str, Any], layout: str
 ) -> None:
-    run = train("fsdp-2", dataset, tmp_path, **changes)
+    run = train(layout, dataset, tmp_path, **changes)
     torch.testing.assert_close(losses(run), losses(one / "plain"), rtol=1e-5, atol=0)
 
 
@@ -181,7 +188,7 @@ def test_ranks_begin_with_parts_of_what_one_process_begins_with(
     assert sum(held) == elements and min(held) > 0.4 * elements
 
 
-def tune(base: Path, runs: Path, examples: Path, lora: LoRA | None, devices: int = 1, **split: int) -> str:
+def tune(base: Path, runs: Path, examples: Path, lora: LoRA | None, devices: int = 1, **split: Any) -> str:
     """Learns preferences, or answers, on the ranks that call this; what it prints."""
     preference = examples.stem == "pairs"
     model = (PreferenceModel if preference else LanguageModel)(init_from=base, lora=lora)
@@ -197,6 +204,7 @@ def tune(base: Path, runs: Path, examples: Path, lora: LoRA | None, devices: int
     return out.getvalue()
 
 
+RING = {"context_parallel": 2, "context_parallel_method": "ring"}
 QLORA = LoRA(rank=2, quantize_base="nf4")
 
 
@@ -209,12 +217,24 @@ QLORA = LoRA(rank=2, quantize_base="nf4")
         ("answers", LoRA(rank=2), {}),
         ("answers", QLORA, {}),
         pytest.param("pairs", None, {"context_parallel": 2}, marks=pytest.mark.long),
+        pytest.param("pairs", None, RING, marks=pytest.mark.long),
+        pytest.param("answers", LoRA(rank=2), RING, marks=pytest.mark.long),
         ("pairs", LoRA(rank=2), {"tensor_parallel": 2}),
     ],
-    ids=["pairs", "pairs-lora", "answers", "answers-lora", "answers-qlora", "pairs-cp", "pairs-lora-tp"],
+    ids=[
+        "pairs",
+        "pairs-lora",
+        "answers",
+        "answers-lora",
+        "answers-qlora",
+        "pairs-cp",
+        "pairs-ring",
+        "answers-ring",
+        "pairs-lora-tp",
+    ],
 )
 def test_ranks_learn_answers_and_preferences_as_one_process_does(
-    one: Path, tmp_path: Path, name: str, lora: LoRA | None, split: dict[str, int]
+    one: Path, tmp_path: Path, name: str, lora: LoRA | None, split: dict[str, Any]
 ) -> None:
     examples = tmp_path / f"{name}.jsonl"
     words = ["fern", "moss", "leaf", "spore", "frond"]

@@ -5,6 +5,7 @@ Shapes: B batch, T queries, S keys, H query heads, G key/value heads, D head dim
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -45,8 +46,39 @@ class Run(Protocol):
     ) -> torch.Tensor: ...
 
 
+Tensor = torch.Tensor
+
+Forward = Callable[[Tensor, Tensor, Tensor, AttentionSpec, float, Extras], tuple[Tensor, Tensor, Tensor]]
+"""Takes the arguments of `Run`.
+
+Returns the output, the logarithm of each softmax's sum, (B, H, T) or packed (H, tokens) float32, and the state from
+which a dropout is drawn again, (2,) int64, or (0,) without dropout. Inference needs only the output.
+"""
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
+"""Takes the output's gradient, q, k, v, what `Forward` returned, the spec, scale and extras.
+
+Returns the gradients of q, k, v and the sinks, new and contiguous; None for the sinks if there are none.
+"""
+
+
+class Passes(NamedTuple):
+    """The two passes of a kernel that can attend to a part of the keys.
+
+    The parts of a softmax are put together by the logarithms of their sums. Given those of the whole softmax and its
+    output, `backward` returns the gradients that one part of the keys adds. The specs are `partial`, without dropout,
+    and the extras have no sinks. What a packed call yields for tokens in no document, or in one of which the part has
+    no queries or no keys, does not matter. `lse` is +inf for queries that see no key of any part.
+    """
+
+    forward: Forward
+    backward: Backward
+
+
 class Backend(Protocol):
-    """One kernel: a module with these names, in this folder or given to `register`."""
+    """One kernel: a module with these names, in this folder or given to `register`.
+
+    It may also have `PASSES`, of the type `Passes`; without them it serves no spec that is `partial`.
+    """
 
     NAME: str
     """Its name in `attention_backend` and in every report."""

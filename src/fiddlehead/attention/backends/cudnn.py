@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fiddlehead.attention.backends.backend import FIRST, Extras, generation
+from fiddlehead.attention.backends.backend import FIRST, Extras, Passes, generation
 from fiddlehead.attention.backends.hopper import cudnn_starts_first, gradient_padding, is_decoding
 from fiddlehead.attention.backends.masks import visible
 from fiddlehead.attention.backends.sdpa import HALF, dtype_name, first, hiding, outside
@@ -94,3 +94,51 @@ def run(
         assert mask is not None
         out = out.masked_fill(~mask.any(dim=-1)[:, :, None, None], 0.0)
     return out if out.shape[1] == T else out[:, :T]
+
+
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, scale: float, extras: Extras
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        None,
+        True,  # compute_log_sumexp
+        0.0,
+        spec.causal,
+        False,  # return_debug_mask
+        scale=scale,
+    )
+    return out.transpose(1, 2), lse.view(lse.shape[:3]), q.new_empty(0, dtype=torch.int64)
+
+
+def _backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    state: torch.Tensor,
+    spec: AttentionSpec,
+    scale: float,
+    extras: Extras,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+    unused = torch.empty((), dtype=torch.int64, device=q.device)  # a dropout would be drawn from these two
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        *(x.transpose(1, 2) for x in (dout, q, k, v, out)),
+        lse[..., None],
+        unused,
+        unused,
+        None,  # attn_bias
+        None,
+        None,
+        q.shape[1],
+        k.shape[1],
+        0.0,
+        spec.causal,
+        scale=scale,
+    )
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None
+
+
+PASSES = Passes(_forward, _backward)

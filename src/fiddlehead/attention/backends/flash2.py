@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fiddlehead.attention.backends.backend import Extras, generation
+from fiddlehead.attention.backends.backend import Extras, Passes, generation
 from fiddlehead.attention.backends.operators import contiguous_like, register
 from fiddlehead.attention.backends.sdpa import HALF, dtype_name, first, outside
 from fiddlehead.attention.packages import function
@@ -129,4 +129,5 @@ def _from_cache(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, scale: flo
     )
 
 
+PASSES = Passes(_forward, _backward)
 run = register(NAME, _forward, _backward, _from_cache, switch=SWITCHES[-1], random=True)

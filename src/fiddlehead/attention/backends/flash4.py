@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from fiddlehead.attention.backends.backend import FIRST, Extras, generation
+from fiddlehead.attention.backends.backend import FIRST, Extras, Passes, generation
 from fiddlehead.attention.backends.hopper import NARROW, cudnn_starts_first, gradient_padding, is_decoding
 from fiddlehead.attention.backends.operators import contiguous_like, register
 from fiddlehead.attention.backends.sdpa import HALF, dtype_name, first, outside
@@ -113,7 +113,7 @@ def _forward(
         window_size_right=right,
         learnable_sink=extras.sinks,
         num_splits=1 if spec.training or spec.packed else _splits(q.device),
-        return_lse=spec.training,
+        return_lse=spec.training or spec.partial,
     )
     return out, lse, q.new_empty(0, dtype=torch.int64)
 
@@ -196,4 +196,5 @@ def _splits(device: torch.device) -> int:
     return 0 if torch.cuda.get_device_capability(device)[0] in (10, 11) else 1
 
 
+PASSES = Passes(_forward, _backward)
 run = register(NAME, _forward, _backward, _from_cache, switch=SWITCHES[-1])

@@ -15,24 +15,11 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fiddlehead.attention.backends.backend import Extras, Run
+from fiddlehead.attention.backends.backend import Backward, Extras, Forward, Run
 from fiddlehead.attention.spec import AttentionSpec
 from fiddlehead.errors import ConfigError, Problem
 
 Tensor = torch.Tensor
-
-
-Forward = Callable[[Tensor, Tensor, Tensor, AttentionSpec, float, Extras], tuple[Tensor, Tensor, Tensor]]
-"""Takes the arguments of `Run`.
-
-Returns the output, the logarithm of each softmax's sum, (B, H, T) or packed (H, tokens) float32, and the state from
-which a dropout is drawn again, (2,) int64, or (0,) without dropout. Inference needs only the output.
-"""
-Backward = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]]
-"""Takes the output's gradient, q, k, v, what `Forward` returned, the spec, scale and extras.
-
-Returns the gradients of q, k, v and the sinks, new and contiguous; None for the sinks if there are none.
-"""
 
 # An operator takes tensors and numbers only: these, in this order, are what a spec, a scale and extras come to.
 _TENSORS = ("cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "sinks", "cache_lengths", "page_table")
@@ -108,7 +95,7 @@ def _operators(
 
     @operator("_forward", f"({_QKV}, {_CALL}) -> (Tensor out, Tensor lse, Tensor rng_state)")
     def forward_op(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with _errors_explained(name, switch):
+        with errors_explained(name, switch):
             out, lse, rng_state = forward(q, k, v, *_unflattened(q, k, call, training=True))
         return out.contiguous(), lse.contiguous(), rng_state
 
@@ -122,7 +109,7 @@ def _operators(
     @operator("_backward", f"{schema} -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)")
     def backward_op(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         saved, call = rest[:3], rest[3:]
-        with _errors_explained(name, switch):
+        with errors_explained(name, switch):
             *gradients, dsinks = backward(dout, q, k, v, *saved, *_unflattened(q, k, call, training=True))
         return *gradients, q.new_empty(0) if dsinks is None else dsinks
 
@@ -176,7 +163,8 @@ def contiguous_like(*tensors: Tensor) -> list[Tensor]:
 
 
 @contextmanager
-def _errors_explained(backend: str, switch: str) -> Iterator[None]:
+def errors_explained(backend: str, switch: str) -> Iterator[None]:
+    """Raises a ConfigError in place of a package's error that its build lacks what a call needs."""
     try:
         yield
     except RuntimeError as error:

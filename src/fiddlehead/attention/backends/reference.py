@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from fiddlehead.attention.backends.backend import Extras
+from fiddlehead.attention.backends.backend import Extras, Passes
 from fiddlehead.attention.backends.masks import alibi_bias, gathered, visible
 from fiddlehead.attention.spec import AttentionSpec, Target
 
@@ -98,7 +98,24 @@ def softmax(
     extras: Extras,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The attention weights before dropout, and the scores before mask and ALiBi, both (B, G, R, T, S)."""
-    (B, T, H), (S, G) = q.shape[:3], k.shape[1:3]
+    logits, scores = _logits(q, k, mask, spec, scale, extras)
+    if extras.sinks is None:
+        return logits.softmax(dim=-1), scores
+    B, G, R, T, _ = logits.shape
+    sinks = extras.sinks.to(logits.dtype).view(1, G, R, 1, 1).expand(B, -1, -1, T, -1)
+    return torch.cat([logits, sinks], dim=-1).softmax(dim=-1)[..., :-1], scores
+
+
+def _logits(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    mask: torch.Tensor | None,
+    spec: AttentionSpec,
+    scale: float,
+    extras: Extras,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores with mask and ALiBi, and without them, both (B, G, R, T, S)."""
+    (T, H), (S, G) = q.shape[1:3], k.shape[1:3]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scores = torch.einsum("btgrd,bsgd->bgrts", q.to(dtype).unflatten(2, (G, H // G)) * scale, k.to(dtype))
     if spec.softcap:
@@ -108,15 +125,59 @@ def softmax(
         logits = logits - alibi_bias(T, S, extras, dtype).unflatten(1, (G, H // G))
     if mask is not None:  # by a finite number: the softmax of -inf alone is NaN
         logits = logits.masked_fill(~mask[:, None, None], torch.finfo(dtype).min)
-    if extras.sinks is None:
-        return logits.softmax(dim=-1), scores
-    sinks = extras.sinks.to(dtype).view(1, G, H // G, 1, 1).expand(B, -1, -1, T, -1)
-    return torch.cat([logits, sinks], dim=-1).softmax(dim=-1)[..., :-1], scores
+    return logits, scores
 
 
 def without_blind(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """x (B, T, G, R, D) with zeros for queries that see no key, to which `softmax` gives equal weights."""
     return x if mask is None else x.masked_fill(~mask.any(dim=-1)[:, :, None, None, None], 0.0)
+
+
+def _part_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, scale: float, extras: Extras
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if spec.packed:
+        q, k, v = q[None], k[None], v[None]
+    with without_autocast(q.device):
+        mask = visible(q.shape[1], k.shape[1], spec, extras, q.device)
+        logits, _ = _logits(q, k, mask, spec, scale, extras)
+        lse = logits.logsumexp(dim=-1, keepdim=True)
+        out = without_blind(torch.einsum("bgrts,bsgd->btgrd", (logits - lse).exp(), v.to(logits.dtype)), mask)
+        lse = lse.squeeze(-1).flatten(1, 2)
+        if mask is not None:
+            lse = lse.masked_fill(~mask.any(dim=-1)[:, None], float("-inf"))
+    out = out.flatten(2, 3).to(q.dtype)
+    return (out[0], lse[0], lse.new_empty(0)) if spec.packed else (out, lse, lse.new_empty(0))
+
+
+def _part_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    state: torch.Tensor,
+    spec: AttentionSpec,
+    scale: float,
+    extras: Extras,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+    if spec.packed:
+        dout, q, k, v, out, lse = (x[None] for x in (dout, q, k, v, out, lse))
+    G = k.shape[2]
+    with without_autocast(q.device):
+        mask = visible(q.shape[1], k.shape[1], spec, extras, q.device)
+        logits, scores = _logits(q, k, mask, spec, scale, extras)
+        weights = (logits - lse.unflatten(1, (G, -1))[..., None]).exp()
+        d_out, out = (x.to(weights.dtype).unflatten(2, (G, -1)) for x in (dout, out))
+        dv = torch.einsum("bgrts,btgrd->bsgd", weights, d_out).to(q.dtype)
+        mean = (d_out * out).sum(dim=-1).permute(0, 2, 3, 1)[..., None]
+        d_weights = torch.einsum("btgrd,bsgd->bgrts", d_out, v.to(weights.dtype))
+        dq, dk = _gradients(weights * (d_weights - mean) * scale, scores, q, k, spec.softcap)
+    return (dq[0], dk[0], dv[0], None) if spec.packed else (dq, dk, dv, None)
+
+
+PASSES = Passes(_part_forward, _part_backward)
 
 
 def kept(weights: torch.Tensor, dropout: float, generator: torch.Generator | None) -> torch.Tensor:
@@ -202,18 +263,24 @@ def backward(
         if dropout:
             factor = kept(weights, dropout, _generator(seed, spec, q.device))
             dropped, d_weights = weights * factor, d_weights * factor
-        dv = torch.einsum("bgrts,btgrd->bsgd", dropped, d_out)
+        dv = torch.einsum("bgrts,btgrd->bsgd", dropped, d_out).to(q.dtype).contiguous()
         mean = (weights * d_weights).sum(dim=-1, keepdim=True)
-        d_scores = weights * (d_weights - mean) * scale
-        if softcap:
-            d_scores = d_scores * (1 - (scores / softcap) ** 2)
-        dq = torch.einsum("bgrts,bsgd->btgrd", d_scores, k.to(weights.dtype)).flatten(2, 3)
-        dk = torch.einsum("bgrts,btgrd->bsgd", d_scores, q.to(weights.dtype).unflatten(2, (G, -1)))
+        dq, dk = _gradients(weights * (d_weights - mean) * scale, scores, q, k, softcap)
     d_sinks = q.new_zeros(0)
     if sinks is not None:  # the sink's own weight is what the others leave of 1
         d_sinks = ((weights.sum(dim=-1, keepdim=True) - 1) * mean).sum(dim=(0, 3, 4)).flatten().to(sinks.dtype)
-    dq, dk, dv = (x.to(q.dtype).contiguous() for x in (dq, dk, dv))
     return dq, dk, dv, d_sinks
+
+
+def _gradients(
+    d_logits: torch.Tensor, scores: torch.Tensor, q: torch.Tensor, k: torch.Tensor, softcap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of q and k from those of the logits."""
+    if softcap:
+        d_logits = d_logits * (1 - (scores / softcap) ** 2)
+    dq = torch.einsum("bgrts,bsgd->btgrd", d_logits, k.to(d_logits.dtype)).flatten(2, 3)
+    dk = torch.einsum("bgrts,btgrd->bsgd", d_logits, q.to(d_logits.dtype).unflatten(2, (k.shape[2], -1)))
+    return dq.to(q.dtype).contiguous(), dk.to(q.dtype).contiguous()
 
 
 @backward.register_fake

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from fiddlehead.attention.backends.backend import Extras, generation
+from fiddlehead.attention.backends.backend import Extras, Passes, generation
 from fiddlehead.attention.backends.masks import alibi_bias, gathered, visible
 from fiddlehead.attention.backends.sdpa import HALF, dtype_name, first, outside
 from fiddlehead.attention.spec import AttentionSpec, Target
@@ -35,6 +35,7 @@ def why_not(spec: AttentionSpec, target: Target) -> str | None:
                 (spec.softcap, "softcap: PyTorch's flash-attention has none"),
                 (spec.sinks, "sinks: PyTorch's flash-attention has none"),
                 (spec.dropout, "dropout: its CPU kernel has none"),
+                (spec.partial, "a part of the keys: only its GPU kernel serves them"),
             ]
         )
     # The backward pass of head dims above 192 needs more shared memory than these have; it was made for 256 alone.
@@ -72,25 +73,66 @@ def run(
         if spec.packed:
             return _packed_on_cpu(q, k, v, spec, scale, extras)
         return _on_cpu(q, gathered(k, extras), gathered(v, extras), spec, scale, extras)
+    return _with_cache(q, k, v, spec, scale, extras) if spec.cached else _forward(q, k, v, spec, scale, extras)[0]
+
+
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, scale: float, extras: Extras
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     left, right = spec.window_size
-    if spec.packed:
-        borders = (extras.cu_seqlens_q, extras.cu_seqlens_k, extras.max_seqlen_q, extras.max_seqlen_k)
-    elif spec.cached:
-        return _with_cache(q, k, v, spec, scale, extras)
-    else:
-        borders = (None, None, q.shape[1], k.shape[1])
     return torch.ops.aten._flash_attention_forward(
         q,
         k,
         v,
-        *borders,
+        *_borders(q, k, spec, extras),
         spec.dropout,
         spec.causal,
         False,  # return_debug_mask
         scale=scale,
         window_size_left=left,
         window_size_right=right,
-    )[0]
+    )[:3]
+
+
+def _backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    state: torch.Tensor,
+    spec: AttentionSpec,
+    scale: float,
+    extras: Extras,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+    left, right = spec.window_size
+    dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        *_borders(q, k, spec, extras),
+        spec.dropout,
+        spec.causal,
+        torch.empty(2, dtype=torch.uint64, device=q.device),  # which a dropout would be drawn from
+        torch.empty(0, dtype=torch.uint64, device=q.device),
+        scale=scale,
+        window_size_left=left,
+        window_size_right=right,
+    )
+    return dq, dk, dv, None
+
+
+PASSES = Passes(_forward, _backward)
+
+
+def _borders(q: torch.Tensor, k: torch.Tensor, spec: AttentionSpec, extras: Extras) -> tuple[object, ...]:
+    if spec.packed:
+        return extras.cu_seqlens_q, extras.cu_seqlens_k, extras.max_seqlen_q, extras.max_seqlen_k
+    return None, None, q.shape[1], k.shape[1]
 
 
 def _with_cache(

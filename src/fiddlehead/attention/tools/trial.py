@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 import fiddlehead
+from fiddlehead.attention import parts
 from fiddlehead.attention.backends import BACKENDS
 from fiddlehead.attention.backends.backend import Extras
 from fiddlehead.attention.spec import AttentionSpec, Target, length_class
@@ -31,7 +33,8 @@ FILE = "attention_trials.json"
 """The file in the cache folder with the results of trials, by device, versions, backend and spec."""
 
 Errors = dict[str, float]
-"""The relative error (of norms) of the output "out" and, in training, of each gradient: "dq", "dk", "dv", "dsinks"."""
+"""The relative error (of norms) of the output "out" and, in training, of each gradient: "dq", "dk", "dv", "dsinks"; for
+a part of the keys also of the logarithms of the softmaxes' sums, "lse"."""
 
 
 def require_right(backend: str, spec: AttentionSpec, target: Target, device: torch.device) -> Errors:
@@ -94,10 +97,13 @@ def _call(spec: AttentionSpec, device: torch.device) -> tuple[Inputs, Extras]:
         )
     if spec.packed:
         shift = T // 3
-        borders = [torch.tensor([0, n - shift, 2 * n], dtype=torch.int32, device=device) for n in (T, S)]
-        extras = extras._replace(
-            cu_seqlens_q=borders[0], cu_seqlens_k=borders[1], max_seqlen_q=T + shift, max_seqlen_k=S + shift
-        )
+        at_q, at_k = ([0, n - shift, 2 * n] for n in (T, S))
+        if spec.partial and not spec.causal:  # some documents have only queries, or only keys, in a part
+            at_q, at_k = [0, 9, 9, 2 * T], [0, 0, 9, 2 * S]
+        borders = (torch.tensor(at, dtype=torch.int32, device=device) for at in (at_q, at_k))
+        longest = (max(b - a for a, b in pairwise(at)) for at in (at_q, at_k))
+        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+        extras = extras._replace(**dict(zip(names, (*borders, *longest), strict=True)))
     return inputs, extras
 
 
@@ -110,10 +116,31 @@ def _outcome(
         leaves["sinks"] = extras.sinks.detach().to(spec.dtype).requires_grad_(spec.training)
         extras = extras._replace(sinks=leaves["sinks"])
     scale = spec.head_dim**-0.5
+    if spec.partial:
+        return _outcome_of_part(backend, inputs, spec, scale, extras, gradient)
     with torch.set_grad_enabled(spec.training):
         out = BACKENDS[backend].run(leaves["q"], leaves["k"], leaves["v"], spec, scale, extras)
     outcome: dict[str, Any] = {"out": out.detach()}
     if spec.training:
         gradients = torch.autograd.grad(out, list(leaves.values()), gradient)
         outcome |= {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
+    return outcome
+
+
+def _outcome_of_part(
+    backend: str,
+    inputs: tuple[torch.Tensor, ...],
+    spec: AttentionSpec,
+    scale: float,
+    extras: Extras,
+    gradient: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """The same of the two passes over a part of the keys, and the logarithms of the softmaxes' sums as "lse"."""
+    q, k, v = (x.detach() for x in inputs)
+    out, lse = parts.forward(BACKENDS[backend], q, k, v, spec, scale, extras)
+    outcome = {"out": out, "lse": lse.masked_fill(lse.isinf(), 0.0)}
+    if spec.training:
+        lse = lse.masked_fill(lse.isinf(), float("inf"))
+        gradients = parts.backward(BACKENDS[backend], gradient, q, k, v, out, lse, spec, scale, extras)
+        outcome |= dict(zip(("dq", "dk", "dv"), gradients, strict=True))
     return outcome

@@ -24,36 +24,52 @@ from fiddlehead.models.config import split_heads
 from fiddlehead.models.lora import LoRALinear
 from fiddlehead.models.moe import MoE
 from fiddlehead.models.norms import ZeroCenteredRMSNorm
-from fiddlehead.models.parallel.shards import Layout, local, refuse_sizes, replicas
+from fiddlehead.models.parallel.shards import (
+    ContextMethod,
+    Layout,
+    length_divisor,
+    local,
+    refuse_sizes,
+    replicas,
+    ring_size,
+)
+from fiddlehead.models.ring import Ring
 from fiddlehead.models.transformer import Transformer
 
 
-def parallelize(transformer: Transformer, mesh: DeviceMesh) -> None:
+def parallelize(transformer: Transformer, mesh: DeviceMesh, method: ContextMethod = "auto") -> None:
     """Reduces a transformer, in place, to this process's part along "tp", "cp" and "ep" of a mesh.
 
     It then takes `local_batch`es and returns the logits of their tokens. Parameters may be on the meta device; values
     must be the same on all processes. Call it before `fully_shard`.
+
+    Args:
+        method: how the processes along "cp" share attention.
 
     Raises:
         ConfigError: the model cannot be split in this way.
     """
     config = transformer.config
     tp, cp, ep = (Group.of(mesh, dim) for dim in ("tp", "cp", "ep"))
-    refuse_sizes(config, tp=tp.size, cp=cp.size, ep=ep.size)
+    refuse_sizes(config, tp=tp.size, cp=cp.size, ep=ep.size, method=method)
+    ring = ring_size(config, tp.size, cp.size, method)
+    exchanging = cp.part(cp.size // ring)
     layout = Layout(config, mesh)
     for name, parameter in list(transformer.named_parameters()):
         own = layout.own(name, parameter.detach())
         if own.shape != parameter.shape:
             owner, _, leaf = name.rpartition(".")
             setattr(transformer.get_submodule(owner), leaf, nn.Parameter(own, parameter.requires_grad))
-    transformer.split = SequenceSplit(cp, tp)
+    transformer.split = SequenceSplit(cp, tp, ring)
     for module in list(transformer.modules()):
         if isinstance(module, Block | LoRALinear):
             module.split = transformer.split
     for module in list(transformer.modules()):
         if isinstance(module, Attention):
-            if cp.size > 1:
-                module.exchange = HeadExchange(cp)
+            if exchanging.size > 1:
+                module.exchange = HeadExchange(exchanging)
+            if ring > 1:
+                module.ring = Ring(cp, ring)
             if tp.size > 1:
                 module.heads, module.groups = split_heads(module.heads, module.groups, tp.size)
                 module.linear_qkv = _column_parallel(module.linear_qkv, tp)
@@ -69,23 +85,30 @@ def parallelize(transformer: Transformer, mesh: DeviceMesh) -> None:
             module.linear_fc2 = _row_parallel(module.linear_fc2, tp)
 
 
-def local_batch(batch: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
+def local_batch(batch: Mapping[str, Any], mesh: DeviceMesh, ring: int = 1) -> dict[str, Any]:
     """A batch with this process's part of `input_ids`, `labels` and `padding`, (B, T) to (B, T / (cp x tp)).
 
     All processes along "cp" and "tp" must have the same batch. `cu_seqlens` remain those of the whole sequences.
 
+    Args:
+        ring: as the model's `split` has it.
+
     Raises:
-        ConfigError: T is not a multiple of cp x tp.
+        ConfigError: T is not a multiple of cp x tp, and of 2 x ring if there is one.
     """
-    split = SequenceSplit(Group.of(mesh, "cp"), Group.of(mesh, "tp"))
+    split = SequenceSplit(Group.of(mesh, "cp"), Group.of(mesh, "tp"), ring)
+    of = length_divisor(split.cp.size, split.tp.size, ring)
     local = dict(batch)
     for name in ("input_ids", "labels", "padding"):
         if name not in batch:
             continue
         length = batch[name].shape[1]
-        if length % split.parts:
-            nearest = max(round(length / split.parts), 1) * split.parts
-            message = f"a sequence has {length} tokens; must be a multiple of cp x tp={split.parts}, such as {nearest}"
+        if length % of:
+            nearest = max(round(length / of), 1) * of
+            sizes = f"cp x tp={split.parts}"
+            if of != split.parts:
+                sizes = f"{of}, for a ring of {ring} and {sizes}"
+            message = f"a sequence has {length} tokens; must be a multiple of {sizes}, such as {nearest}"
             raise ConfigError(Problem(name, message=message))
         local[name] = split.own(batch[name], dim=1).contiguous()
     return local

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,9 @@ from fiddlehead.errors import Problem, refuse
 from fiddlehead.models.config import TransformerConfig, split_heads
 
 Slices = tuple[slice, ...]
+ContextMethod = Literal["auto", "ulysses", "ring"]
+"""How the processes of "cp" share attention: by exchanging tokens for heads ("ulysses"), by passing keys and values on
+("ring"), or by the first, and by both where there are more processes than heads allow ("auto")."""
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -219,7 +223,25 @@ def size_of(mesh: DeviceMesh, dim: str) -> int:
     return mesh.size(names.index(dim)) if dim in names else 1
 
 
-def refuse_sizes(config: TransformerConfig, *, tp: int = 1, cp: int = 1, ep: int = 1) -> None:
+def ring_size(config: TransformerConfig, tp: int, cp: int, method: ContextMethod) -> int:
+    """The number of parts of a sequence whose keys and values go round; 1: there is no ring.
+
+    With "auto", as many neighbours as possible exchange heads, and the ring has a part for each such group.
+    """
+    if method == "auto":
+        heads, groups = split_heads(config.num_attention_heads, config.groups, tp)
+        return cp // max(n for n in range(1, cp + 1) if cp % n == 0 and _fits(heads, groups, n))
+    return cp if method == "ring" else 1
+
+
+def length_divisor(cp: int, tp: int, ring: int) -> int:
+    """What divides the length of the sequences: cp x tp, and two chunks for each part of a ring."""
+    return math.lcm(cp * tp, 2 * ring if ring > 1 else 1)
+
+
+def refuse_sizes(
+    config: TransformerConfig, *, tp: int = 1, cp: int = 1, ep: int = 1, method: ContextMethod = "auto"
+) -> None:
     """Raises ConfigError, with the allowed sizes, if a model cannot be split over these numbers of processes.
 
     `local_batch` checks the length of the sequences.
@@ -227,11 +249,8 @@ def refuse_sizes(config: TransformerConfig, *, tp: int = 1, cp: int = 1, ep: int
     H, G = config.num_attention_heads, config.groups
     problems = []
 
-    def fits(heads: int, groups: int, size: int) -> bool:
-        return heads % size == 0 and (groups % size == 0 or size % groups == 0)
-
     def tp_fits(size: int) -> bool:
-        return fits(H, G, size) and (config.num_moe_experts is not None or config.ffn_size % size == 0)
+        return _fits(H, G, size) and (config.num_moe_experts is not None or config.ffn_size % size == 0)
 
     if not tp_fits(tp):
         why = f"must divide num_attention_heads={H}"
@@ -240,19 +259,49 @@ def refuse_sizes(config: TransformerConfig, *, tp: int = 1, cp: int = 1, ep: int
         why += f", and divide num_query_groups={G} or be a multiple of it"
         problems.append(Problem("tp", tp, why, [n for n in range(1, H + 1) if tp_fits(n)]))
     else:
-        heads, groups = split_heads(H, G, tp)
-        if not fits(heads, groups, cp):
-            why = (
-                f"must divide the {heads} query heads of a process (tp={tp}), and divide its {groups} key/value heads "
-                "or be a multiple of them"
-            )
-            problems.append(Problem("cp", cp, why, [n for n in range(1, heads + 1) if fits(heads, groups, n)]))
+        problems += _refused_context(config, tp, cp, method)
     if ep > 1 and config.num_moe_experts is None:
         problems.append(Problem("ep", ep, "num_moe_experts=None, there are no experts to split", (1,)))
     elif (E := config.num_moe_experts or 1) % ep:
         allowed = [n for n in range(1, E + 1) if E % n == 0]
         problems.append(Problem("ep", ep, f"must divide num_moe_experts={E}", allowed))
     refuse(problems)
+
+
+def _refused_context(config: TransformerConfig, tp: int, cp: int, method: ContextMethod) -> list[Problem]:
+    """Why "cp" processes cannot share attention by this method."""
+    heads, groups = split_heads(config.num_attention_heads, config.groups, tp)
+    allowed = [n for n in range(1, heads + 1) if _fits(heads, groups, n)]
+    ring = _not_in_ring(config)
+    must = (
+        f"must divide the {heads} query heads of a process (tp={tp}), and divide its {groups} key/value heads or be a "
+        "multiple of them"
+    )
+    if ring_size(config, tp, cp, method) > 1:
+        if ring is None:
+            return []
+        if cp in allowed:
+            return [Problem("cp", cp, f"{ring}; set context_parallel_method='ulysses'")]
+        return [Problem("cp", cp, f"{must}; {ring}", allowed)]
+    if cp in allowed:
+        return []
+    instead = ring or "context_parallel_method='auto' allows other numbers"
+    return [Problem("cp", cp, f"{must}; {instead}", allowed)]
+
+
+def _not_in_ring(config: TransformerConfig) -> str | None:
+    """What of a model ring attention does not have; None if it has everything."""
+    lefts = {config.window(layer)[0] for layer in range(config.num_layers)}
+    if any(0 <= left < (config.seq_length or math.inf) - 1 for left in lefts):  # others leave nothing out
+        return f"ring attention has no windows (window_size={config.window_size})"
+    if config.attention_dropout:
+        return f"ring attention has no attention_dropout={config.attention_dropout:g}"
+    return None
+
+
+def _fits(heads: int, groups: int, size: int) -> bool:
+    """Whether so many processes can share the heads of attention."""
+    return heads % size == 0 and (groups % size == 0 or size % groups == 0)
 
 
 def _shards(tensor: DTensor) -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
@@ -20,7 +20,16 @@ from fiddlehead.checkpoints.safetensors_files import DTYPES, StoredTensor
 from fiddlehead.checkpoints.sharding import ShardedTensor
 from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.models import Transformer, TransformerConfig
-from fiddlehead.models.parallel import Layout, local_batch, parallelize, reduce_gradients, refuse_sizes
+from fiddlehead.models.parallel import (
+    ContextMethod,
+    Layout,
+    length_divisor,
+    local_batch,
+    parallelize,
+    reduce_gradients,
+    refuse_sizes,
+    ring_size,
+)
 from fiddlehead.numbers import is_whole
 from fiddlehead.run.team import Team
 from fiddlehead.training.distributed.pipeline import Pipeline, refuse_pipeline
@@ -41,6 +50,8 @@ class Parallel(ModelParallelStrategy):
             `data_parallel / data_parallel_replicate` ranks, which should be connected by a fast network.
         tensor_parallel: the number of ranks that share each layer and, between its matrix products, each sequence.
         context_parallel: the number of ranks that share each sequence.
+        context_parallel_method: how these share attention: "ulysses" exchanges tokens for heads, "ring" passes keys and
+            values on; "auto" is "ulysses" where the heads allow it, or both.
         expert_parallel: the number of data-parallel ranks that share the experts of a mixture; tokens travel to them.
         pipeline_parallel: the number of ranks, or groups of ranks, with different layers; they pass micro-batches on.
         pipeline_stages_per_rank: the number of stages on each of these; with more stages, ranks wait less for each
@@ -59,6 +70,7 @@ class Parallel(ModelParallelStrategy):
         pipeline_parallel: int = 1,
         pipeline_stages_per_rank: int = 1,
         reshard_after_forward: bool = True,
+        context_parallel_method: ContextMethod = "auto",
     ) -> None:
         given = {
             "data_parallel": data_parallel,
@@ -69,14 +81,18 @@ class Parallel(ModelParallelStrategy):
             "pipeline_parallel": pipeline_parallel,
             "pipeline_stages_per_rank": pipeline_stages_per_rank,
         }
-        refuse(
+        problems = [
             Problem(name, value, "must be a whole number of 1 or more")
             for name, value in given.items()
             if not (is_whole(value) and value >= 1) and not (name == "data_parallel" and value is None)
-        )
+        ]
+        if context_parallel_method not in (methods := get_args(ContextMethod)):
+            problems.append(Problem.unknown("context_parallel_method", context_parallel_method, "method", methods))
+        refuse(problems)
         super().__init__()
         self.data_parallel, self.data_parallel_replicate = data_parallel, data_parallel_replicate
         self.tensor_parallel, self.context_parallel = tensor_parallel, context_parallel
+        self.context_parallel_method: ContextMethod = context_parallel_method
         self.expert_parallel, self.pipeline_parallel = expert_parallel, pipeline_parallel
         self.pipeline_stages_per_rank = pipeline_stages_per_rank
         self.reshard_after_forward = reshard_after_forward
@@ -124,15 +140,23 @@ class Parallel(ModelParallelStrategy):
     def problems(self, config: TransformerConfig, seq_length: int, micro_batches: int | None = None) -> list[Problem]:
         """The reasons why the model, the sequence length or the number of micro-batches cannot be split."""
         problems = refuse_pipeline(config, self.pipeline_parallel, self.pipeline_stages_per_rank, micro_batches)
+        tp, cp = self.tensor_parallel, self.context_parallel
         try:
-            refuse_sizes(config, tp=self.tensor_parallel, cp=self.context_parallel, ep=self.expert_parallel)
+            refuse_sizes(config, tp=tp, cp=cp, ep=self.expert_parallel, method=self.context_parallel_method)
         except ConfigError as error:
             names = {"tp": "tensor_parallel", "cp": "context_parallel", "ep": "expert_parallel"}
             problems += [Problem(names[each.path], each.given, each.message, each.allowed) for each in error.problems]
-        if seq_length % (self.tensor_parallel * self.context_parallel):
+        if seq_length % (tp * cp):
             message = f"does not divide data.seq_length={seq_length}"
             problems.append(self._product(("tensor_parallel", "context_parallel"), message))
+        elif not problems and seq_length % (divisor := length_divisor(cp, tp, self.ring_size(config))):
+            message = f"ring attention needs data.seq_length={seq_length} to be a multiple of {divisor}"
+            problems.append(Problem("context_parallel", cp, message))
         return problems
+
+    def ring_size(self, config: TransformerConfig) -> int:
+        """The number of parts of a sequence whose keys and values go round between ranks; 1: there is no ring."""
+        return ring_size(config, self.tensor_parallel, self.context_parallel, self.context_parallel_method)
 
     def _product(self, fields: Sequence[str], message: str) -> Problem:
         """A problem of the product of these sizes; it names those above 1."""
@@ -155,7 +179,7 @@ class Parallel(ModelParallelStrategy):
         for ranks with different experts, except for the experts themselves.
         """
         mesh, precision = self.device_mesh[MESH[1:]], str(self.precision_plugin.precision)
-        parallelize(transformer, mesh)
+        parallelize(transformer, mesh, self.context_parallel_method)
         twice = () if self.pipeline is None else self.pipeline.tied
         self.layout = Layout(transformer.config, mesh, twice)
         everyone, experts = (
@@ -184,7 +208,10 @@ class Parallel(ModelParallelStrategy):
 
     def own_tokens(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """This rank's part of a batch that it shares with other ranks."""
-        return local_batch(batch, self.device_mesh) if self.world_size > 1 else batch
+        if self.world_size == 1:
+            return batch
+        module: Any = self.lightning_module
+        return local_batch(batch, self.device_mesh, module.transformer.split.ring)
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
