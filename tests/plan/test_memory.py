@@ -135,7 +135,8 @@ def test_layers_keep_what_is_counted(
 
 
 PARTS = [({}, part) for part in (0.15, 0.4, 0.65, 0.9)] + [
-    (OTHERS[name], part) for name, part in [("norms after", 0.9), ("norms before and after", 0.55), ("as GPT-2", 0.9)]
+    (OTHERS[name], part)
+    for name, part in [("norms after", 0.9), ("norms before and after", 0.55), ("as GPT-2", 0.9), ("a mixture", 0.65)]
 ]
 
 

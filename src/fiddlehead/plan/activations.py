@@ -214,7 +214,7 @@ class _Layer:
                 return b * (C + self.qkv + self.Q)
             return b * C
         chosen = self.chosen()
-        of_products = {"qkv": self.qkv + self.rotated, "out": C, "up": self.F1 + self.routed // 2, "down": C}
+        of_products = {"qkv": self.qkv + self.rotated, "out": C, "up": self.F1, "down": C}
         kept = b * (C + sum(of_products[name] for name in chosen.products))
         if chosen.attention:
             kept = everything - self.cheap
@@ -226,10 +226,15 @@ class _Layer:
         return self.b * (self.F + (1 if self.config.norm_placement == "post" else 2) * self.C + self.routed // 2)
 
     def outputs(self) -> dict[str, int]:
-        """The values of the products' outputs that the backward pass needs."""
-        outputs = {"qkv": self.qkv, "out": self.C, "up": self.F1 + self.routed // 2}
-        if self.config.norm_placement != "pre":  # the backward pass of the norm after it
-            outputs["down"] = self.C
+        """The values of the outputs that the backward pass needs, of products that the compiler counts as expensive.
+
+        It does not count those of experts.
+        """
+        outputs = {"qkv": self.qkv, "out": self.C}
+        if self.config.num_moe_experts is None:
+            outputs["up"] = self.F1
+            if self.config.norm_placement != "pre":  # the backward pass of the norm after it
+                outputs["down"] = self.C
         return outputs
 
     def flops(self) -> dict[str, float]:
@@ -295,8 +300,10 @@ def computed_again(config: TransformerConfig, setting: Setting, sizes: Sizes) ->
     """
     layer = _Layer(config, setting, sizes)
     chosen, flops = layer.chosen(), layer.flops()
-    again = sum(flops[name] for name in layer.outputs() if name not in chosen.products)
-    return again / sum(flops.values()), not chosen.attention
+    if chosen.attention:
+        return 0.0, False
+    again = sum(flops[name] for name in {"up", *layer.outputs()} - chosen.products)
+    return again / sum(flops.values()), True
 
 
 def of_tiled_layer(config: TransformerConfig, setting: Setting, sizes: Sizes) -> tuple[float, float]:
