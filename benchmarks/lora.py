@@ -1,121 +1,214 @@
-"""A LoRA step of Llama 3.2 1B on one GPU: ours against PEFT with transformers, and our step with all weights.
+"""A LoRA step of Llama 3.2 1B on one GPU: ours beside PEFT with transformers' Trainer, Unsloth and NeMo Automodel.
 
-    python benchmarks/lora.py            # --tiny: on a CPU, to try the script
+    python benchmarks/lora.py                                          # all arms
+    python benchmarks/lora.py --arms fiddlehead:2:shape=8b,accumulate=2 unsloth:2:shape=8b,accumulate=2
+    python benchmarks/lora.py --tiny --arms fiddlehead:2 peft:2        # on a CPU, to try the script
 
-Both start from the same random weights in bfloat16, with float32 adapters of rank 16 on every linear layer. Ours is
-`fiddlehead finetune -f lora model.compile=layers`, with Lightning; PEFT runs in a bare loop with autocast. Each arm is
-a separate process.
+All begin with the same random weights in bfloat16, with adapters of rank 16 on every linear layer. The benchmark fails
+unless arms of the same batch have the same losses. Ours is `fiddlehead finetune -f lora model.compile=layers`.
+Each arm, NAME:BATCH with options behind, is a separate process.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
-from measure import save, table
-from train import SHAPE, TINY, Clock, accelerator, batches, fit, llama, on_device, run_arm
+from measure import RESULTS, save, table
+from peers import Arm, Clock, hf_trainer, loop, on_device
+from train import SHAPE, SHAPE_8B, TINY, fit
 
-ARMS = ["ours", "ours, full", "peft, eager", "peft, compiled"]
+ARMS = ["fiddlehead:4", "peft:4", "unsloth:4", "automodel:4"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.0}
+IMPORTS = {
+    "fiddlehead": ["fiddlehead.training", "fiddlehead.checkpoints.weights"],
+    "peft": ["transformers.trainer", "peft"],
+    "unsloth": ["unsloth"],  # before transformers, which it changes
+    "automodel": ["transformers.models.llama.modeling_llama"],
+}
 
 
 def main() -> None:
-    """Prints the table and writes `results/lora.json`."""
+    """Prints the table and writes `results/NAME.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--arms", nargs="+", default=ARMS, metavar="NAME:BATCH[:OPTION=VALUE,...]")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for each arm")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--name", default="lora", help="of the file of results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    shape = (TINY if given.tiny else SHAPE) | {"B": given.batch, "T": 64 if given.tiny else 4096}
     if given.child:
-        print(json.dumps(measure(given.child, shape, given.weights)))
+        print(json.dumps(measure(given.child, given)))
         return
-    figures = {}
     with tempfile.TemporaryDirectory() as weights:
-        write_weights(shape, Path(weights))
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", f"{weights}/unsloth")  # it would write into this directory
+        commands = {}
         for arm in given.arms:
-            command = [sys.executable, "-W", "ignore", __file__, "--child", arm, "--weights", weights]
-            command += ["--batch", str(given.batch), *(["--tiny"] if given.tiny else [])]
-            figures[arm] = run_arm(arm, command)
+            shape = shape_of(arm, given.tiny)
+            folder = Path(weights) / str(shape["layers"])
+            if not folder.exists():
+                peers.write_weights(shape, folder)
+                write_tokenizer(folder / "tokenizer")
+            command = [sys.executable, "-W", "ignore", __file__, "--child", arm, "--weights", str(folder)]
+            commands[arm] = [*command, "--steps", str(given.steps), *(["--tiny"] if given.tiny else [])]
+        figures = peers.run_arms(commands, given.timeout)
     rows = [
-        [arm, f"{r['tokens_per_s']:,.0f}", f"{r['mfu']:.1%}", f"{r['gib']:.1f}", f"{r['loss']:.3f}"]
+        [arm, f"{r['tokens_per_s']:,.0f}", f"{r['mfu']:.1%}", f"{r['gib']:.1f}", f"{r['losses']['last']:.3f}"]
         for arm, r in figures.items()
         if "failed" not in r
     ]
-    print(table(["", "tokens/s", "MFU", "peak GiB", "loss"], rows))
-    if not given.tiny:
-        save("lora", figures, ["torch", "lightning", "transformers", "peft"])
+    print(table(["", "tokens/s", "MFU", "peak GiB", "last loss"], rows))
+    peers.check_losses(figures, alike)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    save(given.name, figures, [*peers.PACKAGES, "peft", "unsloth", "nemo-automodel"], {"gpu": gpu}, given.out)
 
 
-def write_weights(shape: dict[str, int], folder: Path) -> None:
-    """A Llama as transformers writes it, with random weights."""
-    from transformers import LlamaForCausalLM
-
-    torch.manual_seed(0)
-    with torch.device(accelerator()):
-        LlamaForCausalLM(llama(shape)).bfloat16().save_pretrained(folder)
+def alike(arm: str) -> tuple[str, ...]:
+    """What arms have in common whose losses are the same."""
+    _, batch, *more = arm.split(":")
+    options = [option for option in ",".join(more).split(",") if option.split("=")[0] in ("accumulate", "shape")]
+    return batch, *options
 
 
-def measure(arm: str, shape: dict[str, int], weights: Path) -> dict[str, float]:
+def shape_of(arm: str, tiny: bool) -> dict[str, int]:
+    """The shape of an arm's model and batch."""
+    sizes = TINY if tiny else SHAPE_8B if "shape=8b" in arm else SHAPE
+    return sizes | {"B": int(arm.split(":")[1]), "T": 64 if tiny else 4096}
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of nothing: Unsloth does not load a model without one."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1}, unk_token="<unk>"))
+    special = {"unk_token": "<unk>", "eos_token": "<eos>", "pad_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+
+
+def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """Trains one arm, and returns its figures."""
+    program, _, *more = name.split(":")
+    options = dict(option.split("=") for option in ",".join(more).split(",") if option)
+    options.pop("shape", None)
+    accumulate = int(options.pop("accumulate", 1))
+    for module in IMPORTS[program]:
+        importlib.import_module(module)
+    sys.stdin.readline()
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    clock = Clock(given.steps)
+    arm = Arm(shape_of(name, given.tiny), given.weights, clock, "bf16-mixed", accumulate, options)
+    adapters = {"fiddlehead": ours, "peft": peft, "unsloth": unsloth, "automodel": automodel}[program](arm)
     from fiddlehead.checkpoints.weights import open_weights
 
-    torch.manual_seed(0)
-    clock = Clock(10)
-    loss, adapters = (peft if arm.startswith("peft") else ours)(arm, shape, weights, clock)
-    tokens_per_s = 10 * shape["B"] * shape["T"] / clock.seconds
-    flops = open_weights(weights).config.train_flops_per_token(shape["T"], adapters=adapters)
-    return {**on_device(tokens_per_s, flops), "loss": loss}
+    tokens_per_s = given.steps * arm.shape["B"] * arm.shape["T"] * accumulate / clock.seconds
+    flops = open_weights(arm.weights).config.train_flops_per_token(arm.shape["T"], adapters=adapters)
+    losses = {step: float(loss) for step, loss in clock.losses.items()}
+    return {**on_device(tokens_per_s, flops), "losses": losses, "adapters": adapters}
 
 
-def ours(arm: str, shape: dict[str, int], weights: Path, clock: Clock) -> tuple[float, int | None]:
-    """A run from a recipe, its layers compiled; the full step has bfloat16 parameters."""
+def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters of the adapters."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def count(model: torch.nn.Module) -> int:
+    """How many parameters the adapters have."""
+    return sum(parameter.numel() for parameter in trained(model))
+
+
+def ours(arm: Arm) -> int | None:
+    """A run from a recipe, its layers compiled."""
     from fiddlehead.models import LoRA
     from fiddlehead.training import LanguageModel
     from fiddlehead.training.callbacks.metrics import num_adapted
 
-    adapted = arm == "ours"
-    compile = "layers" if torch.cuda.is_available() else None
-    model = LanguageModel(init_from=weights, lora=LoRA(rank=16, alpha=32) if adapted else None, compile=compile)
+    chosen: dict[str, Any] = {"compile": "layers" if torch.cuda.is_available() else None} | arm.options
+    if "activation_checkpointing" in chosen and chosen["activation_checkpointing"][0].isdigit():
+        chosen["activation_checkpointing"] = float(chosen["activation_checkpointing"])
+    model = LanguageModel(init_from=arm.weights, lora=LoRA(rank=16, alpha=32), **chosen)
     model.take_shape()
-    loss = fit(model, 1e-4, shape, "bf16-mixed" if adapted else "bf16-true", clock)
-    return loss, num_adapted(model)
+    fit(arm, model, **ADAMW)
+    return num_adapted(model)
 
 
-def peft(arm: str, shape: dict[str, int], weights: Path, clock: Clock) -> tuple[float, int | None]:
-    """transformers' Llama with PEFT's adapters, in a bare loop."""
+def peft(arm: Arm) -> int:
+    """transformers' Llama with PEFT's adapters under transformers' Trainer, with Liger's kernels on a GPU.
+
+    Options: compile=1 for the Trainer's `torch_compile`; liger=0.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
-    from fiddlehead.training import AdamW
+    base: Any = LlamaForCausalLM.from_pretrained(arm.weights, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model: Any = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
+    liger = arm.device == "cuda" and arm.options.get("liger") != "0"
+    hf_trainer(arm, model, **ADAMW, use_liger_kernel=liger, torch_compile=arm.options.get("compile") == "1")
+    return count(model)
 
-    base: Any = LlamaForCausalLM.from_pretrained(weights, dtype=torch.bfloat16, attn_implementation="sdpa")
-    model: Any = get_peft_model(base.to(accelerator()), LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS))
-    model.train()
-    run = torch.compile(model) if arm == "peft, compiled" else model
-    adapters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    optimizer = AdamW(lr=1e-4).optimizer(adapters)
-    loss = torch.zeros(())
-    source = batches(shape, "cpu", 0)
-    while clock.done < clock.steps:
-        ids, labels = (tokens.to(accelerator()) for tokens in next(source))
-        with torch.autocast(accelerator(), dtype=torch.bfloat16):
-            logits = run(input_ids=ids, use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        clock()
-    return float(loss), sum(parameter.numel() for _, parameter in adapters)
+
+def unsloth(arm: Arm) -> int:
+    """Unsloth's Llama and adapters under transformers' Trainer; checkpointing=unsloth for its own recomputation."""
+    from unsloth import FastLanguageModel
+
+    tokenizer = str(arm.weights / "tokenizer")
+    settings = {"max_seq_length": arm.shape["T"], "dtype": torch.bfloat16, "load_in_4bit": False}
+    base, _ = FastLanguageModel.from_pretrained(str(arm.weights), tokenizer_name=tokenizer, **settings)
+    model = FastLanguageModel.get_peft_model(
+        base,
+        r=16,
+        lora_alpha=32,
+        lora_dropout=0,
+        bias="none",
+        target_modules=TARGETS,
+        use_gradient_checkpointing=arm.options.get("checkpointing", False),
+    )
+    hf_trainer(arm, model, **ADAMW)
+    return count(model)
+
+
+def automodel(arm: Arm) -> int:
+    """NeMo Automodel's adapters in transformers' Llama, with Liger's kernels, as its benchmark of Llama 3.1 8B has it.
+
+    Its loop and its FSDP2 need transformers 5.18; the loop here is a bare one. Its adapters are bfloat16.
+    Options: triton=1 for its Triton kernels, without its memory-efficient layers.
+    """
+    from nemo_automodel.components._peft.lora import PeftConfig, apply_lora_to_linear_modules
+    from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
+    from transformers import LlamaForCausalLM
+
+    model: Any = LlamaForCausalLM.from_pretrained(arm.weights, dtype=torch.bfloat16, attn_implementation="sdpa")
+    if arm.device == "cuda":
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model)
+    triton = arm.options.get("triton") == "1"
+    config = PeftConfig(target_modules=["*_proj"], dim=16, alpha=32, use_triton=triton)
+    apply_lora_to_linear_modules(model, config)
+    model.to(arm.device).train()
+    entropy, tokens = MaskedCrossEntropy(), arm.shape["B"] * arm.shape["T"]
+
+    def loss(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return entropy(model(input_ids=ids, use_cache=False).logits, labels, num_label_tokens=tokens)
+
+    parameters = trained(model)
+    loop(arm, parameters, loss, torch.optim.AdamW(parameters, **ADAMW, fused=True))
+    return count(model)
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     main()

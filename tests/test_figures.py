@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
+import operator
 import re
 import sys
 from pathlib import Path
@@ -89,6 +91,24 @@ def test_benchmarks_print_the_change_since_the_file_they_replace(
         assert read(tmp_path / "speed.json")["figures"]["rate"] == 80
     finally:
         del sys.modules["measure"]
+
+
+def test_a_comparison_of_programs_whose_losses_differ_ends_without_results(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    peers = importlib.import_module("peers")
+    try:
+        check = peers.check_losses
+        ours = {"a:4": {"losses": {"first": 12.0, "last": 10.0}}, "b:4": {"losses": {"first": 12.001, "last": 10.04}}}
+        batch = operator.itemgetter(2)
+        check(ours | {"b:8": {"losses": {"first": 11.0, "last": 9.0}}, "c:4": {"failed": "out of memory"}}, batch)
+        for other in ({"first": 12.1, "last": 10.0}, {"first": 12.0, "last": 10.2}, {"first": 12.0, "last": math.nan}):
+            with pytest.raises(SystemExit, match="losses differ by more than"):
+                check(ours | {"c:4": {"losses": other}}, batch)
+        say = [sys.executable, "-c", "print('noise'); input(); print('{\"a\": 1}')"]
+        fails = [sys.executable, "-c", "raise SystemExit('no memory')"]
+        assert peers.run_arms({"one": say, "two": fails}, 60) == {"one": {"a": 1}, "two": {"failed": "no memory"}}
+    finally:
+        del sys.modules["peers"]
 
 
 def test_the_results_that_are_kept_can_be_compared():
