@@ -32,15 +32,19 @@ def test_a_run_ends_with_where_it_is_how_long_it_took_and_what_to_do_next(
     assert all(text in printed for text in expected), printed
 
 
-def test_the_reason_of_a_failure_that_the_log_has_shown_is_not_printed_again(tmp_path: Path, capsys) -> None:
+def test_a_terminal_has_the_reason_of_a_failure_once(tmp_path: Path, capsys, monkeypatch) -> None:
     run = RunDirectory(tmp_path / "a")
     (run.checkpoints / "step-00000004").mkdir(parents=True)
     failure = RunFailedError(run, Status(State.FAILED, started=100.0, ended=300.0, reason="step 5: not finite"))
     for log, shown in (("step 4\nerror: step 5: not finite. It goes on from step 4\n", False), ("step 4\n", True)):
         run.log.write_text(log)
         say_failure(failure)
+        assert "FAILED: step 5: not finite" in capsys.readouterr().err  # a file or a pipe has it anyway
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        say_failure(failure)
         printed = capsys.readouterr()
         assert ("FAILED: step 5: not finite" in printed.err) == shown
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
         assert "a failed in 3 min 20 s" in printed.out and "go on from its newest checkpoint" in printed.out
     (run.checkpoints / "step-00000004").rmdir()
     say_failure(failure)

@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 
 def say_failure(failure: RunFailedError) -> None:
-    """Prints why a run that was followed has failed, if the log, which was shown, does not say it; then its ending."""
+    """Prints why a run that was followed has failed, and its ending.
+
+    On a terminal it does not repeat what the log, which was shown there, says at its end.
+    """
     reason = failure.status.reason
-    if not reason or reason not in "\n".join(last_lines(failure.run.log, 20)):
+    if not sys.stderr.isatty() or not reason or reason not in "\n".join(last_lines(failure.run.log, 20)):
         print(f"error: {failure}", file=sys.stderr)  # noqa: T201
     say_ending(failure.run, failure.status)
 
