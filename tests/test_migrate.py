@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -419,6 +420,50 @@ def test_what_is_no_script_of_nemo_s_is_refused(text: str, said: str) -> None:
     with pytest.raises(ConfigError) as error:
         migrate(text, "x")
     assert said in str(error.value)
+
+
+HEAD = "from nemo.collections import llm\nimport nemo_run as run\nfrom itertools import product\n"
+RECIPE = "recipe = llm.llama3_8b.pretrain_recipe(name='a')\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "class Llama3Config8B(llm.Llama3Config8B):\n    seq_length = 4\nmodel = llm.LlamaModel(Llama3Config8B())\n"
+        "llm.pretrain(model=model, data=None)\n",
+        RECIPE + "for a, b in product(range(30_000_000), range(10)):\n    run.run(recipe)\n",
+        RECIPE + "".join(f"{' ' * n}for x{n} in range(60):\n" for n in range(3)) + "   run.run(recipe)\n",
+        "def f(x):\n    return run.Config(Foo, f(f(x)), f(f(x)))\n" + RECIPE + "recipe.data = f(1)\n",
+        RECIPE + "def f(a=1, /, c=3):\n    return run.Config(Foo, a, c)\nrecipe.data = f(1, **{'c': 2})\n",
+    ],
+    ids=["a base of the same name", "a long product", "nested loops", "a function of itself", "positional only"],
+)
+def test_odd_python_ends_soon_and_in_a_valid_file(text: str) -> None:
+    migrated = migrate(HEAD + text, "1b-x")
+    compile(migrated.recipe, "run_1b_x.py", "exec")
+
+
+def test_texts_of_a_script_are_quoted_in_commands_and_no_line_of_it_moves_a_file() -> None:
+    source = "hf://a/b; touch OWNED"
+    text = f"llm.import_ckpt(model=llm.llama3_8b.model(), source={source!r})\nX = Path('a').replace('b')\n"
+    migrated = migrate(HEAD + "from pathlib import Path\n" + text + RECIPE + "recipe.log.log_dir = X\n", "a")
+    assert all(shlex.split(step)[:5] != step.split()[:5] for step in migrated.steps if "touch" in step)
+    assert "replace(" not in migrated.recipe
+
+
+def test_names_of_the_script_do_not_hide_those_of_the_files(working_directory: Path) -> None:
+    text = "fdl = 4\ndef llama3_8b():\n    r = llm.llama3_8b.pretrain_recipe(name='a')\n"
+    made = migrate(HEAD + text + "    r.trainer.max_steps = fdl\n    return r\nrun.run(llama3_8b())\n", "a").recipe
+    assert "def llama3_8b_() -> Recipe:" in made and "recipe = llama3_8b.pretrain_recipe(" in made
+    assert "recipe.trainer.max_steps = fdl_" in made and "fdl_ = 4" in made
+
+
+def test_what_a_script_does_in_the_end_is_migrated_and_rounds_that_are_left_are_not() -> None:
+    text = RECIPE + "try:\n    pass\nexcept OSError:\n    pass\nfinally:\n    recipe.trainer.max_steps = 9\n"
+    loop = "for n in [1, 2]:\n    if n == 2:\n        continue\n    run.run(recipe, name=f'x_{n}')\n"
+    migrated = migrate(HEAD + text + loop, "a")
+    assert "recipe.trainer.max_steps = 9" in migrated.recipe and "x_2" not in "".join(migrated.steps)
+    assert any("after an error" in str(line) for line in migrated.lines)
 
 
 def test_a_command_names_the_arguments_that_a_script_gives() -> None:

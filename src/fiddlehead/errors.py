@@ -139,9 +139,10 @@ def format_warning(
 
     One of this package reads as those in a run's log; one of another package says where it comes from.
     """
+    text = " ".join(str(message).split())
     if Path(filename).is_relative_to(Path(__file__).parent):
-        return f"WARNING: {message}\n"
-    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+        return f"WARNING: {text}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {text}\n"
 
 
 def first_of(problems: Sequence[str], shown: int = 20) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shlex
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.migrate.scope import CONFIGS, Scope, last_name, made_by
@@ -100,7 +101,7 @@ def weights(scope: Scope, source: str, out: str | None = None) -> str:
     if not scheme:
         return source
     folder = out or name.rstrip("/").rpartition("/")[2]
-    scope.out.step(f"fiddlehead import hf {name.rstrip('/')} --out {folder}")
+    scope.out.step(f"fiddlehead import hf {shlex.quote(name.rstrip('/'))} --out {shlex.quote(folder)}")
     return folder
 
 
@@ -137,7 +138,7 @@ def _line(scope: Scope, path: str, value: ast.expr) -> str:
     if ours.startswith("trainer.strategy.") and text == "None":
         text = "1"
     if not ours:
-        return str(named)
+        return str(named) if named is not None else f"not migrated: set {text} yourself"
     if not scope.is_plain(value):
         return f"not migrated: the recipe does not know {text}; set {ours}"
     if (

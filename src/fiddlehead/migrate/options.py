@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping, Set
 
-from fiddlehead.migrate.scope import last_name
+from fiddlehead.migrate.scope import is_name, last_name
 
 TAKEN = ("recipe", "executor", "run", "fdl", "llm")
 """Names that the files have for something else."""
@@ -41,7 +41,7 @@ def _option(call: ast.Call) -> tuple[str, str, ast.expr | None] | None:
     flags = [str(each.value) for each in call.args if isinstance(each, ast.Constant)]
     name = str(getattr(given.get("dest"), "value", "")) or next((f for f in flags if f.startswith("--")), "")
     name = (name or (flags or [""])[0]).lstrip("-").replace("-", "_")
-    if not name.isidentifier():
+    if not is_name(name):
         return None
     action = getattr(given.get("action"), "value", "")
     kind = ast.unparse(given["type"]) if "type" in given and "nargs" not in given else ""

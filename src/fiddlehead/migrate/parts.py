@@ -72,11 +72,12 @@ def part_function(scope: Scope, node: ast.FunctionDef) -> Arguments | None:
         if isinstance(statement, ast.Return):
             value = resolved(parts, statement.value or ast.Constant(None))
             lists = value.elts if isinstance(value, (ast.List, ast.Tuple)) else [value]
-            if not any(map(is_part, lists)):
+            calls_itself = any(isinstance(each, ast.Name) and each.id == node.name for each in ast.walk(value))
+            if calls_itself or not any(map(is_part, lists)):
                 return None
             return names, _defaults(node.args), value
         if isinstance(statement, ast.Assign):
-            (target,) = statement.targets
+            target = statement.targets[0]
             if not note_part(parts, target, statement.value) and isinstance(target, ast.Name):
                 parts.parts[target.id] = resolved(parts, statement.value)
         elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
@@ -139,7 +140,9 @@ def model_of(node: ast.expr, classes: Mapping[str, tuple[str, list[ast.keyword]]
             continue
         kind, bare = made_by(each) if isinstance(each, ast.Call) else (last_name(each), None)
         fields = list(bare.keywords) if bare is not None else []
-        while kind in classes:
+        bases = set[str]()
+        while kind in classes and kind not in bases:  # one may be named as its base is
+            bases.add(kind)
             kind, more = classes[kind]
             fields = [*(one for one in more if one.arg not in {field.arg for field in fields}), *fields]
         if kind == "GPTConfig":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import keyword
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -30,6 +31,11 @@ SAFE = (
 METHODS = ("append", "extend", "format", "get", "items", "join", "keys", "lower", "replace", "split", "strip", "update",
            "upper", "values")  # fmt: skip
 """The methods of texts, lists and mappings whose calls a migrated file keeps."""
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can be a name in Python."""
+    return text.isidentifier() and not keyword.iskeyword(text)
 
 
 @dataclass
@@ -92,6 +98,8 @@ class Scope:
             return ast.unparse(node) in SAFE
         is_method = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in METHODS
         if is_method and ast.unparse(node.func) not in SAFE:  # type: ignore[attr-defined]
+            if node.func.attr == "replace" and len(node.args) != 2:  # type: ignore[attr-defined]
+                return False  # a path's moves a file; a text's has two arguments
             inner: list[ast.AST] = [node.func.value, *node.args, *node.keywords]  # type: ignore[attr-defined]
             return all(map(self.is_plain, inner))
         if isinstance(node, ast.comprehension):
@@ -141,7 +149,11 @@ class Scope:
         Args:
             names: of the parameters of the function.
         """
-        pairs = [*zip(names, call.args, strict=False), *((each.arg, each.value) for each in call.keywords)]
+        named = [(each.arg, each.value) for each in call.keywords if each.arg]
+        for each in call.keywords:
+            if each.arg is None:
+                self.out.say(each, f"not migrated: name the arguments of **{ast.unparse(each.value)}")
+        pairs = [*zip(names, call.args, strict=False), *named]
         taken = []
         for name, node in pairs:
             read = self.reads(node)

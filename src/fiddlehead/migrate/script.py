@@ -14,10 +14,14 @@ from fiddlehead.migrate.models import begin_recipe, begin_task, task_of
 from fiddlehead.migrate.parts import is_part, model_base, note_added, note_part, part_function, resolved
 from fiddlehead.migrate.plugins import note_plugins
 from fiddlehead.migrate.report import Migrated
-from fiddlehead.migrate.scope import CONFIGS, METHODS, RECIPES, SAFE, Scope
+from fiddlehead.migrate.scope import CONFIGS, METHODS, RECIPES, SAFE, Scope, is_name
 from fiddlehead.migrate.simplify import simplified
 from fiddlehead.migrate.starts import EXPERIMENT, Starts
 from fiddlehead.migrate.writer import executor_text, launch_text, recipe_text, used_parameters
+from fiddlehead.recipe import catalog
+
+WRITTEN = {"Recipe", "LoRA", "fdl"}
+"""Names that recipe files import besides recipes."""
 
 
 def migrate(text: str, name: str) -> Migrated:
@@ -33,14 +37,15 @@ def migrate(text: str, name: str) -> Migrated:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError) as error:
         raise ConfigError(f"it is not valid Python: {error}") from error
-    return Script(tree, re.sub(r"\W", "_", name)).migrated()
+    name = re.sub(r"\W", "_", name)
+    return Script(tree, name if is_name(name) else f"run_{name}").migrated()
 
 
 class Script:
     """What is known of a script so far."""
 
     def __init__(self, tree: ast.Module, name: str) -> None:
-        self.tree, options, defaults = simplified(tree)
+        self.tree, options, defaults = simplified(tree, {each.name for each in catalog.recipes()} | WRITTEN)
         self.name = name
         self.out = Migrated()
         self.recipes: dict[str, Scope] = {}
@@ -149,8 +154,11 @@ class Script:
         if isinstance(node, (ast.With, ast.Try)):
             for each in node.items if isinstance(node, ast.With) else ():
                 self._call(scope, each.context_expr)
-            for each in node.body:
+            after = [*node.orelse, *node.finalbody] if isinstance(node, ast.Try) else []
+            for each in [*node.body, *after]:
                 self._statement(scope, each)
+            for each in node.handlers if isinstance(node, ast.Try) else ():
+                self.out.say(each, "left out: what is done after an error")
         elif isinstance(node, (ast.If, ast.For)):
             self._block(scope, node)
         elif isinstance(node, ast.While):

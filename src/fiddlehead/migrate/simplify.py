@@ -5,29 +5,40 @@ from __future__ import annotations
 import ast
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from copy import deepcopy
 from typing import TypeVar
 
 from fiddlehead.migrate.options import take_options
-from fiddlehead.migrate.scope import RECIPES, Replace, last_name
+from fiddlehead.migrate.scope import RECIPES, Replace, is_name, last_name
 
 MAX_ROUNDS = 64
 """A loop over more values than this stays a loop."""
+MAX_STATEMENTS = 1000
+"""So does one whose rounds are more lines than these."""
 Names = Mapping[str, ast.expr]
 _Node = TypeVar("_Node", bound=ast.AST)
 
 
-def simplified(tree: ast.Module) -> tuple[ast.Module, dict[str, ast.arg], dict[str, ast.expr]]:
+def simplified(tree: ast.Module, taken: Set[str]) -> tuple[ast.Module, dict[str, ast.arg], dict[str, ast.expr]]:
     """The tree with plain names for options of the command line, and with loops that start jobs written out.
 
     ``partial(f, a)(b)`` is ``f(a, b)``, ``getattr(llm, "x")`` is ``llm.x``, ``a, b = 1, 2`` is two lines, and a
     function to which a model is given is a function for each model.
 
+    Args:
+        taken: names that the files use, to which the script's own get a _ if they are the same.
+
     Returns:
         the tree, and by name the options of the command line and their default values.
     """
     tree = replaced(tree, _renamed(tree))
+    own = {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
+    own |= {each.id for each in ast.walk(tree) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)}
+    tree = _Freed(own & taken).visit(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arguments):  # parameters are told apart by their names
+            node.args, node.posonlyargs = [*node.posonlyargs, *node.args], []
     tree, options, defaults = take_options(tree)
     tree = _OneByOne().visit(tree)
     partials: dict[str, ast.Call] = {}
@@ -45,6 +56,22 @@ def simplified(tree: ast.Module) -> tuple[ast.Module, dict[str, ast.arg], dict[s
 def replaced(node: _Node, names: Names) -> _Node:
     """A copy of a node with expressions in the place of names."""
     return Replace(names).visit(deepcopy(node))
+
+
+class _Freed(ast.NodeTransformer):
+    """Names of the script's own with a _ behind them."""
+
+    def __init__(self, names: Set[str]) -> None:
+        self.names = names
+
+    def visit_Name(self, node: ast.Name) -> ast.Name:
+        node.id += "_" * (node.id in self.names)
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        node.name += "_" * (node.name in self.names)
+        self.generic_visit(node)
+        return node
 
 
 def _renamed(tree: ast.Module) -> dict[str, ast.expr]:
@@ -87,7 +114,7 @@ class _OneByOne(ast.NodeTransformer):
         call = node.value
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "setattr" and len(call.args) == 3:
             owner, name, value = call.args
-            if isinstance(name, ast.Constant) and str(name.value).isidentifier():
+            if isinstance(name, ast.Constant) and is_name(str(name.value)):
                 target = ast.Attribute(owner, str(name.value), ast.Store())
                 return ast.copy_location(ast.Assign([target], value), node)
         return node
@@ -135,7 +162,7 @@ def _attribute(node: ast.Call) -> ast.expr:
     """``getattr(llm, "x")`` as ``llm.x``."""
     if ast.unparse(node.func) == "getattr" and len(node.args) > 1:
         name = node.args[1]
-        if isinstance(name, ast.Constant) and str(name.value).isidentifier():
+        if isinstance(name, ast.Constant) and is_name(str(name.value)):
             return ast.copy_location(ast.Attribute(node.args[0], str(name.value), ast.Load()), node)
     return node
 
@@ -149,6 +176,8 @@ class _Unrolled(ast.NodeTransformer):
     def visit_For(self, node: ast.For) -> ast.stmt | list[ast.stmt]:
         values = list(itertools.islice(self._values(node.iter), MAX_ROUNDS + 1))
         text = ast.unparse(node)
+        if node.orelse or any(isinstance(each, ast.Continue | ast.Break) for each in ast.walk(node)):
+            return node
         if not values or len(values) > MAX_ROUNDS or not re.search(r"\.add\(|\brun\(|_recipe\(|\bExperiment\(", text):
             return node
         rounds: list[ast.stmt] = []
@@ -160,6 +189,8 @@ class _Unrolled(ast.NodeTransformer):
                 made = _Unwrapped({}).visit(replaced(each, names))
                 done = _Unrolled(self.constants).visit(made)
                 rounds += done if isinstance(done, list) else [done]
+                if len(rounds) > MAX_STATEMENTS:
+                    return node
         return rounds
 
     def _values(self, node: ast.expr) -> Iterator[ast.expr]:
@@ -189,7 +220,8 @@ class _Unrolled(ast.NodeTransformer):
                 yield ast.Tuple([ast.Constant(number), each], ast.Load())
         elif name in ("zip", "product"):
             together = zip if name == "zip" else itertools.product
-            for each in together(*map(self._values, node.args)):
+            limited = (itertools.islice(self._values(each), MAX_ROUNDS + 1) for each in node.args)
+            for each in together(*limited):
                 yield ast.Tuple(list(each), ast.Load())
 
 

@@ -93,7 +93,7 @@ class Starts:
         """The words of a command for the literal arguments of an executor's function."""
         pairs = [
             *zip(self.script.parameters[function], call.args, strict=False),
-            *((each.arg, each.value) for each in call.keywords),
+            *((each.arg, each.value) for each in call.keywords if each.arg),
         ]
         words = []
         for key, value in pairs:
