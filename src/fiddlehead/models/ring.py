@@ -5,9 +5,10 @@ logarithms of the softmaxes' sums, in float32. While it computes, the next keys 
 backward pass, so are the gradients of keys and values, in float32, until they are back where they belong. Heads are not
 split, and keys and values travel with their own number of heads, so the number of processes does not depend on them.
 
-Of the 2 n chunks of a sequence, process i of n has the chunks i and 2 n - 1 - i (zigzag). Under the causal mask its
-queries then see half of the chunk pairs of every other process: all of them the first chunk of an earlier process, or
-its second chunk both of a later one. So all have equal work in every step, and none of it is masked.
+Of the 2 n chunks of a sequence, process i of n has the chunks i and 2 n - 1 - i (zigzag). Of an earlier process's keys,
+all its queries see the first chunk, and none sees the second. Of a later process's keys, only the queries of its second
+chunk see any, and they see both chunks. So all processes have equal work in each step, and no step after the first
+needs a mask, unless documents are packed.
 
 PyTorch's own ring, `torch.distributed.tensor.experimental.context_parallel`, is not used: it replaces
 `scaled_dot_product_attention` for DTensors, so that flash-attn's kernels, softcap, and documents that are kept apart

@@ -217,7 +217,7 @@ class _Layer:
         of_products = {"qkv": self.qkv + self.rotated, "out": C, "up": self.F1, "down": C}
         kept = b * (C + sum(of_products[name] for name in chosen.products))
         if chosen.attention:
-            kept = everything - self.cheap
+            kept = everything if chosen.cheap else everything - self.cheap
         return max(kept, b * C + products) if self.sizes.tensor * self.sizes.context > 1 else kept
 
     @property

@@ -1,7 +1,7 @@
 """What the compiler keeps of a layer where it may keep a part of its activations: `activation_checkpointing=0.5`.
 
-It is PyTorch's partitioner that chooses (`choose_saved_values_set` of `torch._functorch.partitioners`, the same in 2.11
-to 2.13); the tests compare both. In its count a part is of all that it would keep, less the inputs.
+PyTorch's partitioner chooses (`choose_saved_values_set` of `torch._functorch.partitioners`, the same in 2.11 to 2.13);
+the tests compare both. The part is a share of the bytes that it would keep in all, without the inputs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ class Kept:
     """The outputs of these products, of "qkv", "out", "up" and "down"."""
     attention: bool = False
     """Attention's output."""
+    cheap: bool = False
+    """What costs next to nothing to compute again."""
 
 
 def choose(part: float, all: float, dear: float, sizes: Mapping[str, float], flops: Mapping[str, float]) -> Kept:
@@ -31,7 +33,9 @@ def choose(part: float, all: float, dear: float, sizes: Mapping[str, float], flo
         sizes: bytes of each product's output that the backward pass needs.
         flops: of each product.
     """
-    if dear < part * all or all <= 0:
+    if all <= 0:
+        return Kept(frozenset(sizes), attention=True, cheap=True)
+    if dear < part * all:
         return Kept(frozenset(sizes), attention=True)
     if sum(sizes.values()) < part * all:
         return Kept(frozenset(sizes))

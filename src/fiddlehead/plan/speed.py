@@ -288,7 +288,7 @@ class _Work:
         sizes, ring, b = self.sizes, self.setting.ring, self.setting.of_products
         if ring == 1:
             return []
-        again = self.setting.recompute == "full"
+        again = self.setting.recompute == "full" or self.chosen[1]
         values = (ring - 1) * ((2 + again + self.setting.compares) * b + 4)  # and their gradients, in float32
         return [(sizes.context * sizes.tensor, self.layers * self._keys_and_values() * values)]
 
