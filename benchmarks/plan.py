@@ -303,8 +303,8 @@ def measure(name: str, given: argparse.Namespace) -> None:
     pairs = given.weights.parent / "pairs.jsonl"
     if "data.paths=PAIRS" in edits:
         write_pairs(pairs)
-    edits = [edit.replace("WEIGHTS", str(given.weights)).replace("PAIRS", str(pairs)) for edit in edits]
-    edits = [edit.replace("TOKENIZER", str(pairs.parent)) for edit in edits]
+    for word, path in {"WEIGHTS": given.weights, "PAIRS": pairs, "TOKENIZER": pairs.parent}.items():
+        edits = [edit.replace(word, str(path)) for edit in edits]
     if given.tiny:
         sized = ("num_layers", "hidden_size", "ffn_hidden_size", "seq_length", "compile")
         edits = [edit for edit in edits if edit.split("=")[0].split(".")[-1] not in sized and "0." not in edit]

@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import Mapping
 
-from fiddlehead.migrate.scope import CONFIGS, RECIPES, TASKS, Scope, last_name, made_by
+from fiddlehead.migrate.scope import CONFIGS, RECIPES, TASKS, Scope, defaults_of, last_name, made_by
 from fiddlehead.migrate.simplify import replaced
 
 PRESETS = re.compile(r"default_log|default_resume|\w+_logger|distributed_fused_adam\w*|(bf16|fp16|nemotron)_\w+")
@@ -75,7 +75,7 @@ def part_function(scope: Scope, node: ast.FunctionDef) -> Arguments | None:
             calls_itself = any(isinstance(each, ast.Name) and each.id == node.name for each in ast.walk(value))
             if calls_itself or not any(map(is_part, lists)):
                 return None
-            return names, _defaults(node.args), value
+            return names, defaults_of(node.args), value
         if isinstance(statement, ast.Assign):
             target = statement.targets[0]
             if not note_part(parts, target, statement.value) and isinstance(target, ast.Name):
@@ -85,14 +85,6 @@ def part_function(scope: Scope, node: ast.FunctionDef) -> Arguments | None:
         elif not isinstance(statement, (ast.Pass, ast.Import, ast.ImportFrom, ast.Expr)):
             return None
     return None
-
-
-def _defaults(arguments: ast.arguments) -> dict[str, ast.expr]:
-    count = len(arguments.args) - len(arguments.defaults)
-    names = [each.arg for each in arguments.args[count:]]
-    pairs = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-    only = {each.arg: value for each, value in pairs if value is not None}
-    return {**dict(zip(names, arguments.defaults, strict=True)), **only}
 
 
 def resolved(scope: Scope, node: ast.expr, depth: int = 0) -> ast.expr:

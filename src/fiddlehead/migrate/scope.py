@@ -38,6 +38,14 @@ def is_name(text: str) -> bool:
     return text.isidentifier() and not keyword.iskeyword(text)
 
 
+def defaults_of(arguments: ast.arguments) -> dict[str, ast.expr]:
+    """The default values of a function's parameters, by name."""
+    names = [each.arg for each in arguments.args[len(arguments.args) - len(arguments.defaults) :]]
+    pairs = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    only = {each.arg: value for each, value in pairs if value is not None}
+    return {**dict(zip(names, arguments.defaults, strict=True)), **only}
+
+
 @dataclass
 class MadeExecutor:
     """A function of the launch file."""

@@ -14,7 +14,7 @@ from fiddlehead.migrate.models import begin_recipe, begin_task, task_of
 from fiddlehead.migrate.parts import is_part, model_base, note_added, note_part, part_function, resolved
 from fiddlehead.migrate.plugins import note_plugins
 from fiddlehead.migrate.report import Migrated
-from fiddlehead.migrate.scope import CONFIGS, METHODS, RECIPES, SAFE, Scope, is_name
+from fiddlehead.migrate.scope import CONFIGS, METHODS, RECIPES, SAFE, Scope, defaults_of, is_name
 from fiddlehead.migrate.simplify import simplified
 from fiddlehead.migrate.starts import EXPERIMENT, Starts
 from fiddlehead.migrate.writer import executor_text, launch_text, recipe_text, used_parameters
@@ -107,23 +107,19 @@ class Script:
 
     def _function(self, node: ast.FunctionDef) -> None:
         arguments = node.args
-        every = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
-        names = [each.arg for each in every]
+        names = [each.arg for each in (*arguments.args, *arguments.kwonlyargs)]
         bare = deepcopy(arguments)
-        for each in (*bare.posonlyargs, *bare.args, *bare.kwonlyargs):
+        for each in (*bare.args, *bare.kwonlyargs):
             if each.annotation is not None and not self.top.is_plain(each.annotation):
                 each.annotation = None
         self.parameters[node.name] = names
         scope = Scope(node.name, self.out, known=self.top.known | set(names), functions=self.top.functions)
-        defaults = [*bare.defaults, *(each for each in bare.kw_defaults if each is not None)]
-        if not all(map(self.top.is_plain, defaults)):
+        defaults = defaults_of(bare)
+        if not all(map(self.top.is_plain, defaults.values())):
             self.out.say(node, "left out: the files do not know its default values")
             return
         scope.parameters = ast.unparse(bare)
-        count = len(bare.args) - len(bare.defaults)
-        scope.literals = {**self.top.literals, **dict(zip(names[count:], bare.defaults, strict=False))}
-        pairs = zip(bare.kwonlyargs, bare.kw_defaults, strict=True)
-        scope.literals |= {each.arg: value for each, value in pairs if value is not None}
+        scope.literals = {**self.top.literals, **defaults}
         if given := _changed_recipe(node, names):
             self._helper(scope, given, bare)
         elif returned := part_function(scope, node):

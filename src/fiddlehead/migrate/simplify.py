@@ -10,7 +10,7 @@ from copy import deepcopy
 from typing import TypeVar
 
 from fiddlehead.migrate.options import take_options
-from fiddlehead.migrate.scope import RECIPES, Replace, is_name, last_name
+from fiddlehead.migrate.scope import RECIPES, Replace, defaults_of, is_name, last_name
 
 MAX_ROUNDS = 64
 """A loop over more values than this stays a loop."""
@@ -320,11 +320,7 @@ class _Specialised(ast.NodeTransformer):
         """Makes the function for these models, or those of its defaults, and returns its name."""
         old = deepcopy(self.functions[name])
         arguments = old.args
-        known: dict[str, ast.expr] = {}
-        count = len(arguments.args) - len(arguments.defaults)
-        known |= zip((each.arg for each in arguments.args[count:]), arguments.defaults, strict=True)
-        pairs = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-        known |= {each.arg: value for each, value in pairs if value is not None}
+        known = defaults_of(arguments)
         values = {**self.defaults, **{each: known[each] for each in self.chosen[name] if each in known}, **models}
         values = {each: values[each] for each in self.chosen[name] if each in values}
         word = "_".join(re.sub(r"\W", "_", ast.unparse(each).split(".")[-1].strip("'\"")) for each in models.values())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fiddlehead.models import TransformerConfig, nf4
 from fiddlehead.models.speed import Recompute
-from fiddlehead.plan.partitioned import Kept, choose
+from fiddlehead.plan.partitioned import Chosen, choose
 from fiddlehead.training.distributed.sizes import Sizes
 
 
@@ -246,16 +246,16 @@ class _Layer:
             "down": self.F * self.C,
         }
 
-    def chosen(self) -> Kept:
+    def chosen(self) -> Chosen:
         """What the compiler keeps besides the input where it may keep a part."""
         assert isinstance(self.setting.recompute, int | float)
-        b, flops = self.b, self.flops()
+        b = self.b
         all = self.all_compiled - b * (self.C + self.rotated)
         dear = all - self.cheap
         # Weights that are cast in the layer are an input, and if all is kept, their copies are in their place.
         all += (b - self.setting.of_weights) * layer_weights(self.config, self.sizes) / self.setting.tokens
         outputs = {name: b * size for name, size in self.outputs().items()}
-        return choose(self.setting.recompute, all, dear, outputs, {name: flops[name] for name in outputs})
+        return choose(self.setting.recompute, all, dear, outputs, self.flops())
 
     def again(self) -> float:
         """Bytes that the backward pass computes again before the feed-forward's: its own, or those of all the layer."""

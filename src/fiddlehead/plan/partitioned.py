@@ -12,7 +12,7 @@ from itertools import combinations
 
 
 @dataclass(frozen=True)
-class Kept:
+class Chosen:
     """What is kept besides a layer's input."""
 
     products: frozenset[str]
@@ -23,7 +23,7 @@ class Kept:
     """What costs next to nothing to compute again."""
 
 
-def choose(part: float, all: float, dear: float, sizes: Mapping[str, float], flops: Mapping[str, float]) -> Kept:
+def choose(part: float, all: float, dear: float, sizes: Mapping[str, float], flops: Mapping[str, float]) -> Chosen:
     """The products that are kept.
 
     Args:
@@ -34,11 +34,11 @@ def choose(part: float, all: float, dear: float, sizes: Mapping[str, float], flo
         flops: of each product.
     """
     if all <= 0:
-        return Kept(frozenset(sizes), attention=True, cheap=True)
+        return Chosen(frozenset(sizes), attention=True, cheap=True)
     if dear < part * all:
-        return Kept(frozenset(sizes), attention=True)
+        return Chosen(frozenset(sizes), attention=True)
     if sum(sizes.values()) < part * all:
-        return Kept(frozenset(sizes))
+        return Chosen(frozenset(sizes))
     choices = [each for count in range(len(sizes) + 1) for each in combinations(sizes, count)]
     fitting = [each for each in choices if sum(sizes[name] for name in each) <= part * all]
-    return Kept(frozenset(max(fitting, key=lambda each: sum(flops[name] for name in each), default=())))
+    return Chosen(frozenset(max(fitting, key=lambda each: sum(flops[name] for name in each))))
