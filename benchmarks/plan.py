@@ -301,7 +301,7 @@ def measure(name: str, given: argparse.Namespace) -> None:
 
     recipe_name, edits = CASES[name]
     pairs = given.weights.parent / "pairs.jsonl"
-    if "data.paths=PAIRS" in edits:
+    if on_pairs := "data.paths=PAIRS" in edits:
         write_pairs(pairs)
     for word, path in {"WEIGHTS": given.weights, "PAIRS": pairs, "TOKENIZER": pairs.parent}.items():
         edits = [edit.replace(word, str(path)) for edit in edits]
@@ -322,7 +322,7 @@ def measure(name: str, given: argparse.Namespace) -> None:
     vocab = 300 if given.tiny else 128_256
     if init_from is not None:
         recipe.model.config = fdl.Config(dict, vocab_size=vocab)
-    recipe = as_benchmark(recipe, steps=given.steps, warmup=given.warmup, random_tokens=not pairs.exists())
+    recipe = as_benchmark(recipe, steps=given.steps, warmup=given.warmup, random_tokens=not on_pairs)
     if init_from is not None:
         recipe.model.config, recipe.model.init_from = None, init_from
     points = given.out / "points.json"
