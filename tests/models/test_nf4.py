@@ -140,6 +140,20 @@ def test_a_compiled_layer_computes_the_same() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(each(x).square().sum(), x)[0] for each in (compiled, layer)))
 
 
+@pytest.mark.slow
+def test_one_compiled_kernel_serves_weights_of_every_shape() -> None:
+    """A model has more shapes than PyTorch compiles one function for, each in the forward and in the backward pass."""
+    shapes = [(64, 32 + 7 * i) for i in range(5)] + [(32 + 9 * i, 64) for i in range(5)]
+    assert len(shapes) > torch._dynamo.config.recompile_limit
+    for shape in shapes:
+        bits, x = nf4.quantize(weight(shape)), torch.randn(3, shape[1], requires_grad=True)
+        y = torch.ops.fiddlehead.nf4_linear(x, bits, None, shape[0], True)
+        y.sum().backward()
+        stood_for = nf4.dequantize(bits, shape, torch.float32)
+        torch.testing.assert_close(y, x @ stood_for.T)
+        torch.testing.assert_close(x.grad, stood_for.sum(dim=0).expand(3, -1))
+
+
 def small(**changes: Any) -> Transformer:
     sizes = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 11}
     return Transformer(TransformerConfig(**(sizes | changes)))

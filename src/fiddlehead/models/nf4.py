@@ -137,7 +137,7 @@ def _decode(packed: Tensor, scales: Tensor, steps: Tensor, mean: Tensor, pairs: 
 
 @cache
 def _compiled_decode() -> Callable[..., Tensor]:
-    return torch.compile(_decode, fullgraph=True, dynamic=False)
+    return torch.compile(_decode, fullgraph=True, dynamic=True)
 
 
 def nf4_linear(x: Tensor, bits: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
