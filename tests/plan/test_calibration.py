@@ -59,7 +59,8 @@ def test_what_is_measured_is_a_part_of_the_peak(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_calibration_on_a_cpu_has_every_part():
     found = calibrate(CPU, MINE, LITTLE)
-    assert found.keys() == REACHED.keys() - {"fp8", "link"}
+    unmeasured = {"fp8", "link", "FlexAttention, forward", "FlexAttention, backward"}  # the last two compile too long
+    assert found.keys() == REACHED.keys() - unmeasured
     assert all(value > 0 for value in found.values())
 
 

@@ -15,7 +15,6 @@ from fiddlehead.training.distributed.sizes import Sizes
 from tests.plan.test_memory import MEASURED, parts_of
 
 OFF = {
-    "gemma2 b2": "0.74: FlexAttention serves it and its logits are capped; which takes longer was not measured",
     "pp 1b b2 x8": "0.88: what delays its ranks besides the bubble and their exchange of micro-batches is not counted",
 }
 """Which measured steps differ by more than 10 %, and why."""

@@ -37,6 +37,8 @@ class Setting:
     reshard_after_forward: bool = True
     ring: int = 1
     """Parts of a sequence whose keys and values go round between the ranks that share it."""
+    by_flex: float = 0.0
+    """The part of the layers whose attention PyTorch's FlexAttention computes, which is slower."""
 
     @property
     def exchanging(self) -> int:

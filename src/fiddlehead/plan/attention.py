@@ -73,6 +73,12 @@ def on_longest(chosen: Choices) -> Choices:
     return tuple(served for served in chosen if served.during == TRAINING and served.lengths[0] == chosen[0].lengths[0])
 
 
+def share(chosen: Choices, backend: str) -> float:
+    """The part of the layers that this backend serves in the steps on the longest sequences; 0 if nothing is known."""
+    layers = {layer: served.choice.backend for served in on_longest(chosen) for layer in served.layers}
+    return sum(each == backend for each in layers.values()) / max(1, len(layers))
+
+
 def refuse_impossible(calls: Calls) -> None:
     """Refuses a named backend that no GPU could run, for a run on an unknown machine.
 

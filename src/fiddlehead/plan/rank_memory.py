@@ -60,6 +60,8 @@ class Training:
     data: Any
     devices: Devices
     optim: Optim
+    by_flex: float = 0.0
+    """As `Setting.by_flex`."""
 
     @cached_property
     def counted(self) -> Counted:
@@ -132,6 +134,7 @@ class Training:
             sizes=sizes if self.devices.cut else None,
             reshard_after_forward=not isinstance(strategy, Parallel) or strategy.reshard_after_forward,
             ring=strategy.ring_size(self.transformer.config) if isinstance(strategy, Parallel) else 1,
+            by_flex=self.by_flex,
         )
 
     def memory(self, held: Held, setting: Setting) -> Memory:

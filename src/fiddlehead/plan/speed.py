@@ -223,10 +223,16 @@ class _Work:
 
     def attention(self, card: Card) -> float:
         """Seconds of the attention kernels; the backward pass has five products for the two of the forward pass."""
-        forward = self.in_attention / self.reached["attention, forward"]
+        forward, backward = (self._attention(direction) for direction in ("forward", "backward"))
         again = forward if self.setting.recompute == "full" or self.chosen[1] else 0.0
         again += forward if self.setting.compares else 0.0
-        return (forward + again + 2.5 * self.in_attention / self.reached["attention, backward"]) / card.flops
+        return (forward + again + 2.5 * backward) / card.flops
+
+    def _attention(self, direction: str) -> float:
+        """The operations of the forward pass of attention over the part of the peak that is reached in a direction."""
+        by_flex = self.setting.by_flex
+        slower = by_flex / self.reached[f"FlexAttention, {direction}"]
+        return self.in_attention * ((1 - by_flex) / self.reached[f"attention, {direction}"] + slower)
 
     def moved(self) -> float:
         """Bytes that memory-bound work reads and writes."""

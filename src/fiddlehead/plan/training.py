@@ -191,7 +191,8 @@ def plan_training(
         raise error.under("model") from error
     device, card = _device(target, trainer)
     on_gpu = device is None or device.device_type == "cuda"
-    parts = Training(model, transformer, data, devices, optim)
+    kernels = _kernels(model, transformer, data, trainer, device)
+    parts = Training(model, transformer, data, devices, optim, attention.share(kernels, "flex"))
     whole = parts.whole
     gathered = sizes.gathered(parts.counted) * ((4 if devices.precision == "32-true" else 2) + 4)
     memory, speed = None, None
@@ -208,7 +209,7 @@ def plan_training(
         micro_batch_size=data.micro_batch_size,
         accumulate_grad_batches=accumulate,
         tokens_per_step=data.global_batch_size * data.seq_length,
-        attention=_kernels(model, transformer, data, trainer, device),
+        attention=kernels,
         state_gib=whole.state / 2**30,
         device_gib=(parts.held(sizes).state + gathered) / 2**30,
         data=data_plan(data, trainer, vocab_size=config.vocab_size or 0, data_parallel=sizes.data),
@@ -239,7 +240,7 @@ def search_layouts(
     Raises:
         ConfigError: the data or the model cannot be used, or memory and speed are not known for it or its GPU.
     """
-    card = _device(target, trainer)[1]
+    device, card = _device(target, trainer)
     if card is None:
         raise ConfigError(Problem("gpu", None, "this machine's GPU is not known; name the one that trains", CARDS))
     if str(trainer.precision) == "32-true" or not card.flops or not card.bytes_per_s:
@@ -251,7 +252,9 @@ def search_layouts(
         transformer = model.on_meta(config)
     except ConfigError as error:
         raise error.under("model") from error
-    return layouts(Training(model, transformer, data, Devices.of(trainer), optim), card)
+    calls = calls_of(model, config, data, str(trainer.precision), "auto", transformer=transformer)  # of any layout
+    by_flex = 0.0 if device is None else attention.share(attention.explain_calls(calls, device), "flex")
+    return layouts(Training(model, transformer, data, Devices.of(trainer), optim, by_flex), card)
 
 
 def _device(target: Target | Card | Literal["trainer"] | None, trainer: Trainer) -> tuple[Target | None, Card | None]:
