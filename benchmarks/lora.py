@@ -24,7 +24,7 @@ import peers
 import torch
 from measure import RESULTS, save, table
 from peers import Arm, Clock, hf_trainer, loop, on_device
-from train import SHAPE, SHAPE_8B, TINY, fit
+from train import SHAPE, SHAPE_8B, TINY, adamw, fit
 
 ARMS = ["fiddlehead:4", "peft:4", "unsloth:4", "automodel:4"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -139,9 +139,9 @@ def ours(arm: Arm) -> int | None:
     chosen: dict[str, Any] = {"compile": "layers" if torch.cuda.is_available() else None} | arm.options
     if "activation_checkpointing" in chosen and chosen["activation_checkpointing"][0].isdigit():
         chosen["activation_checkpointing"] = float(chosen["activation_checkpointing"])
-    model = LanguageModel(init_from=arm.weights, lora=LoRA(rank=16, alpha=32), **chosen)
+    model = LanguageModel(init_from=arm.weights, lora=LoRA(rank=16, alpha=32), optim=adamw(**ADAMW), **chosen)
     model.take_shape()
-    fit(arm, model, **ADAMW)
+    fit(arm, model)
     return num_adapted(model)
 
 

@@ -159,7 +159,7 @@ def fiddlehead(arm: Arm) -> None:
     if "activation_checkpointing" in chosen and chosen["activation_checkpointing"][0].isdigit():
         chosen["activation_checkpointing"] = float(chosen["activation_checkpointing"])
     settings: dict[str, Any] = {name: None if value == "None" else value for name, value in chosen.items()}
-    model = LanguageModel(shaped, arm.weights, **settings)
+    model = LanguageModel(shaped, arm.weights, optim=adamw(), **settings)
     model.take_shape()
     fit(arm, model, devices, shared)
 
@@ -182,14 +182,21 @@ def config(shape: dict[str, int], backend: str) -> Any:
     )
 
 
-def fit(arm: Arm, model: Any, devices: int = 1, shared: int = 1, **optim: Any) -> None:
+def adamw(**changes: Any) -> Any:
+    """The settings of AdamW for all our arms, at a rate that does not change."""
+    from fiddlehead.training import AdamW
+    from fiddlehead.training.optim import WarmupStableDecay
+
+    return AdamW(**(ADAMW | changes), lr_scheduler=WarmupStableDecay(decay_fraction=0.0))
+
+
+def fit(arm: Arm, model: Any, devices: int = 1, shared: int = 1) -> None:
     """Trains a LanguageModel as a recipe's run does."""
     from lightning.pytorch import Callback, LightningDataModule, Trainer
 
-    from fiddlehead.training import AdamW, Parallel
+    from fiddlehead.training import Parallel
     from fiddlehead.training.callbacks.garbage import CollectGarbage
     from fiddlehead.training.frozen import halve_frozen
-    from fiddlehead.training.optim import WarmupStableDecay
 
     class Tokens(LightningDataModule):
         token_bytes = tokenizer = None
@@ -206,7 +213,6 @@ def fit(arm: Arm, model: Any, devices: int = 1, shared: int = 1, **optim: Any) -
             if (batch_idx + 1) % arm.accumulate == 0:
                 arm.clock(pl_module.take_loss())
 
-    model.optim = AdamW(**(ADAMW | optim), lr_scheduler=WarmupStableDecay(decay_fraction=0.0))
     trainer = Trainer(
         accelerator="auto",
         devices=devices,

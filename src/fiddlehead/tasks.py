@@ -63,6 +63,8 @@ def pretrain(
     if plan.missing:
         raise ConfigError(*plan.missing)
     plan.apply(model, data, trainer)
+    if model.optim is None:  # its constructor was not called by a recipe, or is a user's, which does not take it
+        model.optim = optim
     run = RunDirectory(user_path(log.dir) / (log.name or reserve_name("pretrain", log.dir)))
     launched = run.prediction()
     if different := differences(launched, plan, trainer.strategy.root_device):
@@ -85,7 +87,7 @@ def pretrain(
         if resume not in ("auto", "never"):
             write_atomically(run.path / "resumed_from", str(resume))
         fit(
-            *(model, data, trainer, optim, log, checkpoint),
+            *(model, data, trainer, log, checkpoint),
             run=run,
             seed=seed,
             tokens_per_step=plan.tokens_per_step,

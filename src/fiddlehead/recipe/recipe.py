@@ -23,6 +23,7 @@ from fiddlehead.files.atomic import write_atomically
 from fiddlehead.files.foreign import MAX_TEXT, read_text
 from fiddlehead.files.paths import user_path
 from fiddlehead.recipe import nemo_names, reader, trust, writer
+from fiddlehead.recipe.from_task import names_from_task
 from fiddlehead.recipe.leaves import Leaf, join, leaves, name_of, same, show
 
 history.add_exclude_location("nemo_run/config.py")  # run.Config(...) is set where it was written
@@ -324,7 +325,7 @@ class _Builder:
             return arguments
         positional, by_name = value.__signature_info__.transform_to_args_kwargs(arguments)
         try:
-            return value.__build__(*positional, **by_name)
+            return value.__build__(*positional, **by_name, **self._from_task(value, state))
         except ConfigError as error:
             self._note(error, error.under(path).problems)
         except Exception as error:
@@ -333,6 +334,15 @@ class _Builder:
                 raise
             self._note(error, [Problem(path, message=f"{name}: {error}")])
         return _Failed
+
+    def _from_task(self, part: fdl.Buildable, state: daglish.State) -> dict[str, Any]:
+        """The task's arguments that the constructor of `part` takes, if it is itself an argument of the task."""
+        if state.parent is None or state.parent.current_path:
+            return {}
+        given = fdl.ordered_arguments(state.parent.original_value)
+        names = [name for name in names_from_task(fdl.get_callable(part)) if name in given]
+        built = {name: state.parent.call(given[name], daglish.Attr(name)) for name in names}
+        return {name: argument for name, argument in built.items() if argument is not _Failed}
 
     def _note(self, error: Exception, problems: Sequence[str]) -> None:
         self.problems += problems

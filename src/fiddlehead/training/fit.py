@@ -24,14 +24,12 @@ from fiddlehead.training.callbacks.stop import StopOnRequest
 from fiddlehead.training.frozen import halve_frozen
 from fiddlehead.training.language_model import LanguageModel, NonFiniteError
 from fiddlehead.training.loggers import Log
-from fiddlehead.training.optim import Optim
 
 
 def fit(
     model: LanguageModel,
     data: LightningDataModule,
     trainer: Trainer,
-    optim: Optim,
     log: Log,
     checkpoint: Checkpoint,
     *,
@@ -55,7 +53,6 @@ def fit(
         NonFiniteError: the loss or the gradient became infinite or NaN; the message names the last good checkpoint.
     """
     seed_everything(seed, workers=True, verbose=False)
-    model.optim = optim
     trainer.strategy.checkpoint_io = checkpoint.io  # before the strategy tells it which ranks there are
     halve_frozen(model, trainer)
     if isinstance(trainer.val_check_interval, int):  # users count in steps, Lightning in micro-batches

@@ -35,6 +35,7 @@ from fiddlehead.models.speed import (
     refused_speed,
     tile_mlp,
 )
+from fiddlehead.recipe.from_task import from_task
 from fiddlehead.recipe.resumable import Resumable
 from fiddlehead.training.distributed.gradients import clip, gradients_of
 from fiddlehead.training.distributed.parallel import Parallel
@@ -81,15 +82,15 @@ class LanguageModel(LightningModule):
             saves memory where sequences are long. None computes it for all tokens at once.
         activation_offloading: keep the inputs of the layers in main memory until the backward pass; with
             `activation_checkpointing="full"`.
+        optim: the optimizer's settings, without which it cannot be trained; a recipe has them beside the model.
     """
 
     UNKNOWN = "name the model to begin with, a run, a checkpoint or its folder; or set config"
     transformer: Transformer
     """The model itself; `configure_model` makes it."""
-    optim: Optim
-    """The optimizer's settings; `fit` sets them."""
     _step_divisors: Divisors  # of the current step; its first micro-batch sets them
 
+    @from_task("optim")
     def __init__(
         self,
         config: TransformerConfig | None = None,
@@ -101,11 +102,12 @@ class LanguageModel(LightningModule):
         fp8: Float8 | None = None,
         tiled_mlp: Resumable[int | None] = None,
         activation_offloading: Resumable[bool] = False,
+        optim: Optim | None = None,
     ) -> None:
         super().__init__()
         refuse(refused_speed(compile, activation_checkpointing, fp8, tiled_mlp, activation_offloading))
         self._config = config
-        self.init_from, self.lora = init_from, lora
+        self.init_from, self.lora, self.optim = init_from, lora, optim
         self.compile_mode: Compile | None = compile
         self.recompute: Recompute | None = activation_checkpointing
         self.fp8: Float8 | None = fp8
@@ -355,7 +357,13 @@ class LanguageModel(LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """The optimizer and its schedule, over the trainer's `max_steps`."""
+        """The optimizer and its schedule, over the trainer's `max_steps`.
+
+        Raises:
+            ConfigError: the model was made without `optim`.
+        """
+        if self.optim is None:
+            raise ConfigError(Problem("optim", None, "a model that is trained needs an optimizer, such as AdamW()"))
         fused = {f"transformer.{name}": rows for name, rows in self.transformer.fused_rows().items()}
         strategy = self.trainer.strategy
         layout = strategy.layout if isinstance(strategy, Parallel) else None

@@ -36,6 +36,8 @@ def refuse_others(model: Any, data: Any, trainer: Any, optim: Any) -> None:
     problems = []
     if not isinstance(model, LanguageModel):
         problems.append(Problem("model", message=f"is {_kind(model)}; must be a LanguageModel"))
+    elif model.optim not in (None, optim):
+        problems.append(Problem("model", message="has another optimizer than optim; give only one of them"))
     if not isinstance(trainer, Trainer):
         problems.append(Problem("trainer", message=f"is {_kind(trainer)}; must be Lightning's Trainer"))
     if not isinstance(data, LightningDataModule):

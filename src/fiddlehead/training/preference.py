@@ -15,8 +15,10 @@ from fiddlehead.models.collectives import all_reduce
 from fiddlehead.models.lora import without_adapters
 from fiddlehead.models.places import documents_of
 from fiddlehead.numbers import is_number
+from fiddlehead.recipe.from_task import from_task
 from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.language_model import LanguageModel
+from fiddlehead.training.optim import Optim
 
 
 class PreferenceModel(LanguageModel):
@@ -31,16 +33,19 @@ class PreferenceModel(LanguageModel):
 
     VALIDATION: ClassVar = ("val_loss", "val_accuracy")
 
+    @from_task("optim")
     def __init__(
         self,
         config: TransformerConfig | None = None,
         init_from: str | Path | None = None,
         lora: LoRA | None = None,
         beta: float = 0.1,
+        *,
+        optim: Optim | None = None,
     ) -> None:
         if not (is_number(beta) and beta > 0):
             raise ConfigError(Problem("beta", beta, "must be a finite number above 0"))
-        super().__init__(config, init_from, lora)
+        super().__init__(config, init_from, lora, optim=optim)
         self.beta = beta
         self._reference: list[Transformer] = []  # in a list, so that it is not part of the module
 
