@@ -1,30 +1,23 @@
 """Converts a typed text to a value of the parameter's type; nothing is guessed.
 
-Pydantic checks the values. Each level of a type has an `_Expected`, which gives unquoted text its meaning there.
+The type says what an unquoted text means, level by level; pydantic checks the plain values.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
 import typing
 from collections import abc
-from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from fiddlehead.errors import ConfigError, nearest
 from fiddlehead.recipe.hints import is_union, members
 from fiddlehead.recipe.kinds import MismatchError, check_kind, is_named, is_part
 from fiddlehead.recipe.literals import Bare, is_bracketed, literal, parse, parse_list
-from fiddlehead.recipe.scalars import NONE, READERS, device, dtype, enum_member
-
-if TYPE_CHECKING:
-    from pydantic_core import CoreSchema, ValidationError
-    from pydantic_core.core_schema import ValidationInfo
+from fiddlehead.recipe.scalars import NONE, READERS, Company, device, dtype, enum_member
 
 
 class Make(Protocol):
@@ -42,6 +35,7 @@ class Make(Protocol):
 CALL = re.compile(r"(?P<name>[A-Za-z_][\w.]*(:[A-Za-z_][\w.]*)?)(\((?P<arguments>.*)\))?", re.DOTALL)
 
 _REFERENCE = re.compile(r"[A-Za-z_][\w.]*[.:][A-Za-z_][\w.]*")
+_PLAIN = (bool, int, float, str, bytes)
 _NARROW_FIRST = (type(None), typing.Literal, bool, int, float, Enum)
 _MAPPINGS = (dict, abc.Mapping, abc.MutableMapping)
 _SEQUENCES = (list, abc.Sequence, abc.MutableSequence, abc.Iterable, abc.Collection)
@@ -73,84 +67,108 @@ def coerce(given: Any, hint: Any, make: Make) -> Any:
         MismatchError: it does not fit the type.
         ConfigError: the typed text is not well formed, or names something that does not exist.
     """
-    from pydantic_core import SchemaValidator, ValidationError
-
-    try:
-        value = SchemaValidator(_schema(hint)).validate_python(given, context=make)
-    except ValidationError as error:
-        raise _causes(error)[-1] from None
+    value = _value(given, hint, make)
     check_kind(value, hint)
     return value
 
 
-def _causes(error: ValidationError) -> list[ConfigError]:
-    """The errors that the levels within have raised."""
-    causes = [each.get("ctx", {}).get("error") for each in error.errors(include_url=False)]
-    return [cause for cause in causes if isinstance(cause, ConfigError)]
+def _value(given: Any, hint: Any, make: Make, company: Company = ()) -> Any:
+    """`given` as a value of the type `hint`. Where a text names a part of another type, `check_kind` says so later.
 
-
-def _schema(hint: Any, company: tuple[Any, ...] = ()) -> CoreSchema:
-    """What pydantic checks for `hint`; `company` is what else may stand there, if it is a member of a union."""
-    from pydantic_core import core_schema
-
+    `company` are the other members of a union. Beside them a text is read strictly: 1 is an int, and not also a bool.
+    """
     if isinstance(hint, typing.NewType):
-        return _schema(hint.__supertype__, company)
+        return _value(given, hint.__supertype__, make, company)
     if not members(hint):
-        return core_schema.no_info_plain_validator_function(literal)
-    expected = _Expected(dict[str, Any] if typing.is_typeddict(hint) else hint, company)
-    return core_schema.with_info_wrap_validator_function(expected, _inner_schema(expected))
-
-
-def _inner_schema(expected: _Expected) -> CoreSchema:
-    """What pydantic checks at one level: the value itself, and the levels within."""
-    from pydantic_core import core_schema
-
-    kind, arguments = expected.kind, typing.get_args(expected.hint)
-    if is_union(expected.hint):
-        others = {each: tuple({*arguments} - {each, type(None)}) for each in arguments}
-        choices = [_schema(each, others[each]) for each in sorted(arguments, key=_breadth)]
-        return core_schema.union_schema(choices, mode="left_to_right")  # type: ignore[arg-type]
-    if kind is Annotated or _is_readable(kind):
-        from pydantic import TypeAdapter
-
-        if kind is not Annotated:
-            read = TypeAdapter(kind).core_schema
-            return core_schema.no_info_before_validator_function(
-                lambda given: given if isinstance(given, kind) else str(given), read
-            )
-        constraints = TypeAdapter(Annotated[(Any, *expected.hint.__metadata__)]).core_schema  # type: ignore[arg-type]
-        return core_schema.chain_schema([_schema(arguments[0], expected.company), constraints])
-    if container := _CONTAINERS.get(kind):
-        items = [_schema(each) for each in arguments or (Any, Any) if each is not Ellipsis]
-        if container is dict:
-            return core_schema.dict_schema(*items)
-        if container is tuple:
-            variadic = None if arguments and Ellipsis not in arguments else 0
-            return core_schema.tuple_schema(items if variadic is None else items[:1], variadic_item_index=variadic)
-        return getattr(core_schema, f"{container.__name__}_schema")(items[0])
-    if kind in (bool, int, float, str, bytes):
-        return getattr(core_schema, f"{kind.__name__}_schema")(strict=True)
-    if kind is typing.Literal:
-        return core_schema.literal_schema([*arguments])
-    if kind is abc.Callable:
-        return core_schema.callable_schema()
-    return core_schema.no_info_plain_validator_function(functools.partial(_instance, kind))
-
-
-def _instance(kind: Any, value: Any) -> Any:
+        return literal(given)
+    if is_named(given):
+        return given
+    if is_union(hint):
+        return _member(given, hint, make)
+    hint = dict[str, Any] if typing.is_typeddict(hint) else hint
+    kind = typing.get_origin(hint) or hint
+    if kind is Annotated:
+        value = _value(given, hint.__origin__, make, company)
+        return _checked(value, Annotated[(Any, *hint.__metadata__)], given, hint)
+    value = _meaning(given, hint, make, company) if isinstance(given, str) else given
+    if is_named(value):
+        return value
+    if kind in _CONTAINERS:
+        return _container(value, hint, make, given)
+    if _is_readable(kind):
+        return _checked(value if isinstance(value, kind) else str(value), kind, given, hint)
+    if kind in (*_PLAIN, typing.Literal, abc.Callable):
+        return _checked(value, hint, given, hint, _advice(given, hint), strict=kind in _PLAIN)
     with contextlib.suppress(TypeError):  # a protocol that is for type checkers only
         if isinstance(value, kind):
             return value
-    raise ValueError
+    raise MismatchError(given, hint, _advice(given, hint))
 
 
-def _is_readable(kind: Any) -> bool:
-    """Whether pydantic reads a class from a text."""
-    return isinstance(kind, type) and kind.__module__ in _READABLE
+def _member(given: Any, union: Any, make: Make) -> Any:
+    """`given` as a value of the first member of a union that it fits; those that accept the fewest texts come first."""
+    kinds, errors = typing.get_args(union), list[Any]()
+    for kind in sorted(kinds, key=_breadth):
+        try:
+            return _value(given, kind, make, tuple({*kinds} - {kind, type(None)}))
+        except ConfigError as error:
+            errors.append(error)
+    within = [error for error in errors if getattr(error, "given", None) is not given]
+    if within:
+        raise within[-1]
+    raise MismatchError(given, union, errors[-1].advice if len(members(union)) == 1 else _advice(given, union))
+
+
+def _container(value: Any, hint: Any, make: Make, given: Any) -> Any:
+    """A list, tuple, set or dict, and all of its members, as values of the type `hint`."""
+    kind, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    made, fixed = _CONTAINERS[kind], kind is tuple and arguments and Ellipsis not in arguments
+    accepted = abc.Mapping if made is dict else (list, tuple) if fixed else abc.Iterable
+    if not isinstance(value, accepted) or (made is not dict and isinstance(value, (str, bytes, abc.Mapping))):
+        raise MismatchError(given, hint, _advice(given, hint))
+    if made is dict:
+        of_key, of_item = arguments or (Any, Any)
+        inner = [(_value(key, of_key, make), _value(item, of_item, make)) for key, item in value.items()]
+    elif fixed:
+        inner = [_value(item, each, make) for item, each in zip(value, arguments, strict=False)]
+        if len(value) != len(arguments):
+            raise MismatchError(given, hint, f"that is {len(value)} values, not {len(arguments)}")
+    else:
+        inner = [_value(item, arguments[0] if arguments else Any, make) for item in value]
+    try:
+        return made(inner)
+    except TypeError:  # a list in a set
+        raise MismatchError(given, hint) from None
+
+
+def _checked(value: Any, kind: Any, given: Any, hint: Any, advice: str | None = None, *, strict: bool = False) -> Any:
+    """What pydantic makes of a value for `kind`; a mismatch has the `advice`, or else pydantic's own words."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(value, strict=strict)
+    except ValidationError as error:
+        said = error.errors(include_url=False)[0]["msg"]
+        raise MismatchError(given, hint, said if advice is None else advice) from None
+
+
+def _advice(given: Any, hint: Any) -> str:
+    """What to write for a type: the nearest of its choices, or the form of its values; "" if nothing helps."""
+    if choices := [str(choice) for kind in members(hint) for choice in _choices(kind)]:
+        match = nearest(str(given), choices)
+        return f"did you mean {match!r}?" if match else ""
+    kind = typing.get_origin(hint) or hint
+    return _ADVICE.get(kind, "name a factory, name(argument=...), or a file, @file.yaml" if is_part(kind) else "")
+
+
+def _choices(kind: Any) -> list[Any]:
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return list(kind.__members__)
+    return list(typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else []
 
 
 def _breadth(member: Any) -> int:
-    """The order in which the members of a union are tried: those that accept the fewest texts come first."""
+    """How many texts a member of a union accepts, as a rank."""
     kind = typing.get_origin(member) or member
     kind = Enum if isinstance(kind, type) and issubclass(kind, Enum) else kind
     if kind in _NARROW_FIRST:
@@ -159,88 +177,36 @@ def _breadth(member: Any) -> int:
     return 20 + last.index(kind) if kind in last else 10 if kind in _CONTAINERS else 9 if _is_torch(kind) else 11
 
 
-@dataclass(frozen=True)
-class _Expected:
-    """What is expected at one level of a type, where pydantic calls it with what was given.
-
-    `company` are the other members of a union. Beside them a text is read strictly: 1 is an int, and not also a bool.
-    """
-
-    hint: Any
-    company: tuple[Any, ...]
-
-    @property
-    def kind(self) -> Any:
-        return typing.get_origin(self.hint) or self.hint
-
-    def __call__(self, given: Any, handler: Callable[[Any], Any], info: ValidationInfo) -> Any:
-        from pydantic_core import ValidationError
-
-        value = self._read(given, info.context) if isinstance(given, str) else given
-        if is_named(value):
-            return value  # checked when all is read: else a union would take a wrong part for a text
-        try:
-            return handler(value)
-        except ValidationError as error:
-            causes = _causes(error)
-            about_parts = [cause for cause in causes if getattr(cause, "given", None) is not given]
-            if about_parts:
-                raise about_parts[-1 if is_union(self.hint) else 0] from None
-            if self.kind is Annotated and causes:
-                raise causes[0] from None
-            raise MismatchError(given, self.hint, self._advice(given, value, error)) from None
-
-    def _advice(self, given: Any, value: Any, error: ValidationError) -> str:
-        first, *others = members(self.hint)
-        choices = [str(choice) for kind in (first, *others) for choice in _choices(kind)]
-        if choices:
-            match = nearest(str(given), choices)
-            return f"did you mean {match!r}?" if match else ""
-        if others:
-            return ""
-        if is_union(self.hint):
-            return getattr(_causes(error)[-1], "advice", "")
-        if self.kind is tuple and isinstance(value, (list, tuple)):
-            return f"that is {len(value)} values, not {len(typing.get_args(self.hint))}"
-        if self.kind is Annotated or _is_readable(self.kind):
-            return error.errors()[0]["msg"]
-        return _ADVICE.get(
-            self.kind, "name a factory, name(argument=...), or a file, @file.yaml" if is_part(first) else ""
-        )
-
-    def _read(self, given: str, make: Any) -> Any:
-        """The value that a text means here; the text itself if it has no such meaning."""
-        kind = self.kind
-        if isinstance(kind, type) and issubclass(kind, Enum):
-            return enum_member(given, kind)
-        if _is_torch(kind):
-            return dtype(given) if kind.__name__ == "dtype" else device(given)
-        if kind in READERS:
-            return READERS[kind](given, self.hint, self.company) if isinstance(given, Bare) else given
-        if kind is Annotated or is_union(self.hint):
-            return given
-        if given == "" or (isinstance(given, Bare) and given in NONE):
-            raise MismatchError(given, self.hint)
-        if isinstance(kind, type) and issubclass(kind, PurePath):
-            return kind(given)
-        if not isinstance(given, Bare):
-            return given
-        if kind in _CONTAINERS:
-            several = is_bracketed(given) or (str not in self.company and len(parse_list(given)) > 1)
-            return given if self.company and not several else (parse if kind in _MAPPINGS else parse_list)(given)
-        call = CALL.fullmatch(given)
-        if str in self.company and not (call and (call["arguments"] is not None or ":" in call["name"])):
-            raise MismatchError(given, self.hint)
-        if not call or _is_readable(kind):
-            return given
-        is_reference = kind in (abc.Callable, type) and _REFERENCE.fullmatch(given)
-        return make.named(given) if is_reference else make(given)
+def _meaning(given: str, hint: Any, make: Make, company: Company) -> Any:
+    """The value that a text means for a type; the text itself if it has no such meaning."""
+    kind = typing.get_origin(hint) or hint
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return enum_member(given, kind)
+    if _is_torch(kind):
+        return dtype(given) if kind.__name__ == "dtype" else device(given)
+    if kind in READERS:
+        return READERS[kind](given, hint, company) if isinstance(given, Bare) else given
+    if given == "" or (isinstance(given, Bare) and given in NONE):
+        raise MismatchError(given, hint)
+    if isinstance(kind, type) and issubclass(kind, PurePath):
+        return kind(given)
+    if not isinstance(given, Bare):
+        return given
+    if kind in _CONTAINERS:
+        several = is_bracketed(given) or (str not in company and len(parse_list(given)) > 1)
+        return given if company and not several else (parse if kind in _MAPPINGS else parse_list)(given)
+    call = CALL.fullmatch(given)
+    if str in company and not (call and (call["arguments"] is not None or ":" in call["name"])):
+        raise MismatchError(given, hint)
+    if not call or _is_readable(kind):
+        return given
+    is_reference = kind in (abc.Callable, type) and _REFERENCE.fullmatch(given)
+    return make.named(given) if is_reference else make(given)
 
 
-def _choices(hint: Any) -> list[Any]:
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return list(hint.__members__)
-    return list(typing.get_args(hint)) if typing.get_origin(hint) is typing.Literal else []
+def _is_readable(kind: Any) -> bool:
+    """Whether pydantic reads a class from a text."""
+    return isinstance(kind, type) and kind.__module__ in _READABLE
 
 
 def _is_torch(hint: Any) -> bool:
