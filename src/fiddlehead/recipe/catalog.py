@@ -105,16 +105,17 @@ class _Shelf:
         bodies = {node.name: node for _, node in reversed(functions)}
         for file, node in functions:
             name = node.name
-            why = _why_not(node, self.returns)
-            asks = not why and self.returns == "Recipe" and _asks(node)
-            if why:
+            if not _returns(node, self.returns):
                 if self.returns == "Recipe" or not _returns(node, "Recipe"):
-                    self.others.setdefault(name, Problem.in_file(f"{file}:{node.lineno}", why))
+                    said = f"says that it returns {ast.unparse(node.returns)}" if node.returns else ""
+                    why = f"{said or 'does not say what it returns'}; write `def {name}(...) -> {self.returns}:`"
+                    self.others.setdefault(name, Problem.in_file(f"{file}:{node.lineno}", f"{name} {why}"))
                 continue
             summary = (ast.get_docstring(node) or "").split("\n")[0]
             module, task = f"{package}.{file.stem}", _task(name, bodies)
             tunes = any(ast.unparse(each).split(".")[-1] == "model_recipe" for each in node.decorator_list)
             entry = Entry(name, module, file.resolve(), node.lineno, summary, task, tunes)
+            asks = self.returns == "Recipe" and _asks(node)
             (self.asking if asks else self.entries).append(entry)
 
     def find(self, name: str, *, called: bool = False) -> Callable:
@@ -232,15 +233,6 @@ def import_by_path(path: str) -> Callable:
         public = [name for name in vars(found) if not name.startswith("_")]
         raise ConfigError(f"{path!r}: {Problem.unknown('', function, 'function', public)}")
     return getattr(found, function)
-
-
-def _why_not(function: ast.FunctionDef, returns: str) -> str:
-    """Why a function cannot be named as one that returns a `returns`; "" if it can."""
-    if not _returns(function, returns):
-        said = f"says that it returns {ast.unparse(function.returns)}" if function.returns else ""
-        form = f"`def {function.name}(...) -> {returns}:`"
-        return f"{function.name} {said or 'does not say what it returns'}; write {form}"
-    return ""
 
 
 def _asks(function: ast.FunctionDef) -> bool:

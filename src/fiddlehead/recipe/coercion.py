@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import Annotated, Any, Protocol
 
 from fiddlehead.errors import ConfigError, nearest
-from fiddlehead.recipe.hints import is_union, members
+from fiddlehead.recipe.hints import choices, is_union, members
 from fiddlehead.recipe.kinds import MismatchError, check_kind, is_named, is_part
 from fiddlehead.recipe.literals import Bare, is_bracketed, literal, parse, parse_list
 from fiddlehead.recipe.scalars import NONE, READERS, Company, device, dtype, enum_member
@@ -154,17 +154,11 @@ def _checked(value: Any, kind: Any, given: Any, hint: Any, advice: str | None = 
 
 def _advice(given: Any, hint: Any) -> str:
     """What to write for a type: the nearest of its choices, or the form of its values; "" if nothing helps."""
-    if choices := [str(choice) for kind in members(hint) for choice in _choices(kind)]:
-        match = nearest(str(given), choices)
+    if few := [str(choice) for kind in members(hint) for choice in choices(kind)]:
+        match = nearest(str(given), few)
         return f"did you mean {match!r}?" if match else ""
     kind = typing.get_origin(hint) or hint
     return _ADVICE.get(kind, "name a factory, name(argument=...), or a file, @file.yaml" if is_part(kind) else "")
-
-
-def _choices(kind: Any) -> list[Any]:
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return list(kind.__members__)
-    return list(typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else []
 
 
 def _breadth(member: Any) -> int:

@@ -16,7 +16,6 @@ import textwrap
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from fiddlehead.files.atomic import write_atomically
 from fiddlehead.files.paths import cache_folder
 from fiddlehead.recipe import catalog, project
 from fiddlehead.recipe.allowed import PARTS, TASKS, is_trainer
-from fiddlehead.recipe.hints import describe, is_union, members, parameter_hint, written_hint
+from fiddlehead.recipe.hints import choices, describe, is_union, members, parameter_hint, written_hint
 from fiddlehead.recipe.kinds import check_kind
 from fiddlehead.recipe.leaves import show
 from fiddlehead.recipe.resumable import TRAINER, is_marked
@@ -140,12 +139,7 @@ def allowed_values(hint: Any) -> list[str]:
     """The values of a type that has few, as an edit writes them; empty for another type."""
     found: list[str] = []
     for kind in members(hint):
-        if kind is bool:
-            found += ["true", "false"]
-        elif typing.get_origin(kind) is typing.Literal:
-            found += [str(value) for value in typing.get_args(kind)]
-        elif isinstance(kind, type) and issubclass(kind, Enum):
-            found += list(kind.__members__)
+        found += ["true", "false"] if kind is bool else map(str, choices(kind))
     if found and type(None) in typing.get_args(hint):
         found.append("None")
     return list(dict.fromkeys(found))

@@ -91,6 +91,13 @@ def members(hint: Any) -> tuple[Any, ...]:
     return (dict[str, Any] if typing.is_typeddict(hint) else hint,)
 
 
+def choices(kind: Any) -> list[Any]:
+    """The values of a type that has few: of a Literal, or the names of an Enum; empty for another type."""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return list(kind.__members__)
+    return list(typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else []
+
+
 def is_union(hint: Any) -> bool:
     """Whether a type is ``A | B`` or ``Optional[A]``."""
     return typing.get_origin(hint) in (typing.Union, types.UnionType)

@@ -111,14 +111,10 @@ def _makes(made: type, kind: Any) -> bool:
     if getattr(kind, "_is_protocol", False) and not getattr(kind, "_is_runtime_protocol", False):
         # Only methods count: attributes may be set by the constructor. Not hasattr, which finds the metaclass's
         # `__call__` too.
-        public = [(name, each) for base in kind.__mro__ for name, each in vars(base).items() if _is_public(name)]
-        has = {name for base in made.__mro__ for name in vars(base)}
-        return all(name in has for name, each in public if inspect.isfunction(each))
+        asked = {name for base in kind.__mro__ for name, each in vars(base).items() if inspect.isfunction(each)}
+        public = {name for name in asked if name == "__call__" or not name.startswith("_")}
+        return public <= {name for base in made.__mro__ for name in vars(base)}
     try:
         return issubclass(made, kind) or issubclass(kind, fdl.Buildable)
     except TypeError:  # a protocol that has more than methods
         return True
-
-
-def _is_public(name: str) -> bool:
-    return name == "__call__" or not name.startswith("_")

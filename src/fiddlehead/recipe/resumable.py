@@ -22,13 +22,7 @@ TRAINER = frozenset(
 logs and validates. We cannot mark them there."""
 
 
-class _Marker:
-    def __repr__(self) -> str:
-        return "may change when a run goes on"
-
-
-_MARKER = _Marker()
-
+_MARKER = "may change when a run goes on"
 Resumable = Annotated[T, _MARKER]
 """The type of a parameter that, with all below it, may change when a run continues."""
 

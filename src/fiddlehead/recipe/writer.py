@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ class _Writer:
             ]
             return MappingNode("!dict" if TARGET in value else _MAP, pairs, flow_style=not pairs)
         if isinstance(value, functools.partial):
-            return self._call("!partial", value.func, dict(enumerate(value.args)), value.keywords, path)
+            return self._call("!partial", value.func, {**dict(enumerate(value.args)), **value.keywords}, path)
         return self._tagged(value)
 
     def _plain(self, value: Any, path: str) -> Node:
@@ -133,29 +134,23 @@ class _Writer:
         if any(config.__argument_tags__.values()):
             raise ConfigError("Fiddle's tags cannot be written; set the values and clear the tags")
         arguments = fdl.ordered_arguments(config)
-        positional = {key: item for key, item in arguments.items() if isinstance(key, int)}
-        by_name = {key: item for key, item in arguments.items() if isinstance(key, str)}
-        if [*positional] != nameless_keys(config, len(positional)):
+        positions = [key for key in arguments if isinstance(key, int)]
+        if positions != nameless_keys(config, len(positions)):
             raise ConfigError("a positional argument before the ones that are set is not set")
-        return self._call(_MAP, function, positional, by_name, path, partial=isinstance(config, fdl.Partial))
+        return self._call(_MAP, function, arguments, path, partial=isinstance(config, fdl.Partial))
 
-    def _call(
-        self,
-        tag: str,
-        function: Any,
-        positional: dict[int, Any],
-        by_name: dict[str, Any],
-        path: str,
-        partial: bool = False,
-    ) -> Node:
-        """The mapping for a call of `function`."""
+    def _call(self, tag: str, function: Any, arguments: Mapping[Any, Any], path: str, *, partial: bool = False) -> Node:
+        """The mapping for a call of `function`; the keys of positional arguments are their positions."""
         node = self._plain if tag == "!partial" else self.node
         pairs = [(TARGET, self._reference(function))]
         if partial:
             pairs.append((PARTIAL, SafeRepresenter().represent_data(True)))
+        positional = [node(item, join(path, key)) for key, item in arguments.items() if isinstance(key, int)]
         if positional:
-            pairs.append((ARGS, SequenceNode(_SEQ, [node(item, join(path, key)) for key, item in positional.items()])))
-        for name, item in by_name.items():
+            pairs.append((ARGS, SequenceNode(_SEQ, positional)))
+        for name, item in arguments.items():
+            if isinstance(name, int):
+                continue
             if name in (TARGET, PARTIAL, ARGS):
                 raise ConfigError(f"an argument named {name} cannot be written: the name has a meaning of its own")
             withheld, place = withheld_problem(function, name), join(path, name)
