@@ -11,8 +11,8 @@ wherever an executor is expected, and `handed` is for those that are used as the
 runs of the recipes in NeMo-Run's experiments, `planned` plans these, and `plugins` has NeMo's plugins for them.
 
 Each workaround has a test in tests/launch/nemo/, which fails when a new release of NeMo-Run no longer needs it.
-fiddlehead.recipe.recipe makes NeMo-Run accept a `Recipe` as its own configuration; it needs no launcher. NeMo-Run is
-imported when it is first needed.
+fiddlehead.recipe.in_nemo_run makes NeMo-Run accept a `Recipe` as its own configuration; it needs no launcher. NeMo-Run
+is imported when it is first needed.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fiddlehead.recipe.recipe import MISSING, Difference, Differences, Recipe
+    from fiddlehead.recipe.differences import MISSING, Difference, Differences
+    from fiddlehead.recipe.recipe import Recipe
 
 __all__ = ["MISSING", "Difference", "Differences", "Recipe"]
 
@@ -16,9 +17,9 @@ __all__ = ["MISSING", "Difference", "Differences", "Recipe"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fiddlehead.recipe import recipe
+    from fiddlehead.recipe import differences, recipe
 
-    return getattr(recipe, name)
+    return getattr(recipe if name == "Recipe" else differences, name)
 
 
 def __dir__() -> list[str]:

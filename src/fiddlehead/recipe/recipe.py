@@ -8,40 +8,24 @@ import html
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import fiddle as fdl
-import yaml
-from fiddle import daglish, history
+from fiddle import history
 
 from fiddlehead import notebook
-from fiddlehead.errors import ConfigError, Problem, refuse
+from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.atomic import write_atomically
 from fiddlehead.files.foreign import MAX_TEXT, read_text
 from fiddlehead.files.paths import user_path
-from fiddlehead.recipe import nemo_names, reader, trust, writer
-from fiddlehead.recipe.from_task import names_from_task
-from fiddlehead.recipe.leaves import Leaf, join, leaves, name_of, same, show
+from fiddlehead.recipe import in_nemo_run, nemo_names, reader, trust, writer
+from fiddlehead.recipe.build import build_arguments
+from fiddlehead.recipe.differences import Differences, differences
+from fiddlehead.recipe.leaves import Leaf, leaves, show
 
 history.add_exclude_location("nemo_run/config.py")  # run.Config(...) is set where it was written
-
-
-class _ReturnType:
-    """What `Recipe.__origin__` is: NeMo-Run's `cli.factory` asks a function's return type for it.
-
-    It takes a function that returns `run.Partial[task]`; a function that returns a Recipe is as good. Without NeMo-Run
-    there is no such attribute.
-    """
-
-    def __get__(self, recipe: Recipe | None, kind: type) -> type:
-        _register_with_nemo_run()
-        nemo_run = sys.modules.get("nemo_run.config")
-        if nemo_run is None or recipe is not None:
-            raise AttributeError("__origin__")
-        return nemo_run.Partial
 
 
 class Recipe(fdl.Partial):
@@ -52,7 +36,7 @@ class Recipe(fdl.Partial):
     class is refused.
     """
 
-    __origin__ = _ReturnType()
+    __origin__ = in_nemo_run.ReturnType()
 
     def __str__(self) -> str:
         """One ``path = value`` a line, without the values that are left at their default."""
@@ -120,16 +104,7 @@ class Recipe(fdl.Partial):
 
     def diff(self, other: fdl.Buildable) -> Differences:
         """The paths where `other` has another value, lacks or adds a configuration, or shares one differently."""
-        left, right = _by_path(self), _by_path(other)
-        found = []
-        for path in dict.fromkeys((*left, *right)):
-            pair = [side.get(path) for side in (left, right)]
-            if None in pair and all(leaf is None or leaf.is_default for leaf in pair):
-                continue  # a default of something that only one side has
-            values = [leaf.value if leaf else MISSING for leaf in pair]
-            if not same(*values):
-                found.append(Difference(path, *values))
-        return Differences(found)
+        return differences(self, other)
 
     def __eq__(self, other: object) -> bool:
         """Whether both configure the same call; subclasses of Fiddle's classes and the history do not count."""
@@ -147,10 +122,7 @@ class Recipe(fdl.Partial):
         Raises:
             ConfigError: with all problems of all constructors, each with its path.
         """
-        builder = _Builder()
-        arguments = daglish.MemoizedTraversal.run(builder.build, self)
-        refuse(builder.problems, builder.cause)
-        return arguments
+        return build_arguments(self)
 
     def launch(self, executor: Any = None, **kwargs: Any) -> Any:
         """Runs the recipe where `executor` says; see `fiddlehead.launch.launch`."""
@@ -190,7 +162,7 @@ class Recipe(fdl.Partial):
 
     def clone(self) -> Self:
         """A deep copy. NeMo-Run's experiments ask for one of each task that is added."""
-        _join_experiments()
+        in_nemo_run.join_experiments(Recipe)
         return copy.deepcopy(self)
 
     @property
@@ -205,12 +177,12 @@ class Recipe(fdl.Partial):
     @property
     def is_lazy(self) -> bool:
         """False: there is nothing to resolve. NeMo-Run asks just before it checks for its own classes."""
-        _register_with_nemo_run()
+        in_nemo_run.register(Recipe)
         return False
 
     def __init_callable__(self, fn_or_cls: Any) -> None:
         super().__init_callable__(fn_or_cls)
-        _join_experiments()
+        in_nemo_run.join_experiments(Recipe)
         clashes = [name for name in self.__signature_info__.valid_param_names if name in vars(Recipe)]
         if clashes:
             raise ConfigError(f"{show(fn_or_cls)} has a parameter {clashes[0]!r}, which is a method of Recipe")
@@ -237,43 +209,6 @@ class Recipe(fdl.Partial):
         return found or Problem.unknown("", name, "field", self.__signature_info__.valid_param_names)
 
 
-class _Missing:
-    def __repr__(self) -> str:
-        return "<not set>"
-
-
-MISSING = _Missing()
-"""In a `Difference`: one of the recipes has no value at this path."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One difference of two recipes: the values at `path`, or `MISSING`."""
-
-    path: str
-    left: Any
-    right: Any
-
-
-class Differences(list[Difference]):
-    """All differences of two recipes; prints as two columns."""
-
-    def __str__(self) -> str:
-        rows = self._rows()
-        widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
-        return "\n".join(f"{path:<{widths[0]}}  {left:<{widths[1]}}  {right}" for path, left, right in rows)
-
-    def _repr_html_(self) -> str:
-        return notebook.STYLE + notebook.table(("path", "left", "right"), self._rows())
-
-    def _rows(self) -> list[tuple[str, str, str]]:
-        return [(difference.path or "(task)", show(difference.left), show(difference.right)) for difference in self]
-
-
-def _by_path(recipe: fdl.Buildable) -> dict[str, Leaf]:
-    return {leaf.path: leaf for leaf in leaves(recipe, defaults=True)}
-
-
 def _source(leaf: Leaf) -> str:
     if leaf.is_default:
         return "default"
@@ -291,105 +226,5 @@ def _source(leaf: Leaf) -> str:
     return f"{path}:{location.line_number}"
 
 
-class _Failed:
-    """A placeholder for an object that could not be built."""
-
-
-class _Builder:
-    """Builds a configuration bottom up, and collects the problems."""
-
-    def __init__(self) -> None:
-        self.problems: list[str] = []
-        self.cause: Exception | None = None
-
-    def build(self, value: Any, state: daglish.State) -> Any:
-        if not state.is_traversable(value):
-            return value
-        children = state.flattened_map_children(value)
-        failed = any(child is _Failed for child in children.values)
-        if not isinstance(value, fdl.Buildable):
-            return _Failed if failed else children.unflatten()
-        path = _path_str(state.current_path)
-        is_root = not state.current_path
-        name = name_of(fdl.get_callable(value))
-        if is_root or not isinstance(value, (fdl.Partial, fdl.ArgFactory)):
-            given = fdl.ordered_arguments(value, include_unset=True, include_defaults=True)
-            missing = [key for key, argument in given.items() if argument is fdl.NO_VALUE]
-            said = f"is required by {name} and not set"
-            self.problems += [Problem(join(path, key), message=said) for key in missing]
-            failed = failed or bool(missing)
-        if failed:
-            return _Failed
-        arguments = children.metadata.arguments(children.values)
-        if is_root:
-            return arguments
-        positional, by_name = value.__signature_info__.transform_to_args_kwargs(arguments)
-        try:
-            return value.__build__(*positional, **by_name, **self._from_task(value, state))
-        except ConfigError as error:
-            self._note(error, error.under(path).problems)
-        except Exception as error:
-            # Lightning has its own exception for a wrong value. Any other exception is a bug, and passes through.
-            if not isinstance(error, (ValueError, TypeError)) and type(error).__name__ != "MisconfigurationException":
-                raise
-            self._note(error, [Problem(path, message=f"{name}: {error}")])
-        return _Failed
-
-    def _from_task(self, part: fdl.Buildable, state: daglish.State) -> dict[str, Any]:
-        """The task's arguments that the constructor of `part` takes, if it is itself an argument of the task."""
-        if state.parent is None or state.parent.current_path:
-            return {}
-        given = fdl.ordered_arguments(state.parent.original_value)
-        names = [name for name in names_from_task(fdl.get_callable(part)) if name in given]
-        built = {name: state.parent.call(given[name], daglish.Attr(name)) for name in names}
-        return {name: argument for name, argument in built.items() if argument is not _Failed}
-
-    def _note(self, error: Exception, problems: Sequence[str]) -> None:
-        self.problems += problems
-        self.cause = self.cause or error
-
-
-def _path_str(path: daglish.Path) -> str:
-    """As `leaves` writes it: ``data.sources[train][0]``."""
-    return re.sub(r"\['([^\W\d]\w*)'\]", r"[\1]", daglish.path_str(path)).removeprefix(".")
-
-
-def _register_with_nemo_run() -> None:
-    """If NeMo-Run is loaded, makes it accept a Recipe as its own Partial, which only adds pictures to Fiddle's."""
-    nemo_run = sys.modules.get("nemo_run.config")
-    if nemo_run is None or not hasattr(nemo_run, "register_supported_cast"):  # not loaded, or still loading
-        return
-    nemo_run.Partial.register(Recipe)
-    nemo_run.register_supported_cast(Recipe, nemo_run.Partial)
-
-    def represent(dumper: yaml.SafeDumper, recipe: Recipe) -> yaml.Node:
-        return dumper.represent_data(nemo_run.Partial.__unflatten__(*recipe.__flatten__()))
-
-    yaml.SafeDumper.add_representer(Recipe, represent)  # the copy that an experiment keeps for people to read
-    api: Any = sys.modules.get("nemo_run.cli.api")
-    if hasattr(api, "_get_return_type") and not hasattr(api._get_return_type, "__wrapped__"):
-        api._get_return_type = _as_partial(api._get_return_type)
-
-
-def _as_partial(theirs: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """As NeMo-Run's own function that returns the return type of a function, where a Recipe is a `run.Partial`."""
-
-    @functools.wraps(theirs)
-    def return_type(function: Any) -> Any:
-        found = theirs(function)
-        return sys.modules["nemo_run.config"].Partial[Recipe] if found is Recipe else found
-
-    return return_type
-
-
-def _join_experiments() -> None:
-    """If NeMo-Run's experiments are loaded, makes them take recipes."""
-    _register_with_nemo_run()
-    if "nemo_run.run.experiment" in sys.modules:
-        from fiddlehead.launch.nemo.experiments import accept_recipes
-
-        accept_recipes()
-
-
 nemo_names.explain_in_fiddle()
-_register_with_nemo_run()  # for NeMo-Run's own runner, which loads NeMo-Run first
+in_nemo_run.register(Recipe)  # for NeMo-Run's own runner, which loads NeMo-Run first
