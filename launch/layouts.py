@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fiddlehead.errors import ConfigError, Problem
+from fiddlehead.launch.built import built
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.fitting import fit_to_executor, missing_here
-from fiddlehead.launch.planning import built, card_of, target_of
+from fiddlehead.launch.target import card_of, target_of
 from fiddlehead.recipe import Recipe, catalog
 from fiddlehead.recipe.edits import apply_overrides
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from fiddlehead import notebook
 from fiddlehead.errors import UNSET, ConfigError, Problem, refuse
-from fiddlehead.files.paths import user_path, working_directory
+from fiddlehead.files.paths import user_path
 from fiddlehead.launch import preview, submit
+from fiddlehead.launch.built import built
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.fitting import (
-    GPU,
     fit_to_executor,
     missing_here,
     missing_nsys,
@@ -24,6 +23,7 @@ from fiddlehead.launch.fitting import (
 )
 from fiddlehead.launch.nemo.accept import accepted
 from fiddlehead.launch.taken import refuse_taken
+from fiddlehead.launch.target import card_of, target_of
 from fiddlehead.recipe import Recipe
 from fiddlehead.run import RunDirectory
 
@@ -296,91 +296,12 @@ def plan(
     )
 
 
-def card_of(executor: Executor | None, recipe: Recipe) -> Card | None:
-    """The GPU that the executor gives, of several kinds the largest; None if that is not known.
-
-    It is without kernels: which serve depends on the packages that are there.
-    """
-    if executor is None or not executor.ships_code or recipe.trainer.accelerator not in GPU:
-        return None
-    from fiddlehead.plan.cards import Card
-
-    cards = [Card.called(name) for name in executor.gpu_types()]
-    known = [card for card in cards if card is not None]
-    if not known or len(known) < len(cards):
-        return None
-    return replace(max(known, key=lambda card: card.gib), model="")
-
-
-def target_of(target: Target | Card | str | None) -> Target | Card | Literal["unknown"] | None:
-    """The target, where a text is the name of a GPU, or "unknown"."""
-    if not isinstance(target, str) or target == "unknown":
-        return target  # type: ignore[return-value]
-    from fiddlehead.plan.cards import Card
-
-    return Card.parse(target)
-
-
 def _plan_training(recipe: Recipe, target: Target | Card | Literal["unknown"] | None) -> TrainingPlan:
     """Plans the training of a recipe; the arguments and errors are those of `built` and `plan_training`."""
     from fiddlehead.plan.training import plan_training
 
     with built(recipe, target) as (parts, device):
         return plan_training(**parts, target=device)
-
-
-@contextmanager
-def built(recipe: Recipe, target: Target | Card | Literal["unknown"] | None) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Builds the parts of a recipe, the model on the meta device, for the block; also gives the target that plans take.
-
-    Args:
-        target: the device for which kernels are chosen; None means the trainer's device on this machine.
-
-    Raises:
-        ConfigError: with every problem.
-    """
-    from fiddlehead import bench, tasks
-    from fiddlehead.plan.cards import Card
-    from fiddlehead.plan.training import begin
-    from fiddlehead.run import workers
-
-    trainings = (tasks.pretrain, tasks.finetune, bench.benchmark)
-    if recipe.__fn_or_cls__ not in trainings:
-        known = ", ".join(f"{task.__module__}:{task.__name__}" for task in trainings)
-        raise ConfigError(f"the recipe configures {recipe.__fn_or_cls__.__qualname__}; what can be launched: {known}")
-    working_directory()  # what is relative is in it
-    recipe = recipe.clone()
-    elsewhere = target is not None and recipe.trainer.accelerator in GPU
-    if isinstance(target, Card) and not elsewhere:
-        if recipe.trainer.accelerator != "auto":
-            message = f"has no use for the GPU {target.name}, for which the plan is"
-            raise ConfigError(Problem("trainer.accelerator", recipe.trainer.accelerator, message, ("gpu", "auto")))
-        elsewhere = True
-    if elsewhere:
-        recipe.trainer.accelerator = "cpu"  # so that Lightning does not look for the GPUs
-    unlike = _kept_from_lightning(recipe)
-    with workers.apart():
-        parts = recipe.build_arguments()
-        if "precision" in unlike:
-            parts["trainer"].strategy.precision_plugin.precision = unlike["precision"]
-        if "val_check_interval" in unlike:
-            parts["trainer"].val_check_interval = unlike["val_check_interval"]
-        begin(*(parts[name] for name in ("model", "data", "trainer", "optim")))
-        yield parts, "trainer" if not elsewhere else None if target == "unknown" else target
-
-
-def _kept_from_lightning(recipe: Recipe) -> dict[str, Any]:
-    """Takes values out of the trainer's configuration that a plan refuses with a reason, and returns them.
-
-    Lightning would refuse them in words of its own, or replace them: float16 on a CPU is bfloat16.
-    """
-    trainer, unlike = recipe.trainer, dict[str, Any]()
-    if str(trainer.precision) in ("16", "16-mixed"):
-        unlike["precision"], trainer.precision = "16-mixed", "32-true"
-    interval = trainer.val_check_interval
-    if isinstance(interval, float) and trainer.check_val_every_n_epoch is None:
-        unlike["val_check_interval"], trainer.val_check_interval = interval, 1
-    return unlike
 
 
 def _start(recipe: Recipe, *, waits: bool) -> Start | None:
