@@ -20,10 +20,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import peers
+import arms
 import torch
+from arms import Arm, Clock, loop, on_device
 from measure import RESULTS, save, table
-from peers import Arm, Clock, hf_trainer, loop, on_device
+from peers import hf_trainer
 from train import SHAPE, SHAPE_8B, TINY, adamw, fit
 
 ARMS = ["fiddlehead:4", "peft:4", "unsloth:4", "automodel:4"]
@@ -59,20 +60,20 @@ def main() -> None:
             shape = shape_of(arm, given.tiny)
             folder = Path(weights) / str(shape["layers"])
             if not folder.exists():
-                peers.write_weights(shape, folder)
+                arms.write_weights(shape, folder)
                 write_tokenizer(folder / "tokenizer")
             command = [sys.executable, "-W", "ignore", __file__, "--child", arm, "--weights", str(folder)]
             commands[arm] = [*command, "--steps", str(given.steps), *(["--tiny"] if given.tiny else [])]
-        figures = peers.run_arms(commands, given.timeout)
+        figures = arms.run_arms(commands, given.timeout)
     rows = [
         [arm, f"{r['tokens_per_s']:,.0f}", f"{r['mfu']:.1%}", f"{r['gib']:.1f}", f"{r['losses']['last']:.3f}"]
         for arm, r in figures.items()
         if "failed" not in r
     ]
     print(table(["", "tokens/s", "MFU", "peak GiB", "last loss"], rows))
-    peers.check_losses(figures, alike)
+    arms.check_losses(figures, alike)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    save(given.name, figures, [*peers.PACKAGES, "peft", "unsloth", "nemo-automodel"], {"gpu": gpu}, given.out)
+    save(given.name, figures, [*arms.PACKAGES, "peft", "unsloth", "nemo-automodel"], {"gpu": gpu}, given.out)
 
 
 def alike(arm: str) -> tuple[str, ...]:

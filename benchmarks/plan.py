@@ -341,7 +341,7 @@ def measure(name: str, given: argparse.Namespace) -> None:
 
 def write_weights(folder: Path, tiny: bool) -> None:
     """A Llama 3 8B of six layers as transformers writes it, with random weights."""
-    from peers import accelerator, llama
+    from arms import accelerator, llama
     from train import SHAPE_8B, TINY
     from transformers import LlamaForCausalLM
 

@@ -26,10 +26,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import arms
 import peers
 import torch
+from arms import ADAMW, Arm, Clock, accelerator, batches, on_device
 from measure import RESULTS, save, table
-from peers import ADAMW, Arm, Clock, accelerator, batches, on_device
 
 BOTH = [f"{name}:{batch}" for batch in (4, 8) for name in ("fiddlehead", "torchtitan", "litgpt", "huggingface")]
 ARMS = [f"{arm}:{precision}" for precision in ("bf16-mixed", "bf16-true") for arm in BOTH]
@@ -67,16 +68,16 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as weights:
         commands = {arm: command(arm, arguments, Path(weights)) for arm in arguments.arms}
-        figures = peers.run_arms(commands, arguments.timeout)
+        figures = arms.run_arms(commands, arguments.timeout)
     rows = [
         [arm, f"{r['tokens_per_s']:,.0f}", f"{r['mfu']:.1%}", f"{r['gib']:.1f}", f"{r['first_step_s']:.1f}"]
         for arm, r in figures.items()
         if "failed" not in r
     ]
     print(table(["", "tokens/s", "MFU", "peak GiB", "first step s"], rows))
-    peers.check_losses(figures, alike)
+    arms.check_losses(figures, alike)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    save(arguments.name, figures, peers.PACKAGES, {"gpu": gpu}, arguments.out)
+    save(arguments.name, figures, arms.PACKAGES, {"gpu": gpu}, arguments.out)
 
 
 def alike(arm: str) -> tuple[str, ...]:
@@ -98,7 +99,7 @@ def command(arm: str, arguments: argparse.Namespace, weights: Path) -> list[str]
     shape = shape_of(arm, arguments)
     folder = weights / str(shape["layers"])
     if not folder.exists():
-        peers.write_weights(shape, folder)
+        arms.write_weights(shape, folder)
     devices = re.search(r"devices=(\d+)", arm)
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices[1]}"] if devices else []
     parts = [sys.executable, "-W", "ignore", *start, __file__, "--child", arm, "--weights", str(folder)]

@@ -95,9 +95,9 @@ def test_benchmarks_print_the_change_since_the_file_they_replace(
 
 def test_a_comparison_of_programs_whose_losses_differ_ends_without_results(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    peers = importlib.import_module("peers")
+    arms = importlib.import_module("arms")
     try:
-        check = peers.check_losses
+        check = arms.check_losses
         ours = {"a:4": {"losses": {"first": 12.0, "last": 10.0}}, "b:4": {"losses": {"first": 12.001, "last": 10.04}}}
         batch = operator.itemgetter(2)
         check(ours | {"b:8": {"losses": {"first": 11.0, "last": 9.0}}, "c:4": {"failed": "out of memory"}}, batch)
@@ -106,9 +106,9 @@ def test_a_comparison_of_programs_whose_losses_differ_ends_without_results(monke
                 check(ours | {"c:4": {"losses": other}}, batch)
         say = [sys.executable, "-c", "print('noise'); input(); print('{\"a\": 1}')"]
         fails = [sys.executable, "-c", "raise SystemExit('no memory')"]
-        assert peers.run_arms({"one": say, "two": fails}, 60) == {"one": {"a": 1}, "two": {"failed": "no memory"}}
+        assert arms.run_arms({"one": say, "two": fails}, 60) == {"one": {"a": 1}, "two": {"failed": "no memory"}}
     finally:
-        del sys.modules["peers"]
+        del sys.modules["arms"]
 
 
 def test_the_results_that_are_kept_can_be_compared():
