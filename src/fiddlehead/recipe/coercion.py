@@ -122,23 +122,26 @@ def _member(given: Any, union: Any, make: Make) -> Any:
 def _container(value: Any, hint: Any, make: Make, given: Any) -> Any:
     """A list, tuple, set or dict, and all of its members, as values of the type `hint`."""
     kind, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
-    made, fixed = _CONTAINERS[kind], kind is tuple and arguments and Ellipsis not in arguments
-    accepted = abc.Mapping if made is dict else (list, tuple) if fixed else abc.Iterable
-    if not isinstance(value, accepted) or (made is not dict and isinstance(value, (str, bytes, abc.Mapping))):
-        raise MismatchError(given, hint, _advice(given, hint))
-    if made is dict:
+    made, fixed = _CONTAINERS[kind], kind is tuple and bool(arguments) and Ellipsis not in arguments
+    if made is dict and isinstance(value, abc.Mapping):
         of_key, of_item = arguments or (Any, Any)
         inner = [(_value(key, of_key, make), _value(item, of_item, make)) for key, item in value.items()]
-    elif fixed:
+    elif fixed and isinstance(value, (list, tuple)):
         inner = [_value(item, each, make) for item, each in zip(value, arguments, strict=False)]
         if len(value) != len(arguments):
             raise MismatchError(given, hint, f"that is {len(value)} values, not {len(arguments)}")
-    else:
+    elif made is not dict and not fixed and _is_listed(value):
         inner = [_value(item, arguments[0] if arguments else Any, make) for item in value]
+    else:
+        raise MismatchError(given, hint, _advice(given, hint))
     try:
         return made(inner)
     except TypeError:  # a list in a set
         raise MismatchError(given, hint) from None
+
+
+def _is_listed(value: Any) -> bool:
+    return isinstance(value, abc.Iterable) and not isinstance(value, (str, bytes, abc.Mapping))
 
 
 def _checked(value: Any, kind: Any, given: Any, hint: Any, advice: str | None = None, *, strict: bool = False) -> Any:

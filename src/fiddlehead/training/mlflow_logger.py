@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, MLFlowLogger
 
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.recipe.plain import flat, plain_recipe
@@ -32,68 +32,71 @@ def mlflow_logger(run: RunDirectory, uri: str, experiment: str) -> Logger:
     Raises:
         ConfigError: MLflow refuses the URI.
     """
-    from lightning.pytorch.loggers import MLFlowLogger
-
-    class OneRun(MLFlowLogger):
-        """Begins the run, or goes on with it, when Lightning or the first metrics ask for it."""
-
-        begun = lost = False
-
-        @property
-        @rank_zero_experiment
-        def experiment(self) -> Any:
-            if not (self.begun or self.lost):
-                self._try(self._begin)
-            return self._mlflow_client
-
-        def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-            _ = self.experiment
-            if self.begun and not self.lost:
-                self._try(lambda: MLFlowLogger.log_metrics(self, metrics, step))
-
-        def finalize(self, status: str = "success") -> None:
-            if self.begun and not self.lost:
-                self._try(lambda: MLFlowLogger.finalize(self, status))
-
-        def _try(self, call: Callable[[], Any]) -> None:
-            try:
-                call()
-            except Exception as error:
-                self.lost = True
-                say(f"WARNING: MLflow records no more of this attempt ({error!r}); metrics.csv has all")
-
-        def _begin(self) -> None:
-            self.begun = True
-            self._run_id = self._recorded(run.mlflow_id)
-            is_new = self._run_id is None
-            client = MLFlowLogger.experiment.fget(self)  # makes the run, if there is none
-            if is_new:
-                run.write_mlflow_id(str(self._run_id))
-                self._log_recipe()
-            else:
-                client.update_run(self._run_id, status="RUNNING")
-            say(f"MLflow: run {self._run_id} of the experiment {experiment!r} at {uri}")
-
-        def _recorded(self, run_id: str) -> str | None:
-            """The id of an earlier attempt's run; None if there is none, or if the server has it no more."""
-            if not run_id:
-                return None
-            try:
-                self._mlflow_client.get_run(run_id)
-            except Exception as error:
-                if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
-                    raise
-                say(f"WARNING: {uri} has no run {run_id}, so another one is begun")
-                return None
-            return run_id
-
-        def _log_recipe(self) -> None:
-            values = flat(plain_recipe(run.recipe))
-            self.log_hyperparams(
-                {re.sub(r"[^\w./ -]", "_", path): str(value)[:MAX_VALUE] for path, value in values.items()}
-            )
-
     try:
-        return OneRun(experiment_name=experiment, run_name=run.name, tracking_uri=uri)
+        return OneRun(run, uri, experiment)
     except Exception as error:  # MLflow's own class, which is imported only here
         raise ConfigError(Problem("log.mlflow_uri", uri, f"MLflow refuses it: {error}")) from error
+
+
+class OneRun(MLFlowLogger):
+    """Begins the run, or goes on with it, when Lightning or the first metrics ask for it."""
+
+    begun = lost = False
+
+    def __init__(self, run: RunDirectory, uri: str, experiment: str) -> None:
+        super().__init__(experiment_name=experiment, run_name=run.name, tracking_uri=uri)
+        self.directory, self.uri, self.title = run, uri, experiment
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if not (self.begun or self.lost):
+            self._try(self._begin)
+        return self._mlflow_client
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        _ = self.experiment
+        if self.begun and not self.lost:
+            self._try(lambda: MLFlowLogger.log_metrics(self, metrics, step))
+
+    def finalize(self, status: str = "success") -> None:
+        if self.begun and not self.lost:
+            self._try(lambda: MLFlowLogger.finalize(self, status))
+
+    def _try(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self.lost = True
+            say(f"WARNING: MLflow records no more of this attempt ({error!r}); metrics.csv has all")
+
+    def _begin(self) -> None:
+        self.begun = True
+        self._run_id = self._recorded(self.directory.mlflow_id)
+        is_new = self._run_id is None
+        client = MLFlowLogger.experiment.fget(self)  # makes the run, if there is none
+        if is_new:
+            self.directory.write_mlflow_id(str(self._run_id))
+            self._log_recipe()
+        else:
+            client.update_run(self._run_id, status="RUNNING")
+        say(f"MLflow: run {self._run_id} of the experiment {self.title!r} at {self.uri}")
+
+    def _recorded(self, run_id: str) -> str | None:
+        """The id of an earlier attempt's run; None if there is none, or if the server has it no more."""
+        if not run_id:
+            return None
+        try:
+            self._mlflow_client.get_run(run_id)
+        except Exception as error:
+            if getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            say(f"WARNING: {self.uri} has no run {run_id}, so another one is begun")
+            return None
+        return run_id
+
+    def _log_recipe(self) -> None:
+        values = flat(plain_recipe(self.directory.recipe))
+        self.log_hyperparams(
+            {re.sub(r"[^\w./ -]", "_", path): str(value)[:MAX_VALUE] for path, value in values.items()}
+        )
