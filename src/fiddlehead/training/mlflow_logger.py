@@ -34,7 +34,7 @@ def mlflow_logger(run: RunDirectory, uri: str, experiment: str) -> Logger:
     """
     try:
         return OneRun(run, uri, experiment)
-    except Exception as error:  # MLflow's own class, which is imported only here
+    except Exception as error:  # of MLflow's own class, and MLflow is an extra
         raise ConfigError(Problem("log.mlflow_uri", uri, f"MLflow refuses it: {error}")) from error
 
 
