@@ -122,6 +122,8 @@ def chat(
     top_p: float = _TOP_P,
     seed: int = _SEED,
     compile: bool = _COMPILE,
+    draft: str = _DRAFT,
+    weights: str = _WEIGHTS,
     directory: str = DirOption,
 ) -> None:
     """Chat with a model that has a chat template; /reset forgets the conversation, /exit or Ctrl-D ends.
@@ -130,10 +132,17 @@ def chat(
     """
     from fiddlehead.inference.text import Writer
 
-    writer = Writer.open(source, directory, compile=compile)
+    writer = Writer.open(source, directory, compile=compile, draft=draft, weights=weights)
     begin: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     if writer.template is None:
         next(writer.answer(begin))  # which says what is missing
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    _converse(writer, begin, max_new_tokens, options)
+    _report_draft(writer)
+
+
+def _converse(writer: Writer, begin: list[dict[str, Any]], max_new_tokens: int, options: dict[str, Any]) -> None:
+    """Answers what is typed until it ends."""
     messages = list(begin)
     while True:
         try:
@@ -149,7 +158,6 @@ def chat(
             continue
         messages.append({"role": "user", "content": said})
         answer = ""
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         for piece in writer.answer(messages, max_new_tokens, **options):
             print(piece, end="", flush=True)  # noqa: T201
             answer += piece

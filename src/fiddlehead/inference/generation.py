@@ -195,7 +195,8 @@ def _continuations(
                 Problem("prompt", list(prompt), f"needs at least one token, each below vocab_size={vocab_size}")
             )
     if draft is not None:
-        _refuse_draft(draft, vocab_size, sampling, compile)
+        refuse_compiled_draft(compile, draft)
+        _refuse_vocabulary(draft, vocab_size, sampling)
         (prompt,), (generator,) = prompts, generators
         for token in speculate(model, draft, prompt, max_new_tokens, sampling.probabilities, generator):
             yield [token]
@@ -231,12 +232,16 @@ def _continuations(
             logits = step(tokens)
 
 
-def _refuse_draft(draft: Draft, vocab_size: int, sampling: Sampling, compile: bool) -> None:
-    own = draft.model.config.vocab_size or 0
-    if compile:
+def refuse_compiled_draft(compile: bool, draft: object) -> None:
+    """Raises ConfigError if steps are to be compiled and there is a draft."""
+    if compile and draft is not None:
         raise ConfigError(
             Problem("draft", message="a compiled step computes one token; leave out compile, or the draft")
         )
+
+
+def _refuse_vocabulary(draft: Draft, vocab_size: int, sampling: Sampling) -> None:
+    own = draft.model.config.vocab_size or 0
     if set(range(own, vocab_size)) - set(sampling.banned):
         message = f"has a vocabulary of {own}, and the model one of {vocab_size}; both must have the same tokenizer"
         raise ConfigError(Problem("draft", message=message))
