@@ -19,10 +19,13 @@ import transformers
 from decode import copy_bandwidth
 from measure import Spread, alternate, ratio, save, table
 
+from fiddlehead.attention import KVCache
 from fiddlehead.checkpoints.huggingface.families import FAMILIES
 from fiddlehead.checkpoints.huggingface.tensor_map import tensor_map
-from fiddlehead.inference.generation import Sampling, sample, sample_batch
+from fiddlehead.inference.generation import Sampling, sample_batch
 from fiddlehead.models import Transformer
+from fiddlehead.models.compiled_step import CompiledStep
+from fiddlehead.models.int8 import to_int8
 from fiddlehead.recipes.llama import LLAMA32_1B
 
 SETTINGS = {
@@ -88,23 +91,67 @@ def main() -> None:
     save("generate", figures, ["torch", "transformers"], {"parameters": parameters, "threads": torch.get_num_threads()})
 
 
+CASES = {
+    "batch 1": {},
+    "batch 1, int8": {"int8": True},
+    "batch 1, 32k cached": {"cached": 32_768},
+    "batch 8": {"batch": 8},
+    "batch 32": {"batch": 32},
+    "batch 32, 32k cached": {"batch": 32, "cached": 32_768},
+}
+"""What is decoded on a GPU: the sequences, the tokens in the cache before (128), and whether weights are in 8 bits."""
+
+
 @torch.no_grad()
 def on_gpu(tokens: int, rounds: int) -> None:
-    """One sequence of a 1B in bfloat16, whose every weight is read once for each token."""
-    config = replace(fdl.build(LLAMA32_1B), vocab_size=128_256, seq_length=4096)
+    """A 1B in bfloat16, whose every weight is read once for each step, and the cache once for each token."""
+    config = replace(fdl.build(LLAMA32_1B), vocab_size=128_256, seq_length=65_536)
     with torch.device("cuda"):
         model = Transformer(config).bfloat16().eval()
-    bytes_of_weights = sum(parameter.nbytes for parameter in model.parameters())
-    prompt = torch.randint(config.vocab_size or 0, (128,)).tolist()
-    rates = []
-    for _ in range(rounds + 1):
-        times = [time.perf_counter() for _ in sample(model, prompt, tokens, temperature=0, compile=True)]
-        rates.append((len(times) - 21) / (times[-1] - times[20]))  # the first steps compile and capture
-    rate = Spread.of(rates[1:])
     bandwidth = copy_bandwidth(torch.device("cuda"), rounds)
-    figures = {"tokens_per_s": rate, "of_copying": rate.median * bytes_of_weights / bandwidth, "copying": bandwidth}
-    print(table(["", "tokens/s", "of copying's bandwidth"], [["1B", f"{rate:.0f}", f"{figures['of_copying']:.2f}"]]))
-    save("generate_gpu", figures, ["torch"])
+    rows, figures = [], {"copying": bandwidth}
+    for name, case in sorted(CASES.items(), key=lambda each: "int8" in each[1]):  # which changes the model
+        if case.get("int8"):
+            to_int8(model)
+        seconds, cached = decode(model, tokens, rounds, case.get("batch", 1), case.get("cached", 128))
+        size = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+        rate = Spread.of(case.get("batch", 1) / each for each in seconds)
+        figures[name] = {
+            "tokens_per_s": rate,
+            "ms": Spread.of(1e3 * each for each in seconds),
+            "of_copying": (size + cached) / Spread.of(seconds).median / bandwidth,
+        }
+        rows.append([name, f"{rate.median:.0f}", f"{figures[name]['ms']:.3f}", f"{figures[name]['of_copying']:.2f}"])
+        torch.cuda.empty_cache()
+    print(table(["", "tokens/s", "ms a step", "of a copy's bandwidth"], rows))
+    save("generate_gpu", figures, ["torch", "triton"])
+
+
+def decode(model: Transformer, tokens: int, rounds: int, batch: int, cached: int) -> tuple[list[float], float]:
+    """The seconds of a step, choosing the likeliest token included, in each round; and the bytes read from the cache.
+
+    The cache is random: its values do not change the time.
+    """
+    config, room = model.config, cached + tokens * (rounds + 1) + 20
+    caches = [
+        KVCache.allocate(batch, room, config.groups, config.head_dim, torch.bfloat16, "cuda")
+        for _ in range(config.num_layers)
+    ]
+    for cache in caches:
+        cache.k[:, :cached].normal_()
+        cache.v[:, :cached].normal_()
+        cache.advance(cached, torch.full((batch,), cached, device="cuda"))
+    step, greedy, seconds = CompiledStep(model, caches), Sampling(temperature=0), []
+    chosen = torch.zeros(batch, dtype=torch.int64, device="cuda")
+    for count in (20, *[tokens] * (rounds + 1)):  # the first steps compile and capture
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            chosen = greedy.choose(step(chosen[:, None])[:, 0], [])
+        torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - start) / count)
+    average = cached + 20 + tokens * (rounds + 1) / 2
+    return seconds[2:], average * sum(cache.nbytes for cache in caches) / room
 
 
 if __name__ == "__main__":

@@ -93,8 +93,3 @@ def test_a_chat_with_weights_in_8_bits_is_what_they_write(models: Path) -> None:
     assert "".join(writer.answer(asked, 12, temperature=0)) in shown
     with pytest.raises(ConfigError, match="weights='int4': did you mean 'int8'"):
         talk(str(models / "large"), "--weights", "int4")
-
-
-def test_a_draft_is_not_compiled(models: Path) -> None:
-    with pytest.raises(ConfigError, match="draft: a compiled step computes one token; leave out compile, or the draft"):
-        talk(str(models / "large"), "--compile", "--draft", str(models / "small"))

@@ -133,7 +133,6 @@ def test_each_token_is_chosen_from_the_probabilities_that_sampling_says() -> Non
     ("changes", "options", "said"),
     [
         ({"vocab_size": 20}, {}, "draft: has a vocabulary of 20, and the model one of 23"),
-        ({}, {"compile": True}, "draft: a compiled step computes one token"),
     ],
 )
 def test_a_draft_that_cannot_draft_is_refused(

@@ -10,7 +10,7 @@
 
 from fiddlehead.attention.attend import attend, watched
 from fiddlehead.attention.backends import BACKENDS, register, unregister
-from fiddlehead.attention.kv_cache import KVCache
+from fiddlehead.attention.kv_cache import KVCache, advance_together, truncate_together
 from fiddlehead.attention.packages import Package, Packages
 from fiddlehead.attention.selection import Choice, backend_choices, explain, select
 from fiddlehead.attention.spec import GPUS, AttentionSpec, Target
@@ -24,11 +24,13 @@ __all__ = [
     "Package",
     "Packages",
     "Target",
+    "advance_together",
     "attend",
     "backend_choices",
     "explain",
     "register",
     "select",
+    "truncate_together",
     "unregister",
     "watched",
 ]

@@ -5,6 +5,7 @@ Shapes: B sequences, T new positions of each, G key/value heads, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -111,6 +112,17 @@ class KVCache:
         return self._lengths.clone() if self._on_device else torch.full_like(self._lengths, self._taken)
 
     @property
+    def device_lengths(self) -> torch.Tensor:
+        """How many positions each sequence holds, (B,) int32, changed in place by each step.
+
+        Raises:
+            ConfigError: the lengths are not counted on the device, because all are the same.
+        """
+        if not self._on_device:
+            raise ConfigError(Problem("new_lengths", message="is needed, so that lengths are counted on the device"))
+        return self._lengths
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the storage of keys and values, filled or not."""
         return self.k.nbytes + self.v.nbytes
@@ -183,7 +195,7 @@ class KVCache:
         self._taken += T
 
     def count_replayed(self, T: int) -> None:
-        """Counts T positions that the replay of a captured CUDA graph wrote and counted on the device."""
+        """Counts T positions that were counted on the device already, as by a captured CUDA graph."""
         self._taken += T
 
     def _checked(self, k: torch.Tensor, v: torch.Tensor) -> int:
@@ -200,7 +212,25 @@ class KVCache:
             )
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             raise ConfigError(Problem("kv_cache", message="has no gradients; decode under torch.no_grad()"))
-        if self._taken + k.shape[1] > self.max_length:
-            message = f"{self._taken} positions are taken, with padding, and {k.shape[1]} more do not fit"
-            raise ConfigError(Problem("max_length", self.max_length, message))
+        self.refuse_full(k.shape[1])
         return k.shape[1]
+
+    def refuse_full(self, T: int) -> None:
+        """Raises ConfigError if there is no room for T more positions."""
+        if self._taken + T > self.max_length:
+            message = f"{self._taken} positions are taken, with padding, and {T} more do not fit"
+            raise ConfigError(Problem("max_length", self.max_length, message))
+
+
+def truncate_together(caches: Sequence[KVCache], length: int) -> None:
+    """As `KVCache.truncate` of each, at once."""
+    torch._foreach_clamp_max_([cache.device_lengths for cache in caches], length)  # pyright: ignore
+    for cache in caches:
+        cache._taken = min(cache._taken, length)
+
+
+def advance_together(caches: Sequence[KVCache], T: int) -> None:
+    """Counts T positions of each sequence, which a kernel has written, in caches that count on the device."""
+    for cache in caches:
+        cache.count_replayed(T)
+    torch._foreach_add_([cache.device_lengths for cache in caches], T)  # pyright: ignore

@@ -53,7 +53,7 @@ class Sampling:
     def choose(self, logits: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
         """Chooses a token for each sequence, (B,), from the logits, (B, V)."""
         if self.temperature == 0:
-            return self._allowed(logits).argmax(dim=-1)
+            return _likeliest(self._allowed(logits))
         rows = self.probabilities(logits)
         return torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(rows, generators, strict=True)])
 
@@ -82,6 +82,17 @@ class Sampling:
         return logits.index_fill(-1, _on_device(self.banned, logits.device), float("-inf"))
 
 
+def _likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The index of the greatest logit of each sequence, (B, V) to (B,); the first one of equals."""
+    if not logits.is_cuda:
+        return logits.argmax(dim=-1)
+    # In two steps, because a GPU has one multiprocessor search a whole row.
+    parts = F.pad(logits, (0, -logits.shape[-1] % 256), value=float("-inf")).unflatten(-1, (-1, 256))
+    most, place = parts.max(dim=-1)
+    part = most.argmax(dim=-1, keepdim=True)
+    return (part * 256 + place.gather(-1, part))[:, 0]
+
+
 @torch.no_grad()
 def sample(
     model: Transformer,
@@ -100,7 +111,7 @@ def sample(
     Args:
         temperature, top_k, top_p, seed, banned: as in `Sampling`.
         compile: on a GPU, run each step as one `CompiledStep`, after some seconds of compiling.
-        draft: drafts tokens, which the model checks in one pass; not with `compile`.
+        draft: drafts tokens, which the model checks in one pass.
 
     Raises:
         ConfigError: the prompt is empty, a token is not in the vocabulary, or a number makes no sense; or the draft
@@ -195,10 +206,9 @@ def _continuations(
                 Problem("prompt", list(prompt), f"needs at least one token, each below vocab_size={vocab_size}")
             )
     if draft is not None:
-        refuse_compiled_draft(compile, draft)
         _refuse_vocabulary(draft, vocab_size, sampling)
         (prompt,), (generator,) = prompts, generators
-        for token in speculate(model, draft, prompt, max_new_tokens, sampling.probabilities, generator):
+        for token in speculate(model, draft, prompt, max_new_tokens, sampling.probabilities, generator, compile):
             yield [token]
         return
     lengths = [len(prompt) for prompt in prompts]
@@ -209,7 +219,7 @@ def _continuations(
         KVCache.allocate(len(prompts), room, config.groups, config.head_dim, weight.dtype, weight.device)
         for _ in range(config.num_layers)
     ]
-    step = CompiledStep(model, caches) if compile else partial(_step, model, caches)
+    step = partial(_step, CompiledStep(model, caches) if compile else partial(_logits, model, caches))
     texts = [list(prompt) for prompt in prompts]
     logits = _begin(model, caches, texts, compile)
     for number in range(max_new_tokens):
@@ -230,14 +240,6 @@ def _continuations(
             logits = _begin(model, caches, texts, compile)
         elif not weight.is_cuda:
             logits = step(tokens)
-
-
-def refuse_compiled_draft(compile: bool, draft: object) -> None:
-    """Raises ConfigError if steps are to be compiled and there is a draft."""
-    if compile and draft is not None:
-        raise ConfigError(
-            Problem("draft", message="a compiled step computes one token; leave out compile, or the draft")
-        )
 
 
 def _refuse_vocabulary(draft: Draft, vocab_size: int, sampling: Sampling) -> None:
@@ -282,6 +284,11 @@ def _on_host(tokens: torch.Tensor) -> Callable[[], list[int]]:
     return wait
 
 
-def _step(model: Transformer, caches: Sequence[KVCache], tokens: torch.Tensor) -> torch.Tensor:
+def _step(logits: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
     """The next tokens, (B,), to logits, (B, V)."""
-    return model.logits(model.hidden(tokens[:, None], caches=caches)[:, 0])
+    return logits(tokens[:, None])[:, 0]
+
+
+def _logits(model: Transformer, caches: Sequence[KVCache], tokens: torch.Tensor) -> torch.Tensor:
+    """The next tokens, (B, T), to logits, (B, T, V)."""
+    return model.logits(model.hidden(tokens, caches=caches))

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from fiddlehead.attention import KVCache
+from fiddlehead.attention import KVCache, truncate_together
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models import Transformer
+from fiddlehead.models.compiled_step import CompiledStep
 
 DRAFTED = 4
 """The tokens that are drafted for a pass of the model."""
@@ -46,11 +47,13 @@ def speculate(
     max_new_tokens: int,
     probabilities: Probabilities,
     generator: torch.Generator,
+    compile: bool = False,
 ) -> Iterator[int]:
     """Yields the tokens that follow `prompt`, as long as the text is within the model's `seq_length`.
 
     Args:
         prompt: valid tokens, at least one.
+        compile: run each pass of the models as one `CompiledStep`.
 
     Raises:
         ConfigError: a model has LongRoPE, whose keys change with the text's length.
@@ -62,8 +65,8 @@ def speculate(
     room = min(end, model.config.seq_length or end)
     if len(text) > room:
         return
-    large = _Reader(model, room)
-    small = _Reader(draft.model, min(room, draft.model.config.seq_length or room))
+    large = _Reader(model, room, DRAFTED + 1 if compile else 0)
+    small = _Reader(draft.model, min(room, draft.model.config.seq_length or room), 1 if compile else 0)
     vocab_size = model.config.vocab_size or 0
     while len(text) <= room and len(text) < end:
         most = min(DRAFTED, end - len(text) - 1, room - len(text), small.room - len(text) + 1)
@@ -107,23 +110,50 @@ def residual(wanted: torch.Tensor, guess: torch.Tensor) -> torch.Tensor:
 
 
 class _Reader:
-    """A model that has read the beginning of a text, of at most `room` tokens."""
+    """A model that has read the beginning of a text, of at most `room` tokens.
 
-    def __init__(self, model: Transformer, room: int) -> None:
+    With `compiled` above 0, it reads so many tokens at a time in a `CompiledStep`; the prompt it reads at once.
+    """
+
+    def __init__(self, model: Transformer, room: int, compiled: int) -> None:
         config, weight = model.config, model.embedding.weight
-        self.model, self.room = model, room
+        self.model, self.room, self.compiled = model, room, compiled
         self.caches = [
             KVCache.allocate(1, max(room, 1), config.groups, config.head_dim, weight.dtype, weight.device)
             for _ in range(config.num_layers)
         ]
+        self.step = CompiledStep(model, self.caches, compiled) if compiled else None
 
     def logits(self, text: Sequence[int], count: int) -> torch.Tensor:
         """Reads the rest of the text; the logits after each of its last `count` tokens, (count, V)."""
-        new = torch.tensor([[*text[self.caches[0].length :]]], device=self.model.embedding.weight.device)
-        return self.model.logits(self.model.hidden(new, caches=self.caches)[0, -count:])
+        while True:
+            start = self.caches[0].length
+            fits = self.step is not None and 0 < start <= self.room - self.compiled
+            part = text[start : start + self.compiled] if fits else text[start:]
+            logits = self._step(part) if fits else self._read(part)
+            if start + len(part) == len(text):
+                return logits[-count:]
+
+    def _read(self, tokens: Sequence[int]) -> torch.Tensor:
+        new = torch.tensor([[*tokens]], device=self.model.embedding.weight.device)
+        lengths = None if self.step is None else torch.tensor([len(tokens)], device=new.device)
+        return self.model.logits(self.model.hidden(new, caches=self.caches, new_lengths=lengths)[0])
+
+    def _step(self, tokens: Sequence[int]) -> torch.Tensor:
+        assert self.step is not None
+        end = self.caches[0].length + len(tokens)
+        padded = [*tokens, *[0] * (self.compiled - len(tokens))]
+        logits = self.step(torch.tensor([padded], device=self.model.embedding.weight.device))[0, : len(tokens)]
+        self.forget_after(end)
+        return logits
 
     def forget_after(self, length: int) -> None:
         """Forgets what it has read after the first `length` tokens."""
+        if self.caches[0].length <= length:
+            return
+        if self.step is not None:
+            truncate_together(self.caches, length)
+            return
         for cache in self.caches:
             cache.truncate(length)
 

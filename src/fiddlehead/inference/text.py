@@ -18,7 +18,7 @@ from fiddlehead.data import TokenizerFile
 from fiddlehead.data.chat_template import ChatTemplate, Message
 from fiddlehead.data.tokenizers import refuse_missing_rows
 from fiddlehead.errors import ConfigError, Problem
-from fiddlehead.inference.generation import Sampling, refuse_compiled_draft, sample, sample_batch
+from fiddlehead.inference.generation import Sampling, sample, sample_batch
 from fiddlehead.inference.speculative import Draft
 from fiddlehead.models import Transformer
 from fiddlehead.models.compiled_step import refuse_compiled_step
@@ -71,7 +71,6 @@ class Writer:
         """
         if weights not in (None, "int8"):
             raise ConfigError(Problem("weights", weights, "", ("int8",)))
-        refuse_compiled_draft(compile, draft)
         path = find_weights(source, runs)
         folder = find_tokenizer(path)
         if folder is None:
@@ -86,7 +85,7 @@ class Writer:
         made = cls(model.to(device), TokenizerFile(folder), ChatTemplate.load(folder), str(source), compile)
         if draft is None:
             return made
-        small = cls.open(draft, runs)
+        small = cls.open(draft, runs, compile=compile)
         if small.tokenizer.fingerprint != made.tokenizer.fingerprint:
             message = f"has another tokenizer than {source}; a draft needs the tokens of the model that it drafts for"
             raise ConfigError(Problem("draft", draft, message))

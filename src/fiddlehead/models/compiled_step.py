@@ -1,4 +1,4 @@
-"""One decoding step as one CUDA graph of compiled kernels."""
+"""One decoding step as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from fiddlehead.attention import AttentionSpec, KVCache, Target, explain
 from fiddlehead.errors import Problem, refuse
 from fiddlehead.models.config import TransformerConfig
+from fiddlehead.models.fused_step import FusedStep, fits
 from fiddlehead.models.transformer import Transformer
 
 _WARM_UP = 3
@@ -51,34 +52,37 @@ def _by_flex(config: TransformerConfig, device: torch.device, dtype: torch.dtype
 
 
 class CompiledStep:
-    """Computes the logits of new tokens, with caches that already hold the earlier tokens.
+    """Computes the logits of T new tokens of each sequence, with caches that already hold the earlier tokens.
 
     A step of a small model, or for one sequence, has hundreds of small kernels, and the host launches them more slowly
-    than the GPU runs them. A captured graph launches all of them at once. The first steps compile, which takes some
-    seconds; they give the same tokens.
+    than the GPU runs them. A captured graph launches all of them at once. The kernels are those of `FusedStep` where it
+    fits, and otherwise PyTorch's compiler makes them. The first steps compile, which takes some seconds; they give the
+    same tokens.
 
     Raises:
         ConfigError: `refuse_compiled_step` does.
     """
 
-    def __init__(self, model: Transformer, caches: Sequence[KVCache]) -> None:
+    def __init__(self, model: Transformer, caches: Sequence[KVCache], T: int = 1) -> None:
         weight = model.embedding.weight
         refuse_compiled_step(model.config, weight.device, weight.dtype)
         self._model, self._caches = model, caches
-        self._ids = torch.zeros(caches[0].batch, 1, dtype=torch.int64, device=weight.device)
+        self._ids = torch.zeros(caches[0].batch, T, dtype=torch.int64, device=weight.device)
         self._logits = torch.empty(0)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._steps = 0
+        self._fused = FusedStep(model, caches) if fits(model) else None
+        self._warm_up = _WARM_UP if self._fused is None else 1
         self._layer = torch.compile(lambda layer, *arguments: layer(*arguments), fullgraph=True)
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The next tokens, (B,), to logits, (B, V); the next call overwrites them."""
-        self._ids.copy_(tokens[:, None])
+        """The next tokens, (B, T), to logits, (B, T, V); the next call overwrites them."""
+        self._ids.copy_(tokens)
         if self._graph is not None:
             self._graph.replay()
             for cache in self._caches:
-                cache.count_replayed(1)
-        elif self._steps < _WARM_UP:
+                cache.count_replayed(tokens.shape[1])
+        elif self._steps < self._warm_up:
             self._logits = self._run()
         else:
             self._graph = torch.cuda.CUDAGraph()
@@ -89,6 +93,8 @@ class CompiledStep:
         return self._logits
 
     def _run(self) -> torch.Tensor:
+        if self._fused is not None:
+            return self._fused(self._ids)
         with torch._dynamo.config.patch(recompile_limit=_COMPILED):  # pyright: ignore
             x = self._model.hidden(self._ids, caches=self._caches, run_layer=self._layer)
-        return self._model.logits(x[:, -1])
+        return self._model.logits(x)

@@ -161,7 +161,7 @@ class Transformer(nn.Module):
     def embed(self, input_ids: torch.Tensor, places: Places) -> torch.Tensor:
         """Token ids (B, T) to the input of the first layer, (B, T, C)."""
         config = self.config
-        x = _scaled(self.embedding(input_ids), config.embedding_multiplier)
+        x = self.embed_tokens(input_ids)
         if self.position_embedding is not None:
             if self.position_embedding.num_embeddings < places.length:
                 length = self.position_embedding.num_embeddings
@@ -171,6 +171,10 @@ class Transformer(nn.Module):
         self._seed_dropout(0)
         # In mixed precision too, the residual stream has the dtype of the products: half the memory to move.
         return self.split.dropout(x.to(product_dtype(x)), config.hidden_dropout, self.training)
+
+    def embed_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (...) to their embeddings, (..., C), without positions."""
+        return _scaled(self.embedding(input_ids), self.config.embedding_multiplier)
 
     def run_layers(
         self,
@@ -206,7 +210,10 @@ class Transformer(nn.Module):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states, (..., C), to logits (..., V)."""
-        logits = linear(x, self._output_weight())
+        return self.capped(linear(x, self.output_weight))
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Products with the output layer's weights to logits: scaled and capped as the config says."""
         if self.config.logits_scaling != 1:
             logits = logits / self.config.logits_scaling
         cap = self.config.final_logit_softcapping
@@ -216,14 +223,16 @@ class Transformer(nn.Module):
         """The sum of the cross-entropy of hidden states, without all logits in memory at once."""
         return linear_cross_entropy(
             x.flatten(0, -2),
-            self._output_weight(),
+            self.output_weight,
             labels.flatten(),
             scale=1 / self.config.logits_scaling,
             softcap=self.config.final_logit_softcapping,
             compiled=self.compiled,
         )
 
-    def _output_weight(self) -> torch.Tensor:
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """(V, C); the embedding's, if the two share it."""
         return (self.embedding if self.output_layer is None else self.output_layer).weight
 
     def aux_loss(self) -> torch.Tensor | None:
