@@ -73,7 +73,9 @@ class CompiledStep:
         self._steps = 0
         self._fused = FusedStep(model, caches) if fits(model) else None
         self._warm_up = _WARM_UP if self._fused is None else 1
-        self._layer = torch.compile(lambda layer, *arguments: layer(*arguments), fullgraph=True)
+        self._layer = None
+        if self._fused is None:
+            self._layer = torch.compile(lambda layer, *arguments: layer(*arguments), fullgraph=True)
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """The next tokens, (B, T), to logits, (B, T, V); the next call overwrites them."""
