@@ -1,4 +1,8 @@
-"""Products with the weights, for a few rows, with what is before and after them."""
+"""Products with the weights, with what is before and after them.
+
+One row is multiplied by a kernel of ours, several are left to cuBLAS: for 8 rows a kernel with tensor cores took longer
+in four of a Llama 3.2 1B's five products, and one without them took three times as long for the whole step.
+"""
 
 # Triton is not where there is no GPU, and its kernels are not Python to a type checker.
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
@@ -16,10 +20,6 @@ from fiddlehead.models.decode_kernels.launch import early
 
 ACTIVATIONS = {"swiglu": 1, "geglu": 2}
 """The gated activations that a product can end with, and their numbers in the kernels."""
-
-
-MOST_ROWS = 8
-"""With more rows of x, cuBLAS multiplies."""
 
 
 class Tile(NamedTuple):
@@ -57,11 +57,11 @@ def product(
         tile: None: one that was fast on an H100.
     """
     B, K = x.shape
-    if B > MOST_ROWS:
+    if B > 1:
         return _product_by_library(x, weight, gain, eps, scale, bias, activation, added, factor)
     N = weight.shape[0] // (1 if activation is None else 2)
-    out = torch.empty(B, N, dtype=x.dtype, device=x.device)
-    rows, depth, warps = tile or _tile(B, N, K, activation is not None, weight.dtype)
+    out = torch.empty(1, N, dtype=x.dtype, device=x.device)
+    rows, depth, warps = tile or _tile(N, K, activation is not None, weight.dtype)
     options = {
         "K": K,
         "ROWS": rows,
@@ -74,18 +74,12 @@ def product(
         "num_warps": warps,
         **early(x.device),
     }
-    kernel = _product_of_one
-    if B > 1:
-        kernel = _product_of_some
-        options |= {"BATCH": B, "PADDED": triton.next_power_of_2(B)}
-    kernel[(triton.cdiv(N, rows),)](x, gain, weight, scale, bias, added, out, N, eps, factor, **options)
+    _product_of_one[(triton.cdiv(N, rows),)](x, gain, weight, scale, bias, added, out, N, eps, factor, **options)
     return out
 
 
-def _tile(B: int, N: int, K: int, gated: bool, dtype: torch.dtype) -> Tile:
+def _tile(N: int, K: int, gated: bool, dtype: torch.dtype) -> Tile:
     """Measured with the shapes of Llama 3.2 1B on an H100."""
-    if B > 1:
-        return Tile(4, 1024, 4)
     if dtype == torch.int8:
         return Tile(2 if gated else 4, 2048, 4)
     if K > 4096:
@@ -227,51 +221,3 @@ def _product_of_one(
     if ADDED:
         y += tl.load(added + read).to(tl.float32)
     tl.store(out + rows, y.to(out.dtype.element_ty), rows < N)
-
-
-@triton.jit
-def _product_of_some(
-    x, gain, weight, scale, bias, added, out, N, eps, factor,
-    K: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, NORMED: tl.constexpr, GATED: tl.constexpr,
-    SCALED: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr,
-    BATCH: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """`product` for a few rows of x: a program has `ROWS` rows of the weight, and reads them once."""
-    if EARLY:
-        gdc_launch_dependents()
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    read = tl.minimum(rows, N - 1)
-    weights = weight + read.to(tl.int64)[:, None] * K
-    batch = tl.arange(0, PADDED)
-    depth = tl.arange(0, DEPTH)
-    sums = tl.zeros([ROWS, PADDED], tl.float32)
-    ups = tl.zeros([ROWS, PADDED], tl.float32)
-    squares = tl.zeros([PADDED], tl.float32)
-    if EARLY:
-        gdc_wait()
-    for start in range(0, K, DEPTH):
-        k = start + depth
-        w = _read(weights + k[None, :], (k < K)[None, :], K % DEPTH != 0, "evict_first")
-        if GATED > 0:
-            u = _read(weights + N.to(tl.int64) * K + k[None, :], (k < K)[None, :], K % DEPTH != 0, "evict_first")
-        if NORMED:
-            gains = _read(gain + k, k < K, K % DEPTH != 0, "evict_last")
-        for b in tl.static_range(BATCH):
-            value = _read(x + b * K + k, k < K, K % DEPTH != 0, "evict_last")
-            if NORMED:
-                squares += tl.where(batch == b, tl.sum(value * value, 0), 0.0)
-                value *= gains
-            here = (batch == b)[None, :]
-            sums += tl.where(here, tl.sum(w * value[None, :], 1)[:, None], 0.0)
-            if GATED > 0:
-                ups += tl.where(here, tl.sum(u * value[None, :], 1)[:, None], 0.0)
-    if NORMED:
-        root = tl.rsqrt(squares / K + eps)[None, :]
-        sums *= root
-        ups *= root
-    y = _finish(sums, ups, read[:, None], bias, scale, N, GATED, SCALED, BIASED) * factor
-    place = batch[None, :] * N + rows[:, None]
-    mask = (batch < BATCH)[None, :] & (rows < N)[:, None]
-    if ADDED:
-        y += tl.load(added + place, mask, 0.0).to(tl.float32)
-    tl.store(out + place, y.to(out.dtype.element_ty), mask)
