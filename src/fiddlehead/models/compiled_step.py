@@ -55,9 +55,9 @@ class CompiledStep:
     """Computes the logits of T new tokens of each sequence, with caches that already hold the earlier tokens.
 
     A step of a small model, or for one sequence, has hundreds of small kernels, and the host launches them more slowly
-    than the GPU runs them. A captured graph launches all of them at once. The kernels are those of `FusedStep` where it
-    fits, and otherwise PyTorch's compiler makes them. The first steps compile, which takes some seconds; they give the
-    same tokens.
+    than the GPU runs them. A captured graph launches all of them at once. The kernels are those of `FusedStep` for one
+    sequence of a model that it fits, and otherwise PyTorch's compiler makes them. The first steps compile, which takes
+    some seconds; they give the same tokens.
 
     Raises:
         ConfigError: `refuse_compiled_step` does.
@@ -71,7 +71,8 @@ class CompiledStep:
         self._logits = torch.empty(0)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._steps = 0
-        self._fused = FusedStep(model, caches) if fits(model) else None
+        # For 32 sequences the compiler's kernels were faster.
+        self._fused = FusedStep(model, caches) if caches[0].batch == 1 and fits(model) else None
         self._warm_up = _WARM_UP if self._fused is None else 1
         self._layer = None
         if self._fused is None:

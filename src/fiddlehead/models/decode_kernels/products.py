@@ -1,7 +1,7 @@
 """Products with the weights, with what is before and after them.
 
 One row is multiplied by a kernel of ours, several are left to cuBLAS: for 8 rows a kernel with tensor cores took longer
-in four of a Llama 3.2 1B's five products, and one without them took three times as long for the whole step.
+in four of a Llama 3.2 1B's five products.
 """
 
 # Triton is not where there is no GPU, and its kernels are not Python to a type checker.
