@@ -3,6 +3,7 @@
     python benchmarks/many.py                       # all of it, on all GPUs here
     python benchmarks/many.py --parts equal kill    # some of it
     python benchmarks/many.py --parts equal speed --only ring 64k    # ring attention beside Ulysses, on 2 or more GPUs
+    python benchmarks/many.py --parts equal speed --only 'tp 2' 'pp 2' 'one GPU'    # split layers, and schedules
     python benchmarks/many.py --cpus 4              # on four processes without a GPU, to try the script
 
 Each run is a job as an executor starts it: `python -m fiddlehead.job RUN/recipe.yaml`. What it writes,
@@ -49,6 +50,7 @@ DENSE = [
 """The small model that is compared: a pipeline of 8 can split its layers, and 8 ranks its heads."""
 MIXTURE = [*DENSE, "model.config.num_moe_experts=8", "model.config.moe_aux_loss_coeff=0.0"]
 RING = {"context_parallel_method": "ring"}
+_TWICE = {"pipeline_parallel": 2, "pipeline_stages_per_rank": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp 4": (4, {}),
     "hsdp 2x2": (4, {"data_parallel_replicate": 2}),
@@ -67,6 +69,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp 3": (3, {}),
     "fsdp 2": (2, {}),
     "tp 2": (2, {"tensor_parallel": 2}),
+    "pp 2": (2, {"pipeline_parallel": 2}),
+    "pp 2, 2 stages a rank": (2, _TWICE),
+    "pp 2, InterleavedZeroBubble": (2, {"pipeline_parallel": 2, "pipeline_schedule": "InterleavedZeroBubble"}),
+    "pp 2, ZBVZeroBubble": (2, {**_TWICE, "pipeline_schedule": "ZBVZeroBubble"}),
+    "pp 2, DualPipeV": (2, {**_TWICE, "pipeline_schedule": "DualPipeV"}),
     "ring 2": (2, {"context_parallel": 2, **RING}),
     "fsdp 8": (8, {}),
     "hsdp 2x4": (8, {"data_parallel_replicate": 2}),
@@ -75,6 +82,24 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep 4 x tp 2": (8, {"expert_parallel": 4, "tensor_parallel": 2}),
 }
 """Name to the number of GPUs and the sizes of the strategy; those with experts train the mixture."""
+SPLIT: dict[str, tuple[int, list[str]]] = {
+    "one GPU": (1, []),
+    "tp 2": (2, ["trainer.strategy.tensor_parallel=2"]),
+}
+"""Name to the number of GPUs and the edits of the split layers that are timed."""
+_PP = ["trainer.strategy.pipeline_parallel=2"]
+_PP_TWICE = [*_PP, "trainer.strategy.pipeline_stages_per_rank=2"]
+SCHEDULES: dict[str, tuple[int, list[str]]] = {
+    "one GPU": (1, []),
+    "pp 2": (2, _PP),
+    "pp 2, 2 stages a rank": (2, _PP_TWICE),
+    "one GPU, eager": (1, ["model.compile=None"]),
+    **{
+        f"pp 2, {schedule}": (2, [*edits, f"trainer.strategy.pipeline_schedule={schedule}", "model.compile=None"])
+        for schedule, edits in (("InterleavedZeroBubble", _PP), ("ZBVZeroBubble", _PP_TWICE), ("DualPipeV", _PP_TWICE))
+    },
+}
+"""Name to the number of GPUs and the edits of the pipelines that are timed."""
 AT_ONCE = 6
 """Small runs share the GPUs: so many at a time."""
 TIMED = ["model.config.vocab_size=128256"]
@@ -86,6 +111,13 @@ def timed(devices: int) -> dict[str, tuple[str, int, list[str]]]:
     cases = {}
     for count in (1, 2, 4, 8):
         cases[f"llama32_1b on {count}"] = "llama32_1b", count, [f"data.global_batch_size={8 * count}"]
+    for name, (count, edits) in SPLIT.items():
+        shared = ["data.seq_length=4096", "data.micro_batch_size=8", "data.global_batch_size=8"]
+        cases[f"1b, {name}"] = "llama32_1b", count, [*shared, *edits]
+    for name, (count, edits) in SCHEDULES.items():
+        shared = ["data.seq_length=4096", "data.micro_batch_size=2", "data.global_batch_size=16"]
+        untied = "model.config.share_embeddings_and_output_weights=False"
+        cases[f"1b untied, 8 micro-batches, {name}"] = "llama32_1b", count, [*shared, untied, *edits]
     cases["llama3_8b as shipped on 8"] = "llama3_8b", 8, ["data.global_batch_size=32"]
     half = ["data.global_batch_size=16"]
     one = ["data.micro_batch_size=1"]
@@ -135,6 +167,7 @@ def main() -> None:
     parser.add_argument("--cpus", type=int, default=0, help="use so many processes without a GPU")
     parser.add_argument("--steps", type=int, default=6, help="timed steps")
     parser.add_argument("--warmup", type=int, default=3, help="untimed steps before them")
+    parser.add_argument("--timeout", type=float, default=None, help="seconds after which a run is ended")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     devices = given.cpus or gpus_here()
@@ -263,9 +296,15 @@ class Bench:
         return run
 
     def _job(self, run: Path) -> int:
-        """Runs a job to its end, and returns its exit code."""
+        """Runs a job to its end, or until it has taken too long, and returns its exit code."""
         with self._started(run) as job:
-            return job.wait()
+            try:
+                return job.wait(self.given.timeout)
+            except subprocess.TimeoutExpired:
+                os.killpg(job.pid, signal.SIGKILL)
+                with (run / "said.txt").open("a") as said:
+                    said.write(f"ended after {self.given.timeout:g} s\n")
+                return 1
 
     @contextmanager
     def _started(self, run: Path) -> Iterator[subprocess.Popen]:
@@ -274,7 +313,8 @@ class Bench:
         variables = {"FIDDLEHEAD_REQUEUES": "3"}  # as in a queue that starts a job again
         variables |= {"OMP_NUM_THREADS": "1"} if self.given.cpus else {}
         with (run / "said.txt").open("a") as said:
-            job = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=os.environ | variables)
+            streams: dict[str, Any] = {"stdout": said, "stderr": subprocess.STDOUT}
+            job = subprocess.Popen(command, **streams, env=os.environ | variables, start_new_session=True)
             try:
                 yield job
             finally:
@@ -353,7 +393,7 @@ def _planned(recipe: Recipe) -> dict[str, Any]:
 def _shrink(recipe: Recipe) -> None:
     """Makes a model of nothing, for a CPU."""
     config = recipe.model.config
-    for field, value in {"num_layers": 2, "hidden_size": 128, "ffn_hidden_size": 128, "vocab_size": 300}.items():
+    for field, value in {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 128, "vocab_size": 300}.items():
         setattr(config, field, value)
     config.num_attention_heads, config.num_query_groups = 8, 4
     recipe.trainer.accelerator, recipe.model.compile, recipe.model.fp8 = "cpu", None, None

@@ -139,6 +139,8 @@ def fill() -> None:
     case("cp 1b b4", "llama32_1b", context_parallel=2)
     untied = "model.config.share_embeddings_and_output_weights=False"
     case("pp 1b b2 x8", "llama32_1b", untied, batch=2, accumulate=8, pipeline_parallel=2)
+    twice = "trainer.strategy.pipeline_stages_per_rank=2"
+    case("pp 1b b2 x8 twice", "llama32_1b", untied, twice, batch=2, accumulate=8, pipeline_parallel=2)
     case("pp 8b6 b1 x8 full", "llama3_8b", LAYERS_8B, full, batch=1, accumulate=8, pipeline_parallel=2)
     case("ep moe b2", "mixtral_8x7b", *moe, eager, none, "trainer.strategy.expert_parallel=2", batch=2, data_parallel=2)
     case("ddp 1b b4", "llama32_1b", data_parallel=2)

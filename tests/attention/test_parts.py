@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fiddlehead.attention import BACKENDS, AttentionSpec, Target, attend, explain
+from fiddlehead.attention.attend import NOTHING
 from fiddlehead.attention.backends.backend import Passes
 from fiddlehead.attention.packages import Package, Packages
 from fiddlehead.attention.parts import Part, attend_to_part, part_gradients
@@ -89,6 +90,30 @@ def test_the_parts_of_the_keys_give_the_output_and_the_gradients_of_all(packed: 
     )
     for got, wanted in zip((sum(dq), torch.cat(dk), torch.cat(dv)), expected, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_cudnn_s_passes_serve_a_single_key(queries: int) -> None:
+    """Which cuDNN itself does not; a ring has one where a rank has two tokens."""
+    torch.manual_seed(0)
+    q, dout, out = (torch.randn(2, queries, 6, 8).bfloat16() for _ in range(3))
+    k, v = (torch.randn(2, 1, 3, 8).bfloat16() for _ in range(2))
+    passes = BACKENDS["cudnn"].PASSES  # type: ignore[attr-defined]
+    spec = replace(SPEC, dtype=torch.bfloat16, head_dim=8, causal=False, same_length=False)
+    found, lse, state = passes.forward(q, k, v, spec, 0.3, NOTHING)
+    wide = [x.double().repeat_interleave(2, dim=2) for x in (k, v)]
+    logits = 0.3 * (q.double() * wide[0]).sum(dim=-1)
+    torch.testing.assert_close(found, wide[1].to(found.dtype).expand_as(found))
+    torch.testing.assert_close(lse, logits.transpose(1, 2).float(), rtol=1e-2, atol=1e-2)
+    # The key's weight among all keys, of which `total` is the softmax's sum.
+    total = logits.transpose(1, 2) + 1.0
+    weight = (logits - total.transpose(1, 2)).exp()[..., None]
+    slope = 0.3 * weight * (dout.double() * (wide[1] - out.double())).sum(dim=-1, keepdim=True)
+    expected = [slope * wide[0], (slope * q.double()), weight * dout.double()]
+    expected[1:] = [x.sum(dim=1, keepdim=True).unflatten(2, (3, 2)).sum(dim=3) for x in expected[1:]]
+    gradients = passes.backward(dout, q, k, v, out, total.float(), state, spec, 0.3, NOTHING)[:3]
+    for got, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,25 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from fiddlehead.attention import BACKENDS, AttentionSpec, watched
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models.collectives import Group
 from fiddlehead.models.config import RingStep
-from fiddlehead.models.parallel import Layout, local_batch, parallelize, refuse_sizes
+from fiddlehead.models.parallel import (
+    Layout,
+    first_layers,
+    layers_of,
+    local_batch,
+    parallelize,
+    rank_of_stage,
+    refuse_sizes,
+    stage_of,
+)
 from fiddlehead.models.parallel.shards import shard_of, splits_over
+from fiddlehead.models.parallel.stages import HEAD
+from fiddlehead.models.ring import Ring
 from tests.models import parallel_ranks
 
 QUICK = [("sinks", "tp=2"), ("multi-query", "cp=2"), ("experts", "cp=2"), ("adapters", "tp=2"), ("dora", "tp=2")]
+QUICK += [("biases", "tp=2")]
 QUICK += [("odd heads", "ring=2"), ("attention alone", "ring=2")]
 THOROUGH = [
     *((model, "cp=2 tp=2") for model in ("grouped", "multi-query", "sinks", "projection norms", "window", "experts")),
@@ -230,3 +244,55 @@ def test_what_does_not_go_with_a_split_is_refused(mesh: DeviceMesh) -> None:
     parallelize(model, mesh)
     with pytest.raises(ConfigError, match="caches: a model whose sequences are split over processes has no caches"):
         model(torch.zeros(1, 4, dtype=torch.int64), caches=[])
+    q, k = torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2, 8, dtype=torch.bfloat16)
+    ring = Ring(Group.of(mesh, "cp"), 2)
+    for mixed in ((q, k, k), (q, q, k), (q, k, q)):
+        with pytest.raises(ConfigError, match="they must have the same dtype"):
+            ring.attend(*mixed, None)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "layers", "count", "expected"),
+    [
+        (8, 16, 2, [8, 8]),  # the output layer takes almost no time
+        (8, 7, 4, [2, 2, 2, 1]),
+        (128_256, 16, 2, [9, 7]),  # as long as three layers
+        (128_256, 16, 4, [4, 5, 5, 2]),
+        (128_256, 5, 5, [1, 1, 1, 1, 1]),
+        (128_256, 3, 1, [3]),
+    ],
+)
+def test_the_stages_of_a_pipeline_take_about_the_same_time(
+    vocabulary: int, layers: int, count: int, expected: list[int]
+) -> None:
+    """The shape is that of Llama 3.2 1B."""
+    shape = {"hidden_size": 2048, "ffn_hidden_size": 8192, "num_attention_heads": 32, "num_query_groups": 8}
+    config = TransformerConfig(**shape, num_layers=layers, vocab_size=vocabulary, seq_length=4096)
+    assert [len(layers_of(config, number, count)) for number in range(count)] == expected
+    first = first_layers(config, count)
+    stages = [stage_of(f"transformer.layers.{layer}.mlp.linear_fc1.weight", first) for layer in range(layers)]
+    assert stages == [number for number, size in enumerate(expected) for _ in range(size)]
+    assert (stage_of("embedding.weight", first), stage_of("output_layer.weight", first)) == (0, count - 1)
+
+
+@pytest.mark.parametrize(("layers", "count"), [(5, 2), (7, 3), (9, 4)])
+@pytest.mark.parametrize("vocabulary", [16, 400, 900, 4000])
+def test_no_other_stages_have_a_faster_slowest_one(layers: int, count: int, vocabulary: int) -> None:
+    shape = {"hidden_size": 64, "num_attention_heads": 2, "seq_length": 128}
+    config = TransformerConfig(**shape, num_layers=layers, vocab_size=vocabulary)
+    a_token = config.train_flops_per_token(128)
+    head = 6 * vocabulary * 64
+    of_head = HEAD * head / ((a_token - head) / layers)
+
+    def slowest(sizes: Sequence[int]) -> float:
+        return max(*sizes[:-1], sizes[-1] + of_head)
+
+    borders = itertools.combinations(range(1, layers), count - 1)
+    ways = [[b - a for a, b in itertools.pairwise((0, *cuts, layers))] for cuts in borders]
+    found = [len(layers_of(config, number, count)) for number in range(count)]
+    assert slowest(found) == pytest.approx(min(map(slowest, ways)))
+
+
+def test_folded_stages_go_along_the_ranks_and_back() -> None:
+    assert [rank_of_stage(stage, 3) for stage in range(6)] == [0, 1, 2, 0, 1, 2]
+    assert [rank_of_stage(stage, 3, folded=True) for stage in range(6)] == [0, 1, 2, 2, 1, 0]

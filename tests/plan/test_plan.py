@@ -319,12 +319,12 @@ def test_a_sequence_is_shared_by_as_many_ranks_as_divide_it_and_with_ulysses_the
         (
             {"pipeline_parallel": 4},
             {},
-            "_parallel=4: model.config.num_layers=2: 4 stages do not divide it; allowed: 1, 2",
+            "_parallel=4: model.config.num_layers=2: is fewer than the 4 stages; each needs one",
         ),
         (
             {"pipeline_parallel": 2, "pipeline_stages_per_rank": 2},
-            {"num_layers": 6},
-            "_parallel=2: with pipeline_stages_per_rank=2: model.config.num_layers=6: 4 stages do not divide it",
+            {"num_layers": 3},
+            "_parallel=2: with pipeline_stages_per_rank=2: model.config.num_layers=3: is fewer than the 4 stages",
         ),
         (
             {"pipeline_parallel": 2},
@@ -341,6 +341,46 @@ def test_a_sequence_is_shared_by_as_many_ranks_as_divide_it_and_with_ulysses_the
             {},
             "trainer.strategy.pipeline_stages_per_rank=2: there is no pipeline; allowed: 1",
         ),
+        (
+            {"pipeline_schedule": "DualPipeV"},
+            {},
+            "trainer.strategy.pipeline_schedule='DualPipeV': there is no pipeline; allowed: 1F1B",
+        ),
+        (
+            {"pipeline_parallel": 2, "pipeline_schedule": "ZBVZeroBubble"},
+            {},
+            "pipeline_stages_per_rank=1: pipeline_schedule='ZBVZeroBubble' is for 2 stages on each rank; allowed: 2",
+        ),
+        (
+            {"pipeline_parallel": 2, "pipeline_stages_per_rank": 2, "pipeline_schedule": "ZBVZeroBubble"},
+            {"num_layers": 4, "share_embeddings_and_output_weights": True},
+            "pipeline_schedule='ZBVZeroBubble': puts the first and the last stage on one rank",
+        ),
+        (
+            {"pipeline_parallel": 2, "pipeline_stages_per_rank": 2, "pipeline_schedule": "DualPipeV"},
+            {"num_layers": 4, "global_batch_size": 4},
+            "a step has 2 micro-batches on each data-parallel rank, and needs 4 or more; change",
+        ),
+        *(
+            (
+                {"pipeline_parallel": 2, "pipeline_schedule": "InterleavedZeroBubble", **split},
+                changes,
+                f"{field}={value!r}: {why}",
+            )
+            for split, changes, field, value, why in (
+                ({}, {"compile": "layers"}, "model.compile", "layers", "a compiled layer computes all"),
+                (
+                    {},
+                    {"activation_checkpointing": "full"},
+                    "model.activation_checkpointing",
+                    "full",
+                    "a layer would be computed again for the gradient of each weight; set None here, or",
+                ),
+                ({}, {"fp8": "tensorwise"}, "model.fp8", "tensorwise", "a product in float8 computes both"),
+                ({}, {"tiled_mlp": 8}, "model.tiled_mlp", 8, "a tile computes all of its gradients"),
+                ({"tensor_parallel": 2}, {}, "trainer.strategy.tensor_parallel", 2, "a split product computes both"),
+            )
+        ),
     ],
 )
 def test_what_does_not_go_with_a_split_is_refused(
@@ -350,6 +390,11 @@ def test_what_does_not_go_with_a_split_is_refused(
     with pytest.raises(ConfigError) as refused:
         plan_of(parts(**made | changes))
     assert any(problem in said for said in refused.value.problems), refused.value.problems
+
+
+def test_a_schedule_that_is_not_known_is_refused() -> None:
+    with pytest.raises(ConfigError, match="pipeline_schedule='ZBV': unknown schedule"):
+        Parallel(pipeline_schedule="ZBV")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dimension", ["tensor_parallel", "pipeline_parallel"])

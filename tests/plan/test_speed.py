@@ -7,23 +7,23 @@ from typing import Any
 
 import pytest
 
+from fiddlehead.models.parallel import stages
 from fiddlehead.plan.activations import of_layer, of_tiled_layer
 from fiddlehead.plan.cards import CARDS
 from fiddlehead.plan.reached import REACHED
 from fiddlehead.plan.speed import Speed, speed
 from fiddlehead.training.distributed.sizes import Sizes
-from tests.plan.test_memory import MEASURED, parts_of
+from tests.plan.test_memory import MEASURED, parts_of, stages_as_measured
 
-OFF = {
-    "pp 1b b2 x8": "0.88: what delays its ranks besides the bubble and their exchange of micro-batches is not counted",
-}
+OFF: dict[str, str] = {}
 """Which measured steps differ by more than 10 %, and why."""
 
 
 def predicted(case: str, card: str = "h100") -> Speed | None:
-    config, held, setting, data, trainer = parts_of(case)
-    devices = trainer.num_devices * trainer.num_nodes
-    return speed(config, held, setting, CARDS[card], data.seq_length, gpus=devices, gpus_per_node=8)
+    with stages_as_measured(case):
+        config, held, setting, data, trainer = parts_of(case)
+        devices = trainer.num_devices * trainer.num_nodes
+        return speed(config, held, setting, CARDS[card], data.seq_length, gpus=devices, gpus_per_node=8)
 
 
 def of(case: str, card: str = "h100") -> Speed:
@@ -155,3 +155,47 @@ def test_energy_is_the_power_of_the_cards_times_the_hours() -> None:
     found = of("fsdp 1b b4")
     assert found.kwh(10_000) == pytest.approx(2 * 0.7 * found.step * 10_000 / 3600)
     assert replace(found, watts=0.0).kwh(10_000) is None
+
+
+def _in_pipeline(stages_per_rank: int = 1, **changes: Any) -> Speed:
+    config, held, setting, data, _ = parts_of("1b b4")
+    sizes = Sizes(1, 1, pipeline=2, stages=2 * stages_per_rank)
+    at = replace(setting, sizes=sizes, micro_batches=8, **changes)
+    found = speed(config, held, at, CARDS["h100"], data.seq_length, gpus=2, gpus_per_node=8)
+    assert found is not None
+    return found
+
+
+def test_the_ranks_of_a_pipeline_wait_for_each_other_less_with_more_stages_and_without_gradients_of_weights() -> None:
+    one, two = _in_pipeline(), _in_pipeline(2)
+    computed = one.products + one.attention + one.memory_bound
+    # The slowest rank waits once for the other one, which takes about as long for a micro-batch.
+    assert 0.85 * computed / 8 < one.bubble < 1.1 * computed / 8
+    assert two.bubble == pytest.approx(one.bubble / 2, rel=0.1)
+    eager = _in_pipeline(compiled=False)
+    zero = _in_pipeline(compiled=False, schedule="InterleavedZeroBubble")
+    folded = _in_pipeline(compiled=False, schedule="ZBVZeroBubble")
+    assert eager.products == zero.products and eager.bubble > zero.bubble > folded.bubble > 0
+
+
+def test_the_slowest_rank_of_a_pipeline_sets_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    balanced = _in_pipeline()
+    monkeypatch.setattr(stages, "HEAD", 0.0)
+    stages.first_layers.cache_clear()
+    even = _in_pipeline()
+    stages.first_layers.cache_clear()
+    # Eight layers and the output layer, which takes as long as about three, or seven and it.
+    assert 1.04 < (even.products + even.attention) / (balanced.products + balanced.attention) < 1.16
+    assert balanced.step < even.step
+
+
+def test_gradients_are_added_up_where_a_step_has_several_micro_batches() -> None:
+    config, held, setting, data, _ = parts_of("1b b4")
+    one, four = (
+        speed(config, held, replace(setting, micro_batches=n), CARDS["h100"], data.seq_length, gpus=1, gpus_per_node=8)
+        for n in (1, 4)
+    )
+    assert one is not None and four is not None
+    parameters = held.parameters / 4
+    added = 3 * 4 * parameters * 3 / (CARDS["h100"].bytes_per_s * REACHED["memory"])
+    assert four.memory_bound - 4 * one.memory_bound == pytest.approx(added, rel=1e-3)

@@ -17,6 +17,7 @@ from tests.training.ranks import on_ranks
 
 TRAINED = {"max_steps": 20, "global_batch_size": 16, "micro_batch_size": 2, "val_check_interval": 10}
 TRAINED |= {"every_n_steps": 10}
+_TWICE: dict[str, Any] = {"pipeline_parallel": 2, "pipeline_stages_per_rank": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "1": (1, {}),
     "fsdp-2": (2, {}),
@@ -34,6 +35,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp-2": (2, {"pipeline_parallel": 2}),
     "pp-2-twice": (2, {"pipeline_parallel": 2, "pipeline_stages_per_rank": 2}),
     "pp-4": (4, {"pipeline_parallel": 4}),
+    "pp-2-zero": (2, {"pipeline_parallel": 2, "pipeline_schedule": "InterleavedZeroBubble"}),
+    "pp-4-zero": (4, {"pipeline_parallel": 4, "pipeline_schedule": "InterleavedZeroBubble"}),
+    "pp-2-twice-zero": (2, _TWICE | {"pipeline_schedule": "InterleavedZeroBubble"}),
+    "pp-2-zbv": (2, _TWICE | {"pipeline_schedule": "ZBVZeroBubble"}),
+    "pp-2-zbv-fsdp-2": (4, _TWICE | {"pipeline_schedule": "ZBVZeroBubble"}),
+    "pp-2-dual": (2, _TWICE | {"pipeline_schedule": "DualPipeV"}),
+    "pp-2-dual-cp-2": (4, _TWICE | {"pipeline_schedule": "DualPipeV", "context_parallel": 2}),
     "pp-2-fsdp-2": (4, {"pipeline_parallel": 2}),
     "pp-2-twice-fsdp-2": (4, {"pipeline_parallel": 2, "pipeline_stages_per_rank": 2}),
     "pp-2-tp-2": (4, {"pipeline_parallel": 2, "tensor_parallel": 2}),
@@ -55,6 +63,8 @@ SETTINGS = {
     "muon": {"optim": Muon, "num_moe_experts": 4},
     "deep": {"num_layers": 4, "separate_documents": True, "share_embeddings_and_output_weights": True},
     "mixture": _MIXTURE | {"separate_documents": True, "hidden_dropout": 0.1, "attention_dropout": 0.1},
+    "odd": {"num_layers": 5, "separate_documents": True},
+    "odd mixture": _MIXTURE | {"num_layers": 5, "hidden_dropout": 0.1},
     "tied": {"share_embeddings_and_output_weights": True, "optim": Muon, "hidden_dropout": 0.1},
 }
 

@@ -49,6 +49,12 @@ class Call(NamedTuple):
     """Whether k and v are a part of the keys and values."""
 
 
+def refuse_mixed(q: torch.dtype, k: torch.dtype, v: torch.dtype) -> None:
+    """Raises ConfigError if queries, keys and values have different dtypes."""
+    if not q == k == v:
+        raise ConfigError(f"q is {q}, k {k} and v {v}: they must have the same dtype")
+
+
 def spec_fields(call: Call) -> dict[str, Any]:
     """The fields of the call's `AttentionSpec`, as a dictionary, which torch.compile can trace.
 
@@ -56,8 +62,7 @@ def spec_fields(call: Call) -> dict[str, Any]:
         ConfigError: the parts of the call do not fit together.
     """
     T, S = _lengths(call)
-    if call.dtype_q != call.dtype_k or call.dtype_q != call.dtype_v:
-        raise ConfigError(f"q is {call.dtype_q}, k {call.dtype_k} and v {call.dtype_v}: they must have the same dtype")
+    refuse_mixed(call.dtype_q, call.dtype_k, call.dtype_v)
     if min(call.window_size) < -1 or call.softcap < 0 or not 0 <= call.dropout < 1:
         raise ConfigError(*_out_of_range(call))
     causal, window_size = _mask(call, T, S)

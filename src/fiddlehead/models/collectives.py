@@ -133,11 +133,23 @@ def part(x: torch.Tensor, parts: int, number: int, dim: int) -> torch.Tensor:
     return x.narrow(dim, number * size, size)
 
 
-def linear_of_whole(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: Group) -> torch.Tensor:
-    """A linear layer on the whole sequence: each process gives (B, t, in) and gets (B, T, out) with its own weights.
+def by_sequence(x: torch.Tensor, n: int) -> torch.Tensor:
+    """What n processes have of the sequences, one after another, (n x B, t, ...), as whole sequences, (B, T, ...)."""
+    return x.unflatten(0, (n, -1)).transpose(0, 1).flatten(1, 2)
 
-    The backward pass gathers the sequence again instead of keeping it (Korthikanti et al. 2022, section 4.2.2), while
-    it computes gradients that do not need it.
+
+def by_process(x: torch.Tensor, n: int) -> torch.Tensor:
+    """The reverse of `by_sequence`: (B, T, ...) to (n x B, t, ...)."""
+    return x.unflatten(1, (n, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def linear_of_whole(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: Group) -> torch.Tensor:
+    """A linear layer on whole sequences: each process gives (B, t, in) and gets (n x B, t, out) with its own weights.
+
+    The result has one process's tokens after another's; `by_sequence` puts them in order, which costs a copy.
+
+    The backward pass gathers the sequences again instead of keeping them (Korthikanti et al. 2022, section 4.2.2),
+    while it computes gradients that do not need them.
     """
     # Cast before it is sent, which is half as much.
     dtype = product_dtype(x)
@@ -145,9 +157,15 @@ def linear_of_whole(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     return _LinearOfWhole.apply(x.to(dtype), weight.to(dtype), bias, group)
 
 
-def scatter_sequence(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Sums x, (B, T, ...), over the processes; each process gets its part (B, t, ...)."""
-    return _ScatterSequence.apply(x, group)
+def linear_of_columns(x: torch.Tensor, weight: torch.Tensor, group: Group) -> torch.Tensor:
+    """A linear layer whose input columns the processes share: (n x B, t, in / n) to each process's part (B, t, out).
+
+    Args:
+        x: one process's tokens after another's, as `by_process` returns them.
+        weight: this process's columns, (out, in / n).
+    """
+    dtype = product_dtype(x)
+    return _LinearOfColumns.apply(x.to(dtype), weight.to(dtype), group)
 
 
 def exchange_rows(x: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
@@ -206,21 +224,27 @@ class _LinearOfWhole(torch.autograd.Function):
         if needs_x:
             grad_x = _start_reduce_scatter(grad @ weight, group)
         if whole is not None:
-            grad_weight = grad.flatten(0, 1).T @ _end_gather(whole, group).flatten(0, 1)
+            grad_weight = grad.flatten(0, 1).T @ torch.ops._c10d_functional.wait_tensor(whole).flatten(0, 1)
         if grad_x is not None:
             grad_x = torch.ops._c10d_functional.wait_tensor(grad_x)
         return grad_x, grad_weight, grad.sum(dim=(0, 1)) if needs_bias else None, None
 
 
-class _ScatterSequence(torch.autograd.Function):
+class _LinearOfColumns(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: Group) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, group: Group) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
         ctx.group = group
-        return _reduce_scatter(x, group)
+        return torch.ops._c10d_functional.wait_tensor(_start_reduce_scatter(F.linear(x, weight), group))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _gather(grads[0], ctx.group), None
+        (grad,), (x, weight), group = grads, ctx.saved_tensors, ctx.group
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        whole = _gather(grad, group)
+        grad_x = whole @ weight if needs_x else None
+        grad_weight = whole.flatten(0, 1).T @ x.flatten(0, 1) if needs_weight else None
+        return grad_x, grad_weight, None
 
 
 class _SequenceToHeads(torch.autograd.Function):
@@ -268,25 +292,15 @@ class _AllReduce(torch.autograd.Function):
 
 
 def _gather(x: torch.Tensor, group: Group) -> torch.Tensor:
-    return _end_gather(_start_gather(x, group), group)
+    return torch.ops._c10d_functional.wait_tensor(_start_gather(x, group))
 
 
 def _start_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
     return torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), group.size, group.name)
 
 
-def _end_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
-    x = torch.ops._c10d_functional.wait_tensor(x)
-    return x.unflatten(0, (group.size, -1)).transpose(0, 1).flatten(1, 2)
-
-
-def _reduce_scatter(x: torch.Tensor, group: Group) -> torch.Tensor:
-    return torch.ops._c10d_functional.wait_tensor(_start_reduce_scatter(x, group))
-
-
 def _start_reduce_scatter(x: torch.Tensor, group: Group) -> torch.Tensor:
-    x = x.unflatten(1, (group.size, -1)).transpose(0, 1).flatten(0, 1).contiguous()
-    return torch.ops._c10d_functional.reduce_scatter_tensor(x, "sum", group.size, group.name)
+    return torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", group.size, group.name)
 
 
 def _to_heads(x: torch.Tensor, group: Group) -> torch.Tensor:

@@ -23,6 +23,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     ignore_index: int = -100,
     compiled: bool = False,
+    repeatable: bool = False,
 ) -> torch.Tensor:
     """Sums the cross-entropy of softmax(scale x weight) over the tokens with a label; a float32 scalar.
 
@@ -37,8 +38,10 @@ def linear_cross_entropy(
         softcap: logits become softcap x tanh(logits / softcap).
         ignore_index: the label of ignored tokens.
         compiled: compile the elementwise operations on logits into one kernel; for a GPU.
+        repeatable: allow several backward passes, which takes memory for another copy of the gradients.
     """
-    return _LinearCrossEntropy.apply(x, weight, labels, product_dtype(x), compiled, (scale, softcap, ignore_index))  # type: ignore[return-value]
+    how = scale, softcap, ignore_index
+    return _LinearCrossEntropy.apply(x, weight, labels, product_dtype(x), compiled, how, repeatable)  # type: ignore[return-value]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -51,6 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         compiled: bool,
         how: tuple[float, float | None, int],
+        repeatable: bool,
     ) -> torch.Tensor:
         learns_x, learns_weight = ctx.needs_input_grad[:2]
         with torch.autocast(x.device.type, enabled=False):
@@ -71,6 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if learns_weight:
                     grad_weight = _add_product(grad_weight, gradient.T, chunk)
                 del gradient  # before the next chunk's: each is as large as its logits
+        ctx.repeatable = repeatable
         ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight.dtype))
         return nats
 
@@ -78,9 +83,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_nats,) = grad_outputs
         grad_x, grad_weight = ctx.saved_tensors
-        # In place: these are as large as the embedding, and nobody else has them.
-        grads = [None if grad is None else grad.mul_(grad_nats) for grad in (grad_x, grad_weight)]
-        return (*grads, None, None, None, None)
+        if ctx.repeatable:
+            grads = [None if grad is None else grad * grad_nats for grad in (grad_x, grad_weight)]
+        else:  # in place: these are as large as the embedding, and nobody else has them
+            grads = [None if grad is None else grad.mul_(grad_nats) for grad in (grad_x, grad_weight)]
+        return (*grads, None, None, None, None, None)
 
 
 def nats_and_gradient(

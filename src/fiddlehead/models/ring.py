@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fiddlehead.attention.call import refuse_mixed
 from fiddlehead.attention.parts import Part, attend_to_part, part_gradients
 from fiddlehead.models.collectives import Group, end_exchange, start_exchange
 from fiddlehead.models.places import Documents
@@ -63,7 +64,11 @@ class Ring:
         Args:
             documents: those of the whole sequences; none has tokens of two rows.
             sinks: as `attend` takes them; so are the others.
+
+        Raises:
+            ConfigError: q, k and v have different dtypes, or no kernel serves the call.
         """
+        refuse_mixed(q.dtype, k.dtype, v.dtype)  # k and v are stacked, which would promote them
         cu_seqlens, max_seqlen = (None, None) if documents is None else documents
         factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         asked = (q, k, v) if sinks is None else (q, k, v, sinks)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fiddlehead.models import TransformerConfig, nf4
 from fiddlehead.models.speed import Recompute
 from fiddlehead.plan.partitioned import Chosen, choose
+from fiddlehead.training.distributed.pipeline import Schedule
 from fiddlehead.training.distributed.sizes import Sizes
 
 
@@ -39,6 +40,8 @@ class Setting:
     """Parts of a sequence whose keys and values go round between the ranks that share it."""
     by_flex: float = 0.0
     """The part of the layers whose attention PyTorch's FlexAttention computes, which is slower."""
+    schedule: Schedule = "1F1B"
+    """Of a pipeline."""
 
     @property
     def exchanging(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -12,7 +12,7 @@ from fiddlehead.attention import AttentionSpec
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.config import RingStep
-from fiddlehead.models.parallel import stage_of
+from fiddlehead.models.parallel import first_layers, layers_of, rank_of_stage, stage_of
 from fiddlehead.training.distributed.parallel import Parallel
 from fiddlehead.training.language_model import LanguageModel
 from fiddlehead.training.preference import PreferenceModel
@@ -42,6 +42,7 @@ class Calls:
     context: int = 1
     pipeline: int = 1
     stages: int = 1
+    folded: bool = False
     """As `Sizes` has them."""
     ring: int = 1
     """Parts of a sequence whose keys and values go round between the ranks of `context`."""
@@ -71,8 +72,10 @@ class Calls:
     def on_pipeline_ranks(self, layers: Iterable[int]) -> tuple[tuple[int, ...], ...]:
         """The layers of each rank of the pipeline."""
         ranks: list[list[int]] = [[] for _ in range(self.pipeline)]
+        first = first_layers(self.config, self.stages)
         for layer in layers:
-            ranks[stage_of(f"layers.{layer}.", self.config, self.stages) % self.pipeline].append(layer)
+            stage = stage_of(f"layers.{layer}.", first)
+            ranks[rank_of_stage(stage, self.pipeline, self.folded)].append(layer)
         return tuple(map(tuple, ranks))
 
     def _lengths(self) -> list[int]:
@@ -125,15 +128,16 @@ def calls_of(
         passes.append((VALIDATION, False))
     if isinstance(model, PreferenceModel):
         passes.append((COMPARISON, model.lora is not None))  # with adapters it is the model that is trained
-    split: dict[str, int] = {}
+    split: dict[str, Any] = {}
     if isinstance(strategy, Parallel):
         ranks = strategy.pipeline_parallel
         split = {"tensor": strategy.tensor_parallel, "context": strategy.context_parallel, "pipeline": ranks}
         split["stages"] = ranks * strategy.pipeline_stages_per_rank
+        split["folded"] = strategy.folded
         split["ring"] = strategy.ring_size(config)
     without = 0 if model.lora is None else _without_gradients(transformer or model.on_meta(config))
     if split.get("stages", 1) > 1:  # what a stage passes on has gradients
-        without = min(without, config.num_layers // split["stages"])
+        without = min(without, len(layers_of(config, 0, split["stages"])))
     return Calls(
         config=config,
         dtype=compute_dtype(precision),

@@ -6,6 +6,7 @@ terms are compared with is `benchmarks/results/plan.json`.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +74,8 @@ class Memory:
     @property
     def peak(self) -> float:
         """The most that PyTorch has allocated."""
-        return sum(self.parts().values())
+        held = self.parameters + self.gradients + self.optimizer  # added up by hand: a search asks for it very often
+        return held + self.activations + self.copies + self.loss + self.transient + self.workspace
 
     def parts(self) -> dict[str, float]:
         """What PyTorch has allocated at the peak, in words, and its bytes."""
@@ -129,11 +131,15 @@ def memory(config: TransformerConfig, held: Held, setting: Setting) -> Memory:
 def moments(config: TransformerConfig, held: Held, setting: Setting) -> dict[str, Memory]:
     """The memory at each moment that can be the peak, and when the forward pass has "ended".
 
-    In a pipeline they are those of the rank that has most at that moment, the first or the last.
+    In a pipeline they are those of the rank that has most at that moment: the first, the last, or the one with most
+    layers.
     """
-    ranks = [_Step(config, held, setting)]
+    step = _Step(config, held, setting)
+    ranks = [step]
     if setting.sizes is not None and setting.sizes.pipeline > 1:
-        ranks = [_Step(config, held, setting, stage) for stage in ("first", "last")]
+        layers = setting.sizes.layers_of_ranks(config)
+        numbers = {0, len(layers) - 1, layers.index(max(layers))}
+        ranks = [step.on_rank(number, layers[number]) for number in numbers]
     of_ranks = [
         {
             "ended": each.forward(),
@@ -149,17 +155,12 @@ def moments(config: TransformerConfig, held: Held, setting: Setting) -> dict[str
 
 
 class _Step:
-    """The terms of a step of one rank; all sizes in bytes, or in weights.
+    """The terms of a step of one rank; all sizes in bytes, or in weights. Without a pipeline it has all layers."""
 
-    Args:
-        stage: of a pipeline, "first" or "last": the rank with the embedding and most micro-batches in flight, or that
-            with the output layer.
-    """
-
-    def __init__(self, config: TransformerConfig, held: Held, setting: Setting, stage: str = "") -> None:
+    def __init__(self, config: TransformerConfig, held: Held, setting: Setting) -> None:
         self.config, self.held, self.setting = config, held, setting
         self.sizes = sizes = setting.sizes or Sizes(1, 1)
-        self.layers = config.num_layers // sizes.pipeline
+        self.layers = config.num_layers
         self.tokens = setting.tokens / (sizes.context * sizes.tensor)  # of the stream, as ranks share it
         self.stream = setting.of_products * self.tokens * config.hidden_size
         self.shards = sizes.data // sizes.replicate * sizes.context
@@ -170,15 +171,26 @@ class _Step:
         vocabulary = (config.vocab_size or 0) * config.hidden_size
         learned = config.position_embedding_type == "learned_absolute"
         positions = (config.seq_length or 0) * config.hidden_size if learned else 0
-        self.output = 0 if stage == "first" else vocabulary
-        self.embedding = 0 if stage == "last" else vocabulary + positions
-        # In a pipeline the first and the last rank have a copy each, which is used once.
-        self.tied = config.share_embeddings_and_output_weights and not stage
+        self.output, self.embedding = vocabulary, vocabulary + positions
+        self.tied = config.share_embeddings_and_output_weights
         self.root = self.embedding + (0 if self.tied else self.output)  # what is outside the layers
-        self.in_flight = 1.0 if stage == "last" else _in_flight(sizes, setting.micro_batches)
+        self.in_flight = 1.0
         self.trains = not setting.adapters
         # A rank of a pipeline adds up a step's gradients in float32 before it shares them with others.
         self.adds_up = self.trains and sizes.pipeline > 1 and self.shards > 1
+
+    def on_rank(self, rank: int, layers: int) -> _Step:
+        """That of a rank of a pipeline, with this number of layers."""
+        step = copy.copy(self)
+        step.layers = layers
+        if rank != self.sizes.pipeline_rank(0):
+            step.embedding = 0
+        if rank != self.sizes.pipeline_rank(self.sizes.stages - 1):
+            step.output = 0
+        step.tied = False  # the first and the last rank have a copy each, which is used once
+        step.root = step.embedding + step.output
+        step.in_flight = _in_flight(self.sizes, self.setting.micro_batches, rank)
+        return step
 
     def _moment(self, where: str, *, gradients: float, transient: float = 0.0, **parts: float) -> Memory:
         """Args: gradients: those of the step so far, where none are accumulated."""
@@ -355,8 +367,12 @@ class _Step:
         return self._moment(OPTIMIZER, gradients=self.held.gradients, transient=self.held.stepping)
 
 
-def _in_flight(sizes: Sizes, micro_batches: int) -> float:
-    """Of how many micro-batches the first rank keeps activations: those in flight before the first comes back."""
+def _in_flight(sizes: Sizes, micro_batches: int, rank: int) -> float:
+    """Of how many micro-batches a rank keeps activations: those in flight before the first comes back."""
     ranks, each = sizes.pipeline, sizes.stages // sizes.pipeline
-    chunks = ranks if each == 1 else 2 * (ranks - 1) + (each - 1) * ranks + 1
-    return min(chunks / each, micro_batches) if ranks > 1 else 1.0
+    later = ranks - 1 - rank
+    if sizes.folded:  # of all ranks as many, in their two stages
+        chunks = 2 * ranks + 1
+    else:
+        chunks = later + 1 if each == 1 else 2 * later + (each - 1) * ranks + 1
+    return min(chunks / each, micro_batches)

@@ -15,6 +15,7 @@ from fiddlehead.models import TransformerConfig
 from fiddlehead.numbers import is_number, is_whole
 from fiddlehead.run.console import say
 from fiddlehead.training import LanguageModel, Log, Parallel
+from fiddlehead.training.distributed.pipeline import refuse_zero_bubble
 from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.optim import Optim
 
@@ -65,6 +66,14 @@ def derived(
     if strategy is not None:
         divided = strategy.problems(config, data.seq_length, micro_batches)
         problems += [each.under("trainer.strategy") for each in divided]
+        settings = {
+            "model.compile": model.compile_mode,
+            "model.activation_checkpointing": model.recompute,
+            "model.fp8": model.fp8,
+            "model.tiled_mlp": model.tiled_mlp,
+            "trainer.strategy.tensor_parallel": strategy.tensor_parallel,
+        }
+        problems += refuse_zero_bubble(strategy.pipeline_schedule, settings)
     split = None if cut is None else sizes
     problems += optim.problems(str(trainer.precision), split, adapters=model.lora is not None)
     refuse(problems)

@@ -118,7 +118,8 @@ class Training:
 
     def setting(self, sizes: Sizes, micro_batches: int | None = None) -> Setting:
         """How the ranks train; with this number of micro-batches, or as many as the data says."""
-        model, data, strategy = self.model, self.data, self.devices.strategy
+        model, data = self.model, self.data
+        strategy = self.devices.strategy if isinstance(self.devices.strategy, Parallel) else Parallel()
         return Setting(
             tokens=data.micro_batch_size * data.seq_length,
             precision=self.devices.precision,
@@ -132,8 +133,9 @@ class Training:
             compares=isinstance(model, PreferenceModel),
             quantizes=self.quantizes,
             sizes=sizes if self.devices.cut else None,
-            reshard_after_forward=not isinstance(strategy, Parallel) or strategy.reshard_after_forward,
-            ring=strategy.ring_size(self.transformer.config) if isinstance(strategy, Parallel) else 1,
+            reshard_after_forward=strategy.reshard_after_forward,
+            ring=strategy.ring_size(self.transformer.config),
+            schedule=strategy.pipeline_schedule,
             by_flex=self.by_flex,
         )
 

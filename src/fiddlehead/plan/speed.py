@@ -103,11 +103,10 @@ def speed(
     if setting.precision == "32-true" or not card.flops or not card.bytes_per_s:
         return None
     part = reached(card)
-    work = _Work(config, setting, seq_length, part)
-    sizes, batches = work.sizes, setting.micro_batches
-    products, attention = work.products(card), work.attention(card)
-    memory_bound = work.moved() / (card.bytes_per_s * part["memory"])
-    computed = products + attention + memory_bound
+    ranks = _Rank.of_all(config, setting, seq_length, part, card)
+    slowest = max(ranks, key=lambda rank: rank.computed)
+    work, products, attention, memory_bound = slowest.work, slowest.products, slowest.attention, slowest.memory_bound
+    sizes, batches, computed = work.sizes, setting.micro_batches, slowest.computed
     # Parameters and states are read and written; gradients are read for the norm, read and scaled, and read again.
     stepped = held.gradients if setting.adapters or setting.compares else held.parameters
     moved = 2 * stepped + 4 * held.gradients + 2 * held.optimizer
@@ -121,8 +120,7 @@ def speed(
     if setting.offloads:  # to main memory and back
         shared["main memory"] = batches * 2 * work.inputs() / PCIE
     communication = _waited(batches, exchanged, shared, computed * batches)
-    waits = (sizes.pipeline - 1) / (batches * max(1, sizes.stages // sizes.pipeline)) if sizes.pipeline > 1 else 0.0
-    bubble = batches * (computed + sum(exchanged.values())) * waits
+    bubble = _bubble(ranks, slowest, sum(exchanged.values()))
     step = batches * computed + bubble + optimizer + sum(communication.values())
     groups = gpus // (sizes.context * sizes.tensor * sizes.pipeline)
     rate = batches * groups * setting.tokens / step
@@ -172,21 +170,82 @@ class _Links:
         return found
 
 
+@dataclass(frozen=True)
+class _Rank:
+    """The seconds of a micro-batch on one rank of a pipeline, or on the only one."""
+
+    work: _Work
+    products: float
+    attention: float
+    memory_bound: float
+
+    @classmethod
+    def of_all(
+        cls, config: TransformerConfig, setting: Setting, seq_length: int, reached: Mapping[str, float], card: Card
+    ) -> list[_Rank]:
+        """Those of all ranks of a pipeline."""
+        sizes = setting.sizes or Sizes(1, 1)
+        layers, known = [config.num_layers], dict[tuple[int, bool], _Rank]()
+        if sizes.pipeline > 1:
+            layers = sizes.layers_of_ranks(config)
+        with_head = sizes.pipeline_rank(sizes.stages - 1)
+        ranks = [(number, rank == with_head) for rank, number in enumerate(layers)]
+        for number, head in {*ranks}:
+            work = _Work(config, setting, seq_length, reached, number, head)
+            memory_bound = work.moved() / (card.bytes_per_s * reached["memory"])
+            known[number, head] = cls(work, work.products(card), work.attention(card), memory_bound)
+        return [known[rank] for rank in ranks]
+
+    @property
+    def computed(self) -> float:
+        """All of them."""
+        return self.products + self.attention + self.memory_bound
+
+
+def _bubble(ranks: list[_Rank], slowest: _Rank, exchanged: float) -> float:
+    """The seconds of a step in which the slowest rank of a pipeline waits for others.
+
+    It has to wait for the first micro-batch to come from those before it, and for the last one to come back to them.
+
+    Args:
+        exchanged: seconds of a micro-batch.
+    """
+    if len(ranks) == 1:
+        return 0.0
+    setting, sizes = slowest.work.setting, slowest.work.sizes
+    waits = sum(rank.computed for rank in ranks) - slowest.computed + (len(ranks) - 1) * exchanged
+    # The gradients of weights, a third of the products, fill a part of it (Qi et al. 2023, section 2.3).
+    filled = {"1F1B": 0, "InterleavedZeroBubble": 2}.get(setting.schedule, 3)
+    part = max(0.0, 1 - filled / 3 * slowest.products / slowest.computed)
+    return waits * part / (sizes.stages // sizes.pipeline)
+
+
 class _Work:
-    """What a rank has to do for a micro-batch."""
+    """What a rank has to do for a micro-batch.
+
+    Args:
+        layers: how many it has.
+        head: whether it has the output layer.
+    """
 
     def __init__(
-        self, config: TransformerConfig, setting: Setting, seq_length: int, reached: Mapping[str, float]
+        self,
+        config: TransformerConfig,
+        setting: Setting,
+        seq_length: int,
+        reached: Mapping[str, float],
+        layers: int,
+        head: bool,
     ) -> None:
         self.config, self.setting, self.reached = config, setting, reached
         self.sizes = sizes = setting.sizes or Sizes(1, 1)
         self.tokens = setting.tokens / (sizes.context * sizes.tensor)  # of the stream, as ranks share it
-        self.layers = config.num_layers / sizes.pipeline
+        self.layers, self.head = layers, head
         self.vocabulary = (config.vocab_size or 0) * config.hidden_size
         in_layers = config.num_matmul_parameters() - self.vocabulary
-        share = self.tokens / sizes.pipeline
+        share = self.tokens * layers / config.num_layers
         self.in_layers = 2 * in_layers * share  # operations of the forward pass
-        self.in_head = 2 * self.vocabulary * self.tokens  # on one rank of a pipeline, for which the others wait
+        self.in_head = 2 * self.vocabulary * self.tokens * head
         self.in_attention = (config.train_flops_per_token(seq_length) - 6 * config.num_matmul_parameters()) / 3 * share
         self.learned = 1 if setting.adapters else 2
         """Products of the backward pass for each of the forward pass."""
@@ -248,15 +307,31 @@ class _Work:
         values = self.layers * (forward + backward + again)
         if not setting.compiled:  # each operation reads and writes by itself
             values *= 2.6 if setting.of_weights == 4 else 2.0
-        logits = 3 if not setting.compiled else 0  # compiled, it hides beside the head's products
-        weights = 0.0
+        # Compiled, it hides beside the head's products.
+        logits = 3 if self.head and not setting.compiled else 0
+        weights = self._of_weights()
         if setting.of_weights == 4 and b == 2:  # casts of weights, and of their gradients
-            weights = 3 * layer_weights(self.config, self.sizes) * self.layers
+            weights += 3 * layer_weights(self.config, self.sizes) * self.layers
         if setting.quantizes:
             weights += nf4.DEQUANTIZED[setting.compiled] * self.layers * self._dequantized()
         if self.shards > 1:  # what is gathered is copied once more, and gradients become float32 to be summed
             weights += 20 * self.gathered
         return self.tokens * (b * values + 8 * logits * (self.config.vocab_size or 0)) + weights
+
+    def _of_weights(self) -> float:
+        """Bytes that a micro-batch moves of weights that no other rank has a shard of, and of their gradients."""
+        setting, sizes = self.setting, self.sizes
+        # Sums over ranks are cast and added beside the computation, except those of a step of a pipeline.
+        if setting.adapters or (self.shards > 1 and sizes.pipeline == 1):
+            return 0.0
+        batches, stored = setting.micro_batches, 2 if setting.precision == "bf16-true" else 4
+        moved = 3 * stored * (1 - 1 / batches)  # gradients are added to others: two are read, one is written
+        if setting.sizes is not None and setting.precision == "bf16-mixed":
+            # Layers of `Parallel` are cast when they are gathered, and their gradients afterwards.
+            gathered = 1 / batches if sizes.pipeline > 1 else 1 + setting.reshard_after_forward
+            moved += (4 + 2) * (1 + gathered)
+        vocabularies = 1 if self.config.share_embeddings_and_output_weights or sizes.pipeline > 1 else 2
+        return moved * (self.layers * layer_weights(self.config, sizes) + vocabularies * self.vocabulary)
 
     def inputs(self) -> float:
         """Bytes of the inputs of all layers."""
@@ -308,9 +383,10 @@ class _Work:
         sums = 0 if setting.adapters else 4
         found = []
         if self.shards > 1:  # gathered for each micro-batch, and gradients summed in float32
-            kept, step = not setting.reshard_after_forward, sizes.pipeline > 1
+            step = sizes.pipeline > 1
+            kept = step or not setting.reshard_after_forward
             # The ranks of a pipeline add up a step's gradients before they are summed; and what is kept stays there.
-            moved = b * (1 if kept else 2) * (1 if kept and step else setting.micro_batches)
+            moved = b * (1 if kept else 2) * (1 if step else setting.micro_batches)
             moved += b * setting.micro_batches if setting.compares else 0
             moved += sums * (1 if step else setting.micro_batches)
             found.append((self.shards * sizes.tensor, moved * self.gathered * (self.shards - 1) / self.shards))

@@ -60,6 +60,20 @@ from tests.training.ranks import on_ranks
         pytest.param("pp-2", "documents", marks=pytest.mark.long),
         pytest.param("pp-2-twice", "deep", marks=pytest.mark.long),
         ("pp-2", "mixture"),
+        ("pp-2-zbv", "odd"),
+        *(
+            pytest.param(layout, settings, marks=pytest.mark.long)
+            for layout, settings in (
+                ("pp-2", "odd"),
+                ("pp-2-zero", "odd"),
+                ("pp-2-twice-zero", "odd"),
+                ("pp-2-dual", "odd"),
+                ("pp-4-zero", "odd"),
+                ("pp-2-zbv-fsdp-2", "odd"),
+                ("pp-2-dual-cp-2", "odd"),
+                ("pp-2-zbv", "odd mixture"),
+            )
+        ),
         ("pp-2-tp-2", "tied"),
         pytest.param("pp-2-fsdp-2", "documents", marks=pytest.mark.long),
         *(

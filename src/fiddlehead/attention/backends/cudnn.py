@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fiddlehead.attention.backends import reference
 from fiddlehead.attention.backends.backend import FIRST, Extras, Passes, generation
 from fiddlehead.attention.backends.hopper import cudnn_starts_first, gradient_padding, is_decoding
 from fiddlehead.attention.backends.masks import visible
@@ -99,6 +100,8 @@ def run(
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpec, scale: float, extras: Extras
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if k.shape[1] == 1:  # cuDNN wants two keys
+        return reference.PASSES.forward(q, k, v, spec, scale, extras)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         *(x.transpose(1, 2) for x in (q, k, v)),
         None,
@@ -122,7 +125,9 @@ def _backward(
     spec: AttentionSpec,
     scale: float,
     extras: Extras,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    if k.shape[1] == 1:
+        return reference.PASSES.backward(dout, q, k, v, out, lse, state, spec, scale, extras)
     unused = torch.empty((), dtype=torch.int64, device=q.device)  # a dropout would be drawn from these two
     dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         *(x.transpose(1, 2) for x in (dout, q, k, v, out)),

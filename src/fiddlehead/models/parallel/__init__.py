@@ -28,9 +28,9 @@ Once in each step: the gradients of parameters that are whole on several process
 stay plain local tensors, so FSDP2's `fully_shard` can shard them over the data-parallel dimensions (and cp) afterwards.
 A `Layout` knows their places in the parameters of a single process, which have the same names.
 
-Pipeline parallel: a process has one or more `Stage`s (consecutive layers) and the whole batch. Between two stages, x /
-(cp x tp) travels forward for each micro-batch, and as much backward. Tied embeddings are in the first and in the last
-stage, which exchange their gradients once in each step.
+Pipeline parallel: a process has one or more `Stage`s, which are consecutive layers that take about the same time, and
+the whole batch. Between two stages, x / (cp x tp) travels forward for each micro-batch, and as much backward. Tied
+embeddings are in the first and in the last stage, which exchange their gradients once in each step.
 """
 
 from fiddlehead.models.parallel.gradients import reduce_gradients
@@ -45,19 +45,31 @@ from fiddlehead.models.parallel.shards import (
     ring_size,
     splits_over,
 )
-from fiddlehead.models.parallel.stages import Stage, is_tied, keep_stages, refuse_stages, stage_of
+from fiddlehead.models.parallel.stages import (
+    Stage,
+    first_layers,
+    is_tied,
+    keep_stages,
+    layers_of,
+    rank_of_stage,
+    refuse_stages,
+    stage_of,
+)
 
 __all__ = [
     "ContextMethod",
     "Layout",
     "Stage",
+    "first_layers",
     "fsdp_slices",
     "is_tied",
     "keep_stages",
+    "layers_of",
     "length_divisor",
     "local",
     "local_batch",
     "parallelize",
+    "rank_of_stage",
     "reduce_gradients",
     "refuse_sizes",
     "refuse_stages",

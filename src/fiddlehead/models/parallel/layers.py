@@ -17,8 +17,10 @@ from fiddlehead.models.collectives import (
     HeadExchange,
     SequenceSplit,
     all_reduce,
+    by_process,
+    by_sequence,
+    linear_of_columns,
     linear_of_whole,
-    scatter_sequence,
 )
 from fiddlehead.models.config import split_heads
 from fiddlehead.models.lora import LoRALinear
@@ -81,8 +83,10 @@ def parallelize(transformer: Transformer, mesh: DeviceMesh, method: ContextMetho
             module.sequence_groups = tuple(group for group in (cp, tp) if group.size > 1)
             module.experts.group = ep
         elif isinstance(module, MLP) and tp.size > 1:
-            module.linear_fc1 = _column_parallel(module.linear_fc1, tp)
-            module.linear_fc2 = _row_parallel(module.linear_fc2, tp)
+            # Between the two each token is by itself, so that their order does not matter.
+            ordered = any(isinstance(linear, LoRALinear) for linear in (module.linear_fc1, module.linear_fc2))
+            module.linear_fc1 = _column_parallel(module.linear_fc1, tp, ordered)
+            module.linear_fc2 = _row_parallel(module.linear_fc2, tp, ordered)
 
 
 def local_batch(batch: Mapping[str, Any], mesh: DeviceMesh, ring: int = 1) -> dict[str, Any]:
@@ -115,13 +119,18 @@ def local_batch(batch: Mapping[str, Any], mesh: DeviceMesh, ring: int = 1) -> di
 
 
 class _Split(nn.Linear):
-    """A linear layer with one process's part of the parameters."""
+    """A linear layer with one process's part of the parameters.
 
-    def __init__(self, linear: nn.Linear, group: Group) -> None:
+    Args:
+        ordered: whether the whole sequences, which are its output or its input, are (B, T, ...); otherwise one
+            process's tokens follow another's, (n x B, t, ...), which saves a copy.
+    """
+
+    def __init__(self, linear: nn.Linear, group: Group, ordered: bool) -> None:
         out_features, in_features = linear.weight.shape
         super().__init__(in_features, out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.group = group
+        self.group, self.ordered = group, ordered
         self.train(linear.training)
 
 
@@ -129,14 +138,16 @@ class ColumnParallelLinear(_Split):
     """A part of the sequence, (B, t, in), to a part of the outputs for the whole sequence, (B, T, out / n)."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return linear_of_whole(input, self.weight, self.bias, self.group)
+        out = linear_of_whole(input, self.weight, self.bias, self.group)
+        return by_sequence(out, self.group.size) if self.ordered else out
 
 
 class RowParallelLinear(_Split):
     """A part of the inputs for the whole sequence, (B, T, in / n), to a part of the sequence, (B, t, out)."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _scattered(input, self.weight, self.bias, self.group)
+        x = by_process(input, self.group.size) if self.ordered else input
+        return _with_bias(linear_of_columns(x, self.weight, self.group), self.bias)
 
 
 class _SplitLoRA(LoRALinear):
@@ -159,20 +170,20 @@ class ColumnParallelLoRA(_SplitLoRA):
     """
 
     def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return linear_of_whole(x, self.weight, bias, self.group)
+        return by_sequence(linear_of_whole(x, self.weight, bias, self.group), self.group.size)
 
     def _change(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return linear_of_whole(F.linear(x, a), b, None, self.group)
+        return by_sequence(linear_of_whole(F.linear(x, a), b, None, self.group), self.group.size)
 
 
 class RowParallelLoRA(_SplitLoRA):
     """As `RowParallelLinear`. `lora_a` is split by columns like the weights; `lora_b` and `magnitude` are whole."""
 
     def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return _scattered(x, self.weight, bias, self.group)
+        return _with_bias(linear_of_columns(by_process(x, self.group.size), self.weight, self.group), bias)
 
     def _change(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return F.linear(_scattered(x, a, None, self.group), b)
+        return F.linear(linear_of_columns(by_process(x, self.group.size), a, self.group), b)
 
     def _dropout(self, x: torch.Tensor) -> torch.Tensor:
         return self.split.dropout_of_columns(x, self.lora.dropout, self.training)
@@ -185,17 +196,19 @@ class RowParallelLoRA(_SplitLoRA):
         return lengths
 
 
-def _column_parallel(linear: nn.Linear, group: Group) -> nn.Linear:
-    return ColumnParallelLoRA(linear, group) if isinstance(linear, LoRALinear) else ColumnParallelLinear(linear, group)
+def _column_parallel(linear: nn.Linear, group: Group, ordered: bool = True) -> nn.Linear:
+    if isinstance(linear, LoRALinear):
+        return ColumnParallelLoRA(linear, group)
+    return ColumnParallelLinear(linear, group, ordered)
 
 
-def _row_parallel(linear: nn.Linear, group: Group) -> nn.Linear:
-    return RowParallelLoRA(linear, group) if isinstance(linear, LoRALinear) else RowParallelLinear(linear, group)
+def _row_parallel(linear: nn.Linear, group: Group, ordered: bool = True) -> nn.Linear:
+    return (
+        RowParallelLoRA(linear, group) if isinstance(linear, LoRALinear) else RowParallelLinear(linear, group, ordered)
+    )
 
 
-def _scattered(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: Group) -> torch.Tensor:
-    """A product of a part of the columns, summed over the processes: (B, T, in / n) to (B, t, out)."""
-    x = scatter_sequence(F.linear(x, weight), group)
+def _with_bias(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return x if bias is None else x + bias.to(x.dtype)
 
 

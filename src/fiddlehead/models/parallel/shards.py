@@ -271,20 +271,21 @@ def refuse_sizes(
 def _refused_context(config: TransformerConfig, tp: int, cp: int, method: ContextMethod) -> list[Problem]:
     """Why "cp" processes cannot share attention by this method."""
     heads, groups = split_heads(config.num_attention_heads, config.groups, tp)
+    rings = ring_size(config, tp, cp, method) > 1
+    if not rings and _fits(heads, groups, cp):
+        return []
     allowed = [n for n in range(1, heads + 1) if _fits(heads, groups, n)]
     ring = _not_in_ring(config)
     must = (
         f"must divide the {heads} query heads of a process (tp={tp}), and divide its {groups} key/value heads or be a "
         "multiple of them"
     )
-    if ring_size(config, tp, cp, method) > 1:
+    if rings:
         if ring is None:
             return []
         if cp in allowed:
             return [Problem("cp", cp, f"{ring}; set context_parallel_method='ulysses'")]
         return [Problem("cp", cp, f"{must}; {ring}", allowed)]
-    if cp in allowed:
-        return []
     instead = ring or "context_parallel_method='auto' allows other numbers"
     return [Problem("cp", cp, f"{must}; {instead}", allowed)]
 

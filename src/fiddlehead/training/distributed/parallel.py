@@ -32,7 +32,7 @@ from fiddlehead.models.parallel import (
 )
 from fiddlehead.numbers import is_whole
 from fiddlehead.run.team import Team
-from fiddlehead.training.distributed.pipeline import Pipeline, refuse_pipeline
+from fiddlehead.training.distributed.pipeline import FOLDED, Pipeline, Schedule, refuse_pipeline
 from fiddlehead.training.distributed.sizes import MESH, Sizes
 from fiddlehead.training.optim import Optim
 
@@ -56,8 +56,10 @@ class Parallel(ModelParallelStrategy):
         pipeline_parallel: the number of ranks, or groups of ranks, with different layers; they pass micro-batches on.
         pipeline_stages_per_rank: the number of stages on each of these; with more stages, ranks wait less for each
             other and communicate more.
+        pipeline_schedule: in which order they compute micro-batches; see `Schedule`.
         reshard_after_forward: free a layer's gathered parameters after its forward pass, and gather them again for the
-            backward pass. If False, a step communicates a third less, but needs memory for all parameters.
+            backward pass. If False, a step communicates a third less, but needs memory for all parameters. A pipeline
+            always keeps them.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Parallel(ModelParallelStrategy):
         pipeline_stages_per_rank: int = 1,
         reshard_after_forward: bool = True,
         context_parallel_method: ContextMethod = "auto",
+        pipeline_schedule: Schedule = "1F1B",
     ) -> None:
         given = {
             "data_parallel": data_parallel,
@@ -88,6 +91,8 @@ class Parallel(ModelParallelStrategy):
         ]
         if context_parallel_method not in (methods := get_args(ContextMethod)):
             problems.append(Problem.unknown("context_parallel_method", context_parallel_method, "method", methods))
+        if pipeline_schedule not in (schedules := get_args(Schedule)):
+            problems.append(Problem.unknown("pipeline_schedule", pipeline_schedule, "schedule", schedules))
         refuse(problems)
         super().__init__()
         self.data_parallel, self.data_parallel_replicate = data_parallel, data_parallel_replicate
@@ -95,6 +100,7 @@ class Parallel(ModelParallelStrategy):
         self.context_parallel_method: ContextMethod = context_parallel_method
         self.expert_parallel, self.pipeline_parallel = expert_parallel, pipeline_parallel
         self.pipeline_stages_per_rank = pipeline_stages_per_rank
+        self.pipeline_schedule: Schedule = pipeline_schedule
         self.reshard_after_forward = reshard_after_forward
         self.layout: Layout | None = None
         """The places of this rank's shards of the parameters; None if it has whole parameters."""
@@ -135,11 +141,13 @@ class Parallel(ModelParallelStrategy):
             self.tensor_parallel,
             self.pipeline_parallel,
             self.pipeline_parallel * self.pipeline_stages_per_rank,
+            self.folded,
         )
 
     def problems(self, config: TransformerConfig, seq_length: int, micro_batches: int | None = None) -> list[Problem]:
         """The reasons why the model, the sequence length or the number of micro-batches cannot be split."""
-        problems = refuse_pipeline(config, self.pipeline_parallel, self.pipeline_stages_per_rank, micro_batches)
+        pipeline = self.pipeline_parallel, self.pipeline_stages_per_rank, micro_batches, self.pipeline_schedule
+        problems = refuse_pipeline(config, *pipeline)
         tp, cp = self.tensor_parallel, self.context_parallel
         try:
             refuse_sizes(config, tp=tp, cp=cp, ep=self.expert_parallel, method=self.context_parallel_method)
@@ -153,6 +161,11 @@ class Parallel(ModelParallelStrategy):
             message = f"ring attention needs data.seq_length={seq_length} to be a multiple of {divisor}"
             problems.append(Problem("context_parallel", cp, message))
         return problems
+
+    @property
+    def folded(self) -> bool:
+        """Whether the stages of a pipeline go along the ranks and back, as `Sizes` has it."""
+        return self.pipeline_schedule in FOLDED
 
     def ring_size(self, config: TransformerConfig) -> int:
         """The number of parts of a sequence whose keys and values go round between ranks; 1: there is no ring."""
@@ -170,7 +183,8 @@ class Parallel(ModelParallelStrategy):
         """In a pipeline, reduces a model on the meta device to this rank's layers."""
         if self.pipeline_parallel > 1:
             dtype = torch.float32 if str(self.precision_plugin.precision) == "32-true" else torch.bfloat16
-            self.pipeline = Pipeline(transformer, self.device_mesh, self.pipeline_stages_per_rank, dtype)
+            stages, schedule = self.pipeline_stages_per_rank, self.pipeline_schedule
+            self.pipeline = Pipeline(transformer, self.device_mesh, stages, dtype, schedule)
 
     def shard(self, transformer: Transformer) -> Layout:
         """Shards a model on the meta device over the mesh, in place; `checkpoints.sharding` fills it later.
@@ -187,6 +201,8 @@ class Parallel(ModelParallelStrategy):
         )
         if self.data_parallel_replicate > 1:
             everyone, experts = (self.device_mesh["dp_replicate", name] for name in ("dp_shard_ep_cp", "dp_shard_cp"))
+        # The ranks of a pipeline keep gathered layers for a whole step: micro-batches go forward and back in turns.
+        reshards = self.reshard_after_forward and self.pipeline is None
         for module in [transformer] if self.pipeline is None else self.pipeline.stages:
             sharding.shard(
                 module,
@@ -194,7 +210,7 @@ class Parallel(ModelParallelStrategy):
                 everyone if self.expert_parallel == 1 else experts,
                 self.root_device,
                 precision,
-                reshard_after_forward=self.reshard_after_forward,
+                reshard_after_forward=reshards,
             )
         return self.layout
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -12,32 +12,59 @@ from torch.distributed.device_mesh import DeviceMesh
 from fiddlehead.checkpoints.sharding import ShardedTensor
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models import Transformer, TransformerConfig
-from fiddlehead.models.parallel import Layout, Stage, is_tied, keep_stages, local, refuse_stages, stage_of
+from fiddlehead.models.parallel import (
+    Layout,
+    Stage,
+    first_layers,
+    is_tied,
+    keep_stages,
+    local,
+    rank_of_stage,
+    refuse_stages,
+    stage_of,
+)
 from fiddlehead.training.optim import Optim
 
 Batch = Mapping[str, Any]
+Schedule = Literal["1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"]
+"""In which order a rank of a pipeline computes its micro-batches, by the names of torch's schedules.
+
+- "1F1B" (Narayanan et al. 2019); with several stages on each rank it is interleaved (Narayanan et al. 2021).
+- The others compute the gradients of weights later than those that the rank before waits for, while they would wait
+  (Qi et al. 2023): "InterleavedZeroBubble" is their ZB1P, "ZBVZeroBubble" their ZB-V. "DualPipeV" (DeepSeek-AI 2025)
+  also computes the forward pass of a micro-batch beside the backward pass of another one.
+"""
+FOLDED = ("ZBVZeroBubble", "DualPipeV")
+"""The schedules for two stages on each rank, the second ones in reverse order."""
 
 
 class Pipeline:
     """This rank's stages of a model, and their schedule.
 
-    Stage i is on rank i modulo the number of ranks. With one stage each, the schedule is 1F1B (Narayanan et al. 2019),
-    with several it is interleaved (Narayanan et al. 2021).
-
     Args:
         transformer: the whole model, on the meta device; it is reduced to this rank's stages.
         mesh: a mesh with the dimension "pp".
         dtype: the dtype of the layers' outputs.
+        schedule: in which order a rank computes its micro-batches.
     """
 
-    def __init__(self, transformer: Transformer, mesh: DeviceMesh, stages_per_rank: int, dtype: torch.dtype) -> None:
-        self.config, self.dtype = transformer.config, dtype
+    def __init__(
+        self,
+        transformer: Transformer,
+        mesh: DeviceMesh,
+        stages_per_rank: int,
+        dtype: torch.dtype,
+        schedule: Schedule = "1F1B",
+    ) -> None:
+        self.config, self.dtype, self.schedule = transformer.config, dtype, schedule
         self.group, self.ranks = mesh.get_group("pp"), mesh["pp"].size()
         self.count = self.ranks * stages_per_rank
         self.transformer, self.fused = transformer, transformer.fused_rows()
+        transformer.splits_backward = schedule != "1F1B"
         self.whole = dict(transformer.named_parameters())
         """The parameters of the whole model, without values."""
-        numbers = range(mesh.get_local_rank("pp"), self.count, self.ranks)
+        rank = mesh.get_local_rank("pp")
+        numbers = [number for number in range(self.count) if self._rank_of(number) == rank]
         keep_stages(transformer, numbers, self.count)
         self.stages = [Stage(transformer, number, self.count) for number in numbers]
         self.waiting: list[Batch] = []
@@ -48,6 +75,8 @@ class Pipeline:
     @property
     def tied(self) -> frozenset[str]:
         """The parameters that both the first and the last rank have, by their names in a `LanguageModel`."""
+        if self.schedule in FOLDED:
+            return frozenset()
         return frozenset(f"transformer.{name}" for name in self.whole if is_tied(name, self.config))
 
     # -- training
@@ -96,20 +125,23 @@ class Pipeline:
 
     def nats(self, batch: Batch) -> torch.Tensor | None:
         """The sum of the cross-entropy, without gradients, on the rank with the last stage; None on the others."""
+        rank = dist.get_rank(self.group)
         x = self._like_stream(batch, batch["input_ids"].device)
         for stage in self.stages:
-            if not stage.first:
-                dist.recv(x, group=self.group, group_src=(stage.number - 1) % self.ranks)
+            if not stage.first and (source := self._rank_of(stage.number - 1)) != rank:
+                x = self._like_stream(batch, batch["input_ids"].device)
+                dist.recv(x, group=self.group, group_src=source)
             stage.take([batch])
-            given = stage(x)
+            x = stage(x)
             if stage.last:
-                return given.sum()
-            dist.send(given.contiguous(), group=self.group, group_dst=(stage.number + 1) % self.ranks)
+                return x.sum()
+            if (following := self._rank_of(stage.number + 1)) != rank:
+                dist.send(x.contiguous(), group=self.group, group_dst=following)
         return None
 
     def _make_schedule(self, batches: Sequence[Batch]) -> Any:
         # It imports PyTorch's compiler, which a plan does not need.
-        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+        from torch.distributed import pipelining
 
         count = len(batches)
         device = batches[0]["input_ids"].device
@@ -119,7 +151,7 @@ class Pipeline:
         counted = torch.empty(1, device="meta")
         nats = torch.empty(1, dtype=torch.float32, device="meta", requires_grad=True)
         stages = [
-            PipelineStage(
+            pipelining.PipelineStage(
                 stage,
                 stage.number,
                 self.count,
@@ -131,9 +163,14 @@ class Pipeline:
             for stage in self.stages
         ]
         how: dict[str, Any] = {"loss_fn": lambda nats, _: nats.sum() / self._divisor, "scale_grads": False}
+        if self.schedule != "1F1B":
+            return getattr(pipelining, f"Schedule{self.schedule}")([*stages], count, **how)
         if len(stages) == 1:
-            return Schedule1F1B(stages[0], count, **how)
-        return ScheduleInterleaved1F1B([*stages], count, **how)
+            return pipelining.Schedule1F1B(stages[0], count, **how)
+        return pipelining.ScheduleInterleaved1F1B([*stages], count, **how)
+
+    def _rank_of(self, stage: int) -> int:
+        return rank_of_stage(stage, self.ranks, self.schedule in FOLDED)
 
     def _like_stream(self, batch: Batch, device: torch.device) -> torch.Tensor:
         """An empty tensor like a stage's output, (B, T, C)."""
@@ -143,7 +180,7 @@ class Pipeline:
 
     def holder(self, name: str) -> int:
         """The rank that has a parameter."""
-        return stage_of(name, self.config, self.count) % self.ranks
+        return self._rank_of(stage_of(name, first_layers(self.config, self.count)))
 
     def completed(self, own: Mapping[str, ShardedTensor]) -> dict[str, ShardedTensor]:
         """Returns the parameters of all ranks, by their names in a `LanguageModel`, in the model's order.
@@ -221,7 +258,11 @@ def _described(value: Any) -> Any:
 
 
 def refuse_pipeline(
-    config: TransformerConfig, ranks: int, stages_per_rank: int, micro_batches: int | None
+    config: TransformerConfig,
+    ranks: int,
+    stages_per_rank: int,
+    micro_batches: int | None,
+    schedule: Schedule = "1F1B",
 ) -> list[Problem]:
     """The reasons why a model, or this number of micro-batches in a step, cannot use a pipeline.
 
@@ -229,8 +270,18 @@ def refuse_pipeline(
         micro_batches: None if their number is not known.
     """
     if ranks == 1:
-        wrong = Problem("pipeline_stages_per_rank", stages_per_rank, "there is no pipeline", (1,))
-        return [] if stages_per_rank == 1 else [wrong]
+        given = (("pipeline_stages_per_rank", stages_per_rank, 1), ("pipeline_schedule", schedule, "1F1B"))
+        return [Problem(name, value, "there is no pipeline", (only,)) for name, value, only in given if value != only]
+    if schedule in FOLDED and stages_per_rank != 2:
+        message = f"pipeline_schedule={schedule!r} is for 2 stages on each rank"
+        return [Problem("pipeline_stages_per_rank", stages_per_rank, message, (2,))]
+    problems = []
+    if schedule in FOLDED and config.share_embeddings_and_output_weights:
+        message = (
+            "puts the first and the last stage on one rank, which cannot gather tied embeddings for both; set "
+            "model.config.share_embeddings_and_output_weights=False, or another schedule"
+        )
+        problems.append(Problem("pipeline_schedule", schedule, message, ("1F1B", "InterleavedZeroBubble")))
     stages = "" if stages_per_rank == 1 else f"with pipeline_stages_per_rank={stages_per_rank}: "
     messages = []
     try:
@@ -238,14 +289,44 @@ def refuse_pipeline(
     except ConfigError as error:
         messages += error.under("model.config").problems
     if micro_batches is not None:
-        wanted = ""
-        if micro_batches < ranks:
-            wanted = f"{ranks} or more"
-        elif stages_per_rank > 1 and micro_batches % ranks:
-            wanted = f"a multiple of {ranks}"
+        wanted = _wanted_micro_batches(ranks, stages_per_rank, micro_batches, schedule)
         if wanted:
             messages.append(
                 f"a step has {micro_batches} micro-batches on each data-parallel rank, and needs {wanted}; change "
                 "data.micro_batch_size or data.global_batch_size"
             )
-    return [Problem("pipeline_parallel", ranks, f"{stages}{message}") for message in messages]
+    return problems + [Problem("pipeline_parallel", ranks, f"{stages}{message}") for message in messages]
+
+
+def _wanted_micro_batches(ranks: int, stages_per_rank: int, micro_batches: int, schedule: Schedule) -> str:
+    """How many micro-batches a step must have, if it has not; "" if it has."""
+    least = ranks * stages_per_rank if schedule in FOLDED else ranks
+    if micro_batches < least:
+        return f"{least} or more"
+    in_rounds = schedule == "InterleavedZeroBubble" or (schedule == "1F1B" and stages_per_rank > 1)
+    return f"a multiple of {ranks}" if in_rounds and micro_batches % ranks else ""
+
+
+def refuse_zero_bubble(schedule: Schedule, settings: Mapping[str, Any]) -> list[Problem]:
+    """Why a schedule cannot compute the gradients of weights by themselves.
+
+    Args:
+        settings: what a run sets, by the names of fields; of those in `_WHOLE`, any but these are refused.
+    """
+    if schedule == "1F1B":
+        return []
+    return [
+        Problem(name, settings[name], f"{why}; set {off} here, or trainer.strategy.pipeline_schedule='1F1B'")
+        for name, (off, why) in _WHOLE.items()
+        if settings[name] != off
+    ]
+
+
+_WHOLE: dict[str, tuple[Any, str]] = {
+    "model.compile": (None, "a compiled layer computes all of its gradients at once"),
+    "model.activation_checkpointing": (None, "a layer would be computed again for the gradient of each weight"),
+    "model.fp8": (None, "a product in float8 computes both of its gradients at once"),
+    "model.tiled_mlp": (None, "a tile computes all of its gradients at once"),
+    "trainer.strategy.tensor_parallel": (1, "a split product computes both of its gradients at once"),
+}
+"""What cannot be computed in two parts, by field: the value that is allowed, and why others are not."""

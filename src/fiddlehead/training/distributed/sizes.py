@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
 
 from fiddlehead.models import Transformer, TransformerConfig
-from fiddlehead.models.parallel import is_tied, splits_over, stage_of
+from fiddlehead.models.parallel import first_layers, is_tied, rank_of_stage, splits_over, stage_of
 
 MESH = ("pp", "dp_replicate", "dp_shard", "ep", "cp", "tp")
 """The dimensions of the device mesh, from the slowest to the fastest. Tensor parallelism communicates most, so its
@@ -21,6 +23,18 @@ class Counted:
     config: TransformerConfig
     numbers: Mapping[tuple[str, str | None], int]
     """By "layers.3." or by the name of a parameter outside the layers; and by "tp", "ep" or None."""
+    _of_stages: dict[int, list[Counter[str | None]]] = field(default_factory=dict, compare=False, repr=False)
+
+    def of_stages(self, count: int) -> list[Counter[str | None]]:
+        """The numbers of each of so many stages, by what they are split over."""
+        if count not in self._of_stages:  # a search asks for them a thousand times
+            stages, first = [Counter[str | None]() for _ in range(count)], first_layers(self.config, count)
+            for (place, split_over), number in self.numbers.items():
+                stage = stage_of(place, first)
+                for each in {stage, count - 1} if is_tied(place, self.config) else {stage}:
+                    stages[each][split_over] += number
+            self._of_stages[count] = stages
+        return self._of_stages[count]
 
     @classmethod
     def of(cls, transformer: Transformer, *, trained: bool = False) -> Counted:
@@ -51,6 +65,8 @@ class Sizes:
     """Ranks of a replica with different layers."""
     stages: int = 1
     """The number of pipeline stages; a rank may have several."""
+    folded: bool = False
+    """Whether the stages go along the ranks and back, as `rank_of_stage` has it."""
 
     @property
     def mesh(self) -> tuple[int, ...]:
@@ -61,6 +77,14 @@ class Sizes:
     def data_rank(self, rank: int) -> int:
         """The data-parallel index of a rank: ranks that share layers or a sequence have the same index and samples."""
         return rank // (self.context * self.tensor) % self.data
+
+    def pipeline_rank(self, stage: int) -> int:
+        """The rank of a pipeline that has a stage."""
+        return rank_of_stage(stage, self.pipeline, self.folded)
+
+    def layers_of_ranks(self, config: TransformerConfig) -> tuple[int, ...]:
+        """The number of layers on each rank of a pipeline."""
+        return _layers_of_ranks(self.pipeline, self.folded, first_layers(config, self.stages))
 
     def held(self, counted: Counted) -> float:
         """The largest number of a model's parameters that a rank keeps."""
@@ -79,8 +103,14 @@ class Sizes:
     def _most(self, counted: Counted, parts: Callable[[str | None], int]) -> float:
         """The largest number on a rank; `parts` of a dimension ("tp", "ep", None) divides the parameters it splits."""
         of_ranks = [0.0] * self.pipeline
-        for (place, split_over), number in counted.numbers.items():
-            rank = stage_of(place, counted.config, self.stages) % self.pipeline
-            for each in {rank, self.pipeline - 1} if is_tied(place, counted.config) else {rank}:
-                of_ranks[each] += number / parts(split_over)
+        for stage, numbers in enumerate(counted.of_stages(self.stages)):
+            of_ranks[self.pipeline_rank(stage)] += sum(number / parts(dim) for dim, number in numbers.items())
         return max(of_ranks)
+
+
+@lru_cache(maxsize=1024)
+def _layers_of_ranks(ranks: int, folded: bool, first: tuple[int, ...]) -> tuple[int, ...]:
+    layers = [0] * ranks
+    for stage, (start, end) in enumerate(pairwise(first)):
+        layers[rank_of_stage(stage, ranks, folded)] += end - start
+    return tuple(layers)
