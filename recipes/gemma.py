@@ -139,7 +139,7 @@ def gemma3_1b() -> Recipe:
 @model_recipe
 def gemma3_4b() -> Recipe:
     """Gemma 3 4B text model, pretraining on 8 GPUs."""
-    return pretrain(GEMMA3_4B, seq_length=8192, micro_batch_size=2, activation_checkpointing=0.9)
+    return pretrain(GEMMA3_4B, seq_length=8192, micro_batch_size=2)
 
 
 @model_recipe

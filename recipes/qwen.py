@@ -169,7 +169,7 @@ def qwen3_4b() -> Recipe:
 @model_recipe
 def qwen3_8b() -> Recipe:
     """Qwen 3 8B, pretraining on 8 GPUs."""
-    return pretrain(QWEN3_8B, seq_length=4096, micro_batch_size=2)
+    return pretrain(QWEN3_8B, seq_length=4096, micro_batch_size=4, activation_checkpointing="selective")
 
 
 @model_recipe

@@ -21,6 +21,7 @@ from fiddlehead.attention import Packages, Target
 from fiddlehead.attention.packages import CUDNN_OF_CUDA_BUILDS
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, Transformer, TransformerConfig, nf4
+from fiddlehead.models.linear_cross_entropy import CHUNK_TOKENS
 from fiddlehead.models.parallel import stages
 from fiddlehead.models.speed import compile_transformer, recompute_activations, tile_mlp
 from fiddlehead.plan import attention
@@ -111,7 +112,23 @@ def test_a_measured_training_takes_what_is_predicted(case: str, point: str, meas
     # The gradients of the loss of preferences are taken in the backward pass, and of the others in the forward pass.
     backward = ["last", "first", "embedding", *(["forward"] if "dpo" in case else [])]
     at = {"backward": backward, "peak": list(found)}.get(point, [point])
-    assert max(found[name].peak for name in at) == pytest.approx(measured, rel=0.05)
+    then = {"forward": logits_gradient(case)}
+    assert max(found[name].peak + then.get(name, 0) for name in at) == pytest.approx(measured, rel=0.05)
+
+
+def logits_gradient(case: str) -> int:
+    """Bytes of the gradient of a chunk's logits, which was a tensor of its own when the cases were measured.
+
+    Now it overwrites them. On an H200, "1b b8" took 59.18 GiB before and 58.22 after.
+    """
+    config, _, setting, *_ = parts_of(case)
+    if not setting.compiled or setting.compares:
+        return 0
+    return setting.of_products * min(setting.tokens, CHUNK_TOKENS) * (config.vocab_size or 0)
+
+
+def test_the_gradient_of_the_logits_takes_no_memory_of_its_own() -> None:
+    assert max(each.peak for each in predicted("1b b8").values()) == pytest.approx(58.22 * GIB, rel=0.005)
 
 
 SHAPE: dict[str, Any] = {

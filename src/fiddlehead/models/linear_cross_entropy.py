@@ -37,7 +37,7 @@ def linear_cross_entropy(
         scale: a factor on the logits.
         softcap: logits become softcap x tanh(logits / softcap).
         ignore_index: the label of ignored tokens.
-        compiled: compile the elementwise operations on logits into one kernel; for a GPU.
+        compiled: one kernel for the elementwise operations on logits: on a GPU ours, elsewhere the compiler's.
         repeatable: allow several backward passes, which takes memory for another copy of the gradients.
     """
     how = scale, softcap, ignore_index
@@ -62,7 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             nats = torch.zeros((), device=x.device, dtype=_softmax_dtype(dtype))
             grad_x = torch.empty_like(x) if learns_x else None
             grad_weight = None
-            turn = _compiled() if compiled else nats_and_gradient
+            turn = _as_one_kernel(dtype, x.device) if compiled else nats_and_gradient
             for start in range(0, x.shape[0], CHUNK_TOKENS):
                 part = slice(start, start + CHUNK_TOKENS)
                 chunk = x[part].to(dtype)
@@ -117,6 +117,14 @@ def nats_and_gradient(
         return nats, gradient.scatter_(1, target, of_target)
     column = torch.arange(logits.shape[1], device=logits.device)
     return nats, torch.where(column == target, of_target, gradient)  # of which the compiler makes one pass
+
+
+def _as_one_kernel(dtype: torch.dtype, device: torch.device) -> Any:
+    if device.type != "cuda" or dtype == torch.float64:
+        return _compiled()
+    from fiddlehead.models.softmax_kernel import nats_and_gradient_  # Triton, which the compiler needs there too
+
+    return nats_and_gradient_
 
 
 @functools.cache

@@ -281,7 +281,7 @@ class _Step:
             return 8 * self._logits + copy
         chunk = min(self.tokens, CHUNK_TOKENS) * (config.vocab_size or 0)
         if setting.compiled:
-            buffers = 2 * each * chunk  # the logits and their gradient
+            buffers = each * chunk  # the logits, which their gradient overwrites
         else:  # the logits, if they are not float32 already; in float32 they, their exponential and what it is times
             capped, scaled = config.final_logit_softcapping is not None, config.logits_scaling != 1
             buffers = (4 * (3 + capped) + (each if each == 2 or scaled else 0)) * chunk

@@ -108,6 +108,7 @@ def speed(
     work, products, attention, memory_bound = slowest.work, slowest.products, slowest.attention, slowest.memory_bound
     sizes, batches, computed = work.sizes, setting.micro_batches, slowest.computed
     # Parameters and states are read and written; gradients are read for the norm, read and scaled, and read again.
+    # AdamW scales them where it reads them, but the rate was measured before it did.
     stepped = held.gradients if setting.adapters or setting.compares else held.parameters
     moved = 2 * stepped + 4 * held.gradients + 2 * held.optimizer
     optimizer = (moved + held.step_moved) / (card.bytes_per_s * part["optimizer"])

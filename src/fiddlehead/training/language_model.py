@@ -381,11 +381,12 @@ class LanguageModel(LightningModule):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clips the global norm, also in mixed precision with a fused optimizer, where Lightning refuses.
 
-        As with Lightning, None and 0 clip nothing.
+        As with Lightning, None and 0 clip nothing. An optimizer that clips within its step leaves the gradients as they
+        are: callbacks then see them before clipping.
         """
         limit = float(gradient_clip_val or math.inf)
         self.lr = optimizer.param_groups[0]["lr"]  # noted here, because the schedule advances before the step is logged
-        self.grad_norm = self._clip(limit)
+        self.grad_norm = self._clip(limit, optimizer)
         self._note_non_finite()
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
@@ -400,13 +401,13 @@ class LanguageModel(LightningModule):
             callback.on_before_zero_grad(self.trainer, self, optimizer)  # type: ignore[arg-type]
         optimizer.zero_grad()
 
-    def _clip(self, limit: float) -> torch.Tensor:
+    def _clip(self, limit: float, optimizer: torch.optim.Optimizer) -> torch.Tensor:
         """Reduces the gradients of the step and clips them to the norm `limit`; returns the norm before clipping."""
         strategy, layout = self.trainer.strategy, None
         if isinstance(strategy, Parallel):
             strategy.reduce_gradients()
             layout = strategy.layout
-        return clip(gradients_of(self.named_parameters()), limit, layout)
+        return clip(gradients_of(self.named_parameters()), limit, layout, optimizer)
 
     def _note_non_finite(self) -> None:
         """On a CPU, raises before the optimizer's step; on a GPU only remembers the step, as looking stalls."""

@@ -13,6 +13,7 @@ from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models.parallel import Layout
 from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.optim.bfloat16_adamw import BFloat16AdamW
+from fiddlehead.training.optim.clipping_adamw import ClippingAdamW
 from fiddlehead.training.optim.optim import NOT_FUSED, FusedRows, Optim
 
 
@@ -35,7 +36,7 @@ class AdamW(Optim):
     def optimizer(
         self, named_parameters: Sequence[tuple[str, nn.Parameter]], fused: FusedRows = NOT_FUSED
     ) -> torch.optim.Optimizer:
-        """PyTorch's fused AdamW; for bfloat16 parameters ours, which keeps float32 weights; for 8 bits torchao's.
+        """PyTorch's, which clips in its step; for bfloat16 ours, which keeps float32 weights; for 8 bits torchao's.
 
         Raises:
             ConfigError: torchao is not installed.
@@ -52,7 +53,7 @@ class AdamW(Optim):
             return SavedAdamW8bit(groups, **settings)
         if parameters and all(parameter.dtype == torch.bfloat16 for parameter in parameters):
             return BFloat16AdamW(groups, **settings)
-        return torch.optim.AdamW(groups, **settings, fused=True)
+        return ClippingAdamW(groups, **settings)
 
     def share(
         self, optimizer: torch.optim.Optimizer, named_parameters: Sequence[tuple[str, nn.Parameter]], layout: Layout
@@ -74,8 +75,8 @@ class AdamW(Optim):
         return problems
 
     def compiles(self, precision: str) -> bool:
-        """Whether its step is compiled: only if it is not PyTorch's own."""
-        return self.state_bits == 8 or precision == "bf16-true"
+        """Whether its step is compiled: only torchao's."""
+        return self.state_bits == 8
 
     def state_bytes(self, named_parameters: Iterable[tuple[str, nn.Parameter]], precision: str) -> int:
         """Two moments; for bfloat16 parameters also the lower half of each weight."""

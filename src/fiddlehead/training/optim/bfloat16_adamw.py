@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,6 +23,9 @@ class BFloat16AdamW(torch.optim.Optimizer):
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
     """
 
+    gradient_factor: torch.Tensor | None = None
+    """A scalar on the device that multiplies all gradients in the next step; None: 1. `clip` sets it."""
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -41,6 +43,7 @@ class BFloat16AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        gradient_factor, self.gradient_factor = self.gradient_factor, None
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
@@ -48,18 +51,18 @@ class BFloat16AdamW(torch.optim.Optimizer):
             for parameter in parameters:
                 self._make_state(parameter)
             device = parameters[0].device
-            update = _compiled() if device.type == "cuda" else update_weight
+            update = _kernel() if device.type == "cuda" else update_weight
             step = self.state[parameters[0]]["step"] + 1
             (beta1, beta2), lr = group["betas"], group["lr"]
-            # As tensors on the device: numbers would be part of the compiled code, which then holds for one step only.
-            factors = [lr * group["weight_decay"], lr / (1 - beta1**step), (1 - beta2**step) ** 0.5, group["eps"]]
-            scalars = [torch.full((), factor, dtype=torch.float32, device=device) for factor in factors]
+            factors = [1.0, lr * group["weight_decay"], lr / (1 - beta1**step), (1 - beta2**step) ** 0.5]
+            filled = [torch.full((), factor, dtype=torch.float32, device=device) for factor in factors]  # no copy
+            scalars = torch.stack(filled if gradient_factor is None else [gradient_factor.float(), *filled[1:]])
             for parameter in parameters:
                 state = self.state[parameter]
                 state["step"] = step
                 tensors = [parameter, parameter.grad, state["low_bits"], state["exp_avg"], state["exp_avg_sq"]]
-                flat = [local(tensor).view(-1) for tensor in tensors]
-                update(*flat, *scalars, beta1, beta2)  # pyright: ignore[reportCallIssue]
+                weight, gradient, low_bits, exp_avg, exp_avg_sq = (local(tensor).view(-1) for tensor in tensors)
+                update(weight, gradient, low_bits, exp_avg, exp_avg_sq, scalars, beta1, beta2, group["eps"])
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -87,17 +90,16 @@ def update_weight(
     low_bits: torch.Tensor,
     exp_avg: torch.Tensor,
     exp_avg_sq: torch.Tensor,
-    decay: torch.Tensor,
-    step_size: torch.Tensor,
-    correction: torch.Tensor,
-    eps: torch.Tensor,
+    scalars: torch.Tensor,
     beta1: float,
     beta2: float,
+    eps: float,
 ) -> None:
-    """One step of one parameter, (n,), and of its state, in place."""
+    """One step of one parameter as in `adamw_kernel.update_weight`, for a CPU."""
+    factor, decay, step_size, correction = scalars
     high, low = parameter.view(torch.int16), low_bits.view(torch.int16)
     weight = ((high.to(torch.int32) << 16) + low.to(torch.int32)).view(torch.float32)
-    g = gradient.float()
+    g = gradient.float() * factor
     exp_avg.copy_(beta1 * exp_avg + (1 - beta1) * g)
     exp_avg_sq.copy_(beta2 * exp_avg_sq + (1 - beta2) * g * g)
     weight = weight - decay * weight - step_size * exp_avg / (exp_avg_sq.sqrt() / correction + eps)
@@ -107,9 +109,10 @@ def update_weight(
     low.copy_((bits - (rounded << 16)).to(torch.int16))
 
 
-@functools.cache
-def _compiled() -> Any:
-    return torch.compile(update_weight, fullgraph=True, dynamic=True)  # one kernel, whatever the number of weights
+def _kernel() -> Callable[..., None]:
+    from fiddlehead.training.optim import adamw_kernel
+
+    return adamw_kernel.update_weight
 
 
 def _to(value: Any, device: torch.device) -> Any:

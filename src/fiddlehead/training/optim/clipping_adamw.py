@@ -1,0 +1,74 @@
+"""AdamW for float32 parameters that clips the gradients within its step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fiddlehead.models.parallel import local
+from fiddlehead.training.distributed.gradients import scale
+
+
+class ClippingAdamW(torch.optim.AdamW):
+    """PyTorch's fused AdamW; on a GPU a kernel of ours multiplies each gradient by a factor where it is read.
+
+    PyTorch's own would write the scaled gradients, and clipping before the step would read and write them once more.
+    The state is PyTorch's.
+    """
+
+    gradient_factor: torch.Tensor | None = None
+    """A scalar on the device that multiplies all gradients in the next step; None: 1. `clip` sets it."""
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        """The arguments of `torch.optim.AdamW`, without its variants."""
+        super().__init__(params, **settings, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; the host does not wait for the device."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        factor, self.gradient_factor = self.gradient_factor, None
+        parameters = [parameter for _, each in groups for parameter in each]
+        if all(parameter.device.type == "cuda" and parameter.dtype == torch.float32 for parameter in parameters):
+            for group, each in groups:
+                if each:
+                    self._step_by_kernel(group, each, factor)
+            return loss
+        if factor is not None:
+            scale({str(i): parameter.grad for i, parameter in enumerate(parameters)}, factor)
+        super().step()
+        return loss
+
+    def _step_by_kernel(
+        self, group: dict[str, Any], parameters: Sequence[torch.Tensor], factor: torch.Tensor | None
+    ) -> None:
+        from fiddlehead.training.optim.adamw_kernel import update_weight
+
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        steps = [self.state[parameter]["step"] for parameter in parameters]
+        torch._foreach_add_(steps, 1)  # pyright: ignore[reportPrivateImportUsage]
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        done = torch.stack(steps).double()
+        ones = torch.ones_like(done)
+        factors = [
+            ones if factor is None else ones * factor,
+            ones * (lr * group["weight_decay"]),
+            lr / (1 - beta1**done),
+            (1 - beta2**done).sqrt(),
+        ]
+        for parameter, scalars in zip(parameters, torch.stack(factors, dim=1).float(), strict=True):
+            state = self.state[parameter]
+            tensors = [parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]]
+            weight, gradient, exp_avg, exp_avg_sq = (local(tensor) for tensor in tensors)  # type: ignore[arg-type]
+            flat = weight.view(-1), gradient.reshape(-1), None, exp_avg.view(-1), exp_avg_sq.view(-1)
+            update_weight(*flat, scalars, beta1, beta2, group["eps"])
