@@ -142,7 +142,7 @@ def test_the_kernel_is_the_same_arithmetic(n: int, dtype: torch.dtype) -> None:
 
 def plain_update(
     weight: Any, gradient: Any, low_bits: None, exp_avg: Any, exp_avg_sq: Any, scalars: Any, *others: float
-):
+) -> None:
     """What the kernel computes for float32 parameters, in PyTorch's operations."""
     (factor, decay, step_size, correction), (beta1, beta2, eps) = scalars.tolist(), others
     gradient = gradient * factor
