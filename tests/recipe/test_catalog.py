@@ -214,6 +214,7 @@ def test_a_function_that_is_not_a_recipe_is_named_with_the_reason(definition: st
     assert str(error.value).startswith(f"recipe 'mine': {file}:2: {why}")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of packages that NeMo-Run imports
 def test_a_function_that_returns_an_executor_need_not_say_so() -> None:
     body = "    if n > 1:\n        return run.LocalExecutor()\n    made = run.SlurmExecutor()\n    return made\n"
     write("launch/some.py", f"import nemo_run as run\ndef mine(n: int = 1):\n{body}def other():\n    return x\n")
