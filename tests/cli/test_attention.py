@@ -106,7 +106,7 @@ def test_the_kernel_is_that_of_the_heads_that_a_rank_has(explained, typed, sizes
     assert [call["during"] for call in answer["other_calls"]] == ["validation"]
     output = typed("attention", "explain", "-f", "llama3_8b", *edits, "trainer.strategy.pipeline_parallel=2", *RANKS)
     shared = f"attends with {heads[0]} of 32 query heads and {heads[1]} of 8 key/value heads, on whole sequences"
-    assert (shared in output) == (sizes != (1, 1)) and "0: layers 0-15; 1: layers 16-31" in output
+    assert (shared in output) == (sizes != (1, 1)) and "0: layers 0-16; 1: layers 17-31" in output
 
 
 @pytest.mark.filterwarnings("ignore:.precision=bf16. is supported for historical reasons")

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch._inductor.runtime import cache_dir_utils
 
 from fiddlehead.environment import kernel_folders
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training.kernel_cache import keep_compiled_kernels
+from fiddlehead.training.optim import AdamW
 from tests.training.conftest import KillAfter, Killed
 
 Pretrain = Callable[..., RunDirectory]
@@ -74,7 +76,7 @@ def test_a_cache_variable_that_is_set_is_kept(unset: None, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("settings", "kept"), [({}, False), ({"compile": "layers"}, True), ({"precision": "bf16-true"}, True)]
+    ("settings", "kept"), [({}, False), ({"compile": "layers"}, True), ({"precision": "bf16-true"}, False)]
 )
 def test_only_a_run_that_compiles_sets_it(
     unset: None, pretrain: Pretrain, settings: dict[str, str], kept: bool
@@ -88,3 +90,8 @@ def test_only_a_run_that_compiles_sets_it(
     with pytest.raises(Killed):
         pretrain(callbacks=[Look(0)], **settings)
     assert found == dict.fromkeys(kernel_folders(), kept)
+
+
+@pytest.mark.parametrize(("bits", "device", "kept"), [(32, "cpu", False), (32, "cuda", True), (8, "cpu", True)])
+def test_so_does_one_whose_optimizer_has_compiled_kernels(bits: Any, device: str, kept: bool) -> None:
+    assert AdamW(state_bits=bits).compiles(torch.device(device)) == kept

@@ -49,7 +49,7 @@ def test_the_timeline_has_the_steps_and_what_was_done_in_them(
     found = events(run.path / "profile" / "rank0-steps-3-4.json.gz")
     assert {event["name"] for event in found if re.fullmatch(r"step \d+", event["name"])} == {"step 3", "step 4"}
     for step in ("step 3", "step 4"):
-        assert inside(found, step, "Optimizer.step#AdamW.step") == 1
+        assert inside(found, step, "Optimizer.step#ClippingAdamW.step") == 1
         assert inside(found, step, "forward") == inside(found, step, "backward") == micro_batches
         losses = inside(found, step, "_LinearCrossEntropy"), inside(found, step, "_LinearCrossEntropyBackward")
         assert losses == (micro_batches, micro_batches)

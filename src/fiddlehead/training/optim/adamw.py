@@ -74,9 +74,9 @@ class AdamW(Optim):
             problems.append(Problem("optim.state_bits", 8, message))
         return problems
 
-    def compiles(self, precision: str) -> bool:
-        """Whether its step is compiled: only torchao's."""
-        return self.state_bits == 8
+    def compiles(self, device: torch.device) -> bool:
+        """Whether kernels of its step are compiled: torchao's anywhere, and ours, by Triton, on a GPU."""
+        return self.state_bits == 8 or device.type == "cuda"
 
     def state_bytes(self, named_parameters: Iterable[tuple[str, nn.Parameter]], precision: str) -> int:
         """Two moments; for bfloat16 parameters also the lower half of each weight."""

@@ -88,8 +88,8 @@ class Optim:
         """
         return []
 
-    def compiles(self, precision: str) -> bool:
-        """Whether its step is compiled."""
+    def compiles(self, device: torch.device) -> bool:
+        """Whether kernels of its step are compiled on this device."""
         return False
 
     def state_bytes(self, named_parameters: Iterable[tuple[str, nn.Parameter]], precision: str) -> int:
