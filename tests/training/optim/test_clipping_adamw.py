@@ -184,3 +184,12 @@ def errors_of_shards() -> list[float]:
 def test_shards_are_stepped_as_whole_parameters_are() -> None:
     for errors in on_ranks(2, errors_of_shards):
         assert len(errors) == 4 and max(errors) < 1e-6
+
+
+def test_the_hooks_of_a_step_run_once() -> None:
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # which makes PyTorch call hooks in AdamW's own step
+    ours = parameters("cpu", torch.float32)
+    optimizer, calls = ClippingAdamW(ours, **SETTINGS), []
+    optimizer.register_step_post_hook(lambda *arguments: calls.append(1))
+    take_steps(optimizer, ours, 3)
+    assert len(calls) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class ClippingAdamW(torch.optim.AdamW):
             return loss
         if factor is not None:
             scale({str(i): parameter.grad for i, parameter in enumerate(parameters)}, factor)
-        super().step()
+        unwrap(torch.optim.AdamW.step)(self)  # the hooks of a step are around this function already
         return loss
 
     def _step_by_kernel(
