@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fiddlehead.models import TransformerConfig, nf4
 from fiddlehead.models.linear_cross_entropy import CHUNK_TOKENS
@@ -49,8 +49,7 @@ class Held:
         return self.parameters + self.gradients + self.optimizer
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """What a rank has in memory when it has the most, in bytes."""
 
     parameters: float
@@ -101,7 +100,7 @@ class Memory:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields and the peak; in bytes."""
-        return {**vars(self), "peak": self.peak}
+        return {**self._asdict(), "peak": self.peak}
 
 
 _PARTS = {
@@ -175,6 +174,8 @@ class _Step:
         self.tied = config.share_embeddings_and_output_weights
         self.root = self.embedding + (0 if self.tied else self.output)  # what is outside the layers
         self.in_flight = 1.0
+        divided = [name for name in ("pipeline", "tensor", "context", "data") if getattr(sizes, name) > 1]
+        self.outside = OUTSIDE[divided[0] if divided else "data" if held.buckets else "alone"] * GIB
         self.trains = not setting.adapters
         # A rank of a pipeline adds up a step's gradients in float32 before it shares them with others.
         self.adds_up = self.trains and sizes.pipeline > 1 and self.shards > 1
@@ -192,24 +193,32 @@ class _Step:
         step.in_flight = _in_flight(self.sizes, self.setting.micro_batches, rank)
         return step
 
-    def _moment(self, where: str, *, gradients: float, transient: float = 0.0, **parts: float) -> Memory:
+    def _moment(
+        self,
+        where: str,
+        *,
+        gradients: float,
+        transient: float = 0.0,
+        activations: float = 0.0,
+        copies: float = 0.0,
+        loss: float = 0.0,
+    ) -> Memory:
         """Args: gradients: those of the step so far, where none are accumulated."""
-        held, sizes = self.held, self.setting.sizes
-        divided = [name for name in ("pipeline", "tensor", "context", "data") if sizes and getattr(sizes, name) > 1]
-        outside = OUTSIDE[divided[0] if divided else "data" if held.buckets else "alone"] * GIB
+        held = self.held
         there = held.gradients if self.setting.micro_batches > 1 else max(gradients, 0.0)
         if self.adds_up and where != OPTIMIZER:
             there += 4 * (self.root + self.layers * self.layer)
-        fields = {"activations": 0.0, "copies": 0.0, "loss": 0.0, **parts}
         return Memory(
             parameters=held.parameters,
             gradients=there + held.buckets,
             optimizer=held.optimizer,
+            activations=activations,
+            copies=copies,
+            loss=loss,
             transient=transient,
             where=where,
-            outside=outside,
+            outside=self.outside,
             workspace=WORKSPACE,
-            **fields,
         )
 
     def _activations(self, layers: int) -> float:
