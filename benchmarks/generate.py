@@ -104,7 +104,7 @@ CASES = {
 
 @torch.no_grad()
 def on_gpu(tokens: int, rounds: int) -> None:
-    """A 1B in bfloat16, whose every weight is read once for each step, and the cache once for each token."""
+    """Llama 3.2 1B in bfloat16. A step reads each weight once, and the cache of each sequence once."""
     config = replace(fdl.build(LLAMA32_1B), vocab_size=128_256, seq_length=65_536)
     with torch.device("cuda"):
         model = Transformer(config).bfloat16().eval()

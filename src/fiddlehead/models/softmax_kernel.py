@@ -3,7 +3,7 @@
 A compiled function reads them twice. A program has one row, which stays in the L2 cache between its two passes.
 """
 
-# Triton is not where there is no GPU, and its kernels are not Python to a type checker.
+# PyTorch brings Triton only in its builds for GPUs, and a type checker cannot check kernels.
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 

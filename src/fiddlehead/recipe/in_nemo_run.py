@@ -17,8 +17,8 @@ import yaml
 class ReturnType:
     """What `Recipe.__origin__` is: NeMo-Run's `cli.factory` asks a function's return type for it.
 
-    It takes a function that returns `run.Partial[task]`; a function that returns a Recipe is as good. Without NeMo-Run
-    there is no such attribute.
+    NeMo-Run takes a function that returns `run.Partial[task]`; one that returns a Recipe is as good. Without NeMo-Run,
+    a Recipe does not have this attribute.
     """
 
     def __get__(self, recipe: fdl.Partial | None, kind: type[fdl.Partial]) -> type:

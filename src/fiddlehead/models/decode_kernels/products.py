@@ -4,7 +4,7 @@ One row is multiplied by a kernel of ours, several are left to cuBLAS: for 8 row
 in four of a Llama 3.2 1B's five products.
 """
 
-# Triton is not where there is no GPU, and its kernels are not Python to a type checker.
+# PyTorch brings Triton only in its builds for GPUs, and a type checker cannot check kernels.
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from torchao.optim.quant_utils import quantize_8bit_with_qmap  # pyright: ignore
 from torchao.optim.subclass_8bit import OptimState8bit  # pyright: ignore[reportMissingImports]
 
 from fiddlehead.models.parallel import Layout, local
+from fiddlehead.training.optim.optim import loss_of
 
 
 class SavedAdamW8bit(AdamW8bit):
@@ -39,10 +40,7 @@ class SavedAdamW8bit(AdamW8bit):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step."""
-        loss = None
-        if closure is not None:  # which may look at the rates
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)  # the closure may look at the rates
         # Each shape and dtype is compiled once; a rate that is a number would be part of the code that is compiled.
         compiled = torch.compile(single_param_adam, fullgraph=True, dynamic=False)
         with torch._dynamo.utils.disable_cache_limit():

@@ -1,6 +1,6 @@
 """A Triton kernel for a step of AdamW that also clips: it reads and writes each tensor once."""
 
-# Triton is not where there is no GPU, and its kernels are not Python to a type checker.
+# PyTorch brings Triton only in its builds for GPUs, and a type checker cannot check kernels.
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fiddlehead.models.parallel import local
+from fiddlehead.training.optim.optim import loss_of
 
 
 class BFloat16AdamW(torch.optim.Optimizer):
@@ -39,10 +40,7 @@ class BFloat16AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step; the host does not wait for the device."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         gradient_factor, self.gradient_factor = self.gradient_factor, None
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]

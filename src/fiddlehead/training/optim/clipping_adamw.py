@@ -10,6 +10,7 @@ import torch
 
 from fiddlehead.models.parallel import local
 from fiddlehead.training.distributed.gradients import scale
+from fiddlehead.training.optim.optim import loss_of
 
 
 class ClippingAdamW(torch.optim.AdamW):
@@ -29,10 +30,7 @@ class ClippingAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step; the host does not wait for the device."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         factor, self.gradient_factor = self.gradient_factor, None
         parameters = [parameter for _, each in groups for parameter in each]

@@ -16,7 +16,7 @@ from fiddlehead.errors import Problem
 from fiddlehead.models.parallel import Layout, fsdp_slices, local, splits_over
 from fiddlehead.numbers import is_number
 from fiddlehead.training.distributed.sizes import Sizes
-from fiddlehead.training.optim.optim import NOT_FUSED, FusedRows, Optim
+from fiddlehead.training.optim.optim import NOT_FUSED, FusedRows, Optim, loss_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """The polynomial's coefficients: they move all singular values to between 0.7 and 1.2 in few steps, not to 1 in
@@ -145,10 +145,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step; the device is not waited for."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if "momentum" in group:

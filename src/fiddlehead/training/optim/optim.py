@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -132,3 +132,11 @@ class Optim:
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
+
+
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """Calls the closure of an optimizer's step, with gradients, and returns its loss; None if there is no closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
