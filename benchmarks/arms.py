@@ -24,16 +24,17 @@ TOLERANCES = {"first": 1e-3, "last": 1e-2}
 
 
 class Clock:
-    """Times `steps` steps after `warmup` ones, and keeps the first and the last loss: call it after each step."""
+    """Times `steps` steps after `warmup` ones, and keeps their losses: call it after each step."""
 
     def __init__(self, steps: int, warmup: int = 5) -> None:
         self.steps, self.warmup, self.done = warmup + steps, warmup, 0
         self.first = self.start = self.seconds = 0.0
-        self.losses: dict[str, torch.Tensor] = {}
+        self._losses: list[torch.Tensor] = []
 
     def __call__(self, loss: torch.Tensor) -> None:
         """One more step is done."""
         self.done += 1
+        self._losses.append(loss.detach().clone())
         if self.done in (1, self.warmup, self.steps):
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
@@ -43,7 +44,11 @@ class Clock:
             if self.done == self.warmup:
                 self.start = now
             self.seconds = now - self.start
-            self.losses["first" if self.done == 1 else "last"] = loss.detach().clone()
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of each step, of those before the timed ones too."""
+        return [float(loss) for loss in self._losses]
 
 
 @dataclass
@@ -187,13 +192,13 @@ def run_arms(commands: Mapping[str, Sequence[str]], timeout: float) -> dict[str,
 
 def check_losses(figures: Mapping[str, Mapping[str, Any]], alike: Callable[[str], object]) -> None:
     """Ends the benchmark unless arms that are `alike` had the same losses: timings of other work compare nothing."""
-    groups: dict[object, dict[str, Mapping[str, Any]]] = {}
+    groups: dict[object, dict[str, list[float]]] = {}
     for name, figure in figures.items():
         if "failed" not in figure:
             groups.setdefault(alike(name), {})[name] = figure["losses"]
     for losses in groups.values():
         for step, tolerance in TOLERANCES.items():
-            values = [each[step] for each in losses.values()]
+            values = [each[0 if step == "first" else -1] for each in losses.values()]
             if not all(value - min(values) <= tolerance * min(values) for value in values):  # so NaN does not pass
                 raise SystemExit(f"the {step} losses differ by more than {tolerance:g}: {losses}")
 

@@ -66,14 +66,14 @@ def main() -> None:
             commands[arm] = [*command, "--steps", str(given.steps), *(["--tiny"] if given.tiny else [])]
         figures = arms.run_arms(commands, given.timeout)
     rows = [
-        [arm, f"{r['tokens_per_s']:,.0f}", f"{r['mfu']:.1%}", f"{r['gib']:.1f}", f"{r['losses']['last']:.3f}"]
+        [arm, f"{r['tokens_per_s']:,.0f}", f"{r['mfu']:.1%}", f"{r['gib']:.1f}", f"{r['losses'][-1]:.3f}"]
         for arm, r in figures.items()
         if "failed" not in r
     ]
     print(table(["", "tokens/s", "MFU", "peak GiB", "last loss"], rows))
-    arms.check_losses(figures, alike)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     save(given.name, figures, [*arms.PACKAGES, "peft", "unsloth", "nemo-automodel"], {"gpu": gpu}, given.out)
+    arms.check_losses(figures, alike)
 
 
 def alike(arm: str) -> tuple[str, ...]:
@@ -117,8 +117,7 @@ def measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
     tokens_per_s = given.steps * arm.shape["B"] * arm.shape["T"] * accumulate / clock.seconds
     flops = open_weights(arm.weights).config.train_flops_per_token(arm.shape["T"], adapters=adapters)
-    losses = {step: float(loss) for step, loss in clock.losses.items()}
-    return {**on_device(tokens_per_s, flops), "losses": losses, "adapters": adapters}
+    return {**on_device(tokens_per_s, flops), "losses": clock.losses, "adapters": adapters}
 
 
 def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:

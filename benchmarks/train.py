@@ -9,7 +9,8 @@ have the same losses. MFU is tokens/s x (6 N + 6 L S C) / the data sheet's peak:
     python benchmarks/train.py --tiny                                # on a CPU, to try the script
 
 An arm is NAME:BATCH:PRECISION, with options behind, such as fiddlehead:8:bf16-mixed:compile=model,fp8=tensorwise; those
-of the others are in peers.py. With devices=2 it runs on as many GPUs, of which context_parallel=2 share each sequence;
+of the others are in peers.py. stream=float32 keeps our residual stream in float32, as the others' is under autocast:
+what the stream's rounding changes. With devices=2 it runs on as many GPUs, of which context_parallel=2 share each sequence;
 shape=8b is Llama 3 8B.
 """
 
@@ -75,9 +76,9 @@ def main() -> None:
         if "failed" not in r
     ]
     print(table(["", "tokens/s", "MFU", "peak GiB", "first step s"], rows))
-    arms.check_losses(figures, alike)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     save(arguments.name, figures, arms.PACKAGES, {"gpu": gpu}, arguments.out)
+    arms.check_losses(figures, alike)
 
 
 def alike(arm: str) -> tuple[str, ...]:
@@ -133,7 +134,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     untied = 0 if shape["layers"] <= 16 else shape["vocab"] * C
     flops = 6 * (L * per_layer + shape["vocab"] * C + untied) + 6 * L * shape["T"] * C
     figures: dict[str, Any] = {**on_device(tokens_per_s, flops / devices), "first_step_s": clock.first - began}
-    figures["losses"] = {step: float(loss) for step, loss in clock.losses.items()}
+    figures["losses"] = clock.losses
     if program == "fiddlehead":
         figures["attention"] = attention_kernel(config(shape, backend), precision, shared if devices > 1 else 1)
     return figures
@@ -151,9 +152,12 @@ def attention_kernel(config: Any, precision: str, context: int) -> list[str]:
 
 def fiddlehead(arm: Arm) -> None:
     """Our LightningModule under Lightning's Trainer, as a recipe has it."""
+    from fiddlehead.models import transformer
     from fiddlehead.training import LanguageModel
 
     options = dict(arm.options)
+    if options.pop("stream", "") == "float32":
+        transformer.product_dtype = lambda x: torch.float32
     devices, shared = int(options.pop("devices", 1)), int(options.pop("context_parallel", 1))
     shaped = config(arm.shape, options.pop("attention", "auto"))
     chosen: dict[str, Any] = {"compile": "layers" if torch.cuda.is_available() else None} | options
