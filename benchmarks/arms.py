@@ -67,6 +67,8 @@ class Arm:
     precision: str = "bf16-mixed"
     accumulate: int = 1
     options: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What an arm says of itself, beside its figures."""
 
     @property
     def device(self) -> str:

@@ -9,9 +9,8 @@ have the same losses. MFU is tokens/s x (6 N + 6 L S C) / the data sheet's peak:
     python benchmarks/train.py --tiny                                # on a CPU, to try the script
 
 An arm is NAME:BATCH:PRECISION, with options behind, such as fiddlehead:8:bf16-mixed:compile=model,fp8=tensorwise; those
-of the others are in peers.py. stream=float32 keeps our residual stream in float32, as the others' is under autocast:
-what the stream's rounding changes. With devices=2 it runs on as many GPUs, of which context_parallel=2 share each sequence;
-shape=8b is Llama 3 8B.
+of the others are in peers.py. stream=float32 keeps our residual stream in float32, as theirs is under autocast. With
+devices=2 it runs on as many GPUs, of which context_parallel=2 share each sequence; shape=8b is Llama 3 8B.
 """
 
 from __future__ import annotations
@@ -135,6 +134,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     flops = 6 * (L * per_layer + shape["vocab"] * C + untied) + 6 * L * shape["T"] * C
     figures: dict[str, Any] = {**on_device(tokens_per_s, flops / devices), "first_step_s": clock.first - began}
     figures["losses"] = clock.losses
+    figures |= arm.notes
     if program == "fiddlehead":
         figures["attention"] = attention_kernel(config(shape, backend), precision, shared if devices > 1 else 1)
     return figures
@@ -167,6 +167,7 @@ def fiddlehead(arm: Arm) -> None:
     model = LanguageModel(shaped, arm.weights, optim=adamw(), **settings)
     model.take_shape()
     fit(arm, model, devices, shared)
+    arm.notes["mlp"] = str(model.mlp)
 
 
 def config(shape: dict[str, int], backend: str) -> Any:

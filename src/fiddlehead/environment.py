@@ -27,8 +27,8 @@ WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 
 
 def kernel_folders() -> dict[str, str]:
-    """The folders for compiled kernels, by the environment variables of PyTorch and Triton that name them."""
-    folders = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "TRITON_CACHE_DIR": "triton"}
+    """The folders for compiled kernels, by the environment variables of PyTorch, Triton and quack that name them."""
+    folders = {"TORCHINDUCTOR_CACHE_DIR": "torchinductor", "TRITON_CACHE_DIR": "triton", "QUACK_CACHE_DIR": "quack"}
     return {variable: str(cache_folder() / folder) for variable, folder in folders.items()}
 
 

@@ -25,7 +25,7 @@ from fiddlehead.training import AdamW, CosineAnnealing, Muon
 from tests.data.test_records import COMPLETION, lines
 from tests.training.conftest import Parts, plan_of
 
-SECTIONS = ["data", "model", "step", "optimizer", "memory", "speed", "attention", "resume", "where"]
+SECTIONS = ["data", "model", "step", "optimizer", "memory", "speed", "attention", "feed-forward", "resume", "where"]
 
 
 def text_of(found: Any, section: str) -> str:

@@ -27,6 +27,7 @@ from fiddlehead.numbers import count
 
 if TYPE_CHECKING:
     from fiddlehead.attention import Choice, Packages, Target
+    from fiddlehead.attention.tools.doctor import Finding
     from fiddlehead.recipe import Recipe
 
 app = typer.Typer(no_args_is_help=True, help="See which attention kernel serves a model, and why.")
@@ -70,8 +71,8 @@ def explain(
 def doctor(as_json: bool = typer.Option(False, "--json", help="The same, for programs.")) -> None:
     """Try every attention kernel on this machine, and say what to install.
 
-    Each kernel runs forward and backward and is compared with the reference. The exit code is 1 if a package is
-    installed but broken, or if nothing works.
+    Each kernel runs forward and backward and is compared with the reference; so is quack's feed-forward. The exit code
+    is 1 if a package is installed but broken, or if nothing works.
     """
     try:
         from fiddlehead.attention.tools.doctor import examine
@@ -82,6 +83,7 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="The same, for pro
 
     with Console(stderr=True).status("trying the kernels of this machine") as status:  # silent in a file or a pipe
         report = examine(lambda name: status.update(f"trying {name}; its kernels may have to be compiled first"))
+        report = replace(report, findings=(*report.findings, _feed_forward()))
     if as_json:
         print(json.dumps({**asdict(report), "healthy": report.healthy}, indent=1))  # noqa: T201
     else:
@@ -96,6 +98,23 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="The same, for pro
         show(facts, "", backends, *(f"\n[bold]{_escaped(line)}[/bold]" for line in report.advice))
     if not report.healthy:
         raise typer.Exit(1)
+
+
+def _feed_forward() -> Finding:
+    """The result for quack's feed-forward."""
+    import torch
+
+    from fiddlehead.attention import Target
+    from fiddlehead.attention.tools.doctor import Finding
+    from fiddlehead.models import gated_mlp
+
+    target = Target.of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if reason := gated_mlp.why_not_there(target):
+        return Finding("quack (feed-forward)", gated_mlp.installed().version, "unavailable", reason)
+    package, error = gated_mlp.tried()
+    reason = package.why_not("quack-kernels", oldest=gated_mlp.OLDEST)
+    state = "works" if reason is None else "broken" if package.problem else "unavailable"
+    return Finding("quack (feed-forward)", package.version, state, reason or "", error)
 
 
 class _Explained:

@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from fiddlehead.attention import KVCache, attend
+from fiddlehead.models.autocast import product_dtype
 from fiddlehead.models.collectives import HeadExchange, SequenceSplit
 from fiddlehead.models.config import TransformerConfig
+from fiddlehead.models.gated_mlp import gated_mlp
 from fiddlehead.models.linear import Linear
 from fiddlehead.models.moe import MoE, Sequences, activate
 from fiddlehead.models.norms import norm, rms_norm
@@ -187,7 +189,11 @@ class MLP(nn.Module):
         width = 2 * config.ffn_size if config.gated else config.ffn_size
         self.linear_fc1: nn.Linear = Linear(config.hidden_size, width, bias=config.add_bias_linear)
         self.linear_fc2: nn.Linear = Linear(config.ffn_size, config.hidden_size, bias=config.add_bias_linear)
+        self.fused = False
+        """Whether `gated_mlp` computes it where products are in bfloat16, as `gated_mlp.why_not` allows."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) to (B, T, C)."""
+        if self.fused and product_dtype(x) == torch.bfloat16:
+            return gated_mlp(x, self.linear_fc1.weight, self.linear_fc2.weight)
         return self.linear_fc2(activate(self.linear_fc1(x), self.activation))

@@ -42,6 +42,8 @@ class Setting:
     """The part of the layers whose attention PyTorch's FlexAttention computes, which is slower."""
     schedule: Schedule = "1F1B"
     """Of a pipeline."""
+    fused_mlp: bool = False
+    """quack's products apply SwiGLU."""
 
     @property
     def exchanging(self) -> int:
@@ -83,6 +85,8 @@ class _Layer:
         width = config.ffn_size if config.num_moe_experts is None else config.expert_size
         self.F = served * width
         self.F1 = (2 if config.gated else 1) * self.F
+        self.kept_activations = 0 if setting.fused_mlp else self.F
+        """What SwiGLU gives is not kept where the backward pass computes it on the way."""
         self.routed = 0 if config.num_moe_experts is None else 2 * served * self.C  # the experts' input and output
         self.lse = 4 * config.num_attention_heads
 
@@ -141,13 +145,13 @@ class _Layer:
         # The input, the output of the first norm, the middle of the layer and the output of its norm; with norms after
         # the products alone, their outputs instead of the norms'; with norms before and after all but the middle.
         streams = 5 if self.config.norm_placement == "both" else 4
-        feed_forward = self.b * (streams * self.C + self.F1 + self.F + self.routed)
+        feed_forward = self.b * (streams * self.C + self.F1 + self.kept_activations + self.routed)
         return feed_forward + self.attention + self.scales + self.masks
 
     @property
     def all_eager(self) -> int:
         """Everything that autograd keeps, operation by operation."""
-        products = 2 * self.C + self.F1 + self.activated * self.F + self.routed
+        products = 2 * self.C + self.F1 + self.activated * self.kept_activations + self.routed
         into_norms = self.setting.of_weights * self.norms * self.C
         if self.config.qk_layernorm is not None:
             into_norms += self.setting.of_weights * (self.Q + self.K)
@@ -278,8 +282,8 @@ class _Layer:
         """Bytes of the gradients inside the feed-forward part, less what they take the place of."""
         recomputes = self.setting.recompute == "full" or self.setting.tiled_mlp is not None
         width = self.F1 if self.setting.compiled or not self.config.gated else 2 * self.F
-        if self.setting.compiled and recomputes:
-            width += self.F
+        if (self.setting.compiled and recomputes) or self.setting.fused_mlp:
+            width = self.F1 + self.F
         if (
             self.setting.adapters
         ):  # an adapter's change of the first product; or what its gradient needs of the second's

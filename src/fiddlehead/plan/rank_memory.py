@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
+from fiddlehead.attention import Target
 from fiddlehead.models import Transformer, nf4
 from fiddlehead.plan.activations import Setting
 from fiddlehead.plan.cards import Card
@@ -62,6 +63,8 @@ class Training:
     optim: Optim
     by_flex: float = 0.0
     """As `Setting.by_flex`."""
+    target: Target | None = None
+    """The GPU; None: its kernels are not known."""
 
     @cached_property
     def counted(self) -> Counted:
@@ -137,7 +140,14 @@ class Training:
             ring=strategy.ring_size(self.transformer.config),
             schedule=strategy.pipeline_schedule,
             by_flex=self.by_flex,
+            fused_mlp=self._fuses_mlp(sizes),
         )
+
+    def _fuses_mlp(self, sizes: Sizes) -> bool:
+        if self.target is None:
+            return False
+        config, precision = self.transformer.config, self.devices.precision
+        return self.model.mlp_choice(config, precision, sizes, self.target).backend == "quack"
 
     def memory(self, held: Held, setting: Setting) -> Memory:
         """The memory of the GPU that has the most."""

@@ -20,7 +20,7 @@ _ON_A_CPU = "not worked out on a CPU"
 
 
 def sections(plan: TrainingPlan, usd_per_gpu_hour: float | None = None) -> dict[str, list[str]]:
-    """The lines of each section: data, model, step, optimizer, memory, speed, attention.
+    """The lines of each section: data, model, step, optimizer, memory, speed, attention, and feed-forward on a GPU.
 
     Args:
         usd_per_gpu_hour: what a GPU costs, to say also what the run costs.
@@ -33,6 +33,7 @@ def sections(plan: TrainingPlan, usd_per_gpu_hour: float | None = None) -> dict[
         "memory": _memory(plan),
         "speed": _speed(plan, usd_per_gpu_hour),
         "attention": attention.rows(plan.attention) or [_unknown_kernel(plan.config.attention_backend)],
+        **({"feed-forward": [str(plan.mlp)]} if plan.mlp is not None and plan.memory is not None else {}),
     }
 
 

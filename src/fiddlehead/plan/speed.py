@@ -19,6 +19,9 @@ from fiddlehead.plan.memory import Held
 from fiddlehead.plan.reached import REACHED, reached
 from fiddlehead.training.distributed.sizes import Sizes
 
+FUSED = 0.65
+"""The part of SwiGLU's time that remains where quack's products apply it, of which one then takes longer, as two
+arms of `benchmarks/results/train_mlp.json` have it."""
 HIDDEN = 0.9
 """The part of a computation's time behind which an exchange can be."""
 INFINIBAND = 50e9
@@ -298,8 +301,9 @@ class _Work:
         """Bytes that memory-bound work reads and writes."""
         setting, C, b = self.setting, self.config.hidden_size, self.setting.of_products
         routed = 4 * self.served * C if self.config.num_moe_experts is not None else 0
-        forward = 6 * C + 2 * self.QK + self.F1 + self.F + routed
-        backward = 12 * C + 2 * self.QK + 2 * self.F1 + 2 * self.F + 1.5 * routed
+        activation = (self.F1 + self.F) * (FUSED if setting.fused_mlp else 1)
+        forward = 6 * C + 2 * self.QK + activation + routed
+        backward = 12 * C + 2 * self.QK + 2 * activation + 1.5 * routed
         again = forward if setting.recompute is not None else 0
         if setting.tiled_mlp is not None:
             again = max(again, 3 * C + self.F1 + self.F)

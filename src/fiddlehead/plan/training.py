@@ -11,9 +11,10 @@ from lightning.pytorch import Trainer
 from fiddlehead.attention import Target
 from fiddlehead.checkpoints.weights import find_tokenizer
 from fiddlehead.data import FineTuningDataModule
-from fiddlehead.errors import ConfigError, Problem
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.paths import user_path
 from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models.gated_mlp import MlpChoice
 from fiddlehead.plan import attention
 from fiddlehead.plan.attention_calls import calls_of
 from fiddlehead.plan.cards import CARDS, Card
@@ -49,6 +50,8 @@ class TrainingPlan:
     tokens_per_step: int
     attention: attention.Choices
     """Empty if the training device is not known."""
+    mlp: MlpChoice | None
+    """What computes the feed-forward; None if that depends on a device that is not known."""
     state_gib: float
     """Parameters, gradients and optimizer state of one full copy, without activations."""
     device_gib: float
@@ -117,7 +120,7 @@ class TrainingPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values; `attention` has the `Served.to_dict` of each call."""
-        others = ("config", "attention", "memory", "card", "speed", "remedies", "data", "optimizer")
+        others = ("config", "attention", "mlp", "memory", "card", "speed", "remedies", "data", "optimizer")
         fields = {name: value for name, value in vars(self).items() if name not in others}
         return {
             "config": asdict(self.config),
@@ -127,6 +130,7 @@ class TrainingPlan:
             "data": self.data.to_dict(),
             "optimizer": self.optimizer.to_dict(),
             "attention": [each.to_dict() for each in self.attention],
+            "mlp": None if self.mlp is None else self.mlp._asdict(),
             "memory": None if self.memory is None else self.memory.to_dict(),
             "speed": None if self.speed is None else self.speed.to_dict(),
             "card": None if self.card is None else asdict(self.card),
@@ -192,7 +196,9 @@ def plan_training(
     device, card = _device(target, trainer)
     on_gpu = device is None or device.device_type == "cuda"
     kernels = _kernels(model, transformer, data, trainer, device)
-    parts = Training(model, transformer, data, devices, optim, attention.share(kernels, "flex"))
+    mlp = None if device is None else model.mlp_choice(config, devices.precision, sizes, device)
+    refuse([] if mlp is None else model.refused_mlp(mlp))
+    parts = Training(model, transformer, data, devices, optim, attention.share(kernels, "flex"), device)
     whole = parts.whole
     gathered = sizes.gathered(parts.counted) * ((4 if devices.precision == "32-true" else 2) + 4)
     memory, speed = None, None
@@ -210,6 +216,7 @@ def plan_training(
         accumulate_grad_batches=accumulate,
         tokens_per_step=data.global_batch_size * data.seq_length,
         attention=kernels,
+        mlp=mlp,
         state_gib=whole.state / 2**30,
         device_gib=(parts.held(sizes).state + gathered) / 2**30,
         data=data_plan(data, trainer, vocab_size=config.vocab_size or 0, data_parallel=sizes.data),
@@ -254,7 +261,7 @@ def search_layouts(
         raise error.under("model") from error
     calls = calls_of(model, config, data, str(trainer.precision), "auto", transformer=transformer)  # of any layout
     by_flex = 0.0 if device is None else attention.share(attention.explain_calls(calls, device), "flex")
-    return layouts(Training(model, transformer, data, Devices.of(trainer), optim, by_flex), card)
+    return layouts(Training(model, transformer, data, Devices.of(trainer), optim, by_flex, device), card)
 
 
 def _device(target: Target | Card | Literal["trainer"] | None, trainer: Trainer) -> tuple[Target | None, Card | None]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule
 
+from fiddlehead.attention import Target
 from fiddlehead.checkpoints.weights import (
     Weights,
     find_weights,
@@ -20,7 +22,8 @@ from fiddlehead.checkpoints.weights import (
 from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.errors import ConfigError, Problem, RunError, refuse
 from fiddlehead.files.paths import user_path
-from fiddlehead.models import LoRA, Transformer, TransformerConfig
+from fiddlehead.models import LoRA, Transformer, TransformerConfig, gated_mlp
+from fiddlehead.models.gated_mlp import MlpBackend, MlpChoice
 from fiddlehead.models.lora import PEFT_NAMES
 from fiddlehead.models.meta import shapes_only
 from fiddlehead.models.speed import (
@@ -82,6 +85,8 @@ class LanguageModel(LightningModule):
             saves memory where sequences are long. None computes it for all tokens at once.
         activation_offloading: keep the inputs of the layers in main memory until the backward pass; with
             `activation_checkpointing="full"`.
+        mlp_backend: what computes the feed-forward: "torch", or "quack", whose products apply SwiGLU themselves; "auto"
+            takes quack where it was faster: installed, on a Hopper GPU, in bfloat16.
         optim: the optimizer's settings, without which it cannot be trained; a recipe has them beside the model.
     """
 
@@ -102,10 +107,13 @@ class LanguageModel(LightningModule):
         fp8: Float8 | None = None,
         tiled_mlp: Resumable[int | None] = None,
         activation_offloading: Resumable[bool] = False,
+        mlp_backend: Resumable[MlpBackend] = "auto",
         optim: Optim | None = None,
     ) -> None:
         super().__init__()
         refuse(refused_speed(compile, activation_checkpointing, fp8, tiled_mlp, activation_offloading))
+        if mlp_backend not in get_args(MlpBackend):
+            refuse([Problem.unknown("mlp_backend", mlp_backend, "backend", get_args(MlpBackend))])
         self._config = config
         self.init_from, self.lora, self.optim = init_from, lora, optim
         self.compile_mode: Compile | None = compile
@@ -113,6 +121,9 @@ class LanguageModel(LightningModule):
         self.fp8: Float8 | None = fp8
         self.tiled_mlp: int | None = tiled_mlp
         self.offloads = activation_offloading
+        self.mlp_backend: MlpBackend = mlp_backend
+        self.mlp = MlpChoice("torch")
+        """What computes the feed-forward; `setup` finds it."""
         self.lr = 0.0
         self.grad_norm = torch.zeros(())
         self.token_bytes: torch.Tensor | None = None
@@ -193,6 +204,7 @@ class LanguageModel(LightningModule):
             problems.append(Problem("model.fp8", self.fp8, message))
         if self.tiled_mlp is not None:
             problems += [each.under("model") for each in refused_mixture(self.config, self.tiled_mlp)]
+        problems += self._refused_mlp(self._excludes_quack(sizes))
         if self.compile_mode is None or self.config.num_moe_experts is None:
             return problems
         if sizes.expert > 1:
@@ -223,6 +235,45 @@ class LanguageModel(LightningModule):
             problems.append(Problem("model.lora.quantize_base", base, message))
         return problems
 
+    def mlp_choice(
+        self, config: TransformerConfig, precision: str, sizes: Sizes, target: Target, *, probe: bool = False
+    ) -> MlpChoice:
+        """What computes the feed-forward on ranks of these sizes.
+
+        Args:
+            probe: also try quack out, on this machine's GPU.
+        """
+        if self.mlp_backend == "torch":
+            return MlpChoice("torch")
+        dtype = torch.float32 if precision == "32-true" else torch.bfloat16
+        reason = self._excludes_quack(sizes) or gated_mlp.why_not(config, dtype, target, probe=probe)
+        return MlpChoice("quack") if reason is None else MlpChoice("torch", reason)
+
+    def refused_mlp(self, choice: MlpChoice) -> list[Problem]:
+        """The problem of a choice that is not the one asked for; empty if there is none."""
+        return self._refused_mlp(None if choice.backend == "quack" else choice.why_not)
+
+    def _refused_mlp(self, reason: str | None) -> list[Problem]:
+        if self.mlp_backend != "quack" or reason is None:
+            return []
+        return [Problem("model.mlp_backend", "quack", f"cannot compute this feed-forward: {reason}")]
+
+    def _excludes_quack(self, sizes: Sizes) -> str | None:
+        """The setting with which quack does not go; None if there is none."""
+        if self.lora is not None:
+            return "lora: adapters change its products"
+        if self.fp8 is not None:
+            return f"fp8={self.fp8!r}: its products are not in float8"
+        if self.tiled_mlp is not None:
+            return "tiled_mlp: tiles have PyTorch's products"
+        if self.recompute not in (None, "full"):
+            return f"activation_checkpointing={self.recompute!r}: what is kept is chosen by PyTorch's operations"
+        if sizes.tensor > 1:
+            return "tensor_parallel: split products are PyTorch's"
+        if sizes.pipeline > 1:
+            return "pipeline_parallel: its schedules may part the gradients of weights from those of activations"
+        return None
+
     def _open_weights(self) -> Weights | None:
         """The weights to begin with; those that `take_shape` opened are not checked again, which reads all of them."""
         if self.init_from is None:
@@ -248,6 +299,21 @@ class LanguageModel(LightningModule):
                     raise error.under("lora") from error
         return transformer
 
+    def setup(self, stage: str) -> None:
+        """Finds what computes the feed-forward, by trying it; warns if it is installed and does not work.
+
+        Raises:
+            ConfigError: quack is asked for, and it cannot.
+        """
+        strategy, precision = self.trainer.strategy, str(self.trainer.precision)
+        sizes = strategy.sizes(self.trainer.world_size) if isinstance(strategy, Parallel) else Sizes(1, 1)
+        of_run = self.config, precision, sizes, Target.of(strategy.root_device)
+        choice = self.mlp_choice(*of_run, probe=True)
+        refuse(self.refused_mlp(choice))
+        if choice != self.mlp_choice(*of_run):
+            warnings.warn(f"PyTorch computes the feed-forward: {choice.why_not}", stacklevel=2)
+        self.mlp = choice
+
     def configure_model(self) -> None:
         """Makes the parameters, once."""
         if not hasattr(self, "transformer"):
@@ -261,6 +327,10 @@ class LanguageModel(LightningModule):
         return initial_transformer(self.config, self._open_weights(), lora, strategy, change)
 
     def _speed_up(self, transformer: Transformer) -> None:
+        if self.mlp.backend == "quack":
+            layers: Any = transformer.layers
+            for layer in layers:
+                layer.mlp.fused = True
         # In this order, because recomputation is part of what is compiled, and tiles are parts of what is recomputed.
         if self.fp8 is not None:
             convert_to_float8(transformer, self.fp8)

@@ -1,0 +1,216 @@
+"""The feed-forward with SwiGLU inside its matrix products, by quack-kernels, which flash-attn 4 brings along.
+
+The first product computes `silu(gate) * up` of what it has in registers, and the product with the output's gradient
+computes the gradient of that. So no kernel reads and writes the widest tensors of a layer for SwiGLU alone, and the
+backward pass needs only the first product's output: the activations are computed again on the way.
+
+Shapes: N tokens, C hidden size, F feed-forward size.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from functools import lru_cache
+from math import isnan
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from fiddlehead.attention import Package, Target
+from fiddlehead.models.autocast import product_dtype
+from fiddlehead.models.config import TransformerConfig
+
+MlpBackend = Literal["auto", "quack", "torch"]
+OLDEST = "0.6.5"
+"""Of quack-kernels: no older one was tried."""
+_ALIGNED = 8
+"""The kernels copy 16 bytes at a time."""
+_LARGEST_ERROR = 0.02
+"""Of `small_errors`; what is computed in bfloat16 is off by 0.004."""
+
+
+class MlpChoice(NamedTuple):
+    """What computes the feed-forward of each layer."""
+
+    backend: Literal["quack", "torch"]
+    why_not: str = ""
+    """Why it is not quack; "" if it is, or if PyTorch was asked for."""
+
+    def __str__(self) -> str:
+        return f"{self.backend}{f': {self.why_not}' if self.why_not else ''}"
+
+
+def why_not(config: TransformerConfig, dtype: torch.dtype, target: Target, *, probe: bool = False) -> str | None:
+    """Why quack's products cannot compute a model's feed-forward on `target`; None if they can.
+
+    Args:
+        dtype: of the products.
+        probe: also compute a small feed-forward, on this machine's GPU; otherwise only the version is looked up.
+    """
+    if reason := why_not_there(target):
+        return reason
+    if config.num_moe_experts is not None:
+        return "num_moe_experts: experts have grouped products"
+    if config.activation != "swiglu":
+        return f"activation={config.activation!r}: only 'swiglu'"
+    if config.add_bias_linear:
+        return "add_bias_linear: takes no biases"
+    if dtype != torch.bfloat16:
+        return f"{str(dtype).removeprefix('torch.')}: only bfloat16"
+    for name, size in (("hidden_size", config.hidden_size), ("ffn_hidden_size", config.ffn_size)):
+        if size % _ALIGNED:
+            return f"{name}={size}: only multiples of {_ALIGNED}"
+    return (tried()[0] if probe else installed()).why_not("quack-kernels", oldest=OLDEST)
+
+
+def why_not_there(target: Target) -> str | None:
+    """Why quack's products are not taken on `target`, whatever the model; None if they can be."""
+    hopper = target.device_type == "cuda" and target.sm == 90
+    return None if hopper else f"needs a Hopper GPU, not {target.name}; others were not measured"
+
+
+@lru_cache
+def installed() -> Package:
+    """quack-kernels by its version alone."""
+    try:
+        return Package(importlib.metadata.version("quack-kernels"))
+    except importlib.metadata.PackageNotFoundError:
+        return Package()
+
+
+@lru_cache
+def tried() -> tuple[Package, float | None]:
+    """quack-kernels as it works on this machine's GPU, and the largest of `small_errors` if it was computed."""
+    package = installed()
+    if package.why_not("", oldest=OLDEST) is not None:
+        return package, None
+    try:
+        errors = small_errors(torch.device("cuda"))
+    except Exception as error:  # whatever its compiler raises where it does not fit
+        first = (str(error).splitlines() or [""])[0]
+        return Package(package.version, f"its products fail: {type(error).__name__}: {first}"), None
+    wrong = [f"{name} by {error:.1g}" for name, error in errors.items() if not error < _LARGEST_ERROR]  # so NaN is
+    problem = f"its products are wrong here: {', '.join(wrong)}" if wrong else None
+    return Package(package.version, problem), max(errors.values(), key=lambda error: (isnan(error), error))
+
+
+def small_errors(device: torch.device) -> dict[str, float]:
+    """The relative errors of the output and the gradients of a small feed-forward, against float64."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    shapes = {"x": (72, 64), "w1": (2 * 136, 64), "w2": (64, 136), "dy": (72, 64)}
+    # Models are made where the default device and dtype are others than these.
+    like: dict[str, Any] = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+    drawn = {name: torch.randn(shape, **like).bfloat16() for name, shape in shapes.items()}
+
+    def results(dtype: torch.dtype, where: torch.device, compute: Any) -> list[torch.Tensor]:
+        x, w1, w2, dy = (value.to(where, dtype) for value in drawn.values())
+        inputs = [value.requires_grad_() for value in (x, w1, w2)]
+        with torch.enable_grad(), torch.autocast(where.type, enabled=False):
+            y = compute(*inputs)
+            return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+
+    def exact(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+        gate, up = (x @ w1.T).chunk(2, dim=-1)
+        return (torch.nn.functional.silu(gate) * up) @ w2.T
+
+    found = results(torch.bfloat16, device, gated_mlp)
+    expected = results(torch.float64, torch.device("cpu"), exact)
+    return {
+        name: float((got.cpu().double() - right).norm() / right.norm())
+        for name, got, right in zip(("y", "dx", "dw1", "dw2"), found, expected, strict=True)
+    }
+
+
+def gated_mlp(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+    """`(silu(x @ gate.T) * (x @ up.T)) @ w2.T`, (..., C), in the dtype of products: see `product_dtype`.
+
+    Args:
+        x: (..., C).
+        w1: (2 F, C): the rows of `gate`, then those of `up`.
+        w2: (C, F).
+    """
+    dtype = product_dtype(x)
+    y, _ = _mlp_op(x.to(dtype).flatten(0, -2), w1.to(dtype), w2.to(dtype))
+    return y.view(x.shape)
+
+
+def _woven(w1: torch.Tensor) -> torch.Tensor:
+    """The rows of gate and up in turns, so that a program of the product has both of a value."""
+    return w1.view(2, w1.shape[0] // 2, -1).transpose(0, 1).reshape(w1.shape)
+
+
+def _unwoven(w1: torch.Tensor) -> torch.Tensor:
+    return w1.view(w1.shape[0] // 2, 2, -1).transpose(0, 1).reshape(w1.shape)
+
+
+# The compiler calls operators and does not look into them. They weave the weights themselves: the compiler would keep
+# the woven ones for the backward pass, even where FSDP frees the weights that it has gathered.
+@torch.library.custom_op(
+    "fiddlehead::gated_mlp", mutates_args=(), schema="(Tensor x, Tensor w1, Tensor w2) -> (Tensor y, Tensor before)"
+)
+def _mlp_op(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    before, activated = _product(x.contiguous(), _woven(w1))
+    return activated @ w2.T, before
+
+
+@_mlp_op.register_fake
+def _(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], w1.shape[0])
+
+
+def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # `before` has no gradient, and zeros in its place would be as large
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _gradients(ctx: Any, dy: torch.Tensor, _: None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x, w1, w2, before = ctx.saved_tensors
+    dx, dbefore, activated = _gradient_op(dy, w1, w2, before)
+    return dx, _unwoven(dbefore.T @ x), dy.T @ activated
+
+
+_mlp_op.register_autograd(_gradients, setup_context=_save)
+
+
+@torch.library.custom_op(
+    "fiddlehead::gated_gradient",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor w1, Tensor w2, Tensor before) -> (Tensor dx, Tensor dbefore, Tensor activated)",
+)
+def _gradient_op(
+    dy: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, before: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dbefore, activated = _gradient(dy.contiguous(), w2, before)
+    return dbefore @ _woven(w1), dbefore, activated
+
+
+@_gradient_op.register_fake
+def _(
+    dy: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, before: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    activated = before.new_empty(before.shape[0], before.shape[1] // 2)
+    return dy.new_empty(dy.shape[0], w1.shape[1]), before.new_empty(before.shape), activated
+
+
+def _product(x: torch.Tensor, woven: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x @ woven.T`, (N, 2 F), gate and up in turns, and the activations, (N, F)."""
+    quack = importlib.import_module("quack.gemm_interface")
+    config = _kernel(tile_m=192, cluster_n=2)
+    return quack.gemm_gated(x, woven.T, activation="swiglu", config=config)
+
+
+def _gradient(dy: torch.Tensor, w2: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of `before`, of which gate and up are in turns as there; and the activations again, (N, F)."""
+    quack = importlib.import_module("quack.gemm_interface")
+    config = _kernel(tile_m=128, cluster_n=2)
+    return quack.gemm_dgated(dy, w2, before, activation="swiglu", config=config, dynamic_scheduler=False)
+
+
+@lru_cache
+def _kernel(*, tile_m: int, cluster_n: int) -> Any:
+    """The kernel that was fastest on an H100 for 32,768 tokens of Llama 3.2 1B; quack's search takes half a minute."""
+    configs = importlib.import_module("quack.gemm_config")
+    return configs.GemmConfig(
+        tile_m=tile_m, tile_n=128, pingpong=True, is_dynamic_persistent=False, cluster_m=1, cluster_n=cluster_n
+    )

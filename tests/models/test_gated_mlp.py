@@ -1,0 +1,200 @@
+"""The feed-forward with SwiGLU inside its products. The kernels are stand-ins on a CPU: their definitions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fiddlehead.attention import Package, Target
+from fiddlehead.models import TransformerConfig, gated_mlp
+from fiddlehead.models.gated_mlp import gated_mlp as fused
+from fiddlehead.models.gated_mlp import small_errors, why_not
+
+HOPPER, AMPERE = Target.gpu("h100"), Target.gpu("a100")
+CONFIG: dict[str, Any] = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100}
+
+
+def defined_product(x: torch.Tensor, woven: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What quack's first product gives."""
+    before = x.float() @ woven.float().T
+    return before.to(x.dtype), (F.silu(before[:, ::2]) * before[:, 1::2]).to(x.dtype)
+
+
+def defined_gradient(dy: torch.Tensor, w2: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What quack's product with the output's gradient gives."""
+    gate, up, d = before[:, ::2].float(), before[:, 1::2].float(), dy.float() @ w2.float()
+    s = gate.sigmoid()
+    dbefore = torch.stack([d * up * s * (1 + gate * (1 - s)), d * gate * s], dim=-1).flatten(1)
+    return dbefore.to(dy.dtype), (gate * s * up).to(dy.dtype)
+
+
+@pytest.fixture
+def definitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The definitions in the place of quack's kernels."""
+    monkeypatch.setattr(gated_mlp, "_product", defined_product)
+    monkeypatch.setattr(gated_mlp, "_gradient", defined_gradient)
+
+
+def plain(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+    gate, up = F.linear(x, w1).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, w2)
+
+
+def tensors(*rows: int, C: int, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    drawn = torch.randn(*rows, C), torch.randn(2 * width, C) / C**0.5, torch.randn(C, width) / width**0.5
+    return [tensor.to(dtype).requires_grad_() for tensor in drawn]
+
+
+def results(compute: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    y = compute(*inputs)
+    dy = torch.randn(y.mT.shape, generator=torch.Generator().manual_seed(1)).mT  # not contiguous
+    return [y.detach(), *torch.autograd.grad(y, inputs, dy.to(y))]
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(("rows", "C", "width"), [((1,), 8, 8), ((3, 5), 24, 56), ((2, 1, 7), 72, 40)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_and_gradients_are_the_feed_forward_s(
+    definitions: None, rows: tuple[int, ...], C: int, width: int, dtype: torch.dtype
+) -> None:
+    inputs = tensors(*rows, C=C, width=width, dtype=dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    found, expected = results(fused, inputs), results(plain, exact)
+    for got, right, like in zip(found, expected, [inputs[0], *inputs], strict=True):
+        assert got.shape == right.shape
+        assert got.dtype == like.dtype
+        assert error(got, right) < (1e-6 if dtype == torch.float32 else 6e-3)
+
+
+def test_in_mixed_precision_the_gradients_have_their_weights_dtype(definitions: None) -> None:
+    inputs = tensors(2, 9, C=24, width=40, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results(fused, inputs)
+    assert [tensor.dtype for tensor in found] == [torch.bfloat16, *[torch.float32] * 3]
+    expected = results(plain, [tensor.detach().double().requires_grad_() for tensor in inputs])
+    assert max(map(error, found, expected)) < 6e-3
+
+
+def test_frozen_weights_get_no_gradient(definitions: None) -> None:
+    x, w1, w2 = tensors(4, C=16, width=24, dtype=torch.float32)
+    (dx,) = torch.autograd.grad(fused(x, w1.detach(), w2.detach()).sum(), [x])
+    (right,) = torch.autograd.grad(plain(x, w1.detach(), w2.detach()).sum(), [x])
+    torch.testing.assert_close(dx, right)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
+def test_compiled_it_is_the_same_and_keeps_no_copy_of_weights(definitions: None, again: bool) -> None:
+    inputs = tensors(6, 4, C=16, width=40, dtype=torch.bfloat16)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def compute(*inputs: torch.Tensor) -> torch.Tensor:
+        return checkpoint(fused, *inputs, use_reentrant=False) if again else fused(*inputs)
+
+    eager = results(fused, inputs)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        compiled = results(torch.compile(compute, fullgraph=True), inputs)
+    for got, right in zip(compiled, eager, strict=True):
+        assert torch.equal(got, right)
+    given = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    before = 24 * 80 * 2  # what the first product gave
+    assert sum(size for pointer, size in kept.items() if pointer not in given) == (0 if again else before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "target", "words"),
+    [
+        ({}, torch.bfloat16, AMPERE, "needs a Hopper GPU, not a100"),
+        ({}, torch.bfloat16, Target("cpu", "cpu"), "not cpu"),
+        ({"num_moe_experts": 4}, torch.bfloat16, HOPPER, "num_moe_experts"),
+        ({"activation": "geglu"}, torch.bfloat16, HOPPER, "activation='geglu': only 'swiglu'"),
+        ({"add_bias_linear": True}, torch.bfloat16, HOPPER, "biases"),
+        ({}, torch.float32, HOPPER, "float32: only bfloat16"),
+        ({"ffn_hidden_size": 100}, torch.bfloat16, HOPPER, "ffn_hidden_size=100: only multiples of 8"),
+        (
+            {"hidden_size": 60, "num_attention_heads": 2, "ffn_hidden_size": 64},
+            torch.bfloat16,
+            HOPPER,
+            "hidden_size=60: only multiples of 8",
+        ),
+    ],
+)
+def test_why_not_says_what_quack_lacks(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], dtype: torch.dtype, target: Target, words: str
+) -> None:
+    monkeypatch.setattr(gated_mlp, "installed", lambda: Package(gated_mlp.OLDEST))
+    assert why_not(TransformerConfig(**CONFIG), torch.bfloat16, HOPPER) is None
+    assert words in str(why_not(TransformerConfig(**(CONFIG | changes)), dtype, target))
+
+
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [(Package(), "quack-kernels is not installed"), (Package("0.5.3"), "0.5.3 is installed but too old: at least")],
+)
+def test_a_package_that_is_missing_or_old_is_not_tried(
+    monkeypatch: pytest.MonkeyPatch, package: Package, words: str
+) -> None:
+    monkeypatch.setattr(gated_mlp, "installed", lambda: package)
+    monkeypatch.setattr(gated_mlp, "small_errors", lambda device: pytest.fail("it was tried"))
+    gated_mlp.tried.cache_clear()
+    assert words in str(why_not(TransformerConfig(**CONFIG), torch.bfloat16, HOPPER, probe=True))
+    gated_mlp.tried.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words"), [("broken", "its products fail: TypeError: no key"), ("wrong", "are wrong here: dx by")]
+)
+def test_kernels_that_fail_or_are_wrong_here_are_not_taken(
+    definitions: None, monkeypatch: pytest.MonkeyPatch, kernel: str, words: str
+) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise TypeError("no key\nand more")
+
+    def wrong(dy: torch.Tensor, w2: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dbefore, activated = defined_gradient(dy, w2, before)
+        return dbefore * torch.nan, activated
+
+    monkeypatch.setattr(gated_mlp, "_gradient", broken if kernel == "broken" else wrong)
+    monkeypatch.setattr(gated_mlp, "installed", lambda: Package(gated_mlp.OLDEST))
+    monkeypatch.setattr(gated_mlp, "small_errors", lambda device: small_errors(torch.device("cpu")))
+    gated_mlp.tried.cache_clear()
+    assert words in str(why_not(TransformerConfig(**CONFIG), torch.bfloat16, HOPPER, probe=True))
+    gated_mlp.tried.cache_clear()
+
+
+def test_the_trial_does_not_depend_on_the_default_device_and_dtype(definitions: None) -> None:
+    expected = small_errors(torch.device("cpu"))
+    assert max(expected.values()) < 6e-3
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"), torch.no_grad():
+            assert small_errors(torch.device("cpu")) == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("N", "C", "width"), [(1, 64, 24), (7, 2560, 6912), (777, 576, 1536), (4097, 1024, 2816)])
+def test_on_a_gpu_quack_is_as_near_to_float64_as_pytorch(N: int, C: int, width: int) -> None:
+    if reason := why_not(TransformerConfig(**CONFIG), torch.bfloat16, Target.of(torch.device("cuda")), probe=True):
+        pytest.skip(reason)
+    inputs = [tensor.detach().cuda().requires_grad_() for tensor in tensors(N, C=C, width=width, dtype=torch.bfloat16)]
+    exact = results(plain, [tensor.detach().double().requires_grad_() for tensor in inputs])
+    found, again, pytorch = results(fused, inputs), results(fused, inputs), results(plain, inputs)
+    for got, same, other, right in zip(found, again, pytorch, exact, strict=True):
+        assert torch.equal(got, same)
+        assert error(got, right) < 1.5 * error(other, right)

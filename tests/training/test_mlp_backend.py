@@ -1,0 +1,140 @@
+"""Which runs take quack's feed-forward, and that they learn the same. Its kernels are stand-ins: their definitions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fiddlehead import tasks
+from fiddlehead.attention import Package, Target
+from fiddlehead.errors import ConfigError
+from fiddlehead.models import LoRA, TransformerConfig, gated_mlp
+from fiddlehead.training import LanguageModel, Parallel
+from fiddlehead.training.distributed.sizes import Sizes
+from tests.models.test_gated_mlp import CONFIG, defined_gradient, defined_product
+from tests.training.conftest import Parts, make_parts
+from tests.training.layouts import losses
+from tests.training.ranks import on_ranks
+
+FOUND = Package(gated_mlp.OLDEST)
+HOPPER = Target.gpu("h100")
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """quack is installed."""
+    monkeypatch.setattr(gated_mlp, "installed", lambda: FOUND)
+
+
+def stand_in(patch: pytest.MonkeyPatch) -> list[int]:
+    """Puts definitions in the place of quack on this CPU; the list has the rows of each call."""
+    rows: list[int] = []
+
+    def product(x: torch.Tensor, woven: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows.append(len(x))
+        return defined_product(x, woven)
+
+    patch.setattr(gated_mlp, "_product", product)
+    patch.setattr(gated_mlp, "_gradient", defined_gradient)
+    patch.setattr(gated_mlp, "installed", lambda: FOUND)
+    patch.setattr(gated_mlp, "tried", lambda: (FOUND, 0.0))
+    patch.setattr(gated_mlp, "why_not_there", lambda target: None)
+    return rows
+
+
+def trained(dataset: Path, runs: Path, **changes: Any) -> list[int]:
+    """Trains with the stand-ins; the rows of each call of the product."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        rows = stand_in(patch)
+        tasks.pretrain(**make_parts(dataset, runs, precision="bf16-mixed", **changes))
+        return rows
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"activation_checkpointing": "full"},
+        pytest.param({"compile": "layers"}, marks=pytest.mark.slow),
+        pytest.param({"compile": "layers", "activation_checkpointing": "full"}, marks=pytest.mark.long),
+        pytest.param({"compile": "model"}, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_the_losses_are_pytorch_s(dataset: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert set(trained(dataset, tmp_path / "quack", **changes)) == {64}
+    assert trained(dataset, tmp_path / "torch", **changes, mlp_backend="torch") == []
+    found, expected = losses(tmp_path / "quack" / "run"), losses(tmp_path / "torch" / "run")
+    assert not torch.equal(found, expected), "the same rounding, so perhaps the same kernels"
+    torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=2e-3, atol=0)
+
+
+def test_ranks_that_gather_their_weights_learn_what_one_process_does(dataset: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 2}
+    rows = on_ranks(2, trained, dataset, tmp_path / "two", devices=2, strategy=Parallel(), **changes)
+    assert [set(each) for each in rows] == [{32}, {32}]
+    trained(dataset, tmp_path / "one", **changes)
+    found, expected = losses(tmp_path / "two" / "run"), losses(tmp_path / "one" / "run")
+    torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes", "words"),
+    [
+        ({"lora": LoRA(), "init_from": "x"}, Sizes(1, 1), "lora"),
+        ({"fp8": "tensorwise"}, Sizes(1, 1), "fp8='tensorwise'"),
+        ({"tiled_mlp": 64, "compile": "layers"}, Sizes(1, 1), "tiled_mlp"),
+        ({"activation_checkpointing": "selective"}, Sizes(1, 1), "activation_checkpointing='selective'"),
+        ({"activation_checkpointing": 0.5, "compile": "layers"}, Sizes(1, 1), "activation_checkpointing=0.5"),
+        ({}, Sizes(2, 1, tensor=2), "tensor_parallel"),
+        ({}, Sizes(2, 1, pipeline=2), "pipeline_parallel"),
+    ],
+)
+def test_settings_that_change_the_products_keep_pytorch_s(
+    found: None, settings: dict[str, Any], sizes: Sizes, words: str
+) -> None:
+    config = TransformerConfig(**CONFIG)
+    model = LanguageModel(config, **settings)
+    choice = model.mlp_choice(config, "bf16-mixed", sizes, HOPPER)
+    assert choice.backend == "torch"
+    assert choice.why_not.startswith(words)
+    assert not [each for each in model.problems("bf16-mixed", sizes) if each.path == "model.mlp_backend"]
+    asked = LanguageModel(config, mlp_backend="quack", **settings)
+    (problem,) = (each for each in asked.problems("bf16-mixed", sizes) if each.path == "model.mlp_backend")
+    assert words in str(problem)
+
+
+@pytest.mark.parametrize("sizes", [Sizes(1, 1), Sizes(8, 8), Sizes(4, 1, context=2)])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("recompute", [None, "full"])
+def test_others_take_quack_s(found: None, sizes: Sizes, precision: str, recompute: Any) -> None:
+    config = TransformerConfig(**CONFIG)
+    model = LanguageModel(config, activation_checkpointing=recompute)
+    assert str(model.mlp_choice(config, precision, sizes, HOPPER)) == "quack"
+    torch_s = LanguageModel(config, activation_checkpointing=recompute, mlp_backend="torch")
+    assert str(torch_s.mlp_choice(config, precision, sizes, HOPPER)) == "torch"
+
+
+def test_a_name_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"mlp_backend='quak'.*'quack'"):
+        LanguageModel(TransformerConfig(**CONFIG), mlp_backend="quak")  # type: ignore[arg-type]
+
+
+def test_a_run_that_cannot_have_what_it_names_is_refused(parts: Parts) -> None:
+    with pytest.raises(ConfigError, match=r"model\.mlp_backend='quack': cannot compute this .*: needs a Hopper"):
+        tasks.pretrain(**parts(mlp_backend="quack", precision="bf16-mixed"))
+
+
+def test_a_run_says_that_a_broken_package_is_not_used(
+    pretrain: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch)
+    monkeypatch.setattr(gated_mlp, "tried", lambda: (Package(gated_mlp.OLDEST, "its products fail: TypeError"), None))
+    with pytest.warns(UserWarning, match="PyTorch computes the feed-forward: quack-kernels .* its products fail"):
+        pretrain(precision="bf16-mixed", max_steps=1)
