@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from fiddlehead.attention import Packages, Target
 from fiddlehead.attention.packages import CUDNN_OF_CUDA_BUILDS
 from fiddlehead.errors import ConfigError
-from fiddlehead.models import LoRA, Transformer, TransformerConfig, nf4
+from fiddlehead.models import LoRA, Transformer, TransformerConfig, gated_mlp, nf4
 from fiddlehead.models.linear_cross_entropy import CHUNK_TOKENS
 from fiddlehead.models.parallel import stages
 from fiddlehead.models.speed import compile_transformer, recompute_activations, tile_mlp
@@ -37,11 +37,15 @@ from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
 from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.preference import answer_log_probabilities
 from tests.allocated import Allocated
+from tests.models.test_gated_mlp import defined_product
 from tests.training.conftest import Parts, plan_of
 
 MEASURED: dict[str, Any] = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "plan.json").read_text())[
     "figures"
 ]
+QUACK: dict[str, Any] = json.loads(
+    (Path(__file__).parents[2] / "benchmarks" / "results" / "train_mlp.json").read_text()
+)["figures"]
 WITHOUT_PACKAGES = Target.gpu("h100", Packages("2.11.0", CUDNN_OF_CUDA_BUILDS))
 """What it was measured on."""
 
@@ -195,6 +199,10 @@ def kept_and_counted(changes: dict[str, Any], setting: Setting, monkeypatch: pyt
         tile_mlp(transformer, setting.tiled_mlp)
     if setting.recompute is not None:
         recompute_activations(transformer, setting.recompute)
+    if setting.fused_mlp:
+        monkeypatch.setattr(gated_mlp, "_product", defined_product)
+        for layer in transformer.layers:
+            layer.mlp.fused = True  # type: ignore[union-attr]
     compile_transformer(transformer, "layers")
     kept: dict[int, torch.Tensor] = {}
 
@@ -212,6 +220,28 @@ def kept_and_counted(changes: dict[str, Any], setting: Setting, monkeypatch: pyt
     ended = moments(config, Held(0, 0, 0), setting)["ended"]
     last_norm = 4 * setting.tokens * config.hidden_size
     return found, ended.activations - last_norm + ended.copies
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm_placement": "post"}, {"ffn_hidden_size": 56}], ids=str)
+@pytest.mark.parametrize("recompute", [None, "full"])
+def test_with_quacks_feed_forward_layers_keep_what_is_counted(
+    changes: dict[str, Any], recompute: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(32 * 64, recompute=recompute, fused_mlp=True)
+    kept, counted = kept_and_counted(changes, setting, monkeypatch)
+    assert counted == pytest.approx(kept, rel=0.02)
+
+
+@pytest.mark.parametrize("arm", QUACK)
+def test_with_quacks_feed_forward_a_step_takes_what_was_measured(arm: str) -> None:
+    measured, case = QUACK[arm], "1b b8 bf16-true" if "true" in arm else "1b b8"
+    config, held, setting, *_ = parts_of(case)
+    setting = replace(setting, fused_mlp=measured["mlp"] == "quack")
+    peak = max(each.peak for each in moments(config, held, setting).values())
+    assert peak == pytest.approx(measured["gib"] * GIB, rel=0.03)
+    found = speed(config, held, setting, CARDS["h100"], 4096, gpus=1, gpus_per_node=1)
+    assert found is not None
+    assert found.tokens_per_s == pytest.approx(measured["tokens_per_s"], rel=0.1)
 
 
 SHAPES = st.builds(
