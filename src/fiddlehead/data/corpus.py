@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -60,15 +61,25 @@ class StandardLibrary:
     @cached_property
     def _files(self) -> dict[Split, list[Path]]:
         files: dict[Split, list[Path]] = {"train": [], "val": []}
-        for relative in sorted(path.relative_to(self._folder).as_posix() for path in self._folder.rglob("*.py")):
-            parts = relative.split("/")
-            if _LEFT_OUT_FOLDERS.isdisjoint(parts) and not any(part.startswith(_LEFT_OUT_PREFIXES) for part in parts):
-                bucket = int.from_bytes(hashlib.sha256(relative.encode()).digest()[:8], "big") % 100
-                files["val" if bucket < _VALIDATION_PERCENT else "train"].append(self._folder / relative)
+        for relative in sorted(_sources(self._folder)):
+            bucket = int.from_bytes(hashlib.sha256(relative.encode()).digest()[:8], "big") % 100
+            files["val" if bucket < _VALIDATION_PERCENT else "train"].append(self._folder / relative)
         if not files["train"]:
             message = f"the corpus is Python's standard library, and {self._folder} has no source files"
             raise ConfigError(Problem("corpus", "stdlib", message))
         return files
+
+
+def _sources(folder: Path, prefix: str = "") -> Iterator[str]:
+    """The paths of the sources relative to `folder`, without a look into what is left out: it may be all packages."""
+    with os.scandir(folder / prefix) as entries:
+        for entry in entries:
+            if entry.name in _LEFT_OUT_FOLDERS or entry.name.startswith(_LEFT_OUT_PREFIXES):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _sources(folder, f"{prefix}{entry.name}/")
+            elif entry.name.endswith(".py"):
+                yield prefix + entry.name
 
 
 def tokenize_corpus(
