@@ -105,15 +105,15 @@ def pretrain(parts: Parts) -> Callable[..., RunDirectory]:
 
 
 @pytest.fixture(scope="session")
-def one(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs of one process, by the name of their settings."""
+def one(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run of one process with the settings of a name, which is made when it is first asked for."""
     from tests.training.layouts import SETTINGS, train
 
-    def train_all(runs: Path) -> None:
-        for name, settings in SETTINGS.items():
-            train("1", dataset, runs, name=name, **settings)
+    def run(name: str) -> Path:
+        settings = SETTINGS[name]
+        return once(tmp_path_factory, f"one-{name}", lambda runs: train("1", dataset, runs, **settings)) / "run"
 
-    return once(tmp_path_factory, "one", train_all)
+    return run
 
 
 class Killed(BaseException):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,13 @@ from tests.training.ranks import on_ranks
     ],
 )
 def test_the_losses_are_those_of_one_process(
-    dataset: Path, one: Path, tmp_path: Path, layout: str, settings: str
+    dataset: Path, one: Callable[[str], Path], tmp_path: Path, layout: str, settings: str
 ) -> None:
     run = train(layout, dataset, tmp_path, **SETTINGS[settings])
-    assert losses(run).shape == (22, 3)
-    torch.testing.assert_close(losses(run), losses(one / settings), rtol=1e-5, atol=0)
+    assert losses(run).shape == (14, 3)
+    torch.testing.assert_close(losses(run), losses(one(settings)), rtol=1e-5, atol=0)
     for kind in ("model", "optimizer"):
-        expected, found = (tensors_of(folder, kind) for folder in (one / settings, run))
+        expected, found = (tensors_of(folder, kind) for folder in (one(settings), run))
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             difference = (found[name].load() - tensor.load()).norm()
@@ -108,13 +109,15 @@ def test_the_losses_are_those_of_one_process(
 
 def tensors_of(run: Path, kind: str) -> dict[str, Any]:
     """The tensors in a run's last checkpoint."""
-    folder = RunDirectory(run).checkpoints / "step-00000020"
+    folder = RunDirectory(run).checkpoints / "step-00000012"
     return read_tensors(folder, read_state(folder), kind)
 
 
-def test_one_device_is_trained_on_as_without_a_strategy(dataset: Path, tmp_path: Path, one: Path) -> None:
+def test_one_device_is_trained_on_as_without_a_strategy(
+    dataset: Path, tmp_path: Path, one: Callable[[str], Path]
+) -> None:
     tasks.pretrain(**make_parts(dataset, tmp_path, strategy=Parallel(), **TRAINED))
-    assert torch.equal(losses(tmp_path / "run"), losses(one / "plain"))
+    assert torch.equal(losses(tmp_path / "run"), losses(one("plain")))
 
 
 @pytest.mark.parametrize(
@@ -130,10 +133,10 @@ def test_one_device_is_trained_on_as_without_a_strategy(dataset: Path, tmp_path:
 )
 @pytest.mark.parametrize("layout", ["fsdp-2", pytest.param("ring-2", marks=[pytest.mark.slow, pytest.mark.long])])
 def test_what_makes_a_step_faster_or_smaller_changes_nothing(
-    dataset: Path, one: Path, tmp_path: Path, changes: dict[str, Any], layout: str
+    dataset: Path, one: Callable[[str], Path], tmp_path: Path, changes: dict[str, Any], layout: str
 ) -> None:
     run = train(layout, dataset, tmp_path, **changes)
-    torch.testing.assert_close(losses(run), losses(one / "plain"), rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses(run), losses(one("plain")), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -189,10 +192,10 @@ def start(dataset: Path, runs: Path, **changes: Any) -> tuple[dict[str, Any], in
     ids=["plain", "bf16-true", "experts", "learned-tied", "zero-centered", "weights", "dora", "lora-bf16", "nf4"],
 )
 def test_ranks_begin_with_parts_of_what_one_process_begins_with(
-    dataset: Path, one: Path, tmp_path: Path, changes: dict[str, Any]
+    dataset: Path, one: Callable[[str], Path], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     if "init_from" in changes:
-        changes = changes | {"init_from": one / changes["init_from"]}
+        changes = changes | {"init_from": one(changes["init_from"])}
     whole, elements = start(dataset, tmp_path / "one", **changes)
     of_ranks = on_ranks(2, start, dataset, tmp_path / "many", devices=2, global_batch_size=8, **changes)
     for parts, _ in of_ranks:
@@ -248,15 +251,15 @@ QLORA = LoRA(rank=2, quantize_base="nf4")
     ],
 )
 def test_ranks_learn_answers_and_preferences_as_one_process_does(
-    one: Path, tmp_path: Path, name: str, lora: LoRA | None, split: dict[str, Any]
+    one: Callable[[str], Path], tmp_path: Path, name: str, lora: LoRA | None, split: dict[str, Any]
 ) -> None:
     examples = tmp_path / f"{name}.jsonl"
     words = ["fern", "moss", "leaf", "spore", "frond"]
     pairs = [{"prompt": a, "chosen": b, "rejected": a} for a in words for b in words * 2]
     answers = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
     examples.write_text("".join(json.dumps(line) + "\n" for line in (pairs if name == "pairs" else answers)))
-    alone = tune(one / "plain", tmp_path / "one", examples, lora)
-    printed, silence = on_ranks(2, tune, one / "plain", tmp_path / "many", examples, lora, devices=2, **split)
+    alone = tune(one("plain"), tmp_path / "one", examples, lora)
+    printed, silence = on_ranks(2, tune, one("plain"), tmp_path / "many", examples, lora, devices=2, **split)
     found, expected = losses(tmp_path / "many" / "run"), losses(tmp_path / "one" / "run")
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
     asked = [line for line in alone.splitlines() if "it answers" in line]
@@ -266,10 +269,10 @@ def test_ranks_learn_answers_and_preferences_as_one_process_does(
 
 
 def test_adapters_on_split_layers_and_stages_learn_what_they_learn_on_one_process(
-    dataset: Path, one: Path, tmp_path: Path
+    dataset: Path, one: Callable[[str], Path], tmp_path: Path
 ) -> None:
     lora = LoRA(rank=2, alpha=2, dora=True, dropout=0.1)
-    changes = {"init_from": one / "plain", "lora": lora, "hidden_dropout": 0.1, "micro_batch_size": 4}
+    changes = {"init_from": one("plain"), "lora": lora, "hidden_dropout": 0.1, "micro_batch_size": 4}
     alone = train("1", dataset, tmp_path / "alone", **changes)
     train("1", dataset, tmp_path, killed_after=10, **changes)
     run = train("pp-2-tp-2", dataset, tmp_path, **changes)  # goes on from a checkpoint of one process
