@@ -150,8 +150,8 @@ def test_killed_many_times_it_ends_equal(undisturbed, tmp_path, times):
 
 @pytest.mark.slow
 def test_ctrl_c_saves_the_last_step(tmp_path):
-    process = subprocess.Popen(
-        pretrain("stopped", "trainer.max_steps=100000"),
+    process = warm.Popen(
+        pretrain("stopped", "trainer.max_steps=100000"), env={**os.environ, **warm.everywhere()},
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     stopped = RunDirectory(tmp_path / "runs" / "stopped")
@@ -171,8 +171,8 @@ def test_ctrl_c_saves_the_last_step(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_launcher_ends_its_job(tmp_path):
-    process = subprocess.Popen(
-        pretrain("orphan", "trainer.max_steps=100000"),
+    process = warm.Popen(
+        pretrain("orphan", "trainer.max_steps=100000"), env={**os.environ, **warm.everywhere()},
         cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     orphan = RunDirectory(tmp_path / "runs" / "orphan")
