@@ -5,20 +5,20 @@ matplotlib.pyplot if they are installed. The tests start many processes in an en
 1.3 s of CPU time for each process.
 
 If a server of `tests.warm` runs, our programs run in a fork of that server.
+
+Nothing is imported here that not every interpreter imports anyway: `typing` alone would double what a start takes.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from importlib.abc import MetaPathFinder
-from typing import Any
 
 
-class _Torchmetrics(MetaPathFinder):
+class _Torchmetrics:
     """Says that the two are missing, once torchmetrics is to be imported."""
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
         """Finds nothing; the next finder does."""
         if fullname != "torchmetrics":
             return

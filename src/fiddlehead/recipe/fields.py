@@ -126,9 +126,9 @@ def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 def parts_for(hint: Any) -> list[type]:
     """The parts of `described_parts` that a parameter of this type accepts."""
     found = []
-    for part in described_parts() if members(hint) else ():
+    for part, configured in _configured() if members(hint) else ():
         try:
-            check_kind(fdl.Config(part), hint)
+            check_kind(configured, hint)
         except ConfigError:
             continue
         found.append(part)
@@ -169,6 +169,12 @@ def _fields_of(
 def described_parts() -> tuple[type, ...]:
     """The parts of recipes that come with the package, and Lightning's Trainer."""
     return tuple(getattr(importlib.import_module(package), name) for package in OURS for name in PARTS[package])
+
+
+@functools.cache
+def _configured() -> tuple[tuple[type, fdl.Config], ...]:
+    """Each of `described_parts` with a configuration of it, of which hundreds of parameters are asked."""
+    return tuple((part, fdl.Config(part)) for part in described_parts())
 
 
 def _written(hint: Any) -> str:
