@@ -138,6 +138,9 @@ def main() -> None:
         importlib.import_module(name)
     with warnings.catch_warnings(action="ignore"):  # what NeMo-Run imports warns of itself
         importlib.import_module("nemo_run")
+    cli, catalog = importlib.import_module("fiddlehead.cli"), importlib.import_module("fiddlehead.recipe.catalog")
+    cli.command.made_of(cli.app)  # which each command would make again
+    catalog.recipes(), catalog.executors()
     gc.collect()
     gc.freeze()
     own = {os.path.dirname(__file__), *os.environ["PYTHONPATH"].split(os.pathsep)}

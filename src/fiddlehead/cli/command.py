@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import typer
 
 
+@functools.cache
 def made_of(app: typer.Typer) -> Any:
     """The command of `app`. Its help names what a value is, and not its Python type; a flag takes none."""
     command: Any = typer.main.get_command(app)

@@ -7,6 +7,7 @@ The functions of `recipes/*.py` (or `launch/*.py`) in the working directory come
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import re
 import sys
@@ -88,7 +89,11 @@ class _Shelf:
         own, ours = Path.cwd() / self.folder, _BUILT_IN / self.folder
         if own.is_dir() and own.resolve() != ours.resolve():
             self._read(own, self.folder)
-        self._read(ours, f"fiddlehead.{self.folder}")
+        built_in = _built_in(self.what, self.folder, self.returns)
+        self.entries += built_in.entries
+        self.asking += built_in.asking
+        self.others = built_in.others | self.others
+        self.broken += built_in.broken
         return self
 
     def _read(self, folder: Path, package: str) -> None:
@@ -146,6 +151,14 @@ class _Shelf:
         return ConfigError(
             Problem.unknown("", name, self.what, sorted({*more, *(entry.name for entry in self.entries)})), *unread
         )
+
+
+@functools.cache
+def _built_in(what: str, folder: str, returns: str) -> _Shelf:
+    """What comes with the package, which does not change while a process runs; each command asks several times."""
+    shelf = _Shelf(what, folder, returns)
+    shelf._read(_BUILT_IN / folder, f"fiddlehead.{folder}")
+    return shelf
 
 
 def _recipes() -> _Shelf:
