@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fiddlehead.attention import BACKENDS, AttentionSpec, watched
@@ -35,6 +35,7 @@ from fiddlehead.models.parallel.shards import shard_of, splits_over
 from fiddlehead.models.parallel.stages import HEAD
 from fiddlehead.models.ring import Ring
 from tests.models import parallel_ranks
+from tests.training.ranks import PRELOADED
 
 QUICK = [("sinks", "tp=2"), ("multi-query", "cp=2"), ("experts", "cp=2"), ("adapters", "tp=2"), ("dora", "tp=2")]
 QUICK += [("biases", "tp=2")]
@@ -63,9 +64,8 @@ THOROUGH = [
 def learn(cases: list[tuple[str, str]], folder: Path) -> None:
     """Fails with what differed, if anything, on the processes of a mesh that train each case."""
     (number,) = {math.prod(parallel_ranks.MESHES[mesh].values()) for _, mesh in cases}
-    # The processes are started with this one's path, and import what it did.
-    assert str(Path(__file__).parents[2]) in sys.path
-    spawn(parallel_ranks.main, (number, folder, cases), nprocs=number)
+    multiprocessing.set_forkserver_preload(PRELOADED)  # in vain if the server runs already, with the same
+    start_processes(parallel_ranks.main, (number, folder, cases), nprocs=number, start_method="forkserver")
     wrong = [f"{case}: {said}" for n, case in enumerate(cases) if (said := (folder / f"{n}.txt").read_text())]
     assert not wrong, "\n".join(wrong)
 

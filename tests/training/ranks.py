@@ -11,13 +11,13 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-_PRELOADED = ["fiddlehead.tasks", "tests.training.conftest"]
+PRELOADED = ["fiddlehead.tasks", "tests.training.conftest"]
 
 
 def on_ranks(count: int, function: Callable[..., Any], *arguments: Any, **named: Any) -> list[Any]:
     """What `function` returns on each of `count` ranks; it is a module's, and it and its arguments can be pickled."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context.set_forkserver_preload(PRELOADED)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
