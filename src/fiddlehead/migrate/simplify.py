@@ -7,7 +7,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Set
 from copy import deepcopy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fiddlehead.migrate.options import take_options
 from fiddlehead.migrate.scope import RECIPES, Replace, defaults_of, is_name, last_name
@@ -55,7 +55,18 @@ def simplified(tree: ast.Module, taken: Set[str]) -> tuple[ast.Module, dict[str,
 
 def replaced(node: _Node, names: Names) -> _Node:
     """A copy of a node with expressions in the place of names."""
-    return Replace(names).visit(deepcopy(node))
+    return Replace(names).visit(_copied(node))
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a node, or of a list of nodes, with all below it: `deepcopy` takes several times as long."""
+    if isinstance(value, list):
+        return [_copied(each) for each in value]
+    if not isinstance(value, ast.AST):
+        return value
+    made = type(value).__new__(type(value))
+    vars(made).update((name, _copied(each)) for name, each in vars(value).items())
+    return made
 
 
 class _Freed(ast.NodeTransformer):
