@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -15,6 +16,8 @@ from tests.launch.test_faults import undisturbed
 __all__ = ["cluster", "undisturbed"]  # the fixtures, for pytest to find
 
 pytestmark = pytest.mark.slurm
+
+Undisturbed = Callable[[int], list[tuple[str, ...]]]
 
 THEIRS = """
 import nemo_run as run
@@ -56,27 +59,28 @@ if __name__ == "__main__":
 """
 
 
-def is_requeued_to_the_same_losses(cluster: Cluster, run: RunDirectory, whole: list[tuple[str, ...]]) -> None:
+def is_requeued_to_the_same_losses(cluster: Cluster, run: RunDirectory, undisturbed: Undisturbed) -> None:
     at_step(run, 3)
     cluster.preempt(run)
+    whole = undisturbed(1)  # while the other waits for its turn
     succeed(run)
     assert starts_of(run) == 2
     assert losses(run) == whole
 
 
-def test_an_executor_that_is_taken_over_is_requeued_to_the_same_losses(cluster: Cluster, undisturbed) -> None:
-    whole = undisturbed(1)
+def test_an_executor_that_is_taken_over_is_requeued_to_the_same_losses(
+    cluster: Cluster, undisturbed: Undisturbed
+) -> None:
     (cluster.project / "launch" / "theirs.py").write_text(THEIRS)
     run = cluster.submit("taken", "optim.lr_scheduler.pause=0.3", executor="theirs")
-    is_requeued_to_the_same_losses(cluster, run, whole)
+    is_requeued_to_the_same_losses(cluster, run, undisturbed)
     assert cluster.job(run)["Account"] == "root"
 
 
 @pytest.mark.slow
 def test_a_task_of_an_experiment_is_requeued_to_the_same_losses(
-    cluster: Cluster, undisturbed, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = undisturbed(1)
     (cluster.project / "launch" / "theirs.py").write_text(THEIRS)
     (cluster.project / "script.py").write_text(SCRIPT)
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
@@ -87,4 +91,4 @@ def test_a_task_of_an_experiment_is_requeued_to_the_same_losses(
     wait_until(lambda: runs.exists() and list_runs(runs), 60, "the job to begin")
     (run,) = list_runs(runs)
     wait_until(lambda: run.job_id, 10, "the job's number")
-    is_requeued_to_the_same_losses(cluster, run, whole)
+    is_requeued_to_the_same_losses(cluster, run, undisturbed)
