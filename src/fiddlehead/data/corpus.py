@@ -70,16 +70,19 @@ class StandardLibrary:
         return files
 
 
-def _sources(folder: Path, prefix: str = "") -> Iterator[str]:
-    """The paths of the sources relative to `folder`, without a look into what is left out: it may be all packages."""
-    with os.scandir(folder / prefix) as entries:
-        for entry in entries:
-            if entry.name in _LEFT_OUT_FOLDERS or entry.name.startswith(_LEFT_OUT_PREFIXES):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from _sources(folder, f"{prefix}{entry.name}/")
-            elif entry.name.endswith(".py"):
-                yield prefix + entry.name
+def _sources(folder: Path) -> Iterator[str]:
+    """The paths of the sources relative to `folder`, without a look into what is left out: it may be all packages.
+
+    Nothing if there is no such folder.
+    """
+    for where, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if _is_kept(name)]
+        kept = (Path(where, name) for name in files if name.endswith(".py") and _is_kept(name))
+        yield from (file.relative_to(folder).as_posix() for file in kept)
+
+
+def _is_kept(name: str) -> bool:
+    return name not in _LEFT_OUT_FOLDERS and not name.startswith(_LEFT_OUT_PREFIXES)
 
 
 def tokenize_corpus(
