@@ -59,7 +59,7 @@ def replaced(node: _Node, names: Names) -> _Node:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of a node, or of a list of nodes, with all below it: `deepcopy` takes several times as long."""
+    """A copy of a node, or of a list of nodes, with all below it: `deepcopy` takes half as long again."""
     if isinstance(value, list):
         return [_copied(each) for each in value]
     if not isinstance(value, ast.AST):
