@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from fiddlehead import launch
-from fiddlehead.attention import BACKENDS, switches
+from fiddlehead.attention import BACKENDS, Package, switches
 from fiddlehead.attention.tools import doctor
 from fiddlehead.attention.tools.doctor import Finding, Report
 from fiddlehead.cli import main
+from fiddlehead.models import gated_mlp
 from fiddlehead.recipe.catalog import find_recipe
 from fiddlehead.recipe.edits import apply_overrides
 
@@ -239,6 +240,27 @@ def test_the_doctor_prints_what_it_found(typed, monkeypatch):
     assert answer["findings"][1]["state"] == "broken" and answer["healthy"] is False
     monkeypatch.setattr(doctor, "examine", lambda _progress: Report({}, REPORT.findings[:1], ()))
     assert json.loads(typed("doctor", "--json"))["healthy"] is True
+
+
+def test_the_doctor_tries_the_feed_forward(typed, monkeypatch):
+    monkeypatch.setattr(doctor, "examine", lambda _progress: Report({}, REPORT.findings[:1], ()))
+    assert "quack (feed-forward)" in typed("doctor")
+    monkeypatch.setattr(gated_mlp, "why_not_there", lambda target: None)
+    for package, error, state in (
+        (Package("0.6.5"), 0.003, "works"),
+        (
+            Package("0.6.5", "its products fail: TypeError: no key"),
+            None,
+            "broken: quack-kernels 0.6.5 is installed but",
+        ),
+        (Package(), None, "unavailable: quack-kernels is not installed"),
+    ):
+        monkeypatch.setattr(gated_mlp, "tried", lambda found=(package, error): found)
+        output = typed("doctor", rc=1 if state.startswith("broken") else 0)
+        assert state in output
+        assert ("pip install --upgrade" in output) == state.startswith("broken")
+    monkeypatch.setattr(doctor, "examine", lambda _progress: REPORT)
+    assert "not tried: CUDA does not work in this process" in typed("doctor", rc=1)
 
 
 def test_the_doctor_says_so_if_pytorch_itself_is_broken(typed, monkeypatch):

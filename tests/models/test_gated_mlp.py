@@ -20,13 +20,15 @@ CONFIG: dict[str, Any] = {"num_layers": 2, "hidden_size": 64, "num_attention_hea
 
 def defined_product(x: torch.Tensor, woven: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What quack's first product gives."""
-    before = x.float() @ woven.float().T
+    with torch.autocast(x.device.type, enabled=False):  # it is still on where an operator computes
+        before = x.float() @ woven.float().T
     return before.to(x.dtype), (F.silu(before[:, ::2]) * before[:, 1::2]).to(x.dtype)
 
 
 def defined_gradient(dy: torch.Tensor, w2: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What quack's product with the output's gradient gives."""
-    gate, up, d = before[:, ::2].float(), before[:, 1::2].float(), dy.float() @ w2.float()
+    with torch.autocast(dy.device.type, enabled=False):
+        gate, up, d = before[:, ::2].float(), before[:, 1::2].float(), dy.float() @ w2.float()
     s = gate.sigmoid()
     dbefore = torch.stack([d * up * s * (1 + gate * (1 - s)), d * gate * s], dim=-1).flatten(1)
     return dbefore.to(dy.dtype), (gate * s * up).to(dy.dtype)

@@ -13,8 +13,9 @@ import fiddle as fdl
 import pytest
 
 from fiddlehead import launch, tasks
+from fiddlehead.attention import Package
 from fiddlehead.errors import ConfigError, Problem
-from fiddlehead.models import LoRA
+from fiddlehead.models import LoRA, gated_mlp
 from fiddlehead.plan.cards import CARDS, Card
 from fiddlehead.plan.layouts import AXES, Layout, layouts
 from fiddlehead.plan.rank_memory import Devices, Training
@@ -187,6 +188,25 @@ def test_the_search_for_the_largest_model_takes_seconds() -> None:
     recipe, began = llama.llama31_405b(), time.process_time()
     assert found(recipe)
     assert time.process_time() - began < 5
+
+
+def test_what_is_found_with_quacks_feed_forward_is_what_its_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gated_mlp, "installed", lambda: Package(gated_mlp.OLDEST))
+    recipe = edited(llama.llama32_1b(), "trainer.devices=1")
+    every = {each.activation_checkpointing: each for each in found(recipe) if each.micro_batch_size == 2}
+    assert {None, "full", "selective", 0.9} <= every.keys()
+    for layout in every.values():
+        planned = launch.plan(edited(recipe, *layout.edits), target="h100").training
+        assert planned.memory is not None and planned.speed is not None and layout.speed is not None
+        assert planned.memory.needed_gib == pytest.approx(layout.memory.needed_gib)
+        assert planned.speed.step == pytest.approx(layout.speed.step)
+        assert planned.mlp is not None
+        assert planned.mlp.backend == ("quack" if layout.activation_checkpointing in (None, "full") else "torch")
+
+
+def test_no_layout_is_searched_for_if_the_gpu_has_not_the_feed_forward_that_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"mlp_backend='quack': cannot compute .*: quack-kernels is not"):
+        found(edited(llama.llama32_1b(), "model.mlp_backend=quack"))
 
 
 def test_one_gpu_has_nothing_to_share() -> None:

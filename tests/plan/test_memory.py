@@ -227,7 +227,7 @@ def kept_and_counted(changes: dict[str, Any], setting: Setting, monkeypatch: pyt
 def test_with_quacks_feed_forward_layers_keep_what_is_counted(
     changes: dict[str, Any], recompute: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting = Setting(32 * 64, recompute=recompute, fused_mlp=True)
+    setting = Setting(32 * 64, recompute=recompute, by_quack=True)
     kept, counted = kept_and_counted(changes, setting, monkeypatch)
     assert counted == pytest.approx(kept, rel=0.02)
 
@@ -236,7 +236,7 @@ def test_with_quacks_feed_forward_layers_keep_what_is_counted(
 def test_with_quacks_feed_forward_a_step_takes_what_was_measured(arm: str) -> None:
     measured, case = QUACK[arm], "1b b8 bf16-true" if "true" in arm else "1b b8"
     config, held, setting, *_ = parts_of(case)
-    setting = replace(setting, fused_mlp=measured["mlp"] == "quack")
+    setting = replace(setting, by_quack=measured["mlp"] == "quack")
     peak = max(each.peak for each in moments(config, held, setting).values())
     assert peak == pytest.approx(measured["gib"] * GIB, rel=0.03)
     found = speed(config, held, setting, CARDS["h100"], 4096, gpus=1, gpus_per_node=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,13 @@ from fiddlehead import tasks
 from fiddlehead.attention import Package, Target
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, TransformerConfig, gated_mlp
-from fiddlehead.training import LanguageModel, Parallel
+from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
 from fiddlehead.training.distributed.sizes import Sizes
 from tests.models.test_gated_mlp import CONFIG, defined_gradient, defined_product
 from tests.training.conftest import Parts, make_parts
 from tests.training.layouts import losses
 from tests.training.ranks import on_ranks
+from tests.training.test_finetune import tuning
 
 FOUND = Package(gated_mlp.OLDEST)
 HOPPER = Target.gpu("h100")
@@ -129,6 +131,28 @@ def test_a_name_that_is_none_is_refused() -> None:
 def test_a_run_that_cannot_have_what_it_names_is_refused(parts: Parts) -> None:
     with pytest.raises(ConfigError, match=r"model\.mlp_backend='quack': cannot compute this .*: needs a Hopper"):
         tasks.pretrain(**parts(mlp_backend="quack", precision="bf16-mixed"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "precision"),
+    [({"activation": "geglu"}, "bf16-mixed"), ({"add_bias_linear": True}, "bf16-mixed"), ({}, "32-true")],
+)
+def test_what_no_gpu_can_is_refused_also_where_the_gpu_is_not_known(changes: dict[str, Any], precision: str) -> None:
+    model = LanguageModel(TransformerConfig(**(CONFIG | changes)), mlp_backend="quack")
+    assert [each.path for each in model.problems(precision, Sizes(1, 1))] == ["model.mlp_backend"]
+
+
+def test_a_reference_rounds_as_the_model_does(
+    pretrain: Callable[..., Any], parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = pretrain(max_steps=4, num_layers=6)
+    rows = stand_in(monkeypatch)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "?", "chosen": "fern", "rejected": "moss"}) + "\n" for _ in range(9)))
+    model = PreferenceModel(init_from=base.path)
+    run = tasks.finetune(**tuning(parts, model, path, max_steps=1, precision="bf16-true"))
+    assert rows
+    assert float(losses(run.path)[0, 0]) == pytest.approx(0.693147, abs=1e-5)  # -log sigmoid(0)
 
 
 def test_a_run_says_that_a_broken_package_is_not_used(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from fiddlehead.numbers import count
 
 if TYPE_CHECKING:
     from fiddlehead.attention import Choice, Packages, Target
-    from fiddlehead.attention.tools.doctor import Finding
+    from fiddlehead.attention.tools.doctor import Finding, Report
     from fiddlehead.recipe import Recipe
 
 app = typer.Typer(no_args_is_help=True, help="See which attention kernel serves a model, and why.")
@@ -82,10 +83,21 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="The same, for pro
     from rich.console import Console
 
     with Console(stderr=True).status("trying the kernels of this machine") as status:  # silent in a file or a pipe
-        report = examine(lambda name: status.update(f"trying {name}; its kernels may have to be compiled first"))
-        report = replace(report, findings=(*report.findings, _feed_forward()))
+
+        def trying(name: str) -> None:
+            status.update(f"trying {name}; its kernels may have to be compiled first")
+
+        report = examine(trying)
+        feed_forward = _feed_forward(report, trying)
+    healthy = report.healthy and feed_forward.state != "broken"
+    advice = report.advice
+    if feed_forward.state == "broken":
+        advice += (
+            'quack-kernels is installed but broken; install it again:  pip install --upgrade "fiddlehead[flash]"',
+        )
+    report = replace(report, findings=(*report.findings, feed_forward), advice=advice)
     if as_json:
-        print(json.dumps({**asdict(report), "healthy": report.healthy}, indent=1))  # noqa: T201
+        print(json.dumps({**asdict(report), "healthy": healthy}, indent=1))  # noqa: T201
     else:
         facts, backends = table("", ""), table("backend", "version", "state", "relative error")
         facts.show_header = False
@@ -96,25 +108,31 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="The same, for pro
             error = "" if finding.error is None else f"{finding.error:.1e}"
             add_row(backends, finding.backend, finding.version or "none", state, error)
         show(facts, "", backends, *(f"\n[bold]{_escaped(line)}[/bold]" for line in report.advice))
-    if not report.healthy:
+    if not healthy:
         raise typer.Exit(1)
 
 
-def _feed_forward() -> Finding:
-    """The result for quack's feed-forward."""
+def _feed_forward(report: Report, progress: Callable[[str], None]) -> Finding:
+    """The result for quack's feed-forward, after that for attention."""
     import torch
 
     from fiddlehead.attention import Target
-    from fiddlehead.attention.tools.doctor import Finding
+    from fiddlehead.attention.tools.doctor import Finding, cuda_works
     from fiddlehead.models import gated_mlp
 
-    target = Target.of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if reason := gated_mlp.why_not_there(target):
-        return Finding("quack (feed-forward)", gated_mlp.installed().version, "unavailable", reason)
-    package, error = gated_mlp.tried()
+    name, works = "quack (feed-forward)", cuda_works()
+    reason = gated_mlp.why_not_there(Target.of(torch.device("cuda" if works else "cpu")))
+    if not works and any(each.state == "broken" for each in report.findings):
+        reason = "not tried: CUDA does not work in this process"
+    if reason is not None:
+        return Finding(name, gated_mlp.installed().version, "unavailable", reason)
+    progress(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what it has to say to its developers
+        package, error = gated_mlp.tried()
     reason = package.why_not("quack-kernels", oldest=gated_mlp.OLDEST)
     state = "works" if reason is None else "broken" if package.problem else "unavailable"
-    return Finding("quack (feed-forward)", package.version, state, reason or "", error)
+    return Finding(name, package.version, state, reason or "", error)
 
 
 class _Explained:

@@ -24,6 +24,8 @@ from fiddlehead.models.config import TransformerConfig
 MlpBackend = Literal["auto", "quack", "torch"]
 OLDEST = "0.6.5"
 """Of quack-kernels: no older one was tried."""
+RECOMPUTED = (None, "full")
+"""The values of `activation_checkpointing` that it goes with."""
 _ALIGNED = 8
 """The kernels copy 16 bytes at a time."""
 _LARGEST_ERROR = 0.02
@@ -48,8 +50,14 @@ def why_not(config: TransformerConfig, dtype: torch.dtype, target: Target, *, pr
         dtype: of the products.
         probe: also compute a small feed-forward, on this machine's GPU; otherwise only the version is looked up.
     """
-    if reason := why_not_there(target):
-        return reason
+    package = tried if probe else lambda: (installed(), None)
+    return (
+        why_not_there(target) or why_not_anywhere(config, dtype) or package()[0].why_not("quack-kernels", oldest=OLDEST)
+    )
+
+
+def why_not_anywhere(config: TransformerConfig, dtype: torch.dtype) -> str | None:
+    """Why quack's products cannot compute a model's feed-forward on any GPU; None if they can on some."""
     if config.num_moe_experts is not None:
         return "num_moe_experts: experts have grouped products"
     if config.activation != "swiglu":
@@ -61,7 +69,7 @@ def why_not(config: TransformerConfig, dtype: torch.dtype, target: Target, *, pr
     for name, size in (("hidden_size", config.hidden_size), ("ffn_hidden_size", config.ffn_size)):
         if size % _ALIGNED:
             return f"{name}={size}: only multiples of {_ALIGNED}"
-    return (tried()[0] if probe else installed()).why_not("quack-kernels", oldest=OLDEST)
+    return None
 
 
 def why_not_there(target: Target) -> str | None:
@@ -164,10 +172,11 @@ def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor
     ctx.save_for_backward(*inputs, output[1])
 
 
-def _gradients(ctx: Any, dy: torch.Tensor, _: None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _gradients(ctx: Any, dy: torch.Tensor, _: None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     x, w1, w2, before = ctx.saved_tensors
     dx, dbefore, activated = _gradient_op(dy, w1, w2, before)
-    return dx, _unwoven(dbefore.T @ x), dy.T @ activated
+    _, wants_w1, wants_w2 = ctx.needs_input_grad
+    return dx, _unwoven(dbefore.T @ x) if wants_w1 else None, dy.T @ activated if wants_w2 else None
 
 
 _mlp_op.register_autograd(_gradients, setup_context=_save)

@@ -140,10 +140,10 @@ class Training:
             ring=strategy.ring_size(self.transformer.config),
             schedule=strategy.pipeline_schedule,
             by_flex=self.by_flex,
-            fused_mlp=self._fuses_mlp(sizes),
+            by_quack=self._by_quack(sizes),
         )
 
-    def _fuses_mlp(self, sizes: Sizes) -> bool:
+    def _by_quack(self, sizes: Sizes) -> bool:
         if self.target is None:
             return False
         config, precision = self.transformer.config, self.devices.precision

@@ -28,6 +28,7 @@ from fiddlehead.plan.remedies import Remedy, remedies
 from fiddlehead.plan.rows import as_rows, sections
 from fiddlehead.plan.speed import Speed
 from fiddlehead.training import LanguageModel, Log
+from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.optim import Optim
 from fiddlehead.training.parts import refuse_others
 
@@ -260,6 +261,8 @@ def search_layouts(
     except ConfigError as error:
         raise error.under("model") from error
     calls = calls_of(model, config, data, str(trainer.precision), "auto", transformer=transformer)  # of any layout
+    if device is not None:  # what a layout excludes is left out by the search
+        refuse(model.refused_mlp(model.mlp_choice(config, str(trainer.precision), Sizes(1, 1), device)))
     by_flex = 0.0 if device is None else attention.share(attention.explain_calls(calls, device), "flex")
     return layouts(Training(model, transformer, data, Devices.of(trainer), optim, by_flex, device), card)
 

@@ -49,6 +49,11 @@ from fiddlehead.training.metrics_csv import log_row
 from fiddlehead.training.optim import Optim
 
 
+def _of_products(precision: str) -> torch.dtype:
+    """The dtype of products in a run of this precision."""
+    return torch.float32 if precision == "32-true" else torch.bfloat16
+
+
 class NonFiniteError(RunError):
     """The loss or the gradient of a step is infinite or not a number."""
 
@@ -204,7 +209,8 @@ class LanguageModel(LightningModule):
             problems.append(Problem("model.fp8", self.fp8, message))
         if self.tiled_mlp is not None:
             problems += [each.under("model") for each in refused_mixture(self.config, self.tiled_mlp)]
-        problems += self._refused_mlp(self._excludes_quack(sizes))
+        reason = self._excludes_quack(sizes) or gated_mlp.why_not_anywhere(self.config, _of_products(precision))
+        problems += self._refused_mlp(reason)
         if self.compile_mode is None or self.config.num_moe_experts is None:
             return problems
         if sizes.expert > 1:
@@ -245,7 +251,7 @@ class LanguageModel(LightningModule):
         """
         if self.mlp_backend == "torch":
             return MlpChoice("torch")
-        dtype = torch.float32 if precision == "32-true" else torch.bfloat16
+        dtype = _of_products(precision)
         reason = self._excludes_quack(sizes) or gated_mlp.why_not(config, dtype, target, probe=probe)
         return MlpChoice("quack") if reason is None else MlpChoice("torch", reason)
 
@@ -266,7 +272,7 @@ class LanguageModel(LightningModule):
             return f"fp8={self.fp8!r}: its products are not in float8"
         if self.tiled_mlp is not None:
             return "tiled_mlp: tiles have PyTorch's products"
-        if self.recompute not in (None, "full"):
+        if self.recompute not in gated_mlp.RECOMPUTED:
             return f"activation_checkpointing={self.recompute!r}: what is kept is chosen by PyTorch's operations"
         if sizes.tensor > 1:
             return "tensor_parallel: split products are PyTorch's"
@@ -305,6 +311,8 @@ class LanguageModel(LightningModule):
         Raises:
             ConfigError: quack is asked for, and it cannot.
         """
+        if hasattr(self, "transformer"):  # it was chosen when this was made
+            return
         strategy, precision = self.trainer.strategy, str(self.trainer.precision)
         sizes = strategy.sizes(self.trainer.world_size) if isinstance(strategy, Parallel) else Sizes(1, 1)
         of_run = self.config, precision, sizes, Target.of(strategy.root_device)
@@ -326,11 +334,13 @@ class LanguageModel(LightningModule):
         strategy = None if self._trainer is None else self._trainer.strategy
         return initial_transformer(self.config, self._open_weights(), lora, strategy, change)
 
+    def _fuse_mlp(self, transformer: Transformer) -> None:
+        layers: Any = transformer.layers
+        for layer in layers if self.mlp.backend == "quack" else ():
+            layer.mlp.fused = True
+
     def _speed_up(self, transformer: Transformer) -> None:
-        if self.mlp.backend == "quack":
-            layers: Any = transformer.layers
-            for layer in layers:
-                layer.mlp.fused = True
+        self._fuse_mlp(transformer)
         # In this order, because recomputation is part of what is compiled, and tiles are parts of what is recomputed.
         if self.fp8 is not None:
             convert_to_float8(transformer, self.fp8)

@@ -12,10 +12,12 @@ from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
 from fiddlehead.models.collectives import all_reduce
+from fiddlehead.models.gated_mlp import MlpBackend
 from fiddlehead.models.lora import without_adapters
 from fiddlehead.models.places import documents_of
 from fiddlehead.numbers import is_number
 from fiddlehead.recipe.from_task import from_task
+from fiddlehead.recipe.resumable import Resumable
 from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.language_model import LanguageModel
 from fiddlehead.training.optim import Optim
@@ -29,6 +31,7 @@ class PreferenceModel(LanguageModel):
 
     Args:
         beta: the weight of the difference from the reference; with a larger beta, the model stays closer to it.
+        mlp_backend: as in `LanguageModel`.
     """
 
     VALIDATION: ClassVar = ("val_loss", "val_accuracy")
@@ -41,11 +44,12 @@ class PreferenceModel(LanguageModel):
         lora: LoRA | None = None,
         beta: float = 0.1,
         *,
+        mlp_backend: Resumable[MlpBackend] = "auto",
         optim: Optim | None = None,
     ) -> None:
         if not (is_number(beta) and beta > 0):
             raise ConfigError(Problem("beta", beta, "must be a finite number above 0"))
-        super().__init__(config, init_from, lora, optim=optim)
+        super().__init__(config, init_from, lora, mlp_backend=mlp_backend, optim=optim)
         self.beta = beta
         self._reference: list[Transformer] = []  # in a list, so that it is not part of the module
 
@@ -69,7 +73,7 @@ class PreferenceModel(LanguageModel):
         super().on_fit_start()
         if self.lora is None:
             with self.trainer.precision_plugin.module_init_context():  # as Lightning makes the model
-                reference = self._make_transformer(None)
+                reference = self._make_transformer(None, self._fuse_mlp)  # so that both round alike
             self._reference = [reference.to(self.device).requires_grad_(False).eval()]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:

@@ -115,7 +115,7 @@ def test_after_a_kernel_that_broke_cuda_no_other_is_blamed(monkeypatch: pytest.M
         return Finding(name, version, "broken", "it fails: illegal memory access")
 
     monkeypatch.setattr(doctor, "_tried", tried)
-    monkeypatch.setattr(doctor, "_cuda_still_works", lambda: False)
+    monkeypatch.setattr(doctor, "cuda_works", lambda: False)
     target = Target.gpu("a100", Packages("2.11.0", "9.19.0", flash2=Package("2.8.3")))
     findings = list(doctor._findings(SPEC, target, torch.device("cuda")))
     assert calls == ["flash2"]

@@ -119,7 +119,7 @@ def _findings(
             continue
         progress(name)
         finding = _tried(name, version, spec, device)
-        if finding.state == "broken" and device.type == "cuda" and not _cuda_still_works():
+        if finding.state == "broken" and device.type == "cuda" and not cuda_works():
             poisoned = name
         yield finding
 
@@ -162,12 +162,12 @@ def _cuda() -> tuple[bool, str]:
     return True, ""
 
 
-def _cuda_still_works() -> bool:
-    """Whether CUDA still works; after a kernel's invalid memory access it does not."""
+def cuda_works() -> bool:
+    """Whether PyTorch can compute on a GPU; after a kernel's invalid memory access it cannot."""
     try:
         torch.cuda.synchronize()
         return bool(torch.ones(1, device="cuda").item())
-    except Exception:  # as above
+    except Exception:  # no GPU, or as above
         return False
 
 
