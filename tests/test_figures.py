@@ -93,15 +93,15 @@ def test_benchmarks_print_the_change_since_the_file_they_replace(
         del sys.modules["measure"]
 
 
-def test_a_comparison_of_programs_whose_losses_differ_ends_without_results(monkeypatch: pytest.MonkeyPatch):
+def test_a_comparison_of_programs_whose_losses_differ_fails(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     arms = importlib.import_module("arms")
     try:
         check = arms.check_losses
-        ours = {"a:4": {"losses": {"first": 12.0, "last": 10.0}}, "b:4": {"losses": {"first": 12.001, "last": 10.04}}}
+        ours = {"a:4": {"losses": [12.0, 19.0, 10.0]}, "b:4": {"losses": [12.001, 11.0, 10.04]}}
         batch = operator.itemgetter(2)
-        check(ours | {"b:8": {"losses": {"first": 11.0, "last": 9.0}}, "c:4": {"failed": "out of memory"}}, batch)
-        for other in ({"first": 12.1, "last": 10.0}, {"first": 12.0, "last": 10.2}, {"first": 12.0, "last": math.nan}):
+        check(ours | {"b:8": {"losses": [11.0, 9.0]}, "c:4": {"failed": "out of memory"}}, batch)
+        for other in ([12.1, 19.0, 10.0], [12.0, 19.0, 10.2], [12.0, 19.0, math.nan]):
             with pytest.raises(SystemExit, match="losses differ by more than"):
                 check(ours | {"c:4": {"losses": other}}, batch)
         say = [sys.executable, "-c", "print('noise'); input(); print('{\"a\": 1}')"]

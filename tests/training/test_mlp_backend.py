@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from tests.training.ranks import on_ranks
 from tests.training.test_finetune import tuning
 
 FOUND = Package(gated_mlp.OLDEST)
+WITHOUT_KERNELS = "aot_eager_decomp_partition"
+"""The compiler's first half, which takes seconds."""
 HOPPER = Target.gpu("h100")
 
 
@@ -54,6 +57,7 @@ def trained(dataset: Path, runs: Path, **changes: Any) -> list[int]:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         rows = stand_in(patch)
+        patch.setattr(torch, "compile", partial(torch.compile, backend=WITHOUT_KERNELS))
         tasks.pretrain(**make_parts(dataset, runs, precision="bf16-mixed", **changes))
         return rows
 
@@ -63,9 +67,9 @@ def trained(dataset: Path, runs: Path, **changes: Any) -> list[int]:
     [
         {},
         {"activation_checkpointing": "full"},
-        pytest.param({"compile": "layers"}, marks=pytest.mark.slow),
-        pytest.param({"compile": "layers", "activation_checkpointing": "full"}, marks=pytest.mark.long),
-        pytest.param({"compile": "model"}, marks=pytest.mark.long),
+        {"compile": "layers"},
+        {"compile": "layers", "activation_checkpointing": "full"},
+        {"compile": "model"},
     ],
     ids=str,
 )

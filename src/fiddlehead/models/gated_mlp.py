@@ -98,7 +98,7 @@ def tried() -> tuple[Package, float | None]:
     except Exception as error:  # whatever its compiler raises where it does not fit
         first = (str(error).splitlines() or [""])[0]
         return Package(package.version, f"its products fail: {type(error).__name__}: {first}"), None
-    wrong = [f"{name} by {error:.1g}" for name, error in errors.items() if not error < _LARGEST_ERROR]  # so NaN is
+    wrong = [f"{name} by {error:.1g}" for name, error in errors.items() if not error < _LARGEST_ERROR]  # NaN is, too
     problem = f"its products are wrong here: {', '.join(wrong)}" if wrong else None
     return Package(package.version, problem), max(errors.values(), key=lambda error: (isnan(error), error))
 
