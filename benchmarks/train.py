@@ -143,8 +143,9 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def attention_kernel(config: Any, precision: str, context: int) -> list[str]:
     """What `attend` takes for one of our arms, of whose ranks `context` share each sequence."""
     from fiddlehead.attention import Target
+    from fiddlehead.models.autocast import compute_dtype
     from fiddlehead.plan import attention
-    from fiddlehead.plan.attention_calls import Calls, compute_dtype
+    from fiddlehead.plan.attention_calls import Calls
 
     calls = Calls(config=config, dtype=compute_dtype(precision), seq_length=config.seq_length, context=context)
     return attention.rows(attention.choose(calls, Target.of(torch.device(accelerator()))))

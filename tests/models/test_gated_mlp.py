@@ -18,10 +18,10 @@ HOPPER, AMPERE = Target.gpu("h100"), Target.gpu("a100")
 CONFIG: dict[str, Any] = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100}
 
 
-def defined_product(x: torch.Tensor, woven: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def defined_product(x: torch.Tensor, interleaved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What quack's first product gives."""
     with torch.autocast(x.device.type, enabled=False):  # it is still on where an operator computes
-        before = x.float() @ woven.float().T
+        before = x.float() @ interleaved.float().T
     return before.to(x.dtype), (F.silu(before[:, ::2]) * before[:, 1::2]).to(x.dtype)
 
 

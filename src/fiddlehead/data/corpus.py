@@ -73,7 +73,7 @@ class StandardLibrary:
 def _sources(folder: Path) -> Iterator[str]:
     """The paths of the sources relative to `folder`, without a look into what is left out: it may be all packages.
 
-    Nothing if there is no such folder.
+    It yields nothing if the folder does not exist.
     """
     for where, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if _is_kept(name)]

@@ -14,3 +14,8 @@ def autocasts(x: torch.Tensor) -> bool:
 def product_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype of a matrix product with x."""
     return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """The dtype of products, and of attention's inputs, for a trainer's precision."""
+    return torch.bfloat16 if precision.startswith("bf16") else torch.float32

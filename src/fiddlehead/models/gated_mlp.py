@@ -143,22 +143,22 @@ def gated_mlp(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> torch.Tens
     return y.view(x.shape)
 
 
-def _woven(w1: torch.Tensor) -> torch.Tensor:
-    """The rows of gate and up in turns, so that a program of the product has both of a value."""
+def _interleaved(w1: torch.Tensor) -> torch.Tensor:
+    """The rows of gate and up, interleaved: a tile of the product then has the gate and the up of the same channels."""
     return w1.view(2, w1.shape[0] // 2, -1).transpose(0, 1).reshape(w1.shape)
 
 
-def _unwoven(w1: torch.Tensor) -> torch.Tensor:
+def _deinterleaved(w1: torch.Tensor) -> torch.Tensor:
     return w1.view(w1.shape[0] // 2, 2, -1).transpose(0, 1).reshape(w1.shape)
 
 
-# The compiler calls operators and does not look into them. They weave the weights themselves: the compiler would keep
-# the woven ones for the backward pass, even where FSDP frees the weights that it has gathered.
+# The compiler calls operators and does not look into them. They interleave the weights themselves: the compiler
+# would keep the interleaved ones for the backward pass, even where FSDP frees the weights that it has gathered.
 @torch.library.custom_op(
     "fiddlehead::gated_mlp", mutates_args=(), schema="(Tensor x, Tensor w1, Tensor w2) -> (Tensor y, Tensor before)"
 )
 def _mlp_op(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    before, activated = _product(x.contiguous(), _woven(w1))
+    before, activated = _product(x.contiguous(), _interleaved(w1))
     return activated @ w2.T, before
 
 
@@ -176,7 +176,7 @@ def _gradients(ctx: Any, dy: torch.Tensor, _: None) -> tuple[torch.Tensor, torch
     x, w1, w2, before = ctx.saved_tensors
     dx, dbefore, activated = _gradient_op(dy, w1, w2, before)
     _, wants_w1, wants_w2 = ctx.needs_input_grad
-    return dx, _unwoven(dbefore.T @ x) if wants_w1 else None, dy.T @ activated if wants_w2 else None
+    return dx, _deinterleaved(dbefore.T @ x) if wants_w1 else None, dy.T @ activated if wants_w2 else None
 
 
 _mlp_op.register_autograd(_gradients, setup_context=_save)
@@ -191,7 +191,7 @@ def _gradient_op(
     dy: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, before: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dbefore, activated = _gradient(dy.contiguous(), w2, before)
-    return dbefore @ _woven(w1), dbefore, activated
+    return dbefore @ _interleaved(w1), dbefore, activated
 
 
 @_gradient_op.register_fake
@@ -202,15 +202,15 @@ def _(
     return dy.new_empty(dy.shape[0], w1.shape[1]), before.new_empty(before.shape), activated
 
 
-def _product(x: torch.Tensor, woven: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x @ woven.T`, (N, 2 F), gate and up in turns, and the activations, (N, F)."""
+def _product(x: torch.Tensor, interleaved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x @ interleaved.T`, (N, 2 F), with gate and up interleaved; and the activations, (N, F)."""
     quack = importlib.import_module("quack.gemm_interface")
     config = _kernel(tile_m=192, cluster_n=2)
-    return quack.gemm_gated(x, woven.T, activation="swiglu", config=config)
+    return quack.gemm_gated(x, interleaved.T, activation="swiglu", config=config)
 
 
 def _gradient(dy: torch.Tensor, w2: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of `before`, of which gate and up are in turns as there; and the activations again, (N, F)."""
+    """The gradient of `before`, (N, 2 F), interleaved as it is; and the activations again, (N, F)."""
     quack = importlib.import_module("quack.gemm_interface")
     config = _kernel(tile_m=128, cluster_n=2)
     return quack.gemm_dgated(dy, w2, before, activation="swiglu", config=config, dynamic_scheduler=False)

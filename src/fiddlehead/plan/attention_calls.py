@@ -11,6 +11,7 @@ import torch
 from fiddlehead.attention import AttentionSpec
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models.autocast import compute_dtype
 from fiddlehead.models.config import RingStep
 from fiddlehead.models.parallel import first_layers, layers_of, rank_of_stage, stage_of
 from fiddlehead.training.distributed.parallel import Parallel
@@ -20,11 +21,6 @@ from fiddlehead.training.preference import PreferenceModel
 TRAINING, VALIDATION, COMPARISON = "training", "validation", "comparison"
 """The passes of a run through a model: in training steps, in validation, and, for preferences, through the reference
 model."""
-
-
-def compute_dtype(precision: str) -> torch.dtype:
-    """The dtype of attention's inputs for a trainer's precision."""
-    return torch.bfloat16 if precision.startswith("bf16") else torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.errors import ConfigError, Problem, RunError, refuse
 from fiddlehead.files.paths import user_path
 from fiddlehead.models import LoRA, Transformer, TransformerConfig, gated_mlp
+from fiddlehead.models.autocast import compute_dtype
 from fiddlehead.models.gated_mlp import MlpBackend, MlpChoice
 from fiddlehead.models.lora import PEFT_NAMES
 from fiddlehead.models.meta import shapes_only
@@ -47,11 +48,6 @@ from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.initial import initial_transformer, refuse_other_tokenizer
 from fiddlehead.training.metrics_csv import log_row
 from fiddlehead.training.optim import Optim
-
-
-def _of_products(precision: str) -> torch.dtype:
-    """The dtype of products in a run of this precision."""
-    return torch.float32 if precision == "32-true" else torch.bfloat16
 
 
 class NonFiniteError(RunError):
@@ -209,8 +205,8 @@ class LanguageModel(LightningModule):
             problems.append(Problem("model.fp8", self.fp8, message))
         if self.tiled_mlp is not None:
             problems += [each.under("model") for each in refused_mixture(self.config, self.tiled_mlp)]
-        reason = self._excludes_quack(sizes) or gated_mlp.why_not_anywhere(self.config, _of_products(precision))
-        problems += self._refused_mlp(reason)
+        reason = self._excludes_quack(sizes) or gated_mlp.why_not_anywhere(self.config, compute_dtype(precision))
+        problems += self.refused_mlp(reason)
         if self.compile_mode is None or self.config.num_moe_experts is None:
             return problems
         if sizes.expert > 1:
@@ -251,18 +247,15 @@ class LanguageModel(LightningModule):
         """
         if self.mlp_backend == "torch":
             return MlpChoice("torch")
-        dtype = _of_products(precision)
+        dtype = compute_dtype(precision)
         reason = self._excludes_quack(sizes) or gated_mlp.why_not(config, dtype, target, probe=probe)
         return MlpChoice("quack") if reason is None else MlpChoice("torch", reason)
 
-    def refused_mlp(self, choice: MlpChoice) -> list[Problem]:
-        """The problem of a choice that is not the one asked for; empty if there is none."""
-        return self._refused_mlp(None if choice.backend == "quack" else choice.why_not)
-
-    def _refused_mlp(self, reason: str | None) -> list[Problem]:
-        if self.mlp_backend != "quack" or reason is None:
+    def refused_mlp(self, why_not: str | None) -> list[Problem]:
+        """The problem if quack is asked for and there is a reason why it is not taken; otherwise empty."""
+        if self.mlp_backend != "quack" or not why_not:
             return []
-        return [Problem("model.mlp_backend", "quack", f"cannot compute this feed-forward: {reason}")]
+        return [Problem("model.mlp_backend", "quack", f"cannot compute this feed-forward: {why_not}")]
 
     def _excludes_quack(self, sizes: Sizes) -> str | None:
         """The setting with which quack does not go; None if there is none."""
@@ -317,7 +310,7 @@ class LanguageModel(LightningModule):
         sizes = strategy.sizes(self.trainer.world_size) if isinstance(strategy, Parallel) else Sizes(1, 1)
         of_run = self.config, precision, sizes, Target.of(strategy.root_device)
         choice = self.mlp_choice(*of_run, probe=True)
-        refuse(self.refused_mlp(choice))
+        refuse(self.refused_mlp(choice.why_not))
         if choice != self.mlp_choice(*of_run):
             warnings.warn(f"PyTorch computes the feed-forward: {choice.why_not}", stacklevel=2)
         self.mlp = choice

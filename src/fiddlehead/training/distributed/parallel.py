@@ -20,6 +20,7 @@ from fiddlehead.checkpoints.safetensors_files import DTYPES, StoredTensor
 from fiddlehead.checkpoints.sharding import ShardedTensor
 from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models.autocast import compute_dtype
 from fiddlehead.models.parallel import (
     ContextMethod,
     Layout,
@@ -182,7 +183,7 @@ class Parallel(ModelParallelStrategy):
     def keep_stages(self, transformer: Transformer) -> None:
         """In a pipeline, reduces a model on the meta device to this rank's layers."""
         if self.pipeline_parallel > 1:
-            dtype = torch.float32 if str(self.precision_plugin.precision) == "32-true" else torch.bfloat16
+            dtype = compute_dtype(str(self.precision_plugin.precision))
             stages, schedule = self.pipeline_stages_per_rank, self.pipeline_schedule
             self.pipeline = Pipeline(transformer, self.device_mesh, stages, dtype, schedule)
 
