@@ -40,9 +40,9 @@ def stand_in(patch: pytest.MonkeyPatch) -> list[int]:
     """Puts definitions in the place of quack on this CPU; the list has the rows of each call."""
     rows: list[int] = []
 
-    def product(x: torch.Tensor, interleaved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def product(x: torch.Tensor, w1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows.append(len(x))
-        return defined_product(x, interleaved)
+        return defined_product(x, w1)
 
     patch.setattr(gated_mlp, "_product", product)
     patch.setattr(gated_mlp, "_gradient", defined_gradient)

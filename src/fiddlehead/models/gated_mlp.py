@@ -144,7 +144,7 @@ def gated_mlp(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> torch.Tens
 
 
 def _interleaved(w1: torch.Tensor) -> torch.Tensor:
-    """The rows of gate and up, interleaved: a tile of the product then has the gate and the up of the same channels."""
+    """The rows of gate and up, interleaved, as quack has them: a tile then has the gate and the up of its channels."""
     return w1.view(2, w1.shape[0] // 2, -1).transpose(0, 1).reshape(w1.shape)
 
 
@@ -152,13 +152,13 @@ def _deinterleaved(w1: torch.Tensor) -> torch.Tensor:
     return w1.view(w1.shape[0] // 2, 2, -1).transpose(0, 1).reshape(w1.shape)
 
 
-# The compiler calls operators and does not look into them. They interleave the weights themselves: the compiler
-# would keep the interleaved ones for the backward pass, even where FSDP frees the weights that it has gathered.
+# The compiler calls operators and does not look into them. The backward pass interleaves the weights in its operator: the
+# compiler would do it in the forward pass and keep them, even where FSDP frees the weights that it has gathered.
 @torch.library.custom_op(
     "fiddlehead::gated_mlp", mutates_args=(), schema="(Tensor x, Tensor w1, Tensor w2) -> (Tensor y, Tensor before)"
 )
 def _mlp_op(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    before, activated = _product(x.contiguous(), _interleaved(w1))
+    before, activated = _product(x.contiguous(), w1.contiguous())
     return activated @ w2.T, before
 
 
@@ -202,11 +202,12 @@ def _(
     return dy.new_empty(dy.shape[0], w1.shape[1]), before.new_empty(before.shape), activated
 
 
-def _product(x: torch.Tensor, interleaved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x @ interleaved.T`, (N, 2 F), with gate and up interleaved; and the activations, (N, F)."""
+def _product(x: torch.Tensor, w1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x @ w1.T`, (N, 2 F), with gate and up interleaved; and the activations, (N, F)."""
     quack = importlib.import_module("quack.gemm_interface")
     config = _kernel(tile_m=192, cluster_n=2)
-    return quack.gemm_gated(x, interleaved.T, activation="swiglu", config=config)
+    # "B": the kernel reads the rows of gate and up where they are.
+    return quack.gemm_gated(x, w1.T, activation="swiglu", config=config, concat_layout=("B",))
 
 
 def _gradient(dy: torch.Tensor, w2: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
