@@ -6,13 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from fiddlehead.attention import Package, Target
 from fiddlehead.models import TransformerConfig, gated_mlp
+from fiddlehead.models.collectives import Group
 from fiddlehead.models.gated_mlp import gated_mlp as fused
 from fiddlehead.models.gated_mlp import small_errors, why_not
+from tests.training.ranks import on_ranks
 
 HOPPER, AMPERE = Target.gpu("h100"), Target.gpu("a100")
 CONFIG: dict[str, Any] = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100}
@@ -55,12 +59,48 @@ def tensors(*rows: int, C: int, width: int, dtype: torch.dtype) -> list[torch.Te
 
 def results(compute: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     y = compute(*inputs)
-    dy = torch.randn(y.mT.shape, generator=torch.Generator().manual_seed(1)).mT  # not contiguous
-    return [y.detach(), *torch.autograd.grad(y, inputs, dy.to(y))]
+    return [y.detach(), *torch.autograd.grad(y, inputs, drawn_like(y))]
+
+
+def drawn_like(y: torch.Tensor) -> torch.Tensor:
+    """Numbers in the shape of y, not contiguous."""
+    return torch.randn(y.mT.shape, generator=torch.Generator().manual_seed(1)).mT.to(y)
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
+
+
+def shared(rows: tuple[int, int], C: int, width: int, dtype: torch.dtype) -> list[list[Any]]:
+    """This rank's part of the output, and of the gradients of x, w1 and w2."""
+    dist.init_process_group("gloo")
+    group = Group.of(init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",)), "tp")
+    rank, n = dist.get_rank(), dist.get_world_size()
+    x, w1, w2 = tensors(*rows, C=C, width=width, dtype=dtype)
+    own_w1 = torch.cat([part.chunk(n)[rank] for part in w1.detach().chunk(2)])
+    parts = x.detach().chunk(n, dim=1)[rank], own_w1, w2.detach().chunk(n, dim=1)[rank]
+    dy = drawn_like(x).chunk(n, dim=1)[rank]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gated_mlp, "_product", defined_product)
+        patch.setattr(gated_mlp, "_gradient", defined_gradient)
+        inputs = [part.contiguous().requires_grad_() for part in parts]
+        y = fused(*inputs, group)
+        return [result.tolist() for result in (y.detach(), *torch.autograd.grad(y, inputs, dy))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_processes_that_share_its_width_compute_their_parts_of_it(dtype: torch.dtype) -> None:
+    rows, C, width, n = (3, 10), 24, 56, 2
+    of_ranks = zip(*on_ranks(n, shared, rows, C, width, dtype), strict=True)
+    parts = [[torch.tensor(part) for part in each] for each in of_ranks]
+    x, w1, w2 = (t.detach().double().requires_grad_() for t in tensors(*rows, C=C, width=width, dtype=dtype))
+    y = plain(x, w1, w2)
+    expected = [y.detach(), *torch.autograd.grad(y, (x, w1, w2), drawn_like(x))]
+    gates, ups = zip(*(part.chunk(2) for part in parts[2]), strict=True)
+    whole = [torch.cat(parts[0], dim=1), torch.cat(parts[1], dim=1), torch.cat([*gates, *ups]), torch.cat(parts[3], 1)]
+    for got, right in zip(whole, expected, strict=True):
+        assert got.shape == right.shape
+        assert error(got, right) < (1e-6 if dtype == torch.float32 else 8e-3)
 
 
 @pytest.mark.parametrize(("rows", "C", "width"), [((1,), 8, 8), ((3, 5), 24, 56), ((2, 1, 7), 72, 40)])

@@ -81,11 +81,19 @@ def test_the_losses_are_pytorch_s(dataset: Path, tmp_path: Path, changes: dict[s
     torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=2e-3, atol=0)
 
 
-def test_ranks_that_gather_their_weights_learn_what_one_process_does(dataset: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 2}
-    rows = on_ranks(2, trained, dataset, tmp_path / "two", devices=2, strategy=Parallel(), **changes)
-    assert [set(each) for each in rows] == [{32}, {32}]
-    trained(dataset, tmp_path / "one", **changes)
+@pytest.mark.parametrize(
+    ("sizes", "changes", "tokens"),
+    [({}, {}, 32), ({"tensor_parallel": 2}, {}, 32), ({"tensor_parallel": 2}, {"compile": "layers"}, 32)],
+    ids=str,
+)
+def test_ranks_learn_what_one_process_does(
+    dataset: Path, tmp_path: Path, sizes: dict[str, int], changes: dict[str, Any], tokens: int
+) -> None:
+    batch: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 2}
+    strategy = Parallel(**sizes)
+    rows = on_ranks(2, trained, dataset, tmp_path / "two", devices=2, strategy=strategy, **batch, **changes)
+    assert [set(each) for each in rows] == [{tokens}, {tokens}]
+    trained(dataset, tmp_path / "one", **batch)
     found, expected = losses(tmp_path / "two" / "run"), losses(tmp_path / "one" / "run")
     torch.testing.assert_close(found[:, 0], expected[:, 0], rtol=2e-3, atol=0)
 
@@ -98,7 +106,7 @@ def test_ranks_that_gather_their_weights_learn_what_one_process_does(dataset: Pa
         ({"tiled_mlp": 64, "compile": "layers"}, Sizes(1, 1), "tiled_mlp"),
         ({"activation_checkpointing": "selective"}, Sizes(1, 1), "activation_checkpointing='selective'"),
         ({"activation_checkpointing": 0.5, "compile": "layers"}, Sizes(1, 1), "activation_checkpointing=0.5"),
-        ({}, Sizes(2, 1, tensor=2), "tensor_parallel"),
+        ({}, Sizes(7, 1, tensor=7), "ffn_hidden_size=256 over tensor_parallel=7"),
         ({}, Sizes(2, 1, pipeline=2), "pipeline_parallel"),
     ],
 )
@@ -116,7 +124,7 @@ def test_settings_that_change_the_products_keep_pytorch_s(
     assert words in str(problem)
 
 
-@pytest.mark.parametrize("sizes", [Sizes(1, 1), Sizes(8, 8), Sizes(4, 1, context=2)])
+@pytest.mark.parametrize("sizes", [Sizes(1, 1), Sizes(8, 8), Sizes(4, 1, context=2), Sizes(4, 2, tensor=2)])
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("recompute", [None, "full"])
 def test_others_take_quack_s(found: None, sizes: Sizes, precision: str, recompute: Any) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from fiddlehead.attention import KVCache, attend
 from fiddlehead.models.autocast import product_dtype
-from fiddlehead.models.collectives import HeadExchange, SequenceSplit
+from fiddlehead.models.collectives import Group, HeadExchange, SequenceSplit
 from fiddlehead.models.config import TransformerConfig
 from fiddlehead.models.gated_mlp import gated_mlp
 from fiddlehead.models.linear import Linear
@@ -191,9 +191,11 @@ class MLP(nn.Module):
         self.linear_fc2: nn.Linear = Linear(config.ffn_size, config.hidden_size, bias=config.add_bias_linear)
         self.fused = False
         """Whether `gated_mlp` computes it where products are in bfloat16, as `gated_mlp.why_not` allows."""
+        self.group: Group | None = None
+        """The processes that share its width; `parallelize` sets it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) to (B, T, C)."""
         if self.fused and product_dtype(x) == torch.bfloat16:
-            return gated_mlp(x, self.linear_fc1.weight, self.linear_fc2.weight)
+            return gated_mlp(x, self.linear_fc1.weight, self.linear_fc2.weight, self.group)
         return self.linear_fc2(activate(self.linear_fc1(x), self.activation))

@@ -187,14 +187,24 @@ def exchange_counts(counts: torch.Tensor, group: Group) -> torch.Tensor:
 def start_exchange(x: torch.Tensor, to: int, source: int, group: Group) -> torch.Tensor:
     """Starts to send x to one process and to receive as much from another, without gradients; all processes call it.
 
-    Returns what `end_exchange` turns into the tensor received; until then computation goes on.
+    Returns what `end` turns into the tensor received; until then computation goes on.
     """
     sent, received = ([len(x) if rank == other else 0 for rank in range(group.size)] for other in (to, source))
     return torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group.name)
 
 
-def end_exchange(started: torch.Tensor) -> torch.Tensor:
-    """The tensor received, of an exchange that was started."""
+def start_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Starts to join all processes' parts of the first dimension, without gradients; `end` gives the result."""
+    return torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), group.size, group.name)
+
+
+def start_reduce_scatter(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Starts to sum x over the processes, each of which gets a part of the first dimension; as `start_gather`."""
+    return torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", group.size, group.name)
+
+
+def end(started: torch.Tensor) -> torch.Tensor:
+    """The result of what was started."""
     return torch.ops._c10d_functional.wait_tensor(started)
 
 
@@ -212,7 +222,7 @@ class _LinearOfWhole(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: Group) -> Any:
         ctx.save_for_backward(x, weight)
         ctx.group = group
-        return F.linear(_gather(x, group), weight, bias)
+        return F.linear(end(start_gather(x, group)), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -220,13 +230,13 @@ class _LinearOfWhole(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_x = grad_weight = whole = None
         if needs_weight:
-            whole = _start_gather(x, group)
+            whole = start_gather(x, group)
         if needs_x:
-            grad_x = _start_reduce_scatter(grad @ weight, group)
+            grad_x = start_reduce_scatter(grad @ weight, group)
         if whole is not None:
-            grad_weight = grad.flatten(0, 1).T @ torch.ops._c10d_functional.wait_tensor(whole).flatten(0, 1)
+            grad_weight = grad.flatten(0, 1).T @ end(whole).flatten(0, 1)
         if grad_x is not None:
-            grad_x = torch.ops._c10d_functional.wait_tensor(grad_x)
+            grad_x = end(grad_x)
         return grad_x, grad_weight, grad.sum(dim=(0, 1)) if needs_bias else None, None
 
 
@@ -235,13 +245,13 @@ class _LinearOfColumns(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, group: Group) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.group = group
-        return torch.ops._c10d_functional.wait_tensor(_start_reduce_scatter(F.linear(x, weight), group))
+        return end(start_reduce_scatter(F.linear(x, weight), group))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,), (x, weight), group = grads, ctx.saved_tensors, ctx.group
         needs_x, needs_weight, _ = ctx.needs_input_grad
-        whole = _gather(grad, group)
+        whole = end(start_gather(grad, group))
         grad_x = whole @ weight if needs_x else None
         grad_weight = whole.flatten(0, 1).T @ x.flatten(0, 1) if needs_weight else None
         return grad_x, grad_weight, None
@@ -291,18 +301,6 @@ class _AllReduce(torch.autograd.Function):
         return _sum(grads[0], ctx.group), None
 
 
-def _gather(x: torch.Tensor, group: Group) -> torch.Tensor:
-    return torch.ops._c10d_functional.wait_tensor(_start_gather(x, group))
-
-
-def _start_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
-    return torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), group.size, group.name)
-
-
-def _start_reduce_scatter(x: torch.Tensor, group: Group) -> torch.Tensor:
-    return torch.ops._c10d_functional.reduce_scatter_tensor(x.contiguous(), "sum", group.size, group.name)
-
-
 def _to_heads(x: torch.Tensor, group: Group) -> torch.Tensor:
     x = x.unflatten(2, (group.size, -1)).permute(2, 0, 1, 3, 4)  # n, B, t, heads of one process, D
     return _all_to_all(x, group).transpose(0, 1).flatten(1, 2)
@@ -321,10 +319,8 @@ def _all_to_all(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 def _exchange(x: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
     received, sent = ([0] * group.before + rows + [0] * group.after for rows in (received, sent))
-    out = torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group.name)
-    return torch.ops._c10d_functional.wait_tensor(out)
+    return end(torch.ops._c10d_functional.all_to_all_single(x.contiguous(), received, sent, group.name))
 
 
 def _sum(x: torch.Tensor, group: Group) -> torch.Tensor:
-    out = torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group.name)
-    return torch.ops._c10d_functional.wait_tensor(out)
+    return end(torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group.name))

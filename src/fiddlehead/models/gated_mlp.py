@@ -19,6 +19,7 @@ import torch
 
 from fiddlehead.attention import Package, Target
 from fiddlehead.models.autocast import product_dtype
+from fiddlehead.models.collectives import Group, end, start_gather, start_reduce_scatter
 from fiddlehead.models.config import TransformerConfig
 
 MlpBackend = Literal["auto", "quack", "torch"]
@@ -43,20 +44,25 @@ class MlpChoice(NamedTuple):
         return f"{self.backend}{f': {self.why_not}' if self.why_not else ''}"
 
 
-def why_not(config: TransformerConfig, dtype: torch.dtype, target: Target, *, probe: bool = False) -> str | None:
+def why_not(
+    config: TransformerConfig, dtype: torch.dtype, target: Target, tensor: int = 1, *, probe: bool = False
+) -> str | None:
     """Why quack's products cannot compute a model's feed-forward on `target`; None if they can.
 
     Args:
         dtype: of the products.
+        tensor: the processes that share the feed-forward's width.
         probe: also compute a small feed-forward, on this machine's GPU; otherwise only the version is looked up.
     """
     package = tried if probe else lambda: (installed(), None)
     return (
-        why_not_there(target) or why_not_anywhere(config, dtype) or package()[0].why_not("quack-kernels", oldest=OLDEST)
+        why_not_there(target)
+        or why_not_anywhere(config, dtype, tensor)
+        or package()[0].why_not("quack-kernels", oldest=OLDEST)
     )
 
 
-def why_not_anywhere(config: TransformerConfig, dtype: torch.dtype) -> str | None:
+def why_not_anywhere(config: TransformerConfig, dtype: torch.dtype, tensor: int = 1) -> str | None:
     """Why quack's products cannot compute a model's feed-forward on any GPU; None if they can on some."""
     if config.num_moe_experts is not None:
         return "num_moe_experts: experts have grouped products"
@@ -69,6 +75,8 @@ def why_not_anywhere(config: TransformerConfig, dtype: torch.dtype) -> str | Non
     for name, size in (("hidden_size", config.hidden_size), ("ffn_hidden_size", config.ffn_size)):
         if size % _ALIGNED:
             return f"{name}={size}: only multiples of {_ALIGNED}"
+    if config.ffn_size % (_ALIGNED * tensor):
+        return f"ffn_hidden_size={config.ffn_size} over tensor_parallel={tensor}: only multiples of {_ALIGNED}"
     return None
 
 
@@ -130,17 +138,45 @@ def small_errors(device: torch.device) -> dict[str, float]:
     }
 
 
-def gated_mlp(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+def gated_mlp(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, group: Group | None = None) -> torch.Tensor:
     """`(silu(x @ gate.T) * (x @ up.T)) @ w2.T`, (..., C), in the dtype of products: see `product_dtype`.
 
     Args:
-        x: (..., C).
+        x: (..., C); with a group (B, t, C), this process's part of each sequence.
         w1: (2 F, C): the rows of `gate`, then those of `up`.
         w2: (C, F).
+        group: processes that share F: each has so many rows of `gate` and of `up`, and columns of `w2`.
     """
     dtype = product_dtype(x)
-    y, _ = _mlp_op(x.to(dtype).flatten(0, -2), w1.to(dtype), w2.to(dtype))
+    of_products = x.to(dtype), w1.to(dtype), w2.to(dtype)
+    if group is not None:
+        return _SharedMlp.apply(*of_products, group)
+    y, _ = _mlp_op(of_products[0].flatten(0, -2), *of_products[1:])
     return y.view(x.shape)
+
+
+class _SharedMlp(torch.autograd.Function):
+    """The whole sequences go through; as in `collectives.linear_of_whole`, the backward pass gathers them again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, group: Group) -> torch.Tensor:
+        whole = end(start_gather(x, group))
+        y, before = _mlp_op(whole.flatten(0, 1), w1, w2)
+        ctx.save_for_backward(x, w1, w2, before)
+        ctx.group = group
+        return end(start_reduce_scatter(y.view(whole.shape), group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (dy,), (x, w1, w2, before), group = grads, ctx.saved_tensors, ctx.group
+        whole_dy = end(start_gather(dy, group))
+        whole = start_gather(x, group)  # while the next two products are computed
+        rows = whole_dy.flatten(0, 1)
+        dx, dbefore, activated = _gradient_op(rows, w1, w2, before)
+        dx = start_reduce_scatter(dx.view(whole_dy.shape), group)
+        dw2 = rows.T @ activated
+        dw1 = _deinterleaved(dbefore.T @ end(whole).flatten(0, 1))
+        return end(dx), dw1, dw2, None
 
 
 def _interleaved(w1: torch.Tensor) -> torch.Tensor:
@@ -152,8 +188,8 @@ def _deinterleaved(w1: torch.Tensor) -> torch.Tensor:
     return w1.view(w1.shape[0] // 2, 2, -1).transpose(0, 1).reshape(w1.shape)
 
 
-# The compiler calls operators and does not look into them. The backward pass interleaves the weights in its operator: the
-# compiler would do it in the forward pass and keep them, even where FSDP frees the weights that it has gathered.
+# The compiler calls operators and does not look into them. The backward pass interleaves the weights in its operator:
+# the compiler would do it in the forward pass and keep them, even where FSDP frees the weights that it has gathered.
 @torch.library.custom_op(
     "fiddlehead::gated_mlp", mutates_args=(), schema="(Tensor x, Tensor w1, Tensor w2) -> (Tensor y, Tensor before)"
 )

@@ -28,7 +28,7 @@ import torch
 
 from fiddlehead.attention.call import refuse_mixed
 from fiddlehead.attention.parts import Part, attend_to_part, part_gradients
-from fiddlehead.models.collectives import Group, end_exchange, start_exchange
+from fiddlehead.models.collectives import Group, end, start_exchange
 from fiddlehead.models.places import Documents
 
 Tensor = torch.Tensor
@@ -94,7 +94,7 @@ class _Place(NamedTuple):
         return self.group.size // self.size
 
     def pass_on(self, x: Tensor) -> Tensor:
-        """Starts to send x to the next process of the ring; returns what `end_exchange` turns into that received."""
+        """Starts to send x to the next process of the ring; returns what `end` turns into that received."""
         n, each = self.group.size, self._neighbours
         return start_exchange(x, (self.group.rank + each) % n, (self.group.rank - each) % n, self.group)
 
@@ -168,7 +168,7 @@ def _forward(
         k, v = kv[:, :, step.keys]
         _put_together(out[:, step.queries], lse[..., step.queries], *_attend(q[:, step.queries], k, v, step.part))
         if following is not None:
-            kv = end_exchange(following)
+            kv = end(following)
     if sinks is not None:
         without, lse = lse, torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
         out *= _by_query(torch.exp(without - lse))
@@ -216,14 +216,14 @@ def _backward(
         dq_part, *dkv_part = _gradients(dout[:, at], q[:, at], k, v, out[:, at], lse[..., at], step.part)
         dq[:, at] += dq_part
         # The gradients that the processes before this one have found, of the keys that it has seen just now.
-        dkv = dkv if arriving is None else end_exchange(arriving)
+        dkv = dkv if arriving is None else end(arriving)
         for total, found in zip(dkv[:, :, step.keys], dkv_part, strict=True):
             total += found
         arriving = place.pass_on(dkv)
         if following is not None:
-            kv = end_exchange(following)
+            kv = end(following)
     assert arriving is not None
-    dk, dv = (x.to(q.dtype, copy=True) for x in end_exchange(arriving))
+    dk, dv = (x.to(q.dtype, copy=True) for x in end(arriving))
     dsinks = q.new_zeros(0)
     if sinks is not None:
         mean = (dout.to(_wide(q)) * out).sum(dim=-1)

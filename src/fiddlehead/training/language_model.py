@@ -205,7 +205,9 @@ class LanguageModel(LightningModule):
             problems.append(Problem("model.fp8", self.fp8, message))
         if self.tiled_mlp is not None:
             problems += [each.under("model") for each in refused_mixture(self.config, self.tiled_mlp)]
-        reason = self._excludes_quack(sizes) or gated_mlp.why_not_anywhere(self.config, compute_dtype(precision))
+        reason = self._excludes_quack(sizes) or gated_mlp.why_not_anywhere(
+            self.config, compute_dtype(precision), sizes.tensor
+        )
         problems += self.refused_mlp(reason)
         if self.compile_mode is None or self.config.num_moe_experts is None:
             return problems
@@ -248,7 +250,7 @@ class LanguageModel(LightningModule):
         if self.mlp_backend == "torch":
             return MlpChoice("torch")
         dtype = compute_dtype(precision)
-        reason = self._excludes_quack(sizes) or gated_mlp.why_not(config, dtype, target, probe=probe)
+        reason = self._excludes_quack(sizes) or gated_mlp.why_not(config, dtype, target, sizes.tensor, probe=probe)
         return MlpChoice("quack") if reason is None else MlpChoice("torch", reason)
 
     def refused_mlp(self, why_not: str | None) -> list[Problem]:
@@ -267,8 +269,6 @@ class LanguageModel(LightningModule):
             return "tiled_mlp: tiles have PyTorch's products"
         if self.recompute not in gated_mlp.RECOMPUTED:
             return f"activation_checkpointing={self.recompute!r}: what is kept is chosen by PyTorch's operations"
-        if sizes.tensor > 1:
-            return "tensor_parallel: split products are PyTorch's"
         if sizes.pipeline > 1:
             return "pipeline_parallel: its schedules may part the gradients of weights from those of activations"
         return None

@@ -87,6 +87,7 @@ def parallelize(transformer: Transformer, mesh: DeviceMesh, method: ContextMetho
             ordered = any(isinstance(linear, LoRALinear) for linear in (module.linear_fc1, module.linear_fc2))
             module.linear_fc1 = _column_parallel(module.linear_fc1, tp, ordered)
             module.linear_fc2 = _row_parallel(module.linear_fc2, tp, ordered)
+            module.group = tp
 
 
 def local_batch(batch: Mapping[str, Any], mesh: DeviceMesh, ring: int = 1) -> dict[str, Any]:
