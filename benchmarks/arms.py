@@ -19,8 +19,8 @@ import torch
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 ADAMW: dict[str, Any] = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 PACKAGES = [
-    "torch", "triton", "lightning", "transformers", "torchtitan", "litgpt", "liger-kernel", "flash-attn", "flash-attn-4",
-    "quack-kernels", "nvidia-cutlass-dsl",
+    "torch", "triton", "lightning", "transformers", "torchtitan", "litgpt", "liger-kernel", "flash-attn",
+    "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl",
 ]  # fmt: skip
 TOLERANCES = {"first": 1e-3, "last": 1e-2}
 """How far apart, relatively, the losses of one comparison may be in the first step and in the last."""
