@@ -27,7 +27,7 @@ from measure import RESULTS, gpus_here, save, table
 
 GIB = 2**30
 LAYERS_8B = "model.config.num_layers=6"
-OFFLOADED = "model.activation_offloading=True"
+OFFLOADED, STATE = "model.activation_offloading=True", "optim.state_offloading=True"
 ONE = ["trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto"]
 CASES: dict[str, tuple[str, list[str]]] = {}
 """Name to recipe and edits; those with `trainer.devices=2` need two GPUs."""
@@ -90,6 +90,12 @@ def fill() -> None:
     four, bits = "model.config.num_layers=4", "optim.state_bits=8"  # all its layers take a quarter of an hour a step
     case("1b4 b1 1m full tiled offloaded", "llama32_1b", four, full, tiled, OFFLOADED, bits, batch=1, seq=2**20)
     case("1b b2 64k full tiled offloaded", "llama32_1b", full, tiled, OFFLOADED, batch=2, seq=65536)
+    case("1b b4 bf16-true state offloaded", "llama32_1b", true, STATE)
+    case("1b b4 state offloaded", "llama32_1b", STATE)
+    offloaded = [true, full, STATE]
+    case("8b8 b1 8k full state offloaded", "llama3_8b", "model.config.num_layers=8", *offloaded, batch=1, seq=8192)
+    case("8b b1 8k full state offloaded", "llama3_8b", *offloaded, batch=1, seq=8192)
+    case("8b b2 8k full x8 state offloaded", "llama3_8b", *offloaded, batch=2, seq=8192, accumulate=8)
     for batch in (1, 2, 4):
         case(f"8b6 b{batch}", "llama3_8b", LAYERS_8B, batch=batch)
     for name, edits in {

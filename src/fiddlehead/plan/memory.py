@@ -34,6 +34,9 @@ class Held:
     parameters: float
     gradients: float
     optimizer: float
+    """The optimizer's state on the GPU."""
+    offloaded: float = 0.0
+    """The optimizer's state in main memory."""
     stepping: float = 0.0
     """What the optimizer's step needs besides."""
     buckets: float = 0.0
@@ -45,7 +48,7 @@ class Held:
 
     @property
     def state(self) -> float:
-        """Parameters, gradients and optimizer state."""
+        """Parameters, gradients and optimizer state on the GPU."""
         return self.parameters + self.gradients + self.optimizer
 
 
@@ -151,6 +154,13 @@ def moments(config: TransformerConfig, held: Held, setting: Setting) -> dict[str
         for each in ranks
     ]
     return {name: max((each[name] for each in of_ranks), key=lambda moment: moment.peak) for name in of_ranks[0]}
+
+
+def main_memory(config: TransformerConfig, held: Held, setting: Setting) -> dict[str, float]:
+    """What a rank keeps in main memory instead of on its GPU, in words, and its bytes."""
+    inputs = config.num_layers * _Step(config, held, setting).stream if setting.offloads else 0.0
+    parts = {_PARTS["optimizer"]: held.offloaded, "the inputs of layers": inputs}
+    return {said: size for said, size in parts.items() if size}
 
 
 class _Step:

@@ -13,7 +13,7 @@ from fiddlehead.attention import Target
 from fiddlehead.models import Transformer, nf4
 from fiddlehead.plan.activations import Setting
 from fiddlehead.plan.cards import Card
-from fiddlehead.plan.memory import Held, Memory, memory
+from fiddlehead.plan.memory import Held, Memory, main_memory, memory
 from fiddlehead.plan.speed import Speed, speed
 from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
 from fiddlehead.training.distributed.sizes import Counted, Sizes
@@ -76,6 +76,11 @@ class Training:
         """Whether the frozen weights are in NF4."""
         return self.model.lora is not None and self.model.lora.quantize_base is not None
 
+    @property
+    def offloads_state(self) -> bool:
+        """Whether the optimizer's state is in main memory; optimizers that others wrote may have no such field."""
+        return bool(getattr(self.optim, "state_offloading", False))
+
     @cached_property
     def trained(self) -> Counted:
         """Those that are trained."""
@@ -95,10 +100,12 @@ class Training:
         frozen += stored * nf4.BITS / 8
         copied = isinstance(devices.strategy, DDPStrategy) and devices.gpus > 1
         operations, moved = optim.step_work(learned)
+        state, offloads = optim.state_bytes(learned, devices.precision), self.offloads_state
         return Held(
             parameters=frozen + each * trained + reference,
             gradients=each * trained,
-            optimizer=optim.state_bytes(learned, devices.precision),
+            optimizer=0 if offloads else state,
+            offloaded=state if offloads else 0,
             stepping=optim.step_bytes(learned, devices.precision),
             buckets=each * trained if copied else 0.0,
             step_operations=operations,
@@ -114,7 +121,8 @@ class Training:
             parameters=share * whole.parameters,
             gradients=trained * whole.gradients,
             optimizer=trained * whole.optimizer,
-            stepping=whole.stepping * (1 if self.optim.takes_whole_matrices else trained),
+            offloaded=trained * whole.offloaded,
+            stepping=whole.stepping * (1 if self.optim.takes_whole_matrices or self.offloads_state else trained),
             step_operations=whole.step_operations / sizes.pipeline,
             step_moved=whole.step_moved / sizes.pipeline,
         )
@@ -152,6 +160,10 @@ class Training:
     def memory(self, held: Held, setting: Setting) -> Memory:
         """The memory of the GPU that has the most."""
         return memory(self.transformer.config, held, setting)
+
+    def main_memory(self, held: Held, setting: Setting) -> dict[str, float]:
+        """What is in main memory instead of on the GPU, in words, and its bytes."""
+        return main_memory(self.transformer.config, held, setting)
 
     def speed(self, held: Held, setting: Setting, card: Card) -> Speed | None:
         """How fast such cards train; None if that is not known."""

@@ -118,6 +118,9 @@ def _memory(plan: TrainingPlan) -> list[str]:
     parts.append((memory.outside, "CUDA context, and the buffers of NCCL" if plan.world_size > 1 else "CUDA context"))
     lines += [f"{size / GIB:7.2f} GiB  {said}" for size, said in parts if size >= 0.005 * GIB]
     lines.append(state)
+    for said, size in plan.main_memory.items():
+        each = " for each device" if plan.world_size > 1 else ""
+        lines.append(f"{size / GIB:,.2f} GiB of main memory{each}: {said}")
     if plan.remedies:
         lines += ["what makes it fit:", *(f"  {remedy.row()}" for remedy in plan.remedies)]
     return lines

@@ -14,7 +14,7 @@ from typing import Any
 
 from fiddlehead.models import TransformerConfig, nf4
 from fiddlehead.plan.activations import Setting, computed_again, exchanged_keys, layer_weights, mlp_weights
-from fiddlehead.plan.cards import PCIE, Card
+from fiddlehead.plan.cards import MAIN_MEMORY, PCIE, Card
 from fiddlehead.plan.memory import Held
 from fiddlehead.plan.reached import REACHED, reached
 from fiddlehead.training.distributed.sizes import Sizes
@@ -113,9 +113,10 @@ def speed(
     # Parameters and states are read and written; gradients are read for the norm, read and scaled, and read again.
     # AdamW scales them where it reads them, but the rate was measured before it did.
     stepped = held.gradients if setting.adapters or setting.compares else held.parameters
-    moved = 2 * stepped + 4 * held.gradients + 2 * held.optimizer
+    moved = 2 * stepped + 4 * held.gradients + 2 * (held.optimizer + held.offloaded)
     optimizer = (moved + held.step_moved) / (card.bytes_per_s * part["optimizer"])
     optimizer += held.step_operations / (card.flops * part["products"])
+    optimizer = max(optimizer, held.offloaded / MAIN_MEMORY)  # it is copied both ways while pieces are computed
     links = _Links.of(card, part["link"], gpus_per_node)
     exchanged = links.seconds(work.exchanged())
     for link, seconds in links.seconds(work.passed_on()).items():  # behind attention, which it is a part of

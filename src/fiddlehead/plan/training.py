@@ -57,6 +57,8 @@ class TrainingPlan:
     """Parameters, gradients and optimizer state of one full copy, without activations."""
     device_gib: float
     """The part that each device holds."""
+    main_memory: dict[str, float]
+    """What each device's process keeps in main memory instead of on the GPU, in words, and its bytes."""
     data: DataPlan
     """What it trains and validates on."""
     optimizer: OptimizerPlan
@@ -202,9 +204,10 @@ def plan_training(
     parts = Training(model, transformer, data, devices, optim, attention.share(kernels, "flex"), device)
     whole = parts.whole
     gathered = sizes.gathered(parts.counted) * ((4 if devices.precision == "32-true" else 2) + 4)
-    memory, speed = None, None
+    memory, speed, in_main_memory = None, None, dict[str, float]()
     if on_gpu:
         memory, speed = memory_and_speed(parts, sizes, card)
+        in_main_memory = parts.main_memory(parts.held(sizes), parts.setting(sizes))
     short = memory is not None and card is not None and memory.fits(card.gib) != "fits"
     return TrainingPlan(
         config=config,
@@ -218,8 +221,9 @@ def plan_training(
         tokens_per_step=data.global_batch_size * data.seq_length,
         attention=kernels,
         mlp=mlp,
-        state_gib=whole.state / 2**30,
+        state_gib=(whole.state + whole.offloaded) / 2**30,
         device_gib=(parts.held(sizes).state + gathered) / 2**30,
+        main_memory=in_main_memory,
         data=data_plan(data, trainer, vocab_size=config.vocab_size or 0, data_parallel=sizes.data),
         optimizer=optimizer_plan(optim, trainer),
         memory=memory,
@@ -227,7 +231,8 @@ def plan_training(
         speed=speed,
         remedies=remedies(parts, card, speed) if short and card is not None else (),
         missing=lacking(model, data),
-        checkpoint_bytes=round(whole.gradients + whole.optimizer),  # a gradient is as large as its weight
+        # A gradient is as large as its weight.
+        checkpoint_bytes=round(whole.gradients + whole.optimizer + whole.offloaded),
     )
 
 

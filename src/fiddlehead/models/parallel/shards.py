@@ -87,7 +87,8 @@ class Layout:
         return torch.cat([whole.narrow(own.dim, each.start, each.size) for each in own.ranges], dim=own.dim)
 
     def gather(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the whole parameter; all processes call it together."""
+        """Returns the whole parameter; all processes call it together. The part may be in main memory."""
+        tensor = tensor.to(self.mesh.device_type)
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         own = self._shard(name)
         if own is None:

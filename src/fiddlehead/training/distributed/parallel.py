@@ -36,6 +36,7 @@ from fiddlehead.run.team import Team
 from fiddlehead.training.distributed.pipeline import FOLDED, Pipeline, Schedule, refuse_pipeline
 from fiddlehead.training.distributed.sizes import MESH, Sizes
 from fiddlehead.training.optim import Optim
+from fiddlehead.training.optim.offloaded import Offloaded
 
 
 class Parallel(ModelParallelStrategy):
@@ -361,8 +362,9 @@ class Parallel(ModelParallelStrategy):
             parameters = self._parameters_of(optimizer)
             if self.pipeline is not None:
                 saved = self.pipeline.own_state(saved, [name for name, _ in parameters], self._optim)
+            device = torch.device("cpu") if isinstance(optimizer, Offloaded) else None
             state = {
-                number: {key: _own_shard(parameters[number], value, layout) for key, value in values.items()}
+                number: {key: _own_shard(parameters[number], value, layout, device) for key, value in values.items()}
                 for number, values in saved["state"].items()
             }
             optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
@@ -391,8 +393,12 @@ class _CastByShards(MixedPrecision):
         return nullcontext()
 
 
-def _own_shard(named: tuple[str, torch.Tensor], stored: Any, layout: Layout) -> Any:
-    """This rank's part of an optimizer's value: a tensor of the parameter's shape is sharded like it."""
+def _own_shard(named: tuple[str, torch.Tensor], stored: Any, layout: Layout, device: torch.device | None = None) -> Any:
+    """This rank's part of an optimizer's value: a tensor of the parameter's shape is sharded like it.
+
+    Args:
+        device: where such a tensor is to be; None: where the parameter is.
+    """
     name, parameter = named
     if isinstance(stored, dict):
         return {key: value.load() if isinstance(value, StoredTensor) else value for key, value in stored.items()}
@@ -400,7 +406,7 @@ def _own_shard(named: tuple[str, torch.Tensor], stored: Any, layout: Layout) -> 
         return stored
     if stored.shape != layout.shape(name, parameter):
         return stored.load()
-    tensor = torch.empty_like(parameter, dtype=DTYPES[stored.dtype], requires_grad=False)
+    tensor = torch.empty_like(parameter, dtype=DTYPES[stored.dtype], device=device, requires_grad=False)
     sharding.read(name, tensor, stored, layout)
     return tensor
 

@@ -11,9 +11,11 @@ from torch import nn
 
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models.parallel import Layout
+from fiddlehead.recipe.resumable import Resumable
 from fiddlehead.training.distributed.sizes import Sizes
-from fiddlehead.training.optim.bfloat16_adamw import BFloat16AdamW
-from fiddlehead.training.optim.clipping_adamw import ClippingAdamW
+from fiddlehead.training.optim.bfloat16_adamw import BFloat16AdamW, OffloadedBFloat16AdamW
+from fiddlehead.training.optim.clipping_adamw import ClippingAdamW, OffloadedClippingAdamW
+from fiddlehead.training.optim.offloaded import PIECE, PIECES
 from fiddlehead.training.optim.optim import NOT_FUSED, FusedRows, Optim
 
 
@@ -24,9 +26,12 @@ class AdamW(Optim):
     Args:
         state_bits: the bits of each of the two moments. With 8 (Dettmers et al. 2022), they take a quarter of the
             memory and the losses differ a little; torchao implements this and compiles the step.
+        state_offloading: keep the moments, and with bfloat16 parameters the lower halves of the weights, in main
+            memory; each step copies them to the GPU and back. The losses are bit for bit the same.
     """
 
     state_bits: Literal[8, 32] = 32
+    state_offloading: Resumable[bool] = False
 
     @property
     def kind(self) -> str:
@@ -37,6 +42,8 @@ class AdamW(Optim):
         self, named_parameters: Sequence[tuple[str, nn.Parameter]], fused: FusedRows = NOT_FUSED
     ) -> torch.optim.Optimizer:
         """PyTorch's, which clips in its step; for bfloat16 ours, which keeps float32 weights; for 8 bits torchao's.
+
+        On a CPU the state is in main memory anyway.
 
         Raises:
             ConfigError: torchao is not installed.
@@ -51,9 +58,10 @@ class AdamW(Optim):
                 message = f"needs torchao: pip install 'fiddlehead[torchao]' ({error})"
                 raise ConfigError(Problem("optim.state_bits", 8, message)) from error
             return SavedAdamW8bit(groups, **settings)
+        offloads = self.state_offloading and any(parameter.is_cuda for parameter in parameters)
         if parameters and all(parameter.dtype == torch.bfloat16 for parameter in parameters):
-            return BFloat16AdamW(groups, **settings)
-        return ClippingAdamW(groups, **settings)
+            return (OffloadedBFloat16AdamW if offloads else BFloat16AdamW)(groups, **settings)
+        return (OffloadedClippingAdamW if offloads else ClippingAdamW)(groups, **settings)
 
     def share(
         self, optimizer: torch.optim.Optimizer, named_parameters: Sequence[tuple[str, nn.Parameter]], layout: Layout
@@ -86,14 +94,21 @@ class AdamW(Optim):
         return (10 if precision == "bf16-true" else 8) * sum(sizes)
 
     def step_bytes(self, named_parameters: Iterable[tuple[str, nn.Parameter]], precision: str) -> int:
-        """With 8-bit moments both of one parameter in float32."""
-        sizes = (parameter.numel() for _, parameter in named_parameters)
-        return 8 * max(sizes, default=0) if self.state_bits == 8 else 0
+        """With 8-bit moments both of one parameter in float32; with `state_offloading` the pieces that are copied."""
+        largest = max((parameter.numel() for _, parameter in named_parameters), default=0)
+        if self.state_offloading:
+            return PIECES * (10 if precision == "bf16-true" else 8) * min(PIECE, largest)
+        return 8 * largest if self.state_bits == 8 else 0
 
     def _refused(self) -> list[Problem]:
         problems = super()._refused()
         if self.state_bits not in (8, 32):
             problems.append(Problem("state_bits", self.state_bits, "", (8, 32)))
+        if not isinstance(self.state_offloading, bool):
+            problems.append(Problem("state_offloading", self.state_offloading, "must be True or False"))
+        elif self.state_offloading and self.state_bits == 8:
+            message = "moments of state_bits=8 stay on the GPU, where they take 2 bytes a parameter; set one of the two"
+            problems.append(Problem("state_offloading", True, message))
         return problems
 
 

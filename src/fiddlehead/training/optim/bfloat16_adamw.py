@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from fiddlehead.models.parallel import local
+from fiddlehead.training.optim.offloaded import KeepsState, Offloaded, Update
 from fiddlehead.training.optim.optim import loss_of
 
 
-class BFloat16AdamW(torch.optim.Optimizer):
+class BFloat16AdamW(KeepsState):
     """AdamW (Loshchilov & Hutter 2019) on float32 weights; the parameters are the upper half of their bits.
 
     A bfloat16 has 8 bits of precision: rounding would remove a step of less than 1/512 of a weight. Here each weight is
@@ -42,6 +43,7 @@ class BFloat16AdamW(torch.optim.Optimizer):
         """One step; the host does not wait for the device."""
         loss = loss_of(closure)
         gradient_factor, self.gradient_factor = self.gradient_factor, None
+        updates: list[Update] = []
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
@@ -49,18 +51,20 @@ class BFloat16AdamW(torch.optim.Optimizer):
             for parameter in parameters:
                 self._make_state(parameter)
             device = parameters[0].device
-            update = _kernel() if device.type == "cuda" else update_weight
-            step = self.state[parameters[0]]["step"] + 1
+            step = self.kept(parameters[0])["step"] + 1
             (beta1, beta2), lr = group["betas"], group["lr"]
             factors = [1.0, lr * group["weight_decay"], lr / (1 - beta1**step), (1 - beta2**step) ** 0.5]
             filled = [torch.full((), factor, dtype=torch.float32, device=device) for factor in factors]  # no copy
             scalars = torch.stack(filled if gradient_factor is None else [gradient_factor.float(), *filled[1:]])
             for parameter in parameters:
-                state = self.state[parameter]
+                state = self.kept(parameter)
                 state["step"] = step
                 tensors = [parameter, parameter.grad, state["low_bits"], state["exp_avg"], state["exp_avg_sq"]]
                 weight, gradient, low_bits, exp_avg, exp_avg_sq = (local(tensor).view(-1) for tensor in tensors)
-                update(weight, gradient, low_bits, exp_avg, exp_avg_sq, scalars, beta1, beta2, group["eps"])
+                flat = weight, gradient, low_bits, exp_avg, exp_avg_sq
+                updates.append(Update(*flat, scalars, beta1, beta2, group["eps"]))
+        if updates:
+            self.take(updates, _kernel() if updates[0].weight.is_cuda else update_weight)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -74,12 +78,16 @@ class BFloat16AdamW(torch.optim.Optimizer):
             self.state[parameter].update(moved)
 
     def _make_state(self, parameter: nn.Parameter) -> None:
-        state = self.state[parameter]
+        state = self.kept(parameter)
         if not state:
             state["step"] = 0
-            state["low_bits"] = torch.zeros_like(parameter)  # 16 bits, of a dtype that ranks can send each other
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+            state["low_bits"] = self.zeros(parameter, torch.bfloat16)  # a dtype that ranks can send each other
+            state["exp_avg"] = self.zeros(parameter, torch.float32)
+            state["exp_avg_sq"] = self.zeros(parameter, torch.float32)
+
+
+class OffloadedBFloat16AdamW(Offloaded, BFloat16AdamW):
+    """`BFloat16AdamW` with its state in main memory."""
 
 
 def update_weight(
