@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fiddlehead import environment
-from fiddlehead.environment import describe_environment
+from fiddlehead.environment import describe_environment, free_main_memory
 
 
 def git(directory: Path, *arguments: str, stdin: bytes | None = None) -> str:
@@ -32,6 +33,17 @@ def repository(tmp_path: Path) -> Path:
     git(directory, "add", ".")
     git(directory, "commit", "--quiet", "-m", "first")
     return directory
+
+
+def test_a_container_may_take_what_its_limit_leaves(tmp_path: Path) -> None:
+    whole = free_main_memory(tmp_path / "nothing")
+    assert whole == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+    files = {"max": "max", "current": str(2**30), "stat": f"anon 5\ninactive_file {2**29}"}
+    for name, text in files.items():
+        (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+    assert free_main_memory(tmp_path) == pytest.approx(whole, rel=0.2)
+    (tmp_path / "memory.max").write_text(f"{2**30 + 2**20}\n")  # files that were read can be read again
+    assert free_main_memory(tmp_path) == 2**20 + 2**29
 
 
 def test_the_revision_is_recorded(repository: Path) -> None:

@@ -55,6 +55,17 @@ def describe_environment(directory: Path) -> dict[str, Any]:
     }
 
 
+def free_main_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """The bytes of main memory that this process may still take: of the machine, or of its container (cgroup v2)."""
+    free = psutil.virtual_memory().available
+    try:
+        most, taken = ((cgroup / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        return free if most == "max" else min(free, int(most) - int(taken) + int(stat["inactive_file"]))
+    except (OSError, ValueError, KeyError):
+        return free
+
+
 def describe_machine(packages: Sequence[str]) -> dict[str, Any]:
     """The conditions of a measurement, as JSON values: the date, processors, GPUs, and versions of `packages`."""
     revision = _lines("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")

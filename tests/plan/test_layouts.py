@@ -216,7 +216,7 @@ def test_one_gpu_has_nothing_to_share() -> None:
         (1, 1, 1, 1)
     }
     with pytest.raises(ConfigError, match="no layout fits"):
-        found(recipe, CARDS["rtx4090"])
+        found(recipe, small(10.0))
 
 
 def test_what_the_optimizer_refuses_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,3 +294,13 @@ def _value(text: str) -> Any:
         return ast.literal_eval(text)
     except ValueError:
         return text
+
+
+def test_where_nothing_fits_the_optimizer_s_state_is_in_main_memory() -> None:
+    recipe = edited(llama.llama3_8b(), "trainer.devices=1", "trainer.num_nodes=1")
+    best, *others = found(recipe)
+    assert all(each.edits[0] == "optim.state_offloading=true" for each in (best, *others))
+    planned = launch.plan(edited(recipe, *best.edits), target="h100").training
+    assert (planned.verdict, planned.memory) == ("fits", best.memory)
+    with pytest.raises(ConfigError, match="no layout fits"):
+        found(edited(recipe, "optim=Muon"))

@@ -28,7 +28,7 @@ from fiddlehead.plan import attention
 from fiddlehead.plan.activations import Setting
 from fiddlehead.plan.attention_calls import calls_of
 from fiddlehead.plan.cards import CARDS, Card
-from fiddlehead.plan.memory import GIB, Held, Memory, memory, moments
+from fiddlehead.plan.memory import GIB, Held, Memory, main_memory, memory, moments
 from fiddlehead.plan.rank_memory import Devices, Training
 from fiddlehead.plan.speed import speed
 from fiddlehead.recipe import catalog
@@ -307,6 +307,17 @@ def test_inputs_in_main_memory_leave_the_gpu_two_of_them() -> None:
     peaks = [moments(config, held, replace(here, offloads=offloads))["last"].peak for offloads in (False, True)]
     one = 2 * 2**18 * config.hidden_size
     assert peaks[0] - peaks[1] == pytest.approx((config.num_layers - 2) * one)
+
+
+def test_what_is_in_main_memory_is_counted_for_each_rank() -> None:
+    config, held, setting, _, _ = parts_of("cp 1b 32k full")
+    there = replace(held, optimizer=0.0, offloaded=held.optimizer)
+    assert main_memory(config, held, setting) == {}
+    assert main_memory(config, there, setting) == {"optimizer state": held.optimizer}
+    inputs = 2 * config.num_layers * setting.tokens / 2 * config.hidden_size
+    assert main_memory(config, held, replace(setting, offloads=True)) == {"the inputs of layers": inputs}
+    peaks = [memory(config, each, setting).peak for each in (held, there)]
+    assert peaks[0] - peaks[1] == pytest.approx(held.optimizer)
 
 
 def test_a_loss_that_compares_answers_has_what_is_counted() -> None:

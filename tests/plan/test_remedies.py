@@ -17,6 +17,7 @@ from fiddlehead.recipes import gpt, llama, mistral
 
 KEEP = "model.activation_checkpointing=None"
 FULL = ["model.activation_checkpointing=full", "data.micro_batch_size=1"]
+WHOLE = [*FULL, "trainer.num_nodes=1", "trainer.precision=bf16-true"]
 CASES: dict[str, tuple[Any, list[str], str]] = {
     "a large micro-batch": (llama.llama3_8b, [KEEP, "data.micro_batch_size=4"], "h100"),
     "long sequences": (llama.llama3_8b_64k, [KEEP], "h100"),
@@ -24,6 +25,8 @@ CASES: dict[str, tuple[Any, list[str], str]] = {
     "float32": (llama.llama32_3b, ["trainer.devices=1", "trainer.precision=32-true", "data.seq_length=2048"], "l40s"),
     "few nodes": (mistral.mixtral_8x7b, ["trainer.num_nodes=2"], "h100"),
     "a very long sequence": (llama.llama32_1b, ["trainer.devices=1", "data.seq_length=524288", *FULL], "h100"),
+    "all of a model on one GPU": (llama.llama3_8b, [*WHOLE, "trainer.devices=1"], "h100"),
+    "a pair of GPUs": (llama.llama3_8b, [*WHOLE, "trainer.devices=2"], "l40s"),
     "copies": (gpt.gpt2_1p5b, ["trainer.strategy=ddp", "data.micro_batch_size=16"], "a100_40"),
 }
 
@@ -78,6 +81,18 @@ def test_tiles_main_memory_and_a_shared_sequence_are_remedies_for_long_sequences
     assert more.layout.edits == ("trainer.devices=4", "trainer.strategy.context_parallel=4")
     of_a_mixture = [edit for each in of("few nodes")[1].remedies for edit in each.layout.edits]
     assert not any(edit.startswith("model.tiled_mlp") for edit in of_a_mixture)  # it has none
+
+
+def test_an_optimizer_in_main_memory_lets_one_gpu_train_what_two_train() -> None:
+    recipe, now = of("all of a model on one GPU")
+    remedy = next(each for each in now.remedies if "optim.state_offloading=true" in each.layout.edits)
+    assert remedy.layout.edits == ("optim.state_offloading=true",)
+    planned = launch.plan(edited(recipe, *remedy.layout.edits), target="h100").training
+    assert planned.main_memory == {"optimizer state": 10 * planned.parameters}
+    assert planned.state_gib == pytest.approx(now.state_gib) and planned.checkpoint_bytes == now.checkpoint_bytes
+    assert now.device_gib - planned.device_gib == pytest.approx(10 * planned.parameters / 2**30)
+    assert any(line.endswith("GiB of main memory: optimizer state") for line in planned.sections()["memory"])
+    assert any("optim.state_offloading=true" in each.layout.edits for each in of("a pair of GPUs")[1].remedies)
 
 
 def test_edits_are_written_as_a_shell_takes_them() -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from fiddlehead.models.parallel import stages
 from fiddlehead.plan.activations import of_layer, of_tiled_layer
-from fiddlehead.plan.cards import CARDS
+from fiddlehead.plan.cards import CARDS, MAIN_MEMORY
+from fiddlehead.plan.memory import Held
 from fiddlehead.plan.reached import REACHED
 from fiddlehead.plan.speed import Speed, speed
 from fiddlehead.training.distributed.sizes import Sizes
@@ -81,6 +82,20 @@ def test_inputs_in_main_memory_cost_a_fifth_of_their_way_there_and_back() -> Non
     copied = 2 * 2 * config.num_layers * setting.tokens * config.hidden_size * setting.micro_batches
     assert there.links == {"main memory": pytest.approx(0.2 * copied / 25e9)}
     assert there.step == pytest.approx(here.step + there.links["main memory"])
+
+
+def test_a_state_in_main_memory_goes_both_ways_at_once_while_it_is_computed() -> None:
+    config, held, setting, _, _ = parts_of("1b b4 bf16-true")
+
+    def optimizer(held: Held) -> float:
+        found = speed(config, held, setting, CARDS["h100"], 4096, gpus=1, gpus_per_node=8)
+        assert found is not None
+        return found.optimizer
+
+    there = replace(held, optimizer=0.0, offloaded=held.optimizer)
+    assert optimizer(there) == pytest.approx(held.optimizer / MAIN_MEMORY) and optimizer(there) > 5 * optimizer(held)
+    little = replace(there, offloaded=held.optimizer / 1e4)  # of adapters
+    assert optimizer(little) == pytest.approx(optimizer(replace(held, optimizer=little.offloaded)))
 
 
 def test_a_ring_is_hidden_behind_the_attention_of_long_sequences() -> None:

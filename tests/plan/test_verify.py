@@ -38,9 +38,9 @@ def machine(monkeypatch: pytest.MonkeyPatch):
     return with_facts
 
 
-def planned(name: str, gib: float, gpus: int = 1) -> TrainingPlan:
+def planned(name: str, gib: float, gpus: int = 1, *edits: str) -> TrainingPlan:
     """The plan of a job whose GPU is such a device."""
-    recipe = apply_overrides(llama32_1b(), [f"trainer.devices={gpus}", "trainer.num_nodes=1"])
+    recipe = apply_overrides(llama32_1b(), [f"trainer.devices={gpus}", "trainer.num_nodes=1", *edits])
     return launch.plan(recipe, target=Card.of_device(name, int(gib * 2**30))).training
 
 
@@ -64,6 +64,17 @@ def test_memory_that_others_have_is_said(machine):
     machine(free=12.0)
     (said,) = differences(None, planned(*H100), GPU)
     assert said.startswith("12.0 GiB of the GPU are free, and the run needs ")
+
+
+def test_too_little_main_memory_is_said(machine, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(verify, "free_main_memory", lambda: 8 * 2**30)
+    plans = [planned(*H100, gpus, "optim.state_offloading=true") for gpus in (1, 2)]
+    assert differences(None, planned(*H100), GPU) == []
+    assert differences(None, plans[0], GPU) == ["8.0 GiB of main memory are free, and 9.2 GiB are needed"]
+    assert differences(None, plans[1], GPU) == []  # the other process has a machine of its own
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    (said,) = differences(None, plans[1], GPU)
+    assert said == "8.0 GiB of main memory are free, and 4.6 GiB are needed by each of 2 processes"
 
 
 def test_gpus_without_a_link_are_said(machine):

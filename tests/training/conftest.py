@@ -57,7 +57,7 @@ def make_parts(dataset: Path, runs: Path, **changes: Any) -> dict[str, Any]:
     start = take(init_from=None, lora=None, compile=None, activation_checkpointing=None, fp8=None, tiled_mlp=None)
     start |= take(activation_offloading=False, mlp_backend="auto")
     optim = changes.pop("optim", AdamW)
-    bits = take(state_bits=32) if optim is AdamW else {}
+    bits = take(state_bits=32, state_offloading=False) if optim is AdamW else {}
     made = {
         "model": LanguageModel(None if start["init_from"] else TransformerConfig(**config), **start),
         "data": PreTrainingDataModule(

@@ -18,7 +18,7 @@ from fiddlehead.plan import attention
 from fiddlehead.plan.attention_calls import calls_of
 from fiddlehead.plan.cards import Card
 from fiddlehead.plan.memory import Memory
-from fiddlehead.plan.rank_memory import Training
+from fiddlehead.plan.rank_memory import OFFLOADED, Training
 from fiddlehead.plan.speed import Speed
 from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
 from fiddlehead.training.distributed.sizes import Sizes
@@ -63,9 +63,12 @@ class Layout:
 def layouts(training: Training, card: Card) -> list[Layout]:
     """All layouts that fit with 5 % of the memory to spare, fastest first; none where memory or speed is not known.
 
-    Those that the model, the optimizer, the strategy or the attention kernels would refuse are left out.
+    If none fits, those with the optimizer's state in main memory. Layouts that the model, the optimizer, the strategy
+    or the attention kernels would refuse are left out.
     """
     found = [(each.speed.step, len(each.edits), each) for each in fitting(training, card) if each.speed is not None]
+    if not found and (offloaded := training.offloaded()) is not None:
+        return [replace(each, edits=(OFFLOADED, *each.edits)) for each in layouts(offloaded, card)]
     return [each for *_, each in sorted(found, key=lambda ranked: ranked[:2])]
 
 

@@ -18,7 +18,10 @@ from fiddlehead.plan.speed import Speed, speed
 from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
 from fiddlehead.training.distributed.sizes import Counted, Sizes
 from fiddlehead.training.frozen import halves_frozen
-from fiddlehead.training.optim import Optim
+from fiddlehead.training.optim import AdamW, Optim
+
+OFFLOADED = "optim.state_offloading=true"
+"""The edit of a recipe that makes `Training.offloaded`."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,13 @@ class Training:
     def offloads_state(self) -> bool:
         """Whether the optimizer's state is in main memory; optimizers that others wrote may have no such field."""
         return bool(getattr(self.optim, "state_offloading", False))
+
+    def offloaded(self) -> Training | None:
+        """The training with the optimizer's state in main memory; None if it is there, or cannot be."""
+        optim = self.optim
+        if not isinstance(optim, AdamW) or optim.state_bits != 32 or optim.state_offloading:
+            return None
+        return replace(self, optim=replace(optim, state_offloading=True))
 
     @cached_property
     def trained(self) -> Counted:

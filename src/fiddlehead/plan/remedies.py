@@ -10,7 +10,7 @@ from typing import Any
 
 from fiddlehead.plan.cards import Card
 from fiddlehead.plan.layouts import Layout, fitting
-from fiddlehead.plan.rank_memory import Training
+from fiddlehead.plan.rank_memory import OFFLOADED, Training
 from fiddlehead.plan.speed import Speed
 from fiddlehead.training import AdamW, PreferenceModel
 
@@ -48,8 +48,8 @@ def remedies(training: Training, card: Card, speed: Speed | None) -> tuple[Remed
     """The remedies on these GPUs with the fewest edits, the fastest first; then that with more GPUs, if it is as small.
 
     Of each kind, the fastest counts. Tried are another micro-batch, computing more again, other splits over the GPUs,
-    tiles of the feed-forward, layers' inputs in main memory, bfloat16 parameters and 8-bit moments. The global batch
-    stays as it is.
+    tiles of the feed-forward, layers' inputs or the optimizer's state in main memory, bfloat16 parameters and 8-bit
+    moments. The global batch stays as it is.
 
     Args:
         speed: of the training as it is.
@@ -87,13 +87,16 @@ def _rank(remedy: Remedy) -> tuple[float, float]:
 
 
 def _changed(training: Training) -> Iterator[tuple[list[str], Training]]:
-    """The training as it is, with fewer bits, and with less of its activations on the GPU."""
-    yield [], training
+    """The training as it is, with fewer bits, and with less of its state and its activations on the GPU."""
     devices, optim, model = training.devices, training.optim, training.model
-    for precision in {"32-true": ("bf16-mixed", "bf16-true"), "bf16-mixed": ("bf16-true",)}.get(devices.precision, ()):
+    precisions = {"32-true": ("bf16-mixed", "bf16-true"), "bf16-mixed": ("bf16-true",)}.get(devices.precision, ())
+    for precision in (devices.precision, *precisions):
+        edits = [] if precision == devices.precision else [f"trainer.precision={precision}"]
         changed = replace(training, devices=replace(devices, precision=precision))
-        yield [f"trainer.precision={precision}"], changed
-    if isinstance(optim, AdamW) and optim.state_bits == 32:
+        yield edits, changed
+        if (offloaded := changed.offloaded()) is not None:
+            yield [*edits, OFFLOADED], offloaded
+    if isinstance(optim, AdamW) and optim.state_bits == 32 and not optim.state_offloading:
         yield ["optim.state_bits=8"], replace(training, optim=replace(optim, state_bits=8))
     if isinstance(model, PreferenceModel):  # it has no such fields
         return

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
+from fiddlehead.environment import free_main_memory
 from fiddlehead.errors import refuse
 from fiddlehead.plan.cards import PCIE
 from fiddlehead.plan.refusals import refusals, standing
@@ -32,7 +35,7 @@ def differences(launched: Prediction | None, plan: TrainingPlan, device: torch.d
         said.append(f"the plan was for {launched.gpu}{had}, and this GPU is {card.name} with {card.gib:.1f} GiB")
     if launched is not None and launched.gpus != plan.world_size:
         said.append(f"the plan was for {launched.gpus} GPUs, and the run has {plan.world_size}")
-    return [*said, *_memory_taken(plan, device), *_slow_links(plan, device)]
+    return [*said, *_memory_taken(plan, device), *_main_memory_taken(plan), *_slow_links(plan, device)]
 
 
 def _memory_taken(plan: TrainingPlan, device: torch.device) -> list[str]:
@@ -44,6 +47,16 @@ def _memory_taken(plan: TrainingPlan, device: torch.device) -> list[str]:
     if free >= needed:
         return []
     return [f"{free:.1f} GiB of the GPU are free, and the run needs {needed:.1f}: `nvidia-smi` shows who has the rest"]
+
+
+def _main_memory_taken(plan: TrainingPlan) -> list[str]:
+    """Whether this machine has too little main memory for what its processes keep there instead of on their GPUs."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed, free = processes * sum(plan.main_memory.values()) / 2**30, free_main_memory() / 2**30
+    if free >= needed:
+        return []
+    each = f" by each of {processes} processes" if processes > 1 else ""
+    return [f"{free:.1f} GiB of main memory are free, and {needed / processes:.1f} GiB are needed{each}"]
 
 
 def _slow_links(plan: TrainingPlan, device: torch.device) -> list[str]:
