@@ -7,7 +7,6 @@ import random
 import sys
 import types
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,15 +15,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fiddlehead import tasks
 from fiddlehead.errors import ConfigError
 from fiddlehead.training.distributed.gradients import clip
-from fiddlehead.training.optim import AdamW, adamw
+from fiddlehead.training.optim import AdamW
 from fiddlehead.training.optim.bfloat16_adamw import BFloat16AdamW, OffloadedBFloat16AdamW, update_weight
 from fiddlehead.training.optim.clipping_adamw import ClippingAdamW, OffloadedClippingAdamW
-from fiddlehead.training.optim.offloaded import PIECE, PIECES, Offloaded
-from tests.training.conftest import KillAfter, Killed, Parts
-from tests.training.layouts import LAYOUTS, TRAINED, train_here
+from fiddlehead.training.optim.offloaded import PIECE, PIECES
 from tests.training.ranks import on_ranks
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -35,7 +31,6 @@ KINDS: dict[torch.dtype, tuple[Any, Any]] = {
     torch.bfloat16: (BFloat16AdamW, OffloadedBFloat16AdamW),
     torch.float32: (ClippingAdamW, OffloadedClippingAdamW),
 }
-LONG = pytest.mark.long
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -262,60 +257,6 @@ def states_of_shards() -> list[bool]:
 def test_shards_have_their_state_in_main_memory_as_on_the_device() -> None:
     for found in on_ranks(2, states_of_shards):
         assert len(found) > 40 and all(found)
-
-
-def tensors_of(checkpoint: Path) -> dict[str, bytes]:
-    files = {file.name: file.read_bytes() for file in checkpoint.glob("*.safetensors")}
-    assert any(name.startswith("optimizer") for name in files)
-    return files
-
-
-def offload(set_: Callable[[Any, str, Any], None] = setattr) -> list[Any]:
-    """Makes a CPU stand for a GPU, whose state is in main memory; notes its optimizers at each step."""
-    taken, take = [], Offloaded.take
-    set_(Offloaded, "take", lambda self, *others: (taken.append(self), take(self, *others)))
-    set_(adamw, "BFloat16AdamW", OffloadedBFloat16AdamW)
-    set_(adamw, "ClippingAdamW", OffloadedClippingAdamW)
-    set_(Offloaded, "piece", 50)
-    return taken
-
-
-@pytest.mark.parametrize("precision", ["bf16-true", "32-true"])
-def test_checkpoints_are_the_same_and_runs_go_on_from_either(
-    parts: Parts, monkeypatch: pytest.MonkeyPatch, precision: str
-) -> None:
-    settings = {"precision": precision, "state_offloading": False}
-    whole = tasks.pretrain(**parts(name="whole", **settings))
-    with pytest.raises(Killed):
-        tasks.pretrain(**parts(name="switched", callbacks=[KillAfter(5)], **settings))
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        taken = offload(patched.setattr)
-        changes = settings | {"state_offloading": True}
-        tasks.pretrain(**parts(name="switched", callbacks=[KillAfter(9)], **changes))
-    assert len(taken) == 5
-    switched = tasks.pretrain(**parts(name="switched", **settings))
-    for step in (8, 12):
-        folders = [run.checkpoints / f"step-{step:08d}" for run in (whole, switched)]
-        assert tensors_of(folders[0]) == tensors_of(folders[1])
-
-
-def train_offloaded(*arguments: Any, **changes: Any) -> None:
-    taken = offload()
-    train_here(*arguments, **changes)
-    assert len(taken) >= 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["fsdp-2", *(pytest.param(x, marks=LONG) for x in ("fsdp-2-tp-2", "pp-2-fsdp-2"))])
-def test_ranks_save_and_read_their_shards(dataset: Path, tmp_path: Path, layout: str) -> None:
-    devices, strategy = LAYOUTS[layout]
-    changes = TRAINED | {"devices": devices, "precision": "bf16-true", "every_n_steps": 4}
-    on_ranks(devices, train_here, strategy, dataset, tmp_path, name="whole", **changes)
-    for train, killed_after in ((train_offloaded, 5), (train_here, 9), (train_offloaded, None)):
-        on_ranks(devices, train, strategy, dataset, tmp_path, killed_after, name="switched", **changes)
-    for step in (4, 8, 12):
-        folders = [tmp_path / name / "checkpoints" / f"step-{step:08d}" for name in ("whole", "switched")]
-        assert tensors_of(folders[0]) == tensors_of(folders[1])
 
 
 @pytest.mark.gpu
