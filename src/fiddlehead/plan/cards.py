@@ -13,8 +13,8 @@ from fiddlehead.errors import ConfigError, Problem
 
 PCIE = 25e9
 """Bytes a second and direction between the GPUs of a node that have no NVLink, and between a GPU and main memory."""
-MAIN_MEMORY = 40e9
-"""Bytes a second and direction that go both ways at once between a GPU and pinned main memory."""
+MAIN_MEMORY = 43e9
+"""Bytes a second and direction between a GPU and pinned main memory, both ways at once, as measured on an H100."""
 ALIKE = 0.06
 """The part by which the memory of a device may differ from its card's; not all drivers reserve the same."""
 FORM = "NAME=GiB,TFLOPs,GB/s[,watts], such as mine=48,362,864,300"
