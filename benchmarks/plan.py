@@ -136,6 +136,9 @@ def fill() -> None:
     case("by hand 8b b1 8k full x4", "llama3_8b", true, full, batch=1, seq=8192, accumulate=4, data_parallel=2)
     by_sequence = {"batch": 1, "seq": 8192, "accumulate": 8, "context_parallel": 2}
     case("by hand 8b b1 8k selective cp x8", "llama3_8b", true, selective, **by_sequence)
+    by_state: dict[str, Any] = {"seq": 8192, "accumulate": 8, "data_parallel": 2}
+    case("fsdp 8b b2 8k selective x8 state offloaded", "llama3_8b", true, STATE, selective, batch=2, **by_state)
+    case("fsdp 8b b1 8k x8 state offloaded", "llama3_8b", true, STATE, batch=1, **by_state)
     case("fsdp 8b6 b2", "llama3_8b", LAYERS_8B, batch=2, data_parallel=2)
     case("tp 1b b4", "llama32_1b", tensor_parallel=2)
     case("tp 8b6 b4 full", "llama3_8b", LAYERS_8B, full, tensor_parallel=2)
