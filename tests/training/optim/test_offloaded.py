@@ -297,3 +297,6 @@ def test_what_cannot_be_offloaded_is_refused() -> None:
         AdamW(state_offloading=True, state_bits=8)
     with pytest.raises(ConfigError, match=r"^state_offloading='cpu': must be True or False"):
         AdamW(state_offloading="cpu")  # type: ignore[arg-type]
+    both = [(str(dtype), nn.Parameter(torch.zeros(2, dtype=dtype))) for dtype in (torch.float32, torch.bfloat16)]
+    with pytest.raises(ConfigError, match=r"the parameters are bfloat16, float32; must be all float32 or all bfloat16"):
+        AdamW(state_offloading=True).optimizer(both)

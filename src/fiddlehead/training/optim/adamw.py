@@ -46,10 +46,15 @@ class AdamW(Optim):
         On a CPU the state is in main memory anyway.
 
         Raises:
-            ConfigError: torchao is not installed.
+            ConfigError: torchao is not installed, or the state of these parameters cannot be in main memory.
         """
         parameters = [parameter for _, parameter in named_parameters]
         groups = self.groups(parameters)
+        dtypes = {parameter.dtype for parameter in parameters}
+        if self.state_offloading and dtypes and dtypes not in ({torch.float32}, {torch.bfloat16}):
+            found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            message = f"the parameters are {found}; must be all float32 or all bfloat16"
+            raise ConfigError(Problem("optim.state_offloading", True, message))
         settings: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "eps": self.eps}
         if self.state_bits == 8:
             try:
@@ -59,7 +64,7 @@ class AdamW(Optim):
                 raise ConfigError(Problem("optim.state_bits", 8, message)) from error
             return SavedAdamW8bit(groups, **settings)
         offloads = self.state_offloading and any(parameter.is_cuda for parameter in parameters)
-        if parameters and all(parameter.dtype == torch.bfloat16 for parameter in parameters):
+        if dtypes == {torch.bfloat16}:
             return (OffloadedBFloat16AdamW if offloads else BFloat16AdamW)(groups, **settings)
         return (OffloadedClippingAdamW if offloads else ClippingAdamW)(groups, **settings)
 
