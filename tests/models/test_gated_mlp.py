@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fiddlehead.attention import Package, Target
@@ -154,6 +155,36 @@ def test_compiled_it_is_the_same_and_keeps_no_copy_of_weights(definitions: None,
     given = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     before = 24 * 80 * 2  # what the first product gave
     assert sum(size for pointer, size in kept.items() if pointer not in given) == (0 if again else before)
+
+
+def test_compiled_the_second_product_is_not_computed_again(definitions: None) -> None:
+    inputs = tensors(6, 4, C=16, width=40, dtype=torch.bfloat16)
+
+    def compute(*inputs: torch.Tensor) -> torch.Tensor:
+        return checkpoint(fused, *inputs, use_reentrant=False)
+
+    compiled = torch.compile(compute, fullgraph=True, backend="aot_eager_decomp_partition")
+    with Products() as forward:  # not compiled, because the compiler does not work in such a block
+        compute(*inputs)
+    y = compiled(*inputs)
+    with Products() as backward:
+        torch.autograd.grad(y, inputs, drawn_like(y))
+    assert forward.shapes == [(24, 16)]  # those of operators are not seen
+    assert sorted(backward.shapes) == [(16, 40), (80, 16)]  # the gradients of w2 and w1
+
+
+class Products(TorchDispatchMode):
+    """Notes the shapes of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default:
+            self.shapes.append(tuple(out.shape))
+        return out
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def logits_gradient(case: str) -> int:
     Now it overwrites them. On an H200, "1b b8" took 59.18 GiB before and 58.22 after.
     """
     config, _, setting, *_ = parts_of(case)
-    if not setting.compiled or setting.compares or "state offloaded" in case:
+    if not setting.compiled or setting.compares or any(word in case for word in ("state offloaded", "nf4")):
         return 0
     return setting.of_products * min(setting.tokens, CHUNK_TOKENS) * (config.vocab_size or 0)
 

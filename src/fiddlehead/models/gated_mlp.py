@@ -148,35 +148,39 @@ def gated_mlp(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, group: Group 
         group: processes that share F: each has so many rows of `gate` and of `up`, and columns of `w2`.
     """
     dtype = product_dtype(x)
-    of_products = x.to(dtype), w1.to(dtype), w2.to(dtype)
-    if group is not None:
-        return _SharedMlp.apply(*of_products, group)
-    y, _ = _mlp_op(of_products[0].flatten(0, -2), *of_products[1:])
-    return y.view(x.shape)
+    return _GatedMlp.apply(x.to(dtype), w1.to(dtype), w2.to(dtype), group)
 
 
-class _SharedMlp(torch.autograd.Function):
-    """The whole sequences go through; as in `collectives.linear_of_whole`, the backward pass gathers them again."""
+class _GatedMlp(torch.autograd.Function):
+    """Keeps the first product's output. Processes that share F gather whole sequences, in the backward pass again.
+
+    Only the first product is an operator, so that where a compiled layer is computed again, the second one is not.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, group: Group) -> torch.Tensor:
-        whole = end(start_gather(x, group))
-        y, before = _mlp_op(whole.flatten(0, 1), w1, w2)
+    def forward(ctx: Any, x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, group: Group | None) -> torch.Tensor:
+        whole = x if group is None else end(start_gather(x, group))
+        before, activated = _product_op(whole.flatten(0, -2), w1)
         ctx.save_for_backward(x, w1, w2, before)
         ctx.group = group
-        return end(start_reduce_scatter(y.view(whole.shape), group))
+        y = (activated @ w2.T).view(whole.shape)
+        return y if group is None else end(start_reduce_scatter(y, group))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (dy,), (x, w1, w2, before), group = grads, ctx.saved_tensors, ctx.group
-        whole_dy = end(start_gather(dy, group))
-        whole = start_gather(x, group)  # while the next two products are computed
-        rows = whole_dy.flatten(0, 1)
+        _, wants_w1, wants_w2, _ = ctx.needs_input_grad
+        if group is not None:
+            dy = end(start_gather(dy, group))
+            x = start_gather(x, group)  # while the next two products are computed
+        rows = dy.flatten(0, -2)
         dx, dbefore, activated = _gradient_op(rows, w1, w2, before)
-        dx = start_reduce_scatter(dx.view(whole_dy.shape), group)
-        dw2 = rows.T @ activated
-        dw1 = _deinterleaved(dbefore.T @ end(whole).flatten(0, 1))
-        return end(dx), dw1, dw2, None
+        dx = dx.view(dy.shape)
+        if group is not None:
+            dx, x = start_reduce_scatter(dx, group), end(x)
+        dw2 = rows.T @ activated if wants_w2 else None
+        dw1 = _deinterleaved(dbefore.T @ x.flatten(0, -2)) if wants_w1 else None
+        return dx if group is None else end(dx), dw1, dw2, None
 
 
 def _interleaved(w1: torch.Tensor) -> torch.Tensor:
@@ -191,31 +195,15 @@ def _deinterleaved(w1: torch.Tensor) -> torch.Tensor:
 # The compiler calls operators and does not look into them. The backward pass interleaves the weights in its operator:
 # the compiler would do it in the forward pass and keep them, even where FSDP frees the weights that it has gathered.
 @torch.library.custom_op(
-    "fiddlehead::gated_mlp", mutates_args=(), schema="(Tensor x, Tensor w1, Tensor w2) -> (Tensor y, Tensor before)"
+    "fiddlehead::gated_product", mutates_args=(), schema="(Tensor x, Tensor w1) -> (Tensor before, Tensor activated)"
 )
-def _mlp_op(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    before, activated = _product(x.contiguous(), w1.contiguous())
-    return activated @ w2.T, before
+def _product_op(x: torch.Tensor, w1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _product(x.contiguous(), w1.contiguous())
 
 
-@_mlp_op.register_fake
-def _(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], w1.shape[0])
-
-
-def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # `before` has no gradient, and zeros in its place would be as large
-    ctx.save_for_backward(*inputs, output[1])
-
-
-def _gradients(ctx: Any, dy: torch.Tensor, _: None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    x, w1, w2, before = ctx.saved_tensors
-    dx, dbefore, activated = _gradient_op(dy, w1, w2, before)
-    _, wants_w1, wants_w2 = ctx.needs_input_grad
-    return dx, _deinterleaved(dbefore.T @ x) if wants_w1 else None, dy.T @ activated if wants_w2 else None
-
-
-_mlp_op.register_autograd(_gradients, setup_context=_save)
+@_product_op.register_fake
+def _(x: torch.Tensor, w1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape[0], w1.shape[0]), x.new_empty(x.shape[0], w1.shape[0] // 2)
 
 
 @torch.library.custom_op(

@@ -29,6 +29,8 @@ class Setting:
     """How many of them are accumulated in a step."""
     adapters: bool = False
     """Only adapters are trained; in mixed precision the rest is bfloat16."""
+    adapted: int = 0
+    """The inputs and outputs of all layers that have adapters, in values of a token."""
     compares: bool = False
     """Preferences are learned: each micro-batch first passes through the reference, and the loss has all logits."""
     quantizes: bool = False

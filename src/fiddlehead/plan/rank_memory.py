@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from fiddlehead.attention import Target
 from fiddlehead.models import Transformer, nf4
+from fiddlehead.models.lora import LoRALinear
 from fiddlehead.plan.activations import Setting
 from fiddlehead.plan.cards import Card
 from fiddlehead.plan.memory import Held, Memory, main_memory, memory
@@ -78,6 +79,14 @@ class Training:
     def quantizes(self) -> bool:
         """Whether the frozen weights are in NF4."""
         return self.model.lora is not None and self.model.lora.quantize_base is not None
+
+    @cached_property
+    def adapted(self) -> int:
+        """As `Setting.adapted`."""
+        if self.model.lora is None:
+            return 0
+        layers = [module for module in self.transformer.modules() if isinstance(module, LoRALinear)]
+        return sum(layer.in_features + layer.out_features for layer in layers)
 
     @property
     def offloads_state(self) -> bool:
@@ -151,6 +160,7 @@ class Training:
             offloads=model.offloads,
             micro_batches=micro_batches or data.accumulate_grad_batches(sizes.data),
             adapters=model.lora is not None,
+            adapted=self.adapted,
             compares=isinstance(model, PreferenceModel),
             quantizes=self.quantizes,
             sizes=sizes if self.devices.cut else None,

@@ -22,6 +22,9 @@ from fiddlehead.training.distributed.sizes import Sizes
 FUSED = 0.65
 """The part of SwiGLU's time that remains where quack's products apply it, of which one then takes longer, as two
 arms of `benchmarks/results/train_mlp.json` have it."""
+ADAPTED = 2
+"""The values that an adapter moves for each value of its layer's input and output, as four measured steps have it.
+Counted one by one there are twice as many, of which the GPU's cache may have some."""
 HIDDEN = 0.9
 """The part of a computation's time behind which an exchange can be."""
 INFINIBAND = 50e9
@@ -264,6 +267,8 @@ class _Work:
         matrices = 3 if config.gated else 2
         self.in_tiles = 2 * self.layers * self.tokens * matrices * config.hidden_size * self.F
         """Operations of the forward pass of the feed-forward."""
+        self.in_second = self.in_tiles / matrices
+        """Those of its second product."""
         by_compiler = isinstance(setting.recompute, int | float) and setting.recompute < 1
         self.chosen = computed_again(config, setting, sizes) if by_compiler else (0.0, False)
         """The part of the layers' products that the compiler has computed again, and whether it has attention."""
@@ -273,7 +278,10 @@ class _Work:
         """Seconds of matrix products. The loss has those of both passes in the forward pass."""
         recompute, again = self.setting.recompute, 0.0
         if recompute == "full":
-            again = self.in_layers
+            # The backward pass of a layer without a norm after its second product does not need what that gives.
+            ended = self.setting.tiled_mlp is None and self.config.norm_placement == "pre"
+            dense = self.config.num_moe_experts is None
+            again = self.in_layers - (self.in_second if ended and dense else 0.0)
         elif self.setting.tiled_mlp is not None:
             again = self.in_tiles
         else:
@@ -313,6 +321,7 @@ class _Work:
         values = self.layers * (forward + backward + again)
         if not setting.compiled:  # each operation reads and writes by itself
             values *= 2.6 if setting.of_weights == 4 else 2.0
+        values += ADAPTED * setting.adapted * self.layers / self.config.num_layers
         # Compiled, it hides beside the head's products.
         logits = 3 if self.head and not setting.compiled else 0
         weights = self._of_weights()
