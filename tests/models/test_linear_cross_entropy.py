@@ -100,6 +100,16 @@ def test_logits_far_from_0_have_a_loss_and_a_gradient_too(offset: float, close: 
     assert float((gradient - expected).norm() / expected.norm()) < close
 
 
+def test_a_label_whose_probability_rounds_to_0_has_its_loss() -> None:
+    logits = torch.tensor([[0.0, 500.0, 499.0], [3.0, -400.0, 3.0]])
+    nats, gradient = nats_and_gradient(logits, torch.tensor([0, 1]), 1.0, None, -100)
+    exact = logits.double().requires_grad_()
+    loss = F.cross_entropy(exact, torch.tensor([0, 1]), reduction="sum")
+    (expected,) = torch.autograd.grad(loss, exact)
+    assert float(nats) == pytest.approx(float(loss.detach()), rel=1e-6)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-6, atol=1e-30)
+
+
 def test_autocast_makes_the_products_narrow_and_the_gradients_wide() -> None:
     x, weight, labels = operands(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -102,17 +102,23 @@ def nats_and_gradient(
     counts = (labels != ignore_index)[:, None]
     target = torch.where(counts, labels[:, None], 0)
     highest, at_target = z.amax(dim=-1, keepdim=True), z.gather(1, target)
-    # The compiler reads the logits once for both of these, and three times in all for a logsumexp and the gradient.
-    total = highest + (z - highest).exp_().sum(dim=-1, keepdim=True).log_()
+    probabilities = None
+    if z.is_cpu and not torch.compiler.is_compiling():
+        # A kernel that takes a fraction of the time of its parts. The highest probability is at least 1 / V.
+        probabilities = torch.softmax(z, dim=-1)
+        total = highest - probabilities.amax(dim=-1, keepdim=True).log_()
+    else:
+        # The compiler reads the logits once for both of these, and three times in all for a logsumexp and the gradient.
+        total = highest + (z - highest).exp_().sum(dim=-1, keepdim=True).log_()
     nats = torch.where(counts, total - at_target, 0.0).sum()
 
     def through_scaling(gradient: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        gradient = gradient * (counts * scale)
+        gradient = gradient.mul_(counts * scale)
         return gradient if softcap is None else gradient * (1 - (z / softcap).square())
 
     # The probability of the label is close to 1 where much was learned: 1 less is worked out before it is rounded.
     of_target = through_scaling((at_target - total).expm1(), at_target).to(logits.dtype)
-    gradient = through_scaling((z - total).exp(), z).to(logits.dtype)
+    gradient = through_scaling((z - total).exp_() if probabilities is None else probabilities, z).to(logits.dtype)
     if not torch.compiler.is_compiling():
         return nats, gradient.scatter_(1, target, of_target)
     column = torch.arange(logits.shape[1], device=logits.device)

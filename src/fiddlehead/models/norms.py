@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from fiddlehead.models.config import TransformerConfig
 
@@ -14,7 +17,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., size) to the same, in x's dtype."""
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)  # autocast would leave it in float32
+        return _normed(x.to(self.weight.dtype), self.weight, self.eps).to(x.dtype)  # autocast would leave it in float32
 
 
 class ZeroCenteredRMSNorm(nn.Module):
@@ -27,7 +30,7 @@ class ZeroCenteredRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., size) to the same, in float32 inside: 1 + weight would lose what bfloat16 holds near 0."""
-        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+        return _normed(x.float(), 1 + self.weight.float(), self.eps).to(x.dtype)
 
 
 def norm(config: TransformerConfig) -> nn.Module:
@@ -41,3 +44,36 @@ def rms_norm(config: TransformerConfig, size: int) -> nn.Module:
     """An RMSNorm of `size` channels."""
     kind = ZeroCenteredRMSNorm if config.layernorm_zero_centered_gamma else RMSNorm
     return kind(size, eps=config.layernorm_epsilon)
+
+
+def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float | None) -> torch.Tensor:
+    """`F.rms_norm`, which on a CPU is many operations with gradients of their own."""
+    on_cpu = x.is_cpu and x.dtype == weight.dtype == torch.float32 and eps is not None
+    if on_cpu and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")):
+        return _RMSNormOnCPU.apply(x, weight, eps)  # type: ignore[return-value]
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+class _RMSNormOnCPU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        factor = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        normed = x * factor
+        ctx.save_for_backward(normed, weight, factor)
+        return normed * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grad_outputs
+        normed, weight, factor = ctx.saved_tensors
+        size = weight.numel()
+        along = (grad * normed).reshape(-1, size)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            through_factor = (along @ weight).view(factor.shape).div_(-size)
+            grad_x = (grad * weight).addcmul_(normed, through_factor).mul_(factor)
+        if ctx.needs_input_grad[1]:
+            grad_weight = along.sum(dim=0)
+        return grad_x, grad_weight, None
