@@ -1,20 +1,24 @@
 """One training step of fiddlehead's Transformer against litgpt's GPT and Hugging Face's Llama, on a CPU.
 
-The three have the same shape, initial weights, loss function and fused AdamW, and the script checks that their losses
-agree. They take turns step by step.
+The three have the same shape, initial weights, loss and fused AdamW, and the script checks that their losses agree.
+fiddlehead computes its loss as in a run, the others with PyTorch's cross-entropy. They take turns step by step, in a
+process that keeps freed memory, as a run does: otherwise chance decides which of them has page faults.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 
+import kinds
 import torch
 import torch.nn.functional as F
 from measure import Spread, alternate, ratio, save, table
 from torch import nn
 
 from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.training.freed_memory import freed_memory_kept
 
 SHAPES = {
     # Shape, sequences a step, tokens a sequence.
@@ -47,7 +51,8 @@ SHAPES = {
     ),
 }
 
-Logits = Callable[[torch.Tensor], torch.Tensor]
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Tokens and the labels at their places, (B, T) each, to the mean cross-entropy."""
 
 
 def main() -> None:
@@ -56,30 +61,38 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--rounds", type=int, default=20, help="steps of each model")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--profile", action="store_true", help="list each model's slowest operations instead")
+    parser.add_argument("--cpu-time", action="store_true", help="measure CPU time, with --threads 1")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes instead, with --threads 1")
     arguments = parser.parse_args()
+    if (arguments.cpu_time or arguments.profile) and arguments.threads != 1:
+        parser.error("--cpu-time and --profile need --threads 1: threads that wait for others take CPU time too")
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
 
     config, batch_size, seq_length = SHAPES[arguments.shape]
     tokens = torch.randint(config.vocab_size or 0, (batch_size, seq_length + 1))
     ours = Transformer(config)
-    models: dict[str, tuple[nn.Module, Logits]] = {
-        "fiddlehead": (ours, ours),
+    models: dict[str, tuple[nn.Module, Loss]] = {
+        "fiddlehead": (ours, lambda inputs, labels: ours(inputs, labels=labels) / labels.numel()),
         "litgpt": litgpt_twin(ours, seq_length),
         "transformers": hugging_face_twin(ours, seq_length),
     }
     check_same_loss(models, tokens)
-    steps = {name: training_step(model, logits, tokens) for name, (model, logits) in models.items()}
+    steps = {name: training_step(model, loss, tokens) for name, (model, loss) in models.items()}
     for step in steps.values():
         step()  # the first step allocates gradients and moments
         step()
     if arguments.profile:
-        for name, step in steps.items():
-            print(f"\n{name}\n{profile(step)}")
+        milliseconds = kinds.measure(steps, arguments.rounds) | kinds.alone(config, batch_size, seq_length)
+        rows = [[kind, *(f"{each.get(kind, 0):.1f}" for each in milliseconds.values())] for kind in kinds.KINDS]
+        totals = ["together", *(f"{sum(each.values()):.1f}" for each in milliseconds.values())]
+        print(table(["ms a step", *milliseconds], [*rows, totals]))
+        figures = {"shape": arguments.shape, "rounds": arguments.rounds, "milliseconds": milliseconds}
+        save(f"step_kinds_{arguments.shape}", figures, ["torch", "litgpt", "transformers"])
         return
 
-    seconds = alternate(steps, arguments.rounds)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    seconds = alternate(steps, arguments.rounds, clock)
     spreads = {name: Spread.of(values) for name, values in seconds.items()}
     ratios = {name: ratio(seconds["fiddlehead"], values) for name, values in seconds.items()}
     tokens_per_step = batch_size * seq_length
@@ -94,28 +107,37 @@ def main() -> None:
         "parameters": parameters,
         "tokens_per_step": tokens_per_step,
         "threads": arguments.threads,
+        "clock": clock.__name__,
         "rounds": arguments.rounds,
         "seconds_per_step": spreads,
         "fiddlehead_over": ratios,
     }
-    save(f"step_{arguments.shape}", figures, ["torch", "litgpt", "transformers"])
+    save(
+        f"step_{arguments.shape}{'_cpu_time' if arguments.cpu_time else ''}",
+        figures,
+        ["torch", "litgpt", "transformers"],
+    )
 
 
-def training_step(model: nn.Module, logits: Logits, tokens: torch.Tensor) -> Callable[[], None]:
+def training_step(model: nn.Module, loss: Loss, tokens: torch.Tensor) -> Callable[[], None]:
     """A function that trains `model` for a step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     def step() -> None:
-        loss = F.cross_entropy(logits(inputs).flatten(0, 1), labels.flatten())
-        loss.backward()
+        loss(inputs, labels).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def litgpt_twin(ours: Transformer, seq_length: int) -> tuple[nn.Module, Logits]:
+def of_logits(logits: Callable[[torch.Tensor], torch.Tensor]) -> Loss:
+    """The loss of a model by PyTorch's cross-entropy of all its logits."""
+    return lambda inputs, labels: F.cross_entropy(logits(inputs).flatten(0, 1), labels.flatten())
+
+
+def litgpt_twin(ours: Transformer, seq_length: int) -> tuple[nn.Module, Loss]:
     """litgpt's GPT with the same weights."""
     from litgpt.config import Config
     from litgpt.model import GPT
@@ -160,10 +182,10 @@ def litgpt_twin(ours: Transformer, seq_length: int) -> tuple[nn.Module, Logits]:
         weights |= {f"transformer.h.{i}.{name}.weight": weight for name, weight in names.items()}
     gpt.load_state_dict(weights)
     gpt.lm_head.weight = gpt.get_parameter("transformer.wte.weight")
-    return gpt, gpt
+    return gpt, of_logits(gpt)
 
 
-def hugging_face_twin(ours: Transformer, seq_length: int) -> tuple[nn.Module, Logits]:
+def hugging_face_twin(ours: Transformer, seq_length: int) -> tuple[nn.Module, Loss]:
     """Hugging Face's Llama, with its SDPA attention, and the same weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -208,27 +230,17 @@ def hugging_face_twin(ours: Transformer, seq_length: int) -> tuple[nn.Module, Lo
         }
         weights |= {f"model.layers.{i}.{name}.weight": weight for name, weight in names.items()}
     llama.load_state_dict(weights)
-    return llama, lambda tokens: llama(tokens).logits
+    return llama, of_logits(lambda tokens: llama(tokens).logits)
 
 
-def check_same_loss(models: dict[str, tuple[nn.Module, Logits]], tokens: torch.Tensor) -> None:
+def check_same_loss(models: dict[str, tuple[nn.Module, Loss]], tokens: torch.Tensor) -> None:
     """Ends the benchmark unless the models compute the same: timings of different work compare nothing."""
     with torch.no_grad():
-        losses = {
-            name: float(F.cross_entropy(logits(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()))
-            for name, (_, logits) in models.items()
-        }
+        losses = {name: float(loss(tokens[:, :-1], tokens[:, 1:])) for name, (_, loss) in models.items()}
     if max(losses.values()) - min(losses.values()) > 1e-4:
         raise SystemExit(f"the models differ: {losses}")
 
 
-def profile(step: Callable[[], None], steps: int = 5) -> str:
-    """The slowest operations of a few steps."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        for _ in range(steps):
-            step()
-    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=18, max_name_column_width=44)
-
-
 if __name__ == "__main__":
-    main()
+    with freed_memory_kept():
+        main()
