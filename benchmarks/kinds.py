@@ -15,7 +15,7 @@ from torch import nn
 from fiddlehead.attention import attend
 from fiddlehead.models import TransformerConfig
 
-KINDS = (
+KINDS: tuple[str, ...] = (
     "matrix products",
     "attention",
     "norms",
@@ -132,7 +132,7 @@ def _labelled() -> Iterator[None]:
 
 def _by_kind(profiler: torch.profiler.profile, milliseconds: float) -> dict[str, float]:
     """The time of a step's events by kind; the rest of `milliseconds` is between them."""
-    events = sorted(profiler.events() or (), key=lambda event: event.time_range.start)
+    events: list[Any] = sorted(profiler.events() or (), key=lambda event: event.time_range.start)
     # Of the events with a sequence number, the last one in the forward pass made autograd's node.
     made_by = {event.sequence_nr: event for event in events if event.sequence_nr >= 0 and not _node(event)}
     found = dict.fromkeys(KINDS, 0.0)

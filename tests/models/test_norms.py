@@ -19,7 +19,7 @@ def exact(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(3, 5, 48), (2, 4, 3, 32), (7, 1), (1, 9), (5000, 16), (0, 8)])
 @pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (1e-4, 0.0), (1e3, 1e3)])
 def test_output_and_gradients_are_those_of_float64(
-    kind: type[nn.Module], shape: tuple[int, ...], scale: float, offset: float
+    kind: type[RMSNorm | ZeroCenteredRMSNorm], shape: tuple[int, ...], scale: float, offset: float
 ) -> None:
     torch.manual_seed(0)
     norm = kind(shape[-1], eps=EPS)
@@ -41,7 +41,7 @@ def test_output_and_gradients_are_those_of_float64(
 
 
 @pytest.mark.parametrize("kind", [RMSNorm, ZeroCenteredRMSNorm])
-def test_a_view_and_another_layout_have_the_same_gradients(kind: type[nn.Module]) -> None:
+def test_a_view_and_another_layout_have_the_same_gradients(kind: type[RMSNorm | ZeroCenteredRMSNorm]) -> None:
     torch.manual_seed(0)
     norm = kind(16, eps=EPS)
     nn.init.normal_(norm.weight)
