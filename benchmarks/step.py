@@ -2,7 +2,7 @@
 
 The three have the same shape, initial weights, loss and fused AdamW, and the script checks that their losses agree.
 fiddlehead computes its loss as in a run, the others with PyTorch's cross-entropy. They take turns step by step, in a
-process that keeps freed memory, as a run does: otherwise chance decides which of them has page faults.
+process that keeps freed memory: otherwise chance decides which of them has page faults.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from collections.abc import Callable
 import kinds
 import torch
 import torch.nn.functional as F
-from measure import Spread, alternate, ratio, save, table
+from measure import Spread, alternate, keep_freed_memory, ratio, save, table
 from torch import nn
 
 from fiddlehead.models import Transformer, TransformerConfig
-from fiddlehead.training.freed_memory import freed_memory_kept
 
 SHAPES = {
     # Shape, sequences a step, tokens a sequence.
@@ -242,5 +241,5 @@ def check_same_loss(models: dict[str, tuple[nn.Module, Loss]], tokens: torch.Ten
 
 
 if __name__ == "__main__":
-    with freed_memory_kept():
-        main()
+    keep_freed_memory()
+    main()
