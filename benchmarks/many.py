@@ -126,6 +126,8 @@ def timed(devices: int) -> dict[str, tuple[str, int, list[str]]]:
     cases["llama3_8b on 4, as the search finds"] = "llama3_8b", 4, [*half, *found]
     cases["llama3_8b on 4, nothing recomputed"] = "llama3_8b", 4, [*half, *one, "model.activation_checkpointing=None"]
     cases["llama3_8b on 4, fp8"] = "llama3_8b", 4, [*half, *one, "model.fp8=tensorwise"]
+    gathered = ["model.fp8=tensorwise", "model.fp8_all_gather=true"]
+    cases["llama3_8b on 4, fp8 gathered"] = "llama3_8b", 4, [*half, *one, *gathered]
     for count, recompute in ((4, "full"), (8, "selective")):
         cases[f"llama31_8b_128k, cp {count}"] = (
             "llama31_8b_128k",
@@ -396,7 +398,8 @@ def _shrink(recipe: Recipe) -> None:
     for field, value in {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 128, "vocab_size": 300}.items():
         setattr(config, field, value)
     config.num_attention_heads, config.num_query_groups = 8, 4
-    recipe.trainer.accelerator, recipe.model.compile, recipe.model.fp8 = "cpu", None, None
+    recipe.trainer.accelerator, recipe.model.compile = "cpu", None
+    recipe.model.fp8, recipe.model.fp8_all_gather = None, False
     recipe.data.seq_length = 64
 
 

@@ -83,7 +83,7 @@ def main() -> None:
 def alike(arm: str) -> tuple[str, ...]:
     """What arms have in common whose losses are the same: the batch, the precision and the options that change them."""
     _, batch, precision, *more = arm.split(":")
-    changing = ("accumulate", "shape", "fp8", "devices", "context_parallel")
+    changing = ("accumulate", "shape", "fp8", "fp8_all_gather", "devices", "context_parallel")
     return batch, precision, *(option for option in ",".join(more).split(",") if option.split("=")[0] in changing)
 
 
@@ -164,7 +164,8 @@ def fiddlehead(arm: Arm) -> None:
     chosen: dict[str, Any] = {"compile": "layers" if torch.cuda.is_available() else None} | options
     if "activation_checkpointing" in chosen and chosen["activation_checkpointing"][0].isdigit():
         chosen["activation_checkpointing"] = float(chosen["activation_checkpointing"])
-    settings: dict[str, Any] = {name: None if value == "None" else value for name, value in chosen.items()}
+    words = {"None": None, "True": True, "False": False}
+    settings: dict[str, Any] = {name: words.get(str(value), value) for name, value in chosen.items()}
     model = LanguageModel(shaped, arm.weights, optim=adamw(), **settings)
     model.take_shape()
     fit(arm, model, devices, shared)

@@ -143,6 +143,9 @@ def test_a_part_of_the_activations_is_kept_by_its_own_model_alone(monkeypatch: p
         ({"activation_checkpointing": 1.5, "compile": "layers"}, "0 to 1"),
         ({"activation_checkpointing": 0.5}, "the compiler chooses"),
         ({"fp8": "tensor"}, "tensorwise"),
+        ({"fp8_all_gather": 1, "fp8": "tensorwise"}, "must be True or False"),
+        ({"fp8_all_gather": True}, "fp8='tensorwise'"),
+        ({"fp8_all_gather": True, "fp8": "rowwise"}, "fp8='tensorwise'"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], said: str) -> None:

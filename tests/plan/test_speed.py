@@ -10,7 +10,7 @@ import pytest
 from fiddlehead.models.parallel import stages
 from fiddlehead.plan.activations import of_layer, of_tiled_layer
 from fiddlehead.plan.cards import CARDS, MAIN_MEMORY
-from fiddlehead.plan.memory import Held
+from fiddlehead.plan.memory import Held, moments
 from fiddlehead.plan.reached import REACHED
 from fiddlehead.plan.speed import Speed, speed
 from fiddlehead.training.distributed.sizes import Sizes
@@ -97,6 +97,26 @@ def test_a_state_in_main_memory_goes_both_ways_at_once_while_it_is_computed() ->
     assert optimizer(there) == pytest.approx(held.optimizer / MAIN_MEMORY) and optimizer(there) > 5 * optimizer(held)
     little = replace(there, offloaded=held.optimizer / 1e4)  # of adapters
     assert optimizer(little) == pytest.approx(optimizer(replace(held, optimizer=little.offloaded)))
+
+
+def test_weights_gathered_in_float8_are_half_the_bytes_beside_their_gradients() -> None:
+    config, held, setting, _, _ = parts_of("fsdp 1b b4")
+
+    def waits(**changes: Any) -> float:
+        found = speed(config, held, replace(setting, **changes), CARDS["h100"], 4096, gpus=2, gpus_per_node=8)
+        assert found is not None
+        return found.links["NVLink"]
+
+    vocabulary = (config.vocab_size or 0) * config.hidden_size
+    layers = config.num_matmul_parameters() - vocabulary
+    # Twice 2 bytes, or twice 1; and the gradients, in float32. The computation hides the same part of both.
+    part = (6 * layers + 8 * vocabulary) / (8 * layers + 8 * vocabulary)
+    assert waits(fp8=True, fp8_all_gather=True) / waits(fp8=True) == pytest.approx(part, rel=1e-3)
+    copies = [
+        moments(config, held, replace(setting, fp8=True, fp8_all_gather=each))["last"].copies for each in (False, True)
+    ]
+    of_layers = layers / config.num_layers
+    assert copies[0] - copies[1] == pytest.approx(2 * of_layers, rel=1e-3)  # of a byte each, of two layers
 
 
 def test_a_ring_is_hidden_behind_the_attention_of_long_sequences() -> None:

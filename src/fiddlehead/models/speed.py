@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,7 +26,12 @@ Float8 = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 
 
 def refused_speed(
-    compile: Any, activation_checkpointing: Any, fp8: Any, tiled_mlp: Any = None, activation_offloading: Any = False
+    compile: Any,
+    activation_checkpointing: Any,
+    fp8: Any,
+    tiled_mlp: Any = None,
+    activation_offloading: Any = False,
+    fp8_all_gather: Any = False,
 ) -> list[Problem]:
     """The problems of the settings: impossible values, and values that exclude each other."""
     problems = []
@@ -43,6 +49,11 @@ def refused_speed(
             problems.append(Problem("activation_checkpointing", recompute, message))
     if fp8 is not None and fp8 not in get_args(Float8):
         problems.append(Problem.unknown("fp8", fp8, "recipe", get_args(Float8)))
+    if not isinstance(fp8_all_gather, bool):
+        problems.append(Problem("fp8_all_gather", fp8_all_gather, "must be True or False"))
+    elif fp8_all_gather and fp8 != "tensorwise":
+        message = "gathers weights that have one scale each; set fp8='tensorwise', or False here"
+        problems.append(Problem("fp8_all_gather", True, message))
     if tiled_mlp is not None:
         problems += _refused_tiles(tiled_mlp, compile, recompute, fp8)
     if not isinstance(activation_offloading, bool):
@@ -103,11 +114,14 @@ def refused_mixture(config: TransformerConfig, tokens: int) -> list[Problem]:
     return [Problem("tiled_mlp", tokens, message)]
 
 
-def convert_to_float8(transformer: Transformer, recipe: Float8) -> None:
+def convert_to_float8(transformer: Transformer, recipe: Float8, all_gather: bool = False) -> None:
     """Computes the layers' linear products with float8 operands, dynamically scaled, forward and backward.
 
     The parameters stay as they are. Layers whose sizes are not multiples of 16, the router of a mixture and the output
     layer stay in the higher precision. torchao does it (https://github.com/pytorch/ao, float8).
+
+    Args:
+        all_gather: FSDP2, which is to shard the model afterwards, gathers these weights in float8; with "tensorwise".
 
     Raises:
         ConfigError: torchao is not installed, or the GPU is older than Ada and Hopper.
@@ -128,8 +142,19 @@ def convert_to_float8(transformer: Transformer, recipe: Float8) -> None:
         sizes = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else (1,)
         return not name.endswith("router") and all(size % 16 == 0 for size in sizes)
 
+    config = replace(Float8LinearConfig.from_recipe_name(recipe), enable_fsdp_float8_all_gather=all_gather)
     for layer in transformer.layers:
-        convert_to_float8_training(layer, config=Float8LinearConfig.from_recipe_name(recipe), module_filter_fn=converts)
+        convert_to_float8_training(layer, config=config, module_filter_fn=converts)
+
+
+def rescale_gathered(transformer: Transformer) -> None:
+    """Works out the scales of all weights that are gathered in float8; all ranks call it after each optimizer step.
+
+    Otherwise the ranks would exchange the scale of each weight whenever it is gathered.
+    """
+    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp  # pyright: ignore[reportMissingImports]
+
+    precompute_float8_dynamic_scale_for_fsdp(transformer)
 
 
 def recompute_activations(transformer: Transformer, recompute: Recompute) -> None:

@@ -21,6 +21,8 @@ class Setting:
     compiled: bool = True
     recompute: Recompute | None = None
     fp8: bool = False
+    fp8_all_gather: bool = False
+    """The weights of the layers' products are gathered in float8."""
     tiled_mlp: int | None = None
     """The tokens of a rank for which the feed-forward is computed at a time; None: for all at once."""
     offloads: bool = False
@@ -71,7 +73,9 @@ class Setting:
     @property
     def of_layers(self) -> float:
         """Bytes of a weight of the layers' products, whole or gathered."""
-        return nf4.BITS / 8 if self.quantizes else self.of_weights
+        if self.quantizes:
+            return nf4.BITS / 8
+        return 1 if self.fp8_all_gather else self.of_weights
 
 
 def exchanged_keys(config: TransformerConfig, setting: Setting, sizes: Sizes) -> int:

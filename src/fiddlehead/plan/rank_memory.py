@@ -156,6 +156,9 @@ class Training:
             compiled=model.compile_mode is not None,
             recompute=model.recompute,
             fp8=model.fp8 is not None,
+            fp8_all_gather=model.fp8_all_gather
+            and self.devices.cut
+            and self.transformer.config.num_moe_experts is None,
             tiled_mlp=model.tiled_mlp,
             offloads=model.offloads,
             micro_batches=micro_batches or data.accumulate_grad_batches(sizes.data),

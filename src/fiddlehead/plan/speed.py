@@ -262,8 +262,11 @@ class _Work:
         self.F = self.served * width
         self.F1 = (2 if config.gated else 1) * self.F
         self.shards = sizes.data // sizes.replicate * sizes.context if setting.sizes is not None else 1
-        of_layers = setting.of_layers / setting.of_weights  # what is gathered, as weights of those outside the layers
-        self.gathered = self.layers * layer_weights(config, sizes) * of_layers + self.vocabulary / sizes.tensor
+        weights, outside = self.layers * layer_weights(config, sizes), self.vocabulary / sizes.tensor
+        self.gathered = weights * setting.of_layers / setting.of_weights + outside
+        """What is gathered, as weights of those outside the layers."""
+        self.summed = weights + outside if setting.fp8_all_gather else self.gathered
+        """The same of what gradients are summed of."""
         matrices = 3 if config.gated else 2
         self.in_tiles = 2 * self.layers * self.tokens * matrices * config.hidden_size * self.F
         """Operations of the forward pass of the feed-forward."""
@@ -330,7 +333,7 @@ class _Work:
         if setting.quantizes:
             weights += nf4.DEQUANTIZED[setting.compiled] * self.layers * self._dequantized()
         if self.shards > 1:  # what is gathered is copied once more, and gradients become float32 to be summed
-            weights += 20 * self.gathered
+            weights += 8 * self.gathered + 12 * self.summed
         return self.tokens * (b * values + 8 * logits * (self.config.vocab_size or 0)) + weights
 
     def _of_weights(self) -> float:
@@ -403,10 +406,11 @@ class _Work:
             # The ranks of a pipeline add up a step's gradients before they are summed; and what is kept stays there.
             moved = b * (1 if kept else 2) * (1 if step else setting.micro_batches)
             moved += b * setting.micro_batches if setting.compares else 0
-            moved += sums * (1 if step else setting.micro_batches)
-            found.append((self.shards * sizes.tensor, moved * self.gathered * (self.shards - 1) / self.shards))
+            summed = sums * (1 if step else setting.micro_batches)
+            moved = moved * self.gathered + summed * self.summed
+            found.append((self.shards * sizes.tensor, moved * (self.shards - 1) / self.shards))
         if sizes.replicate > 1:  # replicas sum their shards of a step's gradients
-            moved = 2 * sums * self.gathered / self.shards * (sizes.replicate - 1) / sizes.replicate
+            moved = 2 * sums * self.summed / self.shards * (sizes.replicate - 1) / sizes.replicate
             found.append((sizes.data * sizes.context * sizes.tensor, moved))
         if sizes.pipeline > 1 and self.config.share_embeddings_and_output_weights:
             # The first and the last rank send each other their gradients.

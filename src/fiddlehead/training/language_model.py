@@ -37,6 +37,7 @@ from fiddlehead.models.speed import (
     recompute_activations,
     refused_mixture,
     refused_speed,
+    rescale_gathered,
     tile_mlp,
 )
 from fiddlehead.recipe.from_task import from_task
@@ -82,6 +83,7 @@ class LanguageModel(LightningModule):
         activation_checkpointing: what the backward pass recomputes to save memory: everything inside a layer ("full"),
             all but its matrix products ("selective"), or all but this part of the activations (0 to 1).
         fp8: float8 matrix products in the layers, by torchao's recipe of this name; needs an Ada GPU or later.
+        fp8_all_gather: several devices gather the layers' weights in float8, half the bytes; with fp8="tensorwise".
         tiled_mlp: compute the feed-forward of each layer for so many tokens at a time, such as 8192, in both passes; it
             saves memory where sequences are long. None computes it for all tokens at once.
         activation_offloading: keep the inputs of the layers in main memory until the backward pass; with
@@ -106,13 +108,14 @@ class LanguageModel(LightningModule):
         compile: Resumable[Compile | None] = None,
         activation_checkpointing: Resumable[Recompute | None] = None,
         fp8: Float8 | None = None,
+        fp8_all_gather: Resumable[bool] = False,
         tiled_mlp: Resumable[int | None] = None,
         activation_offloading: Resumable[bool] = False,
         mlp_backend: Resumable[MlpBackend] = "auto",
         optim: Optim | None = None,
     ) -> None:
         super().__init__()
-        refuse(refused_speed(compile, activation_checkpointing, fp8, tiled_mlp, activation_offloading))
+        refuse(refused_speed(compile, activation_checkpointing, fp8, tiled_mlp, activation_offloading, fp8_all_gather))
         if mlp_backend not in get_args(MlpBackend):
             refuse([Problem.unknown("mlp_backend", mlp_backend, "backend", get_args(MlpBackend))])
         self._config = config
@@ -120,6 +123,7 @@ class LanguageModel(LightningModule):
         self.compile_mode: Compile | None = compile
         self.recompute: Recompute | None = activation_checkpointing
         self.fp8: Float8 | None = fp8
+        self.fp8_all_gather = fp8_all_gather
         self.tiled_mlp: int | None = tiled_mlp
         self.offloads = activation_offloading
         self.mlp_backend: MlpBackend = mlp_backend
@@ -336,7 +340,7 @@ class LanguageModel(LightningModule):
         self._fuse_mlp(transformer)
         # In this order, because recomputation is part of what is compiled, and tiles are parts of what is recomputed.
         if self.fp8 is not None:
-            convert_to_float8(transformer, self.fp8)
+            convert_to_float8(transformer, self.fp8, self._gathers_float8)
         if self.tiled_mlp is not None:
             tile_mlp(transformer, self.tiled_mlp)
         if self.recompute is not None:
@@ -345,6 +349,11 @@ class LanguageModel(LightningModule):
             offload_inputs(transformer)
         if self.compile_mode is not None:
             compile_transformer(transformer, self.compile_mode)
+
+    @property
+    def _gathers_float8(self) -> bool:
+        strategy = None if self._trainer is None else self._trainer.strategy
+        return self.fp8_all_gather and isinstance(strategy, Parallel) and strategy.world_size > 1
 
     def on_fit_start(self) -> None:
         """Takes the bytes of each token from the data, and compares the tokenizer with that of `init_from`."""
@@ -469,6 +478,8 @@ class LanguageModel(LightningModule):
         the peak. Callbacks see them in `on_before_zero_grad`, which Lightning then calls again without gradients.
         """
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self._gathers_float8:
+            rescale_gathered(self.transformer)
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks:
             callback.on_before_zero_grad(self.trainer, self, optimizer)  # type: ignore[arg-type]

@@ -24,7 +24,8 @@ ContextMethod = Literal["auto", "ulysses", "ring"]
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Returns this process's part of a tensor, which FSDP2 may have sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return getattr(own, "_tensor", own)  # torchao wraps the weights that FSDP2 gathers in float8
 
 
 def fsdp_slices(tensor: torch.Tensor) -> Slices:
