@@ -1,18 +1,24 @@
-"""The effect of float8 products on the loss: a Llama 3.2 1B in bfloat16 and with `fp8`, on the same real text.
+"""The effect of float8 products on the loss: Llama 3.2 1B's layers in bfloat16 and with float8, on the same real text.
 
-    python benchmarks/fp8.py             # on a GPU; --tiny --steps 3: on a CPU, to try the script
+    python benchmarks/fp8.py                  # on a GPU: all arms, with 4 of the 16 layers
+    python benchmarks/fp8.py --layers 16 --at-once 2 --arms bf16 tensorwise
+    python benchmarks/fp8.py --tiny --steps 3 # on a CPU, to try the script
 
-Both runs have the same weights and batches of Python's standard library, and share the GPU, which does not change the
-losses. `train.py` measures their speed.
+All runs have the same weights and batches of Python's standard library. They share the GPU, which does not change the
+losses; `train.py` measures their speed. One arm is bfloat16 with another attention kernel, which rounds differently:
+its distance from the first is what rounding alone does to a run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import fiddle as fdl
 from measure import save, table
@@ -23,58 +29,70 @@ from fiddlehead.recipe import Recipe
 from fiddlehead.recipes.llama import llama32_1b
 from fiddlehead.recipes.tiny import tiny
 
-ARMS = ("bf16", "tensorwise", "rowwise")
+ARMS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "bf16, other attention": {"attention_backend": "sdpa_flash"},
+    "tensorwise": {"fp8": "tensorwise"},
+    "rowwise": {"fp8": "rowwise"},
+    "rowwise_with_gw_hp": {"fp8": "rowwise_with_gw_hp"},
+}
+LAST = 50
+"""Steps at the end whose losses are compared."""
 
 
 def main() -> None:
-    """Prints the table and writes `results/fp8.json`."""
+    """Prints the table and writes `results/NAME.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", default=ARMS[:2], choices=ARMS)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM")
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--at-once", type=int, default=len(ARMS), help="runs that share the GPU")
     parser.add_argument("--tiny", action="store_true", help="a model of nothing, in float32")
+    parser.add_argument("--name", default="fp8", help="of the file of results")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        print(json.dumps(losses(recipe(given.child, given.steps, given.tiny))))
+        print(json.dumps(losses(recipe(given.child, given.steps, given.layers, given.tiny))))
         return
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        __file__,
-        "--steps",
-        str(given.steps),
-        *(["--tiny"] if given.tiny else []),
-    ]
-    children = {
-        arm: subprocess.Popen([*command, "--child", arm], stdout=subprocess.PIPE, text=True) for arm in given.arms
-    }
-    printed = {arm: child.communicate()[0] for arm, child in children.items()}
-    if failed := [arm for arm, child in children.items() if child.returncode]:
-        sys.exit(f"failed: {', '.join(failed)}")
-    runs = {arm: json.loads(text.splitlines()[-1]) for arm, text in printed.items()}
-    ends = {arm: (statistics.fmean(run["loss"][-20:]), run["val_loss"][-1][1]) for arm, run in runs.items()}
+    settings = ["--steps", str(given.steps), "--layers", str(given.layers), *(["--tiny"] if given.tiny else [])]
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+
+    def run(arm: str) -> dict[str, Any]:
+        command = [sys.executable, "-W", "ignore", __file__, *settings, "--child", arm]
+        printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+        if printed.returncode:
+            sys.stderr.write(f"failed: {arm}\n")
+            return {}
+        print(arm, "has ended", flush=True)
+        return json.loads(printed.stdout.splitlines()[-1])
+
+    with ThreadPoolExecutor(given.at_once) as pool:
+        runs = dict(zip(given.arms, pool.map(run, given.arms), strict=True))
+    ends = {arm: (statistics.fmean(run["loss"][-LAST:]), run["val_loss"][-1][1]) for arm, run in runs.items() if run}
     base = ends[given.arms[0]]
     rows = [
         [arm, f"{loss:.4f}", f"{loss / base[0] - 1:+.2%}", f"{val:.4f}", f"{val / base[1] - 1:+.2%}"]
         for arm, (loss, val) in ends.items()
     ]
-    print(table(["", "loss, last 20 steps", "", "validation loss", ""], rows))
+    print(table(["", f"loss, last {LAST} steps", "", "validation loss", ""], rows))
     if not given.tiny:
-        save("fp8", {"steps": given.steps, "runs": runs}, ["torch", "torchao"])
+        save(given.name, {"steps": given.steps, "layers": given.layers, "runs": runs}, ["torch", "torchao"])
 
 
-def recipe(arm: str, steps: int, small: bool) -> Recipe:
+def recipe(arm: str, steps: int, layers: int, small: bool) -> Recipe:
     """The run of an arm, on one device."""
     run = tiny() if small else llama32_1b()
+    changes = dict(ARMS[arm])
     if not small:
         run.model.config.vocab_size = None  # the tokenizer's
+        run.model.config.num_layers = layers
+        run.model.config.attention_backend = changes.pop("attention_backend", "auto")
         run.data = tiny().data
         run.data.tokenizer.vocab_size = 16_384
         run.data.seq_length, run.data.micro_batch_size, run.data.global_batch_size = 2048, 2, 2
         run.trainer.devices, run.trainer.strategy = 1, "auto"
-        if arm != "bf16":
-            run.model.fp8 = arm
+        for name, value in changes.items():
+            setattr(run.model, name, value)
     run.data.val_samples = 32
     run.optim.lr_scheduler.warmup_steps = max(1, steps // 10)
     run.trainer.max_steps, run.trainer.val_check_interval, run.trainer.log_every_n_steps = steps, steps, 1
