@@ -154,7 +154,7 @@ def gated_mlp(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, group: Group 
 class _GatedMlp(torch.autograd.Function):
     """Keeps the first product's output. Processes that share F gather whole sequences, in the backward pass again.
 
-    Only the first product is an operator, so that where a compiled layer is computed again, the second one is not.
+    The second product is not part of an operator, so a compiled layer that is computed again leaves it out.
     """
 
     @staticmethod
