@@ -176,6 +176,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), devices, given)
+        signal.signal(signal.SIGTERM, lambda *_: bench.end_jobs())
         for part in given.parts:
             results[part] = getattr(bench, part)()
             given.out.mkdir(exist_ok=True)
@@ -189,6 +190,13 @@ class Bench:
     def __init__(self, folder: Path, devices: int, given: argparse.Namespace) -> None:
         self.folder, self.devices, self.given = folder, devices, given
         self.allowed: dict[Path, Sequence[str]] = {}
+        self.jobs: set[int] = set()
+
+    def end_jobs(self) -> None:
+        """Ends what runs, and this process: jobs are sessions of their own, and would keep the GPUs busy."""
+        for job in self.jobs:
+            os.killpg(job, signal.SIGKILL)
+        os._exit(1)
 
     # -- parts
 
@@ -317,10 +325,13 @@ class Bench:
         with (run / "said.txt").open("a") as said:
             streams: dict[str, Any] = {"stdout": said, "stderr": subprocess.STDOUT}
             job = subprocess.Popen(command, **streams, env=os.environ | variables, start_new_session=True)
+            self.jobs.add(job.pid)
             try:
                 yield job
             finally:
                 job.kill() if job.poll() is None else None
+                job.wait()
+                self.jobs.discard(job.pid)
 
     def _ended_by(self, run: Path, end: Any) -> int:
         """Runs a job, ends it by `end` when it has done some steps, and returns its exit code."""

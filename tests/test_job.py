@@ -35,7 +35,7 @@ from tests.conftest import cpu_seconds
 
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "val_loss")
 PARTS = '''
-import os, time
+import os, threading, time
 from lightning.pytorch import Callback
 
 class Pause(Callback):
@@ -50,6 +50,13 @@ class Fail(Callback):
     def on_train_batch_start(self, trainer, *args):
         if trainer.global_step == self.step and trainer.global_rank == self.rank:
             raise KeyError("the user's mistake")
+
+class FailAndStay(Fail):
+    """Its process would not end by itself, as with NCCL, which waits for what the other ranks do not do."""
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
+            threading.Thread(target=time.sleep, args=(600,)).start()
+        super().on_train_batch_start(trainer, *args)
 '''
 
 
@@ -400,6 +407,16 @@ def test_three_failures_at_a_step_are_the_end(make: Make) -> None:
     assert job.start().end() == (1,)
     assert job.status.state is State.FAILED and job.status.reason.endswith("failure 3 of 3 at step 4")
     assert (job.run.logs / "rank-1.txt").read_text().count("Traceback (most recent call last)") >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_leaves_whatever_it_waits_for(make: Make, rank: int) -> None:
+    job = make(callbacks=[parts("FailAndStay", step=2, rank=rank)], devices=2, variables={})
+    job.started_by = subprocess.Popen
+    assert job.start().end() == (1,)
+    assert job.status.state is State.FAILED and f"rank {rank} on" in job.status.reason
+    assert 'KeyError: "the user\'s mistake"' in job.status.reason
 
 
 @pytest.mark.slow

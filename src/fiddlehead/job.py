@@ -14,6 +14,7 @@ if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # the working directory: a file `csv.py` in it must not take the place of the standard library's
 
 import argparse
+import atexit
 import contextlib
 import gc
 import os
@@ -270,7 +271,18 @@ def _outlive(run: RunDirectory, lock: Path) -> None:
     signals.ask(run, StopRequest("its launcher is gone"))
 
 
+def _leave(code: int) -> None:
+    """Ends this process, at once if it failed: NCCL would wait for the other ranks first, which wait for this one."""
+    if code:
+        atexit._run_exitfuncs()  # loggers have some
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
     warnings.formatwarning = format_warning
     gc.set_threshold(100_000)  # otherwise garbage collection takes a tenth of the import time of PyTorch and Lightning
-    sys.exit(main())
+    _leave(main())

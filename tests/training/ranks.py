@@ -42,7 +42,10 @@ def on_ranks(count: int, function: Callable[..., Any], *arguments: Any, **named:
             except EOFError:
                 process.join()
                 failed, result = True, f"it ended with exit code {process.exitcode}"
-            assert not failed, f"rank {rank} of {count}: {result}"
+            if failed:  # the cause may be another's failure
+                said = [f"rank {rank} of {count}: {result}"]
+                said += [f"rank {n}: {answers[n].recv()[1]}" for n in range(rank + 1, count) if answers[n].poll(5)]
+                raise AssertionError("\n".join(said))
             results.append(result)
     finally:
         for process in processes:

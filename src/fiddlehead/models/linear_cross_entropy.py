@@ -23,7 +23,6 @@ def linear_cross_entropy(
     softcap: float | None = None,
     ignore_index: int = -100,
     compiled: bool = False,
-    repeatable: bool = False,
 ) -> torch.Tensor:
     """Sums the cross-entropy of softmax(scale x weight) over the tokens with a label; a float32 scalar.
 
@@ -38,10 +37,14 @@ def linear_cross_entropy(
         softcap: logits become softcap x tanh(logits / softcap).
         ignore_index: the label of ignored tokens.
         compiled: one kernel for the elementwise operations on logits: on a GPU ours, elsewhere the compiler's.
-        repeatable: allow several backward passes, which takes memory for another copy of the gradients.
     """
     how = scale, softcap, ignore_index
-    return _LinearCrossEntropy.apply(x, weight, labels, product_dtype(x), compiled, how, repeatable)  # type: ignore[return-value]
+    learns_weight = weight.requires_grad and torch.is_grad_enabled()
+    of_x: Any = _LinearCrossEntropy.apply(x, weight.detach(), labels, product_dtype(x), compiled, how, learns_weight)
+    nats, grad_weight = of_x
+    # The weight has a function of its own, as a pipeline may compute the gradients of weights in another pass. The sum
+    # is what that pass begins with: before torch 2.13, it must be an operation of PyTorch's.
+    return nats if grad_weight is None else nats + _Weight.apply(weight, grad_weight)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -54,9 +57,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         compiled: bool,
         how: tuple[float, float | None, int],
-        repeatable: bool,
-    ) -> torch.Tensor:
-        learns_x, learns_weight = ctx.needs_input_grad[:2]
+        learns_weight: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        learns_x = ctx.needs_input_grad[0]
         with torch.autocast(x.device.type, enabled=False):
             w = weight.to(dtype)
             nats = torch.zeros((), device=x.device, dtype=_softmax_dtype(dtype))
@@ -75,19 +78,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if learns_weight:
                     grad_weight = _add_product(grad_weight, gradient.T, chunk)
                 del gradient  # before the next chunk's: each is as large as its logits
-        ctx.repeatable = repeatable
-        ctx.save_for_backward(grad_x, None if grad_weight is None else grad_weight.to(weight.dtype))
-        return nats
+        ctx.save_for_backward(grad_x)
+        if grad_weight is None:
+            return nats, None
+        grad_weight = grad_weight.to(weight.dtype)
+        ctx.mark_non_differentiable(grad_weight)
+        return nats, grad_weight
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad_nats,) = grad_outputs
-        grad_x, grad_weight = ctx.saved_tensors
-        if ctx.repeatable:
-            grads = [None if grad is None else grad * grad_nats for grad in (grad_x, grad_weight)]
-        else:  # in place: these are as large as the embedding, and nobody else has them
-            grads = [None if grad is None else grad.mul_(grad_nats) for grad in (grad_x, grad_weight)]
-        return (*grads, None, None, None, None, None)
+        (grad_x,) = ctx.saved_tensors
+        # In place, as nobody else has it.
+        return (None if grad_x is None else grad_x.mul_(grad_outputs[0]), *[None] * 6)
+
+
+class _Weight(torch.autograd.Function):
+    """Zero, whose gradient with respect to the weight was computed before."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return torch.zeros((), device=weight.device, dtype=_softmax_dtype(weight.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(grad_outputs[0]), None  # in place: it is as large as the embedding
 
 
 def nats_and_gradient(

@@ -51,8 +51,6 @@ class Transformer(nn.Module):
         """Seeds what the next forward pass drops, each layer by itself; None: it depends on PyTorch's generator."""
         self.compiled = False
         """Whether the elementwise work on the logits is compiled into one kernel in training."""
-        self.splits_backward = False
-        """Whether the gradients of weights are computed after those of activations, in another backward pass."""
         self.activation_memory_budget: float | None = None
         """The part of the activations that the compiler may keep for the backward pass; None: the compiler decides."""
         self.initialize()
@@ -230,7 +228,6 @@ class Transformer(nn.Module):
             scale=1 / self.config.logits_scaling,
             softcap=self.config.final_logit_softcapping,
             compiled=self.compiled,
-            repeatable=self.splits_backward,
         )
 
     @property

@@ -60,7 +60,6 @@ class Pipeline:
         self.group, self.ranks = mesh.get_group("pp"), mesh["pp"].size()
         self.count = self.ranks * stages_per_rank
         self.transformer, self.fused = transformer, transformer.fused_rows()
-        transformer.splits_backward = schedule != "1F1B"
         self.whole = dict(transformer.named_parameters())
         """The parameters of the whole model, without values."""
         rank = mesh.get_local_rank("pp")
