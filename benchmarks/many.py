@@ -69,6 +69,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp 3": (3, {}),
     "fsdp 2": (2, {}),
     "tp 2": (2, {"tensor_parallel": 2}),
+    "tp 2, halves": (2, {"tensor_parallel": 2, "tensor_parallel_overlap": True}),
     "pp 2": (2, {"pipeline_parallel": 2}),
     "pp 2, 2 stages a rank": (2, _TWICE),
     "pp 2, InterleavedZeroBubble": (2, {"pipeline_parallel": 2, "pipeline_schedule": "InterleavedZeroBubble"}),
@@ -85,6 +86,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 SPLIT: dict[str, tuple[int, list[str]]] = {
     "one GPU": (1, []),
     "tp 2": (2, ["trainer.strategy.tensor_parallel=2"]),
+    "tp 2, halves": (2, ["trainer.strategy.tensor_parallel=2", "trainer.strategy.tensor_parallel_overlap=true"]),
 }
 """Name to the number of GPUs and the edits of the split layers that are timed."""
 _PP = ["trainer.strategy.pipeline_parallel=2"]
@@ -93,6 +95,7 @@ SCHEDULES: dict[str, tuple[int, list[str]]] = {
     "one GPU": (1, []),
     "pp 2": (2, _PP),
     "pp 2, 2 stages a rank": (2, _PP_TWICE),
+    "pp 2, 4 stages a rank": (2, [*_PP, "trainer.strategy.pipeline_stages_per_rank=4"]),
     "one GPU, eager": (1, ["model.compile=None"]),
     **{
         f"pp 2, {schedule}": (2, [*edits, f"trainer.strategy.pipeline_schedule={schedule}", "model.compile=None"])
@@ -111,6 +114,9 @@ def timed(devices: int) -> dict[str, tuple[str, int, list[str]]]:
     cases = {}
     for count in (1, 2, 4, 8):
         cases[f"llama32_1b on {count}"] = "llama32_1b", count, [f"data.global_batch_size={8 * count}"]
+    for gathers in (False, True):
+        edits = ["data.global_batch_size=16", "model.fp8=tensorwise", f"model.fp8_all_gather={str(gathers).lower()}"]
+        cases[f"llama32_1b on 2, fp8{' gathered' if gathers else ''}"] = "llama32_1b", 2, edits
     for name, (count, edits) in SPLIT.items():
         shared = ["data.seq_length=4096", "data.micro_batch_size=8", "data.global_batch_size=8"]
         cases[f"1b, {name}"] = "llama32_1b", count, [*shared, *edits]
@@ -203,7 +209,9 @@ class Bench:
     def equal(self) -> dict[str, Any]:
         """The greatest relative difference of a loss, and of a gradient norm, from those of one GPU."""
         layouts = {name: layout for name, layout in LAYOUTS.items() if layout[0] <= self.devices and self._wanted(name)}
-        runs = {"dense on 1": self._small("dense", 1, {}), "mixture on 1": self._small("mixture", 1, {}, MIXTURE)}
+        runs = {"dense on 1": self._small("dense", 1, {})}
+        if any("expert_parallel" in sizes for _, sizes in layouts.values()):
+            runs["mixture on 1"] = self._small("mixture", 1, {}, MIXTURE)
         runs |= {name: self._small(name, *layout, _model(layout[1])) for name, layout in layouts.items()}
         with ThreadPoolExecutor(AT_ONCE) as pool:
             codes = dict(zip(runs, pool.map(self._job, runs.values()), strict=True))
@@ -406,7 +414,7 @@ def _planned(recipe: Recipe) -> dict[str, Any]:
 def _shrink(recipe: Recipe) -> None:
     """Makes a model of nothing, for a CPU."""
     config = recipe.model.config
-    for field, value in {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 128, "vocab_size": 300}.items():
+    for field, value in {"num_layers": 8, "hidden_size": 128, "ffn_hidden_size": 128, "vocab_size": 300}.items():
         setattr(config, field, value)
     config.num_attention_heads, config.num_query_groups = 8, 4
     recipe.trainer.accelerator, recipe.model.compile = "cpu", None

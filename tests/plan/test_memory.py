@@ -244,6 +244,19 @@ def test_with_quacks_feed_forward_a_step_takes_what_was_measured(arm: str) -> No
     assert found.tokens_per_s == pytest.approx(measured["tokens_per_s"], rel=0.1)
 
 
+def test_what_a_compiled_split_layer_gathered_is_kept() -> None:
+    two = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "many_two.json").read_text())
+    measured = two["figures"]["speed"]["1b, tp 2"]["figures"]
+    config, held, setting, *_ = parts_of("tp 1b b4")
+    setting = replace(setting, tokens=8 * 4096, by_quack=True)
+    assert max(each.peak for each in moments(config, held, setting).values()) == pytest.approx(
+        measured["memory_gib"] * GIB, rel=0.02
+    )
+    found = speed(config, held, setting, CARDS["h200"], 4096, gpus=2, gpus_per_node=8)
+    assert found is not None
+    assert found.step == pytest.approx(measured["seconds_per_step"]["median"], rel=0.05)
+
+
 SHAPES = st.builds(
     TransformerConfig,
     num_layers=st.integers(2, 40),

@@ -157,7 +157,13 @@ class _Layer:
         # the products alone, their outputs instead of the norms'; with norms before and after all but the middle.
         streams = 5 if self.config.norm_placement == "both" else 4
         feed_forward = self.b * (streams * self.C + self.F1 + self.kept_activations + self.routed)
-        return feed_forward + self.attention + self.scales + self.masks
+        return feed_forward + self.attention + self.scales + self.masks + self.gathered
+
+    @property
+    def gathered(self) -> int:
+        """What the compiler keeps of the inputs of products that were gathered, in bytes; eager, they come again."""
+        splits = self.setting.compiled and not self.setting.adapters
+        return self.b * 2 * (self.sizes.tensor - 1) * self.C if splits else 0
 
     @property
     def all_eager(self) -> int:
@@ -243,7 +249,8 @@ class _Layer:
     @property
     def cheap(self) -> int:
         """What the compiler computes again first: activations, outputs of norms before products, experts' outputs."""
-        return self.b * (self.F + (1 if self.config.norm_placement == "post" else 2) * self.C + self.routed // 2)
+        norms = 0 if self.gathered else 1 if self.config.norm_placement == "post" else 2
+        return self.b * (self.F + norms * self.C + self.routed // 2)
 
     def outputs(self) -> dict[str, int]:
         """The values of the outputs that the backward pass needs, of products that the compiler counts as expensive.

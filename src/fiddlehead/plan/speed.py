@@ -368,8 +368,9 @@ class _Work:
         sizes, b = self.sizes, self.setting.of_products
         stream = self.tokens * sizes.tensor * self.config.hidden_size * b
         found = []
-        if sizes.tensor > 1:  # around both halves of a layer, in both passes; and once more for the weights' gradients
-            times = 8 if self.setting.adapters else 10
+        if sizes.tensor > 1:  # around both halves of a layer, in both passes
+            again = not self.setting.adapters and not (self.setting.compiled and self.setting.recompute is None)
+            times = 10 if again else 8  # once more for the weights' gradients, unless what was gathered is kept
             found.append((sizes.tensor, times * self.layers * stream * (sizes.tensor - 1) / sizes.tensor))
         if (exchanging := self.setting.exchanging) > 1:
             found.append((exchanging * sizes.tensor, 3 * self.layers * self.tokens * b * 2 * self.QK))
