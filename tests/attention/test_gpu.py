@@ -332,7 +332,7 @@ def test_flash4_itself_still_has_wrong_gradients_where_we_pad(
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_the_passes_over_a_part_of_the_keys_are_right(backend: str, causal: bool, packed: bool) -> None:
     """Among the documents are some with only queries, or only keys, in the part."""
-    spec = replace(Call(Case("causal", H=32, G=8, D=128)).spec, partial=True)
+    spec = replace(Call(Case("causal", H=32, G=8, D=128)).spec, by_passes=True)
     spec = replace(spec, causal=causal, same_length=causal, packed=packed)
     if reason := explain(spec, _target(), backend).reasons.get(backend):
         pytest.skip(reason)

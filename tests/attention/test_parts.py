@@ -15,7 +15,7 @@ from fiddlehead.attention.packages import Package, Packages
 from fiddlehead.attention.parts import Part, attend_to_part, part_gradients
 from fiddlehead.attention.tools.trial import trial, wrong
 
-SPEC = AttentionSpec(dtype=torch.float32, head_dim=5, num_attention_heads=6, num_query_groups=3, partial=True)
+SPEC = AttentionSpec(dtype=torch.float32, head_dim=5, num_attention_heads=6, num_query_groups=3, by_passes=True)
 
 
 @pytest.fixture(params=[False, True], ids=["", "careless kernel"])
@@ -141,4 +141,4 @@ def test_only_backends_with_both_passes_serve_parts() -> None:
         assert set(choice.candidates) == {"flash2", "flash3", "flash4", "sdpa_flash", "reference"} | served
         assert "does not return the logarithm of the softmax's sum" in choice.reasons["flex"]
     assert explain(SPEC, Target.of(torch.device("cpu"))).candidates == ("reference",)
-    assert str(SPEC).endswith("training, a part of the keys")
+    assert str(SPEC).endswith("training, pass by pass")

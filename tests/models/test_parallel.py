@@ -207,7 +207,7 @@ def test_a_rank_of_a_ring_asks_of_attention_what_the_configuration_says(mesh: De
     steps: tuple[RingStep, ...] = ("own", "earlier")
     said = [config.attention_spec(0, torch.float32, packed=packed, cp=4, ring=2, step=step) for step in steps]
     assert asked == said
-    assert [(spec.num_attention_heads, spec.causal, spec.partial) for spec in said] == [
+    assert [(spec.num_attention_heads, spec.causal, spec.by_passes) for spec in said] == [
         (1, True, True),
         (1, False, True),
     ]

@@ -45,8 +45,8 @@ class Call(NamedTuple):
     """Whether k and v are a cache with a length for each sequence."""
     page_size: int = 0
     """Positions in a page of that cache; 0: not paged."""
-    partial: bool = False
-    """Whether k and v are a part of the keys and values."""
+    by_passes: bool = False
+    """As `AttentionSpec` has it."""
 
 
 def refuse_mixed(q: torch.dtype, k: torch.dtype, v: torch.dtype) -> None:
@@ -87,7 +87,7 @@ def spec_fields(call: Call) -> dict[str, Any]:
         "length": 0 if call.page_size else length_class(S),
         "training": call.training,
         "deterministic": call.deterministic or must_be_deterministic(),
-        "partial": call.partial,
+        "by_passes": call.by_passes,
     }
 
 

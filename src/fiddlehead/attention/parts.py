@@ -1,4 +1,4 @@
-"""Attention to a part of the keys, and its gradients, for ring attention.
+"""The two passes of attention one by one: to a part of the keys, for ring attention, or of some heads at a time.
 
 The results of several parts become those of all keys by the logarithms of their softmaxes' sums. Shapes: B batch, T
 queries, S keys of the part, H query heads, G key/value heads, D head dim.
@@ -15,7 +15,7 @@ from fiddlehead.attention.attend import NOTHING, backend_for
 from fiddlehead.attention.backends.backend import Backend, Extras, Passes
 from fiddlehead.attention.backends.masks import segments
 from fiddlehead.attention.backends.operators import errors_explained
-from fiddlehead.attention.call import Call
+from fiddlehead.attention.call import NO_LIMIT, Call
 from fiddlehead.attention.spec import AttentionSpec
 
 Tensor = torch.Tensor
@@ -26,6 +26,7 @@ class Part(NamedTuple):
 
     scale: float
     causal: bool = False
+    window_size: tuple[int, int] = NO_LIMIT
     softcap: float = 0.0
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
@@ -37,10 +38,10 @@ class Part(NamedTuple):
 
 
 def attend_to_part(q: Tensor, k: Tensor, v: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-    """Attends to some of the keys; without gradients, which `part_gradients` computes.
+    """Attends to some of the keys, or to all; without gradients, which `part_gradients` computes.
 
     Args:
-        q: (B, T, H, D), or packed (tokens, H, D).
+        q: (B, T, H, D); packed sequences may also be (tokens, H, D).
         k: (B, S, G, D), or packed (tokens, G, D); v is like it.
 
     Returns:
@@ -50,6 +51,9 @@ def attend_to_part(q: Tensor, k: Tensor, v: Tensor, part: Part) -> tuple[Tensor,
     Raises:
         ConfigError: no backend can serve the call.
     """
+    if part.cu_seqlens_q is not None and q.dim() == 4:
+        out, lse = attend_to_part(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), part)
+        return out.view(q.shape), lse.unflatten(1, q.shape[:2]).transpose(0, 1)
     spec, backend, extras = _choice(q, k, v, part)
     return forward(backend, q, k, v, spec, part.scale, extras)
 
@@ -71,6 +75,11 @@ def part_gradients(
         lse: the logarithm of the softmax's sum over all keys, as `attend_to_part` returns that of one part; +inf where
             a query sees no key at all.
     """
+    if part.cu_seqlens_q is not None and q.dim() == 4:
+        packed = (x.flatten(0, 1) for x in (dout, q, k, v, out))
+        gradients = part_gradients(*packed, lse.transpose(0, 1).flatten(1), part)
+        dq, dk, dv = (found.view(x.shape) for found, x in zip(gradients, (q, k, v), strict=True))
+        return dq, dk, dv
     spec, backend, extras = _choice(q, k, v, part)
     return backward(backend, dout, q, k, v, out, lse, spec, part.scale, extras)
 
@@ -129,10 +138,11 @@ def _choice(q: Tensor, k: Tensor, v: Tensor, part: Part) -> tuple[AttentionSpec,
         part.max_seqlen_q if packed else None,
         part.max_seqlen_k if packed else None,
         causal=part.causal,
+        window_size=part.window_size,
         softcap=part.softcap,
         training=part.training,
         packed=packed,
-        partial=True,
+        by_passes=True,
     )
     spec, backend, _ = backend_for(call, q.device, part.backend)
     if not packed:
@@ -141,4 +151,4 @@ def _choice(q: Tensor, k: Tensor, v: Tensor, part: Part) -> tuple[AttentionSpec,
 
 
 def _passes(backend: Backend) -> Passes:
-    return cast(Passes, backend.PASSES)  # type: ignore[attr-defined]  # a spec that is partial goes to no other
+    return cast(Passes, backend.PASSES)  # type: ignore[attr-defined]  # a spec that is `by_passes` goes to no other

@@ -141,8 +141,8 @@ def _why_not(backend: Backend, spec: AttentionSpec, target: Target) -> str | Non
     """Why the backend cannot serve `spec` on `target`, or may not; None if it can."""
     if off := switches.turned_off(backend):
         return f"turned off by {off}=0"
-    if spec.partial and not hasattr(backend, "PASSES"):
-        return "a part of the keys: does not return the logarithm of the softmax's sum for both passes"
+    if spec.by_passes and not hasattr(backend, "PASSES"):
+        return "pass by pass: does not return the logarithm of the softmax's sum for both passes"
     return backend.why_not(spec, target)
 
 

@@ -66,8 +66,9 @@ class AttentionSpec:
     """Gradients are wanted."""
     deterministic: bool = False
     """Gradients must be bitwise the same each time."""
-    partial: bool = False
-    """The keys are a part of those that the queries see. Ring attention puts the results of all parts together."""
+    by_passes: bool = False
+    """Each pass is called by itself, with the logarithms of the softmaxes' sums, and not through autograd: for a part of
+    the keys, in ring attention, or for some heads at a time."""
 
     @property
     def has_extras(self) -> bool:
@@ -91,7 +92,7 @@ class AttentionSpec:
         parts += [f"up to {self.length} keys"] if self.length else []
         parts.append("training" if self.training else "inference")
         parts += ["deterministic"] if self.deterministic else []
-        parts += ["a part of the keys"] if self.partial else []
+        parts += ["pass by pass"] if self.by_passes else []
         return ", ".join(parts)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -10,6 +12,7 @@ from fiddlehead.models.autocast import product_dtype
 from fiddlehead.models.collectives import Group, HeadExchange, SequenceSplit
 from fiddlehead.models.config import TransformerConfig
 from fiddlehead.models.gated_mlp import gated_mlp
+from fiddlehead.models.head_tiles import Numbers, Tensors, attend_in_tiles
 from fiddlehead.models.linear import Linear
 from fiddlehead.models.moe import MoE, Sequences, activate
 from fiddlehead.models.norms import norm, rms_norm
@@ -100,6 +103,8 @@ class Attention(nn.Module):
         self.heads, self.groups = config.num_attention_heads, config.groups
         self.exchange: HeadExchange | None = None
         self.ring: Ring | None = None
+        self.tiled: int | None = None
+        """The key/value heads of a tile in which it is computed; None: it computes all heads at once."""
         H, G, D = config.num_attention_heads, config.groups, config.head_dim
         bias = config.add_bias_linear
         self.linear_qkv: nn.Linear = Linear(config.hidden_size, (H + 2 * G) * D, bias=bias or config.add_qkv_bias)
@@ -119,6 +124,8 @@ class Attention(nn.Module):
         new_lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, T, C) to (B, T, C)."""
+        if self.tiled is not None and cache is None:
+            return self._in_tiles(x, rope, documents, self.tiled)
         qkv = self.linear_qkv(x)
         B, T, _ = qkv.shape
         H, G, D = self.heads, self.groups, self.config.head_dim
@@ -141,6 +148,32 @@ class Attention(nn.Module):
         if self.exchange is not None:
             out = self.exchange.to_sequence(out)
         return self.linear_proj(out.reshape(B, T, H * D))
+
+    def _in_tiles(
+        self, x: torch.Tensor, rope: Rope | None, documents: Documents | None, at_a_time: int
+    ) -> torch.Tensor:
+        """As `forward`, for so many key/value heads at a time."""
+        config = self.config
+        qkv, proj = self.linear_qkv, self.linear_proj
+        q_norm, k_norm = (None if norm is None else norm.weight for norm in (self.q_layernorm, self.k_layernorm))
+        cos, sin = (None, None) if rope is None else rope
+        cu_seqlens, max_seqlen = (None, None) if documents is None else documents
+        learned = (x, qkv.weight, qkv.bias, q_norm, k_norm)
+        numbers = Numbers(
+            heads=self.heads,
+            groups=self.groups,
+            at_a_time=at_a_time,
+            scale=config.softmax_scale or 1 / math.sqrt(config.head_dim),
+            softcap=config.attn_logit_softcapping or 0.0,
+            left=self.window_size[0],
+            right=self.window_size[1],
+            eps=config.layernorm_epsilon,
+            zero_centered=config.layernorm_zero_centered_gamma,
+            max_seqlen=max_seqlen or 0,
+            training=torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in learned),
+            backend=config.attention_backend,
+        )
+        return attend_in_tiles(Tensors(*learned, cos, sin, cu_seqlens), proj.weight, proj.bias, numbers)
 
     def _attend(
         self,

@@ -242,7 +242,7 @@ class TransformerConfig:
             deterministic=deterministic,
             training=training if gradients is None else gradients,
             packed=packed,
-            partial=ring > 1,
+            by_passes=ring > 1,
         )
         return AttentionSpec(**spec_fields(call))
 

@@ -17,7 +17,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., size) to the same, in x's dtype."""
-        return _normed(x.to(self.weight.dtype), self.weight, self.eps).to(x.dtype)  # autocast would leave it in float32
+        return rms_normed(x, self.weight, self.eps, zero_centered=False)
 
 
 class ZeroCenteredRMSNorm(nn.Module):
@@ -29,8 +29,8 @@ class ZeroCenteredRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., size) to the same, in float32 inside: 1 + weight would lose what bfloat16 holds near 0."""
-        return _normed(x.float(), 1 + self.weight.float(), self.eps).to(x.dtype)
+        """(..., size) to the same, in x's dtype."""
+        return rms_normed(x, self.weight, self.eps, zero_centered=True)
 
 
 def norm(config: TransformerConfig) -> nn.Module:
@@ -44,6 +44,31 @@ def rms_norm(config: TransformerConfig, size: int) -> nn.Module:
     """An RMSNorm of `size` channels."""
     kind = ZeroCenteredRMSNorm if config.layernorm_zero_centered_gamma else RMSNorm
     return kind(size, eps=config.layernorm_epsilon)
+
+
+def rms_normed(x: torch.Tensor, weight: torch.Tensor, eps: float | None, *, zero_centered: bool) -> torch.Tensor:
+    """What an RMSNorm gives, in x's dtype; autocast would leave it in float32."""
+    if zero_centered:  # in float32 inside: 1 + weight would lose what bfloat16 holds near 0
+        return _normed(x.float(), 1 + weight.float(), eps).to(x.dtype)
+    return _normed(x.to(weight.dtype), weight, eps).to(x.dtype)
+
+
+def rms_norm_gradients(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, *, zero_centered: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of `rms_normed` without autograd: of x in its dtype, and of the weight in float32 at least.
+
+    Args:
+        grad: the gradient of what the norm gave, like x, (..., size).
+    """
+    dtype = torch.promote_types(torch.float32, torch.promote_types(x.dtype, weight.dtype))
+    x, grad, weight, given = x.to(dtype), grad.to(dtype), weight.to(dtype), x.dtype
+    factor = x.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+    normed = x * factor
+    of_weight = (grad * normed).flatten(0, -2).sum(dim=0)
+    grad = grad * (1 + weight if zero_centered else weight)
+    along = (grad * normed).mean(dim=-1, keepdim=True)
+    return grad.sub_(normed * along).mul_(factor).to(given), of_weight
 
 
 def _normed(x: torch.Tensor, weight: torch.Tensor, eps: float | None) -> torch.Tensor:

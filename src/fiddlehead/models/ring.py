@@ -166,7 +166,7 @@ def _forward(
     for number, step in enumerate(_steps(place, q, cu_seqlens, max_seqlen, part)):
         following = place.pass_on(kv) if number < size - 1 else None
         k, v = kv[:, :, step.keys]
-        _put_together(out[:, step.queries], lse[..., step.queries], *_attend(q[:, step.queries], k, v, step.part))
+        _put_together(out[:, step.queries], lse[..., step.queries], *attend_to_part(q[:, step.queries], k, v, step.part))
         if following is not None:
             kv = end(following)
     if sinks is not None:
@@ -213,7 +213,8 @@ def _backward(
         following = place.pass_on(kv) if number < size - 1 else None
         k, v = kv[:, :, step.keys]
         at = step.queries
-        dq_part, *dkv_part = _gradients(dout[:, at], q[:, at], k, v, out[:, at], lse[..., at], step.part)
+        of_queries = (x[:, at] for x in (dout, q))
+        dq_part, *dkv_part = part_gradients(*of_queries, k, v, out[:, at], lse[..., at].contiguous(), step.part)
         dq[:, at] += dq_part
         # The gradients that the processes before this one have found, of the keys that it has seen just now.
         dkv = dkv if arriving is None else end(arriving)
@@ -267,22 +268,3 @@ def _put_together(out: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> Non
     finite = total.masked_fill(total == float("-inf"), 0.0)  # infinity minus infinity is not a number
     out.mul_(_by_query((lse - finite).exp())).add_(new * _by_query((new_lse - finite).exp()))
     lse.copy_(total)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-    """`attend_to_part` with the results of (B, T, H, D) and (B, H, T), also where documents are packed."""
-    if part.cu_seqlens_q is None:
-        return attend_to_part(q, k, v, part)
-    out, lse = attend_to_part(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), part)
-    return out.view(q.shape), lse.unflatten(1, q.shape[:2]).transpose(0, 1)
-
-
-def _gradients(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`part_gradients`, also where documents are packed."""
-    if part.cu_seqlens_q is None:
-        return part_gradients(dout, q, k, v, out, lse.contiguous(), part)
-    dout_, q_, k_, v_, out_ = (x.flatten(0, 1) for x in (dout, q, k, v, out))
-    dq, dk, dv = part_gradients(dout_, q_, k_, v_, out_, lse.transpose(0, 1).flatten(1), part)
-    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)

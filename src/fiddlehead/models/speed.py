@@ -32,6 +32,7 @@ def refused_speed(
     tiled_mlp: Any = None,
     activation_offloading: Any = False,
     fp8_all_gather: Any = False,
+    tiled_attention: Any = None,
 ) -> list[Problem]:
     """The problems of the settings: impossible values, and values that exclude each other."""
     problems = []
@@ -56,6 +57,8 @@ def refused_speed(
         problems.append(Problem("fp8_all_gather", True, message))
     if tiled_mlp is not None:
         problems += _refused_tiles(tiled_mlp, compile, recompute, fp8)
+    if tiled_attention is not None:
+        problems += _refused_head_tiles(tiled_attention, recompute, fp8)
     if not isinstance(activation_offloading, bool):
         problems.append(Problem("activation_offloading", activation_offloading, "must be True or False"))
     elif activation_offloading:
@@ -77,6 +80,20 @@ def _refused_tiles(tokens: Any, compile: Any, recompute: Any, fp8: Any) -> list[
     if fp8 is not None:
         reasons.append("float8 products are scaled by whole tensors, not by tiles; set fp8=None, or None here")
     return [Problem("tiled_mlp", tokens, reason) for reason in reasons]
+
+
+def _refused_head_tiles(groups: Any, recompute: Any, fp8: Any) -> list[Problem]:
+    reasons = []
+    if not (is_whole(groups) and groups >= 1):
+        reasons.append("is the number of key/value heads of a tile: a whole number of 1 or more, or None")
+    if isinstance(recompute, int | float):
+        reasons.append(
+            "tiles keep what attention gives and compute queries, keys and values again, so no part of a whole layer's "
+            "activations can be chosen; set activation_checkpointing to 'full', 'selective' or None, or None here"
+        )
+    if fp8 is not None:
+        reasons.append("attention in tiles has no float8 products; set fp8=None, or None here")
+    return [Problem("tiled_attention", groups, reason) for reason in reasons]
 
 
 def _refused_offloading(compile: Any, recompute: Any, tiled_mlp: Any) -> list[Problem]:
@@ -104,6 +121,36 @@ def tile_mlp(transformer: Transformer, tokens: int) -> None:
     layers: Any = transformer.layers
     for layer in layers:
         layer.tiled_mlp = tokens
+
+
+def tile_attention(transformer: Transformer, groups: int) -> None:
+    """Computes attention for so many key/value heads at a time, with the query heads that read them.
+
+    The backward pass computes the queries, keys and values of each tile again, and attention itself not.
+
+    Raises:
+        ConfigError: the model's attention cannot be computed so.
+    """
+    refuse(refused_attention(transformer.config, groups))
+    for layer in transformer.layers:
+        layer.self_attention.tiled = groups  # type: ignore[union-attr]
+
+
+def refused_attention(config: TransformerConfig, groups: int) -> list[Problem]:
+    """The problems of computing the attention of a model for so many key/value heads at a time."""
+    problems = []
+    if is_whole(groups) and config.groups % groups:
+        allowed = (*(n for n in range(1, config.groups + 1) if config.groups % n == 0), None)
+        problems.append(Problem("tiled_attention", groups, f"does not divide {config.groups} key/value heads", allowed))
+    for name, off, why in (
+        ("qk_layernorm", config.qk_layernorm != "projection", "norms the queries of all heads together"),
+        ("attention_sinks", not config.attention_sinks, "adds to each softmax what a tile does not have"),
+        ("attention_dropout", not config.attention_dropout, "would have to be drawn again in the backward pass"),
+    ):
+        if not off:
+            message = f"config.{name}={getattr(config, name)!r} {why}; set None here"
+            problems.append(Problem("tiled_attention", groups, message))
+    return problems
 
 
 def refused_mixture(config: TransformerConfig, tokens: int) -> list[Problem]:

@@ -62,10 +62,10 @@ Returns the gradients of q, k, v and the sinks, new and contiguous; None for the
 
 
 class Passes(NamedTuple):
-    """The two passes of a kernel that can attend to a part of the keys.
+    """The two passes of a kernel, each by itself, which so can attend to a part of the keys.
 
     The parts of a softmax are put together by the logarithms of their sums. Given those of the whole softmax and its
-    output, `backward` returns the gradients that one part of the keys adds. The specs are `partial`, without dropout,
+    output, `backward` returns the gradients that one part of the keys adds. The specs are `by_passes`, without dropout,
     and the extras have no sinks. What a packed call yields for tokens in no document, or in one of which the part has
     no queries or no keys, does not matter. `lse` is +inf for queries that see no key of any part.
     """
@@ -77,7 +77,7 @@ class Passes(NamedTuple):
 class Backend(Protocol):
     """One kernel: a module with these names, in this folder or given to `register`.
 
-    It may also have `PASSES`, of the type `Passes`; without them it serves no spec that is `partial`.
+    It may also have `PASSES`, of the type `Passes`; without them it serves no spec that is `by_passes`.
     """
 
     NAME: str

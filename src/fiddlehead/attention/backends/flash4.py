@@ -113,7 +113,7 @@ def _forward(
         window_size_right=right,
         learnable_sink=extras.sinks,
         num_splits=1 if spec.training or spec.packed else _splits(q.device),
-        return_lse=spec.training or spec.partial,
+        return_lse=spec.training or spec.by_passes,
     )
     return out, lse, q.new_empty(0, dtype=torch.int64)
 

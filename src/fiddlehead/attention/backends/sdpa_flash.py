@@ -35,7 +35,7 @@ def why_not(spec: AttentionSpec, target: Target) -> str | None:
                 (spec.softcap, "softcap: PyTorch's flash-attention has none"),
                 (spec.sinks, "sinks: PyTorch's flash-attention has none"),
                 (spec.dropout, "dropout: its CPU kernel has none"),
-                (spec.partial, "a part of the keys: only its GPU kernel serves them"),
+                (spec.by_passes, "pass by pass: only its GPU kernel has both passes"),
             ]
         )
     # The backward pass of head dims above 192 needs more shared memory than these have; it was made for 256 alone.

@@ -34,7 +34,7 @@ FILE = "attention_trials.json"
 
 Errors = dict[str, float]
 """The relative error (of norms) of the output "out" and, in training, of each gradient: "dq", "dk", "dv", "dsinks"; for
-a part of the keys also of the logarithms of the softmaxes' sums, "lse"."""
+passes by themselves also of the logarithms of the softmaxes' sums, "lse"."""
 
 
 def require_right(backend: str, spec: AttentionSpec, target: Target, device: torch.device) -> Errors:
@@ -98,7 +98,7 @@ def _call(spec: AttentionSpec, device: torch.device) -> tuple[Inputs, Extras]:
     if spec.packed:
         shift = T // 3
         at_q, at_k = ([0, n - shift, 2 * n] for n in (T, S))
-        if spec.partial and not spec.causal:  # some documents have only queries, or only keys, in a part
+        if spec.by_passes and not spec.causal:  # some documents have only queries, or only keys, in a part
             at_q, at_k = [0, 9, 9, 2 * T], [0, 0, 9, 2 * S]
         borders = (torch.tensor(at, dtype=torch.int32, device=device) for at in (at_q, at_k))
         longest = (max(b - a for a, b in pairwise(at)) for at in (at_q, at_k))
@@ -116,7 +116,7 @@ def _outcome(
         leaves["sinks"] = extras.sinks.detach().to(spec.dtype).requires_grad_(spec.training)
         extras = extras._replace(sinks=leaves["sinks"])
     scale = spec.head_dim**-0.5
-    if spec.partial:
+    if spec.by_passes:
         return _outcome_of_part(backend, inputs, spec, scale, extras, gradient)
     with torch.set_grad_enabled(spec.training):
         out = BACKENDS[backend].run(leaves["q"], leaves["k"], leaves["v"], spec, scale, extras)
@@ -135,7 +135,7 @@ def _outcome_of_part(
     extras: Extras,
     gradient: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """The same of the two passes over a part of the keys, and the logarithms of the softmaxes' sums as "lse"."""
+    """The same of the two passes by themselves, and the logarithms of the softmaxes' sums as "lse"."""
     q, k, v = (x.detach() for x in inputs)
     out, lse = parts.forward(BACKENDS[backend], q, k, v, spec, scale, extras)
     outcome = {"out": out, "lse": lse.masked_fill(lse.isinf(), 0.0)}
