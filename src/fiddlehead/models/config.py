@@ -202,6 +202,7 @@ class TransformerConfig:
         cp: int = 1,
         ring: int = 1,
         step: RingStep = "own",
+        at_a_time: int | None = None,
     ) -> AttentionSpec:
         """The spec of the attention call of the layer with this index, from 0.
 
@@ -215,8 +216,11 @@ class TransformerConfig:
             ring: parts of each sequence whose keys and values go round between these processes; cp / ring of them
                 exchange heads. A kernel then sees one or both halves of a process's part.
             step: with a ring, whose keys the kernel sees.
+            at_a_time: the key/value heads of a call where not all are computed at once.
         """
         heads, groups = split_heads(*split_heads(self.num_attention_heads, self.groups, tp), cp // ring)
+        if at_a_time is not None:
+            heads, groups = heads // groups * at_a_time, at_a_time
         T = S = longest or self.seq_length or UNKNOWN
         if ring > 1:
             of_rank = (self.seq_length or T) // ring
@@ -242,7 +246,7 @@ class TransformerConfig:
             deterministic=deterministic,
             training=training if gradients is None else gradients,
             packed=packed,
-            by_passes=ring > 1,
+            by_passes=ring > 1 or at_a_time is not None,
         )
         return AttentionSpec(**spec_fields(call))
 

@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from fiddlehead.attention.parts import Part, attend_to_part, part_gradients
+from fiddlehead.errors import Problem
 from fiddlehead.models.autocast import product_dtype
+from fiddlehead.models.config import TransformerConfig
 from fiddlehead.models.norms import rms_norm_gradients, rms_normed
 from fiddlehead.models.rope import rotate
 
@@ -67,6 +69,34 @@ class Numbers(NamedTuple):
     training: bool
     """Whether gradients are wanted."""
     backend: str
+
+
+def refused(
+    config: TransformerConfig, at_a_time: int, *, tensor: int = 1, context: int = 1, adapters: bool = False
+) -> list[Problem]:
+    """Why a model's attention cannot be computed for so many key/value heads at a time; empty if it can.
+
+    Args:
+        tensor: processes that share each layer.
+        context: processes that share each sequence.
+        adapters: whether attention has adapters.
+    """
+    reasons = {
+        "config.qk_layernorm='projection' norms all heads together; set None here": config.qk_layernorm == "projection",
+        "config.attention_sinks=True: a tile has no sinks; set None here": config.attention_sinks,
+        f"config.attention_dropout={config.attention_dropout!r}: a tile has no dropout; set None here, or 0 there": (
+            config.attention_dropout > 0
+        ),
+        "ranks share its heads; set trainer.strategy.tensor_parallel=1, or None here": tensor > 1,
+        "ranks share its sequences; set trainer.strategy.context_parallel=1, or None here": context > 1,
+        "adapters change its products; set model.lora=None, or None here": adapters,
+    }
+    problems = [Problem("tiled_attention", at_a_time, reason) for reason, holds in reasons.items() if holds]
+    if config.groups % at_a_time:
+        allowed = (*(n for n in range(1, config.groups + 1) if config.groups % n == 0), None)
+        message = f"does not divide the {config.groups} key/value heads"
+        problems.append(Problem("tiled_attention", at_a_time, message, allowed))
+    return problems
 
 
 def attend_in_tiles(of: Tensors, proj: Tensor, proj_bias: Tensor | None, numbers: Numbers) -> Tensor:
@@ -231,8 +261,8 @@ def _backward(dy: Tensor, proj: Tensor, out: Tensor, lse: Tensor, *args: Any) ->
     """The gradients of what `linear_qkv` gives, (B, T, (H + 2 G) D), and of the norms' weights, if there are any."""
     of, how = _unflattened(args)
     dqkv = of.x.new_empty(*of.x.shape[:2], how.heads + 2 * how.groups, out.shape[-1])
-    wide = lse.dtype
-    of_norms = [dqkv.new_zeros(0 if norm is None else len(norm), dtype=wide) for norm in (of.q_norm, of.k_norm)]
+    norms = (of.q_norm, of.k_norm)
+    of_norms = [dqkv.new_zeros(0 if norm is None else len(norm), dtype=lse.dtype) for norm in norms]
     for tile in _tiles(how):
         q, k, v = _projected(of, how, tile)
         dout = (dy @ proj.unflatten(1, out.shape[2:])[:, tile.queries].flatten(1)).view(q.shape)
@@ -242,8 +272,7 @@ def _backward(dy: Tensor, proj: Tensor, out: Tensor, lse: Tensor, *args: Any) ->
         _through_projection(gradients, of, how, tile, dqkv, of_norms)
         del gradients  # before the next tile's
     dq_norm, dk_norm = (
-        found if norm is None else found.to(norm.dtype)
-        for found, norm in zip(of_norms, (of.q_norm, of.k_norm), strict=True)
+        found.to(of.x.dtype if norm is None else norm.dtype) for found, norm in zip(of_norms, norms, strict=True)
     )
     return dqkv.flatten(2), dq_norm, dk_norm
 

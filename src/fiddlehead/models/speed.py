@@ -13,8 +13,10 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fiddlehead.errors import ConfigError, Problem, refuse
+from fiddlehead.models import head_tiles
 from fiddlehead.models.block import Block
 from fiddlehead.models.config import TransformerConfig
+from fiddlehead.models.lora import LoRALinear
 from fiddlehead.models.moe import MoE
 from fiddlehead.models.offload import HostMemory
 from fiddlehead.models.transformer import Transformer
@@ -131,26 +133,11 @@ def tile_attention(transformer: Transformer, groups: int) -> None:
     Raises:
         ConfigError: the model's attention cannot be computed so.
     """
-    refuse(refused_attention(transformer.config, groups))
-    for layer in transformer.layers:
-        layer.self_attention.tiled = groups  # type: ignore[union-attr]
-
-
-def refused_attention(config: TransformerConfig, groups: int) -> list[Problem]:
-    """The problems of computing the attention of a model for so many key/value heads at a time."""
-    problems = []
-    if is_whole(groups) and config.groups % groups:
-        allowed = (*(n for n in range(1, config.groups + 1) if config.groups % n == 0), None)
-        problems.append(Problem("tiled_attention", groups, f"does not divide {config.groups} key/value heads", allowed))
-    for name, off, why in (
-        ("qk_layernorm", config.qk_layernorm != "projection", "norms the queries of all heads together"),
-        ("attention_sinks", not config.attention_sinks, "adds to each softmax what a tile does not have"),
-        ("attention_dropout", not config.attention_dropout, "would have to be drawn again in the backward pass"),
-    ):
-        if not off:
-            message = f"config.{name}={getattr(config, name)!r} {why}; set None here"
-            problems.append(Problem("tiled_attention", groups, message))
-    return problems
+    layers: Any = transformer.layers
+    adapters = any(isinstance(module, LoRALinear) for layer in layers for module in layer.self_attention.children())
+    refuse(head_tiles.refused(transformer.config, groups, adapters=adapters))
+    for layer in layers:
+        layer.self_attention.tiled = groups
 
 
 def refused_mixture(config: TransformerConfig, tokens: int) -> list[Problem]:

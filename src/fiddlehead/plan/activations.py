@@ -25,6 +25,8 @@ class Setting:
     """The weights of the layers' products are gathered in float8."""
     tiled_mlp: int | None = None
     """The tokens of a rank for which the feed-forward is computed at a time; None: for all at once."""
+    tiled_attention: int | None = None
+    """The key/value heads for which attention is computed at a time; None: for all at once."""
     offloads: bool = False
     """Layers' inputs are in main memory between the passes."""
     micro_batches: int = 1
@@ -119,6 +121,8 @@ class _Layer:
     @property
     def attention(self) -> int:
         """What attention keeps, in bytes."""
+        if self.setting.tiled_attention is not None:
+            return self.b * self.Q + self.lse
         if self.setting.exchanging > 1:  # q, k and v as they were exchanged; what attention gave, before and after
             K = exchanged_keys(self.config, self.setting, self.sizes)
             return self.b * (self.Q + 2 * K + 2 * self.Q) + self.lse
@@ -140,10 +144,20 @@ class _Layer:
         return 8 if self.config.normalization == "LayerNorm" else 4
 
     @property
+    def norms_heads(self) -> bool:
+        """Whether autograd sees norms of queries and keys, and keeps their inputs and factors."""
+        return self.config.qk_layernorm is not None and self.setting.tiled_attention is None
+
+    @property
     def scales_of_heads(self) -> int:
         """The factors of the norms of queries and keys."""
-        heads = {None: 0, "head": self.config.num_attention_heads + self.config.groups, "projection": 2}
-        return 4 * heads[self.config.qk_layernorm]
+        heads = {"head": self.config.num_attention_heads + self.config.groups, "projection": 2}
+        return 4 * heads[self.config.qk_layernorm] if self.config.qk_layernorm and self.norms_heads else 0
+
+    @property
+    def projected(self) -> int:
+        """What the first product of attention gives, where it is kept as such."""
+        return self.qkv if self.setting.tiled_attention is None else 0
 
     @property
     def masks(self) -> int:
@@ -170,7 +184,7 @@ class _Layer:
         """Everything that autograd keeps, operation by operation."""
         products = 2 * self.C + self.F1 + self.activated * self.kept_activations + self.routed
         into_norms = self.setting.of_weights * self.norms * self.C
-        if self.config.qk_layernorm is not None:
+        if self.norms_heads:
             into_norms += self.setting.of_weights * (self.Q + self.K)
         return self.b * products + into_norms + self.attention + self.scales + self.masks
 
@@ -187,7 +201,7 @@ class _Layer:
             streams = 4 if self.config.norm_placement == "both" else 3
             return self.b * streams * self.C + self.attention + of_half
         into_norms = self.setting.of_weights * self.norms // 2 * self.C
-        if self.config.qk_layernorm is not None:
+        if self.norms_heads:
             into_norms += self.setting.of_weights * (self.Q + self.K)
         return self.b * 2 * self.C + into_norms + self.attention + of_half
 
@@ -205,8 +219,13 @@ class _Layer:
         """Bytes of the gradients inside the attention part: of what it gave, and of queries, keys and values twice.
 
         The kernels add up the queries' gradient in float32. So does a ring, with the keys and values of two ranks, and
-        their gradients in float32: what is there and what is on its way.
+        their gradients in float32: what is there and what is on its way. In tiles of heads these are a tile's, beside
+        the gradients of what the first product gave; when all tiles are done, its input's gradient takes their place.
         """
+        if (n := self.setting.tiled_attention) is not None:
+            tile = (self.b * 2 * (self.Q + self.qkv) + 4 * self.Q) * n / self.config.groups
+            freed = self.Q if self.setting.recompute == "full" else 0  # what attention gave
+            return self.b * self.qkv + max(tile, self.b * (self.C - freed))
         exchanged = self.Q + 2 * self.K if self.setting.exchanging > 1 else 0
         found = self.b * (self.Q + 2 * self.qkv + exchanged) + 4 * self.Q
         if self.setting.ring > 1:
@@ -222,12 +241,12 @@ class _Layer:
         if self.setting.tiled_mlp is not None:
             if recompute == "full":
                 return b * C
-            selected = b * (2 * C + self.qkv + self.Q + (0 if self.setting.compiled else C)) + self.lse
+            selected = b * (2 * C + self.projected + self.Q + (0 if self.setting.compiled else C)) + self.lse
             return selected if recompute == "selective" else self.attention_sublayer
         everything = self.all_compiled if self.setting.compiled else self.all_eager
         if self.setting.fp8 and recompute is None:  # products' inputs are cast anew
             return b * (2 * C + self.F1 + self.routed) + self.attention + self.scales
-        products = b * (self.qkv + self.Q + C + self.F1 + self.routed // 2) + self.lse
+        products = b * (self.projected + self.Q + C + self.F1 + self.routed // 2) + self.lse
         if recompute is None or recompute == 1:
             return everything
         if recompute == "selective":

@@ -42,6 +42,8 @@ class Calls:
     """As `Sizes` has them."""
     ring: int = 1
     """Parts of a sequence whose keys and values go round between the ranks of `context`."""
+    tiled_attention: int | None = None
+    """As `LanguageModel` has it."""
     without_gradients: int = 0
     """The number of first layers before all trained parameters."""
     passes: tuple[tuple[str, bool], ...] = ((TRAINING, True),)
@@ -94,6 +96,7 @@ class Calls:
                 cp=self.context,
                 ring=self.ring,
                 step=step,
+                at_a_time=self.tiled_attention,
             )
 
 
@@ -140,6 +143,7 @@ def calls_of(
         seq_length=data.seq_length,
         packed=data.separate_documents,
         deterministic=deterministic,
+        tiled_attention=model.tiled_attention,
         without_gradients=without,
         passes=tuple(passes),
         **split,

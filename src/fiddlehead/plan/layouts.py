@@ -212,7 +212,8 @@ class _Search:
         for recompute in dict.fromkeys((*RECOMPUTED, present)):
             if isinstance(recompute, int | float) and sizes.tensor * sizes.context > 1 and recompute != present:
                 continue
-            refused = refused_speed(model.compile_mode, recompute, model.fp8, model.tiled_mlp, model.offloads)
+            of_model = (model.fp8, model.tiled_mlp, model.offloads)
+            refused = refused_speed(model.compile_mode, recompute, *of_model, tiled_attention=model.tiled_attention)
             if not refused + _changed(model, model.compile_mode, recompute).problems(self.devices.precision, sizes):
                 yield recompute
 

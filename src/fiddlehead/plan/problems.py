@@ -71,6 +71,7 @@ def derived(
             "model.activation_checkpointing": model.recompute,
             "model.fp8": model.fp8,
             "model.tiled_mlp": model.tiled_mlp,
+            "model.tiled_attention": model.tiled_attention,
             "trainer.strategy.tensor_parallel": strategy.tensor_parallel,
         }
         problems += refuse_zero_bubble(strategy.pipeline_schedule, settings)

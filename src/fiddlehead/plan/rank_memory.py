@@ -160,6 +160,7 @@ class Training:
             and self.devices.cut
             and self.transformer.config.num_moe_experts is None,
             tiled_mlp=model.tiled_mlp,
+            tiled_attention=model.tiled_attention,
             offloads=model.offloads,
             micro_batches=micro_batches or data.accumulate_grad_batches(sizes.data),
             adapters=model.lora is not None,

@@ -48,7 +48,7 @@ def remedies(training: Training, card: Card, speed: Speed | None) -> tuple[Remed
     """The remedies on these GPUs with the fewest edits, the fastest first; then that with more GPUs, if it is as small.
 
     Of each kind, the fastest counts. Tried are another micro-batch, computing more again, other splits over the GPUs,
-    tiles of the feed-forward, layers' inputs or the optimizer's state in main memory, bfloat16 parameters and 8-bit
+    tiles of the feed-forward and of attention, layers' inputs or the optimizer's state in main memory, bfloat16 parameters and 8-bit
     moments. The global batch stays as it is.
 
     Args:
@@ -108,6 +108,17 @@ def _changed(training: Training) -> Iterator[tuple[list[str], Training]]:
                 changed = copy.copy(model)
                 changed.tiled_mlp, changed.offloads = tile, offloads
                 yield chosen, replace(training, model=changed)
+            if tile is not None and model.tiled_attention is None:  # otherwise the feed-forward has the peak
+                for groups in _head_tiles(training):
+                    changed = copy.copy(model)
+                    changed.tiled_mlp, changed.offloads, changed.tiled_attention = tile, offloads, groups
+                    yield [*chosen, f"model.tiled_attention={groups}"], replace(training, model=changed)
+
+
+def _head_tiles(training: Training) -> list[int]:
+    """The numbers of key/value heads that are tried for a tile of attention."""
+    groups = training.transformer.config.groups
+    return [number for number in (groups // 2, 1) if 0 < number < groups and groups % number == 0]
 
 
 def _larger(training: Training) -> Iterator[tuple[list[str], Training]]:

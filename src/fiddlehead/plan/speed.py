@@ -272,6 +272,9 @@ class _Work:
         """Operations of the forward pass of the feed-forward."""
         self.in_second = self.in_tiles / matrices
         """Those of its second product."""
+        values = (config.num_attention_heads + 2 * config.groups) * config.head_dim
+        self.in_qkv = 2 * self.layers * self.tokens * config.hidden_size * values
+        """Those of attention's first product."""
         by_compiler = isinstance(setting.recompute, int | float) and setting.recompute < 1
         self.chosen = computed_again(config, setting, sizes) if by_compiler else (0.0, False)
         """The part of the layers' products that the compiler has computed again, and whether it has attention."""
@@ -289,6 +292,8 @@ class _Work:
             again = self.in_tiles
         else:
             again = self.in_layers * self.chosen[0]
+        if self.setting.tiled_attention is not None:  # queries, keys and values; and once more for a gradient of norms
+            again += self.in_qkv * (1 if self.config.qk_layernorm is None else 2)
         compared = 1 if self.setting.compares else 0  # the forward pass through the reference
         operations = (1 + self.learned + compared) * self.in_layers + again
         of_layers = operations / self.reached["fp8" if self.setting.fp8 else "products"]
@@ -319,6 +324,8 @@ class _Work:
         again = forward if setting.recompute is not None else 0
         if setting.tiled_mlp is not None:
             again = max(again, 3 * C + self.F1 + self.F)
+        if setting.tiled_attention is not None:
+            again += 2 * self.QK
         if setting.compares:
             again += forward
         values = self.layers * (forward + backward + again)

@@ -22,7 +22,7 @@ from fiddlehead.checkpoints.weights import (
 from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.errors import ConfigError, Problem, RunError, refuse
 from fiddlehead.files.paths import user_path
-from fiddlehead.models import LoRA, Transformer, TransformerConfig, gated_mlp
+from fiddlehead.models import LoRA, Transformer, TransformerConfig, gated_mlp, head_tiles
 from fiddlehead.models.autocast import compute_dtype
 from fiddlehead.models.gated_mlp import MlpBackend, MlpChoice
 from fiddlehead.models.lora import PEFT_NAMES
@@ -38,6 +38,7 @@ from fiddlehead.models.speed import (
     refused_mixture,
     refused_speed,
     rescale_gathered,
+    tile_attention,
     tile_mlp,
 )
 from fiddlehead.recipe.from_task import from_task
@@ -86,6 +87,8 @@ class LanguageModel(LightningModule):
         fp8_all_gather: several devices gather the layers' weights in float8, half the bytes; with fp8="tensorwise".
         tiled_mlp: compute the feed-forward of each layer for so many tokens at a time, such as 8192, in both passes; it
             saves memory where sequences are long. None computes it for all tokens at once.
+        tiled_attention: compute attention for so many key/value heads at a time, with the query heads that read them,
+            in both passes; it saves memory where sequences are long. None computes all heads at once.
         activation_offloading: keep the inputs of the layers in main memory until the backward pass; with
             `activation_checkpointing="full"`.
         mlp_backend: what computes the feed-forward: "torch", or "quack", whose products apply SwiGLU themselves; "auto"
@@ -110,12 +113,14 @@ class LanguageModel(LightningModule):
         fp8: Float8 | None = None,
         fp8_all_gather: Resumable[bool] = False,
         tiled_mlp: Resumable[int | None] = None,
+        tiled_attention: Resumable[int | None] = None,
         activation_offloading: Resumable[bool] = False,
         mlp_backend: Resumable[MlpBackend] = "auto",
         optim: Optim | None = None,
     ) -> None:
         super().__init__()
-        refuse(refused_speed(compile, activation_checkpointing, fp8, tiled_mlp, activation_offloading, fp8_all_gather))
+        of_speed = (compile, activation_checkpointing, fp8, tiled_mlp, activation_offloading, fp8_all_gather)
+        refuse(refused_speed(*of_speed, tiled_attention))
         if mlp_backend not in get_args(MlpBackend):
             refuse([Problem.unknown("mlp_backend", mlp_backend, "backend", get_args(MlpBackend))])
         self._config = config
@@ -125,6 +130,7 @@ class LanguageModel(LightningModule):
         self.fp8: Float8 | None = fp8
         self.fp8_all_gather = fp8_all_gather
         self.tiled_mlp: int | None = tiled_mlp
+        self.tiled_attention: int | None = tiled_attention
         self.offloads = activation_offloading
         self.mlp_backend: MlpBackend = mlp_backend
         self.mlp = MlpChoice("torch")
@@ -209,6 +215,10 @@ class LanguageModel(LightningModule):
             problems.append(Problem("model.fp8", self.fp8, message))
         if self.tiled_mlp is not None:
             problems += [each.under("model") for each in refused_mixture(self.config, self.tiled_mlp)]
+        if self.tiled_attention is not None:
+            shared = {"tensor": sizes.tensor, "context": sizes.context, "adapters": self.lora is not None}
+            refused = head_tiles.refused(self.config, self.tiled_attention, **shared)
+            problems += [each.under("model") for each in refused]
         reason = self._excludes_quack(sizes) or gated_mlp.why_not_anywhere(
             self.config, compute_dtype(precision), sizes.tensor
         )
@@ -343,6 +353,8 @@ class LanguageModel(LightningModule):
             convert_to_float8(transformer, self.fp8, self._gathers_float8)
         if self.tiled_mlp is not None:
             tile_mlp(transformer, self.tiled_mlp)
+        if self.tiled_attention is not None:
+            tile_attention(transformer, self.tiled_attention)
         if self.recompute is not None:
             recompute_activations(transformer, self.recompute)
         if self.offloads:

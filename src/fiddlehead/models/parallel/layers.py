@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from fiddlehead.errors import ConfigError, Problem
+from fiddlehead.errors import ConfigError, Problem, refuse
+from fiddlehead.models import head_tiles
 from fiddlehead.models.block import MLP, Attention, Block
 from fiddlehead.models.collectives import (
     Group,
@@ -68,6 +69,8 @@ def parallelize(transformer: Transformer, mesh: DeviceMesh, method: ContextMetho
             module.split = transformer.split
     for module in list(transformer.modules()):
         if isinstance(module, Attention):
+            if module.tiled is not None:
+                refuse(head_tiles.refused(config, module.tiled, tensor=tp.size, context=cp.size))
             if exchanging.size > 1:
                 module.exchange = HeadExchange(exchanging)
             if ring > 1:

@@ -326,6 +326,7 @@ _WHOLE: dict[str, tuple[Any, str]] = {
     "model.activation_checkpointing": (None, "a layer would be computed again for the gradient of each weight"),
     "model.fp8": (None, "a product in float8 computes both of its gradients at once"),
     "model.tiled_mlp": (None, "a tile computes all of its gradients at once"),
+    "model.tiled_attention": (None, "attention in tiles computes all of its gradients at once"),
     "trainer.strategy.tensor_parallel": (1, "a split product computes both of its gradients at once"),
 }
 """What cannot be computed in two parts, by field: the value that is allowed, and why others are not."""
