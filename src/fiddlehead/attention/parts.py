@@ -76,8 +76,9 @@ def part_gradients(
             a query sees no key at all.
     """
     if part.cu_seqlens_q is not None and q.dim() == 4:
-        packed = (x.flatten(0, 1) for x in (dout, q, k, v, out))
-        gradients = part_gradients(*packed, lse.transpose(0, 1).flatten(1), part)
+        dout, packed_q, packed_k, packed_v, out = (x.flatten(0, 1) for x in (dout, q, k, v, out))
+        packed_lse = lse.transpose(0, 1).flatten(1)
+        gradients = part_gradients(dout, packed_q, packed_k, packed_v, out, packed_lse, part)
         dq, dk, dv = (found.view(x.shape) for found, x in zip(gradients, (q, k, v), strict=True))
         return dq, dk, dv
     spec, backend, extras = _choice(q, k, v, part)

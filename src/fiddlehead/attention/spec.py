@@ -67,8 +67,8 @@ class AttentionSpec:
     deterministic: bool = False
     """Gradients must be bitwise the same each time."""
     by_passes: bool = False
-    """Each pass is called by itself, with the logarithms of the softmaxes' sums, and not through autograd: for a part of
-    the keys, in ring attention, or for some heads at a time."""
+    """Each pass is called by itself, with the logarithms of the softmaxes' sums, and not through autograd: for a part
+    of the keys, in ring attention, or for some heads at a time."""
 
     @property
     def has_extras(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -155,7 +156,8 @@ class Attention(nn.Module):
         """As `forward`, for so many key/value heads at a time."""
         config = self.config
         qkv, proj = self.linear_qkv, self.linear_proj
-        q_norm, k_norm = (None if norm is None else norm.weight for norm in (self.q_layernorm, self.k_layernorm))
+        norms: tuple[Any, ...] = (self.q_layernorm, self.k_layernorm)
+        q_norm, k_norm = (None if norm is None else norm.weight for norm in norms)
         cos, sin = (None, None) if rope is None else rope
         cu_seqlens, max_seqlen = (None, None) if documents is None else documents
         learned = (x, qkv.weight, qkv.bias, q_norm, k_norm)

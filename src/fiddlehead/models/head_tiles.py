@@ -109,10 +109,9 @@ def attend_in_tiles(of: Tensors, proj: Tensor, proj_bias: Tensor | None, numbers
         ConfigError: no backend serves the call of a tile by passes.
     """
     dtype = product_dtype(of.x)
-    x, weight, bias, proj, proj_bias = (
-        None if each is None else each.to(dtype) for each in (of.x, of.weight, of.bias, proj, proj_bias)
-    )
-    return _InTiles.apply(x, weight, bias, *of[3:], proj, proj_bias, numbers)  # type: ignore[return-value]
+    bias, proj_bias = (None if each is None else each.to(dtype) for each in (of.bias, proj_bias))
+    tensors = of._replace(x=of.x.to(dtype), weight=of.weight.to(dtype), bias=bias)
+    return _InTiles.apply(*tensors, proj.to(dtype), proj_bias, numbers)  # type: ignore[return-value]
 
 
 class _InTiles(torch.autograd.Function):
@@ -201,9 +200,7 @@ def _projected(of: Tensors, how: Numbers, tile: _Tile) -> tuple[Tensor, Tensor, 
 
 
 def _part(of: Tensors, how: Numbers) -> Part:
-    part = Part(
-        how.scale, True, (how.left, how.right), how.softcap, training=how.training, backend=how.backend
-    )
+    part = Part(how.scale, True, (how.left, how.right), how.softcap, training=how.training, backend=how.backend)
     if of.cu_seqlens is None:
         return part
     return part._replace(

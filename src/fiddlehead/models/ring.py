@@ -166,7 +166,8 @@ def _forward(
     for number, step in enumerate(_steps(place, q, cu_seqlens, max_seqlen, part)):
         following = place.pass_on(kv) if number < size - 1 else None
         k, v = kv[:, :, step.keys]
-        _put_together(out[:, step.queries], lse[..., step.queries], *attend_to_part(q[:, step.queries], k, v, step.part))
+        new = attend_to_part(q[:, step.queries], k, v, step.part)
+        _put_together(out[:, step.queries], lse[..., step.queries], *new)
         if following is not None:
             kv = end(following)
     if sinks is not None:
@@ -213,8 +214,8 @@ def _backward(
         following = place.pass_on(kv) if number < size - 1 else None
         k, v = kv[:, :, step.keys]
         at = step.queries
-        of_queries = (x[:, at] for x in (dout, q))
-        dq_part, *dkv_part = part_gradients(*of_queries, k, v, out[:, at], lse[..., at].contiguous(), step.part)
+        of_all = out[:, at], lse[..., at].contiguous()
+        dq_part, *dkv_part = part_gradients(dout[:, at], q[:, at], k, v, *of_all, step.part)
         dq[:, at] += dq_part
         # The gradients that the processes before this one have found, of the keys that it has seen just now.
         dkv = dkv if arriving is None else end(arriving)

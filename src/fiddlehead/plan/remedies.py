@@ -48,8 +48,8 @@ def remedies(training: Training, card: Card, speed: Speed | None) -> tuple[Remed
     """The remedies on these GPUs with the fewest edits, the fastest first; then that with more GPUs, if it is as small.
 
     Of each kind, the fastest counts. Tried are another micro-batch, computing more again, other splits over the GPUs,
-    tiles of the feed-forward and of attention, layers' inputs or the optimizer's state in main memory, bfloat16 parameters and 8-bit
-    moments. The global batch stays as it is.
+    tiles of the feed-forward and of attention, layers' inputs or the optimizer's state in main memory, bfloat16
+    parameters and 8-bit moments. The global batch stays as it is.
 
     Args:
         speed: of the training as it is.
