@@ -36,7 +36,7 @@ TAKERS: dict[Callable[..., Any], tuple[dict[str, Any], tuple[str, ...]]] = {
     PreferenceModel: ({"init_from": "run"}, ("beta",)),
     LanguageModel: (
         {"config": TransformerConfig(**SHAPE), "compile": "layers"},
-        ("activation_checkpointing", "tiled_mlp"),
+        ("activation_checkpointing", "tiled_mlp", "tiled_attention"),
     ),
     LoRA: ({}, ("rank", "alpha", "dropout")),
     Sampling: ({}, ("temperature", "top_k", "top_p", "seed")),

@@ -418,7 +418,10 @@ def test_a_name_that_was_taken_since_is_refused_when_it_is_submitted(working_dir
     ("edit", "free"),
     [
         *((edit, True) for edit in ("model.compile=layers", "model.activation_checkpointing=full", "resume=never")),
-        *((edit, True) for edit in ("model.tiled_mlp=8", "model.activation_offloading=true")),
+        *(
+            (edit, True)
+            for edit in ("model.tiled_mlp=8", "model.tiled_attention=1", "model.activation_offloading=true")
+        ),
         *((edit, True) for edit in ("data.micro_batch_size=1", "data.num_workers=1", "trainer.max_steps=9")),
         *((edit, True) for edit in ("log.tensorboard=true", "checkpoint.every_n_steps=7", "log.dir=there")),
         *((edit, True) for edit in ("model.config.attention_backend=reference", "trainer.val_check_interval=3")),

@@ -378,6 +378,7 @@ def test_a_sequence_is_shared_by_as_many_ranks_as_divide_it_and_with_ulysses_the
                 ),
                 ({}, {"fp8": "tensorwise"}, "model.fp8", "tensorwise", "a product in float8 computes both"),
                 ({}, {"tiled_mlp": 8}, "model.tiled_mlp", 8, "a tile computes all of its gradients"),
+                ({}, {"tiled_attention": 1}, "model.tiled_attention", 1, "attention in tiles computes all"),
                 ({"tensor_parallel": 2}, {}, "trainer.strategy.tensor_parallel", 2, "a split product computes both"),
             )
         ),

@@ -55,7 +55,7 @@ def make_parts(dataset: Path, runs: Path, **changes: Any) -> dict[str, Any]:
     fields = TransformerConfig.__dataclass_fields__.keys() - {"seq_length"}  # that is the data's
     config |= {name: changes.pop(name) for name in list(changes) if name in fields}
     start = take(init_from=None, lora=None, compile=None, activation_checkpointing=None, fp8=None, tiled_mlp=None)
-    start |= take(activation_offloading=False, mlp_backend="auto", fp8_all_gather=False)
+    start |= take(tiled_attention=None, activation_offloading=False, mlp_backend="auto", fp8_all_gather=False)
     optim = changes.pop("optim", AdamW)
     bits = take(state_bits=32, state_offloading=False) if optim is AdamW else {}
     made = {

@@ -180,6 +180,12 @@ def _of_tile(of: Tensors, how: Numbers, tile: _Tile) -> tuple[Tensor, Tensor | N
     return weight, torch.cat([of.bias.unflatten(0, (-1, D))[rows] for rows in tile.rows]).flatten()
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer of some tokens of each sequence, (B, t, C) to (B t, out)."""
+    # As a matrix, with which the product and the bias are added before they are rounded.
+    return F.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+
+
 def _projected(of: Tensors, how: Numbers, tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
     """The tile's queries, keys and values, (B, T, heads, D), normed and turned."""
     weight, bias = _of_tile(of, how, tile)
@@ -187,7 +193,7 @@ def _projected(of: Tensors, how: Numbers, tile: _Tile) -> tuple[Tensor, Tensor, 
     B, T, _ = of.x.shape
     qkv = of.x.new_empty(B, T, queries + keys + values, len(weight) // (queries + keys + values))
     for tokens in _parts(of):
-        some = F.linear(of.x[:, tokens], weight, bias).unflatten(-1, (queries + keys + values, -1))
+        some = _product(of.x[:, tokens], weight, bias).view(B, -1, *qkv.shape[2:])
         qk, qkv[:, tokens, queries + keys :] = some.split([queries + keys, values], dim=2)
         if of.q_norm is not None and of.k_norm is not None:
             parts = zip(qk.split([queries, keys], dim=2), (of.q_norm, of.k_norm), strict=True)
@@ -299,8 +305,8 @@ def _through_projection(
             back = of.cos[..., tokens, :, :], -of.sin[..., tokens, :, :]
             parts[:2] = [rotate(x, back) for x in parts[:2]]
         if of.q_norm is not None and of.k_norm is not None:
-            some = F.linear(of.x[:, tokens], weight, bias).unflatten(-1, (-1, dqkv.shape[-1]))
             sizes = [x.shape[2] for x in parts]
+            some = _product(of.x[:, tokens], weight, bias).view(len(of.x), -1, sum(sizes), dqkv.shape[-1])
             for number, (x, norm) in enumerate(zip(some.split(sizes, dim=2), (of.q_norm, of.k_norm), strict=False)):
                 parts[number], of_norm = rms_norm_gradients(
                     parts[number], x, norm, how.eps, zero_centered=how.zero_centered
