@@ -45,6 +45,14 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+def shape(*changes: dict[str, Any]) -> TransformerConfig:
+    """A small model's, changed."""
+    fields = dict(SMALL)
+    for each in changes:
+        fields |= each
+    return TransformerConfig(**fields)
+
+
 @pytest.fixture(autouse=True)
 def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries and keys are projected in several parts, of which the last is smaller."""
@@ -99,8 +107,7 @@ def test_a_recomputed_model_with_tiles_learns_the_same(recompute: str, tokens: i
 @pytest.mark.parametrize("window", [None, (2, 0)])
 def test_documents_are_kept_apart(window: tuple[int, int] | None) -> None:
     """Empty documents, one over the border of two rows, and tokens behind the last one."""
-    changes = SMALL | ODD | {"window_size": window}
-    plain, tiled = (Attention(TransformerConfig(**changes), 0).double() for _ in range(2))
+    plain, tiled = (Attention(shape(ODD, {"window_size": window}), 0).double() for _ in range(2))
     tiled.load_state_dict(plain.state_dict())
     tiled.tiled = 1
     cu_seqlens = torch.tensor([0, 0, 3, 4, 4, 21, 30], dtype=torch.int32)
@@ -126,7 +133,7 @@ def test_in_bfloat16_the_errors_are_those_without_tiles(rows: int, autocast: boo
     """Nothing is rounded between two tiles; with the same kernel only its output, which both passes read, is."""
     heads = {"num_attention_heads": 32, "num_query_groups": 16, "kv_channels": 8, "hidden_size": 128}
     others = {"add_bias_linear": True, "position_embedding_type": "rope", "attention_backend": "reference"}
-    config = TransformerConfig(**SMALL | ODD | heads | others)
+    config = shape(ODD, heads, others)
     torch.manual_seed(0)
     weights = Attention(config, 0).bfloat16().state_dict()
     x, dy = (torch.randn(rows, 200, 128).bfloat16() for _ in range(2))
@@ -206,7 +213,7 @@ def test_a_compiled_model_with_tiles_learns_the_same(
 
 @pytest.mark.parametrize("norms", [False, True])
 def test_the_operators_are_what_the_compiler_is_told(norms: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Attention(TransformerConfig(**SMALL | ODD | {"qk_layernorm": "head" if norms else None}), 0).bfloat16()
+    model = Attention(shape(ODD, {"qk_layernorm": "head" if norms else None}), 0).bfloat16()
     seen: list[tuple[Any, ...]] = []
     real = head_tiles._forward
     model.tiled = 1
@@ -240,7 +247,7 @@ def test_the_tensors_of_one_tile_are_in_memory(monkeypatch: pytest.MonkeyPatch) 
     for name in ("_forward", "_backward"):  # what is allocated within an operator is not seen
         monkeypatch.setattr(head_tiles, name, getattr(head_tiles, name)._init_fn)
     T, C, H, G, D = 2048, 64, 16, 8, 4
-    config = TransformerConfig(**SMALL | {"hidden_size": C, "num_attention_heads": H, "num_query_groups": G})
+    config = shape({"hidden_size": C, "num_attention_heads": H, "num_query_groups": G})
     peaks = []
     for groups in (G, 2, 1):
         attention, x, dy = Attention(config, 0), torch.randn(1, T, C, requires_grad=True), torch.ones(1, T, C)
@@ -301,7 +308,7 @@ def test_attention_that_has_no_tiles_is_refused(changes: dict[str, Any], word: s
 
 def test_a_plan_refuses_what_does_not_go_with_tiles() -> None:
     def said(sizes: Sizes, **changes: Any) -> list[str]:
-        model = LanguageModel(TransformerConfig(**SMALL), tiled_attention=1, **changes)
+        model = LanguageModel(shape(), tiled_attention=1, **changes)
         return [str(problem) for problem in model.problems("32-true", sizes)]
 
     assert said(Sizes(4, 4)) == []
@@ -319,7 +326,7 @@ def test_a_plan_refuses_what_does_not_go_with_tiles() -> None:
 
 
 LONG: dict[str, Any] = {
-    **SMALL,
+    "num_layers": 1,
     "hidden_size": 2048,
     "num_attention_heads": 32,
     "num_query_groups": 8,
@@ -341,7 +348,7 @@ def test_on_a_gpu_a_step_with_tiles_needs_less_memory(
     peaks, outputs = [], []
     for groups in (None, 8, 2, 1):
         torch.manual_seed(0)
-        config = TransformerConfig(**LONG | {"num_layers": 1})
+        config = shape(LONG)
         with torch.device("cuda"):
             model = Transformer(config).bfloat16()
         tile_mlp(model, 4096)
@@ -374,14 +381,13 @@ def test_on_a_gpu_a_step_with_tiles_needs_less_memory(
 @pytest.mark.parametrize("name", ["flash2", "flash3", "flash4", "sdpa_flash", "cudnn"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_on_a_gpu_gradients_are_as_close_as_without_tiles(name: str, packed: bool) -> None:
-    config = TransformerConfig(**LONG | {"kv_channels": 72, "qk_layernorm": "head", "attention_backend": name})
+    heads = {"kv_channels": 72, "qk_layernorm": "head"}
+    config = shape(LONG, heads, {"attention_backend": name})
     torch.manual_seed(0)
     with torch.device("cuda"):
-        exact = (
-            Attention(TransformerConfig(**LONG | {"kv_channels": 72, "qk_layernorm": "head"}), 0).bfloat16().double()
-        )
+        exact = Attention(shape(LONG, heads), 0).bfloat16().double()
     x, dy = (torch.randn(2, 777, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    rope = tuple(each.cuda() for each in config.rotary(0).tables(torch.arange(777), 777))
+    rope = config.rotary(0).tables(torch.arange(777, device="cuda"), 777)
     borders = torch.tensor([0, 5, 5, 400, 777, 1500, 1554], dtype=torch.int32, device="cuda")
     documents = Documents(borders, 777) if packed else None
     results = []
