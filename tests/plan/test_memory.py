@@ -23,7 +23,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, Transformer, TransformerConfig, gated_mlp, nf4
 from fiddlehead.models.linear_cross_entropy import CHUNK_TOKENS
 from fiddlehead.models.parallel import stages
-from fiddlehead.models.speed import compile_transformer, recompute_activations, tile_mlp
+from fiddlehead.models.speed import compile_transformer, recompute_activations, tile_attention, tile_mlp
 from fiddlehead.plan import attention
 from fiddlehead.plan.activations import Setting
 from fiddlehead.plan.attention_calls import calls_of
@@ -174,6 +174,16 @@ def test_layers_keep_what_is_counted(
     assert counted == pytest.approx(kept, rel=0.02)
 
 
+@pytest.mark.parametrize("tiled_mlp", [None, 50])
+@pytest.mark.parametrize("name", ["norms before and after", "as GPT-2"])
+def test_layers_with_tiles_of_heads_keep_what_is_counted(
+    name: str, tiled_mlp: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(3 * 64, tiled_mlp=tiled_mlp, tiled_attention=1)
+    kept, counted = kept_and_counted(OTHERS[name], setting, monkeypatch)
+    assert counted == pytest.approx(kept, rel=0.02)
+
+
 PARTS = [({}, part) for part in (0.15, 0.4, 0.65, 0.9)] + [
     (OTHERS[name], part)
     for name, part in [("norms after", 0.9), ("norms before and after", 0.55), ("as GPT-2", 0.9), ("a mixture", 0.65)]
@@ -197,6 +207,8 @@ def kept_and_counted(changes: dict[str, Any], setting: Setting, monkeypatch: pyt
     transformer = Transformer(config)
     if setting.tiled_mlp is not None:
         tile_mlp(transformer, setting.tiled_mlp)
+    if setting.tiled_attention is not None:
+        tile_attention(transformer, setting.tiled_attention)
     if setting.recompute is not None:
         recompute_activations(transformer, setting.recompute)
     if setting.fused_mlp:

@@ -18,6 +18,10 @@ from fiddlehead.recipes import gpt, llama, mistral
 KEEP = "model.activation_checkpointing=None"
 FULL = ["model.activation_checkpointing=full", "data.micro_batch_size=1"]
 WHOLE = [*FULL, "trainer.num_nodes=1", "trainer.precision=bf16-true"]
+HALF_A_MILLION = [
+    *("trainer.devices=1", "trainer.strategy=auto", "data.seq_length=524288", "data.global_batch_size=1"),
+    *("model.activation_offloading=True", "model.tiled_mlp=8192", "optim.state_offloading=True"),
+]
 CASES: dict[str, tuple[Any, list[str], str]] = {
     "a large micro-batch": (llama.llama3_8b, [KEEP, "data.micro_batch_size=4"], "h100"),
     "long sequences": (llama.llama3_8b_64k, [KEEP], "h100"),
@@ -25,6 +29,7 @@ CASES: dict[str, tuple[Any, list[str], str]] = {
     "float32": (llama.llama32_3b, ["trainer.devices=1", "trainer.precision=32-true", "data.seq_length=2048"], "l40s"),
     "few nodes": (mistral.mixtral_8x7b, ["trainer.num_nodes=2"], "h100"),
     "a very long sequence": (llama.llama32_1b, ["trainer.devices=1", "data.seq_length=524288", *FULL], "h100"),
+    "half a million tokens of 8B": (llama.llama3_8b, [*WHOLE, *HALF_A_MILLION], "h100"),
     "all of a model on one GPU": (llama.llama3_8b, [*WHOLE, "trainer.devices=1"], "h100"),
     "a pair of GPUs": (llama.llama3_8b, [*WHOLE, "trainer.devices=2"], "l40s"),
     "copies": (gpt.gpt2_1p5b, ["trainer.strategy=ddp", "data.micro_batch_size=16"], "a100_40"),
@@ -76,11 +81,29 @@ def test_bits_and_gpus_are_among_the_remedies() -> None:
 
 
 def test_tiles_main_memory_and_a_shared_sequence_are_remedies_for_long_sequences() -> None:
-    here, more = of("a very long sequence")[1].remedies
-    assert here.layout.edits == ("model.tiled_mlp=8192", "model.activation_offloading=true")
+    heads, there, more = of("a very long sequence")[1].remedies
+    assert heads.layout.edits == ("model.tiled_mlp=8192", "model.tiled_attention=4")
+    assert there.layout.edits == ("model.tiled_mlp=8192", "model.activation_offloading=true")
     assert more.layout.edits == ("trainer.devices=4", "trainer.strategy.context_parallel=4")
     of_a_mixture = [edit for each in of("few nodes")[1].remedies for edit in each.layout.edits]
     assert not any(edit.startswith("model.tiled_mlp") for edit in of_a_mixture)  # it has none
+
+
+def test_with_tiles_of_heads_one_gpu_trains_an_8b_model_on_half_a_million_tokens() -> None:
+    recipe, whole = of("half a million tokens of 8B")
+    assert whole.remedies[0].layout.edits == ("model.tiled_attention=4",)
+    four, two, one = (
+        launch.plan(edited(recipe, f"model.tiled_attention={groups}"), target="h100").training for groups in (4, 2, 1)
+    )
+    needed = [each.memory.needed_gib for each in (whole, four, two, one) if each.memory is not None]
+    assert needed == sorted(needed, reverse=True) and needed[0] > 80 and needed[2] < 66
+    assert four.memory is not None and two.memory is not None
+    # Two key/value heads fewer, and their eight query heads: queries, keys and values and their gradients, what
+    # attention gave and its gradient, and the float32 sum of the queries' gradient.
+    of_token = 2 * 2 * (2 * 8 + 2 * 2) * 128 + 4 * 8 * 128
+    assert four.memory.peak - two.memory.peak == pytest.approx(of_token * 2**19)
+    assert whole.speed is not None and two.speed is not None
+    assert 0.99 < two.speed.tokens_per_s / whole.speed.tokens_per_s < 1
 
 
 def test_an_optimizer_in_main_memory_lets_one_gpu_train_what_two_train() -> None:

@@ -70,6 +70,23 @@ def test_tiles_are_computed_again_once() -> None:
     assert products() < products(tiled_mlp=4096) < products(recompute="full", tiled_mlp=4096)
 
 
+def test_tiles_of_heads_project_once_more_whatever_else_is_computed_again() -> None:
+    config, held, setting, _, _ = parts_of("1b b4")
+
+    def products(**changes: Any) -> float:
+        found = speed(config, held, replace(setting, **changes), CARDS["h100"], 4096, gpus=1, gpus_per_node=8)
+        assert found is not None
+        return found.products
+
+    heads = config.num_attention_heads + 2 * config.groups
+    once = config.num_layers * config.hidden_size * heads * config.head_dim
+    for recompute in (None, "full"):
+        more = products(recompute=recompute, tiled_attention=1) - products(recompute=recompute)
+        of_products = 2 * once * setting.tokens / CARDS["h100"].flops
+        assert of_products < more < 2 * of_products  # a part of the peak is reached
+        assert more == pytest.approx(products(recompute=recompute, tiled_attention=4) - products(recompute=recompute))
+
+
 def test_inputs_in_main_memory_cost_a_fifth_of_their_way_there_and_back() -> None:
     """Where the computation takes longer than the copies."""
     config, held, setting, _, _ = parts_of("1b b4 full")

@@ -107,6 +107,15 @@ def test_the_losses_are_those_of_one_process(
             assert difference <= 1e-2 * tensor.load().norm(), name
 
 
+@pytest.mark.parametrize(("layout", "settings"), [("1", "documents"), ("fsdp-2", "plain")])
+def test_tiles_of_heads_change_nothing(
+    dataset: Path, one: Callable[[str], Path], tmp_path: Path, layout: str, settings: str
+) -> None:
+    how: dict[str, Any] = {"activation_checkpointing": "full", "tiled_mlp": 5, "tiled_attention": 1}
+    run = train(layout, dataset, tmp_path, **SETTINGS[settings] | how)
+    torch.testing.assert_close(losses(run), losses(one(settings)), rtol=1e-5, atol=0)
+
+
 def tensors_of(run: Path, kind: str) -> dict[str, Any]:
     """The tensors in a run's last checkpoint."""
     folder = RunDirectory(run).checkpoints / "step-00000012"
