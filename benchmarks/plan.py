@@ -96,6 +96,11 @@ def fill() -> None:
     case("8b8 b1 8k full state offloaded", "llama3_8b", "model.config.num_layers=8", *offloaded, batch=1, seq=8192)
     case("8b b1 8k full state offloaded", "llama3_8b", *offloaded, batch=1, seq=8192)
     case("8b b2 8k full x8 state offloaded", "llama3_8b", *offloaded, batch=2, seq=8192, accumulate=8)
+    long = [true, full, tiled, OFFLOADED, STATE]
+    for seq, layers, groups in ((2**18, 4, None), (2**18, 4, 2), (2**18, 4, 1), (2**19, 2, None), (2**19, 2, 2)):
+        heads = [] if groups is None else [f"model.tiled_attention={groups}"]
+        name = f"8b{layers} b1 {seq // 1024}k full tiled offloaded{f' heads {groups}' if groups else ''}"
+        case(name, "llama3_8b", f"model.config.num_layers={layers}", *long, *heads, batch=1, seq=seq)
     for batch in (1, 2, 4):
         case(f"8b6 b{batch}", "llama3_8b", LAYERS_8B, batch=batch)
     for name, edits in {
