@@ -89,6 +89,15 @@ def _learned_anew(model: Transformer) -> dict[str, torch.Tensor]:
     return learned(model)
 
 
+@pytest.mark.parametrize("frozen", ["q_layernorm.weight", "linear_qkv", "linear_proj.weight"])
+def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+    found, expected = in_tiles(1, "full", **ODD).double(), made(**ODD).double()
+    for model in (found, expected):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(frozen not in name)
+    assert max(error(learned(found), learned(expected)).values()) < 1e-12
+
+
 @pytest.mark.parametrize("zero_centered", [False, True])
 def test_norms_and_rotation_of_heads_are_differentiated(zero_centered: bool) -> None:
     """In both passes these are partly in float32, whose rounding may differ."""

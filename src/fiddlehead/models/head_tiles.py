@@ -2,7 +2,8 @@
 
 Only some heads' queries, keys, values and gradients are then in memory, and the kernel's float32 sum of the gradient of
 their queries. All heads have the outputs of attention, which the backward pass and `linear_proj` need, and the gradient
-of `linear_qkv`'s output. So these two layers have the same products as without tiles, and nothing is summed over tiles.
+of `linear_qkv`'s output. So these two layers have the same products as without tiles, and only the gradients of the
+norms of heads are summed over tiles.
 
 Shapes: B batch, T time, C hidden size, H query heads, G key/value heads, D head dim; a tile has n of the G heads, and
 n H / G query heads.
@@ -126,7 +127,7 @@ class _InTiles(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
-        needs_x, needs_weight, needs_bias, needs_norms, *_, needs_proj, needs_proj_bias, _ = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, needs_q, needs_k, *_, needs_proj, needs_proj_bias, _ = ctx.needs_input_grad
         # A layer that is computed again gives its tensors once, so that each is freed where it is needed no more.
         *tensors, proj, out, lse = ctx.saved_tensors
         dqkv, dq_norm, dk_norm = _backward(dy, proj, out, lse, *tensors, *ctx.numbers)
@@ -139,7 +140,7 @@ class _InTiles(torch.autograd.Function):
         dbias = dqkv.sum(dim=(0, 1)) if needs_bias else None
         del x
         dx = dqkv @ weight if needs_x else None
-        norms = (dq_norm, dk_norm) if needs_norms else (None, None)
+        norms = (dq_norm if needs_q else None, dk_norm if needs_k else None)
         return dx, dweight, dbias, *norms, None, None, None, dproj, dproj_bias, None
 
 
