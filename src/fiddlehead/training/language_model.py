@@ -22,7 +22,7 @@ from fiddlehead.checkpoints.weights import (
 from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.errors import ConfigError, Problem, RunError, refuse
 from fiddlehead.files.paths import user_path
-from fiddlehead.models import LoRA, Transformer, TransformerConfig, gated_mlp, head_tiles
+from fiddlehead.models import LoRA, Transformer, TransformerConfig, gated_mlp
 from fiddlehead.models.autocast import compute_dtype
 from fiddlehead.models.gated_mlp import MlpBackend, MlpChoice
 from fiddlehead.models.lora import PEFT_NAMES
@@ -35,7 +35,6 @@ from fiddlehead.models.speed import (
     convert_to_float8,
     offload_inputs,
     recompute_activations,
-    refused_mixture,
     refused_speed,
     rescale_gathered,
     tile_attention,
@@ -49,6 +48,7 @@ from fiddlehead.training.distributed.pipeline import Pipeline
 from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.initial import initial_transformer, refuse_other_tokenizer
 from fiddlehead.training.metrics_csv import log_row
+from fiddlehead.training.model_problems import excludes_quack, refused_mlp, refused_model
 from fiddlehead.training.optim import Optim
 
 
@@ -204,54 +204,7 @@ class LanguageModel(LightningModule):
 
     def problems(self, precision: str, sizes: Sizes) -> list[Problem]:
         """Why the model cannot be trained with this precision on ranks of these sizes; empty if it can."""
-        problems = []
-        if self.lora is not None and self.lora.quantize_base is not None:
-            problems += self._refused_quantized(self.lora.quantize_base, sizes)
-        if self.lora is not None and self.fp8 is not None:
-            message = "layers with adapters have no float8 products; set None here, or model.lora=None"
-            problems.append(Problem("model.fp8", self.fp8, message))
-        if sizes.tensor > 1 and self.fp8 is not None:
-            message = "not for split layers; set trainer.strategy.tensor_parallel=1, or None here"
-            problems.append(Problem("model.fp8", self.fp8, message))
-        if self.tiled_mlp is not None:
-            problems += [each.under("model") for each in refused_mixture(self.config, self.tiled_mlp)]
-        if self.tiled_attention is not None:
-            shared = {"tensor": sizes.tensor, "context": sizes.context, "adapters": self.lora is not None}
-            refused = head_tiles.refused(self.config, self.tiled_attention, **shared)
-            problems += [each.under("model") for each in refused]
-        reason = self._excludes_quack(sizes) or gated_mlp.why_not_anywhere(
-            self.config, compute_dtype(precision), sizes.tensor
-        )
-        problems += self.refused_mlp(reason)
-        if self.compile_mode is None or self.config.num_moe_experts is None:
-            return problems
-        if sizes.expert > 1:
-            message = (
-                "ranks wait for the numbers of tokens of their experts, which cannot be compiled; set None here, or "
-                "trainer.strategy.expert_parallel=1"
-            )
-            problems.append(Problem("model.compile", self.compile_mode, message))
-        if precision == "32-true":
-            message = "experts' products are compiled in bfloat16 only; set trainer.precision=bf16-mixed, or None here"
-            problems.append(Problem("model.compile", self.compile_mode, message))
-        if isinstance(self.recompute, str) and self.config.moe_aux_loss_coeff:
-            message = (
-                "a compiled layer with experts cannot be recomputed whole, because its balancing loss leaves it; give "
-                "the part to keep, such as 0.5, or set compile=None"
-            )
-            problems.append(Problem("model.activation_checkpointing", self.recompute, message))
-        return problems
-
-    def _refused_quantized(self, base: str, sizes: Sizes) -> list[Problem]:
-        problems = []
-        for field, size in (("tensor_parallel", sizes.tensor), ("pipeline_parallel", sizes.pipeline)):
-            if size > 1:
-                message = f"weights in 4 bits cannot be split; set None here, or trainer.strategy.{field}=1"
-                problems.append(Problem("model.lora.quantize_base", base, message))
-        if self.config.num_moe_experts is not None:
-            message = "the experts of a mixture are not stored in 4 bits; set None here"
-            problems.append(Problem("model.lora.quantize_base", base, message))
-        return problems
+        return refused_model(self, precision, sizes)
 
     def mlp_choice(
         self, config: TransformerConfig, precision: str, sizes: Sizes, target: Target, *, probe: bool = False
@@ -264,28 +217,8 @@ class LanguageModel(LightningModule):
         if self.mlp_backend == "torch":
             return MlpChoice("torch")
         dtype = compute_dtype(precision)
-        reason = self._excludes_quack(sizes) or gated_mlp.why_not(config, dtype, target, sizes.tensor, probe=probe)
+        reason = excludes_quack(self, sizes) or gated_mlp.why_not(config, dtype, target, sizes.tensor, probe=probe)
         return MlpChoice("quack") if reason is None else MlpChoice("torch", reason)
-
-    def refused_mlp(self, why_not: str | None) -> list[Problem]:
-        """The problem if quack is asked for and there is a reason why it is not taken; otherwise empty."""
-        if self.mlp_backend != "quack" or not why_not:
-            return []
-        return [Problem("model.mlp_backend", "quack", f"cannot compute this feed-forward: {why_not}")]
-
-    def _excludes_quack(self, sizes: Sizes) -> str | None:
-        """The setting with which quack does not go; None if there is none."""
-        if self.lora is not None:
-            return "lora: adapters change its products"
-        if self.fp8 is not None:
-            return f"fp8={self.fp8!r}: its products are not in float8"
-        if self.tiled_mlp is not None:
-            return "tiled_mlp: tiles have PyTorch's products"
-        if self.recompute not in gated_mlp.RECOMPUTED:
-            return f"activation_checkpointing={self.recompute!r}: what is kept is chosen by PyTorch's operations"
-        if sizes.pipeline > 1:
-            return "pipeline_parallel: its schedules may part the gradients of weights from those of activations"
-        return None
 
     def _open_weights(self) -> Weights | None:
         """The weights to begin with; those that `take_shape` opened are not checked again, which reads all of them."""
@@ -324,7 +257,7 @@ class LanguageModel(LightningModule):
         sizes = strategy.sizes(self.trainer.world_size) if isinstance(strategy, Parallel) else Sizes(1, 1)
         of_run = self.config, precision, sizes, Target.of(strategy.root_device)
         choice = self.mlp_choice(*of_run, probe=True)
-        refuse(self.refused_mlp(choice.why_not))
+        refuse(refused_mlp(self, choice.why_not))
         if choice != self.mlp_choice(*of_run):
             warnings.warn(f"PyTorch computes the feed-forward: {choice.why_not}", stacklevel=2)
         self.mlp = choice
