@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fiddlehead.models import linear_cross_entropy as module
 from fiddlehead.models.linear_cross_entropy import linear_cross_entropy, nats_and_gradient
@@ -77,6 +78,24 @@ def test_the_gradients_may_be_computed_in_two_passes_as_zero_bubble_pipelines_do
     exact = torch.autograd.grad(all_logits(x, weight, labels, 1.0, None) / 3, (x, weight))
     assert grad_x is not None and parameter.grad is not None
     torch.testing.assert_close((grad_x, parameter.grad), exact)
+
+
+def test_the_backward_pass_makes_nothing_as_large_as_the_weight() -> None:
+    """Not even zeros: its gradient is there already."""
+    x, weight, labels = operands(torch.float32)
+    loss = linear_cross_entropy(x, weight, labels)
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.shape == weight.shape:
+                made.append(str(func))
+            return result
+
+    with Watch():
+        torch.autograd.grad(loss, (x, weight))
+    assert made == ["aten.mul_.Tensor"]
 
 
 def test_frozen_weights_get_no_gradient() -> None:

@@ -83,6 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return nats, None
         grad_weight = grad_weight.to(weight.dtype)
         ctx.mark_non_differentiable(grad_weight)
+        ctx.set_materialize_grads(False)  # or the backward pass gets zeros as large as the weight
         return nats, grad_weight
 
     @staticmethod
