@@ -77,7 +77,7 @@ FINETUNING: dict[str, dict[str, dict[int, Layout]]] = {
         "lora": {1: Layout(4), 4: Layout(8, "selective")},
     },
     "llama2_7b": {
-        "full": {2: Layout(2, tensor_parallel=2), 4: Layout(8, "selective")},
+        "full": {2: Layout(16, "full"), 4: Layout(8, "selective")},
         "lora": {1: Layout(4), 2: Layout(8, "selective"), 8: Layout(4)},
     },
     "llama2_13b": {

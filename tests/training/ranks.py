@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -44,7 +45,9 @@ def on_ranks(count: int, function: Callable[..., Any], *arguments: Any, **named:
                 failed, result = True, f"it ended with exit code {process.exitcode}"
             if failed:  # the cause may be another's failure
                 said = [f"rank {rank} of {count}: {result}"]
-                said += [f"rank {n}: {answers[n].recv()[1]}" for n in range(rank + 1, count) if answers[n].poll(5)]
+                for other in range(rank + 1, count):
+                    with contextlib.suppress(EOFError):
+                        said += [f"rank {other}: {answers[other].recv()[1]}"] if answers[other].poll(5) else []
                 raise AssertionError("\n".join(said))
             results.append(result)
     finally:
