@@ -69,7 +69,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp 3": (3, {}),
     "fsdp 2": (2, {}),
     "tp 2": (2, {"tensor_parallel": 2}),
-    "tp 2, halves": (2, {"tensor_parallel": 2, "tensor_parallel_overlap": True}),
     "pp 2": (2, {"pipeline_parallel": 2}),
     "pp 2, 2 stages a rank": (2, _TWICE),
     "pp 2, InterleavedZeroBubble": (2, {"pipeline_parallel": 2, "pipeline_schedule": "InterleavedZeroBubble"}),
@@ -86,7 +85,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 SPLIT: dict[str, tuple[int, list[str]]] = {
     "one GPU": (1, []),
     "tp 2": (2, ["trainer.strategy.tensor_parallel=2"]),
-    "tp 2, halves": (2, ["trainer.strategy.tensor_parallel=2", "trainer.strategy.tensor_parallel_overlap=true"]),
 }
 """Name to the number of GPUs and the edits of the split layers that are timed."""
 _PP = ["trainer.strategy.pipeline_parallel=2"]

@@ -16,6 +16,9 @@ from fiddlehead import environment
 from fiddlehead.environment import describe_gpus, describe_machine
 from fiddlehead.errors import ConfigError
 from fiddlehead.figures import compare, read
+from fiddlehead.recipe import catalog
+from fiddlehead.recipe.edits import apply_overrides
+from fiddlehead.training import Parallel
 
 BEFORE = {
     "figures": {"rate": 100, "steps": {"min": 1.0, "median": 2.0, "max": 9.0}, "shapes": [{"ms": 4.0}], "old": 1},
@@ -129,3 +132,18 @@ def test_gpus_are_described_as_far_as_they_tell(monkeypatch: pytest.MonkeyPatch)
     assert whole["name"] == "NVIDIA H100 80GB HBM3" and whole["sm_mhz"] == 1755 and whole["watts"] == 612.4
     assert "sm_mhz" not in part and "watts" not in part and part["max_sm_mhz"] == 1980
     assert json.loads(json.dumps(describe_machine(["torch", "nosuch"])))["versions"].keys() == {"torch"}
+
+
+def test_each_case_of_a_benchmark_is_a_run_that_can_be_made(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    many, plan = (importlib.import_module(name) for name in ("many", "plan"))
+    try:
+        plan.fill()
+        made = {name: (recipe, edits) for name, (recipe, _, edits) in many.timed(8).items()} | plan.CASES
+        for recipe, edits in made.values():
+            apply_overrides(catalog.find_recipe(recipe)(), edits, find=catalog.find_part)
+        for _, sizes in many.LAYOUTS.values():
+            Parallel(**sizes)
+    finally:
+        for name in ("many", "plan", "measure"):
+            sys.modules.pop(name, None)
