@@ -61,13 +61,17 @@ def main() -> None:
         command = [sys.executable, "-W", "ignore", __file__, *settings, "--child", arm]
         printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
         if printed.returncode:
-            sys.stderr.write(f"failed: {arm}\n")
             return {}
         print(arm, "has ended", flush=True)
         return json.loads(printed.stdout.splitlines()[-1])
 
     with ThreadPoolExecutor(given.at_once) as pool:
         runs = dict(zip(given.arms, pool.map(run, given.arms), strict=True))
+    if not given.tiny:
+        save(given.name, {"steps": given.steps, "layers": given.layers, "runs": runs}, ["torch", "torchao"])
+    failed = [arm for arm, run in runs.items() if not run]
+    if given.arms[0] in failed:  # nothing to compare with
+        sys.exit(f"failed: {', '.join(failed)}")
     ends = {arm: (statistics.fmean(run["loss"][-LAST:]), run["val_loss"][-1][1]) for arm, run in runs.items() if run}
     base = ends[given.arms[0]]
     rows = [
@@ -75,8 +79,8 @@ def main() -> None:
         for arm, (loss, val) in ends.items()
     ]
     print(table(["", f"loss, last {LAST} steps", "", "validation loss", ""], rows))
-    if not given.tiny:
-        save(given.name, {"steps": given.steps, "layers": given.layers, "runs": runs}, ["torch", "torchao"])
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 def recipe(arm: str, steps: int, layers: int, small: bool) -> Recipe:
