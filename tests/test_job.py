@@ -49,14 +49,15 @@ class Fail(Callback):
         self.step, self.rank = step, rank
     def on_train_batch_start(self, trainer, *args):
         if trainer.global_step == self.step and trainer.global_rank == self.rank:
-            raise KeyError("the user's mistake")
+            self.fail()
+    def fail(self):
+        raise KeyError("the user's mistake")
 
 class FailAndStay(Fail):
     """Its process would not end by itself, as with NCCL, which waits for what the other ranks do not do."""
-    def on_train_batch_start(self, trainer, *args):
-        if trainer.global_step == self.step and trainer.global_rank == self.rank:
-            threading.Thread(target=time.sleep, args=(600,)).start()
-        super().on_train_batch_start(trainer, *args)
+    def fail(self):
+        threading.Thread(target=time.sleep, args=(600,)).start()
+        super().fail()
 '''
 
 

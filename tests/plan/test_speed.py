@@ -58,28 +58,23 @@ def test_the_parts_of_a_step_add_up_to_it() -> None:
     assert found.to_dict()["seconds_per_step"] == found.step
 
 
+def products(**changes: Any) -> float:
+    """Seconds of the products of "1b b4", so changed."""
+    config, held, setting, _, _ = parts_of("1b b4")
+    found = speed(config, held, replace(setting, **changes), CARDS["h100"], 4096, gpus=1, gpus_per_node=8)
+    assert found is not None
+    return found.products
+
+
 def test_tiles_are_computed_again_once() -> None:
     """With full recomputation the feed-forward is computed again anyway, but for its second product."""
-    config, held, setting, _, _ = parts_of("1b b4")
-
-    def products(**changes: Any) -> float:
-        found = speed(config, held, replace(setting, **changes), CARDS["h100"], 4096, gpus=1, gpus_per_node=8)
-        assert found is not None
-        return found.products
-
     second = (products(tiled_mlp=4096) - products()) / 3
     assert products(recompute="full", tiled_mlp=4096) == pytest.approx(products(recompute="full") + second)
     assert products() < products(tiled_mlp=4096) < products(recompute="full", tiled_mlp=4096)
 
 
 def test_tiles_of_heads_project_once_more_whatever_else_is_computed_again() -> None:
-    config, held, setting, _, _ = parts_of("1b b4")
-
-    def products(**changes: Any) -> float:
-        found = speed(config, held, replace(setting, **changes), CARDS["h100"], 4096, gpus=1, gpus_per_node=8)
-        assert found is not None
-        return found.products
-
+    config, _, setting, _, _ = parts_of("1b b4")
     heads = config.num_attention_heads + 2 * config.groups
     once = config.num_layers * config.hidden_size * heads * config.head_dim
     for recompute in (None, "full"):

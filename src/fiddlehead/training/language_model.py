@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import Strategy
 
 from fiddlehead.attention import Target
 from fiddlehead.checkpoints.weights import (
@@ -271,8 +272,7 @@ class LanguageModel(LightningModule):
         self, lora: LoRA | None, change: Callable[[Transformer], None] = lambda transformer: None
     ) -> Transformer:
         """The model with which the run begins, changed by `change`; this rank's shard if the strategy shards it."""
-        strategy = None if self._trainer is None else self._trainer.strategy
-        return initial_transformer(self.config, self._open_weights(), lora, strategy, change)
+        return initial_transformer(self.config, self._open_weights(), lora, self._strategy, change)
 
     def _fuse_mlp(self, transformer: Transformer) -> None:
         layers: Any = transformer.layers
@@ -297,8 +297,12 @@ class LanguageModel(LightningModule):
 
     @property
     def _gathers_float8(self) -> bool:
-        strategy = None if self._trainer is None else self._trainer.strategy
+        strategy = self._strategy
         return self.fp8_all_gather and isinstance(strategy, Parallel) and strategy.world_size > 1
+
+    @property
+    def _strategy(self) -> Strategy | None:
+        return None if self._trainer is None else self._trainer.strategy
 
     def on_fit_start(self) -> None:
         """Takes the bytes of each token from the data, and compares the tokenizer with that of `init_from`."""
