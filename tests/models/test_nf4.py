@@ -85,6 +85,8 @@ def layers(lora: LoRA | None, bias: bool, dtype: torch.dtype) -> tuple[nn.Module
         made.bias = plain.bias = nn.Parameter(linear.bias.to(dtype))
     if lora is None:
         return made, plain
+    for layer in (made, plain):
+        layer.requires_grad_(False)  # as `LoRA.apply` does
     pair = LoRALinear(made, lora), LoRALinear(plain, lora)
     generator = torch.Generator().manual_seed(3)
     for a, b in zip(*(list(each.parameters())[-2 - lora.dora :] for each in pair), strict=True):

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from fiddlehead.attention.backends.reference import without_autocast
 from fiddlehead.errors import ConfigError, Problem, nearest, refuse
+from fiddlehead.models.adapted_linear import adapted_linear
 from fiddlehead.models.autocast import product_dtype
 from fiddlehead.models.collectives import SequenceSplit
 from fiddlehead.models.linear import Linear
@@ -116,6 +117,10 @@ class LoRALinear(Linear):
     three are float32 or wider for all dtypes of the weights, because bfloat16 would lose small steps.
     """
 
+    joined = True
+    """Whether one function has the products of the layer and of its adapter, as `adapted_linear`. Not where processes
+    share the layer, nor in a pipeline, whose schedules part the gradients of the adapter from those of the input."""
+
     def __init__(self, linear: nn.Linear, lora: LoRA) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
@@ -133,15 +138,20 @@ class LoRALinear(Linear):
         # The adapter's two matrices are small and its input is large, so the matrices are scaled and cast to the
         # products' dtype. Their gradients are accumulated in their own dtype.
         x = input.to(product_dtype(input))
-        base = self._product(x, self.bias)
         if not self.enabled:
-            return base
+            return self._product(x, self.bias)
+        a, b = self.lora_a.to(x.dtype), (self.lora_b * self.lora.scaling).to(x.dtype)
+        drops = self.training and self.lora.dropout > 0
+        frozen = not (self.weight.requires_grad or self.bias is not None and self.bias.requires_grad)
+        if self.joined and self.magnitude is None and not drops and frozen:
+            return adapted_linear(x, self.weight, self.bias, a, b)
+        base = self._product(x, self.bias)
         dropped = self._dropout(x)
-        change = self._change(dropped, self.lora_a.to(x.dtype), (self.lora_b * self.lora.scaling).to(x.dtype))
+        change = self._change(dropped, a, b)
         if self.magnitude is None:
             return base + change
         # As in PEFT, dropout applies to the input of what DoRA adds, and not to that of the layer itself.
-        if self.training and self.lora.dropout:
+        if drops:
             plain = self._product(dropped, None)
         else:
             plain = base if self.bias is None else base - self.bias

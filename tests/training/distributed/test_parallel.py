@@ -277,14 +277,18 @@ def test_ranks_learn_answers_and_preferences_as_one_process_does(
     assert len(asked) == 2 and not silence
 
 
+@pytest.mark.parametrize(
+    ("layout", "lora", "dropout"),
+    [("pp-2-tp-2", LoRA(rank=2, alpha=2, dora=True, dropout=0.1), 0.1), ("pp-2-zero", LoRA(rank=2, alpha=2), 0.0)],
+    ids=["pp-2-tp-2", "pp-2-zero"],
+)
 def test_adapters_on_split_layers_and_stages_learn_what_they_learn_on_one_process(
-    dataset: Path, one: Callable[[str], Path], tmp_path: Path
+    dataset: Path, one: Callable[[str], Path], tmp_path: Path, layout: str, lora: LoRA, dropout: float
 ) -> None:
-    lora = LoRA(rank=2, alpha=2, dora=True, dropout=0.1)
-    changes = {"init_from": one("plain"), "lora": lora, "hidden_dropout": 0.1, "micro_batch_size": 4}
+    changes = {"init_from": one("plain"), "lora": lora, "hidden_dropout": dropout, "micro_batch_size": 4}
     alone = train("1", dataset, tmp_path / "alone", **changes)
     train("1", dataset, tmp_path, killed_after=10, **changes)
-    run = train("pp-2-tp-2", dataset, tmp_path, **changes)  # goes on from a checkpoint of one process
+    run = train(layout, dataset, tmp_path, **changes)  # goes on from a checkpoint of one process
     torch.testing.assert_close(losses(run), losses(alone), rtol=1e-5, atol=0)
     for kind in ("model", "optimizer"):
         expected, found = (tensors_of(folder, kind) for folder in (alone, run))

@@ -157,6 +157,8 @@ class RowParallelLinear(_Split):
 class _SplitLoRA(LoRALinear):
     """A linear layer with an adapter, with one process's part of the parameters of both."""
 
+    joined = False
+
     def __init__(self, linear: LoRALinear, group: Group) -> None:
         out_features, in_features = linear.weight.shape
         nn.Linear.__init__(self, in_features, out_features, linear.bias is not None, device="meta")

@@ -15,6 +15,7 @@ from torch import nn
 
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models.config import TransformerConfig
+from fiddlehead.models.lora import LoRALinear
 from fiddlehead.models.transformer import Transformer, balancing_loss
 
 
@@ -164,6 +165,9 @@ def keep_stages(transformer: Transformer, numbers: Iterable[int], count: int) ->
     outside = {name for number in numbers for name in _outside_layers(config, number, count)}
     for name in {*_BEFORE, *_AFTER} - outside:
         setattr(transformer, name, None)
+    for module in transformer.modules():
+        if isinstance(module, LoRALinear):
+            module.joined = False
 
 
 def refuse_stages(config: TransformerConfig, count: int) -> None:
