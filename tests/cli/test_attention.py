@@ -13,7 +13,7 @@ from fiddlehead.attention import BACKENDS, Package, switches
 from fiddlehead.attention.tools import doctor
 from fiddlehead.attention.tools.doctor import Finding, Report
 from fiddlehead.cli import main
-from fiddlehead.models import gated_mlp
+from fiddlehead.models import adapted_mlp, gated_mlp, mlp_choice
 from fiddlehead.recipe.catalog import find_recipe
 from fiddlehead.recipe.edits import apply_overrides
 
@@ -245,7 +245,8 @@ def test_the_doctor_prints_what_it_found(typed, monkeypatch):
 def test_the_doctor_tries_the_feed_forward(typed, monkeypatch):
     monkeypatch.setattr(doctor, "examine", lambda _progress: Report({}, REPORT.findings[:1], ()))
     assert "quack (feed-forward)" in typed("doctor")
-    monkeypatch.setattr(gated_mlp, "why_not_there", lambda target: None)
+    monkeypatch.setattr(mlp_choice, "why_not_there", lambda target: None)
+    monkeypatch.setattr(adapted_mlp, "tried", lambda: (Package("3.6.0"), 0.004))
     for package, error, state in (
         (Package("0.6.5"), 0.003, "works"),
         (
@@ -259,6 +260,9 @@ def test_the_doctor_tries_the_feed_forward(typed, monkeypatch):
         output = typed("doctor", rc=1 if state.startswith("broken") else 0)
         assert state in output
         assert ("pip install --upgrade" in output) == state.startswith("broken")
+    monkeypatch.setattr(gated_mlp, "tried", lambda: (Package("0.6.5"), 0.003))
+    monkeypatch.setattr(adapted_mlp, "tried", lambda: (Package("3.6.0", "its products are wrong here: da2 by 1"), 1.0))
+    assert "triton 3.6.0 is installed but its products are wrong here" in typed("doctor", rc=1)
     monkeypatch.setattr(doctor, "examine", lambda _progress: REPORT)
     assert "not tried: CUDA does not work in this process" in typed("doctor", rc=1)
 

@@ -23,7 +23,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, Transformer, TransformerConfig, gated_mlp, nf4
 from fiddlehead.models.linear_cross_entropy import CHUNK_TOKENS
 from fiddlehead.models.parallel import stages
-from fiddlehead.models.speed import compile_transformer, recompute_activations, tile_attention, tile_mlp
+from fiddlehead.models.speed import compile_transformer, fuse_mlp, recompute_activations, tile_attention, tile_mlp
 from fiddlehead.plan import attention
 from fiddlehead.plan.activations import Setting
 from fiddlehead.plan.attention_calls import calls_of
@@ -205,6 +205,8 @@ def kept_and_counted(changes: dict[str, Any], setting: Setting, monkeypatch: pyt
     config = TransformerConfig(**SHAPE | changes)
     torch._dynamo.reset()
     transformer = Transformer(config)
+    if setting.adapters:
+        LoRA(rank=1).apply(transformer.bfloat16())  # as weights that are not trained are in a run
     if setting.tiled_mlp is not None:
         tile_mlp(transformer, setting.tiled_mlp)
     if setting.tiled_attention is not None:
@@ -213,8 +215,7 @@ def kept_and_counted(changes: dict[str, Any], setting: Setting, monkeypatch: pyt
         recompute_activations(transformer, setting.recompute)
     if setting.fused_mlp:
         monkeypatch.setattr(gated_mlp, "_product", defined_product)
-        for layer in transformer.layers:
-            layer.mlp.fused = True  # type: ignore[union-attr]
+        fuse_mlp(transformer, "triton" if setting.adapters else "quack")
     compile_transformer(transformer, "layers")
     kept: dict[int, torch.Tensor] = {}
 
@@ -230,16 +231,17 @@ def kept_and_counted(changes: dict[str, Any], setting: Setting, monkeypatch: pyt
     own = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}
     found = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
     ended = moments(config, Held(0, 0, 0), setting)["ended"]
-    last_norm = 4 * setting.tokens * config.hidden_size
+    last_norm = setting.of_weights * setting.tokens * config.hidden_size
     return found, ended.activations - last_norm + ended.copies
 
 
 @pytest.mark.parametrize("changes", [{}, {"norm_placement": "post"}, {"ffn_hidden_size": 56}], ids=str)
 @pytest.mark.parametrize("recompute", [None, "full"])
-def test_with_quacks_feed_forward_layers_keep_what_is_counted(
-    changes: dict[str, Any], recompute: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("adapters", [False, True], ids=["", "adapters"])
+def test_with_kernels_for_the_feed_forward_layers_keep_what_is_counted(
+    changes: dict[str, Any], recompute: Any, adapters: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting = Setting(32 * 64, recompute=recompute, by_quack=True)
+    setting = Setting(32 * 64, recompute=recompute, adapters=adapters, fuses=True)
     kept, counted = kept_and_counted(changes, setting, monkeypatch)
     assert counted == pytest.approx(kept, rel=0.02)
 
@@ -248,7 +250,7 @@ def test_with_quacks_feed_forward_layers_keep_what_is_counted(
 def test_with_quacks_feed_forward_a_step_takes_what_was_measured(arm: str) -> None:
     measured, case = QUACK[arm], "1b b8 bf16-true" if "true" in arm else "1b b8"
     config, held, setting, *_ = parts_of(case)
-    setting = replace(setting, by_quack=measured["mlp"] == "quack")
+    setting = replace(setting, fuses=measured["mlp"] == "quack")
     peak = max(each.peak for each in moments(config, held, setting).values())
     assert peak == pytest.approx(measured["gib"] * GIB, rel=0.03)
     found = speed(config, held, setting, CARDS["h100"], 4096, gpus=1, gpus_per_node=1)
@@ -260,7 +262,7 @@ def test_what_a_compiled_split_layer_gathered_is_kept() -> None:
     two = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "many_two.json").read_text())
     measured = two["figures"]["speed"]["1b, tp 2"]["figures"]
     config, held, setting, *_ = parts_of("tp 1b b4")
-    setting = replace(setting, tokens=8 * 4096, by_quack=True)
+    setting = replace(setting, tokens=8 * 4096, fuses=True)
     assert max(each.peak for each in moments(config, held, setting).values()) == pytest.approx(
         measured["memory_gib"] * GIB, rel=0.02
     )

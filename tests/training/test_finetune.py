@@ -44,7 +44,7 @@ def tuning(parts: Parts, model: LanguageModel, path: Path, **changes: Any) -> di
     data = FineTuningDataModule(
         path, seq_length=16, micro_batch_size=4, global_batch_size=4, val_samples=8, **options
     )  # fmt: skip
-    return parts(name="tuned", **({"max_steps": 12} | changes)) | {"model": model, "data": data}
+    return parts(**({"name": "tuned", "max_steps": 12} | changes)) | {"model": model, "data": data}
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=4)])

@@ -15,7 +15,7 @@ import torch
 from fiddlehead import tasks
 from fiddlehead.attention import Package, Target
 from fiddlehead.errors import ConfigError
-from fiddlehead.models import LoRA, TransformerConfig, gated_mlp
+from fiddlehead.models import LoRA, TransformerConfig, adapted_mlp, gated_mlp, mlp_choice, speed
 from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
 from fiddlehead.training.distributed.sizes import Sizes
 from tests.models.test_gated_mlp import CONFIG, defined_gradient, defined_product
@@ -48,7 +48,7 @@ def stand_in(patch: pytest.MonkeyPatch) -> list[int]:
     patch.setattr(gated_mlp, "_gradient", defined_gradient)
     patch.setattr(gated_mlp, "installed", lambda: FOUND)
     patch.setattr(gated_mlp, "tried", lambda: (FOUND, 0.0))
-    patch.setattr(gated_mlp, "why_not_there", lambda target: None)
+    patch.setattr(mlp_choice, "why_not_there", lambda target: None)
     return rows
 
 
@@ -114,7 +114,6 @@ def test_ranks_learn_what_one_process_does(
 @pytest.mark.parametrize(
     ("settings", "sizes", "words"),
     [
-        ({"lora": LoRA(), "init_from": "x"}, Sizes(1, 1), "lora"),
         ({"fp8": "tensorwise"}, Sizes(1, 1), "fp8='tensorwise'"),
         ({"tiled_mlp": 64, "compile": "layers"}, Sizes(1, 1), "tiled_mlp"),
         ({"activation_checkpointing": "selective"}, Sizes(1, 1), "activation_checkpointing='selective'"),
@@ -135,6 +134,58 @@ def test_settings_that_change_the_products_keep_pytorch_s(
     asked = LanguageModel(config, mlp_backend="quack", **settings)
     (problem,) = (each for each in asked.problems("bf16-mixed", sizes) if each.path == "model.mlp_backend")
     assert words in str(problem)
+
+
+ADAPTED: dict[str, Any] = {"lora": LoRA(), "init_from": "x"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes", "words"),
+    [
+        ({"mlp_backend": "quack", **ADAPTED}, Sizes(1, 1), "lora: adapters change its products; 'triton' has kernels"),
+        ({"mlp_backend": "triton"}, Sizes(1, 1), "lora=None: its kernels are for adapters; 'quack' is for models with"),
+        ({**ADAPTED, "lora": LoRA(dropout=0.1)}, Sizes(1, 1), "lora.dropout=0.1: only 0"),
+        ({**ADAPTED, "tiled_mlp": 64, "compile": "layers"}, Sizes(1, 1), "tiled_mlp"),
+        ({**ADAPTED, "activation_checkpointing": "selective"}, Sizes(1, 1), "activation_checkpointing='selective'"),
+        (ADAPTED, Sizes(2, 1, tensor=2), "tensor_parallel=2"),
+        (ADAPTED, Sizes(2, 1, pipeline=2), "pipeline_parallel"),
+    ],
+)
+def test_adapters_have_kernels_of_their_own(
+    found: None, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], sizes: Sizes, words: str
+) -> None:
+    monkeypatch.setattr(adapted_mlp, "installed", lambda: Package("3.6.0"))
+    config = TransformerConfig(**CONFIG)
+    for recompute in (None, "full"):
+        model = LanguageModel(config, activation_checkpointing=recompute, **ADAPTED)
+        assert str(model.mlp_choice(config, "bf16-mixed", Sizes(4, 1), HOPPER)) == "triton"
+    asked = LanguageModel(config, **{"mlp_backend": "triton", **settings})
+    choice = asked.mlp_choice(config, "bf16-mixed", sizes, HOPPER)
+    assert choice.backend == "torch"
+    assert choice.why_not.startswith(words)
+    (problem,) = (each for each in asked.problems("bf16-mixed", sizes) if each.path == "model.mlp_backend")
+    assert words in str(problem)
+
+
+def test_a_run_with_adapters_learns_the_same_with_their_kernels(
+    pretrain: Callable[..., Any], parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = pretrain(max_steps=2)
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n}?", "completion": "fern moss"}) + "\n" for n in range(19)))
+    monkeypatch.setattr(adapted_mlp, "installed", lambda: Package("3.6.0"))
+    monkeypatch.setattr(adapted_mlp, "tried", lambda: (Package("3.6.0"), 0.0))
+    monkeypatch.setattr(mlp_choice, "why_not_there", lambda target: None)
+    calls: list[int] = []
+    compute = adapted_mlp.adapted_mlp
+    monkeypatch.setattr(speed, "adapted_mlp", lambda x, *rest: calls.append(x.shape[0]) or compute(x, *rest))
+    found = []
+    for backend in ("torch", "auto"):
+        model = LanguageModel(init_from=base.path, lora=LoRA(rank=3), mlp_backend=backend)
+        run = tasks.finetune(**tuning(parts, model, path, max_steps=6, precision="bf16-mixed", name=backend))
+        assert bool(calls) == (backend == "auto")
+        found.append(losses(run.path)[:, 0])
+    torch.testing.assert_close(*found, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("sizes", [Sizes(1, 1), Sizes(8, 8), Sizes(4, 1, context=2), Sizes(4, 2, tensor=2)])

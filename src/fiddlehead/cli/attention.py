@@ -72,11 +72,12 @@ def explain(
 def doctor(as_json: bool = typer.Option(False, "--json", help="The same, for programs.")) -> None:
     """Try every attention kernel on this machine, and say what to install.
 
-    Each kernel runs forward and backward and is compared with the reference; so is quack's feed-forward. The exit code
-    is 1 if a package is installed but broken, or if nothing works.
+    Each kernel runs forward and backward and is compared with the reference; so are those for the feed-forward. The
+    exit code is 1 if a package is installed but broken, or if nothing works.
     """
     try:
         from fiddlehead.attention.tools.doctor import examine
+        from fiddlehead.models import adapted_mlp, gated_mlp
     except (ImportError, OSError) as error:
         print(f"error: PyTorch cannot be imported: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
         raise typer.Exit(1) from None
@@ -88,14 +89,14 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="The same, for pro
             status.update(f"trying {name}; its kernels may have to be compiled first")
 
         report = examine(trying)
-        feed_forward = _feed_forward(report, trying)
-    healthy = report.healthy and feed_forward.state != "broken"
-    advice = report.advice
-    if feed_forward.state == "broken":
-        advice += (
-            'quack-kernels is installed but broken; install it again:  pip install --upgrade "fiddlehead[flash]"',
-        )
-    report = replace(report, findings=(*report.findings, feed_forward), advice=advice)
+        feed_forwards = {
+            name: _feed_forward(name, module, report, trying)
+            for name, module in {"quack": gated_mlp, "triton": adapted_mlp}.items()
+        }
+    broken = [name for name, finding in feed_forwards.items() if finding.state == "broken"]
+    healthy = report.healthy and not broken
+    advice = report.advice + tuple(_REPAIRS[name] for name in broken)
+    report = replace(report, findings=(*report.findings, *feed_forwards.values()), advice=advice)
     if as_json:
         print(json.dumps({**asdict(report), "healthy": healthy}, indent=1))  # noqa: T201
     else:
@@ -112,25 +113,36 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="The same, for pro
         raise typer.Exit(1)
 
 
-def _feed_forward(report: Report, progress: Callable[[str], None]) -> Finding:
-    """The result for quack's feed-forward, after that for attention."""
+_REPAIRS = {
+    "quack": 'quack-kernels is installed but broken; install it again:  pip install --upgrade "fiddlehead[flash]"',
+    "triton": "Triton's kernels are broken; install PyTorch again, which brings Triton:  pip install --upgrade torch",
+}
+"""What to do if a kernel for the feed-forward is broken."""
+
+
+def _feed_forward(backend: str, module: Any, report: Report, progress: Callable[[str], None]) -> Finding:
+    """The result for kernels of the feed-forward, after that for attention.
+
+    Args:
+        module: `gated_mlp` or `adapted_mlp`.
+    """
     import torch
 
     from fiddlehead.attention import Target
     from fiddlehead.attention.tools.doctor import Finding, cuda_works
-    from fiddlehead.models import gated_mlp
+    from fiddlehead.models import mlp_choice
 
-    name, works = "quack (feed-forward)", cuda_works()
-    reason = gated_mlp.why_not_there(Target.of(torch.device("cuda" if works else "cpu")))
+    name, works = f"{backend} (feed-forward{' with adapters' if backend == 'triton' else ''})", cuda_works()
+    reason = mlp_choice.why_not_there(Target.of(torch.device("cuda" if works else "cpu")))
     if not works and any(each.state == "broken" for each in report.findings):
         reason = "not tried: CUDA does not work in this process"
     if reason is not None:
-        return Finding(name, gated_mlp.installed().version, "unavailable", reason)
+        return Finding(name, module.installed().version, "unavailable", reason)
     progress(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what it has to say to its developers
-        package, error = gated_mlp.tried()
-    reason = package.why_not("quack-kernels", oldest=gated_mlp.OLDEST)
+        package, error = module.tried()
+    reason = module.why_not_installed(package)
     state = "works" if reason is None else "broken" if package.problem else "unavailable"
     return Finding(name, package.version, state, reason or "", error)
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fiddlehead.models.nf4 import dequantize, is_quantized
+from fiddlehead.models.linear import summed
+from fiddlehead.models.nf4 import dequantize, is_quantized, nf4_product
 
 
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -20,8 +21,8 @@ def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b:
 
     Args:
         weight: (out, in), or what `nf4.quantize` made of it; like `bias`, it gets no gradient.
-        a: (rank, in), in the dtype of x.
-        b: (out, rank), in the dtype of x.
+        a: (rank, in). It may be wider than x, as its gradient then is, too: such a sum over all tokens is not rounded.
+        b: (out, rank), like a.
     """
     return _AdaptedLinear.apply(x.flatten(0, -2), weight, bias, a, b).view(*x.shape[:-1], b.shape[0])
 
@@ -31,22 +32,38 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        ctx.dtypes = a.dtype, b.dtype
+        a, b = a.to(x.dtype), b.to(x.dtype)
         z = F.linear(x, a)
         ctx.save_for_backward(x, weight, a, b, z)
-        return _added(x, weight, z, b, bias, True)
+        return added(x, weight, z, b, bias, True)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         (dy,), (x, weight, a, b, z) = grad_outputs, ctx.saved_tensors
         learns_x, _, _, learns_a, learns_b = ctx.needs_input_grad
-        dz = dy @ b if learns_x or learns_a else None
-        dx = _added(dy, weight, dz, a, None, False) if learns_x else None
-        return dx, None, None, dz.T @ x if learns_a else None, dy.T @ z if learns_b else None
+        of_a, of_b = ctx.dtypes
+        dx = da = None
+        if learns_x or learns_a:
+            dz = dy @ b
+            dx = added(dy, weight, dz, a, None, False) if learns_x else None
+            da = summed(dz.T, x, of_a) if learns_a else None
+        return dx, None, None, da, summed(dy.T, z, of_b) if learns_b else None
 
 
-def _added(x: Tensor, weight: Tensor, z: Tensor, small: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """`x W + z small + bias`; `transposed`: with the transposed W and `small`."""
+def product(x: Tensor, weight: Tensor, features: int, transposed: bool) -> Tensor:
+    """`x W`, (N, in) to (N, features); `transposed`: with the transposed W, which may be in NF4."""
+    if is_quantized(weight):
+        return nf4_product(x, weight, features, transposed)
+    weight = weight.to(x.dtype)
+    return x @ (weight.T if transposed else weight)
+
+
+def added(x: Tensor, weight: Tensor, z: Tensor, small: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """`x W + z small + bias`, (N, in) to (N, out); `transposed`: with the transposed W, and the transposed `small`."""
     function = _added_op if torch.compiler.is_compiling() else _add
     return function(x, weight, z, small, bias, transposed, torch.compiler.is_compiling())
 

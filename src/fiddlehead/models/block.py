@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from fiddlehead.attention import KVCache, attend
 from fiddlehead.models.autocast import product_dtype
 from fiddlehead.models.collectives import Group, HeadExchange, SequenceSplit
 from fiddlehead.models.config import TransformerConfig
-from fiddlehead.models.gated_mlp import gated_mlp
 from fiddlehead.models.head_tiles import Numbers, Tensors, attend_in_tiles
 from fiddlehead.models.linear import Linear
 from fiddlehead.models.moe import MoE, Sequences, activate
@@ -224,13 +224,13 @@ class MLP(nn.Module):
         width = 2 * config.ffn_size if config.gated else config.ffn_size
         self.linear_fc1: nn.Linear = Linear(config.hidden_size, width, bias=config.add_bias_linear)
         self.linear_fc2: nn.Linear = Linear(config.ffn_size, config.hidden_size, bias=config.add_bias_linear)
-        self.fused = False
-        """Whether `gated_mlp` computes it where products are in bfloat16, as `gated_mlp.why_not` allows."""
+        self.fused: Callable[[MLP, torch.Tensor], torch.Tensor] | None = None
+        """What computes it where products are in bfloat16, if that is not PyTorch; `fuse_mlp` sets it."""
         self.group: Group | None = None
         """The processes that share its width; `parallelize` sets it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, C) to (B, T, C)."""
-        if self.fused and product_dtype(x) == torch.bfloat16:
-            return gated_mlp(x, self.linear_fc1.weight, self.linear_fc2.weight, self.group)
+        if self.fused is not None and product_dtype(x) == torch.bfloat16:
+            return self.fused(self, x)
         return self.linear_fc2(activate(self.linear_fc1(x), self.activation))

@@ -12,36 +12,20 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from functools import lru_cache
-from math import isnan
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 
 from fiddlehead.attention import Package, Target
+from fiddlehead.models import mlp_choice
 from fiddlehead.models.autocast import product_dtype
 from fiddlehead.models.collectives import Group, end, start_gather, start_reduce_scatter
 from fiddlehead.models.config import TransformerConfig
 
-MlpBackend = Literal["auto", "quack", "torch"]
 OLDEST = "0.6.5"
 """Of quack-kernels: no older one was tried."""
-RECOMPUTED = (None, "full")
-"""The values of `activation_checkpointing` that it goes with."""
 _ALIGNED = 8
 """The kernels copy 16 bytes at a time."""
-_LARGEST_ERROR = 0.02
-"""Of `small_errors`; what is computed in bfloat16 is off by 0.004."""
-
-
-class MlpChoice(NamedTuple):
-    """What computes the feed-forward of each layer."""
-
-    backend: Literal["quack", "torch"]
-    why_not: str = ""
-    """Why it is not quack; "" if it is, or if PyTorch was asked for."""
-
-    def __str__(self) -> str:
-        return f"{self.backend}{f': {self.why_not}' if self.why_not else ''}"
 
 
 def why_not(
@@ -56,22 +40,14 @@ def why_not(
     """
     package = tried if probe else lambda: (installed(), None)
     return (
-        why_not_there(target)
-        or why_not_anywhere(config, dtype, tensor)
-        or package()[0].why_not("quack-kernels", oldest=OLDEST)
+        mlp_choice.why_not_there(target) or why_not_anywhere(config, dtype, tensor) or why_not_installed(package()[0])
     )
 
 
 def why_not_anywhere(config: TransformerConfig, dtype: torch.dtype, tensor: int = 1) -> str | None:
     """Why quack's products cannot compute a model's feed-forward on any GPU; None if they can on some."""
-    if config.num_moe_experts is not None:
-        return "num_moe_experts: experts have grouped products"
-    if config.activation != "swiglu":
-        return f"activation={config.activation!r}: only 'swiglu'"
-    if config.add_bias_linear:
-        return "add_bias_linear: takes no biases"
-    if dtype != torch.bfloat16:
-        return f"{str(dtype).removeprefix('torch.')}: only bfloat16"
+    if reason := mlp_choice.why_not_anywhere(config, dtype):
+        return reason
     for name, size in (("hidden_size", config.hidden_size), ("ffn_hidden_size", config.ffn_size)):
         if size % _ALIGNED:
             return f"{name}={size}: only multiples of {_ALIGNED}"
@@ -80,10 +56,9 @@ def why_not_anywhere(config: TransformerConfig, dtype: torch.dtype, tensor: int 
     return None
 
 
-def why_not_there(target: Target) -> str | None:
-    """Why quack's products are not taken on `target`, whatever the model; None if they can be."""
-    hopper = target.device_type == "cuda" and target.sm == 90
-    return None if hopper else f"needs a Hopper GPU, not {target.name}; others were not measured"
+def why_not_installed(package: Package) -> str | None:
+    """Why quack-kernels cannot be used as it is installed; None if it can."""
+    return package.why_not("quack-kernels", oldest=OLDEST)
 
 
 @lru_cache
@@ -99,43 +74,20 @@ def installed() -> Package:
 def tried() -> tuple[Package, float | None]:
     """quack-kernels as it works on this machine's GPU, and the largest of `small_errors` if it was computed."""
     package = installed()
-    if package.why_not("", oldest=OLDEST) is not None:
+    if why_not_installed(package) is not None:
         return package, None
-    try:
-        errors = small_errors(torch.device("cuda"))
-    except Exception as error:  # whatever its compiler raises where it does not fit
-        first = (str(error).splitlines() or [""])[0]
-        return Package(package.version, f"its products fail: {type(error).__name__}: {first}"), None
-    wrong = [f"{name} by {error:.1g}" for name, error in errors.items() if not error < _LARGEST_ERROR]  # NaN is, too
-    problem = f"its products are wrong here: {', '.join(wrong)}" if wrong else None
-    return Package(package.version, problem), max(errors.values(), key=lambda error: (isnan(error), error))
+    return mlp_choice.try_out(package, small_errors)
 
 
 def small_errors(device: torch.device) -> dict[str, float]:
     """The relative errors of the output and the gradients of a small feed-forward, against float64."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    shapes = {"x": (72, 64), "w1": (2 * 136, 64), "w2": (64, 136), "dy": (72, 64)}
-    # Models are made where the default device and dtype are others than these.
-    like: dict[str, Any] = {"generator": generator, "device": "cpu", "dtype": torch.float32}
-    drawn = {name: torch.randn(shape, **like).bfloat16() for name, shape in shapes.items()}
-
-    def results(dtype: torch.dtype, where: torch.device, compute: Any) -> list[torch.Tensor]:
-        x, w1, w2, dy = (value.to(where, dtype) for value in drawn.values())
-        inputs = [value.requires_grad_() for value in (x, w1, w2)]
-        with torch.enable_grad(), torch.autocast(where.type, enabled=False):
-            y = compute(*inputs)
-            return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
 
     def exact(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
         gate, up = (x @ w1.T).chunk(2, dim=-1)
         return (torch.nn.functional.silu(gate) * up) @ w2.T
 
-    found = results(torch.bfloat16, device, gated_mlp)
-    expected = results(torch.float64, torch.device("cpu"), exact)
-    return {
-        name: float((got.cpu().double() - right).norm() / right.norm())
-        for name, got, right in zip(("y", "dx", "dw1", "dw2"), found, expected, strict=True)
-    }
+    shapes = {"x": (72, 64), "w1": (2 * 136, 64), "w2": (64, 136), "dy": (72, 64)}
+    return mlp_choice.errors_of(gated_mlp, exact, shapes, device)
 
 
 def gated_mlp(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, group: Group | None = None) -> torch.Tensor:

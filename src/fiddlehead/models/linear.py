@@ -20,6 +20,16 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+def summed(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`a @ b` in `dtype`, that of a and b or float32. On a GPU float32 sums are not rounded before.
+
+    In bfloat16, cuBLAS also rounds the sums of parts of a long dimension, as gradients of narrow matrices have it.
+    """
+    if a.is_cuda and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear`; it uses oneDNN for 1 to 64 rows on a CPU in float32, without gradients (benchmarks/generate.py)."""
     if (

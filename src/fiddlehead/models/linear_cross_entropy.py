@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fiddlehead.models.autocast import product_dtype
+from fiddlehead.models.linear import summed
 
 CHUNK_TOKENS = 4096
 """Enough for a matrix product at full speed; the logits of as many are 1 GiB for a vocabulary of 128k in bfloat16."""
@@ -162,11 +163,10 @@ def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
 def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """total + a @ b, in float32 at least."""
     dtype = _softmax_dtype(a.dtype)
-    if a.dtype == dtype:
-        return a @ b if total is None else total.addmm_(a, b)
-    if not a.is_cuda:
-        product = (a @ b).to(dtype)
-        return product if total is None else total.add_(product)
     if total is None:
-        return torch.mm(a, b, out_dtype=dtype)
+        return summed(a, b, dtype)
+    if a.dtype == dtype:
+        return total.addmm_(a, b)
+    if not a.is_cuda:
+        return total.add_(a @ b)
     return torch.addmm(total, a, b, out_dtype=dtype, out=total)

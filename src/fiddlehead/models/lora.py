@@ -93,6 +93,10 @@ class LoRA:
         refuse(_unmatched(pattern, transformer, linears) for pattern in found if not found[pattern])
         return list(dict.fromkeys(name for names in found.values() for name in names))
 
+    def adapts(self, name: str) -> bool:
+        """Whether a linear layer of this name, such as "layers.0.mlp.linear_fc1", gets an adapter."""
+        return any(_matches(pattern, name) for pattern in self.target_modules)
+
     def _problems(self) -> Iterator[Problem]:
         for name in ("rank", "alpha"):
             value = getattr(self, name)
@@ -138,16 +142,16 @@ class LoRALinear(Linear):
         # The adapter's two matrices are small and its input is large, so the matrices are scaled and cast to the
         # products' dtype. Their gradients are accumulated in their own dtype.
         x = input.to(product_dtype(input))
-        if not self.enabled:
-            return self._product(x, self.bias)
-        a, b = self.lora_a.to(x.dtype), (self.lora_b * self.lora.scaling).to(x.dtype)
+        a, b = self.factors
         drops = self.training and self.lora.dropout > 0
-        frozen = not (self.weight.requires_grad or self.bias is not None and self.bias.requires_grad)
+        frozen = not (self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad))
         if self.joined and self.magnitude is None and not drops and frozen:
             return adapted_linear(x, self.weight, self.bias, a, b)
         base = self._product(x, self.bias)
+        if not self.enabled:
+            return base
         dropped = self._dropout(x)
-        change = self._change(dropped, a, b)
+        change = self._change(dropped, a.to(x.dtype), b.to(x.dtype))
         if self.magnitude is None:
             return base + change
         # As in PEFT, dropout applies to the input of what DoRA adds, and not to that of the layer itself.
@@ -160,6 +164,14 @@ class LoRALinear(Linear):
             length = self._lengths(changed)
         factor = self.magnitude / length
         return (base + (factor - 1) * plain + factor * change).to(base.dtype)
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """`lora_a` and the scaled `lora_b`, which is 0 if the adapter is not active.
+
+        So the same kernels compute the layer with and without it, and round alike.
+        """
+        return self.lora_a, self.lora_b * (self.lora.scaling if self.enabled else 0.0)
 
     @torch.no_grad()
     def reset_adapter(self) -> None:

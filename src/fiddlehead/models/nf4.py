@@ -150,6 +150,14 @@ def nf4_linear(x: Tensor, bits: Tensor, bias: Tensor | None, out_features: int) 
     return _nf4_linear(x, bits, bias, out_features, torch.compiler.is_compiling())
 
 
+def nf4_product(x: Tensor, bits: Tensor, features: int, transposed: bool) -> Tensor:
+    """x times a weight in NF4, or times the transposed one; (N, in) to (N, features). It has no gradient."""
+    compiled = torch.compiler.is_compiling()
+    if transposed:
+        return _nf4_linear(x, bits, None, features, compiled)
+    return _nf4_linear_backward(x, bits, features, compiled)
+
+
 # Operators, so that the compiler cannot keep the dequantized weight from the forward to the backward pass.
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -14,8 +15,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.models import head_tiles
-from fiddlehead.models.block import Block
+from fiddlehead.models.adapted_mlp import adapted_mlp
+from fiddlehead.models.block import MLP, Block
 from fiddlehead.models.config import TransformerConfig
+from fiddlehead.models.gated_mlp import gated_mlp
 from fiddlehead.models.lora import LoRALinear
 from fiddlehead.models.moe import MoE
 from fiddlehead.models.offload import HostMemory
@@ -108,6 +111,27 @@ def _refused_offloading(compile: Any, recompute: Any, tiled_mlp: Any) -> list[Pr
             "compile=None"
         )
     return [Problem("activation_offloading", True, reason) for reason in reasons]
+
+
+def fuse_mlp(transformer: Transformer, backend: Literal["quack", "triton"]) -> None:
+    """Computes the feed-forward of each layer with SwiGLU in kernels, which `why_not` of their modules must allow.
+
+    Args:
+        backend: "quack" for layers without adapters, "triton" for those with adapters.
+    """
+    layers: Any = transformer.layers
+    for layer in layers:
+        layer.mlp.fused = _by_quack if backend == "quack" else _by_triton
+
+
+def _by_quack(mlp: MLP, x: torch.Tensor) -> torch.Tensor:
+    return gated_mlp(x, mlp.linear_fc1.weight, mlp.linear_fc2.weight, mlp.group)
+
+
+def _by_triton(mlp: MLP, x: torch.Tensor) -> torch.Tensor:
+    fc1, fc2 = mlp.linear_fc1, mlp.linear_fc2
+    assert isinstance(fc1, LoRALinear) and isinstance(fc2, LoRALinear)
+    return adapted_mlp(x, fc1.weight, *fc1.factors, fc2.weight, *fc2.factors)
 
 
 def tile_mlp(transformer: Transformer, tokens: int) -> None:
@@ -204,6 +228,7 @@ def recompute_activations(transformer: Transformer, recompute: Recompute) -> Non
     if isinstance(recompute, int | float):
         transformer.activation_memory_budget = float(recompute)
         return
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_not_of_contexts)
     contexts: dict[str, Any] = {}
     if recompute == "selective":
         contexts["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
@@ -264,9 +289,22 @@ def _within(budget: float | None, compiled: Callable[..., torch.Tensor]) -> Call
 
 def _checkpointed(forward: Callable[..., torch.Tensor], contexts: dict[str, Any]) -> Callable[..., torch.Tensor]:
     def run(*args: Any) -> torch.Tensor:  # a function of ours: the compiler passes over PyTorch's own files
-        return checkpoint(forward, *args, use_reentrant=False, **contexts)
+        given: dict[str, Any] = contexts
+        if torch.compiler.is_compiling() and not contexts:
+            given = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _keep_nothing)}
+        return checkpoint(forward, *args, use_reentrant=False, **given)
 
     return run
+
+
+def _not_of_contexts(record: logging.LogRecord) -> bool:
+    """Leaves out a warning of operations in place under "selective" and "full", which layers do not have."""
+    return "context_fn is passed" not in record.getMessage()
+
+
+def _keep_nothing(ctx: Any, op: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Says what the compiler of PyTorch 2.11 does not know of operations inside an autograd.Function, and kept them."""
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _without_output(layer: Block) -> tuple[Any, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fiddlehead.models import TransformerConfig, gated_mlp, nf4
+from fiddlehead.models import TransformerConfig, nf4
+from fiddlehead.models.mlp_choice import RECOMPUTED
 from fiddlehead.models.speed import Recompute
 from fiddlehead.plan.partitioned import Chosen, choose
 from fiddlehead.training.distributed.pipeline import Schedule
@@ -48,13 +49,13 @@ class Setting:
     """The part of the layers whose attention PyTorch's FlexAttention computes, which is slower."""
     schedule: Schedule = "1F1B"
     """Of a pipeline."""
-    by_quack: bool = False
-    """quack's products compute the feed-forward, where `recompute` goes with them."""
+    fuses: bool = False
+    """Kernels compute SwiGLU and what is around it, where `recompute` goes with them."""
 
     @property
     def fused_mlp(self) -> bool:
-        """Whether SwiGLU is computed within products."""
-        return self.by_quack and self.recompute in gated_mlp.RECOMPUTED
+        """Whether kernels compute SwiGLU, so that its result is not kept."""
+        return self.fuses and self.recompute in RECOMPUTED
 
     @property
     def exchanging(self) -> int:

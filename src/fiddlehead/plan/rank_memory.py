@@ -172,14 +172,14 @@ class Training:
             ring=strategy.ring_size(self.transformer.config),
             schedule=strategy.pipeline_schedule,
             by_flex=self.by_flex,
-            by_quack=self._by_quack(sizes),
+            fuses=self._fuses(sizes),
         )
 
-    def _by_quack(self, sizes: Sizes) -> bool:
+    def _fuses(self, sizes: Sizes) -> bool:
         if self.target is None:
             return False
         config, precision = self.transformer.config, self.devices.precision
-        return self.model.mlp_choice(config, precision, sizes, self.target).backend == "quack"
+        return self.model.mlp_choice(config, precision, sizes, self.target).backend != "torch"
 
     def memory(self, held: Held, setting: Setting) -> Memory:
         """The memory of the GPU that has the most."""

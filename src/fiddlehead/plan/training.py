@@ -14,7 +14,7 @@ from fiddlehead.data import FineTuningDataModule
 from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.paths import user_path
 from fiddlehead.models import Transformer, TransformerConfig
-from fiddlehead.models.gated_mlp import MlpChoice
+from fiddlehead.models.mlp_choice import MlpChoice
 from fiddlehead.plan import attention
 from fiddlehead.plan.attention_calls import calls_of
 from fiddlehead.plan.cards import CARDS, Card

@@ -23,17 +23,18 @@ from fiddlehead.checkpoints.weights import (
 from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.errors import ConfigError, Problem, RunError, refuse
 from fiddlehead.files.paths import user_path
-from fiddlehead.models import LoRA, Transformer, TransformerConfig, gated_mlp
+from fiddlehead.models import LoRA, Transformer, TransformerConfig, adapted_mlp, gated_mlp
 from fiddlehead.models.autocast import compute_dtype
-from fiddlehead.models.gated_mlp import MlpBackend, MlpChoice
 from fiddlehead.models.lora import PEFT_NAMES
 from fiddlehead.models.meta import shapes_only
+from fiddlehead.models.mlp_choice import MlpBackend, MlpChoice
 from fiddlehead.models.speed import (
     Compile,
     Float8,
     Recompute,
     compile_transformer,
     convert_to_float8,
+    fuse_mlp,
     offload_inputs,
     recompute_activations,
     refused_speed,
@@ -49,7 +50,7 @@ from fiddlehead.training.distributed.pipeline import Pipeline
 from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.initial import initial_transformer, refuse_other_tokenizer
 from fiddlehead.training.metrics_csv import log_row
-from fiddlehead.training.model_problems import excludes_quack, refused_mlp, refused_model
+from fiddlehead.training.model_problems import excludes_fused_mlp, refused_mlp, refused_model
 from fiddlehead.training.optim import Optim
 
 
@@ -92,8 +93,9 @@ class LanguageModel(LightningModule):
             in both passes; it saves memory where sequences are long. None computes all heads at once.
         activation_offloading: keep the inputs of the layers in main memory until the backward pass; with
             `activation_checkpointing="full"`.
-        mlp_backend: what computes the feed-forward: "torch", or "quack", whose products apply SwiGLU themselves; "auto"
-            takes quack where it was faster: installed, on a Hopper GPU, in bfloat16.
+        mlp_backend: what computes the feed-forward: "torch"; "quack", whose products apply SwiGLU themselves; or, with
+            adapters, "triton", whose kernels apply them and SwiGLU together. "auto" takes what was fastest: a kernel
+            where it is installed, on a Hopper GPU, in bfloat16.
         optim: the optimizer's settings, without which it cannot be trained; a recipe has them beside the model.
     """
 
@@ -213,13 +215,19 @@ class LanguageModel(LightningModule):
         """What computes the feed-forward on ranks of these sizes.
 
         Args:
-            probe: also try quack out, on this machine's GPU.
+            probe: also try the kernels out, on this machine's GPU.
         """
         if self.mlp_backend == "torch":
             return MlpChoice("torch")
-        dtype = compute_dtype(precision)
-        reason = excludes_quack(self, sizes) or gated_mlp.why_not(config, dtype, target, sizes.tensor, probe=probe)
-        return MlpChoice("quack") if reason is None else MlpChoice("torch", reason)
+        reason, dtype = excludes_fused_mlp(self, sizes), compute_dtype(precision)
+        if reason is not None:
+            return MlpChoice("torch", reason)
+        of_run = dtype, target, sizes.tensor
+        if self.lora is None:
+            reason = gated_mlp.why_not(config, *of_run, probe=probe)
+            return MlpChoice("quack") if reason is None else MlpChoice("torch", reason)
+        reason = adapted_mlp.why_not(config, self.lora, *of_run, probe=probe)
+        return MlpChoice("triton") if reason is None else MlpChoice("torch", reason)
 
     def _open_weights(self) -> Weights | None:
         """The weights to begin with; those that `take_shape` opened are not checked again, which reads all of them."""
@@ -250,7 +258,7 @@ class LanguageModel(LightningModule):
         """Finds what computes the feed-forward, by trying it; warns if it is installed and does not work.
 
         Raises:
-            ConfigError: quack is asked for, and it cannot.
+            ConfigError: a kernel is asked for, and it cannot.
         """
         if hasattr(self, "transformer"):  # it was chosen when this was made
             return
@@ -275,9 +283,8 @@ class LanguageModel(LightningModule):
         return initial_transformer(self.config, self._open_weights(), lora, self._strategy, change)
 
     def _fuse_mlp(self, transformer: Transformer) -> None:
-        layers: Any = transformer.layers
-        for layer in layers if self.mlp.backend == "quack" else ():
-            layer.mlp.fused = True
+        if self.mlp.backend != "torch":
+            fuse_mlp(transformer, self.mlp.backend)
 
     def _speed_up(self, transformer: Transformer) -> None:
         self._fuse_mlp(transformer)

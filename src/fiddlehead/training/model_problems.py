@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fiddlehead.errors import Problem
-from fiddlehead.models import gated_mlp, head_tiles
+from fiddlehead.models import adapted_mlp, gated_mlp, head_tiles
 from fiddlehead.models.autocast import compute_dtype
+from fiddlehead.models.mlp_choice import RECOMPUTED
 from fiddlehead.models.speed import refused_mixture
 from fiddlehead.training.distributed.sizes import Sizes
 
@@ -24,19 +25,28 @@ def refused_model(model: LanguageModel, precision: str, sizes: Sizes) -> list[Pr
         refused = head_tiles.refused(model.config, model.tiled_attention, **shared)
         problems += [each.under("model") for each in refused]
     dtype = compute_dtype(precision)
-    reason = excludes_quack(model, sizes) or gated_mlp.why_not_anywhere(model.config, dtype, sizes.tensor)
+    reason = excludes_fused_mlp(model, sizes)
+    if reason is None:
+        of_run = dtype, sizes.tensor
+        reason = (
+            gated_mlp.why_not_anywhere(model.config, *of_run)
+            if model.lora is None
+            else adapted_mlp.why_not_anywhere(model.config, model.lora, *of_run)
+        )
     return problems + refused_mlp(model, reason) + _of_compiled_mixture(model, precision, sizes)
 
 
-def excludes_quack(model: LanguageModel, sizes: Sizes) -> str | None:
-    """The setting with which quack does not go; None if there is none."""
-    if model.lora is not None:
-        return "lora: adapters change its products"
+def excludes_fused_mlp(model: LanguageModel, sizes: Sizes) -> str | None:
+    """The setting with which no kernel for the feed-forward goes, or not the named one; None if there is none."""
+    if model.lora is not None and model.mlp_backend == "quack":
+        return "lora: adapters change its products; 'triton' has kernels for them"
+    if model.lora is None and model.mlp_backend == "triton":
+        return "lora=None: its kernels are for adapters; 'quack' is for models without"
     if model.fp8 is not None:
         return f"fp8={model.fp8!r}: its products are not in float8"
     if model.tiled_mlp is not None:
         return "tiled_mlp: tiles have PyTorch's products"
-    if model.recompute not in gated_mlp.RECOMPUTED:
+    if model.recompute not in RECOMPUTED:
         return f"activation_checkpointing={model.recompute!r}: what is kept is chosen by PyTorch's operations"
     if sizes.pipeline > 1:
         return "pipeline_parallel: its schedules may part the gradients of weights from those of activations"
@@ -44,10 +54,10 @@ def excludes_quack(model: LanguageModel, sizes: Sizes) -> str | None:
 
 
 def refused_mlp(model: LanguageModel, why_not: str | None) -> list[Problem]:
-    """The problem if quack is asked for and there is a reason why it is not taken; otherwise empty."""
-    if model.mlp_backend != "quack" or not why_not:
+    """The problem if a kernel is asked for and there is a reason why it is not taken; otherwise empty."""
+    if model.mlp_backend in ("auto", "torch") or not why_not:
         return []
-    return [Problem("model.mlp_backend", "quack", f"cannot compute this feed-forward: {why_not}")]
+    return [Problem("model.mlp_backend", model.mlp_backend, f"cannot compute this feed-forward: {why_not}")]
 
 
 def _of_float8(model: LanguageModel, sizes: Sizes) -> list[Problem]:

@@ -12,8 +12,8 @@ from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
 from fiddlehead.models.collectives import all_reduce
-from fiddlehead.models.gated_mlp import MlpBackend
 from fiddlehead.models.lora import without_adapters
+from fiddlehead.models.mlp_choice import MlpBackend
 from fiddlehead.models.places import documents_of
 from fiddlehead.numbers import is_number
 from fiddlehead.recipe.from_task import from_task
