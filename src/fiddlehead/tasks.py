@@ -59,7 +59,7 @@ def pretrain(
     # One rank reads a checkpoint whole to check it, and all go on from the same.
     model.init_from = verified_by_first(ranks, lambda: begin(model, data, trainer, optim))
     begin(model, data, trainer, optim)
-    plan = plan_training(model, data, trainer, optim, log)
+    plan = plan_training(model, data, trainer, optim, log, seed=seed)
     if plan.missing:
         raise ConfigError(*plan.missing)
     plan.apply(model, data, trainer)

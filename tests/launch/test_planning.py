@@ -390,6 +390,14 @@ def test_problems_are_in_the_plan_and_refused_by_all_that_it_can_do(working_dire
     assert not list(working_directory.iterdir())
 
 
+@pytest.mark.parametrize("interval", ["00:00:10:00", {"minutes": 10}, 1.0])
+def test_an_interval_that_is_not_a_number_of_steps_is_refused_before_the_job(interval: object, working_directory: Path):
+    made = tiny_test()
+    made.trainer.val_check_interval = interval
+    (problem,) = plan(made).problems
+    assert ("`val_check_interval` should be an integer" if interval == 1.0 else "of steps, 1 or more") in problem
+
+
 @pytest.mark.parametrize("recipe", [tiny_test, llama2_13b])
 def test_what_lightning_would_replace_or_refuse_itself_is_refused_with_the_reason(recipe, working_directory: Path):
     made = recipe()
