@@ -414,6 +414,15 @@ def test_a_plan_is_submitted_as_often_as_one_likes(working_directory: Path):
     assert first.path != second.path and made.recipe.log.name is None
 
 
+@pytest.mark.parametrize("edit", ["model.config.num_layers=3", "trainer.precision=bf16-true"])
+def test_a_checkpoint_of_another_model_is_refused_before_the_job(edit: str, working_directory: Path):
+    settings = ["trainer.max_steps=2", "resume=a"]
+    plan(apply_overrides(tiny_test(), [*settings[:1], "log.name=a"])).submit()
+    assert not plan(apply_overrides(tiny_test(), settings)).problems
+    (problem,) = plan(apply_overrides(tiny_test(), [*settings, edit])).problems
+    assert problem.startswith(edit.partition("=")[0])
+
+
 def test_a_name_that_was_taken_since_is_refused_when_it_is_submitted(working_directory: Path):
     made = plan(apply_overrides(tiny_test(), ["log.name=a"]))
     other = apply_overrides(tiny_test(), ["log.name=a", "optim.lr=1"])
