@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fiddlehead.errors import ConfigError, Problem
 from fiddlehead.files.paths import working_directory
 from fiddlehead.launch.fitting import GPU
+from fiddlehead.numbers import is_number
 from fiddlehead.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def _kept_from_lightning(recipe: Recipe) -> dict[str, Any]:
     if str(trainer.precision) in ("16", "16-mixed"):
         unlike["precision"], trainer.precision = "16-mixed", "32-true"
     interval = trainer.val_check_interval
-    if isinstance(interval, float) and trainer.check_val_every_n_epoch is None:
+    by_time = interval is not None and not is_number(interval)  # a text such as "00:01:00:00", a dict or a timedelta
+    if by_time or (isinstance(interval, float) and interval != 1.0 and trainer.check_val_every_n_epoch is None):
         unlike["val_check_interval"], trainer.val_check_interval = interval, 1
     return unlike

@@ -277,6 +277,8 @@ def plan(
         training = _plan_training(fitted, target)
         awaits = waits or (executor is not None and executor.keeps_runs_elsewhere)
         start = _start(fitted, waits=awaits)
+        if start is not None and not training.missing:
+            start.refuse_others(training.config, training.optimizer.kind, str(fitted.trainer.precision))
     except ConfigError as error:
         return Plan(fitted, executor, error.problems)
     if executor is not None:

@@ -59,7 +59,7 @@ def pretrain(
     # One rank reads a checkpoint whole to check it, and all go on from the same.
     model.init_from = verified_by_first(ranks, lambda: begin(model, data, trainer, optim))
     begin(model, data, trainer, optim)
-    plan = plan_training(model, data, trainer, optim, log)
+    plan = plan_training(model, data, trainer, optim, log, seed=seed)
     if plan.missing:
         raise ConfigError(*plan.missing)
     plan.apply(model, data, trainer)
@@ -70,7 +70,7 @@ def pretrain(
     if different := differences(launched, plan, trainer.strategy.root_device):
         print(f"WARNING: {'; '.join(different)}", flush=True)  # noqa: T201  # each rank has a GPU of its own
     predicted = predict(plan, () if launched is None else launched.despite)
-    start = _start(run, resume, model, optim, plan, ranks)
+    start = _start(run, resume, model, optim, str(trainer.precision), plan, ranks)
     step = 0 if start is None else start.step
     if step >= plan.max_steps:
         say(f"{run.path} has reached step {step} of {plan.max_steps}: nothing is left to train")
@@ -100,7 +100,13 @@ def pretrain(
 
 
 def _start(
-    run: RunDirectory, resume: str | Path, model: LanguageModel, optim: Optim, plan: TrainingPlan, ranks: Team
+    run: RunDirectory,
+    resume: str | Path,
+    model: LanguageModel,
+    optim: Optim,
+    precision: str,
+    plan: TrainingPlan,
+    ranks: Team,
 ) -> Start | None:
     """The checkpoint that the run goes on from, with the model set to what that run began with; None starts anew.
 
@@ -111,7 +117,7 @@ def _start(
     if found is None:
         return None
     start = Start.read(found)
-    start.refuse_others(plan.config, optim)
+    start.refuse_others(plan.config, optim.kind, precision)
     start.warn_of_another_rate(optim, plan.max_steps)
     # What a run's name stands for may have gone on since; this run goes on with what it began with.
     if start.init_from and start.init_from != str(model.init_from):

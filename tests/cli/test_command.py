@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -87,14 +88,14 @@ def test_a_recipe_without_data_is_planned_and_written_and_says_what_is_missing(f
 
 def test_what_tokenize_recommends_can_be_trained_on(fiddlehead, tmp_path):
     (tmp_path / "a.txt").write_text("A text that is long enough for a window of 32 bytes, and alone.")
-    output = fiddlehead("tokenize", "a.txt", "-t", "bytes", "-o", "tokens", "--workers", "1")
+    output = fiddlehead("tokenize", "a.txt", "-t", "bytes", "-o", "my tokens", "--workers", "1")
     assert "no document fell into --val-fraction 0.01" in output
-    edits = output.split("train on it with ")[1].splitlines()[0].split()
-    assert edits == ["data.paths=tokens", "data.tokenizer=None", "data.val_samples=0"]
+    edits = shlex.split(output.split("train on it with ")[1].splitlines()[0])
+    assert edits == ["data.paths=my tokens", "data.tokenizer=None", "data.val_samples=0"]
     fiddlehead("pretrain", "-f", "tiny_test", *edits, "--dryrun")
     refused = fiddlehead("pretrain", "-f", "tiny_test", *edits[:2], "data.seq_length=99", "--dryrun", rc=2)
-    assert "data.seq_length=99: needs 100 tokens, and the training split of tokens has 64" in refused
-    assert "the validation split of tokens has 0 (val_samples=0 trains without validation)" in refused
+    assert "data.seq_length=99: needs 100 tokens, and the training split of my tokens has 64" in refused
+    assert "the validation split of my tokens has 0 (val_samples=0 trains without validation)" in refused
 
 
 def test_the_version_is_printed_and_nothing_else(fiddlehead):

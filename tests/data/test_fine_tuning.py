@@ -70,6 +70,11 @@ def test_messages_without_a_template_are_refused(tmp_path: Path, tokenizer: Path
     (tokenizer / "chat_template.jinja").unlink()
     with pytest.raises(ConfigError, match=r"a\.jsonl:1: messages need a chat template"):
         module(lines(tmp_path / "a.jsonl", CHAT), tokenizer)
+    late = FineTuningDataModule(lines(tmp_path / "b.jsonl", *[CHAT] * 9), tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match=r"b\.jsonl:\d: messages need a chat template") as error:
+        _ = late.vocab_size  # which a plan asks for, before the run starts
+    assert len(error.value.problems) == 1
+    assert module(lines(tmp_path / "c.jsonl", COMPLETION), tokenizer).vocab_size == 257
 
 
 def test_a_long_example_is_cut_and_dropped_if_no_answer_is_left(tmp_path: Path, tokenizer: Path, capsys) -> None:

@@ -112,6 +112,17 @@ def test_our_own_folders_are_blended_with_megatron_s_files(tmp_path: Path) -> No
     assert data.vocab_size == 257 and trained(data, 40)[1] == pytest.approx(300, abs=3)
 
 
+def test_the_working_directory_may_be_the_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.txt").write_text("abcdefghij" * 20)
+    tokenize([tmp_path / "t.txt"], ByteTokenizer(), tmp_path / "own", workers=1, progress=False, val_fraction=0)
+    monkeypatch.chdir(tmp_path / "own")
+    assert trained(module(".", tokenizer=None, split=None, val_samples=0), 4)
+    for path in ("", "/"):
+        with pytest.raises(ConfigError, match=r"is not a token dataset: it has no meta\.json"):
+            monkeypatch.chdir(tmp_path)
+            _ = module(path, tokenizer=None, split=None).vocab_size
+
+
 def test_the_tokenizer_beside_the_files_is_theirs(tmp_path: Path) -> None:
     prefix = megatron(tmp_path / "text", 1)
     with pytest.raises(ConfigError, match="tokenizer=None: Megatron's files come without one; give TokenizerFile"):

@@ -390,6 +390,14 @@ def test_problems_are_in_the_plan_and_refused_by_all_that_it_can_do(working_dire
     assert not list(working_directory.iterdir())
 
 
+@pytest.mark.parametrize("interval", ["00:00:10:00", {"minutes": 10}, 1.0])
+def test_an_interval_that_is_not_a_number_of_steps_is_refused_before_the_job(interval: object, working_directory: Path):
+    made = tiny_test()
+    made.trainer.val_check_interval = interval
+    (problem,) = plan(made).problems
+    assert ("`val_check_interval` should be an integer" if interval == 1.0 else "of steps, 1 or more") in problem
+
+
 @pytest.mark.parametrize("recipe", [tiny_test, llama2_13b])
 def test_what_lightning_would_replace_or_refuse_itself_is_refused_with_the_reason(recipe, working_directory: Path):
     made = recipe()
@@ -404,6 +412,15 @@ def test_a_plan_is_submitted_as_often_as_one_likes(working_directory: Path):
     made = plan(apply_overrides(tiny_test(), ["trainer.max_steps=1"]))
     first, second = made.submit(name="a"), made.submit(name="a")
     assert first.path != second.path and made.recipe.log.name is None
+
+
+@pytest.mark.parametrize("edit", ["model.config.num_layers=3", "trainer.precision=bf16-true"])
+def test_a_checkpoint_of_another_model_is_refused_before_the_job(edit: str, working_directory: Path):
+    settings = ["trainer.max_steps=2", "resume=a"]
+    plan(apply_overrides(tiny_test(), [*settings[:1], "log.name=a"])).submit()
+    assert not plan(apply_overrides(tiny_test(), settings)).problems
+    (problem,) = plan(apply_overrides(tiny_test(), [*settings, edit])).problems
+    assert problem.startswith(edit.partition("=")[0])
 
 
 def test_a_name_that_was_taken_since_is_refused_when_it_is_submitted(working_directory: Path):

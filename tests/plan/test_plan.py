@@ -141,6 +141,29 @@ def test_epochs_and_batches_are_refused_with_what_they_are_in_steps_and_samples(
     assert error.value.problems[1] == "trainer.max_epochs=2: trainer.max_steps ends a run; leave it at -1"
 
 
+@pytest.mark.parametrize("name", ["limit_train_batches", "limit_val_batches"])
+def test_one_batch_is_not_all_of_them(parts: Parts, name: str) -> None:
+    """Lightning takes 1.0 for all batches and 1 for one; 1 == 1.0."""
+    assert plan_of(parts(**{name: 1.0}))
+    with pytest.raises(ConfigError, match=rf"^trainer\.{name}=1: "):
+        plan_of(parts(**{name: 1}))
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_a_validation_that_would_never_come_is_refused(parts: Parts, every: int) -> None:
+    made = parts()
+    made["trainer"].check_val_every_n_epoch = every
+    with pytest.raises(ConfigError, match=rf"^trainer\.check_val_every_n_epoch={every}: .* set trainer\.val_check_int"):
+        plan_of(made)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_out_of_bounds_is_refused(parts: Parts, seed: int) -> None:
+    with pytest.raises(ConfigError, match=rf"^seed={seed}: must be a whole number from 0 to 4294967295$"):
+        plan_of(parts(), seed=seed)
+    assert plan_of(parts(), seed=2**32 - 1)
+
+
 def test_float16_is_refused_with_the_reason(parts: Parts) -> None:
     made = parts(precision="32-true")
     made["trainer"].strategy.precision_plugin.precision = "16-mixed"

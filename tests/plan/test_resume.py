@@ -26,7 +26,8 @@ from fiddlehead.plan.resume import resume_point
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.signals import SIGNALS
 from fiddlehead.run.status import State, Status, StopRequest
-from fiddlehead.training import Muon, WarmupStableDecay
+from fiddlehead.training import AdamW, Muon, WarmupStableDecay
+from fiddlehead.training.optim import Optim
 from tests.training.conftest import KillAfter, Killed, Parts, parameters, rows
 
 Pretrain = Callable[..., RunDirectory]
@@ -175,6 +176,41 @@ def test_another_run_s_checkpoint_is_a_start(pretrain: Pretrain) -> None:
     whole.recipe.touch()  # which makes it a run that can be named
     by_name = pretrain(name="by-name", resume="run", max_steps=13)
     assert rows(by_name, "step")[0] == ("13",)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (AdamW(lr=1e-2), AdamW(lr=2e-3, betas=(0.5, 0.6), eps=1e-5, weight_decay=0.3)),
+        (Muon(lr=1e-2), Muon(lr=2e-3, momentum=0.5, adamw_lr=3e-3, weight_decay=0.3)),
+    ],
+    ids=["adamw", "muon"],
+)
+def test_a_start_from_another_run_has_the_optimizer_settings_of_its_recipe(
+    parts: Parts, before: Optim, after: Optim
+) -> None:
+    """PyTorch restores the rate and the other settings of the checkpoint."""
+    first = tasks.pretrain(**parts(max_steps=4) | {"optim": before})
+    start = str(first.checkpoints / "step-00000004")
+    run = tasks.pretrain(**parts(name="second", max_steps=8, resume=start) | {"optim": after})
+    fresh = tasks.pretrain(**parts(name="fresh", max_steps=8) | {"optim": after})
+    assert [lr for (lr,) in rows(run, "lr") if lr] == [lr for (lr,) in rows(fresh, "lr") if lr][4:]
+    states = (json.loads((each.checkpoints / "step-00000008" / "state.json").read_text()) for each in (run, fresh))
+    found, expected = (state["optimizer_states"][0]["param_groups"] for state in states)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("32-true", "bf16-true", "was trained with float32 parameters; set 'bf16-mixed' or '32-true'"),
+        ("bf16-true", "bf16-mixed", "was trained with bfloat16 parameters; set 'bf16-true'"),
+    ],
+)
+def test_parameters_of_another_dtype_are_refused(pretrain: Pretrain, before: str, after: str, said: str) -> None:
+    first = pretrain(max_steps=4, precision=before)
+    with pytest.raises(ConfigError, match=rf"^trainer\.precision='{after}': .* {said}, or use model\.init_from"):
+        pretrain(name="second", resume=str(first.checkpoints / "step-00000004"), precision=after)
 
 
 def test_another_seed_gives_another_loss(pretrain: Pretrain, parts: Parts) -> None:

@@ -190,6 +190,13 @@ def test_a_broken_file_that_has_the_name_is_not_passed_over_for_a_built_in_recip
         catalog.find_recipe(built_in)
 
 
+def test_a_function_that_may_be_a_recipe_is_not_passed_over_for_a_built_in_one() -> None:
+    file = write("recipes/mine.py", "def tiny():\n    return 1\ndef full(model):\n    return 2\n").resolve()
+    with pytest.raises(ConfigError, match=rf"^recipe 'tiny': {file}:1: tiny does not say what it returns"):
+        catalog.find_recipe("tiny")
+    assert catalog.find_recipe("full").__module__ == "fiddlehead.recipes.finetune"  # a helper of the user's
+
+
 def test_what_an_editor_leaves_is_passed_over() -> None:
     write("recipes/mine.py", "def mine() -> 'Recipe': ...\n")
     Path("recipes/.#mine.py").symlink_to("somebody@host.1234:5678")

@@ -31,6 +31,17 @@ def test_a_run_is_found_by_name_or_path(tmp_path: Path, monkeypatch: pytest.Monk
     assert find_run(".") == run and find_run(".").name == "gpt2-long"
 
 
+def test_of_many_runs_an_error_names_the_newest(working_directory: Path) -> None:
+    for age in range(40):
+        make(working_directory / "runs", f"run{age:02}", age)
+    with pytest.raises(
+        ConfigError, match=r"unknown run 'qqqq' in runs/; allowed: run00, run01, .*, run11, and 28 older ones$"
+    ):
+        find_run("qqqq")
+    with pytest.raises(ConfigError, match=r"did you mean 'run39'\?$"):
+        find_run("run39x")
+
+
 def test_a_name_that_no_run_has_is_refused_with_the_nearest(working_directory: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown run 'x' in runs/; allowed: none"):
         find_run("x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import typer
@@ -59,7 +60,7 @@ def tokenize(
     print(  # noqa: T201
         f"{out}: {tokens:,} tokens of {documents:,} documents ({info.val.documents:,} of them for validation), "
         f"{info.vocab_size:,} kinds of token\n"
-        f"train on it with data.paths={out} data.tokenizer=None{without}"
+        f"train on it with {shlex.quote(f'data.paths={out}')} data.tokenizer=None{without}"
     )
     if format == "megatron":
         print(f"Megatron and NeMo read it by the prefixes {out}/train and {out}/val")  # noqa: T201

@@ -16,6 +16,7 @@ from fiddlehead.data.records import Record, is_learned
 from fiddlehead.data.tokenizers import JSONTokenizer
 from fiddlehead.errors import ConfigError, Problem, first_of, refuse
 
+NO_TEMPLATE = "messages need a chat template, and the tokenizer has none (chat_template.jinja)"
 _AT_ONCE = 1024
 _MANY = 10_000  # examples that are worth a progress bar
 
@@ -87,7 +88,7 @@ def _texts(record: Record, template: ChatTemplate | None) -> list[list[Asked]]:
         stem = prompt.rstrip(" ")  # a model that is asked writes these spaces itself (`encode_prompt`)
         return [[(stem, prompt + answer)] for answer in answers]
     if template is None:
-        raise ConfigError("messages need a chat template, and the tokenizer has none (chat_template.jinja)")
+        raise ConfigError(NO_TEMPLATE)
     prompt, *answers = ([], record.values["messages"]) if "messages" in record.values else record.values.values()
     return [_answers(prompt, answer, template, record.tools) for answer in answers]
 

@@ -11,7 +11,7 @@ import torch
 from fiddlehead.data.chat_template import ChatTemplate
 from fiddlehead.data.checksums import Checksums, of_paths
 from fiddlehead.data.contents import Contents, Known
-from fiddlehead.data.examples import Example, tokenize_records
+from fiddlehead.data.examples import NO_TEMPLATE, Example, tokenize_records
 from fiddlehead.data.prompt_template import PromptTemplate
 from fiddlehead.data.records import Record, read_records
 from fiddlehead.data.rows import Rows
@@ -101,8 +101,14 @@ class FineTuningDataModule(StepDataModule):
         if self._tokenizer is not None:
             return self._tokenizer.vocab_size
         if not self.missing:
-            self._read()
+            self._refuse_chats_without_template()
         return self._open_tokenizer().vocab_size
+
+    def _refuse_chats_without_template(self) -> None:
+        """Raises `ConfigError` for the first conversation, if nothing says how it becomes text."""
+        chat = next((record for split in self._read() for record in split if record.is_chat), None)
+        if chat is not None and ChatTemplate.load(self._tokenizer_folder()) is None:
+            raise ConfigError(Problem.in_file(chat.where, NO_TEMPLATE))
 
     @property
     def missing(self) -> str:

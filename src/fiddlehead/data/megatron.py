@@ -36,6 +36,8 @@ def prefix_of(path: Path) -> Path | None:
     """The prefix of the dataset that a path names, with `.bin` or `.idx` or without; None if there is no such file."""
     if path.suffix in (".bin", ".idx"):
         path = path.with_suffix("")
+    if not path.name:  # "." and "/", which are folders
+        return None
     return path if any(_file(path, suffix).is_file() for suffix in (".bin", ".idx")) else None
 
 

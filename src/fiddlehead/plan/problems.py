@@ -81,6 +81,12 @@ def derived(
     return accumulate, completed(config, data, vocab_size)
 
 
+def seed_problems(seed: int) -> list[Problem]:
+    """The problems of the initialization's seed, which NumPy takes in 32 bits."""
+    fits = is_whole(seed) and 0 <= seed < 2**32
+    return [] if fits else [Problem("seed", seed, "must be a whole number from 0 to 4294967295")]
+
+
 def profile_problems(log: Log, trainer: Trainer) -> list[Problem]:
     """The problems of the steps to profile."""
     message = f"the run ends with step trainer.max_steps={trainer.max_steps}"
@@ -143,7 +149,7 @@ def trainer_problems(trainer: Trainer, accumulate: int, data_parallel: int) -> l
     if (precision := str(trainer.precision)) not in PRECISIONS:
         half = "the loss scaling of float16 hides an infinite gradient" if precision.startswith("16") else ""
         problems.append(Problem("trainer.precision", precision, half, PRECISIONS))
-    if (limit := trainer.limit_train_batches) not in (None, 1.0):
+    if not _all_batches(limit := trainer.limit_train_batches):
         problems.append(Problem("trainer.limit_train_batches", limit, "trainer.max_steps ends a run; leave it out"))
     if batches := getattr(trainer, "overfit_batches", 0):
         message = "the order of the data is a function of the step; leave it out"
@@ -181,7 +187,10 @@ def epoch_problems(trainer: Trainer, data: Data, data_parallel: int) -> list[Pro
             steps = math.ceil(epochs * samples / data.global_batch_size)
             message += f"; so many epochs of this data are trainer.max_steps={steps}"
         problems.append(Problem("trainer.max_epochs", epochs, message))
-    if (limit := trainer.limit_val_batches) not in (None, 1.0):
+    if (every := trainer.check_val_every_n_epoch) not in (None, 1):
+        message = "a run is one epoch of Lightning's; leave it out, and set trainer.val_check_interval"
+        problems.append(Problem("trainer.check_val_every_n_epoch", every, message))
+    if not _all_batches(limit := trainer.limit_val_batches):
         message = "data.val_samples says how many samples a validation has, 0 for none; leave it out"
         batch = data.micro_batch_size * data_parallel
         wanted = limit * batch if is_whole(limit) else None if val_samples is None else round(limit * val_samples)
@@ -189,6 +198,11 @@ def epoch_problems(trainer: Trainer, data: Data, data_parallel: int) -> list[Pro
             message += f", and set data.val_samples={wanted}"
         problems.append(Problem("trainer.limit_val_batches", limit, message))
     return problems
+
+
+def _all_batches(limit: float | None) -> bool:
+    """Whether Lightning takes all batches: 1.0 is all of them, and the int 1 is one."""
+    return limit is None or (limit == 1.0 and not is_whole(limit))
 
 
 def model_problems(config: TransformerConfig, data: Data, vocab_size: int | None) -> list[Problem]:

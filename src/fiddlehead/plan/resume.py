@@ -17,7 +17,7 @@ from fiddlehead.numbers import scientific
 from fiddlehead.run.console import say
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.names import find_run
-from fiddlehead.training.optim import Optim, kind_of
+from fiddlehead.training.optim import Optim, kind_of, of_bfloat16
 
 
 def resume_point(run: RunDirectory, resume: str | Path) -> Path | None:
@@ -88,19 +88,28 @@ class Start:
         """The weights with which its model began."""
         return self.state.get("init_from")
 
-    def refuse_others(self, config: TransformerConfig, optim: Optim) -> None:
-        """Raises ConfigError if the model or the optimizer differs from the saved one."""
+    def refuse_others(self, config: TransformerConfig, kind: str, precision: str) -> None:
+        """Raises ConfigError if the model or the optimizer differs from the saved one.
+
+        Args:
+            kind: the optimizer's, `Optim.kind`.
+            precision: the trainer's.
+        """
         before = asdict(TransformerConfig.from_dict(self.state["config"]))
         refuse(
             Problem(f"model.config.{name}", value, f"it is {before[name]!r} in {self.path}")
             for name, value in asdict(config).items()
             if name not in ("attention_backend", "seq_length") and before[name] != value
         )
-        saved = kind_of(self.state["optimizer_states"][0]["param_groups"])
-        if saved != optim.kind:
-            advice = "set that, or use model.init_from instead"
-            message = f"is {optim.kind}, but {self.path} was trained with {saved}; {advice}"
+        groups = self.state["optimizer_states"][0]["param_groups"]
+        saved, advice = kind_of(groups), "or use model.init_from instead"
+        if saved != kind:
+            message = f"is {kind}, but {self.path} was trained with {saved}; set that, {advice}"
             raise ConfigError(Problem("optim", message=message))
+        if kind == "AdamW" and (halves := of_bfloat16(groups)) != (precision == "bf16-true"):
+            dtype, others = ("bfloat16", "'bf16-true'") if halves else ("float32", "'bf16-mixed' or '32-true'")
+            message = f"{self.path} was trained with {dtype} parameters; set {others}, {advice}"
+            raise ConfigError(Problem("trainer.precision", precision, message))
 
     def warn_of_another_rate(self, optim: Optim, max_steps: int) -> None:
         """Warns if the learning rate jumps, as it does after a change of `max_steps`."""

@@ -22,7 +22,7 @@ from fiddlehead.plan.data import DataPlan, data_plan
 from fiddlehead.plan.layouts import Layout, layouts
 from fiddlehead.plan.memory import Memory
 from fiddlehead.plan.optimizer import OptimizerPlan, optimizer_plan
-from fiddlehead.plan.problems import Data, completed, derived, lacking, lengthened, vocabulary
+from fiddlehead.plan.problems import Data, completed, derived, lacking, lengthened, seed_problems, vocabulary
 from fiddlehead.plan.rank_memory import Devices, Training, memory_and_speed
 from fiddlehead.plan.remedies import Remedy, remedies
 from fiddlehead.plan.rows import as_rows, sections
@@ -174,6 +174,7 @@ def plan_training(
     optim: Optim,
     log: Log | None = None,
     *,
+    seed: int = 0,
     target: Target | Card | Literal["trainer"] | None = "trainer",
     **others: Any,
 ) -> TrainingPlan:
@@ -181,12 +182,14 @@ def plan_training(
 
     Args:
         model: after `begin`.
+        seed: of the initialization and dropout.
         target: the device that trains: "trainer" is the trainer's, None an unknown GPU.
         others: other arguments of the task, which change nothing.
 
     Raises:
         ConfigError: the parts do not fit together; the error lists every problem.
     """
+    refuse(seed_problems(seed))
     devices = Devices.of(trainer)
     try:
         sizes = devices.sizes

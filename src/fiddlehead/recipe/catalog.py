@@ -82,6 +82,8 @@ class _Shelf:
     """Those that have arguments without a default, so only a call names them."""
     others: dict[str, str] = field(default_factory=dict)
     """The functions that cannot be named: their places, and why."""
+    unsaid: set[str] = field(default_factory=set)
+    """Those of them that may be meant as recipes: they say nothing of what they return, and need no arguments."""
     broken: list[Broken] = field(default_factory=list)
 
     def read(self) -> _Shelf:
@@ -90,7 +92,8 @@ class _Shelf:
         if own.is_dir() and own.resolve() != ours.resolve():
             self._read(own, self.folder)
         built_in = _built_in(self.what, self.folder, self.returns)
-        self.entries += built_in.entries
+        # One of ours is not taken in the place of the user's without a word.
+        self.entries += [entry for entry in built_in.entries if entry.name not in self.unsaid]
         self.asking += built_in.asking
         self.others = built_in.others | self.others
         self.broken += built_in.broken
@@ -115,6 +118,8 @@ class _Shelf:
                     said = f"says that it returns {ast.unparse(node.returns)}" if node.returns else ""
                     why = f"{said or 'does not say what it returns'}; write `def {name}(...) -> {self.returns}:`"
                     self.others.setdefault(name, Problem.in_file(f"{file}:{node.lineno}", f"{name} {why}"))
+                    if self.returns == "Recipe" and node.returns is None and not _asks(node):
+                        self.unsaid.add(name)
                 continue
             summary = (ast.get_docstring(node) or "").split("\n")[0]
             module, task = f"{package}.{file.stem}", _task(name, bodies)

@@ -6,9 +6,11 @@ import contextlib
 from datetime import datetime
 from pathlib import Path
 
-from fiddlehead.errors import ConfigError, Problem
+from fiddlehead.errors import ConfigError, Problem, nearest
 from fiddlehead.files.paths import user_path
 from fiddlehead.run.directory import PRIVATE, RunDirectory
+
+_SHOWN = 12  # runs that an error lists, the newest first, if none has a name like the given one
 
 
 def find_run(name: str, directory: str | Path = "runs") -> RunDirectory:
@@ -21,6 +23,8 @@ def find_run(name: str, directory: str | Path = "runs") -> RunDirectory:
         if (path / "recipe.yaml").is_file():
             return RunDirectory(path.resolve())
     names = [run.name for run in list_runs(directory)]
+    if len(names) > _SHOWN and nearest(name, names) is None:
+        names = [*names[: -_SHOWN - 1 : -1], f"and {len(names) - _SHOWN} older ones"]
     raise ConfigError(Problem("", name, f"unknown run {name!r} in {directory}/", names))
 
 

@@ -146,6 +146,8 @@ class LanguageModel(LightningModule):
         self._loss_sum = torch.zeros(())
         self._losses = 0
         self._first_bad_step: torch.Tensor | None = None
+        self._settings: list[dict[str, Any]] = []
+        """The optimizer's settings by the recipe, for each of its groups."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "transformer" and name not in self._modules:
@@ -405,15 +407,26 @@ class LanguageModel(LightningModule):
         fused = {f"transformer.{name}": rows for name, rows in self.transformer.fused_rows().items()}
         strategy = self.trainer.strategy
         layout = strategy.layout if isinstance(strategy, Parallel) else None
-        return self.optim.build(self.named_parameters(), self.trainer.max_steps, fused, layout)
+        built = self.optim.build(self.named_parameters(), self.trainer.max_steps, fused, layout)
+        named = {"initial_lr", *vars(self.optim)} - {"lr"}  # an optimizer may keep some of its state in a group
+        self._settings = [
+            {name: value for name, value in group.items() if name in named} for group in built["optimizer"].param_groups
+        ]
+        return built
 
     def on_train_start(self) -> None:
-        """Sets the learning rate by the schedule: a resumed run may have another length than before."""
+        """Sets the learning rate by the schedule, and the optimizer's other settings by the recipe.
+
+        A resumed run may have another length than before. One that starts from another run's checkpoint may also have
+        another rate, weight decay and so on, where PyTorch restores those of the checkpoint.
+        """
         for config in self.trainer.lr_scheduler_configs:
             schedule: Any = config.scheduler
-            for group, base, factor in zip(
-                schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-            ):
+            groups = schedule.optimizer.param_groups
+            for group, settings in zip(groups, self._settings, strict=False):  # none of an optimizer that a user builds
+                group.update(settings)
+            schedule.base_lrs = [group["initial_lr"] for group in groups]
+            for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
                 group["lr"] = base * factor(schedule.last_epoch)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:

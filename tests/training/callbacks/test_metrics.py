@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
+from fiddlehead import tasks
 from fiddlehead.models import TransformerConfig
 from fiddlehead.training.callbacks.metrics import speed
+from tests.training.conftest import rows
 
 CONFIG = TransformerConfig(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=100)
 
@@ -19,3 +24,12 @@ def test_both_utilizations_are_parts_of_the_peak():
     assert rates["mfu"] == pytest.approx(rates["tflops_per_s"] / 312)
     assert rates["mfu_full"] == pytest.approx(2e6 * (6 * matrices + 12 * L * H * D * T) / 312e12)
     assert "mfu" not in speed(CONFIG, T, 8e6, 4, 0.0)
+
+
+def test_lightnings_sanity_check_changes_nothing_of_what_is_logged(parts: Callable[..., dict[str, Any]]) -> None:
+    settings: dict[str, Any] = {"max_steps": 4, "val_check_interval": 2}
+    plain = tasks.pretrain(**parts(name="plain", **settings))
+    made = parts(name="checked", **settings)
+    made["trainer"].num_sanity_val_steps = 2
+    checked = tasks.pretrain(**made)
+    assert rows(checked, "step", "loss", "val_loss") == rows(plain, "step", "loss", "val_loss")

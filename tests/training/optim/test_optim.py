@@ -97,6 +97,8 @@ def test_all_impossible_values_are_named_at_once() -> None:
     assert [problem.split("=")[0] for problem in error.value.problems] == ["weight_decay", "lr", "eps", "betas"]
     with pytest.raises(ConfigError, match=r"lr_scheduler\.min_lr=0\.2: is above lr=0\.1"):
         AdamW(lr=0.1, lr_scheduler=CosineAnnealing(min_lr=0.2))
+    with pytest.raises(ConfigError, match=r"^lr_scheduler='function': lacks warmup_steps, min_lr; .*:Schedule says"):
+        AdamW(lr_scheduler=lambda step, max_steps, lr: 1.0)  # type: ignore[arg-type]
 
 
 class Model(nn.Module):

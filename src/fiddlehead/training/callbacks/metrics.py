@@ -41,6 +41,8 @@ class Metrics(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the validation."""
+        if trainer.sanity_checking:  # it logs nothing
+            return
         per_byte = trainer.callback_metrics.get("val_nats_per_byte")
         per_byte = "" if per_byte is None else f"  ({float(per_byte):.4f} nats/byte)"
         say(f"step {trainer.global_step:>6}  validation loss {trainer.callback_metrics['val_loss']:.4f}{per_byte}")

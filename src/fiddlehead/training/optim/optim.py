@@ -115,7 +115,12 @@ class Optim:
             problems.append(Problem("eps", self.eps, "must be a finite number above 0"))
         if not (len(self.betas) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in self.betas)):
             problems.append(Problem("betas", self.betas, "must be two numbers, each at least 0 and below 1"))
-        if is_number(self.lr) and self.lr > 0 and self.lr_scheduler.min_lr > self.lr:
+        lacks = [name for name in ("warmup_steps", "min_lr") if not hasattr(self.lr_scheduler, name)]
+        if lacks or not callable(self.lr_scheduler):
+            message = f"lacks {', '.join(lacks)}" if lacks else "cannot be called"
+            message += "; fiddlehead.training.optim:Schedule says what a schedule has"
+            problems.append(Problem("lr_scheduler", type(self.lr_scheduler).__qualname__, message))
+        elif is_number(self.lr) and self.lr > 0 and self.lr_scheduler.min_lr > self.lr:
             problems.append(Problem("lr_scheduler.min_lr", self.lr_scheduler.min_lr, f"is above lr={self.lr!r}"))
         return problems
 
