@@ -192,12 +192,16 @@ class Parallel(ModelParallelStrategy):
         """Shards a model on the meta device over the mesh, in place; `checkpoints.sharding` fills it later.
 
         Ranks that share a sequence have the same parameters, so parameters are sharded over them too. The same holds
-        for ranks with different experts, except for the experts themselves.
+        for ranks with different experts, except for the experts themselves. Where `Sizes.fsdp` is false, tensor-parallel
+        parts are all that there is.
         """
         mesh, precision = self.device_mesh[MESH[1:]], str(self.precision_plugin.precision)
         parallelize(transformer, mesh, self.context_parallel_method)
         twice = () if self.pipeline is None else self.pipeline.tied
         self.layout = Layout(transformer.config, mesh, twice)
+        if not self.sizes(self.world_size).fsdp:
+            transformer.to_empty(device=self.root_device)
+            return self.layout
         everyone, experts = (
             self.device_mesh[dims]._flatten("_".join(dims)) for dims in (("dp_shard", "ep", "cp"), ("dp_shard", "cp"))
         )
@@ -283,7 +287,7 @@ class Parallel(ModelParallelStrategy):
         io: Any = self.checkpoint_io
         io.team = self._team = self._team or Team.of_all_ranks()
         io.pipeline_ranks = self.pipeline_parallel
-        if isinstance(self.precision_plugin, MixedPrecision):
+        if isinstance(self.precision_plugin, MixedPrecision) and self.sizes(self.world_size).fsdp:
             self.precision_plugin = _CastByShards("bf16-mixed", self.root_device.type)
 
     def _configure_launcher(self) -> None:
