@@ -43,7 +43,7 @@ class Parallel(ModelParallelStrategy):
     """Trains on many devices, each with a shard of the parameters, gradients and optimizer state (FSDP2).
 
     Ranks are numbered in the order of `MESH`, so ranks that share layers are neighbours. With one device, training is
-    the same as without a strategy.
+    the same as without a strategy; so it is, but for what they exchange, on devices that only share layers.
 
     Args:
         data_parallel: the number of ranks, or groups of ranks, with different samples; None means what the devices
@@ -192,8 +192,8 @@ class Parallel(ModelParallelStrategy):
         """Shards a model on the meta device over the mesh, in place; `checkpoints.sharding` fills it later.
 
         Ranks that share a sequence have the same parameters, so parameters are sharded over them too. The same holds
-        for ranks with different experts, except for the experts themselves. Where `Sizes.fsdp` is false, tensor-parallel
-        parts are all that there is.
+        for ranks with different experts, except for the experts themselves. Ranks that only share
+        layers have their parts of them, which are not sharded: see `Sizes.fsdp`.
         """
         mesh, precision = self.device_mesh[MESH[1:]], str(self.precision_plugin.precision)
         parallelize(transformer, mesh, self.context_parallel_method)
@@ -220,11 +220,21 @@ class Parallel(ModelParallelStrategy):
             )
         return self.layout
 
+    def backward(self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Any:
+        """The backward pass of a tensor-parallel rank's part of the loss; of the parts, gradients are added up.
+
+        To divide the loss costs nothing, and to divide all gradients later reads and writes them. A pipeline has
+        losses of its own.
+        """
+        loss = closure_loss if self.tensor_parallel == 1 else closure_loss / self.tensor_parallel
+        return super().backward(loss, optimizer, *args, **kwargs)
+
     def reduce_gradients(self) -> None:
         """Completes the gradients of a step, which FSDP2 has averaged only over its own dimensions."""
         module: Any = self.lightning_module
         if self.layout is not None and self.tensor_parallel * self.expert_parallel > 1:
-            reduce_gradients(module, self.layout, averaged=[dim for dim in MESH if dim != "tp"])
+            averaged = [dim for dim in MESH if dim != "tp"]
+            reduce_gradients(module, self.layout, averaged, divided=() if self.pipeline is not None else ("tp",))
         if self.pipeline is not None:
             self.pipeline.sum_tied_gradients()
 
