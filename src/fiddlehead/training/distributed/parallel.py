@@ -43,7 +43,7 @@ class Parallel(ModelParallelStrategy):
     """Trains on many devices, each with a shard of the parameters, gradients and optimizer state (FSDP2).
 
     Ranks are numbered in the order of `MESH`, so ranks that share layers are neighbours. With one device, training is
-    the same as without a strategy; so it is, but for what they exchange, on devices that only share layers.
+    the same as without a strategy. Devices that only share layers do not need FSDP2, and train as one device does.
 
     Args:
         data_parallel: the number of ranks, or groups of ranks, with different samples; None means what the devices
@@ -192,8 +192,8 @@ class Parallel(ModelParallelStrategy):
         """Shards a model on the meta device over the mesh, in place; `checkpoints.sharding` fills it later.
 
         Ranks that share a sequence have the same parameters, so parameters are sharded over them too. The same holds
-        for ranks with different experts, except for the experts themselves. Ranks that only share
-        layers have their parts of them, which are not sharded: see `Sizes.fsdp`.
+        for ranks with different experts, except for the experts themselves. Where ranks only share layers, their parts
+        of the layers are not sharded: see `Sizes.fsdp`.
         """
         mesh, precision = self.device_mesh[MESH[1:]], str(self.precision_plugin.precision)
         parallelize(transformer, mesh, self.context_parallel_method)
