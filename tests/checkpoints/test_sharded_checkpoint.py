@@ -68,6 +68,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     [
         ("1", True, "32-true"),
         ("fsdp-2", False, "bf16-mixed"),
+        ("tp-2", True, "bf16-mixed"),
         pytest.param("fsdp-2", True, "bf16-true", marks=pytest.mark.long),
         pytest.param("hsdp-2x2", True, "32-true", marks=pytest.mark.long),
     ],

@@ -94,9 +94,11 @@ def parts_of(case: str) -> tuple[TransformerConfig, Held, Setting, Any, Any]:
 
 
 @contextmanager
-def stages_as_measured(case: str) -> Iterator[None]:
-    """In the block, the stages of a pipeline have as many layers each, as when the case was measured."""
+def as_measured(case: str) -> Iterator[None]:
+    """In the block, a case is planned as it was measured: even stages of a pipeline, and FSDP2 with split layers."""
     with pytest.MonkeyPatch.context() as patch:
+        if case.startswith("tp "):
+            patch.setattr(Sizes, "fsdp", True)
         if case.startswith("pp "):
             patch.setattr(stages, "HEAD", 0.0)
             stages.first_layers.cache_clear()
@@ -106,7 +108,7 @@ def stages_as_measured(case: str) -> Iterator[None]:
 
 def predicted(case: str) -> dict[str, Memory]:
     """The moments of a measured case."""
-    with stages_as_measured(case):
+    with as_measured(case):
         return moments(*parts_of(case)[:3])
 
 
@@ -473,3 +475,30 @@ def test_frozen_weights_in_4_bits_take_what_they_take_in_the_model() -> None:
         moments(real.config, training.whole, replace(cut, quantizes=each))["last"].copies for each in (True, False)
     ]
     assert 0.25 < gathered[0] / gathered[1] < 1  # the vocabulary is gathered as before
+
+
+@pytest.mark.parametrize("recompute", [None, "selective", "full"])
+def test_ranks_that_only_share_layers_have_copies_of_weights_as_one_device_has(recompute: Any) -> None:
+    config, held, setting, *_ = parts_of("1b b4")
+    setting = replace(setting, recompute=recompute)
+    for at in ("ended", "forward", "last", "first", "embedding"):
+        alone, split = (
+            moments(config, held, replace(setting, sizes=sizes))[at] for sizes in (None, Sizes(1, 1, tensor=2))
+        )
+        assert split.copies == alone.copies / 2, at
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Sizes, "fsdp", True)
+            assert moments(config, held, replace(setting, sizes=Sizes(1, 1, tensor=2)))[at].copies > split.copies
+
+
+def test_frozen_weights_are_in_bfloat16_unless_fsdp_has_them(parts: Parts) -> None:
+    made = parts(precision="bf16-mixed")
+    config, lora = replace(made["model"].config, vocab_size=96, seq_length=64), LoRA(rank=2)
+    model = LanguageModel(config, init_from="weights", lora=lora)
+    training = Training(model, model.on_meta(), made["data"], Devices(Parallel(), "bf16-mixed", 4, 1), made["optim"])
+    learned = sum(training.trained.numbers.values())
+    frozen = sum(training.counted.numbers.values()) - learned
+    several = ((Sizes(1, 1, tensor=4), 2), (Sizes(2, 1, tensor=2), 4), (Sizes(1, 1, pipeline=2, stages=2), 4))
+    for sizes, each in several:
+        share = sizes.held(training.counted) / (frozen + learned)
+        assert training.held(sizes).parameters == pytest.approx(share * (each * frozen + 4 * learned))

@@ -14,7 +14,7 @@ from fiddlehead.plan.memory import Held, moments
 from fiddlehead.plan.reached import REACHED
 from fiddlehead.plan.speed import Speed, speed
 from fiddlehead.training.distributed.sizes import Sizes
-from tests.plan.test_memory import MEASURED, parts_of, stages_as_measured
+from tests.plan.test_memory import MEASURED, as_measured, parts_of
 
 OFF: dict[str, str] = {
     "8b4 b1 256k full tiled offloaded heads 2": "attention is 83 % of it, and flash-attn 4 is faster there"
@@ -23,7 +23,7 @@ OFF: dict[str, str] = {
 
 
 def predicted(case: str, card: str = "h100") -> Speed | None:
-    with stages_as_measured(case):
+    with as_measured(case):
         config, held, setting, data, trainer = parts_of(case)
         devices = trainer.num_devices * trainer.num_nodes
         return speed(config, held, setting, CARDS[card], data.seq_length, gpus=devices, gpus_per_node=8)

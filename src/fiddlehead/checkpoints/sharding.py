@@ -168,7 +168,8 @@ class _Draw(TorchDispatchMode):
         name, parameter = self.parameters.get(id(args[0]) if args else 0, ("", None))
         if parameter is None or not func._schema.is_mutable:
             return func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.copy_.default and not isinstance(args[1], DTensor):  # from a whole tensor
+        copies = func is torch.ops.aten.copy_.default
+        if copies and isinstance(parameter, DTensor) and not isinstance(args[1], DTensor):  # from a whole tensor
             for each in self.layout.local_slices(name, parameter):
                 local(parameter)[each.local] = args[1][each.whole]
             return args[0]

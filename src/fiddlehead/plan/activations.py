@@ -63,6 +63,11 @@ class Setting:
         return 1 if self.sizes is None else self.sizes.context // self.ring
 
     @property
+    def fsdp(self) -> bool:
+        """Whether FSDP2 has the parameters, and casts them."""
+        return self.sizes is not None and self.sizes.fsdp
+
+    @property
     def of_products(self) -> int:
         """Bytes of a value that goes into a product."""
         return 4 if self.precision == "32-true" else 2
@@ -70,7 +75,7 @@ class Setting:
     @property
     def of_weights(self) -> int:
         """Bytes of a weight as the modules see it, whole or gathered, and so of what goes into a norm."""
-        halved = self.precision == "bf16-mixed" and (self.adapters or self.sizes is not None)
+        halved = self.precision == "bf16-mixed" and (self.adapters or self.fsdp)
         return 2 if halved or self.precision == "bf16-true" else 4
 
     @property

@@ -244,7 +244,7 @@ class _Step:
             again: how many layers have been gathered again for it, or cast again.
         """
         setting = self.setting
-        if setting.sizes is None:
+        if not setting.fsdp:
             if setting.of_weights == setting.of_products:
                 return 0
             keeps = setting.recompute is None and not setting.fp8
@@ -314,8 +314,8 @@ class _Step:
     def backward(self, done: int) -> Memory:
         """The backward pass is inside a layer, after so many others."""
         setting, left = self.setting, self.layers - done
-        # The gradient of shared weights waits for the embedding's part; sharded, that of an output layer waits too.
-        waits = self.tied or setting.sizes is not None
+        # The gradient of shared weights waits for the embedding's part; with FSDP2, that of an output layer waits too.
+        waits = self.tied or setting.fsdp
         missing = left * self.layer + self.embedding + (self.output if waits and not self.tied else 0)
         reducing = 0.0
         if self.trains and self.shards > 1 and done:  # the gradient of the layer before, and the same in float32
@@ -370,7 +370,7 @@ class _Step:
         copies, loss = 0.0, 0.0
         if not self.trains:
             pass
-        elif setting.sizes is None:
+        elif not setting.fsdp:
             transient = self.stream + 4 * self.tokens * self.config.hidden_size
             loss = self._waiting() if self.tied else 0.0
         elif self.shards == 1:  # what is gathered stays; its gradients become float32

@@ -106,17 +106,26 @@ class Training:
         return Counted.of(self.transformer, trained=True)
 
     @cached_property
+    def _quantized(self) -> int:
+        """How many weights are in NF4."""
+        return sum(linear.weight.numel() for linear in nf4.quantizable(self.transformer).values()) * self.quantizes
+
+    @cached_property
+    def _frozen(self) -> int:
+        """How many others are not trained."""
+        return sum(self.counted.numbers.values()) - sum(self.trained.numbers.values()) - self._quantized
+
+    @cached_property
     def whole(self) -> Held:
         """What a rank has that holds all parameters."""
         devices, optim = self.devices, self.optim
         learned = [(name, each) for name, each in self.transformer.named_parameters() if each.requires_grad]
         each = 2 if devices.precision == "bf16-true" else 4
         number = sum(self.counted.numbers.values())
-        trained = sum(parameter.numel() for _, parameter in learned)
+        trained = number - self._frozen - self._quantized
         reference = each * number if isinstance(self.model, PreferenceModel) and self.model.lora is None else 0
-        stored = sum(linear.weight.numel() for linear in nf4.quantizable(self.transformer).values()) * self.quantizes
-        frozen = (number - trained - stored) * (2 if halves_frozen(self.model, devices) else each)
-        frozen += stored * nf4.BITS / 8
+        halved = halves_frozen(self.model, devices.precision, fsdp=devices.cut)
+        frozen = self._frozen * (2 if halved else each) + self._quantized * nf4.BITS / 8
         copied = isinstance(devices.strategy, DDPStrategy) and devices.gpus > 1
         operations, moved = optim.step_work(learned)
         state, offloads = optim.state_bytes(learned, devices.precision), self.offloads_state
@@ -131,9 +140,16 @@ class Training:
             step_moved=moved,
         )
 
+    def whole_on(self, sizes: Sizes) -> Held:
+        """The same on ranks of these sizes: where FSDP2 does not have them, frozen weights may be in bfloat16."""
+        cut, precision = self.devices.cut, self.devices.precision
+        if cut and not sizes.fsdp and halves_frozen(self.model, precision, fsdp=False):
+            return replace(self.whole, parameters=self.whole.parameters - 2 * self._frozen)
+        return self.whole
+
     def held(self, sizes: Sizes) -> Held:
         """What the rank has of the parameters that has the most of them."""
-        whole = self.whole
+        whole = self.whole_on(sizes)
         share, trained = (sizes.held(each) / sum(each.numbers.values()) for each in (self.counted, self.trained))
         return replace(
             whole,

@@ -351,8 +351,8 @@ class _Work:
             return 0.0
         batches, stored = setting.micro_batches, 2 if setting.precision == "bf16-true" else 4
         moved = 3 * stored * (1 - 1 / batches)  # gradients are added to others: two are read, one is written
-        if setting.sizes is not None and setting.precision == "bf16-mixed":
-            # Layers of `Parallel` are cast when they are gathered, and their gradients afterwards.
+        if setting.fsdp and setting.precision == "bf16-mixed":
+            # FSDP2 casts layers when it gathers them, and their gradients afterwards.
             gathered = 1 / batches if sizes.pipeline > 1 else 1 + setting.reshard_after_forward
             moved += (4 + 2) * (1 + gathered)
         vocabularies = 1 if self.config.share_embeddings_and_output_weights or sizes.pipeline > 1 else 2

@@ -206,7 +206,7 @@ def plan_training(
     mlp = None if device is None else model.mlp_choice(config, devices.precision, sizes, device)
     refuse([] if mlp is None else refused_mlp(model, mlp.why_not))
     parts = Training(model, transformer, data, devices, optim, attention.share(kernels, "flex"), device)
-    whole = parts.whole
+    whole = parts.whole_on(sizes)
     gathered = sizes.gathered(parts.counted) * ((4 if devices.precision == "32-true" else 2) + 4)
     memory, speed, in_main_memory = None, None, dict[str, float]()
     if on_gpu:

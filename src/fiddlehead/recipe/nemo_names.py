@@ -54,7 +54,7 @@ NAMES = (
     Name(f"{_STRATEGY}.pipeline_dtype", "", "trainer.precision decides; leave it out"),
     Name(f"{_STRATEGY}.gradient_as_bucket_view", "", "gradients are sharded and not copied to buckets; leave it out"),
     Name(f"{_STRATEGY}.ddp", "", "gradients are reduced and sharded by FSDP2; leave it out"),
-    Name(f"{_STRATEGY}.fsdp", "", "weights are always sharded by FSDP2; leave it out"),
+    Name(f"{_STRATEGY}.fsdp", "", "weights are sharded by FSDP2; leave it out"),
     Name(f"{_STRATEGY}.save_ckpt_format", "", "checkpoints are safetensors; leave it out"),
     # The trainer.
     Name("trainer.limit_val_batches", "data.val_samples", "it counts samples, not batches", same=False),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,21 +12,21 @@ from lightning.pytorch.plugins import MixedPrecision
 from fiddlehead.training.distributed.parallel import Parallel
 
 
-def halves_frozen(model: LightningModule, trainer: Any) -> bool:
-    """Whether a run can use `FrozenBFloat16`: adapters in mixed precision, on unsharded weights.
+def halves_frozen(model: LightningModule, precision: str, *, fsdp: bool) -> bool:
+    """Whether a run can use `FrozenBFloat16`: adapters in mixed precision.
 
     Args:
-        trainer: a trainer, or another object with its strategy, precision, and numbers of devices and nodes.
+        fsdp: whether FSDP2 has the weights: they are then float32 in parts, and bfloat16 where they are gathered.
     """
-    # What is cut over several devices is float32 in parts, and bfloat16 where it is gathered.
-    cut = isinstance(trainer.strategy, Parallel) and trainer.num_devices * trainer.num_nodes > 1
-    return getattr(model, "lora", None) is not None and str(trainer.precision) == "bf16-mixed" and not cut
+    return getattr(model, "lora", None) is not None and precision == "bf16-mixed" and not fsdp
 
 
 def halve_frozen(model: LightningModule, trainer: Trainer) -> None:
     """Makes the frozen weights of a starting run in bfloat16, if `halves_frozen`."""
-    if halves_frozen(model, trainer):
-        trainer.strategy.precision_plugin = FrozenBFloat16("bf16-mixed", trainer.strategy.root_device.type)
+    strategy = trainer.strategy
+    fsdp = isinstance(strategy, Parallel) and strategy.sizes(trainer.num_devices * trainer.num_nodes).fsdp
+    if halves_frozen(model, str(trainer.precision), fsdp=fsdp):
+        strategy.precision_plugin = FrozenBFloat16("bf16-mixed", strategy.root_device.type)
 
 
 class FrozenBFloat16(MixedPrecision):

@@ -50,7 +50,7 @@ from tests.training.ranks import on_ranks
             pytest.param(layout, settings, marks=pytest.mark.long)
             for layout, settings in (("fsdp-2-ring-2", "experts"), ("pp-2-ring-2", "documents"))
         ),
-        pytest.param("tp-2", "plain", marks=pytest.mark.long),
+        ("tp-2", "plain"),
         pytest.param("fsdp-2-tp-2", "documents", marks=pytest.mark.long),
         pytest.param("cp-2-tp-2", "documents", marks=pytest.mark.long),
         pytest.param("tp-4", "experts", marks=pytest.mark.long),
@@ -246,6 +246,7 @@ QLORA = LoRA(rank=2, quantize_base="nf4")
         pytest.param("pairs", None, RING, marks=pytest.mark.long),
         pytest.param("answers", LoRA(rank=2), RING, marks=pytest.mark.long),
         ("pairs", LoRA(rank=2), {"tensor_parallel": 2}),
+        pytest.param("pairs", None, {"tensor_parallel": 2}, marks=pytest.mark.long),
     ],
     ids=[
         "pairs",
@@ -257,6 +258,7 @@ QLORA = LoRA(rank=2, quantize_base="nf4")
         "pairs-ring",
         "answers-ring",
         "pairs-lora-tp",
+        "pairs-tp",
     ],
 )
 def test_ranks_learn_answers_and_preferences_as_one_process_does(

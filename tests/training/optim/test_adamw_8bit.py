@@ -105,6 +105,17 @@ def test_ranks_go_on_from_what_one_process_saved_and_it_goes_on_from_theirs(
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)  # shards begin where blocks do
 
 
+def test_ranks_that_share_layers_save_whole_moments(eager: None, dataset: Path, tmp_path: Path) -> None:
+    changes = TRAINED | LARGE | {"max_steps": 8, "every_n_steps": 2, "val_check_interval": 4}
+    split = {"tensor_parallel": 2}
+    on_ranks(2, train_eagerly, split, dataset, tmp_path / "whole", devices=2, **changes)
+    train_here({}, dataset, tmp_path / "many", killed_after=3, devices=1, **changes)
+    on_ranks(2, train_eagerly, split, dataset, tmp_path / "many", killed_after=5, devices=2, **changes)
+    train_here({}, dataset, tmp_path / "many", devices=1, **changes)
+    found, expected = (losses(tmp_path / name / "run") for name in ("many", "whole"))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)  # other values share scales
+
+
 def test_the_rate_that_is_logged_is_that_of_the_step(eager: None, pretrain: Pretrain) -> None:
     columns = ("step", "lr")
     assert rows(pretrain(name="8", **LARGE), *columns) == rows(pretrain(name="32", hidden_size=64), *columns)

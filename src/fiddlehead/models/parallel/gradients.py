@@ -14,7 +14,9 @@ DIMS = ("dp_replicate", "dp_shard", "ep", "cp", "tp")
 
 
 @torch.no_grad()
-def reduce_gradients(transformer: nn.Module, layout: Layout, averaged: Collection[str] = ()) -> None:
+def reduce_gradients(
+    transformer: nn.Module, layout: Layout, averaged: Collection[str] = (), divided: Collection[str] = ()
+) -> None:
     """Turns gradients into those of the mean of all processes' losses; each loss is a mean over the process's tokens.
 
     Call it once in each step, after the last backward pass.
@@ -22,6 +24,7 @@ def reduce_gradients(transformer: nn.Module, layout: Layout, averaged: Collectio
     Args:
         averaged: dimensions of the mesh over which FSDP2 or DDP has averaged the gradients of all parameters that are
             not split over them: those are left as they are.
+        divided: dimensions of the mesh by whose sizes each loss was divided before its backward pass.
     """
     gradients = {name: local(p.grad) for name, p in transformer.named_parameters() if p.grad is not None}
     for dim in DIMS:
@@ -30,7 +33,7 @@ def reduce_gradients(transformer: nn.Module, layout: Layout, averaged: Collectio
             continue
         split = [x for name, x in gradients.items() if splits_over(name, layout.config) == dim]
         whole = [x for name, x in gradients.items() if splits_over(name, layout.config) != dim and dim not in averaged]
-        if split or whole:
+        if (split or whole) and dim not in divided:
             # Before the sum, as NCCL's average is not gloo's. What is split has the sum already, by the backward pass.
             torch._foreach_mul_(split + whole, 1 / size)  # pyright: ignore[reportPrivateImportUsage]
         _sum(whole, layout.mesh.get_group(dim))

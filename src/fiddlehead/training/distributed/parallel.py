@@ -43,7 +43,7 @@ class Parallel(ModelParallelStrategy):
     """Trains on many devices, each with a shard of the parameters, gradients and optimizer state (FSDP2).
 
     Ranks are numbered in the order of `MESH`, so ranks that share layers are neighbours. With one device, training is
-    the same as without a strategy.
+    the same as without a strategy. Devices that only share layers do not need FSDP2, and train as one device does.
 
     Args:
         data_parallel: the number of ranks, or groups of ranks, with different samples; None means what the devices
@@ -192,12 +192,16 @@ class Parallel(ModelParallelStrategy):
         """Shards a model on the meta device over the mesh, in place; `checkpoints.sharding` fills it later.
 
         Ranks that share a sequence have the same parameters, so parameters are sharded over them too. The same holds
-        for ranks with different experts, except for the experts themselves.
+        for ranks with different experts, except for the experts themselves. Where ranks only share layers, their parts
+        of the layers are not sharded: see `Sizes.fsdp`.
         """
         mesh, precision = self.device_mesh[MESH[1:]], str(self.precision_plugin.precision)
         parallelize(transformer, mesh, self.context_parallel_method)
         twice = () if self.pipeline is None else self.pipeline.tied
         self.layout = Layout(transformer.config, mesh, twice)
+        if not self.sizes(self.world_size).fsdp:
+            transformer.to_empty(device=self.root_device)
+            return self.layout
         everyone, experts = (
             self.device_mesh[dims]._flatten("_".join(dims)) for dims in (("dp_shard", "ep", "cp"), ("dp_shard", "cp"))
         )
@@ -216,11 +220,21 @@ class Parallel(ModelParallelStrategy):
             )
         return self.layout
 
+    def backward(self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Any:
+        """The backward pass of a tensor-parallel rank's part of the loss; of the parts, gradients are added up.
+
+        To divide the loss costs nothing, and to divide all gradients later reads and writes them. A pipeline has
+        losses of its own.
+        """
+        loss = closure_loss if self.tensor_parallel == 1 else closure_loss / self.tensor_parallel
+        return super().backward(loss, optimizer, *args, **kwargs)
+
     def reduce_gradients(self) -> None:
         """Completes the gradients of a step, which FSDP2 has averaged only over its own dimensions."""
         module: Any = self.lightning_module
         if self.layout is not None and self.tensor_parallel * self.expert_parallel > 1:
-            reduce_gradients(module, self.layout, averaged=[dim for dim in MESH if dim != "tp"])
+            averaged = [dim for dim in MESH if dim != "tp"]
+            reduce_gradients(module, self.layout, averaged, divided=() if self.pipeline is not None else ("tp",))
         if self.pipeline is not None:
             self.pipeline.sum_tied_gradients()
 
@@ -283,7 +297,7 @@ class Parallel(ModelParallelStrategy):
         io: Any = self.checkpoint_io
         io.team = self._team = self._team or Team.of_all_ranks()
         io.pipeline_ranks = self.pipeline_parallel
-        if isinstance(self.precision_plugin, MixedPrecision):
+        if isinstance(self.precision_plugin, MixedPrecision) and self.sizes(self.world_size).fsdp:
             self.precision_plugin = _CastByShards("bf16-mixed", self.root_device.type)
 
     def _configure_launcher(self) -> None:

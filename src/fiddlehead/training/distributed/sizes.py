@@ -74,6 +74,16 @@ class Sizes:
         shard = self.data // self.replicate // self.expert
         return self.pipeline, self.replicate, shard, self.expert, self.context, self.tensor
 
+    @property
+    def fsdp(self) -> bool:
+        """Whether FSDP2 has the parameters, which it copies to gather them, and casts while it does.
+
+        Ranks that differ only in their tensor-parallel part gather nothing, and train as one device does: with float32
+        parameters and autocast. The ranks of a pipeline gather nothing either, but autocast would cast their layers
+        for each micro-batch, and keep the copies of all those in flight; FSDP2 casts them once in a step.
+        """
+        return self.data * self.context * self.pipeline > 1
+
     def data_rank(self, rank: int) -> int:
         """The data-parallel index of a rank: ranks that share layers or a sequence have the same index and samples."""
         return rank // (self.context * self.tensor) % self.data

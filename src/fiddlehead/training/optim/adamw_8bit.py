@@ -77,7 +77,7 @@ class SavedAdamW8bit(AdamW8bit):
         saved = super().state_dict()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         saved["state"] = {
-            number: {name: _plain(name, value, parameters[number]) for name, value in state.items()}
+            number: {name: self._plain(name, value, parameters[number]) for name, value in state.items()}
             for number, state in saved["state"].items()
         }
         return saved
@@ -90,6 +90,17 @@ class SavedAdamW8bit(AdamW8bit):
             for number, values in state_dict["state"].items()
         }
         super().load_state_dict({**state_dict, "state": state})
+
+    def _plain(self, name: str, value: Any, parameter: torch.Tensor) -> Any:
+        if self.layout is not None and name != "step":
+            whole = value.dequantize() if isinstance(value, OptimState8bit) else value
+            if not isinstance(parameter, DTensor):
+                return whole
+            places = parameter.device_mesh, parameter.placements
+            return DTensor.from_local(whole, *places, run_check=False, shape=parameter.shape, stride=parameter.stride())
+        if not isinstance(value, OptimState8bit):
+            return value
+        return {"codes": value.codes, "scale": value.scale, "qmap": value.qmap, "signed": value.signed}
 
     def _moment(self, name: str, value: Any, parameter: torch.Tensor) -> Any:
         if name == "step":
@@ -121,13 +132,3 @@ def _fill(moment: Any, values: torch.Tensor) -> torch.Tensor:
     moment.scale.copy_(scale.clamp(min=1e-12))
     moment.codes.copy_(quantize_8bit_with_qmap((blocks / moment.scale[:, None]).view_as(values), codes))
     return moment
-
-
-def _plain(name: str, value: Any, parameter: torch.Tensor) -> Any:
-    if isinstance(parameter, DTensor) and name != "step":
-        whole = value.dequantize() if isinstance(value, OptimState8bit) else value
-        places = parameter.device_mesh, parameter.placements
-        return DTensor.from_local(whole, *places, run_check=False, shape=parameter.shape, stride=parameter.stride())
-    if not isinstance(value, OptimState8bit):
-        return value
-    return {"codes": value.codes, "scale": value.scale, "qmap": value.qmap, "signed": value.signed}
