@@ -181,6 +181,7 @@ class Points(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """The parameters are made."""
         self._point("made")
+        self.points["mlp"] = pl_module.mlp.backend
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """The batch is on the device."""
@@ -351,7 +352,7 @@ def measure(name: str, given: argparse.Namespace) -> None:
         return
     found = json.loads(points.read_text())
     peak = max(point["peak"] for point in found.values() if isinstance(point, dict)) if found.get("total") else 0
-    results = {"recipe": recipe_name, "edits": edits, "peak": peak, "points": found}
+    results = {"recipe": recipe_name, "edits": edits, "peak": peak, "mlp": found.pop("mlp"), "points": found}
     (given.out / "case.json").write_text(json.dumps(results | json.loads((run.path / FIGURES).read_text())))
 
 

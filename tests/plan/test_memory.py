@@ -90,7 +90,8 @@ def parts_of(case: str) -> tuple[TransformerConfig, Held, Setting, Any, Any]:
     calls = calls_of(model, transformer.config, data, str(trainer.precision), trainer.strategy, transformer=transformer)
     by_flex = attention.share(attention.explain_calls(calls, WITHOUT_PACKAGES), "flex")
     training = Training(model, transformer, data, Devices.of(trainer), optim, by_flex)
-    return transformer.config, training.held(sizes), training.setting(sizes), data, trainer
+    setting = replace(training.setting(sizes), fuses=MEASURED[case].get("mlp") == "triton")
+    return transformer.config, training.held(sizes), setting, data, trainer
 
 
 @contextmanager
@@ -128,7 +129,7 @@ def logits_gradient(case: str) -> int:
     Now it overwrites them. On an H200, "1b b8" took 59.18 GiB before and 58.22 after.
     """
     config, _, setting, *_ = parts_of(case)
-    if not setting.compiled or setting.compares or any(word in case for word in ("state offloaded", "nf4")):
+    if not setting.compiled or setting.compares or "state offloaded" in case or "mlp" in MEASURED[case]:
         return 0
     return setting.of_products * min(setting.tokens, CHUNK_TOKENS) * (config.vocab_size or 0)
 

@@ -34,6 +34,8 @@ class Setting:
     """How many of them are accumulated in a step."""
     adapters: bool = False
     """Only adapters are trained; in mixed precision the rest is bfloat16."""
+    rank: int = 0
+    """Of the adapters; 0: there are none."""
     adapted: int = 0
     """The inputs and outputs of all layers that have adapters, in values of a token."""
     compares: bool = False
@@ -327,9 +329,11 @@ class _Layer:
         width = self.F1 if self.setting.compiled or not self.config.gated else 2 * self.F
         if (self.setting.compiled and recomputes) or self.setting.fused_mlp:
             width = self.F1 + self.F
-        if (
-            self.setting.adapters
-        ):  # an adapter's change of the first product; or what its gradient needs of the second's
+        if self.setting.adapters and self.setting.fused_mlp:
+            # Parts of a sum in float32, one for 64 columns of the width.
+            return self.b * width + 4 * self.setting.rank * self.F / 64
+        if self.setting.adapters:
+            # An adapter's change of the first product; or what its gradient needs of the second's.
             width += self.F1 if recomputes else self.F
         return self.b * width
 

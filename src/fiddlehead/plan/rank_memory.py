@@ -180,6 +180,7 @@ class Training:
             offloads=model.offloads,
             micro_batches=micro_batches or data.accumulate_grad_batches(sizes.data),
             adapters=model.lora is not None,
+            rank=0 if model.lora is None else model.lora.rank,
             adapted=self.adapted,
             compares=isinstance(model, PreferenceModel),
             quantizes=self.quantizes,
