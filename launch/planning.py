@@ -279,6 +279,7 @@ def plan(
         start = _start(fitted, waits=awaits)
         if start is not None and not training.missing:
             start.refuse_others(training.config, training.optimizer.kind, str(fitted.trainer.precision))
+            start.base(fitted.model.init_from)
     except ConfigError as error:
         return Plan(fitted, executor, error.problems)
     if executor is not None:
