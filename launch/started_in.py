@@ -70,7 +70,7 @@ def _texts(value: Any) -> Iterator[str | Path]:
 
 def _is_relative(path: str | Path) -> bool:
     try:
-        float(path)  # the weight of a dataset in a blend
+        float(str(path))  # the weight of a dataset in a blend
     except (TypeError, ValueError):
         return not user_path(path).is_absolute()
     return False
