@@ -274,6 +274,7 @@ def plan(
         target = card_of(executor, fitted) or "unknown"
     try:
         refuse(nsys_problems(fitted))
+        fitted.to_yaml()  # as a launch writes it
         training = _plan_training(fitted, target)
         awaits = waits or (executor is not None and executor.keeps_runs_elsewhere)
         start = _start(fitted, waits=awaits)

@@ -263,6 +263,7 @@ def test_all_mistakes_of_a_recipe_at_once(fiddlehead):
         (["pretrain", "-f", "llama3_8b(num_nodes=2"], "unknown recipe 'llama3_8b(num_nodes=2'"),
         (["pretrain", "-f", "llama3_8b(name=__import__('os').getcwd(), num_nodes=0)"], "num_nodes=0"),
         (["finetune", "-f", "llama3_8b(peft_scheme='lara')"], "'lora' | 'dora' | 'qlora' | 'none'"),
+        (["pretrain", "-f", "tiny_test", "trainer.default_root_dir=x", "--dryrun"], "may not be set in a recipe file"),
         (["pretrain", "-f", "tiny_test", "--gpu", "", "--dryrun"], "--gpu='': is not a known GPU"),
         (["pretrain", "-f", "tiny_test", "--gpu", "", "--sweep", "seed=1,2"], "--gpu and --sweep exclude each other"),
         (["pretrain", "-f", "tiny", "trainer.limit_val_batches=5", "--dryrun"], "data.val_samples says how many"),
