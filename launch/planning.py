@@ -274,11 +274,13 @@ def plan(
         target = card_of(executor, fitted) or "unknown"
     try:
         refuse(nsys_problems(fitted))
+        fitted.to_yaml()  # as a launch writes it
         training = _plan_training(fitted, target)
         awaits = waits or (executor is not None and executor.keeps_runs_elsewhere)
         start = _start(fitted, waits=awaits)
         if start is not None and not training.missing:
             start.refuse_others(training.config, training.optimizer.kind, str(fitted.trainer.precision))
+            start.base(fitted.model.init_from)
     except ConfigError as error:
         return Plan(fitted, executor, error.problems)
     if executor is not None:

@@ -44,6 +44,7 @@ def describe_environment(directory: Path) -> dict[str, Any]:
     """The environment of this process, as JSON values; `directory` is where the user's code is."""
     return {
         "git": _git(directory),
+        "launched_in": str(directory),
         "python": sys.version.split()[0],
         "executable": sys.executable,
         "packages": _packages(),

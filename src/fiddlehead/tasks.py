@@ -111,19 +111,20 @@ def _start(
     """The checkpoint that the run goes on from, with the model set to what that run began with; None starts anew.
 
     Raises:
-        ConfigError: the checkpoint is of another run, or the weights that its run began with are gone.
+        ConfigError: the checkpoint is of another run, or the weights that its run began with are gone or have changed.
     """
     found = verified_by_first(ranks, lambda: resume_point(run, resume))
-    if found is None:
-        return None
-    start = Start.read(found)
-    start.refuse_others(plan.config, optim.kind, precision)
-    start.warn_of_another_rate(optim, plan.max_steps)
-    # What a run's name stands for may have gone on since; this run goes on with what it began with.
-    if start.init_from and start.init_from != str(model.init_from):
-        model.init_from = start.init_from
-        verified_by_first(ranks, model.take_shape)
-        refuse([] if model.missing is None else [model.missing.under("model")])
+    start = None if found is None else Start.read(found)
+    if start is not None:
+        start.refuse_others(plan.config, optim.kind, precision)
+        start.warn_of_another_rate(optim, plan.max_steps)
+        # What a run's name stands for may have gone on since; this run goes on with what it began with.
+        base = verified_by_first(ranks, lambda: start.base(model.init_from))
+        if base and str(base) != str(model.init_from):
+            model.init_from = base
+            verified_by_first(ranks, model.take_shape)
+            refuse([] if model.missing is None else [model.missing.under("model")])
+    model.base = verified_by_first(ranks, model.fingerprint)
     return start
 
 

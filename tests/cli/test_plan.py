@@ -90,6 +90,8 @@ def test_a_recipe_for_a_cpu_has_no_card(plan: Command) -> None:
     [
         ([], "which recipe?"),
         (["trainer.max_steps=1"], "which recipe?"),
+        (["llama32_1b", "--gpu", ""], "--gpu='': is not a known GPU"),
+        (["tiny_test", "--gpu", ""], "--gpu='': is not a known GPU"),
         (["llama32_1b", "--gpu", "h10"], "--gpu='h10': is not a known GPU"),
         (["llama32_1b", "--gpu", "mine=1,2"], "--gpu='mine=1,2': must be NAME=GiB"),
         (["llama32_1b", "data.micro_batch_size=0"], "data.micro_batch_size=0"),

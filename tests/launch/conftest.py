@@ -7,6 +7,10 @@ import warnings
 
 import pytest
 
+from tests.training.conftest import dataset
+
+__all__ = ["dataset", "nemo_run"]
+
 
 @pytest.fixture(scope="session")
 def nemo_run() -> None:

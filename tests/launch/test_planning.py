@@ -390,6 +390,39 @@ def test_problems_are_in_the_plan_and_refused_by_all_that_it_can_do(working_dire
     assert not list(working_directory.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (
+            "optim",
+            AdamW(lr=1e-3),
+            "optim: a live fiddlehead.training.optim.adamw.AdamW cannot be written; use fdl.Config",
+        ),
+        ("optim.lr_scheduler", lambda *_: 1.0, "optim.lr_scheduler"),
+        (
+            "trainer.default_root_dir",
+            "x",
+            "trainer.default_root_dir: may not be set in a recipe file: it can be an addr",
+        ),
+    ],
+)
+@pytest.mark.parametrize("executor", [None, local()])
+def test_what_a_run_s_recipe_file_cannot_have_is_refused_by_the_plan_and_a_dry_run_too(
+    executor: Executor | None, path: str, value: object, said: str, working_directory: Path
+):
+    recipe = tiny_test()
+    owner, _, name = path.rpartition(".")
+    setattr(getattr(recipe, owner) if owner else recipe, name, value)
+    with pytest.raises(ConfigError) as error:
+        write_run(recipe, None, name=None, command=None)
+    made = plan(recipe, executor)
+    assert made.problems == error.value.problems and made.problems[0].startswith(said)
+    for act in (made.dry_run, made.submit):
+        with pytest.raises(ConfigError) as again:
+            act()
+        assert again.value.problems == error.value.problems
+
+
 @pytest.mark.parametrize("interval", ["00:00:10:00", {"minutes": 10}, 1.0])
 def test_an_interval_that_is_not_a_number_of_steps_is_refused_before_the_job(interval: object, working_directory: Path):
     made = tiny_test()

@@ -13,6 +13,7 @@ import torch
 
 from fiddlehead import tasks
 from fiddlehead.attention import BACKENDS
+from fiddlehead.checkpoints.folder import step_folder
 from fiddlehead.checkpoints.weights import open_weights
 from fiddlehead.data import ByteTokenizer, PreTrainingDataModule, TokenizerFile
 from fiddlehead.data.token_writer import TokenDatasetWriter, encode_documents
@@ -155,6 +156,48 @@ def test_a_validation_that_would_never_come_is_refused(parts: Parts, every: int)
     made["trainer"].check_val_every_n_epoch = every
     with pytest.raises(ConfigError, match=rf"^trainer\.check_val_every_n_epoch={every}: .* set trainer\.val_check_int"):
         plan_of(made)
+
+
+@pytest.mark.parametrize("steps", [10**8, 2**63, 10**20])
+def test_more_steps_than_the_names_of_checkpoints_have_digits_for_are_refused(parts: Parts, steps: int) -> None:
+    """What would be newest is found by its name; and 64 bits do not hold all samples of so many steps."""
+    with pytest.raises(ConfigError, match=rf"^trainer\.max_steps={steps}: must be at most 99,999,999: a checkpoint's"):
+        plan_of(parts(max_steps=steps))
+    assert plan_of(parts(max_steps=10**8 - 1)).max_steps == 10**8 - 1
+    assert step_folder(10**8 - 1) > step_folder(10**7)
+
+
+@pytest.mark.parametrize(("least", "fits"), [(None, True), (0, True), (4, True), (5, False), (-1, False), (0.5, False)])
+def test_a_run_cannot_have_more_steps_than_it_ends_with(parts: Parts, least: Any, fits: bool) -> None:
+    made = parts(max_steps=4, min_steps=least)
+    if fits:
+        assert plan_of(made)
+        return
+    said = "must be a whole number of steps, at most trainer.max_steps=4, or None"
+    with pytest.raises(ConfigError, match=rf"^trainer\.min_steps={least}: {said}$"):
+        plan_of(made)
+
+
+def test_a_least_number_of_epochs_is_refused(parts: Parts) -> None:
+    """A run is never through with one, so nothing could end it early."""
+    with pytest.raises(ConfigError, match=r"^trainer\.min_epochs=1: .* set trainer\.min_steps$"):
+        plan_of(parts(min_epochs=1))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"moe_aux_loss_coeff": 0.01},
+        {"moe_router_topk": 1},
+        {"moe_ffn_hidden_size": 8},
+        {"moe_router_pre_softmax": True},
+    ],
+)
+def test_settings_of_experts_are_refused_where_there_are_none(parts: Parts, given: dict[str, Any]) -> None:
+    ((name, value),) = given.items()
+    with pytest.raises(ConfigError, match=rf"^model\.config\.{name}={value}: there are no experts; set model\.config"):
+        plan_of(parts(**given))
+    assert plan_of(parts(**given, num_moe_experts=2))
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])

@@ -36,6 +36,8 @@ from fiddlehead.run.team import Team, TeamError
 
 FORMAT_VERSION = 1
 STEP, TEMPORARY = "step-", ".writing-"
+MAX_STEP = 10**8 - 1
+"""The last step whose checkpoint's name has eight digits, so that names are in the order of the steps."""
 
 T = TypeVar("T")
 _verified: dict[Path, tuple[float | None, dict[str, kept.Stamp]]] = {}

@@ -29,7 +29,7 @@ from fiddlehead.checkpoints.sharding import ShardedTensor
 from fiddlehead.run.team import Team
 
 _TENSOR, _PAIRS = "__tensor__", "__pairs__"
-_KEPT = ("optimizer_states", "lr_schedulers", "callbacks", "config", "lora", "init_from", "val_loss", "data")
+_KEPT = ("optimizer_states", "lr_schedulers", "callbacks", "config", "lora", "init_from", "base", "val_loss", "data")
 _KEPT += ("MixedPrecision",)  # the loops' counters are left out: `restore_progress` derives them from the step
 
 

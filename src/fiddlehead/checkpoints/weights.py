@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from fiddlehead.checkpoints import fingerprint
 from fiddlehead.checkpoints.folder import newest_good, read_tensors, verify
 from fiddlehead.checkpoints.huggingface.files import HuggingFaceCheckpoint, refuse_adapters
 from fiddlehead.checkpoints.safetensors_files import StoredTensor
@@ -22,6 +23,10 @@ from fiddlehead.run.names import find_run
 
 PREFIX = "transformer."
 """The prefix of a model's parameters in a checkpoint."""
+CHANGED = (
+    "no longer has the weights with which the training began; put those back, or start a new run with what is there now"
+)
+"""What is wrong with weights that were overwritten while a run still needs them."""
 
 
 class Weights(Protocol):
@@ -38,6 +43,10 @@ class Weights(Protocol):
 
     def dtype(self, name: str) -> str:
         """Its dtype, a key of `safetensors_files.DTYPES`."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A short text that differs for other weights, and does not depend on where these are."""
         ...
 
 
@@ -65,7 +74,7 @@ class CheckpointWeights:
 
         Raises:
             DamagedCheckpointError: a file has changed since it was written.
-            ConfigError: the adapters' base is missing, or the tensors are not those of its config.
+            ConfigError: the adapters' base is missing or another one, or the tensors are not those of its config.
         """
         state = verify(path)
         tensors = {name.removeprefix(PREFIX): t for name, t in read_tensors(path, state, "model").items()}
@@ -76,6 +85,9 @@ class CheckpointWeights:
             except ConfigError as error:
                 problems = (Problem.in_file(path, f"has only adapters: {problem}") for problem in error.problems)
                 raise ConfigError(*problems) from error
+            if state.get("base") not in (None, base.fingerprint()):  # checkpoints of earlier versions have none
+                message = f"has only adapters, and {state['init_from']} {CHANGED}"
+                raise ConfigError(Problem.in_file(path, message))
             adapters = Adapters(base, LoRA(**state["lora"]))
         if "config" not in state:
             raise ConfigError(Problem.in_file(path, "has no config: a LanguageModel writes it in on_save_checkpoint"))
@@ -93,6 +105,13 @@ class CheckpointWeights:
     def dtype(self, name: str) -> str:
         """As `Weights.dtype`."""
         return self.tensors[name].dtype if self.adapters is None else self.adapters.base.dtype(name)
+
+    def fingerprint(self) -> str:
+        """As `Weights.fingerprint`, of the checksums with which the files were compared when this was opened."""
+        files = {tensor.file.name: self.state["files"][tensor.file.name] for tensor in self.tensors.values()}
+        if self.adapters is None:
+            return fingerprint.of_parts(files)
+        return fingerprint.of_parts(files, asdict(self.adapters.lora), self.adapters.base.fingerprint())
 
     def _merged(self, name: str, base: Weights, lora: LoRA) -> torch.Tensor:
         module = name.removesuffix(".weight")

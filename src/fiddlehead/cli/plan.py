@@ -68,7 +68,7 @@ def plan(
     recipe, name = load_recipe(factory, edits, allow or ())
     from fiddlehead import launch
 
-    card = named_card(gpu or (DEFAULT_GPU if _needs_gpu(recipe) else None))
+    card = named_card(DEFAULT_GPU if gpu is None and _needs_gpu(recipe) else gpu)
     executor, where = configure_executor(executor_edits) if executor_edits else (None, "")
     found = launch.search(recipe, executor, target=card) if fit else []
     planned, changes = launch.plan(recipe, executor, target=card), []

@@ -163,9 +163,13 @@ def rerun(
     ),
     directory: str = DirOption,
 ) -> None:
-    """Continue a run from its newest checkpoint, with its saved recipe and executor."""
+    """Continue a run from its newest checkpoint, with its saved recipe and executor.
+
+    If the recipe has relative paths, in the folder where the run was launched.
+    """
     from fiddlehead import launch
     from fiddlehead.launch import watch
+    from fiddlehead.launch.started_in import refuse_elsewhere
     from fiddlehead.recipe import Recipe, trust
 
     found = find_run(run, directory)
@@ -177,6 +181,7 @@ def rerun(
         )
         raise ConfigError(Problem.in_file(found.executor, said))
     recipe = Recipe.load(found.recipe, allow=tuple(allow or ()))
+    refuse_elsewhere(found, recipe)
     recipe.log.dir, recipe.log.name = str(found.path.parent), found.name
     executor = watch.load_executor(found)
     try:

@@ -98,7 +98,7 @@ def start_run(
         return
     if not request.dryrun:
         plan.refuse_start(request.despite)
-    where = "in this process" if direct else f"on {gpu}" if gpu and planned is None else request.where
+    where = "in this process" if direct else f"on {gpu}" if gpu is not None and planned is None else request.where
     scripts = plan.scripts(name=name, allow=request.allow) if script else {}
     show_plan(name, where, [*plan.rows(name=name), *changes])
     show_scripts(scripts)

@@ -97,12 +97,12 @@ def pretrain(
     task = context.info_name or "pretrain"
     factory, edits = named_recipe(factory, words or (), task)
     edits, executor_edits = split_executor(edits)
-    if gpu and sweep:
+    if gpu is not None and sweep:
         raise ConfigError("--gpu and --sweep exclude each other: --gpu plans one run")
     if direct and executor_edits:
         raise ConfigError(f"--direct runs without an executor; leave out {' '.join(executor_edits)}")
     executor, name = configure_executor(executor_edits)
-    if gpu and not (dryrun or to_yaml) and (direct or not executor.ships_code):
+    if gpu is not None and not (dryrun or to_yaml) and (direct or not executor.ships_code):
         raise ConfigError("--gpu goes with --dryrun here, as the run trains on the GPUs of this machine")
     if sweep and (to_yaml or after or fit):
         other = "--to-yaml" if to_yaml else "--after" if after else "--fit"
@@ -111,5 +111,5 @@ def pretrain(
     if sweep:
         start_sweep(request, zipped=zipped, max_running=max_running, metric=metric)
         return
-    planned = executor if executor_edits or not (direct or gpu) else None
+    planned = executor if executor_edits or not (direct or gpu is not None) else None
     start_run(request, planned, gpu=gpu, fit=fit, direct=direct, to_yaml=to_yaml, script=script, after=after or ())

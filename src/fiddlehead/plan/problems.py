@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, TypeAlias
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
+from fiddlehead.checkpoints.folder import MAX_STEP
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.models import TransformerConfig
@@ -140,6 +141,12 @@ def trainer_problems(trainer: Trainer, accumulate: int, data_parallel: int) -> l
     if not (is_whole(trainer.max_steps) and trainer.max_steps >= 1):
         message = "must be 1 or more; a run ends by steps, not by epochs"
         problems.append(Problem("trainer.max_steps", trainer.max_steps, message))
+    elif trainer.max_steps > MAX_STEP:
+        message = f"must be at most {MAX_STEP:,}: a checkpoint's name has eight digits for its step"
+        problems.append(Problem("trainer.max_steps", trainer.max_steps, message))
+    elif (least := trainer.min_steps) is not None and not (is_whole(least) and 0 <= least <= trainer.max_steps):
+        message = f"must be a whole number of steps, at most trainer.max_steps={trainer.max_steps}, or None"
+        problems.append(Problem("trainer.min_steps", least, message))
     if (given := trainer.accumulate_grad_batches) not in (1, accumulate):
         message = f"leave it out; the data's batch sizes on {data_parallel} data-parallel ranks make it {accumulate}"
         problems.append(Problem("trainer.accumulate_grad_batches", given, message))
@@ -187,6 +194,9 @@ def epoch_problems(trainer: Trainer, data: Data, data_parallel: int) -> list[Pro
             steps = math.ceil(epochs * samples / data.global_batch_size)
             message += f"; so many epochs of this data are trainer.max_steps={steps}"
         problems.append(Problem("trainer.max_epochs", epochs, message))
+    if epochs := trainer.min_epochs:
+        message = "a run is one epoch of Lightning's; leave it out, and set trainer.min_steps"
+        problems.append(Problem("trainer.min_epochs", epochs, message))
     if (every := trainer.check_val_every_n_epoch) not in (None, 1):
         message = "a run is one epoch of Lightning's; leave it out, and set trainer.val_check_interval"
         problems.append(Problem("trainer.check_val_every_n_epoch", every, message))
@@ -215,6 +225,13 @@ def model_problems(config: TransformerConfig, data: Data, vocab_size: int | None
     if config.seq_length is not None and config.seq_length < data.seq_length:
         message = f"is shorter than data.seq_length={data.seq_length}; leave it out"
         problems.append(Problem("model.config.seq_length", config.seq_length, message))
+    if config.num_moe_experts is None:
+        message = "there are no experts; set model.config.num_moe_experts, or leave it out"
+        problems += [
+            Problem(f"model.config.{field.name}", value, message)
+            for field in fields(config)
+            if field.name.startswith("moe_") and (value := getattr(config, field.name)) not in (None, field.default)
+        ]
     return problems
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fiddlehead.checkpoints.folder import newest_good, read_state, verify
-from fiddlehead.checkpoints.weights import refuse_nemo
+from fiddlehead.checkpoints.weights import CHANGED, find_weights, open_weights, refuse_nemo
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.data.checksums import Checksums, differences
 from fiddlehead.errors import ConfigError, Problem, refuse
@@ -87,6 +87,27 @@ class Start:
     def init_from(self) -> str | None:
         """The weights with which its model began."""
         return self.state.get("init_from")
+
+    def base(self, given: str | Path | None) -> str | Path | None:
+        """The weights to go on with: those with which its model began, in `given` too if they were moved or copied.
+
+        Raises:
+            ConfigError: neither there nor where they were are the weights that the run needs.
+        """
+        saved = self.state.get("base")
+        if saved is None:  # it needs them no more, or an earlier version wrote it
+            return self.init_from or given
+        there = []
+        for path in dict.fromkeys(str(each) for each in (given, self.init_from) if each is not None):
+            try:
+                there.append(find_weights(path))
+            except ConfigError:
+                continue
+            if open_weights(there[-1]).fingerprint() == saved:
+                return there[-1].absolute()
+        if there:
+            raise ConfigError(Problem("model.init_from", there[-1], f"{CHANGED} ({self.path})"))
+        return self.init_from
 
     def refuse_others(self, config: TransformerConfig, kind: str, precision: str) -> None:
         """Raises ConfigError if the model or the optimizer differs from the saved one.

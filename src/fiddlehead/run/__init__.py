@@ -7,8 +7,8 @@ through these files only. Files that are replaced are replaced as a whole: a rea
 |---|---|
 | `recipe.yaml` | the launcher, at each launch; a folder with this file is a run |
 | `command` | the launcher adds the line that was typed, at each launch |
-| `environment.json`, `executor.json`, `sources.json` | the launcher, at each launch: code and packages; where the run \
-is sent; where each value of the recipe was set |
+| `environment.json`, `executor.json`, `sources.json` | the launcher, at each launch: code, packages and the \
+working directory; where the run is sent; where each value of the recipe was set |
 | `plan.json` | the launcher, at each launch: the memory and speed that the plan predicts, and for which GPU; then the \
 job's first process when it begins, for the GPU that it has |
 | `job.sh`, `sbatch.sh`, `code/` | the launcher, at each launch: what the job runs |

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import Strategy
 
 from fiddlehead.attention import Target
 from fiddlehead.checkpoints.weights import (
+    CHANGED,
     Weights,
     find_weights,
     open_weights,
@@ -138,6 +139,8 @@ class LanguageModel(LightningModule):
         self.mlp_backend: MlpBackend = mlp_backend
         self.mlp = MlpChoice("torch")
         """What computes the feed-forward; `setup` finds it."""
+        self.base: str | None = None
+        """The fingerprint of the weights to begin with, for a run that needs them again; see `needs_base`."""
         self.lr = 0.0
         self.grad_norm = torch.zeros(())
         self.token_bytes: torch.Tensor | None = None
@@ -206,6 +209,16 @@ class LanguageModel(LightningModule):
             )
             return Problem("init_from", None, said)
         return self._not_found
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether a run that goes on from a checkpoint needs the weights of `init_from` again."""
+        return self.lora is not None
+
+    def fingerprint(self) -> str | None:
+        """The fingerprint of the weights of `init_from`; None if the run does not need them again."""
+        weights = self._open_weights() if self.needs_base else None
+        return None if weights is None else weights.fingerprint()
 
     def problems(self, precision: str, sizes: Sizes) -> list[Problem]:
         """Why the model cannot be trained with this precision on ranks of these sizes; empty if it can."""
@@ -276,6 +289,7 @@ class LanguageModel(LightningModule):
     def configure_model(self) -> None:
         """Makes the parameters, once."""
         if not hasattr(self, "transformer"):
+            self.base = self.base or self.fingerprint()  # without a task, which sets it
             self.transformer = self._make_transformer(self.lora, self._speed_up)
 
     def _make_transformer(
@@ -519,12 +533,20 @@ class LanguageModel(LightningModule):
         checkpoint["config"] = asdict(self.config)
         if self.init_from is not None:
             checkpoint["init_from"] = str(self.init_from)
+        if self.base is not None:
+            checkpoint["base"] = self.base
         if self.lora is not None:
             checkpoint["lora"] = asdict(self.lora)
             state = checkpoint["state_dict"].items()
             checkpoint["state_dict"] = {name: x for name, x in state if name.rpartition(".")[2] in PEFT_NAMES}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the base weights to a checkpoint that has only adapters; the model has them already."""
+        """Adds the base weights to a checkpoint that has only adapters; the model has them already.
+
+        Raises:
+            ConfigError: they are not those that the checkpoint was trained with.
+        """
+        if self.needs_base and checkpoint.get("base") not in (None, self.base):
+            raise ConfigError(Problem("model.init_from", self.init_from, CHANGED))
         if self.lora is not None:
             checkpoint["state_dict"] = self.trainer.strategy.lightning_module_state_dict() | checkpoint["state_dict"]

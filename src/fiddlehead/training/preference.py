@@ -60,6 +60,11 @@ class PreferenceModel(LanguageModel):
             return Problem("init_from", None, "name a model that can answer already, to learn preferences")
         return super().missing
 
+    @property
+    def needs_base(self) -> bool:
+        """Always: they are the reference."""
+        return True
+
     def problems(self, precision: str, sizes: Sizes) -> list[Problem]:
         """As `LanguageModel.problems`."""
         problems = super().problems(precision, sizes)

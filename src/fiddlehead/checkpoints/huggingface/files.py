@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fiddlehead.checkpoints import fingerprint
 from fiddlehead.checkpoints.huggingface.families import Family, family_of
 from fiddlehead.checkpoints.huggingface.tensor_map import MappedTensor, tensor_map
 from fiddlehead.checkpoints.safetensors_files import DTYPES, StoredTensor, read_header
@@ -65,6 +66,11 @@ class HuggingFaceCheckpoint:
     def dtype(self, name: str) -> str:
         """Its dtype, as `StoredTensor` has it."""
         return self.tensors[self.mapped[name].theirs[0][0]].dtype
+
+    def fingerprint(self) -> str:
+        """As `Weights.fingerprint`, of samples of the files' bytes."""
+        names = (name for mapped in self.mapped.values() for name, _ in mapped.theirs)
+        return fingerprint.of_tensors((name, self.tensors[name]) for name in names)
 
     @property
     def nbytes(self) -> int:
