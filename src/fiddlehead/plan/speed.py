@@ -24,8 +24,8 @@ FUSED = 0.65
 arms of `benchmarks/results/train_mlp.json` have it."""
 ADAPTED = 0.65
 """The values that an adapter moves for each value of its layer's input and output, as two steps of Llama 3 8B in
-`benchmarks/results/lora_8b.json` have it. Counted one by one there are more, which the GPU's cache may have, or which move
-while a product is computed."""
+`benchmarks/results/lora_8b.json` have it. Counted one by one there are more, which the GPU's cache may have, or which
+move while a product is computed."""
 HIDDEN = 0.9
 """The part of a computation's time behind which an exchange can be."""
 INFINIBAND = 50e9
