@@ -14,13 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from fiddlehead.attention import Package, Target
 from fiddlehead.models import LoRA, Transformer, TransformerConfig, adapted_mlp, mlp_choice, nf4
 from fiddlehead.models.adapted_mlp import why_not
 from fiddlehead.models.lora import without_adapters
-from fiddlehead.models.speed import fuse_mlp
+from fiddlehead.models.speed import checkpointed, fuse_mlp
 
 HOPPER, AMPERE = Target.gpu("h100"), Target.gpu("a100")
 CONFIG: dict[str, Any] = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100}
@@ -83,12 +82,10 @@ def double(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_it_and_its_gradients_are_those_of_its_parts(
     rows: tuple[int, ...], C: int, width: int, rank: int, dtype: torch.dtype, how: str
 ) -> None:
-    def again(*inputs: Tensor) -> Tensor:
-        return checkpoint(adapted_mlp.adapted_mlp, *inputs, use_reentrant=False)
-
     torch.compiler.reset()
     inputs = drawn(*rows, C=C, width=width, rank=rank, dtype=dtype)
-    compute: Any = again if how.endswith("again") else adapted_mlp.adapted_mlp
+    compute: Any = adapted_mlp.adapted_mlp
+    compute = checkpointed(compute, {}) if how.endswith("again") else compute
     found = results(torch.compile(compute, fullgraph=True) if how else compute, inputs)
     for mine, right in zip(found, results(plain, double(inputs)), strict=True):
         assert mine.dtype == dtype

@@ -17,6 +17,7 @@ from fiddlehead.models import TransformerConfig, gated_mlp
 from fiddlehead.models.collectives import Group
 from fiddlehead.models.gated_mlp import gated_mlp as fused
 from fiddlehead.models.gated_mlp import small_errors, why_not
+from fiddlehead.models.speed import checkpointed
 from tests.training.ranks import on_ranks
 
 HOPPER, AMPERE = Target.gpu("h100"), Target.gpu("a100")
@@ -144,9 +145,7 @@ def test_compiled_it_is_the_same_and_keeps_no_copy_of_weights(definitions: None,
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def compute(*inputs: torch.Tensor) -> torch.Tensor:
-        return checkpoint(fused, *inputs, use_reentrant=False) if again else fused(*inputs)
-
+    compute = checkpointed(fused, {}) if again else fused
     eager = results(fused, inputs)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         compiled = results(torch.compile(compute, fullgraph=True), inputs)

@@ -239,12 +239,12 @@ def recompute_activations(transformer: Transformer, recompute: Recompute) -> Non
             own = {"context_fn": functools.partial(_keeping_aux_loss, layer.mlp, contexts.get("context_fn"))}
         # Replaces the layer's forward and not the layer, so that the names of the parameters stay.
         if layer.tiled_mlp is None:
-            layer.forward = _checkpointed(layer.forward, own)
+            layer.forward = checkpointed(layer.forward, own)
         elif recompute == "full":
             own = {"context_fn": functools.partial(_without_output, layer)}
-            layer.forward = _checkpointed(layer.forward, own)
+            layer.forward = checkpointed(layer.forward, own)
         else:
-            layer.attention_sublayer = _checkpointed(layer.attention_sublayer, own)
+            layer.attention_sublayer = checkpointed(layer.attention_sublayer, own)
 
 
 def offload_inputs(transformer: Transformer) -> None:
@@ -287,7 +287,9 @@ def _within(budget: float | None, compiled: Callable[..., torch.Tensor]) -> Call
     return run
 
 
-def _checkpointed(forward: Callable[..., torch.Tensor], contexts: dict[str, Any]) -> Callable[..., torch.Tensor]:
+def checkpointed(forward: Callable[..., torch.Tensor], contexts: dict[str, Any]) -> Callable[..., torch.Tensor]:
+    """A function of which only the inputs are kept, and what `contexts`, arguments of `checkpoint`, say."""
+
     def run(*args: Any) -> torch.Tensor:  # a function of ours: the compiler passes over PyTorch's own files
         given: dict[str, Any] = contexts
         if torch.compiler.is_compiling() and not contexts:
