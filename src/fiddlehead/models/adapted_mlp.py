@@ -8,7 +8,6 @@ Shapes: N tokens, C hidden size, F feed-forward size, R rank.
 
 from __future__ import annotations
 
-import importlib.metadata
 from functools import lru_cache
 from typing import Any
 
@@ -26,7 +25,7 @@ from fiddlehead.models.linear import summed
 from fiddlehead.models.lora import LoRA
 
 RANKS = (16, 32, 64)
-"""Columns of the kernels' tiles; other ranks are filled up with zeros. At 64 the backward pass gains nothing."""
+"""Columns of the kernels' tiles; other ranks are filled up with zeros. At 64 the backward pass gains little."""
 
 
 def why_not(
@@ -72,17 +71,14 @@ def why_not_installed(package: Package) -> str | None:
 @lru_cache
 def installed() -> Package:
     """Triton by its version alone; PyTorch's builds for GPUs bring it."""
-    try:
-        return Package(importlib.metadata.version("triton"))
-    except importlib.metadata.PackageNotFoundError:
-        return Package()
+    return mlp_choice.installed("triton")
 
 
 @lru_cache
 def tried() -> tuple[Package, float | None]:
     """Triton as the kernels work on this machine's GPU, and the largest of `small_errors` if it was computed."""
     package = installed()
-    return (package, None) if package.version is None else mlp_choice.try_out(package, small_errors)
+    return (package, None) if why_not_installed(package) else mlp_choice.try_out(package, small_errors)
 
 
 def small_errors(device: torch.device) -> dict[str, float]:

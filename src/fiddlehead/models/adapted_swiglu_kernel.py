@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 PARTS = 4
-"""Of the width in the forward pass. 4 to 8 are equally fast on an H100, for 8,192 tokens of Llama 3 8B."""
+"""Of the width in the forward pass: 4, with tiles of 128 columns, was the fastest of those tried on an H100."""
 PARTS_OF_TOKENS = {16: 8, 32: 4, 64: 4}
-"""In the backward pass, by rank."""
+"""In the backward pass, by rank: the fastest of those tried on an H100 with 8,192 tokens of Llama 3 8B, or near it."""
 
 
 def activate(before: Tensor, z1: Tensor, b1: Tensor, a2: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,6 @@ Shapes: N tokens, C hidden size, F feed-forward size.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from functools import lru_cache
 from typing import Any
 
@@ -64,19 +63,14 @@ def why_not_installed(package: Package) -> str | None:
 @lru_cache
 def installed() -> Package:
     """quack-kernels by its version alone."""
-    try:
-        return Package(importlib.metadata.version("quack-kernels"))
-    except importlib.metadata.PackageNotFoundError:
-        return Package()
+    return mlp_choice.installed("quack-kernels")
 
 
 @lru_cache
 def tried() -> tuple[Package, float | None]:
     """quack-kernels as it works on this machine's GPU, and the largest of `small_errors` if it was computed."""
     package = installed()
-    if why_not_installed(package) is not None:
-        return package, None
-    return mlp_choice.try_out(package, small_errors)
+    return (package, None) if why_not_installed(package) else mlp_choice.try_out(package, small_errors)
 
 
 def small_errors(device: torch.device) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable, Mapping
 from math import isnan
 from typing import Any, Literal, NamedTuple
@@ -44,6 +45,14 @@ def why_not_there(target: Target) -> str | None:
     """Why no kernel is taken on `target`, whatever the model; None if they can be."""
     hopper = target.device_type == "cuda" and target.sm == 90
     return None if hopper else f"needs a Hopper GPU, not {target.name}; others were not measured"
+
+
+def installed(name: str) -> Package:
+    """A package by its version alone."""
+    try:
+        return Package(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Package()
 
 
 def try_out(package: Package, errors: Callable[[torch.device], Mapping[str, float]]) -> tuple[Package, float | None]:

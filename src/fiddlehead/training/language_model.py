@@ -235,14 +235,14 @@ class LanguageModel(LightningModule):
         if self.mlp_backend == "torch":
             return MlpChoice("torch")
         reason, dtype = excludes_fused_mlp(self, sizes), compute_dtype(precision)
+        of_run = dtype, target, sizes.tensor
+        if reason is None and self.lora is None:
+            reason = gated_mlp.why_not(config, *of_run, probe=probe)
+        elif reason is None and self.lora is not None:
+            reason = adapted_mlp.why_not(config, self.lora, *of_run, probe=probe)
         if reason is not None:
             return MlpChoice("torch", reason)
-        of_run = dtype, target, sizes.tensor
-        if self.lora is None:
-            reason = gated_mlp.why_not(config, *of_run, probe=probe)
-            return MlpChoice("quack") if reason is None else MlpChoice("torch", reason)
-        reason = adapted_mlp.why_not(config, self.lora, *of_run, probe=probe)
-        return MlpChoice("triton") if reason is None else MlpChoice("torch", reason)
+        return MlpChoice("quack" if self.lora is None else "triton")
 
     def _open_weights(self) -> Weights | None:
         """The weights to begin with; those that `take_shape` opened are not checked again, which reads all of them."""
