@@ -175,14 +175,14 @@ def test_a_loss_that_is_not_finite_is_noticed(pretrain: Pretrain) -> None:
 
 def test_nothing_is_saved_after_a_step_that_was_not_finite(pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where looking at each step would stall it: the step is taken, and the next checkpoint is not."""
-    note = LanguageModel._note_non_finite
+    clip = LanguageModel.configure_gradient_clipping
 
-    def note_without_looking(self: LanguageModel) -> None:
+    def clip_without_looking(self: LanguageModel, *arguments: Any, **named: Any) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(LanguageModel, "raise_if_non_finite", lambda self: None)
-            note(self)
+            clip(self, *arguments, **named)
 
-    monkeypatch.setattr(LanguageModel, "_note_non_finite", note_without_looking)
+    monkeypatch.setattr(LanguageModel, "configure_gradient_clipping", clip_without_looking)
     with pytest.raises(NonFiniteError, match=r"^step 6: "):
         pretrain(callbacks=[Poison(6, math.nan)], log_every_n_steps=12, val_check_interval=12)
 

@@ -22,8 +22,9 @@ from fiddlehead.training.callbacks.phases import Phases
 from fiddlehead.training.callbacks.profile import Profile
 from fiddlehead.training.callbacks.stop import StopOnRequest
 from fiddlehead.training.frozen import halve_frozen
-from fiddlehead.training.language_model import LanguageModel, NonFiniteError
+from fiddlehead.training.language_model import LanguageModel
 from fiddlehead.training.loggers import Log
+from fiddlehead.training.non_finite import NonFiniteError
 
 
 def fit(

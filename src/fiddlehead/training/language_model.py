@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -22,7 +22,7 @@ from fiddlehead.checkpoints.weights import (
     refuse_another_shape,
 )
 from fiddlehead.data.documents import NO_LABEL
-from fiddlehead.errors import ConfigError, Problem, RunError, refuse
+from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.paths import user_path
 from fiddlehead.models import LoRA, Transformer, TransformerConfig, adapted_mlp, gated_mlp
 from fiddlehead.models.autocast import compute_dtype
@@ -49,27 +49,13 @@ from fiddlehead.training.distributed.gradients import clip, gradients_of
 from fiddlehead.training.distributed.parallel import Parallel
 from fiddlehead.training.distributed.pipeline import Pipeline
 from fiddlehead.training.distributed.sizes import Sizes
+from fiddlehead.training.divisors import Divisors
 from fiddlehead.training.initial import initial_transformer, refuse_other_tokenizer
 from fiddlehead.training.metrics_csv import log_row
 from fiddlehead.training.model_problems import excludes_fused_mlp, refused_mlp, refused_model
+from fiddlehead.training.non_finite import FirstNonFinite, NonFiniteError
 from fiddlehead.training.optim import Optim
-
-
-class NonFiniteError(RunError):
-    """The loss or the gradient of a step is infinite or not a number."""
-
-
-class Divisors(NamedTuple):
-    """The divisors that turn sums over a micro-batch on this rank into means over the whole step.
-
-    Lightning averages over the micro-batches, and the strategy over the ranks. So each divisor is the number in the
-    step divided by the number of these parts.
-    """
-
-    labels: torch.Tensor | int
-    tokens: torch.Tensor | int
-    """Without padding."""
-    pairs: torch.Tensor | int
+from fiddlehead.training.optim.resumed import Settings, resume_with, settings_of
 
 
 class LanguageModel(LightningModule):
@@ -148,9 +134,9 @@ class LanguageModel(LightningModule):
         self._not_found: Problem | None = None
         self._loss_sum = torch.zeros(())
         self._losses = 0
-        self._first_bad_step: torch.Tensor | None = None
-        self._settings: list[dict[str, Any]] = []
-        """The optimizer's settings by the recipe, for each of its groups."""
+        self._non_finite = FirstNonFinite()
+        self._settings: Settings = ()
+        """The optimizer's, by the recipe."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "transformer" and name not in self._modules:
@@ -379,15 +365,9 @@ class LanguageModel(LightningModule):
     def _divisors(self, batch: dict[str, Any], batch_idx: int) -> Divisors:
         """The divisors of a micro-batch; all ranks call it together."""
         accumulate = self.trainer.accumulate_grad_batches
-        if "in_step" not in batch:  # every micro-batch on every rank has as many tokens
-            size = batch["labels"].numel()
-            self._step_divisors = Divisors(size, size, 0)
-        elif batch_idx % accumulate == 0:
-            # Ranks that share a sequence have the same counts; the mean counts them once.
-            counted = self.trainer.strategy.reduce(batch["in_step"].float(), reduce_op="mean")
-            labels, tokens, pairs = torch.as_tensor(counted) / accumulate
-            parts = self.transformer.split.parts  # each such rank has a part of the tokens, and all pairs
-            self._step_divisors = Divisors(labels / parts, tokens / parts, pairs)
+        if batch_idx % accumulate == 0:
+            parts = self.transformer.split.parts
+            self._step_divisors = Divisors.of_step(batch, accumulate, self.trainer.strategy, parts)
         return self._step_divisors
 
     def _with_balance(self, loss: torch.Tensor, divisors: Divisors) -> torch.Tensor:
@@ -422,26 +402,13 @@ class LanguageModel(LightningModule):
         strategy = self.trainer.strategy
         layout = strategy.layout if isinstance(strategy, Parallel) else None
         built = self.optim.build(self.named_parameters(), self.trainer.max_steps, fused, layout)
-        named = {"initial_lr", *vars(self.optim)} - {"lr"}  # an optimizer may keep some of its state in a group
-        self._settings = [
-            {name: value for name, value in group.items() if name in named} for group in built["optimizer"].param_groups
-        ]
+        self._settings = settings_of(built["optimizer"], self.optim)
         return built
 
     def on_train_start(self) -> None:
-        """Sets the learning rate by the schedule, and the optimizer's other settings by the recipe.
-
-        A resumed run may have another length than before. One that starts from another run's checkpoint may also have
-        another rate, weight decay and so on, where PyTorch restores those of the checkpoint.
-        """
+        """Sets the learning rate by the schedule, and the optimizer's other settings by the recipe."""
         for config in self.trainer.lr_scheduler_configs:
-            schedule: Any = config.scheduler
-            groups = schedule.optimizer.param_groups
-            for group, settings in zip(groups, self._settings, strict=False):  # none of an optimizer that a user builds
-                group.update(settings)
-            schedule.base_lrs = [group["initial_lr"] for group in groups]
-            for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-                group["lr"] = base * factor(schedule.last_epoch)
+            resume_with(self._settings, config.scheduler)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clips the global norm, also in mixed precision with a fused optimizer, where Lightning refuses.
@@ -452,7 +419,9 @@ class LanguageModel(LightningModule):
         limit = float(gradient_clip_val or math.inf)
         self.lr = optimizer.param_groups[0]["lr"]  # noted here, because the schedule advances before the step is logged
         self.grad_norm = self._clip(limit, optimizer)
-        self._note_non_finite()
+        self._non_finite.note(self.trainer.global_step + 1, self._loss_sum, self.grad_norm)
+        if self.grad_norm.device.type == "cpu":  # before the optimizer's step; on a GPU looking stalls
+            self.raise_if_non_finite()
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         """Takes the step and frees the gradients.
@@ -476,20 +445,9 @@ class LanguageModel(LightningModule):
             layout = strategy.layout
         return clip(gradients_of(self.named_parameters()), limit, layout, optimizer)
 
-    def _note_non_finite(self) -> None:
-        """On a CPU, raises before the optimizer's step; on a GPU only remembers the step, as looking stalls."""
-        bad = ~(self.grad_norm.isfinite() & self._loss_sum.isfinite())
-        step = self.trainer.global_step + 1
-        if self._first_bad_step is None:
-            self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=bad.device)
-        self._first_bad_step = torch.where(bad & (self._first_bad_step < 0), step, self._first_bad_step)
-        if bad.device.type == "cpu":
-            self.raise_if_non_finite()
-
     def raise_if_non_finite(self) -> None:
         """Raises NonFiniteError if a step so far was not finite; waits for the device."""
-        step = -1 if self._first_bad_step is None else int(self._first_bad_step)
-        if step >= 0:
+        if (step := self._non_finite.look()) is not None:
             indices = self.trainer.datamodule.batch_indices(step - 1)  # type: ignore[attr-defined]
             raise NonFiniteError(
                 f"step {step}: the loss or the gradient is not finite (gradient norm {float(self.grad_norm)}). "
