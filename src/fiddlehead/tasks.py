@@ -79,7 +79,7 @@ def pretrain(
     say(f"run {run.path}: {'starts anew' if start is None else f'continues from {start.path}'}")
     with process_restored(), attention.compared(plan.attention):
         run.path.mkdir(PRIVATE, parents=True, exist_ok=True)
-        if model.compile_mode is not None or optim.compiles(trainer.strategy.root_device):
+        if model.computation.compile is not None or optim.compiles(trainer.strategy.root_device):
             keep_compiled_kernels()
         if is_rank_zero():
             run.write_prediction(predicted)

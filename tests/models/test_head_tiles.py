@@ -14,8 +14,9 @@ from fiddlehead.attention.backends.backend import Passes
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, Transformer, TransformerConfig, head_tiles
 from fiddlehead.models.block import Attention
+from fiddlehead.models.computation import Computation
 from fiddlehead.models.places import Documents
-from fiddlehead.models.speed import compile_transformer, recompute_activations, refused_speed, tile_attention, tile_mlp
+from fiddlehead.models.speed import compile_transformer, recompute_activations, tile_attention, tile_mlp
 from fiddlehead.training import LanguageModel
 from fiddlehead.training.distributed.sizes import Sizes
 from tests.allocated import Allocated
@@ -286,7 +287,7 @@ def test_caches_and_passes_without_gradients_are_served() -> None:
 
 def test_impossible_tiles_are_named() -> None:
     def said(groups: Any, recompute: Any = None, fp8: Any = None) -> list[str]:
-        return [str(each) for each in refused_speed("layers", recompute, fp8, tiled_attention=groups)]
+        return [str(each) for each in Computation("layers", recompute, fp8, tiled_attention=groups).problems()]
 
     assert said(1, "full") == said(8) == said(None, 0.5, "rowwise") == []
     for bad in (0, -1, True, 1.5, "2"):

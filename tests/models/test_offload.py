@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from fiddlehead.models.computation import Computation
 from fiddlehead.models.offload import HostMemory, Kept
-from fiddlehead.models.speed import offload_inputs, refused_speed
+from fiddlehead.models.speed import offload_inputs
 from tests.models.test_tiles import error, learned, made
 
 
@@ -63,7 +64,8 @@ def test_on_a_cpu_nothing_is_moved() -> None:
 
 def test_impossible_offloading_is_named() -> None:
     def said(compile: Any, recompute: Any, tiled_mlp: Any, offloads: Any = True) -> list[str]:
-        return [str(problem) for problem in refused_speed(compile, recompute, None, tiled_mlp, offloads)]
+        computation = Computation(compile, recompute, tiled_mlp=tiled_mlp, activation_offloading=offloads)
+        return [str(problem) for problem in computation.problems()]
 
     assert said("layers", "full", 8) == said(None, "full", None) == said("model", 0.5, None, False) == []
     for given, word in (

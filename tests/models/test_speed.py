@@ -10,7 +10,8 @@ import torch
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import Transformer, TransformerConfig
-from fiddlehead.models.speed import compile_transformer, recompute_activations, refused_speed
+from fiddlehead.models.computation import Computation
+from fiddlehead.models.speed import compile_transformer, recompute_activations
 from fiddlehead.training import LanguageModel
 from tests.allocated import Allocated
 
@@ -149,8 +150,7 @@ def test_a_part_of_the_activations_is_kept_by_its_own_model_alone(monkeypatch: p
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], said: str) -> None:
-    arguments = {"compile": None, "activation_checkpointing": None, "fp8": None} | settings
-    (problem,) = refused_speed(**arguments)
+    (problem,) = Computation(**settings).problems()
     assert problem.startswith(next(iter(settings)))
     assert said in problem
     with pytest.raises(ConfigError, match=next(iter(settings))):
@@ -159,4 +159,4 @@ def test_wrong_settings_are_named(settings: dict[str, Any], said: str) -> None:
 
 def test_right_settings_are_taken() -> None:
     for recompute in (None, "full", "selective", 0.5, 1):
-        assert refused_speed("layers", recompute, "rowwise") == []
+        assert Computation("layers", recompute, "rowwise").problems() == []

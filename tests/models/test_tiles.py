@@ -11,7 +11,8 @@ import torch
 
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
-from fiddlehead.models.speed import compile_transformer, recompute_activations, refused_speed, tile_mlp
+from fiddlehead.models.computation import Computation
+from fiddlehead.models.speed import compile_transformer, recompute_activations, tile_mlp
 from fiddlehead.models.tiles import in_tiles
 from fiddlehead.training import LanguageModel
 from fiddlehead.training.distributed.sizes import Sizes
@@ -222,7 +223,8 @@ def test_a_compiled_tiled_model_learns_the_same(recompute: str | None, compiler:
 
 def test_impossible_tiles_are_named() -> None:
     def said(tiled_mlp: Any, compile: Any = None, recompute: Any = None, fp8: Any = None) -> list[str]:
-        return [str(problem) for problem in refused_speed(compile, recompute, fp8, tiled_mlp)]
+        computation = Computation(compile, recompute, fp8, tiled_mlp=tiled_mlp)
+        return [str(problem) for problem in computation.problems()]
 
     assert said(8192, "layers", "full") == said(1) == said(None, "model", 0.5, "rowwise") == []
     for bad in (0, -5, True, 2.5, "8k"):

@@ -18,6 +18,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, TransformerConfig, adapted_mlp, gated_mlp, mlp_choice, speed
 from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
 from fiddlehead.training.distributed.sizes import Sizes
+from fiddlehead.training.feed_forward import choose_mlp
 from tests.models.test_gated_mlp import CONFIG, defined_gradient, defined_product
 from tests.training.conftest import Parts, make_parts
 from tests.training.layouts import losses
@@ -127,7 +128,7 @@ def test_settings_that_change_the_products_keep_pytorch_s(
 ) -> None:
     config = TransformerConfig(**CONFIG)
     model = LanguageModel(config, **settings)
-    choice = model.mlp_choice(config, "bf16-mixed", sizes, HOPPER)
+    choice = choose_mlp(model, "bf16-mixed", sizes, HOPPER)
     assert choice.backend == "torch"
     assert choice.why_not.startswith(words)
     assert not [each for each in model.problems("bf16-mixed", sizes) if each.path == "model.mlp_backend"]
@@ -158,9 +159,9 @@ def test_adapters_have_kernels_of_their_own(
     config = TransformerConfig(**CONFIG)
     for recompute in (None, "full"):
         model = LanguageModel(config, activation_checkpointing=recompute, **ADAPTED)
-        assert str(model.mlp_choice(config, "bf16-mixed", Sizes(4, 1), HOPPER)) == "triton"
+        assert str(choose_mlp(model, "bf16-mixed", Sizes(4, 1), HOPPER)) == "triton"
     asked = LanguageModel(config, **{"mlp_backend": "triton", **settings})
-    choice = asked.mlp_choice(config, "bf16-mixed", sizes, HOPPER)
+    choice = choose_mlp(asked, "bf16-mixed", sizes, HOPPER)
     assert choice.backend == "torch"
     assert choice.why_not.startswith(words)
     (problem,) = (each for each in asked.problems("bf16-mixed", sizes) if each.path == "model.mlp_backend")
@@ -194,9 +195,9 @@ def test_a_run_with_adapters_learns_the_same_with_their_kernels(
 def test_others_take_quack_s(found: None, sizes: Sizes, precision: str, recompute: Any) -> None:
     config = TransformerConfig(**CONFIG)
     model = LanguageModel(config, activation_checkpointing=recompute)
-    assert str(model.mlp_choice(config, precision, sizes, HOPPER)) == "quack"
+    assert str(choose_mlp(model, precision, sizes, HOPPER)) == "quack"
     torch_s = LanguageModel(config, activation_checkpointing=recompute, mlp_backend="torch")
-    assert str(torch_s.mlp_choice(config, precision, sizes, HOPPER)) == "torch"
+    assert str(choose_mlp(torch_s, precision, sizes, HOPPER)) == "torch"
 
 
 def test_a_name_that_is_none_is_refused() -> None:

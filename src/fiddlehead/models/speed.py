@@ -7,7 +7,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,102 +23,20 @@ from fiddlehead.models.lora import LoRALinear
 from fiddlehead.models.moe import MoE
 from fiddlehead.models.offload import HostMemory
 from fiddlehead.models.transformer import Transformer
-from fiddlehead.numbers import is_whole
 
 Compile = Literal["layers", "model"]
 Recompute = Literal["selective", "full"] | float
 Float8 = Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"]
 
 
-def refused_speed(
-    compile: Any,
-    activation_checkpointing: Any,
-    fp8: Any,
-    tiled_mlp: Any = None,
-    activation_offloading: Any = False,
-    fp8_all_gather: Any = False,
-    tiled_attention: Any = None,
-) -> list[Problem]:
-    """The problems of the settings: impossible values, and values that exclude each other."""
-    problems = []
-    if compile is not None and compile not in get_args(Compile):
-        problems.append(Problem.unknown("compile", compile, "mode", get_args(Compile)))
-    recompute = activation_checkpointing
-    if isinstance(recompute, str) and recompute not in ("selective", "full"):
-        problems.append(Problem.unknown("activation_checkpointing", recompute, "mode", ("selective", "full")))
-    if isinstance(recompute, int | float):
-        if isinstance(recompute, bool) or not 0 <= recompute <= 1:
-            message = "a number is the part of the activations to keep, 0 to 1"
-            problems.append(Problem("activation_checkpointing", recompute, message))
-        elif compile is None:
-            message = "the compiler chooses the part to keep; set compile='layers', or 'selective' or 'full' here"
-            problems.append(Problem("activation_checkpointing", recompute, message))
-    if fp8 is not None and fp8 not in get_args(Float8):
-        problems.append(Problem.unknown("fp8", fp8, "recipe", get_args(Float8)))
-    if not isinstance(fp8_all_gather, bool):
-        problems.append(Problem("fp8_all_gather", fp8_all_gather, "must be True or False"))
-    elif fp8_all_gather and fp8 != "tensorwise":
-        message = "gathers weights that have one scale each; set fp8='tensorwise', or False here"
-        problems.append(Problem("fp8_all_gather", True, message))
-    if tiled_mlp is not None:
-        problems += _refused_tiles(tiled_mlp, compile, recompute, fp8)
-    if tiled_attention is not None:
-        problems += _refused_head_tiles(tiled_attention, recompute, fp8)
-    if not isinstance(activation_offloading, bool):
-        problems.append(Problem("activation_offloading", activation_offloading, "must be True or False"))
-    elif activation_offloading:
-        problems += _refused_offloading(compile, recompute, tiled_mlp)
-    return problems
-
-
-def _refused_tiles(tokens: Any, compile: Any, recompute: Any, fp8: Any) -> list[Problem]:
-    reasons = []
-    if not (is_whole(tokens) and tokens >= 1):
-        reasons.append("is the number of tokens of a tile: a whole number of 1 or more, such as 8192, or None")
-    if compile == "model":
-        reasons.append("tiles are not for a model that is compiled as one; set compile='layers', or None here")
-    if isinstance(recompute, int | float):
-        reasons.append(
-            "tiles are computed again, so no part of a whole layer's activations can be chosen; set "
-            "activation_checkpointing to 'full', 'selective' or None, or None here"
-        )
-    if fp8 is not None:
-        reasons.append("float8 products are scaled by whole tensors, not by tiles; set fp8=None, or None here")
-    return [Problem("tiled_mlp", tokens, reason) for reason in reasons]
-
-
-def _refused_head_tiles(groups: Any, recompute: Any, fp8: Any) -> list[Problem]:
-    reasons = []
-    if not (is_whole(groups) and groups >= 1):
-        reasons.append("is the number of key/value heads of a tile: a whole number of 1 or more, or None")
-    if isinstance(recompute, int | float):
-        reasons.append(
-            "tiles keep what attention gives and compute queries, keys and values again, so no part of a whole layer's "
-            "activations can be chosen; set activation_checkpointing to 'full', 'selective' or None, or None here"
-        )
-    if fp8 is not None:
-        reasons.append("attention in tiles has no float8 products; set fp8=None, or None here")
-    return [Problem("tiled_attention", groups, reason) for reason in reasons]
-
-
-def _refused_offloading(compile: Any, recompute: Any, tiled_mlp: Any) -> list[Problem]:
-    reasons = []
-    if recompute != "full":
-        reasons.append("moves the inputs of layers that are computed again; set activation_checkpointing='full'")
-    if compile is not None and tiled_mlp is None:
-        reasons.append(
-            "where a layer is compiled as one, the compiler decides what it keeps; set tiled_mlp, such as 8192, or "
-            "compile=None"
-        )
-    return [Problem("activation_offloading", True, reason) for reason in reasons]
-
-
-def fuse_mlp(transformer: Transformer, backend: Literal["quack", "triton"]) -> None:
+def fuse_mlp(transformer: Transformer, backend: Literal["quack", "triton", "torch"]) -> None:
     """Computes the feed-forward of each layer with SwiGLU in kernels, which `why_not` of their modules must allow.
 
     Args:
-        backend: "quack" for layers without adapters, "triton" for those with adapters.
+        backend: "quack" for layers without adapters, "triton" for those with adapters; "torch" changes nothing.
     """
+    if backend == "torch":
+        return
     layers: Any = transformer.layers
     for layer in layers:
         layer.mlp.fused = _by_quack if backend == "quack" else _by_triton

@@ -143,7 +143,7 @@ def calls_of(
         seq_length=data.seq_length,
         packed=data.separate_documents,
         deterministic=deterministic,
-        tiled_attention=model.tiled_attention,
+        tiled_attention=model.computation.tiled_attention,
         without_gradients=without,
         passes=tuple(passes),
         **split,

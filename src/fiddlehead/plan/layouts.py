@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from fiddlehead.errors import ConfigError
-from fiddlehead.models.speed import Recompute, refused_speed
+from fiddlehead.models.speed import Recompute
 from fiddlehead.plan import attention
 from fiddlehead.plan.attention_calls import calls_of
 from fiddlehead.plan.cards import Card
@@ -97,7 +97,8 @@ class _Search:
         self.now, self.card, self.most_edits = now, card, most_edits
         self.training = replace(now, devices=replace(now.devices, strategy=strategy))
         self.config, self.devices = now.transformer.config, self.training.devices
-        self.models = {mode: _changed(now.model, mode) for mode in (now.model.compile_mode, "layers", None)}
+        modes = (now.model.computation.compile, "layers", None)
+        self.models = {mode: computed(now.model, compile=mode, activation_checkpointing=None) for mode in modes}
         self.served = cache(self._served)
 
     def fitting(self) -> Iterator[Layout]:
@@ -182,10 +183,10 @@ class _Search:
 
     def _compile(self, sizes: Sizes) -> Any:
         """What is compiled: no mixture with split experts; by layers what is cut or has tiles."""
-        mode = self.now.model.compile_mode
+        mode = self.now.model.computation.compile
         if sizes.expert > 1:
             return None
-        by_layers = self.devices.cut or self.now.model.tiled_mlp is not None
+        by_layers = self.devices.cut or self.now.model.computation.tiled_mlp is not None
         return "layers" if by_layers and mode == "model" else mode
 
     def _served(self, tensor: int, context: int, ring: int) -> bool:
@@ -205,16 +206,15 @@ class _Search:
 
     def _recomputed(self, model: LanguageModel, sizes: Sizes) -> Iterator[Recompute | None]:
         """What may be computed again. A number is not worked out where layers or sequences are split."""
-        present = self.now.model.recompute
+        present = self.now.model.computation.activation_checkpointing
         if isinstance(model, PreferenceModel):  # it has no such field
             yield present
             return
         for recompute in dict.fromkeys((*RECOMPUTED, present)):
             if isinstance(recompute, int | float) and sizes.tensor * sizes.context > 1 and recompute != present:
                 continue
-            of_model = (model.fp8, model.tiled_mlp, model.offloads)
-            refused = refused_speed(model.compile_mode, recompute, *of_model, tiled_attention=model.tiled_attention)
-            if not refused + _changed(model, model.compile_mode, recompute).problems(self.devices.precision, sizes):
+            changed = computed(model, activation_checkpointing=recompute)
+            if not changed.computation.problems() + changed.problems(self.devices.precision, sizes):
                 yield recompute
 
     def _of_batch(self, micro_batch_size: int, recompute: Recompute | None) -> list[str]:
@@ -222,14 +222,14 @@ class _Search:
         edits = []
         if micro_batch_size != self.now.data.micro_batch_size:
             edits.append(f"data.micro_batch_size={micro_batch_size}")
-        if recompute != self.now.model.recompute:
+        if recompute != self.now.model.computation.activation_checkpointing:
             edits.append(f"model.activation_checkpointing={recompute}")
         return edits
 
     def _edits(self, strategy: Any, sizes: Sizes) -> list[str]:
         """The edits that choose a strategy, and what is compiled with it."""
         edits, now = [], self.now.devices.strategy
-        if (mode := self._compile(sizes)) != self.now.model.compile_mode:
+        if (mode := self._compile(sizes)) != self.now.model.computation.compile:
             edits.append(f"model.compile={mode}")
         if not isinstance(strategy, Parallel):
             return edits
@@ -242,10 +242,10 @@ class _Search:
         return edits + [f"trainer.strategy.{axis}={getattr(strategy, axis)}" for axis in changed]
 
 
-def _changed(model: LanguageModel, mode: Any, recompute: Recompute | None = None) -> LanguageModel:
-    """A copy of a model, without values, that is compiled and computed again in another way."""
+def computed(model: LanguageModel, **changes: Any) -> LanguageModel:
+    """A copy of a model, without values, with changes of its `Computation`."""
     changed = copy.copy(model)
-    changed.compile_mode, changed.recompute = mode, recompute
+    changed.computation = replace(model.computation, **changes)
     return changed
 
 

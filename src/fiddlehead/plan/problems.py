@@ -45,7 +45,7 @@ def derived(
     strategy = trainer.strategy if isinstance(trainer.strategy, Parallel) else None
     cut = strategy if trainer.num_devices * trainer.num_nodes > 1 else None
     problems: list[Problem] = []
-    if cut is not None and model.compile_mode == "model":
+    if cut is not None and model.computation.compile == "model":
         problems.append(Problem("model.compile", "model", "a model cut over several devices takes 'layers' or None"))
     accumulate, micro_batches = 1, None
     try:
@@ -68,11 +68,11 @@ def derived(
         divided = strategy.problems(config, data.seq_length, micro_batches)
         problems += [each.under("trainer.strategy") for each in divided]
         settings = {
-            "model.compile": model.compile_mode,
-            "model.activation_checkpointing": model.recompute,
-            "model.fp8": model.fp8,
-            "model.tiled_mlp": model.tiled_mlp,
-            "model.tiled_attention": model.tiled_attention,
+            "model.compile": model.computation.compile,
+            "model.activation_checkpointing": model.computation.activation_checkpointing,
+            "model.fp8": model.computation.fp8,
+            "model.tiled_mlp": model.computation.tiled_mlp,
+            "model.tiled_attention": model.computation.tiled_attention,
             "trainer.strategy.tensor_parallel": strategy.tensor_parallel,
         }
         problems += refuse_zero_bubble(strategy.pipeline_schedule, settings)

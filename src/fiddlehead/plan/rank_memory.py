@@ -18,6 +18,7 @@ from fiddlehead.plan.memory import Held, Memory, main_memory, memory
 from fiddlehead.plan.speed import Speed, speed
 from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
 from fiddlehead.training.distributed.sizes import Counted, Sizes
+from fiddlehead.training.feed_forward import choose_mlp
 from fiddlehead.training.frozen import halves_frozen
 from fiddlehead.training.optim import AdamW, Optim
 
@@ -164,20 +165,20 @@ class Training:
 
     def setting(self, sizes: Sizes, micro_batches: int | None = None) -> Setting:
         """How the ranks train; with this number of micro-batches, or as many as the data says."""
-        model, data = self.model, self.data
+        model, data, computation = self.model, self.data, self.model.computation
         strategy = self.devices.strategy if isinstance(self.devices.strategy, Parallel) else Parallel()
+        dense = self.transformer.config.num_moe_experts is None
         return Setting(
             tokens=data.micro_batch_size * data.seq_length,
             precision=self.devices.precision,
-            compiled=model.compile_mode is not None,
-            recompute=model.recompute,
-            fp8=model.fp8 is not None,
-            fp8_all_gather=model.fp8_all_gather
-            and self.devices.cut
-            and self.transformer.config.num_moe_experts is None,
-            tiled_mlp=model.tiled_mlp,
-            tiled_attention=model.tiled_attention,
-            offloads=model.offloads,
+            compiled=computation.compile is not None,
+            recompute=computation.activation_checkpointing,
+            fp8=computation.fp8 is not None,
+            # Of a mixture only attention's weights are: all are counted as if none were.
+            fp8_all_gather=computation.fp8_all_gather and self.devices.cut and dense,
+            tiled_mlp=computation.tiled_mlp,
+            tiled_attention=computation.tiled_attention,
+            offloads=computation.activation_offloading,
             micro_batches=micro_batches or data.accumulate_grad_batches(sizes.data),
             adapters=model.lora is not None,
             rank=0 if model.lora is None else model.lora.rank,
@@ -196,7 +197,7 @@ class Training:
         if self.target is None:
             return False
         config, precision = self.transformer.config, self.devices.precision
-        return self.model.mlp_choice(config, precision, sizes, self.target).backend != "torch"
+        return choose_mlp(self.model, precision, sizes, self.target, config=config).backend != "torch"
 
     def memory(self, held: Held, setting: Setting) -> Memory:
         """The memory of the GPU that has the most."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fiddlehead.plan.cards import Card
-from fiddlehead.plan.layouts import Layout, fitting
+from fiddlehead.plan.layouts import Layout, computed, fitting
 from fiddlehead.plan.rank_memory import OFFLOADED, Training
 from fiddlehead.plan.speed import Speed
 from fiddlehead.training import AdamW, PreferenceModel
@@ -100,19 +99,18 @@ def _changed(training: Training) -> Iterator[tuple[list[str], Training]]:
         yield ["optim.state_bits=8"], replace(training, optim=replace(optim, state_bits=8))
     if isinstance(model, PreferenceModel):  # it has no such fields
         return
-    for tile in (model.tiled_mlp,) if model.tiled_mlp is not None else (None, *TILES):
-        edits = [] if tile == model.tiled_mlp else [f"model.tiled_mlp={tile}"]
-        for offloads in dict.fromkeys((model.offloads, True)):
-            chosen = edits if offloads == model.offloads else [*edits, "model.activation_offloading=true"]
+    now = model.computation
+    for tile in (now.tiled_mlp,) if now.tiled_mlp is not None else (None, *TILES):
+        edits = [] if tile == now.tiled_mlp else [f"model.tiled_mlp={tile}"]
+        for offloads in dict.fromkeys((now.activation_offloading, True)):
+            chosen = edits if offloads == now.activation_offloading else [*edits, "model.activation_offloading=true"]
+            tiled = computed(model, tiled_mlp=tile, activation_offloading=offloads)
             if chosen:
-                changed = copy.copy(model)
-                changed.tiled_mlp, changed.offloads = tile, offloads
-                yield chosen, replace(training, model=changed)
-            if tile is not None and model.tiled_attention is None:  # otherwise the feed-forward has the peak
+                yield chosen, replace(training, model=tiled)
+            if tile is not None and now.tiled_attention is None:  # otherwise the feed-forward has the peak
                 for groups in _head_tiles(training):
-                    changed = copy.copy(model)
-                    changed.tiled_mlp, changed.offloads, changed.tiled_attention = tile, offloads, groups
-                    yield [*chosen, f"model.tiled_attention={groups}"], replace(training, model=changed)
+                    heads = computed(tiled, tiled_attention=groups)
+                    yield [*chosen, f"model.tiled_attention={groups}"], replace(training, model=heads)
 
 
 def _head_tiles(training: Training) -> list[int]:

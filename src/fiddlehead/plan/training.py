@@ -29,7 +29,7 @@ from fiddlehead.plan.rows import as_rows, sections
 from fiddlehead.plan.speed import Speed
 from fiddlehead.training import LanguageModel, Log
 from fiddlehead.training.distributed.sizes import Sizes
-from fiddlehead.training.model_problems import refused_mlp
+from fiddlehead.training.feed_forward import choose_mlp, refused_mlp
 from fiddlehead.training.optim import Optim
 from fiddlehead.training.parts import refuse_others
 
@@ -203,8 +203,8 @@ def plan_training(
     device, card = _device(target, trainer)
     on_gpu = device is None or device.device_type == "cuda"
     kernels = _kernels(model, transformer, data, trainer, device)
-    mlp = None if device is None else model.mlp_choice(config, devices.precision, sizes, device)
-    refuse([] if mlp is None else refused_mlp(model, mlp.why_not))
+    mlp = None if device is None else choose_mlp(model, devices.precision, sizes, device, config=config)
+    refuse([] if mlp is None else refused_mlp(model, mlp))
     parts = Training(model, transformer, data, devices, optim, attention.share(kernels, "flex"), device)
     whole = parts.whole_on(sizes)
     gathered = sizes.gathered(parts.counted) * ((4 if devices.precision == "32-true" else 2) + 4)
@@ -271,7 +271,7 @@ def search_layouts(
         raise error.under("model") from error
     calls = calls_of(model, config, data, str(trainer.precision), "auto", transformer=transformer)  # of any layout
     if device is not None:  # what a layout excludes is left out by the search
-        refuse(refused_mlp(model, model.mlp_choice(config, str(trainer.precision), Sizes(1, 1), device).why_not))
+        refuse(refused_mlp(model, choose_mlp(model, str(trainer.precision), Sizes(1, 1), device, config=config)))
     by_flex = 0.0 if device is None else attention.share(attention.explain_calls(calls, device), "flex")
     return layouts(Training(model, transformer, data, Devices.of(trainer), optim, by_flex, device), card)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -24,25 +24,12 @@ from fiddlehead.checkpoints.weights import (
 from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.files.paths import user_path
-from fiddlehead.models import LoRA, Transformer, TransformerConfig, adapted_mlp, gated_mlp
-from fiddlehead.models.autocast import compute_dtype
+from fiddlehead.models import LoRA, Transformer, TransformerConfig
+from fiddlehead.models.computation import Computation
 from fiddlehead.models.lora import PEFT_NAMES
 from fiddlehead.models.meta import shapes_only
 from fiddlehead.models.mlp_choice import MlpBackend, MlpChoice
-from fiddlehead.models.speed import (
-    Compile,
-    Float8,
-    Recompute,
-    compile_transformer,
-    convert_to_float8,
-    fuse_mlp,
-    offload_inputs,
-    recompute_activations,
-    refused_speed,
-    rescale_gathered,
-    tile_attention,
-    tile_mlp,
-)
+from fiddlehead.models.speed import Compile, Float8, Recompute, rescale_gathered
 from fiddlehead.recipe.from_task import from_task
 from fiddlehead.recipe.resumable import Resumable
 from fiddlehead.training.distributed.gradients import clip, gradients_of
@@ -50,9 +37,10 @@ from fiddlehead.training.distributed.parallel import Parallel
 from fiddlehead.training.distributed.pipeline import Pipeline
 from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.divisors import Divisors
+from fiddlehead.training.feed_forward import try_mlp
 from fiddlehead.training.initial import initial_transformer, refuse_other_tokenizer
 from fiddlehead.training.metrics_csv import log_row
-from fiddlehead.training.model_problems import excludes_fused_mlp, refused_mlp, refused_model
+from fiddlehead.training.model_problems import refused_model
 from fiddlehead.training.non_finite import FirstNonFinite, NonFiniteError
 from fiddlehead.training.optim import Optim
 from fiddlehead.training.optim.resumed import Settings, resume_with, settings_of
@@ -109,20 +97,11 @@ class LanguageModel(LightningModule):
         optim: Optim | None = None,
     ) -> None:
         super().__init__()
-        of_speed = (compile, activation_checkpointing, fp8, tiled_mlp, activation_offloading, fp8_all_gather)
-        refuse(refused_speed(*of_speed, tiled_attention))
-        if mlp_backend not in get_args(MlpBackend):
-            refuse([Problem.unknown("mlp_backend", mlp_backend, "backend", get_args(MlpBackend))])
+        how = (compile, activation_checkpointing, fp8, fp8_all_gather, tiled_mlp, tiled_attention)
+        self.computation = Computation(*how, activation_offloading, mlp_backend)
+        refuse(self.computation.problems())
         self._config = config
         self.init_from, self.lora, self.optim = init_from, lora, optim
-        self.compile_mode: Compile | None = compile
-        self.recompute: Recompute | None = activation_checkpointing
-        self.fp8: Float8 | None = fp8
-        self.fp8_all_gather = fp8_all_gather
-        self.tiled_mlp: int | None = tiled_mlp
-        self.tiled_attention: int | None = tiled_attention
-        self.offloads = activation_offloading
-        self.mlp_backend: MlpBackend = mlp_backend
         self.mlp = MlpChoice("torch")
         """What computes the feed-forward; `setup` finds it."""
         self.base: str | None = None
@@ -210,26 +189,6 @@ class LanguageModel(LightningModule):
         """Why the model cannot be trained with this precision on ranks of these sizes; empty if it can."""
         return refused_model(self, precision, sizes)
 
-    def mlp_choice(
-        self, config: TransformerConfig, precision: str, sizes: Sizes, target: Target, *, probe: bool = False
-    ) -> MlpChoice:
-        """What computes the feed-forward on ranks of these sizes.
-
-        Args:
-            probe: also try the kernels out, on this machine's GPU.
-        """
-        if self.mlp_backend == "torch":
-            return MlpChoice("torch")
-        reason, dtype = excludes_fused_mlp(self, sizes), compute_dtype(precision)
-        of_run = dtype, target, sizes.tensor
-        if reason is None and self.lora is None:
-            reason = gated_mlp.why_not(config, *of_run, probe=probe)
-        elif reason is None and self.lora is not None:
-            reason = adapted_mlp.why_not(config, self.lora, *of_run, probe=probe)
-        if reason is not None:
-            return MlpChoice("torch", reason)
-        return MlpChoice("quack" if self.lora is None else "triton")
-
     def _open_weights(self) -> Weights | None:
         """The weights to begin with; those that `take_shape` opened are not checked again, which reads all of them."""
         if self.init_from is None:
@@ -261,53 +220,26 @@ class LanguageModel(LightningModule):
         Raises:
             ConfigError: a kernel is asked for, and it cannot.
         """
-        if hasattr(self, "transformer"):  # it was chosen when this was made
-            return
-        strategy, precision = self.trainer.strategy, str(self.trainer.precision)
-        sizes = strategy.sizes(self.trainer.world_size) if isinstance(strategy, Parallel) else Sizes(1, 1)
-        of_run = self.config, precision, sizes, Target.of(strategy.root_device)
-        choice = self.mlp_choice(*of_run, probe=True)
-        refuse(refused_mlp(self, choice.why_not))
-        if choice != self.mlp_choice(*of_run):
-            warnings.warn(f"PyTorch computes the feed-forward: {choice.why_not}", stacklevel=2)
-        self.mlp = choice
+        if not hasattr(self, "transformer"):
+            strategy, world_size = self.trainer.strategy, self.trainer.world_size
+            sizes = strategy.sizes(world_size) if isinstance(strategy, Parallel) else Sizes(1, 1)
+            self.mlp = try_mlp(self, str(self.trainer.precision), sizes, Target.of(strategy.root_device))
 
     def configure_model(self) -> None:
         """Makes the parameters, once."""
         if not hasattr(self, "transformer"):
             self.base = self.base or self.fingerprint()  # without a task, which sets it
-            self.transformer = self._make_transformer(self.lora, self._speed_up)
+            change = partial(self.computation.apply, mlp=self.mlp, gathers_float8=self._gathers_float8)
+            self.transformer = self._make_transformer(self.lora, change)
 
-    def _make_transformer(
-        self, lora: LoRA | None, change: Callable[[Transformer], None] = lambda transformer: None
-    ) -> Transformer:
+    def _make_transformer(self, lora: LoRA | None, change: Callable[[Transformer], None]) -> Transformer:
         """The model with which the run begins, changed by `change`; this rank's shard if the strategy shards it."""
         return initial_transformer(self.config, self._open_weights(), lora, self._strategy, change)
-
-    def _fuse_mlp(self, transformer: Transformer) -> None:
-        if self.mlp.backend != "torch":
-            fuse_mlp(transformer, self.mlp.backend)
-
-    def _speed_up(self, transformer: Transformer) -> None:
-        self._fuse_mlp(transformer)
-        # In this order, because recomputation is part of what is compiled, and tiles are parts of what is recomputed.
-        if self.fp8 is not None:
-            convert_to_float8(transformer, self.fp8, self._gathers_float8)
-        if self.tiled_mlp is not None:
-            tile_mlp(transformer, self.tiled_mlp)
-        if self.tiled_attention is not None:
-            tile_attention(transformer, self.tiled_attention)
-        if self.recompute is not None:
-            recompute_activations(transformer, self.recompute)
-        if self.offloads:
-            offload_inputs(transformer)
-        if self.compile_mode is not None:
-            compile_transformer(transformer, self.compile_mode)
 
     @property
     def _gathers_float8(self) -> bool:
         strategy = self._strategy
-        return self.fp8_all_gather and isinstance(strategy, Parallel) and strategy.world_size > 1
+        return self.computation.fp8_all_gather and isinstance(strategy, Parallel) and strategy.world_size > 1
 
     @property
     def _strategy(self) -> Strategy | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from fiddlehead.models.collectives import all_reduce
 from fiddlehead.models.lora import without_adapters
 from fiddlehead.models.mlp_choice import MlpBackend
 from fiddlehead.models.places import documents_of
+from fiddlehead.models.speed import fuse_mlp
 from fiddlehead.numbers import is_number
 from fiddlehead.recipe.from_task import from_task
 from fiddlehead.recipe.resumable import Resumable
@@ -78,7 +80,8 @@ class PreferenceModel(LanguageModel):
         super().on_fit_start()
         if self.lora is None:
             with self.trainer.precision_plugin.module_init_context():  # as Lightning makes the model
-                reference = self._make_transformer(None, self._fuse_mlp)  # so that both round alike
+                alike = partial(fuse_mlp, backend=self.mlp.backend)  # so that both round alike
+                reference = self._make_transformer(None, alike)
             self._reference = [reference.to(self.device).requires_grad_(False).eval()]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:

@@ -23,5 +23,5 @@ class SeedDropout(Callback):
             rank = (trainer.distributed_sampler_kwargs or {"rank": 0})["rank"]
             seed = hash((self.seed, trainer.global_step, micro_batch, rank)) % 2**63
             torch.manual_seed(seed)
-            if pl_module.compile_mode != "model":  # a generator cannot be seeded inside what is compiled
+            if pl_module.computation.compile != "model":  # a generator cannot be seeded inside what is compiled
                 pl_module.transformer.dropout_seed = seed
