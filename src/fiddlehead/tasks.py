@@ -57,7 +57,7 @@ def pretrain(
     """
     ranks = trainer.strategy.join_ranks() if isinstance(trainer.strategy, Parallel) else Team()
     # One rank reads a checkpoint whole to check it, and all go on from the same.
-    model.init_from = verified_by_first(ranks, lambda: begin(model, data, trainer, optim))
+    model.initial.source = verified_by_first(ranks, lambda: begin(model, data, trainer, optim))
     begin(model, data, trainer, optim)
     plan = plan_training(model, data, trainer, optim, log, seed=seed)
     if plan.missing:
@@ -114,17 +114,17 @@ def _start(
         ConfigError: the checkpoint is of another run, or the weights that its run began with are gone or have changed.
     """
     found = verified_by_first(ranks, lambda: resume_point(run, resume))
-    start = None if found is None else Start.read(found)
+    start, initial = None if found is None else Start.read(found), model.initial
     if start is not None:
         start.refuse_others(plan.config, optim.kind, precision)
         start.warn_of_another_rate(optim, plan.max_steps)
         # What a run's name stands for may have gone on since; this run goes on with what it began with.
-        base = verified_by_first(ranks, lambda: start.base(model.init_from))
-        if base and str(base) != str(model.init_from):
-            model.init_from = base
+        base = verified_by_first(ranks, lambda: start.base(initial.source))
+        if base and str(base) != str(initial.source):
+            initial.source = base
             verified_by_first(ranks, model.take_shape)
-            refuse([] if model.missing is None else [model.missing.under("model")])
-    model.base = verified_by_first(ranks, model.fingerprint)
+            refuse([] if initial.missing is None else [initial.missing.under("model")])
+    initial.base = verified_by_first(ranks, initial.fingerprint)
     return start
 
 

@@ -123,8 +123,8 @@ def monitor_problems(trainer: Trainer, model: LanguageModel, data: Data) -> list
 
 def lacking(model: LanguageModel, data: Data) -> tuple[Problem, ...]:
     """What a training lacks that its plan does not need: weights to begin with, and data."""
-    weights = model.missing
-    if weights is None and model.init_from is None and isinstance(data, FineTuningDataModule):
+    weights = model.initial.missing
+    if weights is None and model.initial.source is None and isinstance(data, FineTuningDataModule):
         weights = Problem("init_from", None, "name a trained model, with which fine-tuning begins")
     found = () if weights is None else (weights.under("model"),)
     return (*found, *(ConfigError(data.missing).under("data").problems if data.missing else ()))
@@ -261,10 +261,10 @@ def completed(config: TransformerConfig, data: Data, vocab_size: int | None) -> 
 
 def lengthened(model: LanguageModel, seq_length: int) -> TransformerConfig:
     """The model's shape. If rotary weights go on with sequences longer than those they learned, it prints a warning."""
-    config, learned = model.config, model.config.seq_length
-    if model.init_from is None or learned is None or learned >= seq_length:
+    config, learned, source = model.config, model.config.seq_length, model.initial.source
+    if source is None or learned is None or learned >= seq_length:
         return config
     if config.position_embedding_type == "learned_absolute":
         return config
-    say(f"WARNING: {model.init_from} learned sequences of {learned} tokens; data.seq_length={seq_length} is longer")
+    say(f"WARNING: {source} learned sequences of {learned} tokens; data.seq_length={seq_length} is longer")
     return replace(config, seq_length=seq_length)

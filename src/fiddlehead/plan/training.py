@@ -161,10 +161,11 @@ def begin(model: LanguageModel, data: Data, trainer: Trainer, optim: Optim) -> s
     except ConfigError as error:
         lacking = [f"data.{data.missing}"] if data.missing else []
         raise ConfigError(*error.under("model").problems, *lacking) from error
+    source = model.initial.source
     if isinstance(data, FineTuningDataModule):
-        known = model.init_from is not None and model.missing is None
-        data.default_tokenizer = find_tokenizer(user_path(model.init_from)) if known else None  # type: ignore[arg-type]
-    return model.init_from
+        there = None if model.initial.missing else source
+        data.default_tokenizer = None if there is None else find_tokenizer(user_path(there))
+    return source
 
 
 def plan_training(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,19 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.strategies import Strategy
 
 from fiddlehead.attention import Target
-from fiddlehead.checkpoints.weights import (
-    CHANGED,
-    Weights,
-    find_weights,
-    open_weights,
-    refuse_another_shape,
-)
 from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.errors import ConfigError, Problem, refuse
-from fiddlehead.files.paths import user_path
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
 from fiddlehead.models.computation import Computation
 from fiddlehead.models.lora import PEFT_NAMES
@@ -38,7 +28,7 @@ from fiddlehead.training.distributed.pipeline import Pipeline
 from fiddlehead.training.distributed.sizes import Sizes
 from fiddlehead.training.divisors import Divisors
 from fiddlehead.training.feed_forward import try_mlp
-from fiddlehead.training.initial import initial_transformer, refuse_other_tokenizer
+from fiddlehead.training.initial import UNKNOWN, InitialWeights
 from fiddlehead.training.metrics_csv import log_row
 from fiddlehead.training.model_problems import refused_model
 from fiddlehead.training.non_finite import FirstNonFinite, NonFiniteError
@@ -74,7 +64,8 @@ class LanguageModel(LightningModule):
         optim: the optimizer's settings, without which it cannot be trained; a recipe has them beside the model.
     """
 
-    UNKNOWN = "name the model to begin with, a run, a checkpoint or its folder; or set config"
+    VALIDATION: ClassVar = ("val_loss", "val_nats_per_byte")
+    """The metrics that a validation logs, for callbacks that watch one."""
     transformer: Transformer
     """The model itself; `configure_model` makes it."""
     _step_divisors: Divisors  # of the current step; its first micro-batch sets them
@@ -100,17 +91,14 @@ class LanguageModel(LightningModule):
         how = (compile, activation_checkpointing, fp8, fp8_all_gather, tiled_mlp, tiled_attention)
         self.computation = Computation(*how, activation_offloading, mlp_backend)
         refuse(self.computation.problems())
-        self._config = config
-        self.init_from, self.lora, self.optim = init_from, lora, optim
+        self._config, self.lora, self.optim = config, lora, optim
+        self.initial = InitialWeights(init_from, needed=self._needs_weights())
+        """Those of `init_from`."""
         self.mlp = MlpChoice("torch")
         """What computes the feed-forward; `setup` finds it."""
-        self.base: str | None = None
-        """The fingerprint of the weights to begin with, for a run that needs them again; see `needs_base`."""
         self.lr = 0.0
         self.grad_norm = torch.zeros(())
         self.token_bytes: torch.Tensor | None = None
-        self._weights: tuple[Path, Weights] | None = None
-        self._not_found: Problem | None = None
         self._loss_sum = torch.zeros(())
         self._losses = 0
         self._non_finite = FirstNonFinite()
@@ -136,65 +124,23 @@ class LanguageModel(LightningModule):
     def take_shape(self) -> None:
         """Takes the shape from the weights of `init_from`, or compares it with them.
 
-        If there is nothing at `init_from` and `config` is set, the model can be planned; `missing` says what it lacks.
+        If there is nothing at `init_from` and `config` is set, the model can be planned; `initial.missing` says what it
+        lacks.
 
         Raises:
             ConfigError: the shape is not known, or the weights are of another shape than `config`.
         """
-        self._not_found = None
-        if self.init_from is None:
-            if self._config is None:
-                raise ConfigError(self.missing or Problem("init_from", None, self.UNKNOWN))
-            return
-        try:
-            path = find_weights(self.init_from)
-        except ConfigError as error:
-            (self._not_found,) = error.of("init_from", self.init_from).problems
-            if self._config is None:
-                raise ConfigError(self._not_found) from None
-            return
-        try:
-            self._weights = path.absolute(), open_weights(path)
-        except ConfigError as error:
-            raise error.of("init_from", self.init_from) from None
-        self.init_from, weights = self._weights
-        if self._config is None:
-            self._config = weights.config
-        refuse_another_shape(self._config, weights, path)
+        self._config = self.initial.find(self._config)
 
-    VALIDATION: ClassVar = ("val_loss", "val_nats_per_byte")
-    """The metrics that a validation logs, for callbacks that watch one."""
-
-    @property
-    def missing(self) -> Problem | None:
-        """Why training cannot start without weights, though the run can be planned; None if it can."""
-        if self.init_from is None and self.lora is not None:
-            said = (
-                self.UNKNOWN if self._config is None else "adapters need a model to change; name one, or set lora=None"
-            )
-            return Problem("init_from", None, said)
-        return self._not_found
-
-    @property
-    def needs_base(self) -> bool:
-        """Whether a run that goes on from a checkpoint needs the weights of `init_from` again."""
-        return self.lora is not None
-
-    def fingerprint(self) -> str | None:
-        """The fingerprint of the weights of `init_from`; None if the run does not need them again."""
-        weights = self._open_weights() if self.needs_base else None
-        return None if weights is None else weights.fingerprint()
+    def _needs_weights(self) -> str:
+        """Why the model needs the weights of another; "" if random ones will do."""
+        if self.lora is None:
+            return ""
+        return UNKNOWN if self._config is None else "adapters need a model to change; name one, or set lora=None"
 
     def problems(self, precision: str, sizes: Sizes) -> list[Problem]:
         """Why the model cannot be trained with this precision on ranks of these sizes; empty if it can."""
         return refused_model(self, precision, sizes)
-
-    def _open_weights(self) -> Weights | None:
-        """The weights to begin with; those that `take_shape` opened are not checked again, which reads all of them."""
-        if self.init_from is None:
-            return None
-        path, weights = self._weights or (None, None)
-        return weights if path == self.init_from else open_weights(self.init_from)
 
     def on_meta(self, config: TransformerConfig | None = None) -> Transformer:
         """The model as it will be trained, on the meta device.
@@ -221,36 +167,33 @@ class LanguageModel(LightningModule):
             ConfigError: a kernel is asked for, and it cannot.
         """
         if not hasattr(self, "transformer"):
-            strategy, world_size = self.trainer.strategy, self.trainer.world_size
-            sizes = strategy.sizes(world_size) if isinstance(strategy, Parallel) else Sizes(1, 1)
-            self.mlp = try_mlp(self, str(self.trainer.precision), sizes, Target.of(strategy.root_device))
+            strategy, world_size = self._parallel, self.trainer.world_size
+            sizes = Sizes(1, 1) if strategy is None else strategy.sizes(world_size)
+            device = Target.of(self.trainer.strategy.root_device)
+            self.mlp = try_mlp(self, str(self.trainer.precision), sizes, device)
 
     def configure_model(self) -> None:
         """Makes the parameters, once."""
         if not hasattr(self, "transformer"):
-            self.base = self.base or self.fingerprint()  # without a task, which sets it
             change = partial(self.computation.apply, mlp=self.mlp, gathers_float8=self._gathers_float8)
-            self.transformer = self._make_transformer(self.lora, change)
-
-    def _make_transformer(self, lora: LoRA | None, change: Callable[[Transformer], None]) -> Transformer:
-        """The model with which the run begins, changed by `change`; this rank's shard if the strategy shards it."""
-        return initial_transformer(self.config, self._open_weights(), lora, self._strategy, change)
+            self.transformer = self.initial.transformer(self.config, self.lora, self._parallel, change)
 
     @property
     def _gathers_float8(self) -> bool:
-        strategy = self._strategy
-        return self.computation.fp8_all_gather and isinstance(strategy, Parallel) and strategy.world_size > 1
+        strategy = self._parallel
+        return self.computation.fp8_all_gather and strategy is not None and strategy.world_size > 1
 
     @property
-    def _strategy(self) -> Strategy | None:
-        return None if self._trainer is None else self._trainer.strategy
+    def _parallel(self) -> Parallel | None:
+        """The trainer's strategy, if it may split the model."""
+        strategy = None if self._trainer is None else self._trainer.strategy
+        return strategy if isinstance(strategy, Parallel) else None
 
     def on_fit_start(self) -> None:
         """Takes the bytes of each token from the data, and compares the tokenizer with that of `init_from`."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self.token_bytes = data.token_bytes
-        if self.init_from is not None:
-            refuse_other_tokenizer(data.tokenizer, user_path(self.init_from))
+        self.initial.refuse_other_tokenizer(data.tokenizer)
 
     def forward(
         self, input_ids: torch.Tensor, cu_seqlens: torch.Tensor | None = None, max_seqlen: int | None = None
@@ -286,13 +229,11 @@ class LanguageModel(LightningModule):
 
     @property
     def _pipeline(self) -> Pipeline | None:
-        strategy = self.trainer.strategy
-        return strategy.pipeline if isinstance(strategy, Parallel) else None
+        return None if self._parallel is None else self._parallel.pipeline
 
     def _own_tokens(self, batch: dict[str, Any]) -> dict[str, Any]:
         """This rank's part of a batch."""
-        strategy = self.trainer.strategy
-        return dict(strategy.own_tokens(batch)) if isinstance(strategy, Parallel) else batch
+        return batch if self._parallel is None else dict(self._parallel.own_tokens(batch))
 
     def _divisors(self, batch: dict[str, Any], batch_idx: int) -> Divisors:
         """The divisors of a micro-batch; all ranks call it together."""
@@ -331,8 +272,7 @@ class LanguageModel(LightningModule):
         if self.optim is None:
             raise ConfigError(Problem("optim", None, "a model that is trained needs an optimizer, such as AdamW()"))
         fused = {f"transformer.{name}": rows for name, rows in self.transformer.fused_rows().items()}
-        strategy = self.trainer.strategy
-        layout = strategy.layout if isinstance(strategy, Parallel) else None
+        layout = None if self._parallel is None else self._parallel.layout
         built = self.optim.build(self.named_parameters(), self.trainer.max_steps, fused, layout)
         self._settings = settings_of(built["optimizer"], self.optim)
         return built
@@ -371,10 +311,10 @@ class LanguageModel(LightningModule):
 
     def _clip(self, limit: float, optimizer: torch.optim.Optimizer) -> torch.Tensor:
         """Reduces the gradients of the step and clips them to the norm `limit`; returns the norm before clipping."""
-        strategy, layout = self.trainer.strategy, None
-        if isinstance(strategy, Parallel):
-            strategy.reduce_gradients()
-            layout = strategy.layout
+        layout = None
+        if self._parallel is not None:
+            self._parallel.reduce_gradients()
+            layout = self._parallel.layout
         return clip(gradients_of(self.named_parameters()), limit, layout, optimizer)
 
     def raise_if_non_finite(self) -> None:
@@ -420,11 +360,7 @@ class LanguageModel(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the model's configuration, so that a checkpoint can be loaded without its recipe."""
-        checkpoint["config"] = asdict(self.config)
-        if self.init_from is not None:
-            checkpoint["init_from"] = str(self.init_from)
-        if self.base is not None:
-            checkpoint["base"] = self.base
+        checkpoint |= {"config": asdict(self.config), **self.initial.written()}
         if self.lora is not None:
             checkpoint["lora"] = asdict(self.lora)
             state = checkpoint["state_dict"].items()
@@ -436,7 +372,6 @@ class LanguageModel(LightningModule):
         Raises:
             ConfigError: they are not those that the checkpoint was trained with.
         """
-        if self.needs_base and checkpoint.get("base") not in (None, self.base):
-            raise ConfigError(Problem("model.init_from", self.init_from, CHANGED))
+        self.initial.refuse_changed(checkpoint)
         if self.lora is not None:
             checkpoint["state_dict"] = self.trainer.strategy.lightning_module_state_dict() | checkpoint["state_dict"]

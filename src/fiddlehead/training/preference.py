@@ -55,17 +55,9 @@ class PreferenceModel(LanguageModel):
         self.beta = beta
         self._reference: list[Transformer] = []  # in a list, so that it is not part of the module
 
-    @property
-    def missing(self) -> Problem | None:
-        """As in `LanguageModel`; preferences always need a model."""
-        if self.init_from is None:
-            return Problem("init_from", None, "name a model that can answer already, to learn preferences")
-        return super().missing
-
-    @property
-    def needs_base(self) -> bool:
-        """Always: they are the reference."""
-        return True
+    def _needs_weights(self) -> str:
+        """As in `LanguageModel`; preferences always need a model, which is the reference."""
+        return "name a model that can answer already, to learn preferences"
 
     def problems(self, precision: str, sizes: Sizes) -> list[Problem]:
         """As `LanguageModel.problems`."""
@@ -81,7 +73,7 @@ class PreferenceModel(LanguageModel):
         if self.lora is None:
             with self.trainer.precision_plugin.module_init_context():  # as Lightning makes the model
                 alike = partial(fuse_mlp, backend=self.mlp.backend)  # so that both round alike
-                reference = self._make_transformer(None, alike)
+                reference = self.initial.transformer(self.config, None, self._parallel, alike)
             self._reference = [reference.to(self.device).requires_grad_(False).eval()]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
