@@ -16,8 +16,28 @@ from fiddlehead.errors import Problem, refuse
 from fiddlehead.launch.executor import Executor, gpus_here
 from fiddlehead.numbers import is_whole
 from fiddlehead.recipe import Recipe
+from fiddlehead.recipe.leaves import name_of
 
 GPU = ("gpu", "cuda")
+_SETTINGS = {
+    "trainer": ("accelerator", "devices", "num_nodes", "precision", "val_check_interval", "check_val_every_n_epoch"),
+    "log": ("dir", "name", "nsys", "tensorboard", "mlflow"),
+}
+"""The arguments of a recipe's parts that a launch reads, and partly sets."""
+
+
+def lacking_settings(recipe: Recipe) -> list[Problem]:
+    """A problem for each part that hides the arguments of Lightning's Trainer or of Log, which a launch reads."""
+    problems = []
+    for part, names in _SETTINGS.items():
+        config = recipe.__arguments__.get(part)
+        if isinstance(config, fdl.Config) and (hidden := [name for name in names if not hasattr(config, name)]):
+            function = name_of(fdl.get_callable(config))
+            message = (
+                f"{function} takes no {', '.join(hidden)}, which a launch reads; use fdl.Config({part.title()}, ...)"
+            )
+            problems.append(Problem(part, message=message))
+    return problems
 
 
 def fit_to_executor(recipe: Recipe, executor: Executor | None) -> Recipe:

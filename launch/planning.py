@@ -15,6 +15,7 @@ from fiddlehead.launch.built import built
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.fitting import (
     fit_to_executor,
+    lacking_settings,
     missing_here,
     missing_nsys,
     missing_trackers,
@@ -25,6 +26,7 @@ from fiddlehead.launch.nemo.accept import accepted
 from fiddlehead.launch.taken import refuse_taken
 from fiddlehead.launch.target import card_of, target_of
 from fiddlehead.recipe import Recipe
+from fiddlehead.recipe.mistyped import mistyped
 from fiddlehead.run import RunDirectory
 
 if TYPE_CHECKING:
@@ -264,6 +266,8 @@ def plan(
     except ConfigError as error:
         return Plan(recipe, None, error.under("executor").problems)
     try:
+        recipe.to_yaml()  # as a launch writes it
+        refuse([*mistyped(recipe), *lacking_settings(recipe)])
         as_it_is = target is not None and executor is None
         fitted = recipe.clone() if as_it_is else fit_to_executor(recipe, executor)
     except ConfigError as error:
@@ -274,7 +278,6 @@ def plan(
         target = card_of(executor, fitted) or "unknown"
     try:
         refuse(nsys_problems(fitted))
-        fitted.to_yaml()  # as a launch writes it
         training = _plan_training(fitted, target)
         awaits = waits or (executor is not None and executor.keeps_runs_elsewhere)
         start = _start(fitted, waits=awaits)

@@ -8,7 +8,7 @@ from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.launch import watch
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipe.fields import may_change
-from fiddlehead.recipe.leaves import leaves
+from fiddlehead.recipe.leaves import leaves, show
 from fiddlehead.run import RunDirectory, damage
 from fiddlehead.run.alive import is_here, way_out
 
@@ -41,7 +41,7 @@ def refuse_taken(run: RunDirectory, recipe: Recipe) -> None:
         if not any(difference.path == path or difference.path.startswith((f"{path}.", f"{path}[")) for path in free)
     ]
     if differences:
-        lines = "\n".join(f"  {d.path}: {d.right!r} before, {d.left!r} now" for d in differences)
+        lines = "\n".join(f"  {d.path}: {show(d.right)} before, {show(d.left)} now" for d in differences)
         message = f"is another recipe's run; choose another name, or undo:\n{lines}"
         raise ConfigError(Problem("log.name", run.name, message))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import fiddle as fdl
 import pytest
+from lightning.pytorch.callbacks import Timer
 
 from fiddlehead.cli.common import configure_executor
 from fiddlehead.errors import ConfigError
@@ -462,6 +463,15 @@ def test_a_name_that_was_taken_since_is_refused_when_it_is_submitted(working_dir
     other.save(working_directory / "runs" / "a" / "recipe.yaml")
     with pytest.raises(ConfigError, match="is another recipe's run"):
         made.submit()
+
+
+def test_what_makes_it_another_run_is_shown_as_one_writes_it(working_directory: Path):
+    tiny_test().save(working_directory / "runs" / "a" / "recipe.yaml")
+    changed = apply_overrides(tiny_test(), ["log.name=a"])
+    changed.trainer.callbacks = [fdl.Config(Timer)]
+    (problem,) = plan(changed).problems
+    assert "  trainer.callbacks: [] before, <list of 1> now\n" in problem
+    assert problem.endswith("  trainer.callbacks[0]: <not set> before, Timer(...) now")
 
 
 @pytest.mark.parametrize(

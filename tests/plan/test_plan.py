@@ -10,6 +10,12 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 
 from fiddlehead import tasks
 from fiddlehead.attention import BACKENDS
@@ -490,3 +496,40 @@ def test_what_does_not_go_with_adapters_or_weights_in_4_bits_is_refused(
     with pytest.raises(ConfigError) as refused:
         plan_of(made)
     assert any(str(said).startswith(problem) for said in refused.value.problems), refused.value.problems
+
+
+@pytest.mark.parametrize(
+    ("callback", "advice"),
+    [
+        (GradientAccumulationScheduler(scheduling={0: 2}), "data.global_batch_size"),
+        (BatchSizeFinder(), "data.micro_batch_size"),
+        (LearningRateFinder(), "optim.lr"),
+        (StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1), "EMAWeightAveraging"),
+    ],
+)
+def test_callbacks_that_change_what_the_recipe_says_are_refused(parts: Parts, callback: Any, advice: str) -> None:
+    """The first trained for ever, with one micro-batch in a step; the last averaged nothing."""
+    with pytest.raises(ConfigError, match=rf"^trainer\.callbacks\[0\]: {type(callback).__name__}: .*{advice}"):
+        plan_of(parts(callbacks=[callback]))
+
+
+@pytest.mark.parametrize("strategy", ["ddp_notebook", "ddp_spawn"])
+def test_a_strategy_that_starts_processes_from_python_is_refused(parts: Parts, strategy: str) -> None:
+    """One that forks waited for ever: its child inherited the locks of this process's threads."""
+    with pytest.raises(ConfigError, match=r"^trainer\.strategy: starts processes by '(fork|spawn)'"):
+        plan_of(parts(strategy=strategy))
+
+
+@pytest.mark.parametrize("setting", [{"fast_dev_run": 3}, {"overfit_batches": 2}, {"overfit_batches": 0.5}])
+def test_a_trial_of_lightning_s_is_refused_alone_and_not_for_the_limits_that_it_sets(
+    parts: Parts, setting: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        plan_of(parts(**setting))
+    (name,) = setting
+    assert [problem.path for problem in error.value.problems] == [f"trainer.{name}"]
+
+
+def test_the_kind_of_clipping_that_is_refused_is_named_as_it_is_written(parts: Parts) -> None:
+    with pytest.raises(ConfigError, match=r"^trainer\.gradient_clip_algorithm='value': allowed: norm$"):
+        plan_of(parts(gradient_clip_algorithm="value"))

@@ -30,7 +30,10 @@ from fiddlehead.run.team import Team
 
 _TENSOR, _PAIRS = "__tensor__", "__pairs__"
 _KEPT = ("optimizer_states", "lr_schedulers", "callbacks", "config", "lora", "init_from", "base", "val_loss", "data")
-_KEPT += ("MixedPrecision",)  # the loops' counters are left out: `restore_progress` derives them from the step
+_KEPT += ("MixedPrecision",)
+# The loops' counters are left out: `restore_progress` derives them from the step.
+_LIGHTNINGS = ("epoch", "global_step", "pytorch-lightning_version", "state_dict", "loops", "hparams_name")
+_LIGHTNINGS += ("hparams_type", "hyper_parameters", "datamodule_hparams_name", "datamodule_hyper_parameters")
 
 
 class SafetensorsIO(CheckpointIO):
@@ -58,6 +61,9 @@ class SafetensorsIO(CheckpointIO):
         self.wait()
         optimizer: dict[str, torch.Tensor | ShardedTensor] = {}
         state = {key: _encode(checkpoint[key], key, optimizer) for key in _KEPT if key in checkpoint}
+        added = {key: checkpoint[key] for key in added_keys(checkpoint)}
+        if added:
+            state["added"] = _encode(added, "added", optimizer)
         state["step"] = checkpoint["global_step"]
         files = self._own_files("model", checkpoint["state_dict"]) | self._own_files("optimizer", optimizer)
         self.then(partial(write_together, Path(path), self.team, partial(_write, files), partial(_finish, state)))
@@ -96,6 +102,7 @@ class SafetensorsIO(CheckpointIO):
         state = read_state(path) if state is None else state
         tensors = read_tensors(path, state, "optimizer")
         checkpoint = {key: _decode(value, tensors) for key, value in state.items()}
+        checkpoint |= _load(checkpoint.pop("added", {}))
         checkpoint["state_dict"] = read_tensors(path, state, "model")
         checkpoint["global_step"], checkpoint["epoch"] = state["step"], 0
         checkpoint["pytorch-lightning_version"] = "2.6.0"  # what Lightning would migrate from; nothing to migrate here
@@ -177,6 +184,11 @@ def _write(files: Mapping[str, Mapping[str, torch.Tensor]], folder: Path) -> dic
 
 def _finish(state: dict[str, Any], folder: Path, written: dict[str, FileChecksum]) -> None:
     write_state(folder, state, written)
+
+
+def added_keys(checkpoint: Mapping[str, Any]) -> list[str]:
+    """What the hooks of callbacks, such as Lightning's `WeightAveraging`, have added to Lightning's dictionary."""
+    return [key for key in checkpoint if key not in (*_KEPT, *_LIGHTNINGS)]
 
 
 def storable(value: Any) -> bool:

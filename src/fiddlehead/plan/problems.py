@@ -7,13 +7,13 @@ from dataclasses import fields, replace
 from typing import Any, TypeAlias
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping
 
 from fiddlehead.checkpoints.folder import MAX_STEP
 from fiddlehead.data import FineTuningDataModule, PreTrainingDataModule
 from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.models import TransformerConfig
 from fiddlehead.numbers import is_number, is_whole
+from fiddlehead.plan.callbacks import callback_problems, monitor_problems
 from fiddlehead.run.console import say
 from fiddlehead.training import LanguageModel, Log, Parallel
 from fiddlehead.training.distributed.pipeline import refuse_zero_bubble
@@ -22,11 +22,6 @@ from fiddlehead.training.optim import Optim
 
 Data: TypeAlias = PreTrainingDataModule | FineTuningDataModule
 
-_SILENT = (
-    "fiddlehead.",
-    *(f"lightning.pytorch.callbacks.{name}" for name in ("device_stats_monitor", "model_summary", "progress", "timer")),
-)
-"""The modules whose callbacks and models log nothing that another callback can watch, but what `VALIDATION` has."""
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 """Without float16: its loss scaling hides an infinite gradient, and breaks the clipping of a fused optimizer."""
 
@@ -54,7 +49,7 @@ def derived(
         problems += error.under("data").problems
     problems += trainer_problems(trainer, accumulate, sizes.data) + epoch_problems(trainer, data, sizes.data)
     problems += [] if log is None else profile_problems(log, trainer)
-    problems += monitor_problems(trainer, model, data)
+    problems += callback_problems(trainer) + monitor_problems(trainer, model, data)
     config = lengthened(model, data.seq_length)
     try:
         vocab_size = vocabulary(config, data)
@@ -101,26 +96,6 @@ def profile_problems(log: Log, trainer: Trainer) -> list[Problem]:
     ]
 
 
-def monitor_problems(trainer: Trainer, model: LanguageModel, data: Data) -> list[Problem]:
-    """The problems of callbacks such as `EarlyStopping`, which watch a metric that is never logged.
-
-    A callback or a model that others wrote may log anything; then Lightning finds out in the first validation.
-    """
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    others = [each for each in (model, *callbacks) if not isinstance(each, EarlyStopping)]
-    if any(not type(each).__module__.startswith(_SILENT) for each in others):
-        return []
-    problems = []
-    for number, each in enumerate(callbacks):
-        if isinstance(each, EarlyStopping) and each.strict:
-            path = f"trainer.callbacks[{number}].monitor"
-            if each.monitor not in model.VALIDATION:
-                problems.append(Problem(path, each.monitor, "is not a metric that a validation logs", model.VALIDATION))
-            elif not data.val_samples:
-                problems.append(Problem(path, each.monitor, "is never logged, because data.val_samples=0"))
-    return problems
-
-
 def lacking(model: LanguageModel, data: Data) -> tuple[Problem, ...]:
     """What a training lacks that its plan does not need: weights to begin with, and data."""
     weights = model.initial.missing
@@ -156,21 +131,27 @@ def trainer_problems(trainer: Trainer, accumulate: int, data_parallel: int) -> l
     if (precision := str(trainer.precision)) not in PRECISIONS:
         half = "the loss scaling of float16 hides an infinite gradient" if precision.startswith("16") else ""
         problems.append(Problem("trainer.precision", precision, half, PRECISIONS))
-    if not _all_batches(limit := trainer.limit_train_batches):
-        problems.append(Problem("trainer.limit_train_batches", limit, "trainer.max_steps ends a run; leave it out"))
     if batches := getattr(trainer, "overfit_batches", 0):
         message = "the order of the data is a function of the step; leave it out"
         problems.append(Problem("trainer.overfit_batches", batches, message))
+    elif not _limits_of_a_trial(trainer) and not _all_batches(limit := trainer.limit_train_batches):
+        problems.append(Problem("trainer.limit_train_batches", limit, "trainer.max_steps ends a run; leave it out"))
     if steps := getattr(trainer, "fast_dev_run", False):
-        problems.append(Problem("trainer.fast_dev_run", steps, "use trainer.max_steps=1, or --dryrun"))
+        message = "use trainer.max_steps=1, or --dryrun; in Python, recipe.plan()"
+        problems.append(Problem("trainer.fast_dev_run", steps, message))
     if trainer.checkpoint_callback is not None:
-        problems.append(Problem("trainer.enable_checkpointing", True, "`checkpoint` decides; leave it out"))
+        message = "`checkpoint` decides; leave it out, and callbacks that save"
+        problems.append(Problem("trainer.enable_checkpointing", True, message))
     if trainer.loggers:
         problems.append(Problem("trainer.logger", message="log.loggers has a run's own loggers; leave it out"))
     if trainer.gradient_clip_val is not None and not trainer.gradient_clip_val >= 0:
         problems.append(Problem("trainer.gradient_clip_val", trainer.gradient_clip_val, "must not be negative"))
-    if trainer.gradient_clip_algorithm not in (None, "norm"):
-        problems.append(Problem("trainer.gradient_clip_algorithm", str(trainer.gradient_clip_algorithm), "", ("norm",)))
+    if (algorithm := trainer.gradient_clip_algorithm) not in (None, "norm"):
+        given = str(getattr(algorithm, "value", algorithm))
+        problems.append(Problem("trainer.gradient_clip_algorithm", given, "", ("norm",)))
+    if (method := getattr(trainer.strategy, "_start_method", "popen")) != "popen":  # of Lightning's DDPStrategy
+        message = f"starts processes by {method!r}, and a run starts its own; use 'auto', 'ddp' or Parallel"
+        problems.append(Problem("trainer.strategy", message=message))
     return problems
 
 
@@ -188,7 +169,8 @@ def epoch_problems(trainer: Trainer, data: Data, data_parallel: int) -> list[Pro
             steps = max(1, round(interval * samples / data.global_batch_size))
             message += f"; so much of an epoch of this data is {steps}"
         problems.append(Problem("trainer.val_check_interval", interval, message))
-    if (epochs := trainer.max_epochs) not in (None, -1):
+    trial = _limits_of_a_trial(trainer)
+    if (epochs := trainer.max_epochs) not in (None, -1) and not trial:
         message = "trainer.max_steps ends a run; leave it at -1"
         if samples and is_whole(epochs) and epochs > 0:
             steps = math.ceil(epochs * samples / data.global_batch_size)
@@ -200,7 +182,7 @@ def epoch_problems(trainer: Trainer, data: Data, data_parallel: int) -> list[Pro
     if (every := trainer.check_val_every_n_epoch) not in (None, 1):
         message = "a run is one epoch of Lightning's; leave it out, and set trainer.val_check_interval"
         problems.append(Problem("trainer.check_val_every_n_epoch", every, message))
-    if not _all_batches(limit := trainer.limit_val_batches):
+    if not trial and not _all_batches(limit := trainer.limit_val_batches):
         message = "data.val_samples says how many samples a validation has, 0 for none; leave it out"
         batch = data.micro_batch_size * data_parallel
         wanted = limit * batch if is_whole(limit) else None if val_samples is None else round(limit * val_samples)
@@ -208,6 +190,11 @@ def epoch_problems(trainer: Trainer, data: Data, data_parallel: int) -> list[Pro
             message += f", and set data.val_samples={wanted}"
         problems.append(Problem("trainer.limit_val_batches", limit, message))
     return problems
+
+
+def _limits_of_a_trial(trainer: Trainer) -> bool:
+    """Whether `fast_dev_run` or `overfit_batches`, which are refused, have set the trainer's limits."""
+    return bool(getattr(trainer, "overfit_batches", 0) or getattr(trainer, "fast_dev_run", False))
 
 
 def _all_batches(limit: float | None) -> bool:

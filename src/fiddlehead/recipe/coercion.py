@@ -9,6 +9,7 @@ import contextlib
 import re
 import typing
 from collections import abc
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Protocol
@@ -70,6 +71,16 @@ def coerce(given: Any, hint: Any, make: Make) -> Any:
     value = _value(given, hint, make)
     check_kind(value, hint)
     return value
+
+
+def check_type(value: Any, hint: Any, is_free: Callable[[Any], bool]) -> None:
+    """Refuses a Python value that is not of the type `hint`; `is_free` is that of `check_kind`.
+
+    Raises:
+        MismatchError: with what the annotation asks for.
+    """
+    _value(value, hint, typing.cast("Make", None))  # only typed texts have names that something is made of
+    check_kind(value, hint, is_free)
 
 
 def _value(given: Any, hint: Any, make: Make, company: Company = ()) -> Any:

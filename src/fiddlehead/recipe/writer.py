@@ -17,7 +17,7 @@ from yaml.representer import SafeRepresenter
 
 from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.recipe.allowed import is_listed, reference_to, withheld_problem
-from fiddlehead.recipe.leaves import holds_configuration, items, join
+from fiddlehead.recipe.leaves import holds_configuration, items, join, show
 from fiddlehead.recipe.schema import ARGS, FORMAT, PARTIAL, TARGET, Dumper, nameless_keys
 
 _MAP, _SEQ, _STR, _NULL = (f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "null"))
@@ -122,6 +122,9 @@ class _Writer:
         if isinstance(value, (str, int, float)):
             plain = next(kind for kind in (str, int, float) if isinstance(value, kind)).__name__
             raise ConfigError(f"a {type(value).__name__} cannot be written; use the plain {plain}({value!r})")
+        if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+            kind, plain = type(value).__name__, show(value.item())
+            raise ConfigError(f"a numpy.{kind} cannot be written; use the plain {plain}, or .item()")
         raise ConfigError(
             f"a live {type(value).__module__}.{type(value).__qualname__} cannot be written; "
             f"use fdl.Config({type(value).__qualname__}, ...) in its place"

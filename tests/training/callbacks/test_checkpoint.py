@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors.torch import load_file, save_file
 
 from fiddlehead import tasks
@@ -34,7 +35,7 @@ from fiddlehead.errors import ConfigError
 from fiddlehead.inference.text import Writer
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.team import Team
-from fiddlehead.training import Checkpoint, Parallel
+from fiddlehead.training import Checkpoint, CosineAnnealing, Parallel
 from fiddlehead.training.callbacks import checkpoint as checkpoint_callback
 from tests.training.conftest import KillAfter, Killed, Parts, make_parts, rows
 from tests.training.ranks import on_ranks
@@ -148,6 +149,50 @@ def test_a_run_s_checkpoint_restores_parameters_optimizer_and_schedule(pretrain:
     assert keep.optimizer["state"].keys() == read["optimizer_states"][0]["state"].keys()
     assert all(same(keep.optimizer["state"][i], s) for i, s in read["optimizer_states"][0]["state"].items())
     assert keep.schedule["last_epoch"] == read["lr_schedulers"][0]["last_epoch"] == 8
+
+
+class Adds(Callback):
+    """Keeps something in checkpoints by Lightning's other hook."""
+
+    def __init__(self, value: Any) -> None:
+        self.value, self.read = value, None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = self.value
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.read = checkpoint.get("mine")
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_callbacks_add_to_a_checkpoint_comes_back(pretrain: Pretrain, asynchronous: bool) -> None:
+    value = {"tensor": torch.arange(3.0), "keyed": {3: [1, 2.5, "x"]}}
+    pretrain(max_steps=4, callbacks=[Adds(value)], asynchronous=asynchronous)
+    later = Adds(None)
+    pretrain(max_steps=5, callbacks=[later])
+    assert same(later.read, value)
+
+
+def test_what_callbacks_add_that_cannot_be_kept_is_said_once(
+    pretrain: Pretrain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(max_steps=5, callbacks=[Adds(object())])
+    assert capsys.readouterr().out.count("checkpoints do not keep what a callback adds as mine") == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*WeightAveraging callback with a model that overrides:UserWarning")
+def test_a_run_with_averaged_weights_goes_on_exactly_and_its_model_is_the_average(pretrain: Pretrain) -> None:
+    """Lightning's callback keeps the weights in training beside `state_dict`, which has the average."""
+    settings: dict[str, Any] = {"max_steps": 8, "lr_scheduler": CosineAnnealing(warmup_steps=2)}
+    with pytest.raises(Killed):
+        pretrain(**settings, callbacks=[EMAWeightAveraging(decay=0.5), KillAfter(6)])
+    run = pretrain(**settings, callbacks=[EMAWeightAveraging(decay=0.5)])
+    straight = pretrain(**settings, callbacks=[EMAWeightAveraging(decay=0.5)], name="straight")
+    assert rows(run, "step", "loss", "val_loss") == rows(straight, "step", "loss", "val_loss")
+    read = SafetensorsIO().load_checkpoint(run.checkpoints / "step-00000008")
+    other = SafetensorsIO().load_checkpoint(straight.checkpoints / "step-00000008")
+    assert same(read["state_dict"], other["state_dict"])
+    assert not same(read["state_dict"], read["current_model_state"])
 
 
 def test_loading_never_unpickles(pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:

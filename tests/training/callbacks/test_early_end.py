@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from fiddlehead import job, tasks
 from fiddlehead.errors import ConfigError
-from fiddlehead.plan.problems import monitor_problems
+from fiddlehead.plan.callbacks import monitor_problems
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.run.status import State
 from fiddlehead.training import Parallel

@@ -17,7 +17,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fiddlehead.checkpoints.folder import TEMPORARY, DamagedCheckpointError, newest_first, read_state, step_folder
-from fiddlehead.checkpoints.io import SafetensorsIO, storable
+from fiddlehead.checkpoints.io import SafetensorsIO, added_keys, storable
 from fiddlehead.data.checksums import Checksums
 from fiddlehead.data.tokenizers import save_tokenizer
 from fiddlehead.errors import Problem, StopRequested, refuse
@@ -143,16 +143,19 @@ class Checkpoint(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the data's checksums and the step's validation loss, which finds the best; None without a validation.
 
-        Leaves out the states of callbacks that are not plain values, and says so once.
+        Leaves out the states of callbacks, and what they add, that are not plain values, and says so once.
         """
         states = checkpoint.setdefault("callbacks", {})
-        for name in [name for name, state in states.items() if not storable(state)]:
-            del states[name]
-            if name not in self._unstorable:
-                self._unstorable.add(name)
-                say(
-                    f"WARNING: checkpoints do not keep the state of {name}: it has more than numbers, texts and tensors"
-                )
+        added = {key: checkpoint[key] for key in added_keys(checkpoint)}
+        for holder, values, what in (
+            (states, states, "the state of "),
+            (checkpoint, added, "what a callback adds as "),
+        ):
+            for name in [name for name, value in values.items() if not storable(value)]:
+                del holder[name]
+                if name not in self._unstorable:
+                    self._unstorable.add(name)
+                    say(f"WARNING: checkpoints do not keep {what}{name}: it has more than numbers, texts and tensors")
         checkpoint["data"] = self.data
         checkpoint["val_loss"] = self._val_loss if self._validated_step == trainer.global_step else None
 
