@@ -148,6 +148,23 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     ("given", "values"),
     [
         ({"conversations": SHARE_GPT}, {"messages": [SYSTEM, USER, ANSWER]}),
+        ({"conversations": SHARE_GPT[1:], "system": "Be kind."}, {"messages": [SYSTEM, USER, ANSWER]}),
+        ({"conversations": SHARE_GPT, "system": "Be kind."}, {"messages": [SYSTEM, USER, ANSWER]}),
+        ({"messages": [USER, ANSWER], "system": ""}, CHAT),
+        (  # as NeMo has it
+            {
+                "system": "Be kind.",
+                "mask": "User",
+                "conversations": [{"from": "User", "value": "hi"}, {"from": "Assistant", "value": "ho"}],
+            },
+            {"messages": [SYSTEM, USER, ANSWER]},
+        ),
+        ({"instruction": "hi", "output": "ho", "system": "Be kind."}, {"messages": [SYSTEM, USER, ANSWER]}),
+        ({"instruction": "hi", "output": "ho", "history": []}, CHAT),
+        (
+            {"prompt": [USER], "completion": [ANSWER], "system": "Be kind."},
+            {"prompt": [SYSTEM, USER], "completion": [ANSWER]},
+        ),
         ({"messages": SHARE_GPT, "id": 3}, {"messages": [SYSTEM, USER, ANSWER]}),
         ({"conversations": [USER, ANSWER]}, CHAT),
         (
@@ -231,6 +248,11 @@ def test_pairs_of_all_shapes_get_one_form(given: dict[str, Any], values: dict[st
         ({"conversations": [{"from": "humam", "value": "a"}]}, "[0].from: unknown role 'humam'; did you mean 'human'?"),
         ({"conversations": [{"from": "human", "text": "a"}]}, "conversations[0].value: is a NoneType"),
         ({"instruction": "a", "output": ""}, "output: is empty"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "history: is not read; write all turns as"),
+        ({**COMPLETION, "system": "Be kind."}, "system: has no place beside prompt that is text; write messages"),
+        ({"messages": [SYSTEM, USER, ANSWER], "system": "Be rude."}, "system: is another text than that of the system"),
+        ({"messages": [USER, ANSWER], "system": [1]}, "system: is a list; allowed: text"),
+        ({"conversations": [USER, ANSWER], "mask": "Assistant"}, "mask: is 'Assistant'; allowed: User"),
         ({"instruction": "a", "output": [ANSWER]}, "instruction, input, output: all must be text"),
         ({"instruction": [USER], "output": "b"}, "instruction: is a list; allowed: text"),
         ({"input": "a", "output": [ANSWER]}, "input, output: either all are text or all are lists"),

@@ -102,7 +102,8 @@ class SafetensorsIO(CheckpointIO):
         state = read_state(path) if state is None else state
         tensors = read_tensors(path, state, "optimizer")
         checkpoint = {key: _decode(value, tensors) for key, value in state.items()}
-        checkpoint |= _load(checkpoint.pop("added", {}))
+        added = checkpoint.pop("added", {})
+        checkpoint |= _load(added) if isinstance(added, dict) else {}
         checkpoint["state_dict"] = read_tensors(path, state, "model")
         checkpoint["global_step"], checkpoint["epoch"] = state["step"], 0
         checkpoint["pytorch-lightning_version"] = "2.6.0"  # what Lightning would migrate from; nothing to migrate here

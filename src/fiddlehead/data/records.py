@@ -16,8 +16,8 @@ from fiddlehead.errors import ConfigError, Problem, first_of, nearest, refuse
 from fiddlehead.files.foreign import parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SHARE_GPT_ROLES = {"human": "user", "gpt": "assistant"}
-"""The names that ShareGPT has for two of the roles."""
+SHARE_GPT_ROLES = {"human": "user", "gpt": "assistant", "User": "user", "Assistant": "assistant"}
+"""The names that ShareGPT, and NeMo's conversations, have for two of the roles."""
 
 Shape = tuple[str, ...]
 """The fields that an example must have."""
@@ -144,7 +144,7 @@ def _read(where: str, values: Any, shapes: Sequence[Shape]) -> tuple[Shape | Non
     tools = None
     if not problems:  # published data sets have other columns too, which are ignored
         try:
-            fields = _in_one_form(shape, fields, given)
+            fields = _with_system(_in_one_form(shape, fields, given), given)
             tools = _tools(given.get("tools"))
         except ValueError as error:
             problems = [str(error)]
@@ -241,6 +241,30 @@ def _in_one_form(shape: Shape, fields: dict[str, Any], given: Mapping[str, Any])
     if len(fields) == 1:
         return {"messages": next(iter(fields.values()))}
     return fields if "chosen" in fields else dict(zip(("prompt", "completion"), fields.values(), strict=True))
+
+
+def _with_system(fields: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a `Record` with the text that the column `system` has beside them as their first message.
+
+    Raises `ValueError` for that and other columns that change what is learned, and cannot be taken into account.
+    """
+    mask, system = given.get("mask"), given.get("system")
+    if "instruction" in given and given.get("history"):
+        raise ValueError("history: is not read; write all turns as messages")
+    if "conversations" in given and isinstance(mask, str) and SHARE_GPT_ROLES.get(mask, mask) != "user":
+        raise ValueError(f"mask: is {mask!r}; allowed: User, because only answers are learned")
+    if not system:
+        return fields
+    name, first = next(iter(fields.items()))
+    if not isinstance(system, str):
+        raise ValueError(f"system: is a {type(system).__name__}; allowed: text")
+    if isinstance(first, str):
+        raise ValueError(f"system: has no place beside {name} that is text; write messages, or put it into {name}")
+    if first and first[0]["role"] in ("system", "developer"):
+        if first[0]["content"] == system:
+            return fields
+        raise ValueError(f"system: is another text than that of the {first[0]['role']} message; give one of them")
+    return {**fields, name: [{"role": "system", "content": system}, *first]}
 
 
 def _refuse_empty(answers: Mapping[str, Any]) -> None:
