@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal
 
 from fiddlehead import notebook
@@ -258,8 +259,11 @@ def plan(
     The plan's `problems` list what is wrong.
 
     Raises:
-        ConfigError: no such GPU is known.
+        ConfigError: no such GPU is known, or `recipe` is not a `Recipe`.
     """
+    if not isinstance(recipe, Recipe):  # such as a function that makes one
+        called = f"; call it: {recipe.__name__}()" if isinstance(recipe, FunctionType) else ""
+        raise ConfigError(Problem("", message=f"a {type(recipe).__name__} is not a Recipe{called}"))
     target = target_of(target)
     try:
         executor = accepted(executor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 import fiddle as fdl
@@ -37,5 +38,6 @@ def accepted(given: Any) -> Executor | None:
     ):
         return HandedExecutor.of_nemo_run(given)
     name = f"{type(given).__module__}.{type(given).__name__}"
-    message = f"a {name} is not an executor; use one of fiddlehead.launch, or one of NeMo-Run's"
+    called = f"; call it: {given.__name__}()" if isinstance(given, FunctionType) else ""
+    message = f"a {name} is not an executor{called}; use one of fiddlehead.launch, or one of NeMo-Run's"
     raise ConfigError(Problem("", message=message))

@@ -249,3 +249,23 @@ def test_whole_numbers_are_refused_with_every_reason() -> None:
     with pytest.raises(ConfigError) as error:
         attend(q, q, q)
     assert all(f"{name}: " in str(error.value) for name in BACKENDS)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa_flash", "flex"])
+@pytest.mark.parametrize(
+    ("queries", "keys", "causal"), [(0, 0, True), (0, 0, False), (0, 4, True), (0, 4, False), (4, 0, False)]
+)
+def test_no_queries_or_no_keys_give_zeros(backend: str, queries: int, keys: int, causal: bool) -> None:
+    """PyTorch's kernels divide by their number; the process ended with a floating point exception."""
+    q = torch.randn(2, queries, 4, 8, requires_grad=True)
+    k, v = (torch.randn(2, keys, 2, 8, requires_grad=True) for _ in range(2))
+    out = attend(q, k, v, causal=causal, backend=backend)
+    assert torch.equal(out, torch.zeros_like(q))
+    out.sum().backward()
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in (q, k, v))
+
+
+def test_packed_sequences_may_have_no_tokens() -> None:
+    q, k = torch.randn(0, 4, 8), torch.randn(0, 2, 8)
+    borders = torch.zeros(1, dtype=torch.int32)
+    assert attend(q, k, k, cu_seqlens_q=borders, max_seqlen_q=0).shape == (0, 4, 8)

@@ -219,6 +219,10 @@ def test_gpus_are_asked_for_as_the_recipe_needs_them():
 
 
 def test_what_is_no_executor_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"^a function is not a Recipe; call it: tiny_test\(\)$"):
+        plan(tiny_test)
+    with pytest.raises(ConfigError, match=r"^a builtins.function is not an executor; call it: local\(\); use one of"):
+        launch(tiny_test(), local)
     with pytest.raises(ConfigError, match=r"^a builtins.str is not an executor; use one of fiddlehead.launch, or"):
         launch(tiny_test(), "local")
 

@@ -172,9 +172,14 @@ def backend_for(call: Call, device: torch.device, backend: str) -> tuple[Attenti
         if len(_chosen) >= 4096:  # a decoder's keys grow with each token
             _chosen.clear()
         spec = AttentionSpec(**spec_fields(call))
-        served_by = BACKENDS[_serving(spec, device, backend, _shape(call, spec))]
-        found = _chosen[key] = spec, served_by, spec.has_extras
+        name = "reference" if _is_empty(call) else _serving(spec, device, backend, _shape(call, spec))
+        found = _chosen[key] = spec, BACKENDS[name], spec.has_extras
     return found
+
+
+def _is_empty(call: Call) -> bool:
+    """Whether there are no queries, or no keys: PyTorch's kernels for CPUs divide by them, which ends the process."""
+    return 0 in call.q[:-2] or (0 in call.k[:-2] and not call.page_size)
 
 
 def _choose_while_tracing(call: Call, device: torch.device, backend: str) -> tuple[AttentionSpec, Backend, bool]:

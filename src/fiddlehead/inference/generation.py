@@ -200,6 +200,8 @@ def _continuations(
     """Yields the next token of every sequence, as long as the longest is within the model's `seq_length`."""
     config, weight = model.config, model.embedding.weight
     vocab_size = config.vocab_size or 0
+    if not (is_whole(max_new_tokens) and max_new_tokens >= 0):
+        raise ConfigError(Problem("max_new_tokens", max_new_tokens, "must be a whole number of 0 or more"))
     for prompt in prompts:
         if not prompt or not all(0 <= token < vocab_size for token in prompt):
             raise ConfigError(

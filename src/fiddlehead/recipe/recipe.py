@@ -95,7 +95,8 @@ class Recipe(fdl.Partial):
         try:
             text = read_text(user_path(path), MAX_TEXT)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{path} cannot be read: {reason}") from error
         return cls.from_yaml(text, allow=(*allow, *trust.names(user_path(path), text)), source=str(path))
 
     def names_to_allow(self) -> list[str]:
