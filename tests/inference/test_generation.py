@@ -102,9 +102,9 @@ def test_a_prompt_that_the_model_cannot_read_is_refused(model: Transformer, prom
 
 @pytest.mark.parametrize("tokens", [-1, 2.5, "3", True])
 def test_a_number_of_tokens_that_cannot_be_is_refused(model: Transformer, tokens: Any) -> None:
-    with pytest.raises(ConfigError, match="^max_new_tokens=.*must be a whole number of 0 or more"):
+    with pytest.raises(ConfigError, match=r"^max_new_tokens=.*must be a whole number of 0 or more"):
         list(sample(model, [1], tokens))
-    with pytest.raises(ConfigError, match="^max_new_tokens="):
+    with pytest.raises(ConfigError, match=r"^max_new_tokens="):
         sample_batch(model, [[1]], tokens, Sampling())
 
 

@@ -312,6 +312,38 @@ def test_wandb_without_a_key_records_offline_and_asks_nothing(
     assert logged["train/loss"] == pytest.approx(expected)
 
 
+def test_runs_of_one_process_are_runs_of_their_own_in_wandb(pretrain: Pretrain, no_key: None, tmp_path: Path) -> None:
+    """As in a notebook; the second one's metrics were written into the first one's run."""
+    wandb = pytest.importorskip("wandb")
+    runs = [RunDirectory(tmp_path / "runs" / name) for name in "ab"]
+    for run in runs:
+        run.path.mkdir(parents=True)
+        run.recipe.write_text(RECIPE)
+        pretrain(wandb=True, name=run.name, max_steps=4)
+        assert wandb.run is None
+    wandb.teardown()  # waits for its service, which may still be writing
+    for run in runs:
+        (folder,) = (run.path / "wandb").glob("offline-run-*")
+        assert folder.name.endswith(run.wandb_id)
+        assert max(read_wandb(folder).history.steps) == 4
+
+
+def test_a_run_of_wandb_s_that_a_user_has_begun_is_not_written_into(
+    pretrain: Pretrain, no_key: None, tmp_path: Path
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    path = tmp_path / "runs" / "run"
+    path.mkdir(parents=True)
+    RunDirectory(path).recipe.write_text(RECIPE)
+    wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True))
+    try:
+        with pytest.raises(ConfigError, match=r"^log\.wandb=True: a W&B run is in progress in this process"):
+            pretrain(wandb=True)
+    finally:
+        wandb.finish()
+        wandb.teardown()
+
+
 def test_the_wandb_id_is_the_run_s(tmp_path: Path) -> None:
     first, second = RunDirectory(tmp_path / "a"), RunDirectory(tmp_path / "b")
     for run in (first, second):

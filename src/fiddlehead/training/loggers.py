@@ -157,7 +157,10 @@ class Log:
         from lightning.pytorch.loggers import WandbLogger
 
         class Surviving(WandbLogger):
-            """Continues without W&B when its service has ended, for example on a scheduler's SIGTERM."""
+            """Continues without W&B when its service has ended, for example on a scheduler's SIGTERM.
+
+            Its run in W&B ends with the training: the next one in this process would be written into it.
+            """
 
             lost = False
             begun = False
@@ -175,11 +178,22 @@ class Log:
                     self.lost = True
                     say(f"WARNING: W&B records no more of this attempt ({error!r}); metrics.csv has all")
 
+            def finalize(self, status: str) -> None:
+                super().finalize(status)
+                if self._experiment is not None and not self.lost:
+                    try:
+                        self.experiment.finish(exit_code=0 if status == "success" else 1)
+                    except Exception as error:
+                        say(f"WARNING: W&B did not end its run ({error!r}); metrics.csv has all")
+
         mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
         if mode == "offline":
             say(f"W&B has no API key here: recording offline. Later: fiddlehead runs sync {run.name}")
         import wandb
 
+        if wandb.run is not None and is_rank_zero():
+            message = "a W&B run is in progress in this process and would get the metrics; end it with wandb.finish()"
+            raise ConfigError(Problem("log.wandb", True, message))
         logger = Surviving(
             project=self.wandb_project,
             entity=self.wandb_entity,
