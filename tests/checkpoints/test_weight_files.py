@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fiddlehead.checkpoints.huggingface.convert import export_checkpoint, find_checkpoint, import_checkpoint
 from fiddlehead.checkpoints.huggingface.files import HuggingFaceCheckpoint
+from fiddlehead.checkpoints.safetensors_files import read_header
 from fiddlehead.checkpoints.weights import find_weights
 from fiddlehead.errors import ConfigError
 from tests.models.hf_families import random_model, transformers
@@ -196,3 +197,11 @@ def test_what_is_exported_does_not_ask_for_the_files_that_were_imported(saved: P
     expected = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
     found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_pointer_of_git_lfs_is_named_as_what_it_is(tmp_path: Path) -> None:
+    """It is what `git clone` leaves without git-lfs."""
+    file = tmp_path / "model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4cac19622fc3ada9\nsize 988097824\n")
+    with pytest.raises(ConfigError, match=r"is a pointer of Git LFS; `git lfs pull` fetches the file$"):
+        read_header(file)

@@ -132,7 +132,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """
     try:
         size = file.stat().st_size
-        length = int.from_bytes(read_start(file, 8), "little")
+        begin = read_start(file, 8)
+        if begin == b"version ":
+            raise ValueError("it is a pointer of Git LFS; `git lfs pull` fetches the file")
+        length = int.from_bytes(begin, "little")
         if length > size - 8:
             raise ValueError("its header is cut short")
         header = parse_json(read_start(file, 8 + length)[8:], strict=True)
