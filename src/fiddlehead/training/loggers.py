@@ -192,7 +192,10 @@ class Log:
         import wandb
 
         if wandb.run is not None and is_rank_zero():
-            message = "a W&B run is in progress in this process and would get the metrics; end it with wandb.finish()"
+            message = (
+                "a W&B run is in progress in this process and would get the metrics; end it with wandb.finish(), or to "
+                "write into it set log.wandb=False, log.loggers=[fdl.Config(lightning.pytorch.loggers.WandbLogger)]"
+            )
             raise ConfigError(Problem("log.wandb", True, message))
         logger = Surviving(
             project=self.wandb_project,
