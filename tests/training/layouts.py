@@ -15,8 +15,8 @@ from fiddlehead.training import Muon, Parallel
 from tests.training.conftest import KillAfter, Killed, make_parts, rows
 from tests.training.ranks import on_ranks
 
-TRAINED = {"max_steps": 12, "global_batch_size": 16, "micro_batch_size": 2, "val_check_interval": 6}
-TRAINED |= {"every_n_steps": 6}
+TRAINED = {"max_steps": 6, "global_batch_size": 16, "micro_batch_size": 2, "val_check_interval": 3}
+TRAINED |= {"every_n_steps": 3}
 _TWICE: dict[str, Any] = {"pipeline_parallel": 2, "pipeline_stages_per_rank": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "1": (1, {}),

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-PRELOADED = ["fiddlehead.tasks", "tests.training.conftest"]
+PRELOADED = ["fiddlehead.tasks", "omegaconf", "tests.training.conftest", "tokenizers", "torch.distributed.pipelining"]
 
 
 def on_ranks(count: int, function: Callable[..., Any], *arguments: Any, **named: Any) -> list[Any]:

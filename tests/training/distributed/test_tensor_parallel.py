@@ -127,7 +127,7 @@ def test_frozen_weights_are_in_bfloat16_as_on_one_device(
     for _, fsdp, dtypes in on_two(dataset, tmp_path / "start", {"tensor_parallel": 2}, **changes):
         assert not fsdp and dtypes == {(True, torch.float32), (False, torch.bfloat16)}
     alone = train("1", dataset, tmp_path / "one", **changes)
-    train("tp-2", dataset, tmp_path, killed_after=8, **changes)
+    train("tp-2", dataset, tmp_path, killed_after=4, **changes)
     run = train("tp-2", dataset, tmp_path, **changes)
     torch.testing.assert_close(losses(run)[:, 0], losses(alone)[:, 0], rtol=5e-3, atol=0)
 

@@ -59,17 +59,17 @@ def test_checkpoints_are_the_same_and_runs_go_on_from_either(
 def train_offloaded(*arguments: Any, **changes: Any) -> None:
     taken = offload()
     train_here(*arguments, **changes)
-    assert len(taken) >= 4
+    assert len(taken) >= 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp-2", *(pytest.param(x, marks=LONG) for x in ("fsdp-2-tp-2", "pp-2-fsdp-2"))])
 def test_ranks_save_and_read_their_shards(dataset: Path, tmp_path: Path, layout: str) -> None:
     devices, strategy = LAYOUTS[layout]
-    changes = TRAINED | {"devices": devices, "precision": "bf16-true", "every_n_steps": 4}
+    changes = TRAINED | {"devices": devices, "precision": "bf16-true", "every_n_steps": 2}
     on_ranks(devices, train_here, strategy, dataset, tmp_path, name="whole", **changes)
-    for train, killed_after in ((train_offloaded, 5), (train_here, 9), (train_offloaded, None)):
+    for train, killed_after in ((train_offloaded, 3), (train_here, 5), (train_offloaded, None)):
         on_ranks(devices, train, strategy, dataset, tmp_path, killed_after, name="switched", **changes)
-    for step in (4, 8, 12):
+    for step in (2, 4, 6):
         folders = [tmp_path / name / "checkpoints" / f"step-{step:08d}" for name in ("whole", "switched")]
         assert tensors_of(folders[0]) == tensors_of(folders[1])
