@@ -486,7 +486,7 @@ def test_compiled_serves_other_lengths_by_the_same_graph(name: str, package: Sta
 def test_operators_are_what_they_say(name: str, package: StandIn) -> None:
     """Schema, fake tensors, gradients and tracing, by PyTorch's own checks."""
     operators = torch.ops.fiddlehead
-    for s, extras, inputs in cases(name):
+    for s, extras, inputs in cases(name)[2:]:  # the first two differ from the third in numbers alone
         borders = (extras.cu_seqlens_q, extras.cu_seqlens_k)
         numbers = (3, 3, s.causal, *s.window_size, s.softcap, 0.0, SCALE, s.deterministic)
         call = (*borders, extras.alibi_slopes, extras.sinks, None, None, *numbers)

@@ -108,7 +108,7 @@ TILED = ("multi-query", "sinks", "biases", "projection norms")
 """Models whose feed-forward several processes compute in tiles."""
 RECOMPUTED = ("odd heads", "few heads")
 """Models whose layers several processes compute again."""
-STEPS = 20
+STEPS = 6
 B, T = 4, 16
 
 

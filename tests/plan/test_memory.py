@@ -238,7 +238,7 @@ def kept_and_counted(changes: dict[str, Any], setting: Setting, monkeypatch: pyt
     return found, ended.activations - last_norm + ended.copies
 
 
-@pytest.mark.parametrize("changes", [{}, {"norm_placement": "post"}, {"ffn_hidden_size": 56}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"norm_placement": "post", "ffn_hidden_size": 56}], ids=str)
 @pytest.mark.parametrize("recompute", [None, "full"])
 @pytest.mark.parametrize("adapters", [False, True], ids=["", "adapters"])
 def test_with_kernels_for_the_feed_forward_layers_keep_what_is_counted(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,21 @@ from fiddlehead.models import LoRA, Transformer, nf4
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training import LanguageModel, Log, Parallel, PreferenceModel
 from fiddlehead.training.preference import answer_log_probabilities
+from tests.conftest import once
 from tests.training.conftest import KillAfter, Killed, Parts, make_parts, rows
 from tests.training.ranks import on_ranks
 from tests.training.test_language_model import Probe
 
 
 @pytest.fixture
-def base(parts: Parts) -> RunDirectory:
-    return tasks.pretrain(**parts(name="base", max_steps=100, val_check_interval=100))
+def base(dataset: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A copy of the run that all tests begin with."""
+
+    def train(runs: Path) -> None:
+        tasks.pretrain(**make_parts(dataset, runs, name="base", max_steps=100, val_check_interval=100))
+
+    trained = once(tmp_path_factory, "base-of-tuning", train) / "base"
+    return RunDirectory(shutil.copytree(trained, tmp_path / "runs" / "base"))
 
 
 @pytest.fixture
