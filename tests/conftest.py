@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
+from lightning.fabric.utilities import registry
 
 from tests.macs import a_mac as a_mac
 from tests.start import sitecustomize
@@ -27,6 +29,9 @@ if START not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
 # threads of OpenMP wait for each other in loops. Those that tests start have it from the environment.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# For each trainer, Lightning reads what all installed packages say of themselves: most of what making one takes.
+registry.entry_points = functools.cache(registry.entry_points)
 
 # No deadline: the first example of a property pays for what torch sets up lazily.
 settings.register_profile("fiddlehead", deadline=None, derandomize=True, max_examples=50)

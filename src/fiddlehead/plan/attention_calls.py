@@ -56,13 +56,16 @@ class Calls:
         """
         for name, training in self.passes:
             alike: dict[tuple[AttentionSpec, tuple[int, ...]], list[int]] = {}
+            kinds: dict[tuple[tuple[int, int], bool], dict[AttentionSpec, list[int]]] = {}
             for layer in range(self.config.num_layers):
                 gradients = name == TRAINING and layer >= self.without_gradients
-                lengths: dict[AttentionSpec, list[int]] = {}
-                for length in self._lengths():
-                    for spec in dict.fromkeys(self._of_layer(layer, length, training, gradients)):
-                        lengths.setdefault(spec, []).append(length)
-                for spec, those in lengths.items():
+                kind = self.config.window(layer), gradients  # all in which the calls of layers differ
+                if kind not in kinds:
+                    lengths = kinds[kind] = {}
+                    for length in self._lengths():
+                        for spec in dict.fromkeys(self._of_layer(layer, length, training, gradients)):
+                            lengths.setdefault(spec, []).append(length)
+                for spec, those in kinds[kind].items():
                     alike.setdefault((spec, tuple(those)), []).append(layer)
             for (spec, those), layers in sorted(alike.items(), key=lambda call: -call[0][1][0]):
                 yield name, spec, tuple(layers), those
