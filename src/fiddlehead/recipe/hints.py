@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 import sys
@@ -123,7 +124,13 @@ def describe(hint: Any) -> str:
 
 
 def _signature(function: Any) -> inspect.Signature:
-    return inspect.signature(typing.get_origin(function) or function)
+    function = typing.get_origin(function) or function
+    # Only what cannot be equal to another: it is asked for again for each parameter.
+    known = isinstance(function, (type, types.FunctionType))
+    return _known_signature(function) if known else inspect.signature(function)
+
+
+_known_signature = functools.lru_cache(maxsize=256)(inspect.signature)
 
 
 def _annotated(function: Any) -> list[Any]:
