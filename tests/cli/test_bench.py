@@ -15,6 +15,7 @@ from fiddlehead.cli import main
 from fiddlehead.errors import ConfigError
 from fiddlehead.recipes import finetune, tiny
 from fiddlehead.run.prediction import Prediction
+from tests import warm
 
 Command = Callable[..., tuple[str, str]]
 
@@ -36,6 +37,8 @@ FIGURES = {
 def bench(working_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Types `fiddlehead bench ...` in an empty directory; what it printed on stdout and on stderr."""
     monkeypatch.setenv("COLUMNS", "200")
+    for name, value in warm.everywhere().items():
+        monkeypatch.setenv(name, value)
 
     def command(*arguments: str, rc: int = 0) -> tuple[str, str]:
         monkeypatch.setattr(sys, "argv", ["fiddlehead", "bench", *arguments])
