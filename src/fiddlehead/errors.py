@@ -34,6 +34,12 @@ UNSET: Any = _Unset()
 """The value of `Problem.given` if no value was given, or if it is not worth repeating."""
 
 
+def kind_in_json(value: Any) -> str:
+    """What a value of a JSON file is, in JSON's words: "a number", "null" and so on."""
+    kinds = {str: "text", list: "a list", dict: "an object", bool: str(value).lower(), type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
 class Problem(str):
     """One thing that is wrong with a user's input; as text, it is the line that the user reads.
 

@@ -76,6 +76,7 @@ def test_more_layers_than_there_are_is_refused_in_twenty_lines(llama: Path) -> N
     [
         ({"model_type": "lama"}, "model_type='lama': unknown family 'lama'; did you mean 'llama'?"),
         ({"model_type": "mamba"}, "unknown family 'mamba'"),
+        ({"model_type": None}, "model_type=None: names no family of models; set it to one of llama, "),
         ({"hidden_act": "relu"}, "hidden_act='relu': must be 'silu'"),
         ({"attention_bias": True}, "attention_bias=True: must be the same as mlp_bias=False"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "unknown kind of rotary positions 'dynamic'"),

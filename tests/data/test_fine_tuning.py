@@ -212,7 +212,7 @@ def test_a_conversation_in_a_folder_of_nemo_has_the_chat_template(tmp_path: Path
     ("row", "options", "said"),
     [
         ({"input": "a"}, {"prompt_template": "{input} {output}"}, r"a\.jsonl:1: needs the fields input, output; and"),
-        ({"input": "a", "output": 4}, {"prompt_template": "{input} {output}"}, "output: is a int; prompt_template"),
+        ({"input": "a", "output": 4}, {"prompt_template": "{input} {output}"}, "output: is a number; prompt_template"),
         ({"input": "a", "output": " "}, {"prompt_template": "{input} {output}"}, "output: is empty"),
         (COMPLETION, {"prompt_template": "{input"}, "prompt_template='{input': must end with the field"),
         (COMPLETION, {"prompt_template": "{a} {b}", "preference": True}, "pairs of answers have none"),

@@ -62,7 +62,7 @@ def test_an_array_is_read_and_its_elements_are_named_by_line(name: str, indent: 
         (b'[{"prompt": "a", "completion": "b"},\n]', "line 2, column 1"),
         (b'[{"prompt": "a", "completion": "b"}', "line 1: an element is followed by"),
         (b'[{"prompt": "a", "completion": "b"}] x', "line 1: something follows its end"),
-        (b'[{"prompt": "a", "completion": "b"},\n3]', "a.json:2: is a int, not an object with fields"),
+        (b'[{"prompt": "a", "completion": "b"},\n3]', "a.json:2: is a number, not an object with fields"),
         (b'[{"prompt": "a", "completion": "\\ud800"}]', "a.json:1: is not valid Unicode"),
         (b'[\n"\xff"]', "not UTF-8: byte 0xff"),
         (b"[" + b"[" * 100_000, "nested too deep"),

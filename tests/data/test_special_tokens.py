@@ -236,8 +236,8 @@ def test_files_that_name_no_token_are_refused(file: str, text: str, said: str, t
     [
         ([{"name": "rag", "template": "r"}], "chat_template has rag; one of them must be named default"),
         ({"rag": "r", "tool": "t"}, "chat_template has rag, tool; one of them must be named default"),
-        (5, "chat_template is a int; must be text, or named texts"),
-        ([{"name": "default", "template": 5}], "chat_template is a int; must be"),
+        (5, "chat_template is a number; must be text, or named texts"),
+        ([{"name": "default", "template": 5}], "chat_template is a number; must be"),
     ],
 )
 def test_an_invalid_template_is_refused(given: Any, said: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import typer
 
 from fiddlehead.cli.completion import complete_run
 from fiddlehead.cli.runs import DirOption
-from fiddlehead.errors import ConfigError, Problem, first_of, refuse
+from fiddlehead.errors import ConfigError, Problem, first_of, kind_in_json, refuse
 from fiddlehead.files.paths import user_path
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def _read_prompts(file: Path) -> dict[str, str]:
     is_json = known_suffix(file) in LINES_SUFFIXES and file.is_file()
     for place, values, problem in read_rows(file) if is_json else _text_rows(file):
         if not problem and not isinstance(values, dict):
-            problem = f"is a {type(values).__name__}, not an object with a prompt"
+            problem = f"is {kind_in_json(values)}, not an object with a prompt"
         elif not problem and not isinstance(values.get("prompt"), str):
             problem = f"needs a text prompt, and has {', '.join(values) or 'nothing'}"
         if problem:

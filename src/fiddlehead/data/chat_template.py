@@ -21,7 +21,7 @@ import psutil
 from fiddlehead.data import template_process
 from fiddlehead.data.special_tokens import SpecialTokens, read_settings
 from fiddlehead.data.template_process import MEMORY, WATCHED
-from fiddlehead.errors import ConfigError, Problem
+from fiddlehead.errors import ConfigError, Problem, kind_in_json
 
 Message = Mapping[str, Any]
 """`role` and `content`, and other fields that a template uses."""
@@ -64,7 +64,7 @@ class ChatTemplate:
         for each in (text, tool_use or ""):
             if not isinstance(each, str):
                 raise ConfigError(
-                    Problem.in_file(config, f"chat_template is a {type(each).__name__}; must be text, or named texts")
+                    Problem.in_file(config, f"chat_template is {kind_in_json(each)}; must be text, or named texts")
                 )
         return cls(text, SpecialTokens.read(folder).names, str(own if own.is_file() else config), tool_use)
 

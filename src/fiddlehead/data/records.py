@@ -12,7 +12,7 @@ from typing import Any
 from fiddlehead.data.chat_template import shared_length
 from fiddlehead.data.prompt_template import NEMO_TEMPLATE, PromptTemplate
 from fiddlehead.data.record_files import read_rows
-from fiddlehead.errors import ConfigError, Problem, first_of, nearest, refuse
+from fiddlehead.errors import ConfigError, Problem, first_of, kind_in_json, nearest, refuse
 from fiddlehead.files.foreign import parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -115,12 +115,12 @@ def _read_by_template(
     """As `_read`, of a row whose text the template makes."""
     shape = template.fields
     if not isinstance(values, dict):
-        return None, None, [f"is a {type(values).__name__}, not an object with fields"]
+        return None, None, [f"is {kind_in_json(values)}, not an object with fields"]
     given = {name: value for name, value in values.items() if value is not None}
     if not all(name in given for name in shape):
         return None, None, [_no_shape(list(given), [shape])]
     problems = [
-        f"{name}: is a {type(given[name]).__name__}; prompt_template needs text"
+        f"{name}: is {kind_in_json(given[name])}; prompt_template needs text"
         for name in shape
         if not isinstance(given[name], str)
     ]
@@ -132,7 +132,7 @@ def _read_by_template(
 def _read(where: str, values: Any, shapes: Sequence[Shape]) -> tuple[Shape | None, Record | None, list[str]]:
     """The shape and the record of a row, each None if it has none, and what is wrong with the row."""
     if not isinstance(values, dict):
-        return None, None, [f"is a {type(values).__name__}, not an object with fields"]
+        return None, None, [f"is {kind_in_json(values)}, not an object with fields"]
     given = {name: value for name, value in values.items() if value is not None}
     shape = next((shape for shape in shapes if all(name in given for name in shape)), None)
     if shape is None:
@@ -175,7 +175,7 @@ def _read_field(name: str, value: Any) -> tuple[Any, list[str]]:
         return messages, problems
     if not isinstance(value, str):
         allowed = "text" if name == "instruction" else "text, or a list of messages"
-        return value, [f"{name}: is a {type(value).__name__}; allowed: {allowed}"]
+        return value, [f"{name}: is {kind_in_json(value)}; allowed: {allowed}"]
     if name in ("messages", "conversations"):
         return value, [f"{name}: is text; allowed: a list of messages"]
     return value, []
@@ -202,7 +202,7 @@ def _read_message(message: Any) -> dict[str, Any]:
         text = _joined(text, f".{content}")
     calls = message.get("tool_calls")
     if not isinstance(text, str) and not (calls and text is None):
-        raise ValueError(f".{content}: is a {type(text).__name__}; allowed: text, or a list of text parts")
+        raise ValueError(f".{content}: is {kind_in_json(text)}; allowed: text, or a list of text parts")
     if who == "assistant" and not text and not calls:
         raise ValueError(f".{content}: is empty")
     if message.get("weight") not in (None, 0, 1):
@@ -257,7 +257,7 @@ def _with_system(fields: dict[str, Any], given: Mapping[str, Any]) -> dict[str, 
         return fields
     name, first = next(iter(fields.items()))
     if not isinstance(system, str):
-        raise ValueError(f"system: is a {type(system).__name__}; allowed: text")
+        raise ValueError(f"system: is {kind_in_json(system)}; allowed: text")
     if isinstance(first, str):
         raise ValueError(f"system: has no place beside {name} that is text; write messages, or put it into {name}")
     if first and first[0]["role"] in ("system", "developer"):
@@ -316,5 +316,5 @@ def _tools(value: Any) -> list[Any] | None:
     if not value:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise ValueError(f"tools: is a {type(value).__name__}; allowed: a list of JSON schemas of functions")
+        raise ValueError(f"tools: is {kind_in_json(value)}; allowed: a list of JSON schemas of functions")
     return value

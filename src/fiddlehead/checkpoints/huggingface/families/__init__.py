@@ -55,7 +55,10 @@ def family_of(settings: Fields, where: str) -> Family:
     Raises:
         ConfigError: the family is unknown.
     """
-    model_type = str(settings.get("model_type"))
+    if settings.get("model_type") is None:
+        message = f"names no family of models; set it to one of {', '.join(FAMILIES)}"
+        raise ConfigError(Problem.in_file(where, Problem("model_type", None, message)))
+    model_type = str(settings["model_type"])
     if model_type not in FAMILIES:
         raise ConfigError(Problem.in_file(where, Problem.unknown("model_type", model_type, "family", FAMILIES)))
     return FAMILIES[model_type]
