@@ -12,7 +12,7 @@ from pathlib import Path
 
 import fiddle as fdl
 import pytest
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
 
 from fiddlehead.cli.common import configure_executor
 from fiddlehead.errors import ConfigError
@@ -526,3 +526,20 @@ class Mine(AdamW):
 
     def __init__(self, note: Resumable[str] = "", other: int = 0, **settings: float) -> None:
         super().__init__(**settings)
+
+
+def test_what_lightning_refuses_of_callbacks_is_a_problem_and_a_bug_of_a_users_is_not() -> None:
+    recipe = tiny_test()
+    recipe.trainer.callbacks += [fdl.Config(EarlyStopping, monitor="val_loss") for _ in range(2)]
+    (problem,) = plan(recipe).problems
+    assert problem.startswith("trainer: Trainer: Found more than one stateful callback of type `EarlyStopping`")
+    recipe.trainer.callbacks[-1:] = [fdl.Config(Broken)]
+    with pytest.raises(RuntimeError, match="a bug"):
+        plan(recipe)
+
+
+class Broken(Callback):
+    """A part that cannot be made."""
+
+    def __init__(self) -> None:
+        raise RuntimeError("a bug")

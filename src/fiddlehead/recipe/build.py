@@ -60,8 +60,8 @@ class _Builder:
         except ConfigError as error:
             self._note(error, error.under(path).problems)
         except Exception as error:
-            # Lightning has its own exception for a wrong value. Any other exception is a bug, and passes through.
-            if not isinstance(error, (ValueError, TypeError)) and type(error).__name__ != "MisconfigurationException":
+            # Any other exception than those for a wrong value is a bug, and passes through.
+            if not isinstance(error, (ValueError, TypeError)) and not _is_lightnings(error):
                 raise
             self._note(error, [Problem(path, message=f"{name}: {error}")])
         return _Failed
@@ -78,6 +78,17 @@ class _Builder:
     def _note(self, error: Exception, problems: Sequence[str]) -> None:
         self.problems += problems
         self.cause = self.cause or error
+
+
+def _is_lightnings(error: Exception) -> bool:
+    """Whether it is what Lightning raises for wrong values: an exception of its own, or a RuntimeError."""
+    if type(error).__name__ == "MisconfigurationException":
+        return True
+    where = error.__traceback__
+    while where is not None and where.tb_next is not None:
+        where = where.tb_next
+    module = "" if where is None else str(where.tb_frame.f_globals.get("__name__"))
+    return type(error) is RuntimeError and module.startswith("lightning.")
 
 
 def _path_str(path: daglish.Path) -> str:
