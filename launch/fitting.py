@@ -17,6 +17,7 @@ from fiddlehead.launch.executor import Executor, gpus_here
 from fiddlehead.numbers import is_whole
 from fiddlehead.recipe import Recipe
 from fiddlehead.recipe.leaves import name_of
+from fiddlehead.recipe.mistyped import mistyped
 
 GPU = ("gpu", "cuda")
 _SETTINGS = {
@@ -26,9 +27,9 @@ _SETTINGS = {
 """The arguments of a recipe's parts that a launch reads, and partly sets."""
 
 
-def lacking_settings(recipe: Recipe) -> list[Problem]:
-    """A problem for each part that hides the arguments of Lightning's Trainer or of Log, which a launch reads."""
-    problems = []
+def setting_problems(recipe: Recipe) -> list[Problem]:
+    """Values of other types than their parts ask for; and parts that hide the arguments which a launch reads."""
+    problems = mistyped(recipe)
     for part, names in _SETTINGS.items():
         config = recipe.__arguments__.get(part)
         if isinstance(config, fdl.Config) and (hidden := [name for name in names if not hasattr(config, name)]):

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.launch.built import built
 from fiddlehead.launch.executor import Executor
-from fiddlehead.launch.fitting import fit_to_executor, missing_here
+from fiddlehead.launch.fitting import fit_to_executor, missing_here, setting_problems
 from fiddlehead.launch.target import card_of, target_of
 from fiddlehead.recipe import Recipe, catalog
 from fiddlehead.recipe.edits import apply_overrides
-from fiddlehead.recipe.mistyped import mistyped
 
 if TYPE_CHECKING:
     from fiddlehead.plan.cards import Card
@@ -31,7 +30,7 @@ def search(recipe: Recipe, executor: Executor | None = None, *, target: Card | s
     from fiddlehead.plan.cards import CARDS
     from fiddlehead.plan.training import search_layouts
 
-    refuse(mistyped(recipe))
+    refuse(setting_problems(recipe))
     card = target_of(target)
     fixed = recipe.clone() if card is not None and executor is None else fit_to_executor(recipe, executor)
     here = executor is None or not executor.ships_code

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import FunctionType
 from typing import TYPE_CHECKING, Any, Literal
 
 from fiddlehead import notebook
@@ -16,18 +15,17 @@ from fiddlehead.launch.built import built
 from fiddlehead.launch.executor import Executor
 from fiddlehead.launch.fitting import (
     fit_to_executor,
-    lacking_settings,
     missing_here,
     missing_nsys,
     missing_trackers,
     nsys_problems,
+    setting_problems,
     yielded,
 )
-from fiddlehead.launch.nemo.accept import accepted
+from fiddlehead.launch.nemo.accept import accepted, uncalled
 from fiddlehead.launch.taken import refuse_taken
 from fiddlehead.launch.target import card_of, target_of
 from fiddlehead.recipe import Recipe
-from fiddlehead.recipe.mistyped import mistyped
 from fiddlehead.run import RunDirectory
 
 if TYPE_CHECKING:
@@ -262,8 +260,7 @@ def plan(
         ConfigError: no such GPU is known, or `recipe` is not a `Recipe`.
     """
     if not isinstance(recipe, Recipe):  # such as a function that makes one
-        called = f"; call it: {recipe.__name__}()" if isinstance(recipe, FunctionType) else ""
-        raise ConfigError(Problem("", message=f"a {type(recipe).__name__} is not a Recipe{called}"))
+        raise ConfigError(Problem("", message=f"a {type(recipe).__name__} is not a Recipe{uncalled(recipe)}"))
     target = target_of(target)
     try:
         executor = accepted(executor)
@@ -271,7 +268,7 @@ def plan(
         return Plan(recipe, None, error.under("executor").problems)
     try:
         recipe.to_yaml()  # as a launch writes it
-        refuse([*mistyped(recipe), *lacking_settings(recipe)])
+        refuse(setting_problems(recipe))
         as_it_is = target is not None and executor is None
         fitted = recipe.clone() if as_it_is else fit_to_executor(recipe, executor)
     except ConfigError as error:

@@ -38,6 +38,10 @@ def accepted(given: Any) -> Executor | None:
     ):
         return HandedExecutor.of_nemo_run(given)
     name = f"{type(given).__module__}.{type(given).__name__}"
-    called = f"; call it: {given.__name__}()" if isinstance(given, FunctionType) else ""
-    message = f"a {name} is not an executor{called}; use one of fiddlehead.launch, or one of NeMo-Run's"
+    message = f"a {name} is not an executor{uncalled(given)}; use one of fiddlehead.launch, or one of NeMo-Run's"
     raise ConfigError(Problem("", message=message))
+
+
+def uncalled(given: Any) -> str:
+    """What to say of a function in the place of what it makes; "" for anything else."""
+    return f"; call it: {given.__name__}()" if isinstance(given, FunctionType) else ""

@@ -21,9 +21,10 @@ from fiddlehead.attention import Packages, Target
 from fiddlehead.attention.packages import CUDNN_OF_CUDA_BUILDS
 from fiddlehead.errors import ConfigError
 from fiddlehead.models import LoRA, Transformer, TransformerConfig, gated_mlp, nf4
+from fiddlehead.models.computation import Computation
 from fiddlehead.models.linear_cross_entropy import CHUNK_TOKENS
+from fiddlehead.models.mlp_choice import MlpChoice
 from fiddlehead.models.parallel import stages
-from fiddlehead.models.speed import compile_transformer, fuse_mlp, recompute_activations, tile_attention, tile_mlp
 from fiddlehead.plan import attention
 from fiddlehead.plan.activations import Setting
 from fiddlehead.plan.attention_calls import calls_of
@@ -210,16 +211,10 @@ def kept_and_counted(changes: dict[str, Any], setting: Setting, monkeypatch: pyt
     transformer = Transformer(config)
     if setting.adapters:
         LoRA(rank=1).apply(transformer.bfloat16())  # as weights that are not trained are in a run
-    if setting.tiled_mlp is not None:
-        tile_mlp(transformer, setting.tiled_mlp)
-    if setting.tiled_attention is not None:
-        tile_attention(transformer, setting.tiled_attention)
-    if setting.recompute is not None:
-        recompute_activations(transformer, setting.recompute)
-    if setting.fused_mlp:
-        monkeypatch.setattr(gated_mlp, "_product", defined_product)
-        fuse_mlp(transformer, "triton" if setting.adapters else "quack")
-    compile_transformer(transformer, "layers")
+    monkeypatch.setattr(gated_mlp, "_product", defined_product)
+    mlp = MlpChoice("torch" if not setting.fused_mlp else "triton" if setting.adapters else "quack")
+    tiles = {"tiled_mlp": setting.tiled_mlp, "tiled_attention": setting.tiled_attention}
+    Computation("layers", setting.recompute, **tiles).apply(transformer, mlp, gathers_float8=False)
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -178,7 +178,7 @@ def backend_for(call: Call, device: torch.device, backend: str) -> tuple[Attenti
 
 
 def _is_empty(call: Call) -> bool:
-    """Whether there are no queries, or no keys: PyTorch's kernels for CPUs divide by them, which ends the process."""
+    """Whether the call has no queries or no keys. PyTorch's kernels for CPUs then divide by 0, and the process ends."""
     return 0 in call.q[:-2] or (0 in call.k[:-2] and not call.page_size)
 
 

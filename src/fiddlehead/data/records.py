@@ -144,7 +144,9 @@ def _read(where: str, values: Any, shapes: Sequence[Shape]) -> tuple[Shape | Non
     tools = None
     if not problems:  # published data sets have other columns too, which are ignored
         try:
-            fields = _with_system(_in_one_form(shape, fields, given), given)
+            fields = _in_one_form(shape, fields, given)
+            _refuse_columns(given)
+            fields = _with_system(fields, given.get("system"))
             tools = _tools(given.get("tools"))
         except ValueError as error:
             problems = [str(error)]
@@ -243,16 +245,20 @@ def _in_one_form(shape: Shape, fields: dict[str, Any], given: Mapping[str, Any])
     return fields if "chosen" in fields else dict(zip(("prompt", "completion"), fields.values(), strict=True))
 
 
-def _with_system(fields: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a `Record` with the text that the column `system` has beside them as their first message.
-
-    Raises `ValueError` for that and other columns that change what is learned, and cannot be taken into account.
-    """
-    mask, system = given.get("mask"), given.get("system")
+def _refuse_columns(given: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for columns that would change what is learned, and are not read."""
+    mask = given.get("mask")
     if "instruction" in given and given.get("history"):
         raise ValueError("history: is not read; write all turns as messages")
     if "conversations" in given and isinstance(mask, str) and SHARE_GPT_ROLES.get(mask, mask) != "user":
         raise ValueError(f"mask: is {mask!r}; allowed: User, because only answers are learned")
+
+
+def _with_system(fields: dict[str, Any], system: Any) -> dict[str, Any]:
+    """The values of a `Record`, of which the text in the column `system` is the first message, if there is any.
+
+    Raises `ValueError` if it is not a text, or has no place in them.
+    """
     if not system:
         return fields
     name, first = next(iter(fields.items()))

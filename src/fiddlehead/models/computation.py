@@ -38,7 +38,7 @@ class Computation:
     mlp_backend: MlpBackend = "auto"
 
     def apply(self, transformer: Transformer, mlp: MlpChoice, *, gathers_float8: bool) -> None:
-        """Has the layers of a model computed so, before it is sharded; parameters and their names stay.
+        """Changes how the layers of a model are computed, before it is sharded; parameters and their names stay.
 
         Args:
             mlp: what computes the feed-forward.

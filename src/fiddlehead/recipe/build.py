@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,11 +85,8 @@ def _is_lightnings(error: Exception) -> bool:
     """Whether it is what Lightning raises for wrong values: an exception of its own, or a RuntimeError."""
     if type(error).__name__ == "MisconfigurationException":
         return True
-    where = error.__traceback__
-    while where is not None and where.tb_next is not None:
-        where = where.tb_next
-    module = "" if where is None else str(where.tb_frame.f_globals.get("__name__"))
-    return type(error) is RuntimeError and module.startswith("lightning.")
+    *_, (raised_in, _) = traceback.walk_tb(error.__traceback__)
+    return type(error) is RuntimeError and str(raised_in.f_globals.get("__name__")).startswith("lightning.")
 
 
 def _path_str(path: daglish.Path) -> str:

@@ -125,7 +125,7 @@ def describe(hint: Any) -> str:
 
 def _signature(function: Any) -> inspect.Signature:
     function = typing.get_origin(function) or function
-    # Only what cannot be equal to another: it is asked for again for each parameter.
+    # Kept, because it is asked for once for each parameter; other callables may be equal and differ in it.
     known = isinstance(function, (type, types.FunctionType))
     return _known_signature(function) if known else inspect.signature(function)
 
