@@ -85,6 +85,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 SPLIT: dict[str, tuple[int, list[str]]] = {
     "one GPU": (1, []),
     "tp 2": (2, ["trainer.strategy.tensor_parallel=2"]),
+    "tp 2, NCCL": (2, ["trainer.strategy.tensor_parallel=2", "trainer.strategy.tensor_parallel_overlap=False"]),
 }
 """Name to the number of GPUs and the edits of the split layers that are timed."""
 _PP = ["trainer.strategy.pipeline_parallel=2"]

@@ -89,9 +89,9 @@ def gpt3_175b() -> Recipe:
         global_batch_size=1536,
         lr=6e-5,
         num_nodes=64,
-        micro_batch_size=8,
-        activation_checkpointing="selective",
-        tensor_parallel=8,
+        micro_batch_size=12,
+        activation_checkpointing="full",
+        tensor_parallel=4,
     )
 
 

@@ -126,7 +126,7 @@ def llama3_70b_16k() -> Recipe:
 @model_recipe
 def llama3_70b_64k() -> Recipe:
     """Llama 3 70B on sequences of 65,536 tokens."""
-    return _longer(llama3_70b(), 65536, activation_checkpointing="selective", tensor_parallel=4, context_parallel=8)
+    return _longer(llama3_70b(), 65536, activation_checkpointing="full", tensor_parallel=4)
 
 
 @model_recipe
@@ -158,8 +158,9 @@ def llama31_405b() -> Recipe:
         lr=8e-05,
         global_batch_size=576,
         num_nodes=72,
-        activation_checkpointing="selective",
-        tensor_parallel=8,
+        micro_batch_size=4,
+        activation_checkpointing="full",
+        tensor_parallel=4,
     )
 
 

@@ -27,6 +27,7 @@ from fiddlehead.models.places import Documents
 from fiddlehead.models.ring import Ring
 from fiddlehead.models.speed import recompute_activations, tile_mlp
 from fiddlehead.training.distributed.gradients import global_norm, gradients_of
+from tests.models import file_peers
 
 SMALL: dict[str, Any] = {
     "num_layers": 2,
@@ -100,8 +101,11 @@ MESHES: dict[str, dict[str, int]] = {
     "ring=4": {"cp": 4},
     "ring=2 tp=2": {"cp": 2, "tp": 2},
     "fsdp over dp=2 ring=2": {"dp_shard": 2, "cp": 2},
+    "copies tp=2": {"tp": 2},
+    "copies tp=4": {"tp": 4},
+    "copies dp=2 tp=2": {"dp_shard": 2, "tp": 2},
 }
-"""Those with a ring pass keys and values on along "cp"."""
+"""Those with a ring pass keys and values on along "cp"; those with copies read from each other along "tp"."""
 PACKED = ("multi-query", "sinks", "window", "experts with biases", "odd heads", "few heads")
 """Models that are trained on documents kept apart."""
 TILED = ("multi-query", "sinks", "biases", "projection norms")
@@ -112,7 +116,7 @@ STEPS = 6
 B, T = 4, 16
 
 
-def compare(model_name: str, mesh_name: str) -> None:
+def compare(model_name: str, mesh_name: str, folder: Path) -> None:
     """Raises AssertionError unless several processes learn what one does."""
     sizes = MESHES[mesh_name]
     mesh = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
@@ -135,7 +139,9 @@ def compare(model_name: str, mesh_name: str) -> None:
         tile_mlp(split, 5)
     if model_name in RECOMPUTED:
         recompute_activations(split, "full")
-    parallelize(split, mesh, "ring" if "ring" in mesh_name else "auto")
+    if copies := mesh_name.startswith("copies"):
+        file_peers.connect(mesh, folder)
+    parallelize(split, mesh, "ring" if "ring" in mesh_name else "auto", copies=copies)
     layout = Layout(config, mesh)
     averaged: tuple[str, ...] = ()
     if mesh_name.startswith("fsdp"):
@@ -274,7 +280,7 @@ def main(rank: int, world_size: int, folder: Path, wanted: list[tuple[str, str]]
     for number, case in enumerate(wanted):
         said = ""
         try:
-            compare(*case) if case[0] != "attention alone" else compare_attention(world_size)
+            compare(*case, folder) if case[0] != "attention alone" else compare_attention(world_size)
         except Exception:
             said = traceback.format_exc()
         every: list[Any] = [None] * world_size

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,27 +21,35 @@ from fiddlehead.models.collectives import Group
 from fiddlehead.models.gated_mlp import gated_mlp as fused
 from fiddlehead.models.gated_mlp import small_errors, why_not
 from fiddlehead.models.speed import checkpointed
+from tests.models import file_peers
 from tests.training.ranks import on_ranks
 
 HOPPER, AMPERE = Target.gpu("h100"), Target.gpu("a100")
 CONFIG: dict[str, Any] = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100}
 
 
-def defined_product(x: torch.Tensor, w1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def given(results: tuple[torch.Tensor, torch.Tensor], outs: Sequence[torch.Tensor]) -> Any:
+    """The results, or `outs` with them."""
+    return tuple(out.copy_(result) for out, result in zip(outs, results, strict=True)) if outs else results
+
+
+def defined_product(x: torch.Tensor, w1: torch.Tensor, outs: Sequence[torch.Tensor] = ()) -> Any:
     """What quack's first product gives."""
     with torch.autocast(x.device.type, enabled=False):  # it is still on where an operator computes
         gate, up = (x.float() @ w1.float().T).chunk(2, dim=-1)
     before = torch.stack([gate, up], dim=-1).flatten(1)
-    return before.to(x.dtype), (F.silu(gate) * up).to(x.dtype)
+    return given((before.to(x.dtype), (F.silu(gate) * up).to(x.dtype)), outs)
 
 
-def defined_gradient(dy: torch.Tensor, w2: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def defined_gradient(
+    dy: torch.Tensor, w2: torch.Tensor, before: torch.Tensor, outs: Sequence[torch.Tensor] = ()
+) -> Any:
     """What quack's product with the output's gradient gives."""
     with torch.autocast(dy.device.type, enabled=False):
         gate, up, d = before[:, ::2].float(), before[:, 1::2].float(), dy.float() @ w2.float()
     s = gate.sigmoid()
     dbefore = torch.stack([d * up * s * (1 + gate * (1 - s)), d * gate * s], dim=-1).flatten(1)
-    return dbefore.to(dy.dtype), (gate * s * up).to(dy.dtype)
+    return given((dbefore.to(dy.dtype), (gate * s * up).to(dy.dtype)), outs)
 
 
 @pytest.fixture
@@ -73,10 +84,13 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-def shared(rows: tuple[int, int], C: int, width: int, dtype: torch.dtype) -> list[list[Any]]:
+def shared(rows: tuple[int, int], C: int, width: int, dtype: torch.dtype, folder: Path | None) -> list[list[Any]]:
     """This rank's part of the output, and of the gradients of x, w1 and w2."""
     dist.init_process_group("gloo")
-    group = Group.of(init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",)), "tp")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    group = replace(Group.of(mesh, "tp"), copies=folder is not None)
+    if folder is not None:
+        file_peers.connect(mesh, folder)
     rank, n = dist.get_rank(), dist.get_world_size()
     x, w1, w2 = tensors(*rows, C=C, width=width, dtype=dtype)
     own_w1 = torch.cat([part.chunk(n)[rank] for part in w1.detach().chunk(2)])
@@ -90,10 +104,13 @@ def shared(rows: tuple[int, int], C: int, width: int, dtype: torch.dtype) -> lis
         return [result.tolist() for result in (y.detach(), *torch.autograd.grad(y, inputs, dy))]
 
 
+@pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_processes_that_share_its_width_compute_their_parts_of_it(dtype: torch.dtype) -> None:
+def test_processes_that_share_its_width_compute_their_parts_of_it(
+    dtype: torch.dtype, copies: bool, tmp_path: Path
+) -> None:
     rows, C, width, n = (3, 10), 24, 56, 2
-    of_ranks = zip(*on_ranks(n, shared, rows, C, width, dtype), strict=True)
+    of_ranks = zip(*on_ranks(n, shared, rows, C, width, dtype, tmp_path if copies else None), strict=True)
     parts = [[torch.tensor(part) for part in each] for each in of_ranks]
     x, w1, w2 = (t.detach().double().requires_grad_() for t in tensors(*rows, C=C, width=width, dtype=dtype))
     y = plain(x, w1, w2)

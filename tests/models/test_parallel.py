@@ -38,11 +38,13 @@ from tests.models import parallel_ranks
 from tests.training.ranks import PRELOADED
 
 QUICK = [("sinks", "tp=2"), ("multi-query", "cp=2"), ("experts", "cp=2"), ("adapters", "tp=2"), ("dora", "tp=2")]
-QUICK += [("biases", "tp=2")]
+QUICK += [("biases", "tp=2"), ("biases", "copies tp=2"), ("adapters", "copies tp=2")]
 QUICK += [("odd heads", "ring=2"), ("attention alone", "ring=2")]
 THOROUGH = [
     *((model, "cp=2 tp=2") for model in ("grouped", "multi-query", "sinks", "projection norms", "window", "experts")),
     *((model, "tp=4") for model in ("multi-query", "biases", "projection norms")),
+    *((model, "copies tp=4") for model in ("multi-query", "projection norms", "dora")),
+    *((model, "copies dp=2 tp=2") for model in ("grouped", "window", "experts")),
     *((model, "cp=4") for model in ("multi-query", "sinks")),
     *((model, mesh) for model in ("adapters", "dora") for mesh in ("tp=4", "cp=4", "cp=2 tp=2")),
     *((model, "ring=4") for model in ("multi-query", "multi-head", "odd heads", "experts", "dora")),

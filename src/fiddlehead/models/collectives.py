@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
+from fiddlehead.models import peer_products
 from fiddlehead.models.autocast import product_dtype
 
 
@@ -27,6 +28,8 @@ class Group:
     """Other processes of the communicator `name`, before these; the next: after these. They only exchange with these
     processes by `_exchange`, in which all take part."""
     after: int = 0
+    copies: bool = False
+    """Whether they copy from the memories of each other's GPUs, instead of NCCL's kernels; see `peer_copies`."""
 
     @classmethod
     def of(cls, mesh: DeviceMesh, dim: str) -> Group:
@@ -222,12 +225,19 @@ class _LinearOfWhole(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: Group) -> Any:
         ctx.save_for_backward(x, weight)
         ctx.group = group
+        if group.copies:
+            y = peer_products.product_of_whole(x, weight, group.name, group.size)
+            return y if bias is None else y + bias
         return F.linear(end(start_gather(x, group)), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,), (x, weight), group = grads, ctx.saved_tensors, ctx.group
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_bias = grad.sum(dim=(0, 1)) if needs_bias else None
+        if group.copies:
+            needs = needs_x, needs_weight
+            return *peer_products.gradients_of_whole(x, weight, grad, group.name, group.size, *needs), grad_bias, None
         grad_x = grad_weight = whole = None
         if needs_weight:
             whole = start_gather(x, group)
@@ -237,7 +247,7 @@ class _LinearOfWhole(torch.autograd.Function):
             grad_weight = grad.flatten(0, 1).T @ end(whole).flatten(0, 1)
         if grad_x is not None:
             grad_x = end(grad_x)
-        return grad_x, grad_weight, grad.sum(dim=(0, 1)) if needs_bias else None, None
+        return grad_x, grad_weight, grad_bias, None
 
 
 class _LinearOfColumns(torch.autograd.Function):
@@ -245,12 +255,17 @@ class _LinearOfColumns(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, group: Group) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.group = group
+        if group.copies:
+            return peer_products.sum_of_products(x, weight, group.name, group.size)
         return end(start_reduce_scatter(F.linear(x, weight), group))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,), (x, weight), group = grads, ctx.saved_tensors, ctx.group
         needs_x, needs_weight, _ = ctx.needs_input_grad
+        if group.copies:
+            needs = needs_x, needs_weight
+            return *peer_products.gradients_of_sum(x, weight, grad, group.name, group.size, *needs), None
         whole = end(start_gather(grad, group))
         grad_x = whole @ weight if needs_x else None
         grad_weight = whole.flatten(0, 1).T @ x.flatten(0, 1) if needs_weight else None

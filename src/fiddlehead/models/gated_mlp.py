@@ -10,16 +10,18 @@ Shapes: N tokens, C hidden size, F feed-forward size.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 from fiddlehead.attention import Package, Target
-from fiddlehead.models import mlp_choice
+from fiddlehead.models import mlp_choice, peer_products
 from fiddlehead.models.autocast import product_dtype
 from fiddlehead.models.collectives import Group, end, start_gather, start_reduce_scatter
 from fiddlehead.models.config import TransformerConfig
+from fiddlehead.models.peer_copies import connected
 
 OLDEST = "0.6.5"
 """Of quack-kernels: no older one was tried."""
@@ -105,17 +107,27 @@ class _GatedMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, group: Group | None) -> torch.Tensor:
-        whole = x if group is None else end(start_gather(x, group))
-        before, activated = _product_op(whole.flatten(0, -2), w1)
+        if group is not None and group.copies:
+            before, activated = _peer_product_op(x.flatten(0, -2), w1, group.name, group.size)
+            y = peer_products.sum_of_products(activated, w2, group.name, group.size).view(x.shape)
+        else:
+            whole = x if group is None else end(start_gather(x, group))
+            before, activated = _product_op(whole.flatten(0, -2), w1)
+            y = (activated @ w2.T).view(whole.shape)
+            y = y if group is None else end(start_reduce_scatter(y, group))
         ctx.save_for_backward(x, w1, w2, before)
         ctx.group = group
-        y = (activated @ w2.T).view(whole.shape)
-        return y if group is None else end(start_reduce_scatter(y, group))
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (dy,), (x, w1, w2, before), group = grads, ctx.saved_tensors, ctx.group
         _, wants_w1, wants_w2, _ = ctx.needs_input_grad
+        if group is not None and group.copies:
+            given = x.flatten(0, -2), dy.flatten(0, -2), w1, w2, before
+            own, others, dw1, dw2 = _peer_gradients_op(*given, group.name, group.size, wants_w1, wants_w2)
+            dx = peer_products.end_sum(own, others).view(x.shape)
+            return dx, _deinterleaved(dw1) if wants_w1 else None, dw2 if wants_w2 else None, None
         if group is not None:
             dy = end(start_gather(dy, group))
             x = start_gather(x, group)  # while the next two products are computed
@@ -172,19 +184,89 @@ def _(
     return dy.new_empty(dy.shape[0], w1.shape[1]), before.new_empty(before.shape), activated
 
 
-def _product(x: torch.Tensor, w1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x @ w1.T`, (N, 2 F), with gate and up interleaved; and the activations, (N, F)."""
+# The same for processes that share F and copy from each other's memories, from the rows that this process has itself.
+@torch.library.custom_op(
+    "fiddlehead::peer_gated_product",
+    mutates_args=(),
+    schema="(Tensor x, Tensor w1, str group, int size) -> (Tensor before, Tensor activated)",
+)
+def _peer_product_op(x: torch.Tensor, w1: torch.Tensor, group: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    outs = _shapes_of_product(x, w1, group, size)
+    w1, parts = w1.contiguous(), list(zip(*(out.chunk(size) for out in outs), strict=True))
+    connected(group).gather_while(x.contiguous(), lambda each, rows: _product(rows, w1, parts[each]))
+    return outs
+
+
+@_peer_product_op.register_fake
+def _shapes_of_product(x: torch.Tensor, w1: torch.Tensor, group: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    N = size * x.shape[0]
+    return x.new_empty(N, w1.shape[0]), x.new_empty(N, w1.shape[0] // 2)
+
+
+@torch.library.custom_op(
+    "fiddlehead::peer_gated_gradients",
+    mutates_args=(),
+    schema="(Tensor x, Tensor dy, Tensor w1, Tensor w2, Tensor before, str group, int size, bool of_w1, bool of_w2)"
+    " -> (Tensor own, Tensor others, Tensor dw1, Tensor dw2)",
+)
+def _peer_gradients_op(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    before: torch.Tensor,
+    group: str,
+    size: int,
+    of_w1: bool,
+    of_w2: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `end_sum` turns into the gradient of x, and the gradients of w1, interleaved, and of w2."""
+    peers = connected(group)
+    dbefore, activated = torch.empty_like(before), before.new_empty(before.shape[0], before.shape[1] // 2)
+    parts = list(zip(*(each.chunk(size) for each in (before, dbefore, activated)), strict=True))
+
+    def compute(each: int, rows: torch.Tensor) -> None:
+        before, *outs = parts[each]
+        _gradient(rows, w2, before, outs)
+
+    dy = peers.gather_while(dy.contiguous(), compute, keep=of_w2)
+    gathering = peers.gather(x.contiguous()) if of_w1 else None
+    own, others = peers.start_sum(dbefore, _interleaved(w1))
+    dw2 = dy.T @ activated if of_w2 else w2.new_empty(0)
+    return own, others, w1.new_empty(0) if gathering is None else dbefore.T @ gathering.end(), dw2
+
+
+@_peer_gradients_op.register_fake
+def _(
+    x: torch.Tensor,
+    dy: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    before: torch.Tensor,
+    group: str,
+    size: int,
+    of_w1: bool,
+    of_w2: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dw1, dw2 = (each.new_empty(each.shape if wanted else 0) for each, wanted in ((w1, of_w1), (w2, of_w2)))
+    return x.new_empty(x.shape), x.new_empty(x.shape), dw1, dw2
+
+
+def _product(x: torch.Tensor, w1: torch.Tensor, outs: Sequence[torch.Tensor] = ()) -> Any:
+    """`x @ w1.T`, (N, 2 F), with gate and up interleaved; and the activations, (N, F). `outs`: where they are to be."""
     quack = importlib.import_module("quack.gemm_interface")
     config = _kernel(tile_m=192, cluster_n=2)
+    given = dict(zip(("preact_out", "postact_out"), outs, strict=False))
     # "B": the kernel reads the rows of gate and up where they are.
-    return quack.gemm_gated(x, w1.T, activation="swiglu", config=config, concat_layout=("B",))
+    return quack.gemm_gated(x, w1.T, activation="swiglu", config=config, concat_layout=("B",), **given)
 
 
-def _gradient(dy: torch.Tensor, w2: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of `before`, (N, 2 F), interleaved as it is; and the activations again, (N, F)."""
+def _gradient(dy: torch.Tensor, w2: torch.Tensor, before: torch.Tensor, outs: Sequence[torch.Tensor] = ()) -> Any:
+    """The gradient of `before`, (N, 2 F), interleaved as it is; and the activations again, (N, F). `outs`: as above."""
     quack = importlib.import_module("quack.gemm_interface")
     config = _kernel(tile_m=128, cluster_n=2)
-    return quack.gemm_dgated(dy, w2, before, activation="swiglu", config=config, dynamic_scheduler=False)
+    given = dict(zip(("dx_out", "postact_out"), outs, strict=False))
+    return quack.gemm_dgated(dy, w2, before, activation="swiglu", config=config, dynamic_scheduler=False, **given)
 
 
 @lru_cache

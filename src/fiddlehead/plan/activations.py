@@ -18,6 +18,8 @@ class Setting:
 
     tokens: int
     """Of a micro-batch, in whole sequences."""
+    sequences: int = 1
+    """Of a micro-batch."""
     precision: str = "bf16-mixed"
     compiled: bool = True
     recompute: Recompute | None = None
@@ -45,6 +47,8 @@ class Setting:
     sizes: Sizes | None = None
     """The ranks of `Parallel`; None if each rank has all parameters."""
     reshard_after_forward: bool = True
+    overlaps: bool = False
+    """Ranks that share layers copy from the memories of each other's GPUs while they compute."""
     ring: int = 1
     """Parts of a sequence whose keys and values go round between the ranks that share it."""
     by_flex: float = 0.0
@@ -179,13 +183,19 @@ class _Layer:
         # the products alone, their outputs instead of the norms'; with norms before and after all but the middle.
         streams = 5 if self.config.norm_placement == "both" else 4
         feed_forward = self.b * (streams * self.C + self.F1 + self.kept_activations + self.routed)
-        return feed_forward + self.attention + self.scales + self.masks + self.gathered
+        return feed_forward + self.attention + self.scales + self.masks + self.gathered + self.reordered
 
     @property
     def gathered(self) -> int:
-        """What the compiler keeps of the inputs of products that were gathered, in bytes; eager, they come again."""
-        splits = self.setting.compiled and not self.setting.adapters
+        """What the compiler keeps of the inputs of products that NCCL gathered, in bytes; others come again."""
+        splits = self.setting.compiled and not self.setting.adapters and not self.setting.overlaps
         return self.b * 2 * (self.sizes.tensor - 1) * self.C if splits else 0
+
+    @property
+    def reordered(self) -> int:
+        """What attention gave once more, in the order in which ranks share sequences; one sequence needs no other."""
+        splits = self.sizes.tensor > 1 and not self.setting.adapters and self.setting.tiled_attention is None
+        return self.b * self.Q if splits and self.setting.sequences > 1 else 0
 
     @property
     def all_eager(self) -> int:
@@ -194,7 +204,7 @@ class _Layer:
         into_norms = self.setting.of_weights * self.norms * self.C
         if self.norms_heads:
             into_norms += self.setting.of_weights * (self.Q + self.K)
-        return self.b * products + into_norms + self.attention + self.scales + self.masks
+        return self.b * products + into_norms + self.attention + self.scales + self.masks + self.reordered
 
     @property
     def activated(self) -> int:
@@ -260,8 +270,8 @@ class _Layer:
         if recompute == "selective":
             return b * C + products + (0 if self.setting.compiled else b * C)
         if recompute == "full":
-            # What has travelled between ranks is not computed again in a compiled layer, nor what follows from it.
-            if self.sizes.tensor > 1 and self.setting.compiled:
+            # What NCCL has moved between ranks is not computed again in a compiled layer, nor what follows from it.
+            if self.sizes.tensor > 1 and self.setting.compiled and not self.setting.overlaps:
                 return b * C + products
             if self.setting.exchanging > 1 and self.setting.compiled:
                 return b * (C + self.qkv + self.Q)

@@ -124,7 +124,7 @@ class _Search:
                     chosen = (*self._of_batch(micro, recompute), *edits)
                     if len(chosen) > self.most_edits:
                         continue
-                    like = {"tokens": micro * data.seq_length, "micro_batches": per_rank // micro}
+                    like = {"tokens": micro * data.seq_length, "sequences": micro, "micro_batches": per_rank // micro}
                     at = replace(setting, recompute=recompute, **like)
                     needed = tried.memory(held, at)
                     if needed.fits(self.card.gib) == "fits":

@@ -170,6 +170,7 @@ class Training:
         dense = self.transformer.config.num_moe_experts is None
         return Setting(
             tokens=data.micro_batch_size * data.seq_length,
+            sequences=data.micro_batch_size,
             precision=self.devices.precision,
             compiled=computation.compile is not None,
             recompute=computation.activation_checkpointing,
@@ -187,11 +188,18 @@ class Training:
             quantizes=self.quantizes,
             sizes=sizes if self.devices.cut else None,
             reshard_after_forward=strategy.reshard_after_forward,
+            overlaps=self._overlaps(strategy),
             ring=strategy.ring_size(self.transformer.config),
             schedule=strategy.pipeline_schedule,
             by_flex=self.by_flex,
             fuses=self._fuses(sizes),
         )
+
+    def _overlaps(self, strategy: Parallel) -> bool:
+        if self.target is None or self.target.device_type != "cuda" or not strategy.tensor_parallel_overlap:
+            return False
+        on_node = self.devices.num_devices % strategy.tensor_parallel == 0
+        return on_node and not isinstance(self.model.computation.activation_checkpointing, int | float)
 
     def _fuses(self, sizes: Sizes) -> bool:
         if self.target is None:

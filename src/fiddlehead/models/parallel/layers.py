@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +41,9 @@ from fiddlehead.models.ring import Ring
 from fiddlehead.models.transformer import Transformer
 
 
-def parallelize(transformer: Transformer, mesh: DeviceMesh, method: ContextMethod = "auto") -> None:
+def parallelize(
+    transformer: Transformer, mesh: DeviceMesh, method: ContextMethod = "auto", *, copies: bool = False
+) -> None:
     """Reduces a transformer, in place, to this process's part along "tp", "cp" and "ep" of a mesh.
 
     It then takes `local_batch`es and returns the logits of their tokens. Parameters may be on the meta device; values
@@ -48,12 +51,14 @@ def parallelize(transformer: Transformer, mesh: DeviceMesh, method: ContextMetho
 
     Args:
         method: how the processes along "cp" share attention.
+        copies: whether those along "tp" exchange tokens by `peer_copies`, which `connect` must have prepared.
 
     Raises:
         ConfigError: the model cannot be split in this way.
     """
     config = transformer.config
     tp, cp, ep = (Group.of(mesh, dim) for dim in ("tp", "cp", "ep"))
+    tp = replace(tp, copies=copies and tp.size > 1)
     refuse_sizes(config, tp=tp.size, cp=cp.size, ep=ep.size, method=method)
     ring = ring_size(config, tp.size, cp.size, method)
     exchanging = cp.part(cp.size // ring)

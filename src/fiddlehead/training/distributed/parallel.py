@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,14 +13,14 @@ import torch
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from fiddlehead.checkpoints import sharding
 from fiddlehead.checkpoints.safetensors_files import DTYPES, StoredTensor
 from fiddlehead.checkpoints.sharding import ShardedTensor
 from fiddlehead.errors import ConfigError, Problem, refuse
-from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models import Transformer, TransformerConfig, peer_copies
 from fiddlehead.models.autocast import compute_dtype
 from fiddlehead.models.parallel import (
     ContextMethod,
@@ -59,6 +60,8 @@ class Parallel(ModelParallelStrategy):
         pipeline_stages_per_rank: the number of stages on each of these; with more stages, ranks wait less for each
             other and communicate more.
         pipeline_schedule: in which order they compute micro-batches; see `Schedule`.
+        tensor_parallel_overlap: ranks that share layers copy from the memories of each other's GPUs while they compute,
+            if these can and unless `activation_checkpointing` is a number; otherwise NCCL's kernels communicate.
         reshard_after_forward: free a layer's gathered parameters after its forward pass, and gather them again for the
             backward pass. If False, a step communicates a third less, but needs memory for all parameters. A pipeline
             always keeps them.
@@ -76,6 +79,7 @@ class Parallel(ModelParallelStrategy):
         reshard_after_forward: bool = True,
         context_parallel_method: ContextMethod = "auto",
         pipeline_schedule: Schedule = "1F1B",
+        tensor_parallel_overlap: bool = True,
     ) -> None:
         given = {
             "data_parallel": data_parallel,
@@ -95,10 +99,13 @@ class Parallel(ModelParallelStrategy):
             problems.append(Problem.unknown("context_parallel_method", context_parallel_method, "method", methods))
         if pipeline_schedule not in (schedules := get_args(Schedule)):
             problems.append(Problem.unknown("pipeline_schedule", pipeline_schedule, "schedule", schedules))
+        if not isinstance(tensor_parallel_overlap, bool):
+            problems.append(Problem("tensor_parallel_overlap", tensor_parallel_overlap, "must be True or False"))
         refuse(problems)
         super().__init__()
         self.data_parallel, self.data_parallel_replicate = data_parallel, data_parallel_replicate
         self.tensor_parallel, self.context_parallel = tensor_parallel, context_parallel
+        self.tensor_parallel_overlap = tensor_parallel_overlap
         self.context_parallel_method: ContextMethod = context_parallel_method
         self.expert_parallel, self.pipeline_parallel = expert_parallel, pipeline_parallel
         self.pipeline_stages_per_rank = pipeline_stages_per_rank
@@ -196,7 +203,7 @@ class Parallel(ModelParallelStrategy):
         of the layers are not sharded: see `Sizes.fsdp`.
         """
         mesh, precision = self.device_mesh[MESH[1:]], str(self.precision_plugin.precision)
-        parallelize(transformer, mesh, self.context_parallel_method)
+        parallelize(transformer, mesh, self.context_parallel_method, copies=self._connects(transformer, mesh))
         twice = () if self.pipeline is None else self.pipeline.tied
         self.layout = Layout(transformer.config, mesh, twice)
         if not self.sizes(self.world_size).fsdp:
@@ -219,6 +226,18 @@ class Parallel(ModelParallelStrategy):
                 reshard_after_forward=reshards,
             )
         return self.layout
+
+    def _connects(self, transformer: Transformer, mesh: DeviceMesh) -> bool:
+        """Whether the ranks that share layers copy from each other's memories; all ranks call it together."""
+        if self.tensor_parallel == 1 or not self.tensor_parallel_overlap or self.root_device.type != "cuda":
+            return False
+        # A compiler with a budget takes operators that it does not know for free, and would compute them all again.
+        if transformer.activation_memory_budget is not None:
+            return False
+        why_not = peer_copies.connect(mesh.get_group("tp"), self.root_device)
+        if why_not is not None and self.is_global_zero:
+            warnings.warn(f"NCCL communicates for tensor_parallel, and slows computation down: {why_not}", stacklevel=2)
+        return why_not is None
 
     def backward(self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Any:
         """The backward pass of a tensor-parallel rank's part of the loss; of the parts, gradients are added up.
