@@ -91,8 +91,12 @@ def parts_of(case: str) -> tuple[TransformerConfig, Held, Setting, Any, Any]:
     calls = calls_of(model, transformer.config, data, str(trainer.precision), trainer.strategy, transformer=transformer)
     by_flex = attention.share(attention.explain_calls(calls, WITHOUT_PACKAGES), "flex")
     training = Training(model, transformer, data, Devices.of(trainer), optim, by_flex)
-    overlaps = case.startswith("tp ")
-    setting = replace(training.setting(sizes), fuses=MEASURED[case].get("mlp") == "triton", overlaps=overlaps)
+    setting = replace(
+        training.setting(sizes),
+        fuses=MEASURED[case].get("mlp") == "triton",
+        overlaps=case.startswith("tp "),
+        bfloat16_gradients=False,  # as they were when it was measured
+    )
     return transformer.config, training.held(sizes), setting, data, trainer
 
 

@@ -23,6 +23,7 @@ from fiddlehead.training.preference import answer_log_probabilities
 from tests.conftest import once
 from tests.training.conftest import KillAfter, Killed, Parts, make_parts, rows
 from tests.training.ranks import on_ranks
+from tests.training.test_bfloat16_gradients import Dtypes, widened
 from tests.training.test_language_model import Probe
 
 
@@ -154,6 +155,22 @@ def test_the_better_answer_becomes_likelier(
     assert losses[0] == pytest.approx(0.693147, abs=1e-5)  # -log sigmoid(0): nothing has changed yet
     assert losses[-1] < 0.5 * losses[0]
     assert float([value for (value,) in rows(run, "val_accuracy") if value][-1]) == 1
+
+
+def test_preferences_are_learned_in_mixed_precision_with_bfloat16_gradients_bit_for_bit(
+    base: RunDirectory, parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, found = tmp_path / "pairs.jsonl", []
+    pair = {"prompt": "?", "chosen": "fern", "rejected": "moss"}
+    path.write_text("".join(json.dumps(pair) + "\n" for _ in range(40)))
+    for name in ("bfloat16", "float32"):
+        if name == "float32":
+            widened(monkeypatch)
+        seen, model = Dtypes(), PreferenceModel(init_from=base.path)
+        made = tuning(parts, model, path, name=name, max_steps=4, precision="bf16-mixed", callbacks=[seen])
+        found.append(rows(tasks.finetune(**made), "loss", "grad_norm", "val_loss"))
+        assert bool(seen.bfloat16) == (name == "bfloat16")
+    assert found[0] == found[1]
 
 
 def test_the_loss_of_preferences_is_the_paper_s(base: RunDirectory, parts: Parts, tmp_path: Path) -> None:

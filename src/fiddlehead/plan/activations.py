@@ -57,6 +57,8 @@ class Setting:
     """Of a pipeline."""
     fuses: bool = False
     """Kernels compute SwiGLU and what is around it, where `recompute` goes with them."""
+    bfloat16_gradients: bool = False
+    """The gradients of the layers' products stay bfloat16, if a step adds none up and computes no layer again."""
 
     @property
     def fused_mlp(self) -> bool:
@@ -384,6 +386,12 @@ def layer_weights(config: TransformerConfig, sizes: Sizes) -> float:
     attention = (C * (H + 2 * G) * D + H * D * C) / sizes.tensor
     router = 0 if config.num_moe_experts is None else C * config.num_moe_experts
     return attention + mlp_weights(config, sizes) + router
+
+
+def halved_gradients(config: TransformerConfig, setting: Setting) -> float:
+    """The bytes by which the gradients of a layer are less than float32 ones."""
+    narrow = setting.bfloat16_gradients and setting.micro_batches == 1 and setting.recompute is None
+    return 2 * layer_weights(config, Sizes(1, 1)) if narrow else 0.0
 
 
 def mlp_weights(config: TransformerConfig, sizes: Sizes) -> float:

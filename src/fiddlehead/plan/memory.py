@@ -33,6 +33,7 @@ class Held:
 
     parameters: float
     gradients: float
+    """As if all had the dtype of their weights; see `activations.halved_gradients`."""
     optimizer: float
     """The optimizer's state on the GPU."""
     offloaded: float = 0.0
@@ -176,6 +177,7 @@ class _Step:
         of_token = activations.of_layer(config, setting, sizes)
         self.kept, self.again, self.inside = (self.tokens * each for each in of_token)
         self.layer = activations.layer_weights(config, sizes)
+        self.halved = activations.halved_gradients(config, setting)
         self.tiled = 0.0 if setting.tiled_mlp is None else activations.mlp_weights(config, sizes)
         vocabulary = (config.vocab_size or 0) * config.hidden_size
         learned = config.position_embedding_type == "learned_absolute"
@@ -332,7 +334,7 @@ class _Step:
             again, inside = max(self._in_tile(setting.tiled_mlp), self._in_attention(), key=sum)
         return self._moment(
             "the backward pass",
-            gradients=self.held.gradients - self._of_gradient() * missing,
+            gradients=self.held.gradients - self._of_gradient() * missing - self.halved * done,
             activations=self._activations(left) + again,
             copies=self._copies(left, again=1 if left == 1 else 2),
             loss=self._waiting() if waits else 0.0,
@@ -365,10 +367,14 @@ class _Step:
         """Bytes on the rank for each weight that the ranks of a layer's copy have together."""
         return self.held.gradients / (self.root + self.layers * self.layer) if self.trains else 0.0
 
+    def _gradients(self) -> float:
+        """All of them, after the backward pass."""
+        return self.held.gradients - self.halved * self.layers
+
     def end(self) -> Memory:
         """The last gradient of all is made, that of the embedding."""
         setting = self.setting
-        gradients, transient = self.held.gradients, 0.0
+        gradients, transient = self._gradients(), 0.0
         copies, loss = 0.0, 0.0
         if not self.trains:
             pass
@@ -385,7 +391,7 @@ class _Step:
 
     def optimizer(self) -> Memory:
         """The optimizer takes its step."""
-        return self._moment(OPTIMIZER, gradients=self.held.gradients, transient=self.held.stepping)
+        return self._moment(OPTIMIZER, gradients=self._gradients(), transient=self.held.stepping)
 
 
 def _in_flight(sizes: Sizes, micro_batches: int, rank: int) -> float:

@@ -12,11 +12,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from fiddlehead.attention import Target
 from fiddlehead.models import Transformer, nf4
 from fiddlehead.models.lora import LoRALinear
-from fiddlehead.plan.activations import Setting
+from fiddlehead.plan.activations import Setting, halved_gradients
 from fiddlehead.plan.cards import Card
 from fiddlehead.plan.memory import Held, Memory, main_memory, memory
 from fiddlehead.plan.speed import Speed, speed
 from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
+from fiddlehead.training.bfloat16_gradients import keeps_bfloat16_gradients
 from fiddlehead.training.distributed.sizes import Counted, Sizes
 from fiddlehead.training.feed_forward import choose_mlp
 from fiddlehead.training.frozen import halves_frozen
@@ -193,6 +194,14 @@ class Training:
             schedule=strategy.pipeline_schedule,
             by_flex=self.by_flex,
             fuses=self._fuses(sizes),
+            bfloat16_gradients=keeps_bfloat16_gradients(
+                model,
+                self.optim,
+                precision=self.devices.precision,
+                strategy=self.devices.strategy,
+                devices=self.devices.gpus,
+                micro_batches=1,
+            ),
         )
 
     def _overlaps(self, strategy: Parallel) -> bool:
@@ -206,6 +215,11 @@ class Training:
             return False
         config, precision = self.transformer.config, self.devices.precision
         return choose_mlp(self.model, precision, sizes, self.target, config=config).backend != "torch"
+
+    def halved_gradients(self, setting: Setting) -> float:
+        """The bytes by which the gradients of a step are less than those of `Held`."""
+        config = self.transformer.config
+        return config.num_layers * halved_gradients(config, setting)
 
     def memory(self, held: Held, setting: Setting) -> Memory:
         """The memory of the GPU that has the most."""

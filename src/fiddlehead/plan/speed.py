@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fiddlehead.models import TransformerConfig
-from fiddlehead.plan.activations import Setting
+from fiddlehead.plan.activations import Setting, halved_gradients
 from fiddlehead.plan.cards import MAIN_MEMORY, PCIE, Card
 from fiddlehead.plan.memory import Held
 from fiddlehead.plan.reached import REACHED, reached
@@ -110,7 +110,8 @@ def speed(
     # Parameters and states are read and written; gradients are read for the norm, read and scaled, and read again.
     # AdamW scales them where it reads them, but the rate was measured before it did.
     stepped = held.gradients if setting.adapters or setting.compares else held.parameters
-    moved = 2 * stepped + 4 * held.gradients + 2 * (held.optimizer + held.offloaded)
+    gradients = held.gradients - config.num_layers * halved_gradients(config, setting)
+    moved = 2 * stepped + 4 * gradients + 2 * (held.optimizer + held.offloaded)
     optimizer = (moved + held.step_moved) / (card.bytes_per_s * part["optimizer"])
     optimizer += held.step_operations / (card.flops * part["products"])
     optimizer = max(optimizer, held.offloaded / MAIN_MEMORY)  # it is copied both ways while pieces are computed

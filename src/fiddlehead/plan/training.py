@@ -209,10 +209,12 @@ def plan_training(
     parts = Training(model, transformer, data, devices, optim, attention.share(kernels, "flex"), device)
     whole = parts.whole_on(sizes)
     gathered = sizes.gathered(parts.counted) * ((4 if devices.precision == "32-true" else 2) + 4)
+    setting = parts.setting(sizes)
+    halved = parts.halved_gradients(setting)
     memory, speed, in_main_memory = None, None, dict[str, float]()
     if on_gpu:
         memory, speed = memory_and_speed(parts, sizes, card)
-        in_main_memory = parts.main_memory(parts.held(sizes), parts.setting(sizes))
+        in_main_memory = parts.main_memory(parts.held(sizes), setting)
     short = memory is not None and card is not None and memory.fits(card.gib) != "fits"
     return TrainingPlan(
         config=config,
@@ -226,8 +228,8 @@ def plan_training(
         tokens_per_step=data.global_batch_size * data.seq_length,
         attention=kernels,
         mlp=mlp,
-        state_gib=(whole.state + whole.offloaded) / 2**30,
-        device_gib=(parts.held(sizes).state + gathered) / 2**30,
+        state_gib=(whole.state - halved + whole.offloaded) / 2**30,
+        device_gib=(parts.held(sizes).state - halved + gathered) / 2**30,
         main_memory=in_main_memory,
         data=data_plan(data, trainer, vocab_size=config.vocab_size or 0, data_parallel=sizes.data),
         optimizer=optimizer_plan(optim, trainer),

@@ -6,7 +6,14 @@ import math
 from collections.abc import Mapping
 
 from fiddlehead.models import TransformerConfig, nf4
-from fiddlehead.plan.activations import Setting, computed_again, exchanged_keys, layer_weights, mlp_weights
+from fiddlehead.plan.activations import (
+    Setting,
+    computed_again,
+    exchanged_keys,
+    halved_gradients,
+    layer_weights,
+    mlp_weights,
+)
 from fiddlehead.plan.cards import Card
 from fiddlehead.training.distributed.sizes import Sizes
 
@@ -129,7 +136,8 @@ class Work:
         logits = 3 if self.head and not setting.compiled else 0
         weights = self._of_weights()
         if setting.of_weights == 4 and b == 2:  # casts of weights, and of their gradients
-            weights += 3 * layer_weights(self.config, self.sizes) * self.layers
+            casts = 1.5 if halved_gradients(self.config, setting) else 3
+            weights += casts * layer_weights(self.config, self.sizes) * self.layers
         if setting.quantizes:
             weights += nf4.DEQUANTIZED[setting.compiled] * self.layers * self._dequantized()
         if self.shards > 1:  # what is gathered is copied once more, and gradients become float32 to be summed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from fiddlehead.attention import Target
 from fiddlehead.data.documents import NO_LABEL
 from fiddlehead.errors import ConfigError, Problem, refuse
 from fiddlehead.models import LoRA, Transformer, TransformerConfig
+from fiddlehead.models.bfloat16_weights import in_bfloat16
 from fiddlehead.models.computation import Computation
 from fiddlehead.models.lora import PEFT_NAMES
 from fiddlehead.models.meta import shapes_only
@@ -22,6 +24,7 @@ from fiddlehead.models.mlp_choice import MlpBackend, MlpChoice
 from fiddlehead.models.speed import Compile, Float8, Recompute, rescale_gathered
 from fiddlehead.recipe.from_task import from_task
 from fiddlehead.recipe.resumable import Resumable
+from fiddlehead.training.bfloat16_gradients import keeps_bfloat16_gradients
 from fiddlehead.training.distributed.gradients import clip, gradients_of
 from fiddlehead.training.distributed.parallel import Parallel
 from fiddlehead.training.distributed.pipeline import Pipeline
@@ -214,7 +217,8 @@ class LanguageModel(LightningModule):
         if self._pipeline is not None:
             self._pipeline.waiting.append({**batch, "dropout_seed": self.transformer.dropout_seed})
             return torch.zeros((), device=batch["labels"].device)
-        loss = self._nats(batch) / divisors.labels
+        with self.weights():
+            loss = self._nats(batch) / divisors.labels
         self._note_loss(loss.detach())
         return self._with_balance(loss, divisors)
 
@@ -242,6 +246,19 @@ class LanguageModel(LightningModule):
             parts = self.transformer.split.parts
             self._step_divisors = Divisors.of_step(batch, accumulate, self.trainer.strategy, parts)
         return self._step_divisors
+
+    def weights(self) -> AbstractContextManager[None]:
+        """In the block, the layers have the weights of a forward pass that is trained on: see `in_bfloat16`."""
+        trainer = self.trainer
+        keeps = keeps_bfloat16_gradients(
+            self,
+            next(iter(trainer.optimizers), None),
+            precision=str(trainer.precision),
+            strategy=trainer.strategy,
+            devices=trainer.world_size,
+            micro_batches=trainer.accumulate_grad_batches,
+        )
+        return in_bfloat16(self.transformer) if keeps else nullcontext()
 
     def _with_balance(self, loss: torch.Tensor, divisors: Divisors) -> torch.Tensor:
         """The loss and, in a mixture, the balancing loss of the latest forward pass."""

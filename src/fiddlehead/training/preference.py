@@ -84,7 +84,8 @@ class PreferenceModel(LanguageModel):
         """
         batch = self._own_tokens(batch)
         divisors = self._divisors(batch, batch_idx)
-        loss = self._preference(batch)[0].sum() / divisors.pairs
+        with self.weights():
+            loss = self._preference(batch)[0].sum() / divisors.pairs
         self._note_loss(loss.detach())
         return self._with_balance(loss, divisors)
 

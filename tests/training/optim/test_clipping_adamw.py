@@ -6,6 +6,7 @@ The cases of a kernel: pytest -m gpu, or TRITON_INTERPRET=1 pytest where Triton 
 from __future__ import annotations
 
 import copy
+import math
 import os
 from importlib.util import find_spec
 from typing import Any
@@ -58,6 +59,29 @@ def test_it_is_adamw_on_clipped_gradients(device: str) -> None:
     take_steps(torch.optim.AdamW(theirs, **SETTINGS, fused=True), theirs, 20)
     assert [float(norm) for norm in found] == pytest.approx([float(norm) for norm in norms])
     assert error(ours, exact) < 1.5 * error(theirs, exact)
+
+
+@pytest.mark.parametrize("clips", [True, False])
+@pytest.mark.parametrize("device", DEVICES)
+def test_bfloat16_gradients_of_some_parameters_are_as_if_in_float32(device: str, clips: bool) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    ends, norms = [], []
+    for narrow in (True, False):
+        generator = torch.Generator().manual_seed(1)
+        trained = parameters(device, torch.float32)
+        optimizer = ClippingAdamW(trained, **SETTINGS)
+        for _ in range(4):
+            for p in trained:
+                gradient = torch.randn(p.shape, generator=generator).bfloat16().to(device)
+                p.grad_dtype = None
+                p.grad = gradient if narrow and p.dim() == 2 else gradient.float()
+            named = {str(i): p.grad for i, p in enumerate(trained) if p.grad is not None}
+            norms.append(float(clip(named, 5.0 if clips else math.inf, None, optimizer)))
+            optimizer.step()
+        ends.append(trained)
+    assert norms[:4] == norms[4:]
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)

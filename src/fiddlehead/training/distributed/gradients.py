@@ -74,6 +74,11 @@ def scale(gradients: Mapping[str, torch.Tensor], factor: torch.Tensor) -> None:
 def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     if all(tensor.dtype != torch.bfloat16 for tensor in tensors):
         return torch.nn.utils.get_total_norm(tensors)
-    # PyTorch would round it to three digits.
-    norms = torch._foreach_norm(tensors, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    # PyTorch would round it to three digits. Its kernel takes tensors of one dtype; the norms keep their order.
+    norms: dict[int, torch.Tensor] = {}
+    for dtype in {tensor.dtype for tensor in tensors}:
+        places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        alike = [tensors[place] for place in places]
+        found = torch._foreach_norm(alike, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
+        norms.update(zip(places, found, strict=True))
+    return torch.linalg.vector_norm(torch.stack([norms[place] for place in sorted(norms)]))

@@ -38,6 +38,11 @@ class AdamW(Optim):
         """As `Optim.kind`."""
         return "AdamW" if self.state_bits == 32 else f"AdamW(state_bits={self.state_bits})"
 
+    @property
+    def takes_bfloat16_gradients(self) -> bool:
+        """As `Optim.takes_bfloat16_gradients`."""
+        return self.state_bits == 32
+
     def optimizer(
         self, named_parameters: Sequence[tuple[str, nn.Parameter]], fused: FusedRows = NOT_FUSED
     ) -> torch.optim.Optimizer:

@@ -21,6 +21,8 @@ class ClippingAdamW(KeepsState, torch.optim.AdamW):
     The state is PyTorch's.
     """
 
+    takes_bfloat16_gradients = True
+    """A kernel reads them as float32."""
     gradient_factor: torch.Tensor | None = None
     """A scalar on the device that multiplies all gradients in the next step; None: 1. `clip` sets it."""
 
@@ -43,6 +45,8 @@ class ClippingAdamW(KeepsState, torch.optim.AdamW):
             updates = (update for group, each in groups for update in self._updates(group, each, factor))
             self.take(updates, update_weight)
             return loss
+        for parameter in parameters:  # PyTorch's takes only those of the parameter's dtype
+            parameter.grad = parameter.grad.to(parameter.dtype)  # type: ignore[union-attr]
         if factor is not None:
             scale({str(i): parameter.grad for i, parameter in enumerate(parameters)}, factor)
         unwrap(torch.optim.AdamW.step)(self)  # the hooks of a step are around this function already

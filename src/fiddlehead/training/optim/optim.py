@@ -47,6 +47,11 @@ class Optim:
         """The result of `kind_of` for the optimizers that this builds."""
         return type(self).__name__
 
+    @property
+    def takes_bfloat16_gradients(self) -> bool:
+        """Whether the optimizer, with the same attribute, takes bfloat16 gradients of float32 parameters."""
+        return False
+
     def build(
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]],
