@@ -15,6 +15,7 @@ from fiddlehead.models import linear_cross_entropy as module
 from fiddlehead.models.linear_cross_entropy import linear_cross_entropy, nats_and_gradient
 
 Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+ONE = torch.ones(())
 
 
 @pytest.fixture(autouse=True)
@@ -80,10 +81,11 @@ def test_the_gradients_may_be_computed_in_two_passes_as_zero_bubble_pipelines_do
     torch.testing.assert_close((grad_x, parameter.grad), exact)
 
 
-def test_the_backward_pass_makes_nothing_as_large_as_the_weight() -> None:
-    """Not even zeros: its gradient is there already."""
+@pytest.mark.parametrize(("factor", "operations"), [(1, []), (0.25, ["aten.mul_.Tensor"])])
+def test_the_backward_pass_makes_nothing_as_large_as_the_weight(factor: float, operations: list[str]) -> None:
+    """Not even zeros: its gradient is there already. Where the gradient that arrives is 1, it stays as it is."""
     x, weight, labels = operands(torch.float32)
-    loss = linear_cross_entropy(x, weight, labels)
+    loss = linear_cross_entropy(x, weight, labels, divisor=3) * factor
     made = []
 
     class Watch(TorchDispatchMode):
@@ -95,7 +97,43 @@ def test_the_backward_pass_makes_nothing_as_large_as_the_weight() -> None:
 
     with Watch():
         torch.autograd.grad(loss, (x, weight))
-    assert made == ["aten.mul_.Tensor"]
+    assert made == operations
+
+
+@pytest.mark.parametrize("factor", [1.0, 7.0])
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "close", "compiled"),
+    [
+        (torch.float64, 1e-12, False),
+        (torch.float32, 2e-6, False),
+        (torch.bfloat16, 1e-2, False),
+        (torch.float32, 2e-6, True),
+    ],
+)
+def test_a_divisor_makes_a_mean_with_its_gradients(
+    dtype: torch.dtype, close: float, as_tensor: bool, factor: float, compiled: bool
+) -> None:
+    """Whatever the gradient is that arrives, and also where it is a divisor's that came later."""
+    x, weight, labels = operands(dtype)
+    labelled = int((labels != -100).sum())
+    divisor = torch.tensor(float(labelled)) if as_tensor else labelled
+    ours = linear_cross_entropy(x, weight, labels, scale=0.5, softcap=3.0, divisor=divisor, compiled=compiled) * factor
+    theirs = all_logits(x, weight, labels, 0.5, 3.0) * factor / labelled
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=close)
+    exact = torch.autograd.grad(theirs, (x, weight))
+    for mine, other in zip(torch.autograd.grad(ours, (x, weight)), exact, strict=True):
+        assert mine.dtype == dtype
+        assert float((mine.double() - other.double()).norm() / other.double().norm()) < close
+
+
+def test_the_gradients_are_given_once() -> None:
+    """They are multiplied in place, so a second backward pass fails rather than returns a wrong gradient."""
+    x, weight, labels = operands(torch.float32)
+    loss = linear_cross_entropy(x, weight, labels) * 3
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_frozen_weights_get_no_gradient() -> None:
@@ -116,7 +154,7 @@ def test_without_gradients_there_is_the_loss_alone() -> None:
 def test_a_label_that_is_almost_certain_keeps_its_gradient_in_bfloat16() -> None:
     """p - 1 in bfloat16 would be 0 where p is above 0.998."""
     logits = torch.tensor([[10.0, 2.5]], dtype=torch.bfloat16)
-    _, gradient = nats_and_gradient(logits, torch.tensor([0]), 1.0, None, -100)
+    _, gradient = nats_and_gradient(logits, torch.tensor([0]), 1.0, None, -100, ONE)
     exact = -torch.tensor(-7.5, dtype=torch.float64).exp() / (1 + torch.tensor(-7.5, dtype=torch.float64).exp())
     assert float(gradient[0, 0]) == pytest.approx(float(exact), rel=1e-2)
 
@@ -126,7 +164,7 @@ def test_logits_far_from_0_have_a_loss_and_a_gradient_too(offset: float, close: 
     """As close as their own rounding to float32."""
     torch.manual_seed(0)
     logits, labels = torch.randn(6, 40) * 8 + offset, torch.randint(40, (6,))
-    nats, gradient = nats_and_gradient(logits, labels, 1.0, None, -100)
+    nats, gradient = nats_and_gradient(logits, labels, 1.0, None, -100, ONE)
     exact = logits.double().requires_grad_()
     loss = F.cross_entropy(exact, labels, reduction="sum")
     (expected,) = torch.autograd.grad(loss, exact)
@@ -136,7 +174,7 @@ def test_logits_far_from_0_have_a_loss_and_a_gradient_too(offset: float, close: 
 
 def test_a_label_whose_probability_rounds_to_0_has_its_loss() -> None:
     logits = torch.tensor([[0.0, 500.0, 499.0], [3.0, -400.0, 3.0]])
-    nats, gradient = nats_and_gradient(logits, torch.tensor([0, 1]), 1.0, None, -100)
+    nats, gradient = nats_and_gradient(logits, torch.tensor([0, 1]), 1.0, None, -100, ONE)
     exact = logits.double().requires_grad_()
     loss = F.cross_entropy(exact, torch.tensor([0, 1]), reduction="sum")
     (expected,) = torch.autograd.grad(loss, exact)

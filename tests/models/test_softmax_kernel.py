@@ -23,6 +23,7 @@ pytestmark = [
     ),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ONE = torch.ones((), device=DEVICE)
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -41,9 +42,9 @@ def test_it_is_as_exact_as_pytorch(V: int, dtype: torch.dtype, scale: float, cap
     labels = torch.randint(V, (9,), device=DEVICE)
     labels[0], labels[1], labels[4], labels[8] = 0, V - 1, -100, -100
     logits[3, labels[3]] = 50  # a label that is almost certain
-    exact = nats_and_gradient(logits.double(), labels, scale, cap, -100)
-    theirs = nats_and_gradient(logits, labels, scale, cap, -100)
-    nats, gradient = nats_and_gradient_(logits, labels, scale, cap, -100)
+    exact = nats_and_gradient(logits.double(), labels, scale, cap, -100, ONE)
+    theirs = nats_and_gradient(logits, labels, scale, cap, -100, ONE)
+    nats, gradient = nats_and_gradient_(logits, labels, scale, cap, -100, ONE)
     assert gradient.data_ptr() == logits.data_ptr()
     assert error(nats, exact[0]) < max(2e-7, 2 * error(theirs[0], exact[0]))
     assert error(gradient, exact[1]) < 2 * error(theirs[1], exact[1]) + 1e-7
@@ -56,8 +57,8 @@ def test_logits_far_from_0_have_a_loss_and_a_gradient_too() -> None:
     for offset in (-1e4, 1e4):
         torch.manual_seed(0)
         logits, labels = torch.randn(6, 40, device=DEVICE) * 8 + offset, torch.randint(40, (6,), device=DEVICE)
-        exact = nats_and_gradient(logits.double(), labels, 1.0, None, -100)
-        nats, gradient = nats_and_gradient_(logits, labels, 1.0, None, -100)
+        exact = nats_and_gradient(logits.double(), labels, 1.0, None, -100, ONE)
+        nats, gradient = nats_and_gradient_(logits, labels, 1.0, None, -100, ONE)
         assert error(nats, exact[0]) < 2e-3
         assert error(gradient, exact[1]) < 2e-3
 
@@ -67,7 +68,7 @@ def test_a_label_outside_of_the_vocabulary_has_no_loss(wrong: int) -> None:
     from fiddlehead.models.softmax_kernel import nats_and_gradient_
 
     labels = torch.tensor([3, wrong], device=DEVICE)
-    assert nats_and_gradient_(torch.randn(2, 40, device=DEVICE), labels, 1.0, None, -100)[0].isnan()
+    assert nats_and_gradient_(torch.randn(2, 40, device=DEVICE), labels, 1.0, None, -100, ONE)[0].isnan()
 
 
 def test_a_logit_that_is_no_number_leaves_no_loss() -> None:
@@ -76,7 +77,7 @@ def test_a_logit_that_is_no_number_leaves_no_loss() -> None:
     for bad in (float("nan"), float("inf")):
         logits = torch.randn(2, 40, device=DEVICE)
         logits[1, 7] = bad
-        assert not nats_and_gradient_(logits, torch.tensor([3, 4], device=DEVICE), 1.0, None, -100)[0].isfinite()
+        assert not nats_and_gradient_(logits, torch.tensor([3, 4], device=DEVICE), 1.0, None, -100, ONE)[0].isfinite()
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

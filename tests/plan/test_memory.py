@@ -123,7 +123,7 @@ def test_a_measured_training_takes_what_is_predicted(case: str, point: str, meas
     # The gradients of the loss of preferences are taken in the backward pass, and of the others in the forward pass.
     backward = ["last", "first", "embedding", *(["forward"] if "dpo" in case else [])]
     at = {"backward": backward, "peak": list(found)}.get(point, [point])
-    then = {"forward": logits_gradient(case)}
+    then = {"forward": logits_gradient(case), "embedding": embedding_gradient(case)}
     assert max(found[name].peak + then.get(name, 0) for name in at) == pytest.approx(measured, rel=0.05)
 
 
@@ -136,6 +136,17 @@ def logits_gradient(case: str) -> int:
     if not setting.compiled or setting.compares or "state offloaded" in case or "mlp" in MEASURED[case]:
         return 0
     return setting.of_products * min(setting.tokens, CHUNK_TOKENS) * (config.vocab_size or 0)
+
+
+def embedding_gradient(case: str) -> int:
+    """Bytes of a tied embedding's gradient, which was a tensor as large as the weight when the cases were measured.
+
+    Now its rows are added to the output layer's gradient.
+    """
+    config, _, setting, *_ = parts_of(case)
+    if not config.share_embeddings_and_output_weights or setting.fsdp or setting.adapters or not setting.joins:
+        return 0
+    return setting.of_weights * (config.vocab_size or 0) * config.hidden_size
 
 
 def test_the_gradient_of_the_logits_takes_no_memory_of_its_own() -> None:

@@ -14,6 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.tensor import DTensor
 
 from fiddlehead import tasks
+from fiddlehead.models import linear_cross_entropy
+from fiddlehead.models.scaled import multiply_
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training import LanguageModel, NonFiniteError
 from tests.training.conftest import Parts, parameters, rows
@@ -84,6 +86,22 @@ def test_accumulating_micro_batches_is_one_larger_batch(pretrain: Pretrain) -> N
     # Adam divides by the gradient's size, so a rounding of a gradient near zero is not small there.
     for name, tensor in parameters(large, 4).items():
         torch.testing.assert_close(parameters(small, 4)[name], tensor, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 3])
+def test_the_gradients_that_the_loss_leaves_are_not_multiplied_again(
+    pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch, micro_batches: int
+) -> None:
+    """Also where Lightning divides the loss by the number of micro-batches, before the backward pass."""
+    factors: list[float] = []
+
+    def noted(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        factors.append(float(factor))
+        return multiply_(x, factor)
+
+    monkeypatch.setattr(linear_cross_entropy, "multiply_", noted)
+    pretrain(micro_batch_size=2, global_batch_size=2 * micro_batches, max_steps=2)
+    assert factors == [1.0] * (2 * 2 * micro_batches)  # of the hidden states, and of the weight
 
 
 @pytest.mark.parametrize("apart", [False, True])

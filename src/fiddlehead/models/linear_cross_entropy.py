@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fiddlehead.models.autocast import product_dtype
 from fiddlehead.models.linear import summed
+from fiddlehead.models.scaled import multiply_
 
 CHUNK_TOKENS = 4096
 """Enough for a matrix product at full speed; the logits of as many are 1 GiB for a vocabulary of 128k in bfloat16."""
@@ -24,11 +25,15 @@ def linear_cross_entropy(
     softcap: float | None = None,
     ignore_index: int = -100,
     compiled: bool = False,
+    divisor: torch.Tensor | int = 1,
 ) -> torch.Tensor:
-    """Sums the cross-entropy of softmax(scale x weight) over the tokens with a label; a float32 scalar.
+    """The cross-entropy of softmax(scale x weight), summed over the tokens with a label, / divisor; a float32 scalar.
 
     The forward pass also computes the gradients, chunk by chunk, while a chunk's logits are in memory: nothing is
     computed twice, and the kept gradients are as large as `x` and `weight`. The softmax is always in float32.
+
+    The kept gradients are those of the result. Where the gradient that arrives in the backward pass is 1, they stay as
+    they are; otherwise they are multiplied by it, which reads and writes all of them.
 
     Args:
         x: the input of the projection, (N, C).
@@ -38,14 +43,16 @@ def linear_cross_entropy(
         softcap: logits become softcap x tanh(logits / softcap).
         ignore_index: the label of ignored tokens.
         compiled: one kernel for the elementwise operations on logits: on a GPU ours, elsewhere the compiler's.
+        divisor: a number, or a tensor without dimensions.
     """
     how = scale, softcap, ignore_index
     learns_weight = weight.requires_grad and torch.is_grad_enabled()
-    of_x: Any = _LinearCrossEntropy.apply(x, weight.detach(), labels, product_dtype(x), compiled, how, learns_weight)
-    nats, grad_weight = of_x
+    arguments = x, weight.detach(), labels, product_dtype(x), compiled, how, learns_weight, divisor
+    of_x: Any = _LinearCrossEntropy.apply(*arguments)
+    mean, grad_weight = of_x
     # The weight has a function of its own, as a pipeline may compute the gradients of weights in another pass. The sum
     # is what that pass begins with: before torch 2.13, it must be an operation of PyTorch's.
-    return nats if grad_weight is None else nats + _Weight.apply(weight, grad_weight)
+    return mean if grad_weight is None else mean + _Weight.apply(weight, grad_weight)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -59,11 +66,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         compiled: bool,
         how: tuple[float, float | None, int],
         learns_weight: bool,
+        divisor: torch.Tensor | int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         learns_x = ctx.needs_input_grad[0]
         with torch.autocast(x.device.type, enabled=False):
             w = weight.to(dtype)
             nats = torch.zeros((), device=x.device, dtype=_softmax_dtype(dtype))
+            # Filled on the device, to which a number would have to be copied.
+            divisor = divisor.to(nats) if isinstance(divisor, torch.Tensor) else torch.full_like(nats, divisor)
             grad_x = torch.empty_like(x) if learns_x else None
             grad_weight = None
             turn = _as_one_kernel(dtype, x.device) if compiled else nats_and_gradient
@@ -71,7 +81,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = slice(start, start + CHUNK_TOKENS)
                 chunk = x[part].to(dtype)
                 logits = F.linear(chunk, w)
-                of_chunk, gradient = turn(logits, labels[part], *how)
+                of_chunk, gradient = turn(logits, labels[part], *how, divisor)
                 del logits
                 nats += of_chunk
                 if grad_x is not None:
@@ -79,6 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if learns_weight:
                     grad_weight = _add_product(grad_weight, gradient.T, chunk)
                 del gradient  # before the next chunk's: each is as large as its logits
+            nats /= divisor
         ctx.save_for_backward(grad_x)
         if grad_weight is None:
             return nats, None
@@ -91,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_x,) = ctx.saved_tensors
         # In place, as nobody else has it.
-        return (None if grad_x is None else grad_x.mul_(grad_outputs[0]), *[None] * 6)
+        return (None if grad_x is None else multiply_(grad_x, grad_outputs[0]), *[None] * 7)
 
 
 class _Weight(torch.autograd.Function):
@@ -105,13 +116,18 @@ class _Weight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient.mul_(grad_outputs[0]), None  # in place: it is as large as the embedding
+        return multiply_(gradient, grad_outputs[0]), None  # in place: it is as large as the embedding
 
 
 def nats_and_gradient(
-    logits: torch.Tensor, labels: torch.Tensor, scale: float, softcap: float | None, ignore_index: int
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    divisor: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of the cross-entropy of `logits` (n, V), and its gradient with respect to them."""
+    """The sum of the cross-entropy of `logits` (n, V), and the gradient of sum / divisor with respect to them."""
     z = logits.to(_softmax_dtype(logits.dtype))
     if scale != 1:
         z = z * scale
@@ -131,7 +147,7 @@ def nats_and_gradient(
     nats = torch.where(counts, total - at_target, 0.0).sum()
 
     def through_scaling(gradient: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.mul_(counts * scale)
+        gradient = gradient.mul_(counts * (scale / divisor))
         return gradient if softcap is None else gradient * (1 - (z / softcap).square())
 
     # The probability of the label is close to 1 where much was learned: 1 less is worked out before it is rounded.

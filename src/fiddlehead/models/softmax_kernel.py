@@ -16,7 +16,12 @@ BLOCK, WARPS = 8192, 8
 
 
 def nats_and_gradient_(
-    logits: torch.Tensor, labels: torch.Tensor, scale: float, softcap: float | None, ignore_index: int
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    divisor: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `linear_cross_entropy.nats_and_gradient`, for bfloat16, float16 or float32; overwrites `logits`."""
     n, V = logits.shape
@@ -26,6 +31,7 @@ def nats_and_gradient_(
             logits,
             labels,
             nats,
+            divisor,
             logits.stride(0),
             V,
             ignore_index,
@@ -43,6 +49,7 @@ def _rows(
     logits,
     labels,
     nats,
+    divisor,
     stride,
     V,
     ignore_index,
@@ -60,6 +67,7 @@ def _rows(
             tl.store(start + first + columns, tl.zeros((BLOCK,), logits.dtype.element_ty), mask=first + columns < V)
         tl.store(nats + row, 0.0)
     else:
+        factor = scale / tl.load(divisor)
         exists = (label >= 0) & (label < V)
         at_label = tl.load(start + label, mask=exists, other=float("nan")).to(tl.float32)
         at_label = _scaled(at_label, scale, softcap, CAPPED)
@@ -82,7 +90,7 @@ def _rows(
             inside = first + columns < V
             z = tl.load(start + first + columns, mask=inside, other=0.0, eviction_policy="evict_first")
             z = _scaled(z.to(tl.float32), scale, softcap, CAPPED)
-            gradient = tl.where(first + columns == label, of_label, tl.exp(z - total)) * scale
+            gradient = tl.where(first + columns == label, of_label, tl.exp(z - total)) * factor
             if CAPPED:
                 gradient *= 1 - (z / softcap) * (z / softcap)
             tl.store(start + first + columns, gradient.to(logits.dtype.element_ty), mask=inside)

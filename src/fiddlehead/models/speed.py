@@ -184,6 +184,7 @@ def compile_transformer(transformer: Transformer, compile: Compile) -> None:
     transformer.compiled = True
     budget = transformer.activation_memory_budget
     if compile == "model":
+        transformer.joins_gradients = False  # the compiled model has the embedding in it
         transformer.hidden = _within(budget, torch.compile(transformer.hidden, fullgraph=True))
         return
     layers: Any = transformer.layers

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from fiddlehead.models.nf4 import is_quantized
 from fiddlehead.models.norms import norm
 from fiddlehead.models.places import Documents, Places, documents_of, positions_in_documents
 from fiddlehead.models.rope import Rope, Rotary
+from fiddlehead.models.tied_embedding import tied_embedding
 
 
 class Transformer(nn.Module):
@@ -51,6 +53,8 @@ class Transformer(nn.Module):
         """Seeds what the next forward pass drops, each layer by itself; None: it depends on PyTorch's generator."""
         self.compiled = False
         """Whether the elementwise work on the logits is compiled into one kernel in training."""
+        self.joins_gradients = config.share_embeddings_and_output_weights
+        """Whether the embedding and the output layer, if they share a weight, add their gradients in place."""
         self.activation_memory_budget: float | None = None
         """The part of the activations that the compiler may keep for the backward pass; None: the compiler decides."""
         self.initialize()
@@ -62,14 +66,16 @@ class Transformer(nn.Module):
         max_seqlen: int | None = None,
         *,
         labels: torch.Tensor | None = None,
+        divisor: torch.Tensor | int = 1,
         padding: torch.Tensor | None = None,
         caches: Sequence[KVCache] | None = None,
         new_lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Token ids (B, T) to logits (B, T, V); with labels to the sum of their cross-entropy, in nats.
+        """Token ids (B, T) to logits (B, T, V); with labels to the sum of their cross-entropy / divisor, in nats.
 
         Args:
             labels: the token to predict at each place, (B, T); -100 where there is none.
+            divisor: as in `linear_cross_entropy`, for which it is faster than to divide later.
             padding: which tokens are padding, (B, T) bool: `aux_loss` ignores them. None: there is no padding.
             cu_seqlens: keeps documents apart: the start of each document among the B x T tokens, and the end of the
                 last, (N + 1,) int32. A token sees only its own document, and its position is the one in the document.
@@ -83,8 +89,12 @@ class Transformer(nn.Module):
             ConfigError: a sequence in the caches becomes too long for LongRoPE's short factors: its cached keys were
                 rotated with these and must be computed again.
         """
-        x = self.hidden(input_ids, cu_seqlens, max_seqlen, padding=padding, caches=caches, new_lengths=new_lengths)
-        return self.logits(x) if labels is None else self.nats(x, labels)
+        more: dict[str, Any] = {"padding": padding, "caches": caches, "new_lengths": new_lengths}
+        weight = self.output_weight
+        if self.joins_gradients and labels is not None and weight.requires_grad and torch.is_grad_enabled():
+            more["embedded"], weight = tied_embedding(weight, input_ids)
+        x = self.hidden(input_ids, cu_seqlens, max_seqlen, **more)
+        return self.logits(x) if labels is None else self.nats(x, labels, divisor, weight)
 
     def hidden(
         self,
@@ -95,14 +105,16 @@ class Transformer(nn.Module):
         padding: torch.Tensor | None = None,
         caches: Sequence[KVCache] | None = None,
         new_lengths: torch.Tensor | None = None,
+        embedded: torch.Tensor | None = None,
         run_layer: Callable[..., torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Token ids (B, T) to the last hidden states, (B, T, C); the arguments are those of `forward`.
 
-        `run_layer`, if given, is called with each layer and its arguments and runs the layer.
+        `embedded`, if given, has the rows of the embedding for the tokens, (B, T, C). `run_layer`, if given, is called
+        with each layer and its arguments and runs the layer.
         """
         places = self.places(input_ids, cu_seqlens, max_seqlen, caches, padding, new_lengths)
-        x = self.embed(input_ids, places)
+        x = self.embed(input_ids, places, embedded)
         kept = None if caches is None else new_lengths
         x = self.run_layers(self.layers, x, places, caches=caches, new_lengths=kept, run_layer=run_layer)
         return self.final_layernorm(x)
@@ -158,10 +170,10 @@ class Transformer(nn.Module):
                 raise ConfigError(Problem("caches", message=message))
         return after[:, None].expand(-1, T)
 
-    def embed(self, input_ids: torch.Tensor, places: Places) -> torch.Tensor:
-        """Token ids (B, T) to the input of the first layer, (B, T, C)."""
+    def embed(self, input_ids: torch.Tensor, places: Places, embedded: torch.Tensor | None = None) -> torch.Tensor:
+        """Token ids (B, T) to the input of the first layer, (B, T, C); `embedded` as in `hidden`."""
         config = self.config
-        x = self.embed_tokens(input_ids)
+        x = self.embed_tokens(input_ids, embedded)
         if self.position_embedding is not None:
             if self.position_embedding.num_embeddings < places.length:
                 length = self.position_embedding.num_embeddings
@@ -172,9 +184,10 @@ class Transformer(nn.Module):
         # In mixed precision too, the residual stream has the dtype of the products: half the memory to move.
         return self.split.dropout(x.to(product_dtype(x)), config.hidden_dropout, self.training)
 
-    def embed_tokens(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids (...) to their embeddings, (..., C), without positions."""
-        return _scaled(self.embedding(input_ids), self.config.embedding_multiplier)
+    def embed_tokens(self, input_ids: torch.Tensor, embedded: torch.Tensor | None = None) -> torch.Tensor:
+        """Token ids (...) to their embeddings, (..., C), without positions; `embedded` as in `hidden`."""
+        rows = self.embedding(input_ids) if embedded is None else embedded
+        return _scaled(rows, self.config.embedding_multiplier)
 
     def run_layers(
         self,
@@ -219,15 +232,25 @@ class Transformer(nn.Module):
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def nats(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The sum of the cross-entropy of hidden states, without all logits in memory at once."""
+    def nats(
+        self,
+        x: torch.Tensor,
+        labels: torch.Tensor,
+        divisor: torch.Tensor | int = 1,
+        weight: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The sum of the cross-entropy of hidden states / divisor, without all logits in memory at once.
+
+        `weight`, if given, stands for `output_weight`.
+        """
         return linear_cross_entropy(
             x.flatten(0, -2),
-            self.output_weight,
+            self.output_weight if weight is None else weight,
             labels.flatten(),
             scale=1 / self.config.logits_scaling,
             softcap=self.config.final_logit_softcapping,
             compiled=self.compiled,
+            divisor=divisor,
         )
 
     @property

@@ -59,6 +59,8 @@ class Setting:
     """Kernels compute SwiGLU and what is around it, where `recompute` goes with them."""
     bfloat16_gradients: bool = False
     """The gradients of the layers' products stay bfloat16, if a step adds none up and computes no layer again."""
+    joins: bool = True
+    """An embedding adds its gradient to the output layer's in place, where they share a weight."""
 
     @property
     def fused_mlp(self) -> bool:

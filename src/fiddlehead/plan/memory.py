@@ -380,7 +380,7 @@ class _Step:
             pass
         elif not setting.fsdp:
             transient = self.stream + 4 * self.tokens * self.config.hidden_size
-            loss = self._waiting() if self.tied else 0.0
+            loss = self._waiting() if self.tied and not setting.joins else 0.0  # beside one as large for the embedding
         elif self.shards == 1:  # what is gathered stays; its gradients become float32
             copies = self._copies(0)
             transient = setting.of_weights * self.root if copies else 0.0

@@ -202,6 +202,7 @@ class Training:
                 devices=self.devices.gpus,
                 micro_batches=1,
             ),
+            joins=computation.compile != "model" and not isinstance(model, PreferenceModel),
         )
 
     def _overlaps(self, strategy: Parallel) -> bool:

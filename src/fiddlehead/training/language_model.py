@@ -217,8 +217,10 @@ class LanguageModel(LightningModule):
         if self._pipeline is not None:
             self._pipeline.waiting.append({**batch, "dropout_seed": self.transformer.dropout_seed})
             return torch.zeros((), device=batch["labels"].device)
+        # What divides the loss later is part of its divisor, so that the gradient of what is divided is 1.
+        later = self._divides_later
         with self.weights():
-            loss = self._nats(batch) / divisors.labels
+            loss = self._nats(batch, divisors.labels * later) * later
         self._note_loss(loss.detach())
         return self._with_balance(loss, divisors)
 
@@ -234,6 +236,12 @@ class LanguageModel(LightningModule):
     @property
     def _pipeline(self) -> Pipeline | None:
         return None if self._parallel is None else self._parallel.pipeline
+
+    @property
+    def _divides_later(self) -> int:
+        """What Lightning and the strategy divide the loss of a micro-batch by before its backward pass."""
+        tensor = 1 if self._parallel is None else self._parallel.tensor_parallel
+        return self.trainer.accumulate_grad_batches * tensor
 
     def _own_tokens(self, batch: dict[str, Any]) -> dict[str, Any]:
         """This rank's part of a batch."""
@@ -265,10 +273,11 @@ class LanguageModel(LightningModule):
         balance = self.transformer.aux_loss()
         return loss if balance is None else loss + balance / divisors.tokens
 
-    def _nats(self, batch: dict[str, Any]) -> torch.Tensor:
-        """The sum of the cross-entropy over this rank's part of a batch."""
+    def _nats(self, batch: dict[str, Any], divisor: torch.Tensor | int = 1) -> torch.Tensor:
+        """The sum of the cross-entropy over this rank's part of a batch, divided by `divisor`."""
         documents = batch.get("cu_seqlens"), batch.get("max_seqlen")
-        return self.transformer(batch["input_ids"], *documents, labels=batch["labels"], padding=batch.get("padding"))
+        labels, padding = batch["labels"], batch.get("padding")
+        return self.transformer(batch["input_ids"], *documents, labels=labels, divisor=divisor, padding=padding)
 
     def _note_loss(self, loss: torch.Tensor) -> None:
         self._loss_sum = self._loss_sum.to(loss.device) + loss
