@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fiddlehead.models import Transformer, TransformerConfig
+from fiddlehead.models import tied_embedding as module
 from fiddlehead.models.linear_cross_entropy import linear_cross_entropy
 from fiddlehead.models.speed import compile_transformer, recompute_activations
 from fiddlehead.models.tied_embedding import add_rows_, tied_embedding
@@ -224,3 +226,25 @@ def test_a_compiled_model_has_the_same_gradients(compile: Any) -> None:
     assert model.joins_gradients == (compile == "layers")
     torch.testing.assert_close(gradients(model), gradients(plain(model_of())), rtol=1e-4, atol=1e-6)
     torch._dynamo.reset()
+
+
+def test_the_rows_are_freed_before_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, looked_up = model_of(), []
+    forward = module._TiedEmbedding.apply
+
+    def noted(*given: Any) -> Any:
+        rows, weight = forward(*given)
+        looked_up.append(weakref.ref(rows))
+        return rows, weight
+
+    layers = model.run_layers
+
+    def run_layers(*given: Any, **more: Any) -> torch.Tensor:
+        assert [rows() for rows in looked_up] == [None]
+        return layers(*given, **more)
+
+    monkeypatch.setattr(module._TiedEmbedding, "apply", noted)
+    monkeypatch.setattr(model, "run_layers", run_layers)
+    ids = torch.randint(53, (2, 19))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(ids, labels=ids).requires_grad

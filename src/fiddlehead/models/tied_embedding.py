@@ -31,6 +31,21 @@ def tied_embedding(weight: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch
     return both
 
 
+class TiedLookup:
+    """`tied_embedding` in the place of an embedding; `weight` is the output layer's once it was called.
+
+    It does not keep the rows, which are float32 in mixed precision.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (...) to their embeddings, (..., C)."""
+        rows, self.weight = tied_embedding(self.weight, input_ids)
+        return rows
+
+
 class _TiedEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,9 @@ from fiddlehead.models.nf4 import is_quantized
 from fiddlehead.models.norms import norm
 from fiddlehead.models.places import Documents, Places, documents_of, positions_in_documents
 from fiddlehead.models.rope import Rope, Rotary
-from fiddlehead.models.tied_embedding import tied_embedding
+from fiddlehead.models.tied_embedding import TiedLookup
+
+Lookup = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Transformer(nn.Module):
@@ -89,12 +91,14 @@ class Transformer(nn.Module):
             ConfigError: a sequence in the caches becomes too long for LongRoPE's short factors: its cached keys were
                 rotated with these and must be computed again.
         """
-        more: dict[str, Any] = {"padding": padding, "caches": caches, "new_lengths": new_lengths}
-        weight = self.output_weight
+        weight, lookup = self.output_weight, None
         if self.joins_gradients and labels is not None and weight.requires_grad and torch.is_grad_enabled():
-            more["embedded"], weight = tied_embedding(weight, input_ids)
+            lookup = TiedLookup(weight)
+        more: dict[str, Any] = {"padding": padding, "caches": caches, "new_lengths": new_lengths, "lookup": lookup}
         x = self.hidden(input_ids, cu_seqlens, max_seqlen, **more)
-        return self.logits(x) if labels is None else self.nats(x, labels, divisor, weight)
+        if labels is None:
+            return self.logits(x)
+        return self.nats(x, labels, divisor, weight if lookup is None else lookup.weight)
 
     def hidden(
         self,
@@ -105,16 +109,16 @@ class Transformer(nn.Module):
         padding: torch.Tensor | None = None,
         caches: Sequence[KVCache] | None = None,
         new_lengths: torch.Tensor | None = None,
-        embedded: torch.Tensor | None = None,
+        lookup: Lookup | None = None,
         run_layer: Callable[..., torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Token ids (B, T) to the last hidden states, (B, T, C); the arguments are those of `forward`.
 
-        `embedded`, if given, has the rows of the embedding for the tokens, (B, T, C). `run_layer`, if given, is called
-        with each layer and its arguments and runs the layer.
+        `lookup`, if given, is called in the place of the embedding. `run_layer`, if given, is called with each layer
+        and its arguments and runs the layer.
         """
         places = self.places(input_ids, cu_seqlens, max_seqlen, caches, padding, new_lengths)
-        x = self.embed(input_ids, places, embedded)
+        x = self.embed(input_ids, places, lookup)
         kept = None if caches is None else new_lengths
         x = self.run_layers(self.layers, x, places, caches=caches, new_lengths=kept, run_layer=run_layer)
         return self.final_layernorm(x)
@@ -170,10 +174,10 @@ class Transformer(nn.Module):
                 raise ConfigError(Problem("caches", message=message))
         return after[:, None].expand(-1, T)
 
-    def embed(self, input_ids: torch.Tensor, places: Places, embedded: torch.Tensor | None = None) -> torch.Tensor:
-        """Token ids (B, T) to the input of the first layer, (B, T, C); `embedded` as in `hidden`."""
+    def embed(self, input_ids: torch.Tensor, places: Places, lookup: Lookup | None = None) -> torch.Tensor:
+        """Token ids (B, T) to the input of the first layer, (B, T, C); `lookup` as in `hidden`."""
         config = self.config
-        x = self.embed_tokens(input_ids, embedded)
+        x = self.embed_tokens(input_ids, lookup)
         if self.position_embedding is not None:
             if self.position_embedding.num_embeddings < places.length:
                 length = self.position_embedding.num_embeddings
@@ -184,10 +188,9 @@ class Transformer(nn.Module):
         # In mixed precision too, the residual stream has the dtype of the products: half the memory to move.
         return self.split.dropout(x.to(product_dtype(x)), config.hidden_dropout, self.training)
 
-    def embed_tokens(self, input_ids: torch.Tensor, embedded: torch.Tensor | None = None) -> torch.Tensor:
-        """Token ids (...) to their embeddings, (..., C), without positions; `embedded` as in `hidden`."""
-        rows = self.embedding(input_ids) if embedded is None else embedded
-        return _scaled(rows, self.config.embedding_multiplier)
+    def embed_tokens(self, input_ids: torch.Tensor, lookup: Lookup | None = None) -> torch.Tensor:
+        """Token ids (...) to their embeddings, (..., C), without positions; `lookup` as in `hidden`."""
+        return _scaled((lookup or self.embedding)(input_ids), self.config.embedding_multiplier)
 
     def run_layers(
         self,

@@ -37,21 +37,28 @@ class Stage(nn.Module):
         for name in sorted(_outside_layers(transformer.config, number, count)):
             self.add_module(name, getattr(transformer, name))
         self._batches: deque[Mapping[str, Any]] = deque()
+        self._divisor: torch.Tensor | int = 1
         self._balance: torch.Tensor | float = 1.0
 
-    def take(self, batches: Iterable[Mapping[str, Any]], balance: torch.Tensor | float = 1.0) -> None:
+    def take(
+        self,
+        batches: Iterable[Mapping[str, Any]],
+        divisor: torch.Tensor | int = 1,
+        balance: torch.Tensor | float = 1.0,
+    ) -> None:
         """Sets the batches of the next calls.
 
         Args:
             batches: `input_ids`, `labels`, what keeps documents apart, `padding`, and the `dropout_seed`.
+            divisor: of the sum of the cross-entropy.
             balance: the factor on the balancing loss of a mixture, which the backward pass of each stage adds.
         """
-        self._batches, self._balance = deque(batches), balance
+        self._batches, self._divisor, self._balance = deque(batches), divisor, balance
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The output of the previous stage, (B, T, C), to this stage's output; the first stage takes any tensor.
 
-        The last stage returns the sum of the cross-entropy, in nats, (1,).
+        The last stage returns the sum of the cross-entropy / divisor, in nats, (1,).
         """
         transformer, batch = self._transformer[0], self._batches.popleft()
         documents = batch.get("cu_seqlens"), batch.get("max_seqlen")
@@ -66,7 +73,7 @@ class Stage(nn.Module):
         if not self.last:
             # The schedule has a backward pass for every stage, also for a first one in which nothing is trained.
             return x if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_()
-        return torch.stack([transformer.nats(transformer.final_layernorm(x), batch["labels"])])
+        return torch.stack([transformer.nats(transformer.final_layernorm(x), batch["labels"], self._divisor)])
 
 
 class _WithLoss(torch.autograd.Function):

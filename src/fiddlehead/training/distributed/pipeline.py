@@ -69,7 +69,6 @@ class Pipeline:
         self.waiting: list[Batch] = []
         """Micro-batches of the step, until the last one has arrived."""
         self._schedule: Any = None
-        self._divisor: torch.Tensor | int = 1
 
     @property
     def tied(self) -> frozenset[str]:
@@ -90,12 +89,11 @@ class Pipeline:
             tokens: the divisor of the balancing loss of a mixture.
         """
         batches, self.waiting = self.waiting, []
-        self._divisor = labels * len(batches)
         device = batches[0]["input_ids"].device
         if self._schedule is None:
             self._schedule = self._make_schedule(batches)
         for stage in self.stages:
-            stage.take(batches, 1 / (tokens * len(batches)))
+            stage.take(batches, labels * len(batches), 1 / (tokens * len(batches)))
         # The stages have the batches already; the schedule only splits and counts these placeholders.
         counted = torch.zeros(len(batches), device=device)
         inputs, target = [counted] if self.stages[0].first else [], counted if self.stages[-1].last else None
@@ -161,7 +159,7 @@ class Pipeline:
             )
             for stage in self.stages
         ]
-        how: dict[str, Any] = {"loss_fn": lambda nats, _: nats.sum() / self._divisor, "scale_grads": False}
+        how: dict[str, Any] = {"loss_fn": lambda nats, _: nats.sum(), "scale_grads": False}
         if self.schedule != "1F1B":
             return getattr(pipelining, f"Schedule{self.schedule}")([*stages], count, **how)
         if len(stages) == 1:
