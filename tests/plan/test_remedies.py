@@ -84,7 +84,7 @@ def test_tiles_main_memory_and_a_shared_sequence_are_remedies_for_long_sequences
     heads, there, more = of("a very long sequence")[1].remedies
     assert heads.layout.edits == ("model.tiled_mlp=8192", "model.tiled_attention=4")
     assert there.layout.edits == ("model.tiled_mlp=8192", "model.activation_offloading=true")
-    assert more.layout.edits == ("trainer.devices=4", "trainer.strategy.context_parallel=4")
+    assert more.layout.edits == ("trainer.devices=2", "trainer.strategy.tensor_parallel=2")  # also of the sequences
     of_a_mixture = [edit for each in of("few nodes")[1].remedies for edit in each.layout.edits]
     assert not any(edit.startswith("model.tiled_mlp") for edit in of_a_mixture)  # it has none
 

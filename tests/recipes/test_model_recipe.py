@@ -49,7 +49,7 @@ def test_other_gpus_keep_the_global_batch_and_shrink_the_micro_batch_if_they_nee
     [
         (lambda: llama3_8b_64k(num_gpus_per_node=6), "does not divide the 6 devices"),
         (lambda: llama3_8b(num_nodes=3), "x 24 data-parallel ranks"),
-        (lambda: llama31_405b(num_gpus_per_node=4, num_nodes=1), "does not divide the 4 devices"),
+        (lambda: llama31_405b(num_gpus_per_node=6, num_nodes=1), "does not divide the 6 devices"),
         (lambda: llama3_8b.finetune_recipe(num_gpus_per_node=5), "data.global_batch_size=32"),
     ],
 )
