@@ -193,3 +193,13 @@ def test_autocast_makes_the_products_narrow_and_the_gradients_wide() -> None:
     assert weight.grad.dtype == torch.float32
     (expected,) = torch.autograd.grad(exact, weight)
     assert float((weight.grad - expected).norm() / expected.norm()) < 1e-2
+
+
+def test_gradients_that_were_given_out_are_not_changed_by_a_second_backward_pass() -> None:
+    x, weight = (torch.randn(size, 4, requires_grad=True) for size in (6, 9))
+    loss = linear_cross_entropy(x, weight, torch.arange(6))
+    given = torch.autograd.grad(loss, (x, weight), retain_graph=True)  # by a factor of 1
+    before = [each.clone() for each in given]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(3 * loss, (x, weight))
+    assert all(torch.equal(*each) for each in zip(given, before, strict=True))

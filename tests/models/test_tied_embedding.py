@@ -248,3 +248,10 @@ def test_the_rows_are_freed_before_the_layers(monkeypatch: pytest.MonkeyPatch) -
     ids = torch.randint(53, (2, 19))
     with torch.autocast("cpu", torch.bfloat16):
         assert model(ids, labels=ids).requires_grad
+
+
+def test_hooks_of_the_embedding_are_called() -> None:
+    model, ids, calls = model_of(), torch.randint(53, (2, 19)), []
+    model.embedding.register_forward_hook(lambda *given: calls.append(given))
+    model(ids, labels=ids).backward()
+    assert len(calls) == 1

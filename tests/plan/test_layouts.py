@@ -304,3 +304,24 @@ def test_where_nothing_fits_the_optimizer_s_state_is_in_main_memory() -> None:
     assert (planned.verdict, planned.memory) == ("fits", best.memory)
     with pytest.raises(ConfigError, match="no layout fits"):
         found(edited(recipe, "optim=Muon"))
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [
+            "trainer.devices=2",
+            "trainer.num_nodes=1",
+            "trainer.strategy.tensor_parallel=2",
+            "model.activation_checkpointing=0.5",
+        ],
+        ["trainer.devices=2", "trainer.num_nodes=4", "trainer.strategy.tensor_parallel=4"],
+    ],
+)
+def test_split_layers_are_found_as_they_are_planned(edits: list[str]) -> None:
+    """With a part for the compiler to choose they do not copy, nor across nodes."""
+    recipe = edited(llama.llama32_1b(), *edits)
+    split = [each for each in found(recipe) if each.sizes.tensor > 1][:6]
+    assert split
+    for each in split:
+        assert launch.plan(edited(recipe, *each.edits), target="h100").training.memory == each.memory, each.edits

@@ -33,7 +33,8 @@ def linear_cross_entropy(
     computed twice, and the kept gradients are as large as `x` and `weight`. The softmax is always in float32.
 
     The kept gradients are those of the result. Where the gradient that arrives in the backward pass is 1, they stay as
-    they are; otherwise they are multiplied by it, which reads and writes all of them.
+    they are; otherwise they are multiplied by it, which reads and writes all of them. Logits' gradients are divided
+    before they are rounded to the products' dtype: by a divisor that is no power of 2, they round otherwise.
 
     Args:
         x: the input of the projection, (N, C).
@@ -74,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             nats = torch.zeros((), device=x.device, dtype=_softmax_dtype(dtype))
             # Filled on the device, to which a number would have to be copied.
             divisor = divisor.to(nats) if isinstance(divisor, torch.Tensor) else torch.full_like(nats, divisor)
-            grad_x = torch.empty_like(x) if learns_x else None
+            grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if learns_x else None
             grad_weight = None
             turn = _as_one_kernel(dtype, x.device) if compiled else nats_and_gradient
             for start in range(0, x.shape[0], CHUNK_TOKENS):

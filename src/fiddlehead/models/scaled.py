@@ -15,7 +15,10 @@ def multiply_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     The host does not wait for a GPU to know the factor: programs on the GPU look at it.
     """
     if x.is_cpu:
-        return x if float(factor) == 1 else x.mul_(factor)
+        if float(factor) != 1:
+            return x.mul_(factor)
+        torch.autograd.graph.increment_version(x)  # so that a second backward pass over it is refused all the same
+        return x
     if not (x.is_cuda and HAS_TRITON):
         return x.mul_(factor)
     from fiddlehead.models.scaled_kernel import multiply_ as on_gpu

@@ -92,7 +92,9 @@ class Transformer(nn.Module):
                 rotated with these and must be computed again.
         """
         weight, lookup = self.output_weight, None
-        if self.joins_gradients and labels is not None and weight.requires_grad and torch.is_grad_enabled():
+        learns = labels is not None and weight.requires_grad and torch.is_grad_enabled()
+        hooks = self.embedding._forward_hooks or self.embedding._forward_pre_hooks  # which a lookup would not call
+        if self.joins_gradients and learns and not hooks:
             lookup = TiedLookup(weight)
         more: dict[str, Any] = {"padding": padding, "caches": caches, "new_lengths": new_lengths, "lookup": lookup}
         x = self.hidden(input_ids, cu_seqlens, max_seqlen, **more)

@@ -48,7 +48,7 @@ class Setting:
     """The ranks of `Parallel`; None if each rank has all parameters."""
     reshard_after_forward: bool = True
     overlaps: bool = False
-    """Ranks that share layers copy from the memories of each other's GPUs while they compute."""
+    """Ranks that share layers may copy from the memories of each other's GPUs while they compute; see `copies`."""
     ring: int = 1
     """Parts of a sequence whose keys and values go round between the ranks that share it."""
     by_flex: float = 0.0
@@ -66,6 +66,11 @@ class Setting:
     def fused_mlp(self) -> bool:
         """Whether kernels compute SwiGLU, so that its result is not kept."""
         return self.fuses and self.recompute in RECOMPUTED
+
+    @property
+    def copies(self) -> bool:
+        """Whether ranks that share layers do so, which they do not where the compiler has a budget."""
+        return self.overlaps and not isinstance(self.recompute, int | float)
 
     @property
     def exchanging(self) -> int:
@@ -192,7 +197,7 @@ class _Layer:
     @property
     def gathered(self) -> int:
         """What the compiler keeps of the inputs of products that NCCL gathered, in bytes; others come again."""
-        splits = self.setting.compiled and not self.setting.adapters and not self.setting.overlaps
+        splits = self.setting.compiled and not self.setting.adapters and not self.setting.copies
         return self.b * 2 * (self.sizes.tensor - 1) * self.C if splits else 0
 
     @property
@@ -275,7 +280,7 @@ class _Layer:
             return b * C + products + (0 if self.setting.compiled else b * C)
         if recompute == "full":
             # What NCCL has moved between ranks is not computed again in a compiled layer, nor what follows from it.
-            if self.sizes.tensor > 1 and self.setting.compiled and not self.setting.overlaps:
+            if self.sizes.tensor > 1 and self.setting.compiled and not self.setting.copies:
                 return b * C + products
             if self.setting.exchanging > 1 and self.setting.compiled:
                 return b * (C + self.qkv + self.Q)

@@ -188,7 +188,7 @@ class _Step:
         self.in_flight = 1.0
         divided = [name for name in ("pipeline", "tensor", "context", "data") if getattr(sizes, name) > 1]
         self.outside = OUTSIDE[divided[0] if divided else "data" if held.buckets else "alone"] * GIB
-        if sizes.tensor > 1 and setting.overlaps:  # two buffers for whole sequences
+        if sizes.tensor > 1 and setting.copies:  # two buffers for whole sequences
             self.outside += 2 * sizes.tensor * self.stream
         self.trains = not setting.adapters
         # A rank of a pipeline adds up a step's gradients in float32 before it shares them with others.

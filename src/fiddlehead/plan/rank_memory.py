@@ -189,7 +189,7 @@ class Training:
             quantizes=self.quantizes,
             sizes=sizes if self.devices.cut else None,
             reshard_after_forward=strategy.reshard_after_forward,
-            overlaps=self._overlaps(strategy),
+            overlaps=self._overlaps(strategy, sizes),
             ring=strategy.ring_size(self.transformer.config),
             schedule=strategy.pipeline_schedule,
             by_flex=self.by_flex,
@@ -205,11 +205,9 @@ class Training:
             joins=computation.compile != "model" and not isinstance(model, PreferenceModel),
         )
 
-    def _overlaps(self, strategy: Parallel) -> bool:
-        if self.target is None or self.target.device_type != "cuda" or not strategy.tensor_parallel_overlap:
-            return False
-        on_node = self.devices.num_devices % strategy.tensor_parallel == 0
-        return on_node and not isinstance(self.model.computation.activation_checkpointing, int | float)
+    def _overlaps(self, strategy: Parallel, sizes: Sizes) -> bool:
+        on_gpus = self.target is not None and self.target.device_type == "cuda"
+        return on_gpus and strategy.tensor_parallel_overlap and self.devices.num_devices % sizes.tensor == 0
 
     def _fuses(self, sizes: Sizes) -> bool:
         if self.target is None:

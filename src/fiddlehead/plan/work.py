@@ -179,7 +179,7 @@ class Work:
         if sizes.tensor > 1:  # around both halves of a layer, in both passes
             again = not self.setting.adapters and not (self.setting.compiled and self.setting.recompute is None)
             times = 10 if again else 8  # once more for the weights' gradients, unless what was gathered is kept
-            if self.setting.overlaps and sizes.tensor == 2 and not sizes.fsdp:
+            if self.setting.copies and sizes.tensor == 2 and not sizes.fsdp:
                 # Copies hide the gathering behind products, and sums hardly (benchmarks/results/many_two_overlap.json).
                 times = 4  # More ranks, and others that FSDP2 has beside them, were not measured.
             found.append((sizes.tensor, times * self.layers * stream * (sizes.tensor - 1) / sizes.tensor))

@@ -219,7 +219,7 @@ class LanguageModel(LightningModule):
             return torch.zeros((), device=batch["labels"].device)
         # What divides the loss later is part of its divisor, so that the gradient of what is divided is 1.
         later = self._divides_later
-        with self.weights():
+        with self._training_weights():
             loss = self._nats(batch, divisors.labels * later) * later
         self._note_loss(loss.detach())
         return self._with_balance(loss, divisors)
@@ -255,7 +255,7 @@ class LanguageModel(LightningModule):
             self._step_divisors = Divisors.of_step(batch, accumulate, self.trainer.strategy, parts)
         return self._step_divisors
 
-    def weights(self) -> AbstractContextManager[None]:
+    def _training_weights(self) -> AbstractContextManager[None]:
         """In the block, the layers have the weights of a forward pass that is trained on: see `in_bfloat16`."""
         trainer = self.trainer
         keeps = keeps_bfloat16_gradients(

@@ -84,7 +84,7 @@ class PreferenceModel(LanguageModel):
         """
         batch = self._own_tokens(batch)
         divisors = self._divisors(batch, batch_idx)
-        with self.weights():
+        with self._training_weights():
             loss = self._preference(batch)[0].sum() / divisors.pairs
         self._note_loss(loss.detach())
         return self._with_balance(loss, divisors)

@@ -235,7 +235,7 @@ class Parallel(ModelParallelStrategy):
         if transformer.activation_memory_budget is not None:
             return False
         why_not = peer_copies.connect(mesh.get_group("tp"), self.root_device)
-        if why_not is not None and self.is_global_zero:
+        if why_not is not None and mesh.get_local_rank("tp") == 0:
             warnings.warn(f"NCCL communicates for tensor_parallel, and slows computation down: {why_not}", stacklevel=2)
         return why_not is None
 
