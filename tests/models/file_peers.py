@@ -42,7 +42,7 @@ class FileSlot(Slot):
 
 
 class FilePeers(Peers):
-    """As `Peers`, in order, as there are no streams."""
+    """`Peers` without streams: each operation ends before the next one begins."""
 
     def __init__(self, group: dist.ProcessGroup, folder: Path) -> None:
         self.group, self.folder, self.files = group, folder, 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from fiddlehead.models.int8 import Int8Linear
 from fiddlehead.models.linear import Linear
 from fiddlehead.models.norms import ZeroCenteredRMSNorm
 from fiddlehead.models.rope import Rope, Rotary
+from fiddlehead.models.scaled import HAS_TRITON
 from fiddlehead.models.transformer import Transformer
 
 _ACTIVATIONS = ("swiglu", "geglu")
@@ -42,9 +42,7 @@ def fits(model: Transformer) -> bool:
 
 
 def _has_kernels(device: torch.device) -> bool:
-    return (
-        device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and find_spec("triton") is not None
-    )
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and HAS_TRITON
 
 
 def _is_plain(layer: nn.Module) -> bool:

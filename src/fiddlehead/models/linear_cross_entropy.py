@@ -33,8 +33,8 @@ def linear_cross_entropy(
     computed twice, and the kept gradients are as large as `x` and `weight`. The softmax is always in float32.
 
     The kept gradients are those of the result. Where the gradient that arrives in the backward pass is 1, they stay as
-    they are; otherwise they are multiplied by it, which reads and writes all of them. Logits' gradients are divided
-    before they are rounded to the products' dtype: by a divisor that is no power of 2, they round otherwise.
+    they are; otherwise they are multiplied by it, which reads and writes all of them. The gradients of the logits are
+    divided before they are rounded to the products' dtype. A divisor that is not a power of 2 changes their rounding.
 
     Args:
         x: the input of the projection, (N, C).

@@ -36,7 +36,7 @@ def connect(group: ProcessGroup, device: torch.device) -> str | None:
         Why they cannot copy; None if they can.
     """
     if device.type != "cuda":
-        return f"there are no copies between the memories of {device.type} devices"
+        return f"{device.type} devices cannot copy from each other's memory"
     if (known := _peers.get(group.group_name)) is not None and known.group is group:
         return None
     if len(hosts := set(_of_all(socket.gethostname(), group))) > 1:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -96,8 +95,15 @@ class Transformer(nn.Module):
         hooks = self.embedding._forward_hooks or self.embedding._forward_pre_hooks  # which a lookup would not call
         if self.joins_gradients and learns and not hooks:
             lookup = TiedLookup(weight)
-        more: dict[str, Any] = {"padding": padding, "caches": caches, "new_lengths": new_lengths, "lookup": lookup}
-        x = self.hidden(input_ids, cu_seqlens, max_seqlen, **more)
+        x = self.hidden(
+            input_ids,
+            cu_seqlens,
+            max_seqlen,
+            padding=padding,
+            caches=caches,
+            new_lengths=new_lengths,
+            lookup=lookup,
+        )
         if labels is None:
             return self.logits(x)
         return self.nats(x, labels, divisor, weight if lookup is None else lookup.weight)
