@@ -67,9 +67,9 @@ def test_what_a_product_gives_becomes_the_gradient_without_a_copy(
 ) -> None:
     given: set[int] = set()
 
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         given.add(gradient.data_ptr())
-        return gradient
+        return gradient, None
 
     monkeypatch.setattr(bfloat16_weights._InBFloat16, "backward", backward)
     transformer = made(**changes)
@@ -77,6 +77,29 @@ def test_what_a_product_gives_becomes_the_gradient_without_a_copy(
         nats = loss(transformer)
     nats.backward()
     assert given == {module.weight.grad.data_ptr() for module in of_products_by_kind(transformer)}
+
+
+def test_a_later_micro_batch_is_added_in_place_without_a_float32_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[torch.dtype] = []
+    backward = bfloat16_weights._InBFloat16.backward
+
+    def noted(ctx: Any, gradient: torch.Tensor) -> Any:
+        result = backward(ctx, gradient)
+        given.append(result[0].dtype)
+        return result
+
+    monkeypatch.setattr(bfloat16_weights._InBFloat16, "backward", noted)
+    transformer = made()
+    sums: list[list[int]] = []
+    for _ in range(3):
+        with in_bfloat16(transformer, adds_up=True):
+            nats = loss(transformer)
+        nats.backward()
+        gradients = [module.weight.grad for module in of_products_by_kind(transformer)]
+        assert {gradient.dtype for gradient in gradients} == {torch.float32}
+        sums.append([gradient.data_ptr() for gradient in gradients])
+    assert given == [torch.float32] * 8 + [torch.bfloat16] * 16
+    assert sums[0] == sums[1] == sums[2]
 
 
 def test_weights_are_themselves_after_the_block_and_copies_are_gone_after_the_backward_pass() -> None:

@@ -14,7 +14,7 @@ from fiddlehead.plan.memory import moments
 from fiddlehead.plan.rank_memory import Devices, Training
 from fiddlehead.run.directory import RunDirectory
 from fiddlehead.training import Muon, language_model
-from fiddlehead.training.bfloat16_gradients import keeps_bfloat16_gradients
+from fiddlehead.training.bfloat16_gradients import makes_bfloat16_gradients
 from fiddlehead.training.distributed.sizes import Sizes
 from tests.training.conftest import KillAfter, Killed, Parts, parameters, plan_of, rows
 
@@ -41,7 +41,7 @@ class Dtypes(Callback):
 
 def widened(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on gradients are float32, as autocast makes them."""
-    monkeypatch.setattr(language_model, "keeps_bfloat16_gradients", lambda *_, **__: False)
+    monkeypatch.setattr(language_model, "makes_bfloat16_gradients", lambda *_, **__: False)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -91,12 +91,21 @@ def test_gradients_are_float32_where_they_are_added_up_or_nothing_is_saved(
     assert seen.bytes and not seen.bfloat16, why
 
 
-def test_two_micro_batches_are_added_up_in_float32(pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = MIXED | {"micro_batch_size": 2, "global_batch_size": 4}
-    run = pretrain(name="now", **settings)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("changes", [{}, {"compile": "layers"}, {"num_moe_experts": 4, "moe_router_topk": 2}])
+@pytest.mark.parametrize("micro_batches", [2, 3])
+def test_micro_batches_are_added_up_in_float32(
+    pretrain: Pretrain, monkeypatch: pytest.MonkeyPatch, micro_batches: int, changes: dict[str, Any]
+) -> None:
+    torch._dynamo.reset()
+    settings, seen = {**MIXED, "micro_batch_size": 2, "global_batch_size": 2 * micro_batches, **changes}, Dtypes()
+    run = pretrain(name="now", callbacks=[seen], **settings)
+    assert seen.bytes and not seen.bfloat16
     widened(monkeypatch)
     before = pretrain(name="before", **settings)
     assert rows(run, *COLUMNS) == rows(before, *COLUMNS)
+    found, expected = parameters(run, 4), parameters(before, 4)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_run_goes_on_bit_for_bit(pretrain: Pretrain) -> None:
@@ -110,19 +119,18 @@ def test_a_run_goes_on_bit_for_bit(pretrain: Pretrain) -> None:
     assert rows(again, *COLUMNS)[-2:] == rows(whole, *COLUMNS)[-2:]
 
 
-def test_only_one_device_keeps_them(parts: Parts) -> None:
+def test_only_one_device_makes_them(parts: Parts) -> None:
     made = parts(**MIXED)
     model, optim, strategy = made["model"], made["optim"], made["trainer"].strategy
-    how = {"precision": "bf16-mixed", "strategy": strategy, "devices": 1, "micro_batches": 1}
-    assert keeps_bfloat16_gradients(model, optim, **how)
+    how = {"precision": "bf16-mixed", "strategy": strategy, "devices": 1}
+    assert makes_bfloat16_gradients(model, optim, **how)
     others: list[dict[str, Any]] = [
         {"devices": 2},
-        {"micro_batches": 2},
         {"precision": "bf16-true"},
         {"strategy": None},
     ]
     for other in others:
-        assert not keeps_bfloat16_gradients(model, optim, **(how | other))
+        assert not makes_bfloat16_gradients(model, optim, **(how | other))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""The layers' weights in bfloat16 during a forward pass, so that their gradients stay bfloat16 after the backward pass.
+"""The layers' weights in bfloat16 during a forward pass, whose gradients are then bfloat16, too.
 
 Autocast makes the same copies, and their gradients float32: for each weight it reads 2 bytes and writes 4, which the
-norm and the optimizer then read. The values are those of bfloat16 all the same.
+norm and the optimizer then read, or a sum over micro-batches. The values are those of bfloat16 all the same.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ def of_products(transformer: Transformer) -> list[nn.Module]:
 
 
 @contextmanager
-def in_bfloat16(transformer: Transformer) -> Iterator[None]:
+def in_bfloat16(transformer: Transformer, *, adds_up: bool = False) -> Iterator[None]:
     """In the block, `of_products` have bfloat16 copies of their float32 weights; the gradients will be bfloat16.
 
-    A second backward pass before these are freed would add to them in bfloat16, and round. So would a weight that the
-    block uses twice.
+    A weight that the block uses twice would add up its gradients in bfloat16, and round.
+
+    Args:
+        adds_up: several backward passes add up a gradient: it will be float32, to which bfloat16 ones are added.
+            Otherwise the second pass would add in bfloat16.
     """
     weights = [(module, _weight(module)) for module in of_products(transformer)]
     try:
         for module, weight in weights:
             weight.grad_dtype = None  # any: it is float32 after other forward passes
-            module._parameters["weight"] = _InBFloat16.apply(weight)
+            module._parameters["weight"] = _InBFloat16.apply(weight, adds_up)
         yield
     finally:
         for module, weight in weights:
@@ -50,12 +53,15 @@ class _InBFloat16(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, weight: torch.Tensor, adds_up: bool) -> torch.Tensor:
+        ctx.weight = weight if adds_up else None
         return weight.to(torch.bfloat16)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0]
+        (gradient,), weight = grads, ctx.weight
+        first = weight is not None and weight.grad is None
+        return gradient.float() if first else gradient, None
 
 
 _PRODUCTS = (Linear, nn.Linear, GroupedLinear)

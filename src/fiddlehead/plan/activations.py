@@ -58,7 +58,7 @@ class Setting:
     fuses: bool = False
     """Kernels compute SwiGLU and what is around it, where `recompute` goes with them."""
     bfloat16_gradients: bool = False
-    """The gradients of the layers' products stay bfloat16, if a step adds none up and computes no layer again."""
+    """A micro-batch makes bfloat16 gradients of the layers' products; see `narrow`."""
     joins: bool = True
     """An embedding adds its gradient to the output layer's in place, where they share a weight."""
 
@@ -66,6 +66,11 @@ class Setting:
     def fused_mlp(self) -> bool:
         """Whether kernels compute SwiGLU, so that its result is not kept."""
         return self.fuses and self.recompute in RECOMPUTED
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it does so, where it computes no layer again."""
+        return self.bfloat16_gradients and self.recompute is None
 
     @property
     def copies(self) -> bool:
@@ -397,8 +402,8 @@ def layer_weights(config: TransformerConfig, sizes: Sizes) -> float:
 
 def halved_gradients(config: TransformerConfig, setting: Setting) -> float:
     """The bytes by which the gradients of a layer are less than float32 ones."""
-    narrow = setting.bfloat16_gradients and setting.micro_batches == 1 and setting.recompute is None
-    return 2 * layer_weights(config, Sizes(1, 1)) if narrow else 0.0
+    adds_up = setting.micro_batches > 1
+    return 2 * layer_weights(config, Sizes(1, 1)) if setting.narrow and not adds_up else 0.0
 
 
 def mlp_weights(config: TransformerConfig, sizes: Sizes) -> float:

@@ -17,7 +17,7 @@ from fiddlehead.plan.cards import Card
 from fiddlehead.plan.memory import Held, Memory, main_memory, memory
 from fiddlehead.plan.speed import Speed, speed
 from fiddlehead.training import LanguageModel, Parallel, PreferenceModel
-from fiddlehead.training.bfloat16_gradients import keeps_bfloat16_gradients
+from fiddlehead.training.bfloat16_gradients import makes_bfloat16_gradients
 from fiddlehead.training.distributed.sizes import Counted, Sizes
 from fiddlehead.training.feed_forward import choose_mlp
 from fiddlehead.training.frozen import halves_frozen
@@ -194,13 +194,12 @@ class Training:
             schedule=strategy.pipeline_schedule,
             by_flex=self.by_flex,
             fuses=self._fuses(sizes),
-            bfloat16_gradients=keeps_bfloat16_gradients(
+            bfloat16_gradients=makes_bfloat16_gradients(
                 model,
                 self.optim,
                 precision=self.devices.precision,
                 strategy=self.devices.strategy,
                 devices=self.devices.gpus,
-                micro_batches=1,
             ),
             joins=computation.compile != "model" and not isinstance(model, PreferenceModel),
         )

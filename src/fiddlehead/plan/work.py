@@ -10,7 +10,6 @@ from fiddlehead.plan.activations import (
     Setting,
     computed_again,
     exchanged_keys,
-    halved_gradients,
     layer_weights,
     mlp_weights,
 )
@@ -136,8 +135,9 @@ class Work:
         logits = 3 if self.head and not setting.compiled else 0
         weights = self._of_weights()
         if setting.of_weights == 4 and b == 2:  # casts of weights, and of their gradients
-            casts = 1.5 if halved_gradients(self.config, setting) else 3
-            weights += casts * layer_weights(self.config, self.sizes) * self.layers
+            batches = setting.micro_batches
+            widened = 1.0 if not setting.narrow else 1 / batches if batches > 1 else 0.0
+            weights += 1.5 * (1 + widened) * layer_weights(self.config, self.sizes) * self.layers
         if setting.quantizes:
             weights += nf4.DEQUANTIZED[setting.compiled] * self.layers * self._dequantized()
         if self.shards > 1:  # what is gathered is copied once more, and gradients become float32 to be summed
@@ -151,13 +151,16 @@ class Work:
         if setting.adapters or (self.shards > 1 and sizes.pipeline == 1):
             return 0.0
         batches, stored = setting.micro_batches, 2 if setting.precision == "bf16-true" else 4
-        moved = 3 * stored * (1 - 1 / batches)  # gradients are added to others: two are read, one is written
+        sums = 1 - 1 / batches
+        moved = 3 * stored * sums  # gradients are added to others: two are read, one is written
+        narrower = 2 * sums if setting.narrow else 0  # bfloat16 ones to float32 ones
         if setting.fsdp and setting.precision == "bf16-mixed":
             # FSDP2 casts layers when it gathers them, and their gradients afterwards.
             gathered = 1 / batches if sizes.pipeline > 1 else 1 + setting.reshard_after_forward
             moved += (4 + 2) * (1 + gathered)
         vocabularies = 1 if self.config.share_embeddings_and_output_weights or sizes.pipeline > 1 else 2
-        return moved * (self.layers * layer_weights(self.config, sizes) + vocabularies * self.vocabulary)
+        layers = self.layers * layer_weights(self.config, sizes)
+        return moved * (layers + vocabularies * self.vocabulary) - narrower * layers
 
     def inputs(self) -> float:
         """Bytes of the inputs of all layers."""

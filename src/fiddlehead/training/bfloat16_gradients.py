@@ -1,4 +1,4 @@
-"""When the gradients of the layers' weights stay bfloat16 until the optimizer reads them."""
+"""When a backward pass leaves the gradients of the layers' weights in bfloat16, as their products give them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,22 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from fiddlehead.training.distributed.parallel import Parallel
 
 
-def keeps_bfloat16_gradients(
-    model: Any, optimizer: Any, *, precision: str, strategy: Any, devices: int, micro_batches: int
-) -> bool:
-    """Whether a step leaves bfloat16 gradients, which `fiddlehead.models.bfloat16_weights` makes.
+def makes_bfloat16_gradients(model: Any, optimizer: Any, *, precision: str, strategy: Any, devices: int) -> bool:
+    """Whether the backward pass of a micro-batch makes bfloat16 gradients, by `fiddlehead.models.bfloat16_weights`.
 
-    The values are the same as in float32, since products are bfloat16. Gradients that are added up, over micro-batches,
-    tiles or ranks, are float32. Layers that are computed again cast their weights again, and keep no copies of them.
+    The values are the same as in float32, since products are bfloat16. Sums over micro-batches are float32, and so are
+    gradients that are sums over tiles or ranks. Layers that are computed again cast their weights again, and keep no
+    copies of them.
 
     Args:
         model: the `LanguageModel`.
         optimizer: the optimizer, or its settings.
         devices: of all nodes.
-        micro_batches: of a step.
     """
     how = model.computation
     return (
         precision == "bf16-mixed"
-        and devices == micro_batches == 1
+        and devices == 1
         and isinstance(strategy, SingleDeviceStrategy | Parallel)
         and model.lora is None
         and how.activation_checkpointing is how.fp8 is how.tiled_mlp is how.tiled_attention is None

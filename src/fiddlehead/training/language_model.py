@@ -24,7 +24,7 @@ from fiddlehead.models.mlp_choice import MlpBackend, MlpChoice
 from fiddlehead.models.speed import Compile, Float8, Recompute, rescale_gathered
 from fiddlehead.recipe.from_task import from_task
 from fiddlehead.recipe.resumable import Resumable
-from fiddlehead.training.bfloat16_gradients import keeps_bfloat16_gradients
+from fiddlehead.training.bfloat16_gradients import makes_bfloat16_gradients
 from fiddlehead.training.distributed.gradients import clip, gradients_of
 from fiddlehead.training.distributed.parallel import Parallel
 from fiddlehead.training.distributed.pipeline import Pipeline
@@ -258,15 +258,14 @@ class LanguageModel(LightningModule):
     def _training_weights(self) -> AbstractContextManager[None]:
         """In the block, the layers have the weights of a forward pass that is trained on: see `in_bfloat16`."""
         trainer = self.trainer
-        keeps = keeps_bfloat16_gradients(
+        makes = makes_bfloat16_gradients(
             self,
             next(iter(trainer.optimizers), None),
             precision=str(trainer.precision),
             strategy=trainer.strategy,
             devices=trainer.world_size,
-            micro_batches=trainer.accumulate_grad_batches,
         )
-        return in_bfloat16(self.transformer) if keeps else nullcontext()
+        return in_bfloat16(self.transformer, adds_up=trainer.accumulate_grad_batches > 1) if makes else nullcontext()
 
     def _with_balance(self, loss: torch.Tensor, divisors: Divisors) -> torch.Tensor:
         """The loss and, in a mixture, the balancing loss of the latest forward pass."""
