@@ -85,6 +85,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 SPLIT: dict[str, tuple[int, list[str]]] = {
     "one GPU": (1, []),
     "tp 2": (2, ["trainer.strategy.tensor_parallel=2"]),
+    "tp 4": (4, ["trainer.strategy.tensor_parallel=4"]),
     "tp 2, NCCL": (2, ["trainer.strategy.tensor_parallel=2", "trainer.strategy.tensor_parallel_overlap=False"]),
 }
 """Name to the number of GPUs and the edits of the split layers that are timed."""
@@ -143,6 +144,9 @@ def timed(devices: int) -> dict[str, tuple[str, int, list[str]]]:
                 f"model.activation_checkpointing={recompute}",
             ],
         )
+    tiled = ["trainer.strategy.context_parallel=4", "data.global_batch_size=1", "model.tiled_mlp=8192"]
+    selective = [*tiled, "model.activation_checkpointing=selective"]
+    cases["llama31_8b_128k, cp 4, selective, tiled"] = "llama31_8b_128k", 4, selective
     for count, method in ((count, method) for count in (2, 4, 8) for method in ("ulysses", "ring")):
         shared = [f"trainer.strategy.context_parallel={count}", f"trainer.strategy.context_parallel_method={method}"]
         one = ["data.seq_length=65536", "data.micro_batch_size=1", "data.global_batch_size=1"]

@@ -82,6 +82,7 @@ def fill() -> None:
     tiled = "model.tiled_mlp=8192"
     case("1b b1 64k full tiled", "llama32_1b", full, tiled, batch=1, seq=65536)
     case("1b b4 tiled", "llama32_1b", "model.tiled_mlp=4096")
+    case("1b b1 128k selective tiled", "llama32_1b", true, selective, tiled, batch=1, seq=2**17)
     case("1b b4 8k x2", "llama32_1b", batch=4, seq=8192, accumulate=2)
     case("1b b8 8k selective x2", "llama32_1b", selective, batch=8, seq=8192, accumulate=2)
     case("1b b6 8k", "llama32_1b", batch=6, seq=8192)  # the plan says that it does not fit in 80 GB
@@ -101,6 +102,11 @@ def fill() -> None:
         heads = [] if groups is None else [f"model.tiled_attention={groups}"]
         name = f"8b{layers} b1 {seq // 1024}k full tiled offloaded{f' heads {groups}' if groups else ''}"
         case(name, "llama3_8b", f"model.config.num_layers={layers}", *long, *heads, batch=1, seq=seq)
+    # A window makes attention short, and every tensor keeps its size: all layers of the longest sequences, in a minute.
+    windowed = [*long, "model.config.window_size=(4096,0)"]
+    heads = "model.tiled_attention=2"
+    case("8b b1 512k full tiled offloaded heads 2 window", "llama3_8b", *windowed, heads, batch=1, seq=2**19)
+    case("1b b1 1m full tiled offloaded heads 2 window", "llama32_1b", *windowed, heads, batch=1, seq=2**20)
     for batch in (1, 2, 4):
         case(f"8b6 b{batch}", "llama3_8b", LAYERS_8B, batch=batch)
     for name, edits in {
@@ -150,6 +156,7 @@ def fill() -> None:
     case("cp 1b 32k full", "llama32_1b", full, batch=1, seq=32768, context_parallel=2)
     case("cp 1b 512k full tiled", "llama32_1b", full, tiled, batch=1, seq=524288, context_parallel=2)
     case("cp 1b 128k full tiled", "llama32_1b", full, tiled, batch=1, seq=131072, context_parallel=2)
+    case("cp 1b 2m full tiled offloaded window", "llama32_1b", *windowed, batch=1, seq=2**21, context_parallel=2)
     case("cp 1b b4", "llama32_1b", context_parallel=2)
     untied = "model.config.share_embeddings_and_output_weights=False"
     case("pp 1b b2 x8", "llama32_1b", untied, batch=2, accumulate=8, pipeline_parallel=2)

@@ -95,6 +95,30 @@ def test_more_ranks_share_a_sequence_than_heads_do_unless_the_recipe_says_ulysse
         assert max(each.sizes.context for each in found(edited(recipe, *edits))) == number
 
 
+def test_long_sequences_are_also_tried_in_tiles() -> None:
+    one = ["trainer.devices=1", "trainer.strategy=auto", "data.global_batch_size=4", "data.micro_batch_size=1"]
+    long = edited(llama.llama32_1b(), *one, "data.seq_length=131072")
+    tiled = "model.tiled_mlp=8192"
+    with_tiles, without = (
+        [each for each in found(long) if (tiled in each.edits) == wanted] for wanted in (True, False)
+    )
+    assert with_tiles[0].speed.tokens_per_s > 1.1 * without[0].speed.tokens_per_s  # type: ignore[union-attr]
+    assert with_tiles[0].activation_checkpointing == "selective"
+    planned = launch.plan(edited(long, *with_tiles[0].edits), target="h100").known
+    assert planned is not None and (planned.memory, planned.speed) == (with_tiles[0].memory, with_tiles[0].speed)
+    for edits in (["data.seq_length=16384"], ["model.tiled_mlp=4096"], ["model.fp8=tensorwise"]):
+        others = found(edited(long, *edits))
+        assert others and not [each for each in others if tiled in each.edits]
+
+
+def test_a_model_that_is_compiled_as_one_is_compiled_by_layers_with_tiles() -> None:
+    compiled = ["model.compile=model", "data.seq_length=65536", "data.global_batch_size=1", "data.micro_batch_size=1"]
+    recipe = edited(llama.llama32_1b(), "trainer.devices=1", "trainer.strategy=auto", *compiled)
+    in_tiles = [each.edits for each in found(recipe) if "model.tiled_mlp=8192" in each.edits]
+    assert in_tiles and all("model.compile=layers" in edits for edits in in_tiles)
+    assert launch.plan(edited(recipe, *in_tiles[0]), target="h100").known is not None
+
+
 ODD = ["model.config.num_attention_heads=56", "model.config.num_layers=28", "model.config.kv_channels=64"]
 MIXTURE = ["model.config.num_layers=4", "trainer.num_nodes=3", "data.global_batch_size=96"]
 CASES: dict[str, tuple[Any, list[str]]] = {

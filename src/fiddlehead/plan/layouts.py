@@ -1,7 +1,8 @@
 """The layouts with which a number of GPUs can train a recipe, fastest first: what `--fit` searches.
 
 A layout is the micro-batch, what is computed again, and over how many ranks samples, layers, sequences and experts are
-split. The global batch and the objective stay as they are.
+split; and, for long sequences, whether the feed-forward is computed in tiles. The global batch and the objective stay as
+they are.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ MOST_SEQUENCES = 32
 """In a micro-batch."""
 RECOMPUTED: tuple[Recompute | None, ...] = (None, 0.9, 0.5, "selective", "full")
 """What is tried. Of numbers only these were compared with what the compiler keeps."""
+TILE = 8192
+"""Tokens of a tile of the feed-forward, where a sequence has more than two of them."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,12 @@ def layouts(training: Training, card: Card) -> list[Layout]:
     If none fits, those with the optimizer's state in main memory. Layouts that the model, the optimizer, the strategy
     or the attention kernels would refuse are left out.
     """
-    found = [(each.speed.step, len(each.edits), each) for each in fitting(training, card) if each.speed is not None]
+    found = [
+        (each.speed.step, len(edits) + len(each.edits), replace(each, edits=(*edits, *each.edits)))
+        for edits, changed in (([], training), *_in_tiles(training))
+        for each in fitting(changed, card)
+        if each.speed is not None
+    ]
     if not found and (offloaded := training.offloaded()) is not None:
         return [replace(each, edits=(OFFLOADED, *each.edits)) for each in layouts(offloaded, card)]
     return [each for *_, each in sorted(found, key=lambda ranked: ranked[:2])]
@@ -83,6 +91,14 @@ def fitting(training: Training, card: Card, *, most_edits: int = 100) -> Iterato
         strategies.append(Parallel())
     for strategy in strategies:
         yield from _Search(training, strategy, card, most_edits).fitting()
+
+
+def _in_tiles(training: Training) -> Iterator[tuple[list[str], Training]]:
+    """A training of long sequences with the feed-forward in tiles, and the edit that chooses them."""
+    model = training.model
+    long = training.data.seq_length > 2 * TILE
+    if long and not isinstance(model, PreferenceModel) and model.computation.tiled_mlp is None:
+        yield [f"model.tiled_mlp={TILE}"], replace(training, model=computed(model, tiled_mlp=TILE))
 
 
 class _Search:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fiddlehead.plan.cards import Card
-from fiddlehead.plan.layouts import Layout, computed, fitting
+from fiddlehead.plan.layouts import TILE, Layout, computed, fitting
 from fiddlehead.plan.rank_memory import OFFLOADED, Training
 from fiddlehead.plan.speed import Speed
 from fiddlehead.training import AdamW, PreferenceModel
@@ -18,7 +18,7 @@ MOST_EDITS = 3
 MOST_REMEDIES = 6
 MOST_TIMES = 64
 """More GPUs than these times the recipe's are not tried."""
-TILES = (8192, 2048)
+TILES = (TILE, 2048)
 """The numbers of tokens that are tried for a tile of the feed-forward."""
 MORE_GPUS = ("trainer.devices", "trainer.num_nodes")
 """What is edited for them."""
