@@ -1,8 +1,7 @@
 """The layouts with which a number of GPUs can train a recipe, fastest first: what `--fit` searches.
 
 A layout is the micro-batch, what is computed again, and over how many ranks samples, layers, sequences and experts are
-split; and, for long sequences, whether the feed-forward is computed in tiles. The global batch and the objective stay as
-they are.
+split; and, for long sequences, whether the feed-forward has tiles. The global batch and the objective stay as they are.
 """
 
 from __future__ import annotations
