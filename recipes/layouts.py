@@ -16,7 +16,7 @@ class Layout(NamedTuple):
 
 FINETUNING: dict[str, dict[str, dict[int, Layout]]] = {
     "gemma2_2b": {
-        "full": {1: Layout(4), 2: Layout(16, "selective"), 4: Layout(8)},
+        "full": {1: Layout(4), 2: Layout(8)},
         "lora": {1: Layout(8)},
     },
     "gemma2_9b": {

@@ -202,6 +202,16 @@ def test_layers_with_tiles_of_heads_keep_what_is_counted(
     assert counted == pytest.approx(kept, rel=0.02)
 
 
+@pytest.mark.parametrize("tiled_mlp", [None, 50])
+@pytest.mark.parametrize("name", ["", "norms after", "norms before and after", "as GPT-2"])
+def test_selective_layers_keep_what_is_counted(
+    name: str, tiled_mlp: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = Setting(3 * 64, tiled_mlp=tiled_mlp, recompute="selective")
+    kept, counted = kept_and_counted(OTHERS.get(name, {}), setting, monkeypatch)
+    assert counted == pytest.approx(kept, rel=0.02)
+
+
 PARTS = [({}, part) for part in (0.15, 0.4, 0.65, 0.9)] + [
     (OTHERS[name], part)
     for name, part in [("norms after", 0.9), ("norms before and after", 0.55), ("as GPT-2", 0.9), ("a mixture", 0.65)]

@@ -226,6 +226,11 @@ class _Layer:
         return {"gelu": 1, "squared_relu": 1, "clamped_swiglu": 5}.get(self.config.activation, 2)
 
     @property
+    def normed_after(self) -> bool:
+        """Whether the backward pass of a norm reads what the last products of attention and the feed-forward give."""
+        return self.config.norm_placement != "pre"
+
+    @property
     def attention_sublayer(self) -> int:
         """Everything that is kept of a layer whose feed-forward is tiled; with the middle, the tiles' input."""
         of_half = self.scale * self.norms // 2 + self.scales_of_heads + self.masks // 2
@@ -273,7 +278,8 @@ class _Layer:
         if self.setting.tiled_mlp is not None:
             if recompute == "full":
                 return b * C
-            selected = b * (2 * C + self.projected + self.Q + (0 if self.setting.compiled else C)) + self.lse
+            read = C if self.normed_after or not self.setting.compiled else 0
+            selected = b * (2 * C + self.projected + self.Q + read) + self.lse
             return selected if recompute == "selective" else self.attention_sublayer
         everything = self.all_compiled if self.setting.compiled else self.all_eager
         if self.setting.fp8 and recompute is None:  # products' inputs are cast anew
@@ -282,7 +288,8 @@ class _Layer:
         if recompute is None or recompute == 1:
             return everything
         if recompute == "selective":
-            return b * C + products + (0 if self.setting.compiled else b * C)
+            down = self.normed_after and self.config.num_moe_experts is None
+            return b * C + products + (b * C if down or not self.setting.compiled else 0)
         if recompute == "full":
             # What NCCL has moved between ranks is not computed again in a compiled layer, nor what follows from it.
             if self.sizes.tensor > 1 and self.setting.compiled and not self.setting.copies:
@@ -311,7 +318,7 @@ class _Layer:
         outputs = {"qkv": self.qkv, "out": self.C}
         if self.config.num_moe_experts is None:
             outputs["up"] = self.F1
-            if self.config.norm_placement != "pre":  # the backward pass of the norm after it
+            if self.normed_after:
                 outputs["down"] = self.C
         return outputs
 
