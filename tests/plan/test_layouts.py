@@ -111,6 +111,22 @@ def test_long_sequences_are_also_tried_in_tiles() -> None:
         assert others and not [each for each in others if tiled in each.edits]
 
 
+@pytest.mark.parametrize(
+    ("make", "length", "tiled"),
+    [(llama.llama32_1b, 2**20, []), (llama.llama3_8b, 2**19, ["model.tiled_attention=4"])],
+)
+def test_the_longest_sequences_have_what_they_can_in_main_memory_and_tiles(
+    make: Any, length: int, tiled: list[str]
+) -> None:
+    one = ["trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto", "trainer.precision=bf16-true"]
+    recipe = edited(make(), *one, f"data.seq_length={length}", "data.micro_batch_size=1", "data.global_batch_size=1")
+    fastest, *_ = found(recipe)
+    least = {"model.tiled_mlp=8192", "model.activation_offloading=true", "model.activation_checkpointing=full", *tiled}
+    assert least <= set(fastest.edits) <= least | {"optim.state_offloading=true"}
+    planned = launch.plan(edited(recipe, *fastest.edits), target="h100").known
+    assert planned is not None and (planned.memory, planned.speed) == (fastest.memory, fastest.speed)
+
+
 def test_a_model_that_is_compiled_as_one_is_compiled_by_layers_with_tiles() -> None:
     compiled = ["model.compile=model", "data.seq_length=65536", "data.global_batch_size=1", "data.micro_batch_size=1"]
     recipe = edited(llama.llama32_1b(), "trainer.devices=1", "trainer.strategy=auto", *compiled)

@@ -41,6 +41,9 @@ RECOMPUTED: tuple[Recompute | None, ...] = (None, 0.9, 0.5, "selective", "full")
 """What is tried. Of numbers only these were compared with what the compiler keeps."""
 TILE = 8192
 """Tokens of a tile of the feed-forward, where a sequence has more than two of them."""
+INPUTS_OFFLOADED = "model.activation_offloading=true"
+Way = tuple[list[str], Training]
+"""The edits of a recipe, and the training that they make."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +68,20 @@ class Layout:
 def layouts(training: Training, card: Card) -> list[Layout]:
     """All layouts that fit with 5 % of the memory to spare, fastest first; none where memory or speed is not known.
 
-    If none fits, those with the optimizer's state in main memory. Layouts that the model, the optimizer, the strategy
-    or the attention kernels would refuse are left out.
+    If none fits, those with the optimizer's state in main memory; then, for long sequences, with the layers' inputs
+    there and the feed-forward in tiles, and then with attention in tiles too. Layouts that the model, the optimizer,
+    the strategy or the attention kernels would refuse are left out.
     """
-    found = [
-        (each.speed.step, len(edits) + len(each.edits), replace(each, edits=(*edits, *each.edits)))
-        for edits, changed in (([], training), *_in_tiles(training))
-        for each in fitting(changed, card)
-        if each.speed is not None
-    ]
-    if not found and (offloaded := training.offloaded()) is not None:
-        return [replace(each, edits=(OFFLOADED, *each.edits)) for each in layouts(offloaded, card)]
-    return [each for *_, each in sorted(found, key=lambda ranked: ranked[:2])]
+    for tries in _ways(training):
+        found = [
+            (each.speed.step, len(edits) + len(each.edits), replace(each, edits=(*edits, *each.edits)))
+            for edits, changed in tries
+            for each in fitting(changed, card)
+            if each.speed is not None
+        ]
+        if found:
+            return [each for *_, each in sorted(found, key=lambda ranked: ranked[:2])]
+    return []
 
 
 def fitting(training: Training, card: Card, *, most_edits: int = 100) -> Iterator[Layout]:
@@ -92,12 +97,41 @@ def fitting(training: Training, card: Card, *, most_edits: int = 100) -> Iterato
         yield from _Search(training, strategy, card, most_edits).fitting()
 
 
-def _in_tiles(training: Training) -> Iterator[tuple[list[str], Training]]:
-    """A training of long sequences with the feed-forward in tiles, and the edit that chooses them."""
+def _ways(training: Training) -> Iterator[list[Way]]:
+    """A training with ever less on the GPU; of each, those of about the same speed."""
+    offloaded = training.offloaded()
+    states: list[Way] = [([], training), *([] if offloaded is None else [([OFFLOADED], offloaded)])]
+    for edits, with_state in states:
+        yield [(edits, with_state), *(([*edits, *tiled], changed) for tiled, changed in _in_tiles(with_state))]
+    least = [
+        ([*edits, *tiled, INPUTS_OFFLOADED], _computing(changed, activation_offloading=True))
+        for edits, with_state in states
+        for tiled, changed in _in_tiles(with_state)
+        if not changed.model.computation.activation_offloading
+    ]
+    yield least
+    if not isinstance(training.model, PreferenceModel) and training.model.computation.tiled_attention is None:
+        for groups in head_tiles(training):
+            tiles = f"model.tiled_attention={groups}"
+            yield [([*edits, tiles], _computing(changed, tiled_attention=groups)) for edits, changed in least]
+
+
+def _in_tiles(training: Training) -> Iterator[Way]:
+    """A training of long sequences with the feed-forward in tiles."""
     model = training.model
     long = training.data.seq_length > 2 * TILE
     if long and not isinstance(model, PreferenceModel) and model.computation.tiled_mlp is None:
-        yield [f"model.tiled_mlp={TILE}"], replace(training, model=computed(model, tiled_mlp=TILE))
+        yield [f"model.tiled_mlp={TILE}"], _computing(training, tiled_mlp=TILE)
+
+
+def head_tiles(training: Training) -> list[int]:
+    """The numbers of key/value heads that are tried for a tile of attention."""
+    groups = training.transformer.config.groups
+    return [number for number in (groups // 2, 1) if 0 < number < groups and groups % number == 0]
+
+
+def _computing(training: Training, **changes: Any) -> Training:
+    return replace(training, model=computed(training.model, **changes))
 
 
 class _Search:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fiddlehead.plan.cards import Card
-from fiddlehead.plan.layouts import TILE, Layout, computed, fitting
+from fiddlehead.plan.layouts import INPUTS_OFFLOADED, TILE, Layout, computed, fitting, head_tiles
 from fiddlehead.plan.rank_memory import OFFLOADED, Training
 from fiddlehead.plan.speed import Speed
 from fiddlehead.training import AdamW, PreferenceModel
@@ -103,20 +103,14 @@ def _changed(training: Training) -> Iterator[tuple[list[str], Training]]:
     for tile in (now.tiled_mlp,) if now.tiled_mlp is not None else (None, *TILES):
         edits = [] if tile == now.tiled_mlp else [f"model.tiled_mlp={tile}"]
         for offloads in dict.fromkeys((now.activation_offloading, True)):
-            chosen = edits if offloads == now.activation_offloading else [*edits, "model.activation_offloading=true"]
+            chosen = edits if offloads == now.activation_offloading else [*edits, INPUTS_OFFLOADED]
             tiled = computed(model, tiled_mlp=tile, activation_offloading=offloads)
             if chosen:
                 yield chosen, replace(training, model=tiled)
             if tile is not None and now.tiled_attention is None:  # otherwise the feed-forward has the peak
-                for groups in _head_tiles(training):
+                for groups in head_tiles(training):
                     heads = computed(tiled, tiled_attention=groups)
                     yield [*chosen, f"model.tiled_attention={groups}"], replace(training, model=heads)
-
-
-def _head_tiles(training: Training) -> list[int]:
-    """The numbers of key/value heads that are tried for a tile of attention."""
-    groups = training.transformer.config.groups
-    return [number for number in (groups // 2, 1) if 0 < number < groups and groups % number == 0]
 
 
 def _larger(training: Training) -> Iterator[tuple[list[str], Training]]:
