@@ -104,9 +104,9 @@ def fill() -> None:
         case(name, "llama3_8b", f"model.config.num_layers={layers}", *long, *heads, batch=1, seq=seq)
     # A window makes attention short, and every tensor keeps its size: all layers of the longest sequences, in a minute.
     windowed = [*long, "model.config.window_size=(4096,0)"]
-    heads = "model.tiled_attention=2"
-    case("8b b1 512k full tiled offloaded heads 2 window", "llama3_8b", *windowed, heads, batch=1, seq=2**19)
-    case("1b b1 1m full tiled offloaded heads 2 window", "llama32_1b", *windowed, heads, batch=1, seq=2**20)
+    in_heads = "model.tiled_attention=2"
+    case("8b b1 512k full tiled offloaded heads 2 window", "llama3_8b", *windowed, in_heads, batch=1, seq=2**19)
+    case("1b b1 1m full tiled offloaded heads 2 window", "llama32_1b", *windowed, in_heads, batch=1, seq=2**20)
     for batch in (1, 2, 4):
         case(f"8b6 b{batch}", "llama3_8b", LAYERS_8B, batch=batch)
     for name, edits in {

@@ -6,8 +6,6 @@ TRITON_INTERPRET=1 pytest tests/models/test_adapted_mlp.py     without a GPU, wh
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -20,14 +18,10 @@ from fiddlehead.models import LoRA, Transformer, TransformerConfig, adapted_mlp,
 from fiddlehead.models.adapted_mlp import why_not
 from fiddlehead.models.lora import without_adapters
 from fiddlehead.models.speed import checkpointed, fuse_mlp
+from tests.triton_kernels import DEVICE, NEEDS_KERNELS
 
 HOPPER, AMPERE = Target.gpu("h100"), Target.gpu("a100")
 CONFIG: dict[str, Any] = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100}
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KERNELS = pytest.mark.skipif(
-    not (torch.cuda.is_available() or INTERPRETED), reason="needs a GPU, or Triton's interpreter (TRITON_INTERPRET=1)"
-)
 NAMES = ["x", "w1", "a1", "b1", "w2", "a2", "b2"]
 
 
@@ -216,7 +210,7 @@ def test_where_triton_is_missing_or_wrong_it_is_not_taken(monkeypatch: pytest.Mo
     assert mlp_choice.why_not_there(HOPPER) is None
 
 
-@KERNELS
+@NEEDS_KERNELS
 @pytest.mark.gpu
 @pytest.mark.parametrize(("N", "width"), [(1, 3), (63, 64), (100, 130), (333, 200)])
 @pytest.mark.parametrize("rank", [1, 16, 24, 64])

@@ -7,9 +7,7 @@ TRITON_INTERPRET=1 pytest tests/models/test_fused_step.py     without a GPU, whe
 from __future__ import annotations
 
 import copy
-import os
 import sys
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +24,7 @@ from fiddlehead.models import Transformer, TransformerConfig, compiled_step, fus
 from fiddlehead.models.fused_step import FusedStep, fits
 from fiddlehead.models.int8 import Int8Linear, to_int8
 from fiddlehead.models.rope import RopeScaling, Rotary, rotate
+from tests.triton_kernels import DEVICE, NEEDS_KERNELS
 
 SIZES = {"num_layers": 3, "hidden_size": 48, "num_attention_heads": 6, "vocab_size": 83, "init_method_std": 0.2}
 MODELS: dict[str, dict[str, Any]] = {
@@ -41,11 +40,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9]]
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_kernels = pytest.mark.skipif(
-    not (torch.cuda.is_available() or INTERPRETED), reason="needs a GPU, or Triton's interpreter (TRITON_INTERPRET=1)"
-)
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the interpreter multiplies no bfloat16
 
 
@@ -247,7 +241,7 @@ def test_a_full_cache_is_refused(definitions: None) -> None:
         step(tokens)
 
 
-@needs_kernels
+@NEEDS_KERNELS
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", ["plain", "all", "int8"])
 @pytest.mark.parametrize(
@@ -280,7 +274,7 @@ def test_a_product_is_right(B: int, K: int, N: int, dtype: torch.dtype, activati
     assert error < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
 
 
-@needs_kernels
+@NEEDS_KERNELS
 @pytest.mark.gpu
 @pytest.mark.parametrize("splits", [None, 1, 4])
 @pytest.mark.parametrize(

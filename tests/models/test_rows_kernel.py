@@ -6,24 +6,16 @@ TRITON_INTERPRET=1 pytest tests/models/test_rows_kernel.py     without a GPU, wh
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
-
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
+from tests.triton_kernels import DEVICE, DTYPES, INTERPRETED, NEEDS_KERNELS
+
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        not (torch.cuda.is_available() or INTERPRETED),
-        reason="needs a GPU, or Triton's interpreter (TRITON_INTERPRET=1)",
-    ),
+    NEEDS_KERNELS,
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # in the interpreter
 ]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter rounds bfloat16 towards 0.
-DTYPES = [torch.float32, torch.float16, *([] if DEVICE == "cpu" else [torch.bfloat16])]
 
 
 def ids_of(kind: str, N: int, V: int) -> torch.Tensor:

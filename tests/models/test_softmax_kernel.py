@@ -6,23 +6,13 @@ TRITON_INTERPRET=1 pytest tests/models/test_softmax_kernel.py     without a GPU,
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
-
 import pytest
 import torch
 
 from fiddlehead.models.linear_cross_entropy import linear_cross_entropy, nats_and_gradient
+from tests.triton_kernels import DEVICE, DTYPES, NEEDS_KERNELS
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not (torch.cuda.is_available() or INTERPRETED),
-        reason="needs a GPU, or Triton's interpreter (TRITON_INTERPRET=1)",
-    ),
-]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu, NEEDS_KERNELS]
 ONE = torch.ones((), device=DEVICE)
 
 
@@ -30,8 +20,7 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
-# The interpreter rounds bfloat16 towards 0.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if DEVICE == "cpu" else [torch.bfloat16])])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("V", [7, 8192, 8193, 32_001])
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (1.0, 30.0), (0.5, 5.0)])
 def test_it_is_as_exact_as_pytorch(V: int, dtype: torch.dtype, scale: float, cap: float | None) -> None:

@@ -73,6 +73,16 @@ class Setting:
         return self.bfloat16_gradients and self.recompute is None
 
     @property
+    def widened(self) -> float:
+        """The part of a step's micro-batches whose gradients of the layers' products become float32.
+
+        Of several narrow ones it is the first, to which the others are added.
+        """
+        if not self.narrow:
+            return 1.0
+        return 1 / self.micro_batches if self.micro_batches > 1 else 0.0
+
+    @property
     def copies(self) -> bool:
         """Whether ranks that share layers do so, which they do not where the compiler has a budget."""
         return self.overlaps and not isinstance(self.recompute, int | float)
@@ -408,9 +418,8 @@ def layer_weights(config: TransformerConfig, sizes: Sizes) -> float:
 
 
 def halved_gradients(config: TransformerConfig, setting: Setting) -> float:
-    """The bytes by which the gradients of a layer are less than float32 ones."""
-    adds_up = setting.micro_batches > 1
-    return 2 * layer_weights(config, Sizes(1, 1)) if setting.narrow and not adds_up else 0.0
+    """The bytes by which the gradients of a step are less than float32 ones."""
+    return 0.0 if setting.widened else 2 * layer_weights(config, Sizes(1, 1)) * config.num_layers
 
 
 def mlp_weights(config: TransformerConfig, sizes: Sizes) -> float:

@@ -104,16 +104,16 @@ def _ways(training: Training) -> Iterator[list[Way]]:
     for edits, with_state in states:
         yield [(edits, with_state), *(([*edits, *tiled], changed) for tiled, changed in _in_tiles(with_state))]
     least = [
-        ([*edits, *tiled, INPUTS_OFFLOADED], _computing(changed, activation_offloading=True))
+        ([*edits, *tiled, INPUTS_OFFLOADED], computing(changed, activation_offloading=True))
         for edits, with_state in states
         for tiled, changed in _in_tiles(with_state)
         if not changed.model.computation.activation_offloading
     ]
     yield least
-    if not isinstance(training.model, PreferenceModel) and training.model.computation.tiled_attention is None:
+    if training.model.computation.tiled_attention is None:
         for groups in head_tiles(training):
             tiles = f"model.tiled_attention={groups}"
-            yield [([*edits, tiles], _computing(changed, tiled_attention=groups)) for edits, changed in least]
+            yield [([*edits, tiles], computing(changed, tiled_attention=groups)) for edits, changed in least]
 
 
 def _in_tiles(training: Training) -> Iterator[Way]:
@@ -121,7 +121,7 @@ def _in_tiles(training: Training) -> Iterator[Way]:
     model = training.model
     long = training.data.seq_length > 2 * TILE
     if long and not isinstance(model, PreferenceModel) and model.computation.tiled_mlp is None:
-        yield [f"model.tiled_mlp={TILE}"], _computing(training, tiled_mlp=TILE)
+        yield [f"model.tiled_mlp={TILE}"], computing(training, tiled_mlp=TILE)
 
 
 def head_tiles(training: Training) -> list[int]:
@@ -130,7 +130,8 @@ def head_tiles(training: Training) -> list[int]:
     return [number for number in (groups // 2, 1) if 0 < number < groups and groups % number == 0]
 
 
-def _computing(training: Training, **changes: Any) -> Training:
+def computing(training: Training, **changes: Any) -> Training:
+    """A training with changes of its model's `Computation`."""
     return replace(training, model=computed(training.model, **changes))
 
 

@@ -177,7 +177,7 @@ class _Step:
         of_token = activations.of_layer(config, setting, sizes)
         self.kept, self.again, self.inside = (self.tokens * each for each in of_token)
         self.layer = activations.layer_weights(config, sizes)
-        self.halved = activations.halved_gradients(config, setting)
+        self.halved = activations.halved_gradients(config, setting) / config.num_layers
         self.tiled = 0.0 if setting.tiled_mlp is None else activations.mlp_weights(config, sizes)
         vocabulary = (config.vocab_size or 0) * config.hidden_size
         learned = config.position_embedding_type == "learned_absolute"

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from fiddlehead.attention import Target
 from fiddlehead.models import Transformer, nf4
 from fiddlehead.models.lora import LoRALinear
-from fiddlehead.plan.activations import Setting, halved_gradients
+from fiddlehead.plan.activations import Setting
 from fiddlehead.plan.cards import Card
 from fiddlehead.plan.memory import Held, Memory, main_memory, memory
 from fiddlehead.plan.speed import Speed, speed
@@ -213,11 +213,6 @@ class Training:
             return False
         config, precision = self.transformer.config, self.devices.precision
         return choose_mlp(self.model, precision, sizes, self.target, config=config).backend != "torch"
-
-    def halved_gradients(self, setting: Setting) -> float:
-        """The bytes by which the gradients of a step are less than those of `Held`."""
-        config = self.transformer.config
-        return config.num_layers * halved_gradients(config, setting)
 
     def memory(self, held: Held, setting: Setting) -> Memory:
         """The memory of the GPU that has the most."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fiddlehead.plan.cards import Card
-from fiddlehead.plan.layouts import INPUTS_OFFLOADED, TILE, Layout, computed, fitting, head_tiles
+from fiddlehead.plan.layouts import INPUTS_OFFLOADED, TILE, Layout, computing, fitting, head_tiles
 from fiddlehead.plan.rank_memory import OFFLOADED, Training
 from fiddlehead.plan.speed import Speed
 from fiddlehead.training import AdamW, PreferenceModel
@@ -104,13 +104,12 @@ def _changed(training: Training) -> Iterator[tuple[list[str], Training]]:
         edits = [] if tile == now.tiled_mlp else [f"model.tiled_mlp={tile}"]
         for offloads in dict.fromkeys((now.activation_offloading, True)):
             chosen = edits if offloads == now.activation_offloading else [*edits, INPUTS_OFFLOADED]
-            tiled = computed(model, tiled_mlp=tile, activation_offloading=offloads)
+            tiled = computing(training, tiled_mlp=tile, activation_offloading=offloads)
             if chosen:
-                yield chosen, replace(training, model=tiled)
+                yield chosen, tiled
             if tile is not None and now.tiled_attention is None:  # otherwise the feed-forward has the peak
                 for groups in head_tiles(training):
-                    heads = computed(tiled, tiled_attention=groups)
-                    yield [*chosen, f"model.tiled_attention={groups}"], replace(training, model=heads)
+                    yield [*chosen, f"model.tiled_attention={groups}"], computing(tiled, tiled_attention=groups)
 
 
 def _larger(training: Training) -> Iterator[tuple[list[str], Training]]:

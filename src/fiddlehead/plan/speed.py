@@ -110,7 +110,7 @@ def speed(
     # Parameters and states are read and written; gradients are read for the norm, read and scaled, and read again.
     # AdamW scales them where it reads them, but the rate was measured before it did.
     stepped = held.gradients if setting.adapters or setting.compares else held.parameters
-    gradients = held.gradients - config.num_layers * halved_gradients(config, setting)
+    gradients = held.gradients - halved_gradients(config, setting)
     moved = 2 * stepped + 4 * gradients + 2 * (held.optimizer + held.offloaded)
     optimizer = (moved + held.step_moved) / (card.bytes_per_s * part["optimizer"])
     optimizer += held.step_operations / (card.flops * part["products"])

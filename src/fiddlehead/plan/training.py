@@ -16,6 +16,7 @@ from fiddlehead.files.paths import user_path
 from fiddlehead.models import Transformer, TransformerConfig
 from fiddlehead.models.mlp_choice import MlpChoice
 from fiddlehead.plan import attention
+from fiddlehead.plan.activations import halved_gradients
 from fiddlehead.plan.attention_calls import calls_of
 from fiddlehead.plan.cards import CARDS, Card
 from fiddlehead.plan.data import DataPlan, data_plan
@@ -210,7 +211,7 @@ def plan_training(
     whole = parts.whole_on(sizes)
     gathered = sizes.gathered(parts.counted) * ((4 if devices.precision == "32-true" else 2) + 4)
     setting = parts.setting(sizes)
-    halved = parts.halved_gradients(setting)
+    halved = halved_gradients(config, setting)
     memory, speed, in_main_memory = None, None, dict[str, float]()
     if on_gpu:
         memory, speed = memory_and_speed(parts, sizes, card)

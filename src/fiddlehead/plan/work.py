@@ -6,13 +6,7 @@ import math
 from collections.abc import Mapping
 
 from fiddlehead.models import TransformerConfig, nf4
-from fiddlehead.plan.activations import (
-    Setting,
-    computed_again,
-    exchanged_keys,
-    layer_weights,
-    mlp_weights,
-)
+from fiddlehead.plan.activations import Setting, computed_again, exchanged_keys, layer_weights, mlp_weights
 from fiddlehead.plan.cards import Card
 from fiddlehead.training.distributed.sizes import Sizes
 
@@ -135,9 +129,7 @@ class Work:
         logits = 3 if self.head and not setting.compiled else 0
         weights = self._of_weights()
         if setting.of_weights == 4 and b == 2:  # casts of weights, and of their gradients
-            batches = setting.micro_batches
-            widened = 1.0 if not setting.narrow else 1 / batches if batches > 1 else 0.0
-            weights += 1.5 * (1 + widened) * layer_weights(self.config, self.sizes) * self.layers
+            weights += 1.5 * (1 + setting.widened) * layer_weights(self.config, self.sizes) * self.layers
         if setting.quantizes:
             weights += nf4.DEQUANTIZED[setting.compiled] * self.layers * self._dequantized()
         if self.shards > 1:  # what is gathered is copied once more, and gradients become float32 to be summed

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -20,10 +18,10 @@ from fiddlehead.training.distributed.gradients import clip
 from fiddlehead.training.optim.bfloat16_adamw import BFloat16AdamW
 from fiddlehead.training.optim.clipping_adamw import ClippingAdamW
 from tests.training.ranks import on_ranks
+from tests.triton_kernels import NEEDS_KERNELS
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 SIZES = [(40, 30), (7,), (129, 65)]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -132,7 +130,7 @@ def test_a_bfloat16_step_clips_too() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not (torch.cuda.is_available() or INTERPRETED), reason="needs a GPU, or TRITON_INTERPRET=1")
+@NEEDS_KERNELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [1, 2048, 5001])
 def test_the_kernel_is_the_same_arithmetic(n: int, dtype: torch.dtype) -> None:
